@@ -1,0 +1,1 @@
+"""GPU kernels of slora-jax and their XLA references: one folder per op."""

@@ -1,0 +1,133 @@
+"""Where each row of an adapter lies in its tiles: the one definition shared by the host packer and every kernel.
+
+An adapter is a list of tiles `[page_size, width]`, two to a page (design: "The unified pool"). Projections that read
+the same input form a *stack*: their A matrices `[r_p, d_in]` are concatenated row-wise into one matrix of `R = sum r_p`
+rows, and so are their transposed, scaled B matrices `[r_p, d_out_p]`. Row `j` of the A stack and row `j` of the B stack
+belong together: `y += (x @ A[j]) * B[j]`. A stack is cut into row blocks of `page_size` rows (low ranks of several
+projections share a block) and column chunks of `width`; each piece is one tile.
+
+Order of an adapter's tiles: stack by stack; in a stack first the A tiles, block-major, then the B tiles, block-major.
+A block of B has as many column chunks as its widest projection needs. All functions accept ints or integer arrays
+(NumPy or JAX) as ranks, so the device derives the same numbers as the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+"""Every projection that can carry LoRA, in the order of all rank vectors `[..., 7]`."""
+
+
+def ceil_div(a: Any, b: int) -> Any:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Projections that read the same input. `d_outs` are in the order of the fused base output; the first is the widest
+    and the others are equal, so that only blocks holding rows of the first need its number of column chunks."""
+
+    name: str
+    projections: tuple[str, ...]
+    d_in: int
+    d_outs: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(set(self.d_outs[1:])) > 1 or max(self.d_outs) != self.d_outs[0]:
+            raise ValueError(f"stack {self.name}: output widths {self.d_outs} must be widest first, the rest equal")
+
+    @property
+    def d_out(self) -> int:
+        """Width of the fused base output `[T, d_out]`."""
+        return sum(self.d_outs)
+
+    @cached_property
+    def columns(self) -> tuple[int, ...]:
+        """First column of each projection in the fused base output."""
+        return tuple(sum(self.d_outs[:i]) for i in range(len(self.d_outs)))
+
+    @cached_property
+    def rank_index(self) -> tuple[int, ...]:
+        """Where this stack's projections stand in a rank vector `[..., 7]`."""
+        return tuple(PROJECTIONS.index(p) for p in self.projections)
+
+
+@dataclass(frozen=True)
+class StackTiles:
+    """Tile numbers of one stack within one adapter (or, with arrays, within many adapters at once).
+
+    `a_base`, `b_base`: first A and first B tile, counted from the adapter's first tile.
+    `rows`: R, the stack's total rank; `wide_blocks`: blocks that hold a row of the widest projection.
+    """
+
+    a_base: Any
+    b_base: Any
+    rows: Any
+    wide_blocks: Any
+
+
+@dataclass(frozen=True)
+class LoraLayout:
+    """Tile geometry of every adapter of one base model: `stacks`, `page_size` rows a tile, `width` columns a tile."""
+
+    stacks: tuple[Stack, ...]
+    page_size: int
+    width: int
+
+    @classmethod
+    def of_decoder(
+        cls, hidden_size: int, q_width: int, kv_width: int, intermediate_size: int, page_size: int
+    ) -> LoraLayout:
+        """The four stacks of a Llama-like decoder layer; `width` is `kv_width`, the pool's W."""
+        return cls(
+            stacks=(
+                Stack("qkv", ("q", "k", "v"), hidden_size, (q_width, kv_width, kv_width)),
+                Stack("o", ("o",), q_width, (hidden_size,)),
+                Stack("gate_up", ("gate", "up"), hidden_size, (intermediate_size, intermediate_size)),
+                Stack("down", ("down",), intermediate_size, (hidden_size,)),
+            ),
+            page_size=page_size,
+            width=kv_width,
+        )
+
+    def a_chunks(self, stack: Stack) -> int:
+        return ceil_div(stack.d_in, self.width)
+
+    def b_chunks(self, stack: Stack) -> tuple[int, int]:
+        """Column chunks of a B block: with, and without, a row of the stack's widest projection."""
+        return ceil_div(stack.d_outs[0], self.width), ceil_div(stack.d_outs[-1], self.width)
+
+    def stack_tiles(self, ranks: Any) -> tuple[tuple[StackTiles, ...], Any]:
+        """Tile numbers of every stack for `ranks [..., 7]`, and the adapter's total number of tiles `[...]`."""
+        tiles, base = [], 0 * ranks[..., 0]
+        for stack in self.stacks:
+            rows = sum(ranks[..., i] for i in stack.rank_index)
+            blocks = ceil_div(rows, self.page_size)
+            wide_blocks = ceil_div(ranks[..., stack.rank_index[0]], self.page_size)
+            wide, narrow = self.b_chunks(stack)
+            b_base = base + blocks * self.a_chunks(stack)
+            tiles.append(StackTiles(a_base=base, b_base=b_base, rows=rows, wide_blocks=wide_blocks))
+            base = b_base + wide_blocks * wide + (blocks - wide_blocks) * narrow
+        return tuple(tiles), base
+
+    def a_tile(self, stack: Stack, tiles: StackTiles, block: Any) -> Any:
+        """Number of the tile that holds column chunk 0 of A's row block `block`; chunk `c` is the c-th after it."""
+        return tiles.a_base + block * self.a_chunks(stack)
+
+    def b_tile(self, stack: Stack, tiles: StackTiles, block: Any) -> Any:
+        """Number of the tile that holds column chunk 0 of B's row block `block`; chunk `c` is the c-th after it."""
+        wide, narrow = self.b_chunks(stack)
+        in_wide = block * wide
+        after_wide = tiles.wide_blocks * wide + (block - tiles.wide_blocks) * narrow
+        return tiles.b_base + in_wide + (block >= tiles.wide_blocks) * (after_wide - in_wide)
+
+    def num_tiles(self, ranks: Any) -> Any:
+        """Tiles of an adapter with `ranks [..., 7]` in one layer."""
+        return self.stack_tiles(ranks)[1]
+
+    def num_pages(self, ranks: Any) -> Any:
+        """Pages of an adapter with `ranks [..., 7]`: `ceil(tiles / 2)`."""
+        return ceil_div(self.num_tiles(ranks), 2)

@@ -1,0 +1,29 @@
+"""Errors that slora-jax raises on purpose. Each message names the field or file, the value found, and the remedy."""
+
+
+class SloraError(Exception):
+    """Base class of every error that slora-jax raises on purpose."""
+
+
+class ConfigError(SloraError, ValueError):
+    """An `EngineConfig` or `SamplingParams` field is out of range, or fields contradict each other."""
+
+
+class UnsupportedModelError(SloraError, ValueError):
+    """A checkpoint's architecture or config field is not supported; the message names it."""
+
+
+class CheckpointError(SloraError, ValueError):
+    """A checkpoint's files are missing, damaged, or disagree with its config."""
+
+
+class AdapterError(SloraError, ValueError):
+    """An adapter cannot be used: unsupported field, wrong shape, missing tensor, unknown name. Nothing was changed."""
+
+
+class RequestError(SloraError, ValueError):
+    """A request was refused on arrival; other requests are not affected."""
+
+
+class PoolError(SloraError, RuntimeError):
+    """The pool's bookkeeping was violated (double free, leak, use after free): always a defect of the caller."""
