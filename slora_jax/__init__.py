@@ -1,0 +1,31 @@
+"""slora-jax: one base model, thousands of LoRA adapters, one unified paged pool (S-LoRA, arXiv 2311.03285, in JAX)."""
+
+from slora_jax.adapters import AdapterInfo
+from slora_jax.engine import Delta, Engine, EngineConfig, EngineStats, RequestOutput
+from slora_jax.errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    PoolError,
+    RequestError,
+    SloraError,
+    UnsupportedModelError,
+)
+from slora_jax.scheduling import SamplingParams
+
+__all__ = [
+    "AdapterError",
+    "AdapterInfo",
+    "CheckpointError",
+    "ConfigError",
+    "Delta",
+    "Engine",
+    "EngineConfig",
+    "EngineStats",
+    "PoolError",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "SloraError",
+    "UnsupportedModelError",
+]

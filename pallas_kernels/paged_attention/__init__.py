@@ -1,0 +1,5 @@
+"""Decode and chunked-prefill attention over the unified pool."""
+
+from pallas_kernels.paged_attention.api import AttentionTiles, paged_attention
+
+__all__ = ["AttentionTiles", "paged_attention"]

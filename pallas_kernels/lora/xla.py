@@ -1,0 +1,205 @@
+"""Reference of the gathered LoRA product in plain JAX: work in proportion to live ranks, no stack of padded adapters.
+
+The unit of work is a *group*: up to `GROUP` ranks of every projection of a stack at once. Where a group's rows lie in
+the pool is worked out once per step and shared by all layers (`prepare`); each layer then only reads them. Two regimes,
+chosen by what the compiled program is for:
+
+- *decode*: every row has (nearly) an adapter of its own. Rows are taken `ROW_CHUNK` at a time, each with its own
+  weights, read in place: the products are written as sums that XLA fuses with the gather.
+- *mixed*: each tile of rows shares one adapter; a group is one matrix product.
+
+Trip counts are data, so nothing is recompiled when adapters come and go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.lora.layout import LoraLayout, Stack, StackTiles, ceil_div
+
+GROUP = 16
+"""Ranks per projection in one unit of work."""
+
+ROW_CHUNK = 16
+"""Decode rows that are worked on together."""
+
+LANES = 64
+"""Columns summed side by side in the decode shrink, so that a CPU's vector units are filled."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StackRows:
+    """Where one stack's rows lie in the pool, seen as rows `[num_pages * 2 * page_size, W]`, for M adapters.
+
+    groups: int32 `[M]`, live groups. a_row: int32 `[G, M, projections, GROUP, A chunks]`; b_row: int32 `[G, M, B chunks
+    of all projections, GROUP]`; b_live: bool, same shape. Dead entries name row 0 of the dummy page; b_live masks them.
+    """
+
+    groups: jax.Array
+    a_row: jax.Array
+    b_row: jax.Array
+    b_live: jax.Array
+
+
+def prepare(
+    layout: LoraLayout, pages: jax.Array, ranks: jax.Array, slot: jax.Array, max_rank: int
+) -> tuple[StackRows, ...]:
+    """Row addresses of every stack of the adapters in `slot [M]`; `pages`, `ranks` as in `AdapterTable`."""
+    ranks = ranks[slot]  # [M, 7]
+    tiles, _ = layout.stack_tiles(ranks)
+    index = jnp.arange(ceil_div(max_rank, GROUP) * GROUP)  # rank within a projection
+    return tuple(
+        _stack_rows(layout, s, t, pages, ranks, slot, index) for s, t in zip(layout.stacks, tiles, strict=True)
+    )
+
+
+def _stack_rows(
+    layout: LoraLayout,
+    stack: Stack,
+    tiles: StackTiles,
+    pages: jax.Array,
+    ranks: jax.Array,
+    slot: jax.Array,
+    index: jax.Array,
+) -> StackRows:
+    size, chunks = layout.page_size, layout.a_chunks(stack)
+
+    def pool_row(tile: jax.Array, within: jax.Array, live: jax.Array) -> jax.Array:
+        """Pool row of row `within` of an adapter's tile number `tile`, all `[M, R, chunks]`."""
+        page = pages.at[slot[:, None, None], tile // 2].get(mode="clip")
+        return jnp.where(live, (2 * page + tile % 2) * size + within, 0)
+
+    a_rows, b_rows, b_live = [], [], []
+    first = jnp.zeros_like(slot)
+    for position in range(len(stack.projections)):
+        rank = ranks[:, stack.rank_index[position]]
+        row = first[:, None] + index[None]  # [M, R] row of the stack
+        first = first + rank
+        live = (index[None] < rank[:, None])[..., None]
+        block, within = row // size, (row % size)[..., None]
+        wide = StackTiles(*(field[:, None] for field in (tiles.a_base, tiles.b_base, tiles.rows, tiles.wide_blocks)))
+        a_tile = layout.a_tile(stack, wide, block)[..., None] + jnp.arange(chunks)
+        a_rows.append(pool_row(a_tile, within, live))  # [M, R, chunks]
+        b_tile = layout.b_tile(stack, wide, block)[..., None] + jnp.arange(
+            ceil_div(stack.d_outs[position], layout.width)
+        )
+        b_rows.append(pool_row(b_tile, within, live))  # [M, R, B chunks]
+        b_live.append(jnp.broadcast_to(live, b_tile.shape))
+
+    def by_group(rows: jax.Array) -> jax.Array:  # [M, n, R, ...] -> [G, M, n, GROUP, ...]
+        m, n, r, *rest = rows.shape
+        return jnp.moveaxis(rows.reshape(m, n, r // GROUP, GROUP, *rest), 2, 0)
+
+    return StackRows(
+        groups=ceil_div(ranks[:, jnp.array(stack.rank_index)].max(-1), GROUP),
+        a_row=by_group(jnp.stack(a_rows, 1)),
+        b_row=by_group(jnp.moveaxis(jnp.concatenate(b_rows, -1), -1, 1)),
+        b_live=by_group(jnp.moveaxis(jnp.concatenate(b_live, -1), -1, 1)),
+    )
+
+
+def add_decode(
+    x: jax.Array, y: jax.Array, pool: jax.Array, stack: Stack, layout: LoraLayout, rows: StackRows, lora_rows: jax.Array
+) -> jax.Array:
+    """Adds the LoRA part to `y [T, d_out]`; rows from `lora_rows` on have no adapter. `rows` has an entry per row."""
+    num_rows, chunk, width = x.shape[0], min(ROW_CHUNK, x.shape[0]), layout.width
+    flat = pool.reshape(-1, width)
+    x = _split_columns(x, stack.d_in, width).astype(jnp.float32)  # [T, A chunks, W]
+    lanes = LANES if width % LANES == 0 else width
+    projection = _projection_of_chunk(stack, layout)
+
+    def row_chunk(i: jax.Array, acc: jax.Array) -> jax.Array:
+        first_row = i * chunk
+        start = jnp.clip(first_row, 0, num_rows - chunk)
+        own = start + jnp.arange(chunk) >= first_row  # the last chunk may reach back into the one before
+        own &= start + jnp.arange(chunk) < lora_rows
+        x_rows = lax.dynamic_slice_in_dim(x, start, chunk)[:, None, None]  # [M, 1, 1, A chunks, W]
+
+        def group(g: jax.Array, delta: jax.Array) -> jax.Array:
+            a_row = lax.dynamic_slice_in_dim(rows.a_row[g], start, chunk)  # [M, p, GROUP, A chunks]
+            a = flat.at[a_row].get(mode="clip")  # fused into the sums below, never stored
+            partial = sum(
+                x_rows[..., c, w : w + lanes] * a[..., c, w : w + lanes]
+                for c in range(x.shape[1])
+                for w in range(0, width, lanes)
+            )
+            h = lax.optimization_barrier(partial).sum(-1)  # [M, p, GROUP]; the barrier keeps the wide sums one loop
+            live = lax.dynamic_slice_in_dim(rows.b_live[g], start, chunk) & own[:, None, None]
+            h = lax.optimization_barrier(jnp.where(live, h[:, projection], 0.0))  # [M, B chunks, GROUP]
+            b_row = lax.dynamic_slice_in_dim(rows.b_row[g], start, chunk)
+            return delta + sum(h[..., j, None] * flat.at[b_row[..., j]].get(mode="clip") for j in range(GROUP))
+
+        groups = jnp.max(jnp.where(own, lax.dynamic_slice_in_dim(rows.groups, start, chunk), 0))
+        delta = lax.fori_loop(0, groups, group, jnp.zeros((chunk, projection.size, width)))
+        old = lax.dynamic_slice_in_dim(acc, start, chunk)
+        new = old + _join_columns(delta, stack, layout)
+        return lax.dynamic_update_slice_in_dim(acc, new, start, 0)
+
+    acc = lax.fori_loop(0, ceil_div(lora_rows, chunk), row_chunk, y.astype(jnp.float32))
+    return acc.astype(y.dtype)
+
+
+def add_mixed(
+    x: jax.Array,
+    y: jax.Array,
+    pool: jax.Array,
+    stack: Stack,
+    layout: LoraLayout,
+    rows: StackRows,
+    first_row: jax.Array,
+    num_rows: jax.Array,
+    num_tiles: jax.Array,
+    tile_rows: int,
+) -> jax.Array:
+    """Adds the LoRA part to `y [T, d_out]`, tile by tile: tile i is rows `first_row[i] .. + num_rows[i]` (at most
+    `tile_rows`), all of the adapter that `rows` describes in entry i."""
+    width = layout.width
+    flat = pool.reshape(-1, width)
+    x = _split_columns(x, stack.d_in, width)  # [T, A chunks, W]
+    exact = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    projection = _projection_of_chunk(stack, layout)
+
+    def tile(i: jax.Array, acc: jax.Array) -> jax.Array:
+        start = jnp.clip(first_row[i], 0, x.shape[0] - tile_rows)
+        row = start + jnp.arange(tile_rows)
+        own = (row >= first_row[i]) & (row < first_row[i] + num_rows[i])
+        x_rows = lax.dynamic_slice_in_dim(x, start, tile_rows)  # [M, A chunks, W]
+
+        def group(g: jax.Array, delta: jax.Array) -> jax.Array:
+            a = flat.at[rows.a_row[g, i]].get(mode="clip")  # [p, GROUP, A chunks, W]
+            h = jnp.einsum("mcw,pjcw->pmj", x_rows, a, precision=exact, preferred_element_type=jnp.float32)
+            h = jnp.where(rows.b_live[g, i][:, None] & own[None, :, None], h[projection], 0.0)  # [B chunks, M, GROUP]
+            b = flat.at[rows.b_row[g, i]].get(mode="clip").astype(jnp.float32)  # [B chunks, GROUP, W]
+            return delta + jnp.einsum("nmj,njw->mnw", h, b, precision=lax.Precision.HIGHEST)
+
+        delta = lax.fori_loop(0, rows.groups[i], group, jnp.zeros((tile_rows, projection.size, width)))
+        old = lax.dynamic_slice_in_dim(acc, start, tile_rows)
+        return lax.dynamic_update_slice_in_dim(acc, old + _join_columns(delta, stack, layout), start, 0)
+
+    return lax.fori_loop(0, num_tiles, tile, y.astype(jnp.float32)).astype(y.dtype)
+
+
+def _projection_of_chunk(stack: Stack, layout: LoraLayout) -> jax.Array:
+    """Which projection each B chunk of the stack belongs to: int32 `[B chunks]`."""
+    return jnp.array([p for p, d in enumerate(stack.d_outs) for _ in range(ceil_div(d, layout.width))])
+
+
+def _split_columns(x: jax.Array, columns: int, width: int) -> jax.Array:
+    """`[T, columns]` to `[T, chunks, width]`, zero-padded."""
+    chunks = ceil_div(columns, width)
+    return jnp.pad(x, ((0, 0), (0, chunks * width - columns))).reshape(x.shape[0], chunks, width)
+
+
+def _join_columns(delta: jax.Array, stack: Stack, layout: LoraLayout) -> jax.Array:
+    """`[M, B chunks, W]` to the stack's fused output `[M, d_out]`, dropping each projection's padding."""
+    parts, at = [], 0
+    for d in stack.d_outs:
+        count = ceil_div(d, layout.width)
+        parts.append(delta[:, at : at + count].reshape(delta.shape[0], -1)[:, :d])
+        at += count
+    return jnp.concatenate(parts, axis=1)

@@ -1,0 +1,121 @@
+"""Reference of paged attention in plain JAX: online softmax over pages, never a copy of a whole context.
+
+Two regimes over the same batch. *Prefill* tiles hold many rows of one sequence: matrix products per group of pages.
+*Decode* rows have one query each: they are taken `ROW_CHUNK` at a time, longest contexts first, so that a chunk's trip
+count wastes little on its shorter members.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.lora.layout import ceil_div
+
+if TYPE_CHECKING:
+    from pallas_kernels.paged_attention.api import AttentionTiles
+
+ROW_CHUNK = 16
+"""Decode rows that share one gather of pages."""
+
+PREFILL_TOKENS = 128
+"""Keys read at once in the prefill regime."""
+
+LANES = 32
+"""Columns of a head summed side by side in the decode regime, so that a CPU's vector units are filled."""
+
+MASKED = -1e30
+"""Score of a key that a query must not see; finite, so that a fully masked block leaves no NaN."""
+
+
+def paged_attention(
+    q: jax.Array, pool: jax.Array, tiles: AttentionTiles, *, num_kv_heads: int, decode: bool, tile_rows: int
+) -> jax.Array:
+    """See `pallas_kernels.paged_attention.api.paged_attention`."""
+    num_tokens, num_heads, head_dim = q.shape
+    page_size = pool.shape[2]
+    group = num_heads // num_kv_heads
+    q = (q.astype(jnp.float32) * head_dim**-0.5).reshape(num_tokens, num_kv_heads, group, head_dim)
+    exact = lax.Precision.HIGHEST if pool.dtype == jnp.float32 else None
+
+    def pages(ids: jax.Array, tile: int) -> jax.Array:
+        """Keys (tile 0) or values (tile 1) of pages: `[..., page_size, Hkv, head_dim]`."""
+        return pool.at[ids, tile].get(mode="clip").reshape(*ids.shape, page_size, num_kv_heads, head_dim)
+
+    def prefill_tile(i: jax.Array, out: jax.Array) -> jax.Array:
+        seq, row = tiles.prefill_seq[i], tiles.prefill_row[i]
+        first_row = tiles.first_row[seq] + row
+        start = jnp.clip(first_row, 0, num_tokens - tile_rows)
+        q_rows = lax.dynamic_slice_in_dim(q, start, tile_rows).astype(pool.dtype)  # [M, Hkv, G, hd]
+        own = (jnp.arange(tile_rows) + start >= first_row) & (
+            jnp.arange(tile_rows) + start < tiles.first_row[seq] + tiles.length[seq]
+        )
+        position = tiles.context[seq] + start + jnp.arange(tile_rows) - tiles.first_row[seq]  # [M]
+        last = tiles.context[seq] + jnp.minimum(row + tile_rows, tiles.length[seq])
+        count = min(ceil_div(PREFILL_TOKENS, page_size), tiles.page_table.shape[1])
+        # A page table whose width is no multiple of `count` is read with clamped indices past its end, masked below.
+        columns = jnp.arange(count)
+
+        def body(block: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            highest, total, acc = state
+            ids = tiles.page_table.at[seq, block * count + columns].get(mode="clip")
+            k = pages(ids, 0).reshape(count * page_size, num_kv_heads, head_dim)
+            v = pages(ids, 1).reshape(count * page_size, num_kv_heads, head_dim)
+            scores = jnp.einsum("mngd,tnd->ngmt", q_rows, k, precision=exact, preferred_element_type=jnp.float32)
+            key = block * count * page_size + jnp.arange(count * page_size)
+            scores = jnp.where(key[None, :] <= position[:, None], scores, MASKED)
+            new = jnp.maximum(highest, scores.max(-1))
+            decay, p = jnp.exp(highest - new), jnp.exp(scores - new[..., None])
+            pv = jnp.einsum(
+                "ngmt,tnd->ngmd", p.astype(pool.dtype), v, precision=exact, preferred_element_type=jnp.float32
+            )
+            return new, total * decay + p.sum(-1), acc * decay[..., None] + pv
+
+        shape = (num_kv_heads, group, tile_rows)
+        state = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
+        _, total, acc = lax.fori_loop(0, ceil_div(last, count * page_size), body, state)
+        result = (acc / total[..., None]).transpose(2, 0, 1, 3)  # [M, Hkv, G, hd]
+        old = lax.dynamic_slice_in_dim(out, start, tile_rows)
+        return lax.dynamic_update_slice_in_dim(out, jnp.where(own[:, None, None, None], result, old), start, 0)
+
+    chunk = min(ROW_CHUNK, tiles.decode_seq.shape[0])
+    lanes = LANES if head_dim % LANES == 0 else head_dim
+
+    def decode_chunk(i: jax.Array, out: jax.Array) -> jax.Array:
+        start = jnp.clip(i * chunk, 0, tiles.decode_seq.shape[0] - chunk)
+        seq = lax.dynamic_slice(tiles.decode_seq, (start,), (chunk,))
+        entry = start + jnp.arange(chunk)
+        live = (entry >= i * chunk) & (entry < tiles.num_decode)
+        row = jnp.where(live, tiles.first_row[seq], num_tokens)
+        q_rows = q.at[row].get(mode="clip")[:, None]  # [M, 1, Hkv, G, hd]
+        tokens = jnp.where(live, tiles.context[seq] + 1, 0)
+        table = tiles.page_table.at[seq].get(mode="clip")  # [M, max_pages]
+
+        def body(block: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            highest, total, acc = state
+            ids = lax.dynamic_slice_in_dim(table, block, 1, axis=1)[:, 0]
+            k = pages(ids, 0)[:, :, :, None]  # [M, page_size, Hkv, 1, hd]
+            partial = sum(q_rows[..., d : d + lanes] * k[..., d : d + lanes] for d in range(0, head_dim, lanes))
+            scores = lax.optimization_barrier(partial).sum(-1)  # [M, page_size, Hkv, G]
+            key = block * page_size + jnp.arange(page_size)
+            scores = jnp.where((key[None] < tokens[:, None])[..., None, None], scores, MASKED)
+            new = jnp.maximum(highest, scores.max(1))
+            decay, p = jnp.exp(highest - new), jnp.exp(scores - new[:, None])
+            p = lax.optimization_barrier(p)  # computed once, not once per column of the values
+            v = pages(ids, 1)  # [M, page_size, Hkv, hd]
+            pv = sum(p[:, j, :, :, None] * v[:, j, :, None] for j in range(page_size))
+            return new, total * decay + p.sum(1), acc * decay[..., None] + pv
+
+        shape = (chunk, num_kv_heads, group)
+        state = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
+        _, total, acc = lax.fori_loop(0, ceil_div(jnp.max(tokens), page_size), body, state)
+        return out.at[row].set(acc / total[..., None], mode="drop")
+
+    out = jnp.zeros(q.shape, jnp.float32)
+    if not decode:
+        out = lax.fori_loop(0, tiles.num_prefill, prefill_tile, out)
+    out = lax.fori_loop(0, ceil_div(tiles.num_decode, chunk), decode_chunk, out)
+    return out.reshape(num_tokens, num_heads, head_dim).astype(q.dtype if pool.dtype == jnp.float32 else pool.dtype)

@@ -1,0 +1,18 @@
+"""Writes into one layer's pool `[num_pages, 2, page_size, W]`: pure functions that XLA turns into in-place scatters
+when the pool is donated (no copy in the compiled program; `tests/engine/test_no_pool_copy.py` reads it)."""
+
+import jax
+
+
+def write_kv(pool: jax.Array, k: jax.Array, v: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
+    """Writes each token's key and value rows `[T, W]` to row `offset [T]` of page `page [T]` (int32).
+
+    Tokens that pad the batch name page 0, the dummy page, which nothing reads unmasked.
+    """
+    pool = pool.at[page, 0, offset].set(k.astype(pool.dtype), mode="drop")
+    return pool.at[page, 1, offset].set(v.astype(pool.dtype), mode="drop")
+
+
+def write_pages(pool: jax.Array, page: jax.Array, contents: jax.Array) -> jax.Array:
+    """Writes whole pages `contents [K, 2, page_size, W]` to `page [K]` (int32); ids past the pool's end are dropped."""
+    return pool.at[page].set(contents.astype(pool.dtype), mode="drop")

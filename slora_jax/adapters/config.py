@@ -1,0 +1,248 @@
+"""adapter_config.json as PEFT writes it: every field is honoured, provably harmless, or refused by name.
+
+The fields are those of PEFT 0.21.2's `LoraConfig`. A field that is not known here is refused unless null: ignoring
+fields is how adapters come to run with a silently wrong scale.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slora_jax.errors import AdapterError
+
+MAX_RANK = 256
+"""Largest rank of one projection that the kernels accept."""
+
+HARMLESS = frozenset(
+    {
+        # Provenance and training-time settings: no effect on a loaded adapter's output.
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "lora_dropout",
+        "merge_weights",
+        "peft_version",
+        "revision",
+        "runtime_config",
+        "task_type",
+        # Parameters of a method that another field switches on; that field is checked.
+        "megatron_core",
+        "qalora_group_size",
+        # Parameters of an initialisation. PEFT ignores them unless `init_lora_weights` names it (checked), and leaves
+        # them in place when it saves a PiSSA/CorDA/LoRA-GA adapter converted to plain LoRA.
+        "corda_config",
+        "eva_config",
+        "loftq_config",
+        "lora_ga_config",
+    }
+)
+"""Fields that cannot change what a loaded adapter computes, whatever their value."""
+
+REFUSED = {
+    "alora_invocation_tokens": "activated LoRA applies only after an invocation string",
+    "arrow_config": "Arrow routes every token among several adapters",
+    "ensure_weight_tying": "tied embedding adapters are not supported",
+    "enable_lora": "the merged linear layers of early PEFT versions are not supported",
+    "kasa_config": "KaSA changes the base weights",
+    "layer_replication": "it changes the number of layers of the base model",
+    "lora_bias": "biases beside lora_B are not supported",
+    "megatron_config": "Megatron's parallel linear layers are not supported",
+    "modules_to_save": "fully trained modules are not supported",
+    "monteclora_config": "MonteCLoRA perturbs the weights at random in each forward pass",
+    "target_parameters": "LoRA on bare parameters (experts) is not supported",
+    "trainable_token_indices": "trained token embeddings are not supported",
+    "use_bdlora": "block-diagonal LoRA is not supported",
+    "use_dora": "DoRA rescales the base weights",
+    "use_qalora": "QA-LoRA pools the inputs of quantised layers",
+    "velora_config": "VeLoRA's extra state is not supported",
+}
+"""Fields that must be unset (null, false or an empty list), and why."""
+
+PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+"""Named initialisations that leave the base weights untouched, so that the saved A and B mean plain LoRA."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The honoured fields, with PEFT's names, defaults and meaning.
+
+    `target_modules` and `exclude_modules` are a tuple of module-name suffixes or one regular expression that must match
+    the whole name; `target_modules` may be "all-linear", and None means PEFT's default for this family of models.
+    `fan_in_fan_out` describes the base weight's storage; PEFT sets it to False for linear layers, so it has no effect.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: tuple[str, ...] | str | None = None
+    exclude_modules: tuple[str, ...] | str | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    layers_to_transform: tuple[int, ...] | int | None = None
+    layers_pattern: tuple[str, ...] | str | None = None
+    fan_in_fan_out: bool = False
+
+    @classmethod
+    def from_json(cls, data: object) -> LoraConfig:
+        """Checks every field of a parsed adapter_config.json. Raises AdapterError naming field, value and reason."""
+        if not isinstance(data, dict):
+            raise AdapterError(f"expected a JSON object, found {type(data).__name__}")
+        if data.get("peft_type") != "LORA":
+            raise AdapterError(f"peft_type: expected 'LORA', found {data.get('peft_type')!r}")
+        _refuse_unsupported(data)
+        honoured: dict[str, Any] = {name: read(name, data[name]) for name, read in _READERS.items() if name in data}
+        config = cls(**honoured)
+        config._check_combinations()
+        return config
+
+    @classmethod
+    def from_file(cls, path: Path) -> LoraConfig:
+        """Reads an adapter_config.json. Raises AdapterError naming the file when it is unreadable or not supported."""
+        try:
+            return cls.from_json(json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates))
+        except FileNotFoundError:
+            raise AdapterError(f"{path}: no such file; expected a directory saved by PEFT") from None
+        except OSError as error:
+            raise AdapterError(f"{path}: cannot be read: {error}") from error
+        except AdapterError as error:
+            raise AdapterError(f"{path}: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise AdapterError(f"{path}: not valid JSON: {error}") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of an adapter_config.json that PEFT reads back to the same meaning."""
+        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        fields |= {"rank_pattern": dict(self.rank_pattern), "alpha_pattern": dict(self.alpha_pattern)}
+        plain = {"bias": "none", "inference_mode": True, "init_lora_weights": True, "lora_dropout": 0.0}
+        return fields | plain | {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
+
+    def _check_combinations(self) -> None:
+        """The contradictions that PEFT refuses, and every regular expression in the form in which it is matched."""
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise AdapterError(f"{name}: cannot be combined with target_modules {self.target_modules!r}")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise AdapterError("layers_pattern: needs layers_to_transform")
+        patterns = [(name, getattr(self, name)) for name in ("target_modules", "exclude_modules")]
+        patterns = [(name, value) for name, value in patterns if isinstance(value, str)]
+        layers = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern or ()
+        patterns += [("layers_pattern", layer_regex(value)) for value in layers]
+        patterns += [("rank_pattern", pattern_regex(value)) for value in self.rank_pattern]
+        patterns += [("alpha_pattern", pattern_regex(value)) for value in self.alpha_pattern]
+        for name, pattern in patterns:
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise AdapterError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
+
+
+def pattern_regex(key: str) -> str:
+    """A rank_pattern or alpha_pattern key as PEFT matches it: at the end of a module name, after a dot."""
+    return rf"(.*\.)?({key})$"
+
+
+def layer_regex(pattern: str) -> str:
+    """A layers_pattern as PEFT matches it: the first number that follows it is the layer index."""
+    return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
+
+
+def _refuse_unsupported(data: dict[str, Any]) -> None:
+    for name, value in data.items():
+        if name in _READERS or name in HARMLESS or name == "peft_type":
+            continue
+        if name == "bias":
+            if value not in ("none", None):
+                raise AdapterError(f"bias: only 'none' is supported, found {value!r}")
+        elif name == "init_lora_weights":
+            _refuse_changed_base(value)
+        elif name in REFUSED:
+            if value not in (None, False, [], ""):  # PEFT takes an empty object for a sub-config of defaults: set
+                raise AdapterError(f"{name}: {REFUSED[name]}; must be unset, found {_short(value)}")
+        elif value is not None:
+            raise AdapterError(
+                f"{name}: unknown field with value {_short(value)}; remove it if it does not change the computation"
+            )
+
+
+def _refuse_changed_base(value: object) -> None:
+    """PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base weights: A and B are relative to that changed base.
+    Saved with PEFT's `path_initial_model_for_weight_conversion` they become plain LoRA, marked True."""
+    if value is None or isinstance(value, bool) or (isinstance(value, str) and value in PLAIN_INITS):
+        return
+    raise AdapterError(
+        f"init_lora_weights: {_short(value)} changes the base weights or is unknown; save the adapter with "
+        "path_initial_model_for_weight_conversion to turn it into plain LoRA"
+    )
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise AdapterError(f"field {next(n for n in names if names.count(n) > 1)!r} occurs twice")
+    return result
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _rank(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
+        raise AdapterError(f"{name}: rank must be an integer in 1..{MAX_RANK}, found {_short(value)}")
+    return value
+
+
+def _alpha(name: str, value: Any) -> float:
+    if not isinstance(value, bool) and isinstance(value, (int, float)) and -1e30 < value < 1e30:
+        return value  # NaN fails both comparisons
+    raise AdapterError(f"{name}: must be a finite number, found {_short(value)}")
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise AdapterError(f"{name}: must be true or false, found {_short(value)}")
+    return value
+
+
+def _names(name: str, value: Any) -> tuple[str, ...] | str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise AdapterError(f"{name}: must be a string or a list of strings, found {_short(value)}")
+
+
+def _layers(name: str, value: Any) -> tuple[int, ...] | int | None:
+    items = value if isinstance(value, list) else [value]
+    if value is None or all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+        return tuple(value) if isinstance(value, list) else value
+    raise AdapterError(f"{name}: must be an integer or a list of integers, found {_short(value)}")
+
+
+def _patterns(name: str, value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise AdapterError(f"{name}: must be an object of module patterns, found {_short(value)}")
+    read = _rank if name == "rank_pattern" else _alpha
+    return {key: read(f"{name}[{key!r}]", item) for key, item in (value or {}).items()}
+
+
+_READERS = {
+    "r": _rank,
+    "lora_alpha": _alpha,
+    "target_modules": _names,
+    "exclude_modules": _names,
+    "rank_pattern": _patterns,
+    "alpha_pattern": _patterns,
+    "use_rslora": _flag,
+    "layers_to_transform": _layers,
+    "layers_pattern": _names,
+    "fan_in_fan_out": _flag,
+}

@@ -1,0 +1,66 @@
+"""What an adapter must know of its base model: widths, layer count, and the Hugging Face names of its projections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from pallas_kernels.lora.layout import PROJECTIONS, LoraLayout
+from slora_jax.errors import ConfigError
+
+MODULES = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+"""Projection name -> module name within a decoder layer."""
+
+
+def module_name(layer: int, projection: str) -> str:
+    """The module's full Hugging Face name, e.g. `model.layers.0.self_attn.q_proj`."""
+    return f"model.layers.{layer}.{MODULES[projection]}"
+
+
+@dataclass(frozen=True)
+class BaseGeometry:
+    """Widths of a Llama-like base model, in elements, and the pool's `page_size`, in tokens (= rows of a tile).
+
+    `q_width` is `num_heads * head_dim` and `kv_width` is `num_kv_heads * head_dim`, the pool's W.
+    """
+
+    num_layers: int
+    hidden_size: int
+    q_width: int
+    kv_width: int
+    intermediate_size: int
+    page_size: int
+
+    def __post_init__(self) -> None:
+        for field, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"BaseGeometry.{field} must be a positive integer, found {value!r}")
+
+    @cached_property
+    def layout(self) -> LoraLayout:
+        """Where every row of an adapter of this base model lies in its tiles."""
+        return LoraLayout.of_decoder(
+            hidden_size=self.hidden_size,
+            q_width=self.q_width,
+            kv_width=self.kv_width,
+            intermediate_size=self.intermediate_size,
+            page_size=self.page_size,
+        )
+
+    @cached_property
+    def _dims(self) -> dict[str, tuple[int, int]]:
+        return {p: (s.d_in, d) for s in self.layout.stacks for p, d in zip(s.projections, s.d_outs, strict=True)}
+
+    def dims(self, projection: str) -> tuple[int, int]:
+        """`(d_in, d_out)` of a projection's base weight."""
+        if projection not in self._dims:
+            raise ConfigError(f"unknown projection {projection!r}; expected one of {', '.join(PROJECTIONS)}")
+        return self._dims[projection]

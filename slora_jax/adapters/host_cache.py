@@ -1,0 +1,310 @@
+"""Tiles in host memory by digest: reference counts, a byte budget, LRU spill to disk, read-back by a worker thread."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from slora_jax.adapters.spill import SpilledTiles, SpillFiles
+from slora_jax.adapters.tiles import AdapterTiles
+from slora_jax.errors import AdapterError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Content:
+    """One digest's tiles and who needs them: in memory (`tiles`), on disk (`spilled`), both, or lost (`error`).
+
+    `names` point to it, running requests `pins` it, callers (`waiters`) block on it; without names and pins it goes.
+    """
+
+    digest: str
+    nbytes: int
+    source: Path | None
+    tiles: AdapterTiles | None
+    spilled: SpilledTiles | None = None
+    error: AdapterError | None = None
+    names: int = 0
+    pins: int = 0
+    waiters: int = 0
+    loading: bool = False
+    spilling: bool = False
+
+
+class HostCache:
+    """At most `host_bytes` of tiles in memory, the rest in spill files. Every method may be called from any thread.
+
+    One lock guards all state and is never held during disk I/O. The least recently used content is spilled first,
+    content pinned by requests only when there is no other. The budget is exceeded while content arrives, while callers
+    block in `wait`, and when the disk refuses a spill. `reread(directory)` packs an adapter anew from its source.
+    """
+
+    def __init__(self, host_bytes: int, spill_dir: Path | None, reread: Callable[[Path], AdapterTiles]) -> None:
+        self.host_bytes = host_bytes
+        self.spill_writes = self.spill_reads = 0
+        self._reread = reread
+        self._files = SpillFiles(spill_dir)
+        self._changed = threading.Condition(threading.Lock())
+        self._contents: dict[str, _Content] = {}
+        self._resident: OrderedDict[str, _Content] = OrderedDict()  # least recently used first
+        self._resident_bytes = self._spilling_bytes = 0
+        self._queue: deque[_Content] = deque()
+        self._worker: threading.Thread | None = None
+        self._closed = False
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of tiles in memory."""
+        return self._resident_bytes
+
+    @property
+    def num_spilled(self) -> int:
+        """Contents that are not in memory."""
+        with self._changed:
+            return len(self._contents) - len(self._resident)
+
+    def hold(self, digest: str, source: Path | None) -> bool:
+        """Counts one more name for content that is in memory; False when it must be inserted."""
+        with self._changed:
+            self._check_open()
+            content = self._contents.get(digest)
+            if content is None or content.tiles is None:
+                return False
+            content.names += 1
+            content.source = source or content.source
+            return True
+
+    def is_named(self, digest: str) -> bool:
+        """Whether a name points to this content."""
+        with self._changed:
+            content = self._contents.get(digest)
+            return content is not None and content.names > 0
+
+    def insert(self, tiles: AdapterTiles, source: Path | None) -> None:
+        """Adds content with one name (spilled or lost content is restored), then spills until the budget holds."""
+        with self._changed:
+            self._check_open()
+            content = self._contents.get(tiles.digest)
+            if content is None:
+                content = self._contents[tiles.digest] = _Content(tiles.digest, tiles.nbytes, source, None)
+            content.names += 1
+            content.source = source or content.source
+            self._make_resident(content, tiles)
+        self._enforce_budget(keep=content)
+
+    def release(self, digest: str) -> None:
+        """Takes one name away; content without names and pins is dropped."""
+        self._count_down(digest, "names")
+
+    def pin(self, digest: str) -> None:
+        """Keeps content alive (in memory or on disk) until `unpin`; pins are counted."""
+        with self._changed:
+            self._content(digest).pins += 1
+
+    def unpin(self, digest: str) -> None:
+        """Undoes one `pin`; content without names and pins is dropped."""
+        self._count_down(digest, "pins")
+
+    def get(self, digest: str) -> AdapterTiles | None:
+        """The tiles if they are in memory; raises AdapterError for unknown or lost content."""
+        with self._changed:
+            return self._touch(self._content(digest))
+
+    def request(self, digest: str) -> AdapterTiles | None:
+        """Like `get`, and asks the worker to bring the tiles back when they are not in memory."""
+        with self._changed:
+            content = self._content(digest)
+            tiles = self._touch(content)
+            self._enqueue(content)
+            return tiles
+
+    def prefetch(self, digest: str) -> None:
+        """Asks the worker to bring the tiles back when they are not in memory; raises only for unknown content."""
+        with self._changed:
+            self._enqueue(self._content(digest))
+
+    def wait(self, digest: str, timeout: float | None) -> AdapterTiles:
+        """Blocks until the tiles are in memory; raises AdapterError if they are lost, dropped, or `timeout` s pass."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            content = self._content(digest)
+            content.waiters += 1
+            try:
+                while (tiles := self._touch(content)) is None:
+                    self._enqueue(content)
+                    remaining = None if deadline is None else deadline - time.monotonic()
+                    if remaining is not None and remaining <= 0:
+                        raise AdapterError(f"adapter {digest[:12]} was not read back within {timeout} s")
+                    self._changed.wait(remaining)
+                    if self._contents.get(digest) is not content:
+                        raise AdapterError(f"adapter {digest[:12]} was removed while it was awaited")
+                return tiles
+            finally:
+                content.waiters -= 1
+
+    def close(self) -> None:
+        """Drops everything, ends the worker and removes the spill files. May be called twice."""
+        with self._changed:
+            self._closed = True
+            self._contents.clear()
+            self._resident.clear()
+            self._queue.clear()
+            self._resident_bytes = 0
+            worker = self._worker
+            self._changed.notify_all()
+        if worker is not None and worker is not threading.current_thread():
+            worker.join()
+        self._files.close()
+
+    # With the lock held -----------------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise AdapterError("the adapter store is closed")
+
+    def _content(self, digest: str) -> _Content:
+        self._check_open()
+        content = self._contents.get(digest)
+        if content is None:
+            raise AdapterError(f"no adapter with digest {digest!r} is registered")
+        return content
+
+    def _touch(self, content: _Content) -> AdapterTiles | None:
+        if content.error is not None:
+            raise AdapterError(*content.error.args)
+        if content.tiles is not None:
+            self._resident.move_to_end(content.digest)
+        return content.tiles
+
+    def _make_resident(self, content: _Content, tiles: AdapterTiles) -> None:
+        content.error = None
+        if content.tiles is None:
+            content.tiles = tiles
+            self._resident[content.digest] = content
+            self._resident_bytes += content.nbytes
+        self._changed.notify_all()
+
+    def _leave_memory(self, content: _Content) -> None:
+        if content.tiles is not None and self._resident.pop(content.digest, None) is not None:
+            self._resident_bytes -= content.nbytes
+        content.tiles = None
+
+    def _enqueue(self, content: _Content) -> None:
+        if content.tiles is not None or content.loading or content.error is not None:
+            return
+        content.loading = True
+        self._queue.append(content)
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._read_back_queue, name="slora-adapters", daemon=True)
+            self._worker.start()
+        self._changed.notify_all()
+
+    def _victim(self, keep: _Content) -> _Content | None:
+        if self._resident_bytes - self._spilling_bytes <= self.host_bytes:
+            return None
+        pinned = None
+        for content in self._resident.values():
+            if content is keep or content.spilling or content.waiters:
+                continue
+            if not content.pins:
+                return content
+            pinned = pinned or content
+        return pinned
+
+    # Disk I/O, without the lock ---------------------------------------------------------------------------------------
+
+    def _count_down(self, digest: str, counter: str) -> None:
+        with self._changed:
+            content = self._content(digest)
+            if getattr(content, counter) == 0:
+                raise AdapterError(f"adapter {digest[:12]} has no {counter} left to take away")
+            setattr(content, counter, getattr(content, counter) - 1)
+            unused = not content.names and not content.pins
+            if unused:
+                del self._contents[digest]
+                self._leave_memory(content)
+                self._changed.notify_all()
+        if unused:
+            self._files.discard(content.spilled)
+
+    def _enforce_budget(self, keep: _Content) -> None:
+        """Spills until the budget holds; `keep` has just arrived and stays."""
+        while True:
+            with self._changed:
+                victim = self._victim(keep)
+                if victim is None or victim.tiles is None:
+                    return
+                tiles, spilled = victim.tiles, victim.spilled
+                victim.spilling = True
+                self._spilling_bytes += victim.nbytes
+            error = None
+            try:
+                spilled = spilled or self._files.write(tiles)
+            except OSError as os_error:
+                error = os_error
+            with self._changed:
+                victim.spilling = False
+                self._spilling_bytes -= victim.nbytes
+                alive = self._contents.get(victim.digest) is victim
+                if error is None and alive:
+                    self.spill_writes += victim.spilled is None
+                    victim.spilled = spilled
+                    self._leave_memory(victim)
+            del tiles
+            if error is not None:
+                logger.warning(
+                    "host_adapter_bytes=%d is exceeded: an adapter of %d bytes stays in memory because it cannot be "
+                    "spilled: %s", self.host_bytes, victim.nbytes, error,
+                )  # fmt: skip
+                return
+            if not alive:
+                self._files.discard(spilled)
+
+    def _read_back_queue(self) -> None:
+        """The worker: brings queued content back into memory, one after another, until the cache is closed."""
+        while True:
+            with self._changed:
+                while not self._queue and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                content = self._queue.popleft()
+                if self._contents.get(content.digest) is not content:
+                    continue
+            result = content.tiles or self._read_back(content)
+            with self._changed:
+                content.loading = False
+                if self._contents.get(content.digest) is content:
+                    if isinstance(result, AdapterTiles):
+                        self._make_resident(content, result)
+                    elif content.tiles is None:
+                        content.error = result
+                self._changed.notify_all()
+            del result
+            self._enforce_budget(keep=content)
+            del content
+
+    def _read_back(self, content: _Content) -> AdapterTiles | AdapterError:
+        try:
+            assert content.spilled is not None
+            tiles = self._files.read(content.spilled)
+            self.spill_reads += 1
+            return tiles
+        except Exception as error:  # noqa: BLE001  one adapter must not end the worker
+            lost = AdapterError(f"adapter {content.digest[:12]} was lost: {error}")
+        with self._changed:
+            damaged, content.spilled = content.spilled, None
+        self._files.discard(damaged)
+        try:
+            if content.source is not None and (tiles := self._reread(content.source)).digest == content.digest:
+                logger.warning("%s; its source %s was read again", lost, content.source)
+                return tiles
+        except Exception as error:  # noqa: BLE001
+            logger.warning("%s; nor can its source be read again: %s", lost, error)
+        return lost

@@ -1,0 +1,192 @@
+"""PEFT adapter directories in and out, without torch: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy for safetensors)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from pallas_kernels.lora.layout import PROJECTIONS
+from slora_jax.adapters.adapter import LoraAdapter
+from slora_jax.adapters.config import LoraConfig
+from slora_jax.adapters.geometry import MODULES, BaseGeometry, module_name
+from slora_jax.adapters.targets import Target, resolve_targets
+from slora_jax.errors import AdapterError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+PREFIX = "base_model.model."
+DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+"""Accepted element types: safetensors' names and NumPy's."""
+
+_WEIGHT = re.compile(
+    r"base_model\.model\.model\.layers\.(?P<layer>0|[1-9]\d{0,5})\.(?P<module>[a-z_]+\.[a-z_]+)"
+    r"\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\.weight"
+)
+_PROJECTION_OF = {module: projection for projection, module in MODULES.items()}
+_UNSUPPORTED_PARTS = {
+    "lora_magnitude_vector": "a DoRA magnitude",
+    "lora_embedding": "LoRA on an embedding",
+    "embed_tokens": "an embedding",
+    "lm_head": "the output head",
+    "modules_to_save": "a fully trained module",
+    "token_adapter": "trained token embeddings",
+    ".bias": "a bias",
+}
+
+Key = tuple[int, str]
+
+
+def read_peft(directory: str | Path, geometry: BaseGeometry) -> LoraAdapter:
+    """Reads an adapter that PEFT saved for a base model of this geometry; weights become float32.
+
+    Raises AdapterError naming file, tensor, what was expected and what was found. Shapes and element types are checked
+    against `geometry` from the file's header, before any weight is read.
+    """
+    directory = Path(directory)
+    config = LoraConfig.from_file(directory / CONFIG_FILE)
+    try:
+        targets = resolve_targets(config, geometry.num_layers)
+    except AdapterError as error:
+        raise AdapterError(f"{directory / CONFIG_FILE}: {error}") from None
+    path = directory / WEIGHTS_FILE
+    if not path.is_file():
+        if (directory / PICKLE_FILE).exists():
+            raise AdapterError(
+                f"{directory / PICKLE_FILE}: pickled weights are not read because unpickling can run arbitrary code; "
+                f"save the adapter as {WEIGHTS_FILE} (PEFT: safe_serialization=True)"
+            )
+        raise AdapterError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="np") as file:
+            tensors = _Tensors(path, file, _tensor_names(path, list(file.keys()), targets, geometry))
+            tensors.check_complete(targets)
+            for key, target in targets.items():
+                tensors.check_shapes(key, target, geometry)
+            a = {key: tensors.read(key, "A") for key in targets}
+            b = {key: tensors.read(key, "B") for key in targets}
+    except SafetensorError as error:
+        raise AdapterError(f"{path}: not a valid safetensors file: {error}") from None
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error}") from error
+    return adapter_of(config, targets, a, b, geometry.num_layers)
+
+
+def adapter_of(
+    config: LoraConfig,
+    targets: Mapping[Key, Target],
+    a: Mapping[Key, np.ndarray],
+    b: Mapping[Key, np.ndarray],
+    num_layers: int,
+) -> LoraAdapter:
+    """Joins a config's resolved targets with their matrices (`a [r, d_in]`, `b [d_out, r]`)."""
+    ranks = np.zeros((num_layers, len(PROJECTIONS)), np.int32)  # [num_layers, 7]
+    for (layer, projection), target in targets.items():
+        ranks[layer, PROJECTIONS.index(projection)] = target.rank
+    scales = {key: target.scale for key, target in targets.items()}
+    return LoraAdapter(config=config, a=a, b=b, scales=scales, ranks=ranks)
+
+
+def write_peft(
+    directory: str | Path,
+    adapter: LoraAdapter,
+    dtype: str = "float32",
+    base_model_name_or_path: str | None = None,
+) -> Path:
+    """Writes an adapter directory that PEFT loads; `dtype` is float32, float16 or bfloat16. Returns the directory.
+
+    Raises AdapterError when `adapter.config` does not resolve to the ranks and scales of the matrices.
+    """
+    if dtype not in DTYPES.values():
+        raise AdapterError(f"dtype: expected one of {', '.join(DTYPES.values())}, found {dtype!r}")
+    targets = resolve_targets(adapter.config, len(adapter.ranks))
+    found = {key: Target(matrix.shape[0], adapter.scales[key]) for key, matrix in adapter.a.items()}
+    if targets != found:
+        wrong = next(key for key in sorted(targets.keys() | found.keys()) if targets.get(key) != found.get(key))
+        raise AdapterError(
+            f"{module_name(*wrong)}: the config says {targets.get(wrong)}, the weights say {found.get(wrong)}"
+        )
+    tensors = {}
+    for key in targets:
+        for side, matrix in (("A", adapter.a[key]), ("B", adapter.b[key])):
+            tensors[f"{PREFIX}{module_name(*key)}.lora_{side}.weight"] = np.ascontiguousarray(matrix, np.dtype(dtype))
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = adapter.config.to_json() | {"base_model_name_or_path": base_model_name_or_path}
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    return directory
+
+
+def _tensor_names(
+    path: Path, names: list[str], targets: Mapping[Key, Target], geometry: BaseGeometry
+) -> dict[tuple[Key, str], str]:
+    """`((layer, projection), "A" | "B") -> tensor name`; raises AdapterError at the first tensor that has no place."""
+    found: dict[tuple[Key, str], str] = {}
+    for name in names:
+        match = _WEIGHT.fullmatch(name)
+        projection = _PROJECTION_OF.get(match["module"]) if match else None
+        if match is None or projection is None:
+            part = next((what for part, what in _UNSUPPORTED_PARTS.items() if part in name), "no known LoRA weight")
+            raise AdapterError(f"{path}: unexpected tensor {name!r}: {part}; only LoRA on {', '.join(MODULES)} is read")
+        layer = int(match["layer"])
+        if layer >= geometry.num_layers:
+            raise AdapterError(
+                f"{path}: unexpected tensor {name!r}: the base model has {geometry.num_layers} layers; "
+                "the adapter was probably trained on another base model"
+            )
+        if (layer, projection) not in targets:
+            raise AdapterError(f"{path}: unexpected tensor {name!r}: {CONFIG_FILE} does not target this module")
+        slot = ((layer, projection), match["side"])
+        if slot in found:
+            raise AdapterError(f"{path}: tensors {found[slot]!r} and {name!r} are the same weight twice")
+        found[slot] = name
+    return found
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """An open safetensors file and the names of its LoRA weights."""
+
+    path: Path
+    file: Any
+    names: Mapping[tuple[Key, str], str]
+
+    def check_complete(self, targets: Mapping[Key, Target]) -> None:
+        for key in targets:
+            for side in "AB":
+                if (key, side) not in self.names:
+                    name = f"{PREFIX}{module_name(*key)}.lora_{side}.weight"
+                    raise AdapterError(f"{self.path}: missing tensor {name!r}, which {CONFIG_FILE} targets")
+
+    def check_shapes(self, key: Key, target: Target, geometry: BaseGeometry) -> None:
+        d_in, d_out = geometry.dims(key[1])
+        for side, rank_axis, expected in (("A", 0, [target.rank, d_in]), ("B", 1, [d_out, target.rank])):
+            name = self.names[key, side]
+            header = self.file.get_slice(name)
+            shape, dtype = header.get_shape(), header.get_dtype()
+            if dtype not in DTYPES:
+                raise AdapterError(f"{self.path}: tensor {name!r}: expected {', '.join(DTYPES)}, found {dtype}")
+            if shape == expected:
+                continue
+            if len(shape) == 2 and shape[1 - rank_axis] == expected[1 - rank_axis]:
+                reason = f"{CONFIG_FILE} says rank {target.rank}, the tensor has rank {shape[rank_axis]}"
+            else:
+                reason = "the adapter was probably trained on another base model"
+            raise AdapterError(f"{self.path}: tensor {name!r}: expected shape {expected}, found {shape}: {reason}")
+
+    def read(self, key: Key, side: str) -> np.ndarray:
+        name = self.names[key, side]
+        matrix = np.asarray(self.file.get_tensor(name), np.float32)
+        if not np.isfinite(matrix).all():
+            raise AdapterError(f"{self.path}: tensor {name!r}: expected finite values, found NaN or infinity")
+        return matrix

@@ -1,0 +1,100 @@
+"""Spilled adapters: one raw file per adapter in a private directory, written atomically, verified when read back."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import tempfile
+import threading
+import weakref
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from slora_jax.adapters.tiles import AdapterTiles
+from slora_jax.errors import AdapterError
+
+
+@dataclass(frozen=True, eq=False)
+class SpilledTiles:
+    """Where an adapter's pages lie on disk, and all that is needed to bring them back."""
+
+    path: Path
+    digest: str
+    ranks: np.ndarray
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    crc32: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file, which are the bytes of `pages`."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+class SpillFiles:
+    """Writes and reads spill files in a fresh directory under `parent` (None: the system's temporary directory).
+
+    The directory is made at the first write and removed by `close`, or when the process ends. Thread-safe.
+    """
+
+    def __init__(self, parent: Path | None) -> None:
+        self._parent = parent
+        self._lock = threading.Lock()
+        self._directory: Path | None = None
+        self._numbers = itertools.count()
+        self._remove: weakref.finalize | None = None
+
+    def write(self, tiles: AdapterTiles) -> SpilledTiles:
+        """Writes `tiles.pages`; no two files share a name. Raises OSError (disk full), leaving nothing."""
+        path = self._ensure_directory() / f"{tiles.digest[:16]}-{next(self._numbers)}.tiles"
+        partial = path.with_suffix(".partial")
+        content = tiles.pages.view(np.uint8).reshape(-1).data
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+        pages = tiles.pages
+        return SpilledTiles(path, tiles.digest, tiles.ranks, pages.shape, pages.dtype, zlib.crc32(content))
+
+    def read(self, spilled: SpilledTiles) -> AdapterTiles:
+        """Reads an adapter back. Raises AdapterError when the file is missing, unreadable or damaged."""
+        content = np.empty(spilled.nbytes, np.uint8)
+        try:
+            with spilled.path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != spilled.nbytes or file.readinto(content.data) != size:
+                    raise AdapterError(f"{spilled.path}: spill file is damaged: {size} bytes, not {spilled.nbytes}")
+        except OSError as error:
+            raise AdapterError(f"{spilled.path}: spill file cannot be read: {error}") from error
+        if zlib.crc32(content.data) != spilled.crc32:
+            raise AdapterError(f"{spilled.path}: spill file is damaged: its checksum changed")
+        return AdapterTiles(spilled.digest, spilled.ranks, content.view(spilled.dtype).reshape(spilled.shape))
+
+    def discard(self, spilled: SpilledTiles | None) -> None:
+        """Removes a spill file; a file that is already gone or cannot be removed is left to `close`."""
+        if spilled is not None:
+            with contextlib.suppress(OSError):
+                spilled.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Removes the directory and all files in it."""
+        with self._lock:
+            if self._remove is not None:
+                self._remove()
+
+    def _ensure_directory(self) -> Path:
+        with self._lock:
+            if self._directory is None:
+                if self._parent is not None:
+                    self._parent.mkdir(parents=True, exist_ok=True)
+                self._directory = Path(tempfile.mkdtemp(prefix="slora-spill-", dir=self._parent))
+                self._remove = weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
+            return self._directory

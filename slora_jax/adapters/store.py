@@ -1,0 +1,243 @@
+"""Thousands of adapters of one base model in host memory, in tile form, known by name and by digest.
+
+A name is a pointer to content; content is known by its digest. Content lives while a name points to it or a running
+request pins it, so reloading a name with new weights never disturbs, or is mistaken for, the old ones.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+from tqdm import tqdm
+
+from slora_jax.adapters.adapter import LoraAdapter
+from slora_jax.adapters.geometry import BaseGeometry
+from slora_jax.adapters.host_cache import HostCache
+from slora_jax.adapters.peft_format import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, read_peft
+from slora_jax.adapters.tiles import AdapterTiles, pack_tiles, tile_dtype, tile_shape
+from slora_jax.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """A registered adapter. `ranks` are the largest over the layers, in the order of `PROJECTIONS`; `rank` is the
+    largest of them. `num_pages` is its size in the pool; `nbytes` its size in host memory."""
+
+    name: str
+    digest: str
+    rank: int
+    ranks: tuple[int, ...]
+    num_pages: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """Counters. `registered` names; `resident_bytes` of tiles in memory; `spilled` contents that are not in memory;
+    `spill_writes` and `spill_reads` of files since the store was made."""
+
+    registered: int
+    resident_bytes: int
+    spilled: int
+    spill_writes: int
+    spill_reads: int
+
+
+class LoadReport(NamedTuple):
+    """What `load_directory` did: `infos` of the adapters registered, and `(name, error)` of those refused."""
+
+    infos: list[AdapterInfo]
+    errors: list[tuple[str, AdapterError]]
+
+
+class AdapterStore:
+    """The host tier of adapters. Every method may be called from any thread.
+
+    `dtype` is the pool's (float32 or bfloat16). `host_bytes` bounds the tiles in memory; beyond it the least recently
+    used are spilled to a private directory under `spill_dir` (None: the system's temporary directory).
+    """
+
+    def __init__(
+        self, geometry: BaseGeometry, dtype: str | np.dtype, host_bytes: int, spill_dir: str | Path | None = None
+    ) -> None:
+        self.geometry = geometry
+        self.dtype = tile_dtype(dtype)
+        self._cache = HostCache(
+            host_bytes,
+            None if spill_dir is None else Path(spill_dir),
+            lambda directory: pack_tiles(read_peft(directory, geometry), geometry, self.dtype),
+        )
+        self._lock = threading.Lock()
+        self._infos: dict[str, AdapterInfo] = {}
+
+    def register(self, name: str, directory: str | Path) -> AdapterInfo:
+        """Reads a PEFT directory and points `name` to its content; a name that exists is moved to the new content.
+
+        Raises AdapterError when the adapter cannot be used or is larger than `host_bytes`; nothing is changed then.
+        """
+        return self._put(name, read_peft(directory, self.geometry), Path(directory))
+
+    def add(self, name: str, adapter: LoraAdapter) -> AdapterInfo:
+        """Like `register`, for an adapter in memory."""
+        return self._put(name, adapter, None)
+
+    def load_directory(self, root: str | Path, progress: bool = True, threads: int = 2) -> LoadReport:
+        """Registers every adapter directory in `root` under its folder's name; `threads` of them at a time.
+
+        A bad adapter is reported and disturbs no other. Raises AdapterError only when `root` is not a directory.
+        """
+        root = Path(root)
+        if not root.is_dir():
+            raise AdapterError(f"{root}: not a directory")
+        files = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)
+        directories = sorted(d for d in root.iterdir() if any(os.path.exists(d / file) for file in files))
+        report = LoadReport([], [])
+        with ThreadPoolExecutor(threads) as pool:
+            results = pool.map(self._register_or_error, directories)
+            for directory, result in tqdm(
+                zip(directories, results, strict=True),
+                total=len(directories),
+                desc="loading adapters",
+                unit="adapter",
+                disable=not progress,
+            ):
+                if isinstance(result, AdapterInfo):
+                    report.infos.append(result)
+                else:
+                    report.errors.append((directory.name, result))
+        return report
+
+    def remove(self, name: str) -> None:
+        """Drops a name, and its content unless another name or a pin holds it. Raises AdapterError if unknown."""
+        with self._lock:
+            info = self._info(name)
+            del self._infos[name]
+        self._cache.release(info.digest)
+
+    def resolve(self, name: str) -> str:
+        """The digest of a name. Raises AdapterError naming the nearest names."""
+        with self._lock:
+            return self._info(name).digest
+
+    def has(self, name: str) -> bool:
+        """Whether a name is registered."""
+        with self._lock:
+            return name in self._infos
+
+    def is_named(self, digest: str) -> bool:
+        """Whether any name points to this content."""
+        return self._cache.is_named(digest)
+
+    def info(self, name: str) -> AdapterInfo:
+        """What `register` returned for a name. Raises AdapterError naming the nearest names."""
+        with self._lock:
+            return self._info(name)
+
+    def infos(self) -> list[AdapterInfo]:
+        """All registered adapters, in order of registration."""
+        with self._lock:
+            return list(self._infos.values())
+
+    def get(self, digest: str) -> AdapterTiles | None:
+        """The tiles if they are in memory, None if they are on disk. Never waits for the disk.
+
+        Raises AdapterError if the digest is unknown or its spill file was lost.
+        """
+        return self._cache.get(digest)
+
+    def request(self, digest: str) -> AdapterTiles | None:
+        """Like `get`; when the answer is None, the tiles are on their way back to memory."""
+        return self._cache.request(digest)
+
+    def prefetch(self, digest: str) -> None:
+        """Starts bringing a spilled adapter back and returns at once; a failure is kept for `get` and `wait`.
+
+        Raises AdapterError if the digest is unknown.
+        """
+        self._cache.prefetch(digest)
+
+    def wait(self, digest: str, timeout: float | None = None) -> AdapterTiles:
+        """The tiles, read back first if need be; blocks up to `timeout` seconds.
+
+        Raises AdapterError if the digest is unknown, was dropped or lost meanwhile, or time ran out.
+        """
+        return self._cache.wait(digest, timeout)
+
+    def pin(self, digest: str) -> None:
+        """Keeps content alive (in memory or on disk) whatever happens to its names, until `unpin`. Pins are counted."""
+        self._cache.pin(digest)
+
+    def unpin(self, digest: str) -> None:
+        """Undoes one `pin`; content that no name points to is dropped with its last pin."""
+        self._cache.unpin(digest)
+
+    def stats(self) -> StoreStats:
+        """The counters."""
+        cache = self._cache
+        return StoreStats(
+            registered=len(self._infos),
+            resident_bytes=cache.resident_bytes,
+            spilled=cache.num_spilled,
+            spill_writes=cache.spill_writes,
+            spill_reads=cache.spill_reads,
+        )
+
+    def close(self) -> None:
+        """Drops everything, ends the worker thread and removes the spill files. May be called twice."""
+        with self._lock:
+            self._infos.clear()
+        self._cache.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _put(self, name: str, adapter: LoraAdapter, source: Path | None) -> AdapterInfo:
+        info = self._describe(name, adapter)
+        if info.nbytes > self._cache.host_bytes:
+            raise AdapterError(
+                f"adapter {name!r} needs {info.nbytes} bytes but host_adapter_bytes is {self._cache.host_bytes}"
+            )
+        if not self._cache.hold(info.digest, source):
+            self._cache.insert(pack_tiles(adapter, self.geometry, self.dtype), source)
+        with self._lock:
+            replaced = self._infos.get(name)
+            self._infos[name] = info
+        if replaced is not None:
+            self._cache.release(replaced.digest)
+        return info
+
+    def _describe(self, name: str, adapter: LoraAdapter) -> AdapterInfo:
+        adapter.check(self.geometry)
+        shape = tile_shape(adapter.ranks, self.geometry)
+        ranks = tuple(int(rank) for rank in adapter.ranks.max(axis=0))
+        nbytes = int(np.prod(shape)) * self.dtype.itemsize
+        return AdapterInfo(name, adapter.digest, max(ranks), ranks, num_pages=shape[1], nbytes=nbytes)
+
+    def _register_or_error(self, directory: Path) -> AdapterInfo | AdapterError:
+        try:
+            return self.register(directory.name, directory)
+        except AdapterError as error:
+            return error
+        except Exception as error:  # noqa: BLE001  one adapter must not disturb the others
+            return AdapterError(f"{directory}: {error}")
+
+    def _info(self, name: str) -> AdapterInfo:
+        info = self._infos.get(name)
+        if info is None:
+            near = difflib.get_close_matches(name, self._infos, n=3)
+            hint = f"; did you mean {', '.join(map(repr, near))}?" if near else f"; {len(self._infos)} are registered"
+            raise AdapterError(f"unknown adapter {name!r}{hint}")
+        return info

@@ -1,0 +1,109 @@
+"""Which projections an adapter adapts, with which rank and scale: PEFT's own rules, on module names alone."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pallas_kernels.lora.layout import PROJECTIONS
+from slora_jax.adapters.config import LoraConfig, layer_regex, pattern_regex
+from slora_jax.adapters.geometry import module_name
+from slora_jax.errors import AdapterError
+
+DEFAULT_TARGETS = ("q_proj", "v_proj")
+"""What PEFT adapts in Llama, Mistral, Qwen2 and Qwen3 when `target_modules` is null."""
+
+OTHER_MODULES = ("model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
+OTHER_LAYER_MODULES = ("", ".self_attn", ".mlp", ".mlp.act_fn", ".input_layernorm", ".post_attention_layernorm")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One adapted projection: `y += scale * B @ (A @ x)` with A `[rank, d_in]`."""
+
+    rank: int
+    scale: float
+
+
+def resolve_targets(config: LoraConfig, num_layers: int) -> dict[tuple[int, str], Target]:
+    """`(layer, projection) -> Target`, in layer-major order, exactly as PEFT would adapt a model of `num_layers`.
+
+    Raises AdapterError when a module other than the seven projections is targeted (an embedding, lm_head),
+    or none of them.
+    Warns, as PEFT does, that `fan_in_fan_out` has no effect on linear layers.
+    """
+    if config.fan_in_fan_out:
+        warnings.warn("fan_in_fan_out is set to True but the targets are linear layers; it has no effect", stacklevel=2)
+    all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    if not all_linear:
+        layers = (f"model.layers.{i}{suffix}" for i in range(num_layers) for suffix in OTHER_LAYER_MODULES)
+        for name in (*OTHER_MODULES, *layers):
+            if is_targeted(config, name):
+                raise AdapterError(
+                    f"target_modules: matches {name!r}; only attention and MLP projections can be adapted"
+                )
+    targets = {}
+    for layer in range(num_layers):
+        for projection in PROJECTIONS:
+            name = module_name(layer, projection)
+            if (all_linear and not _is_excluded(config, name)) or (not all_linear and is_targeted(config, name)):
+                targets[layer, projection] = _target(config, name)
+    if not targets:
+        raise AdapterError(
+            f"target_modules: {config.target_modules!r} with exclude_modules {config.exclude_modules!r} and "
+            f"layers_to_transform {config.layers_to_transform!r} matches no projection of the {num_layers} layers"
+        )
+    return targets
+
+
+def is_targeted(config: LoraConfig, name: str) -> bool:
+    """Whether PEFT adapts the module `name` (peft.tuners.tuners_utils.check_target_module_exists)."""
+    if _is_excluded(config, name):
+        return False
+    wanted = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    if name in wanted:
+        return True  # a full name is adapted whatever layers_to_transform says
+    return _has_suffix(name, wanted) and _in_layers(config, name)
+
+
+def _is_excluded(config: LoraConfig, name: str) -> bool:
+    excluded = config.exclude_modules
+    if not excluded:
+        return False
+    if isinstance(excluded, str):
+        return re.fullmatch(excluded, name) is not None
+    return name in excluded or _has_suffix(name, excluded)
+
+
+def _has_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
+    return any(name.endswith(f".{suffix}") for suffix in suffixes)
+
+
+def _in_layers(config: LoraConfig, name: str) -> bool:
+    wanted = config.layers_to_transform
+    if wanted is None or wanted == ():
+        return True
+    if config.layers_pattern:
+        patterns = (config.layers_pattern,) if isinstance(config.layers_pattern, str) else config.layers_pattern
+        match = next(filter(None, (re.match(layer_regex(pattern), name) for pattern in patterns)), None)
+    else:
+        match = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
+    if match is None or match["idx"] is None:
+        return False
+    return int(match["idx"]) in ((wanted,) if isinstance(wanted, int) else wanted)
+
+
+def _pattern_key(patterns: Iterable[str], name: str) -> str:
+    """The first pattern that matches the end of `name`, else `name` (peft.utils.other.get_pattern_key)."""
+    return next((key for key in patterns if re.match(pattern_regex(key), name)), name)
+
+
+def _target(config: LoraConfig, name: str) -> Target:
+    rank = config.rank_pattern.get(_pattern_key(config.rank_pattern, name), config.r)
+    alpha = config.alpha_pattern.get(_pattern_key(config.alpha_pattern, name), config.lora_alpha)
+    return Target(rank=rank, scale=alpha / math.sqrt(rank) if config.use_rslora else alpha / rank)

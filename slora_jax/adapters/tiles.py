@@ -1,0 +1,139 @@
+"""An adapter as the tiles that are uploaded: `pallas_kernels.lora.layout` says where each row lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from pallas_kernels.lora.layout import Stack, StackTiles, ceil_div
+from slora_jax.adapters.adapter import LoraAdapter
+from slora_jax.adapters.geometry import BaseGeometry
+from slora_jax.errors import AdapterError, ConfigError
+
+_BITS = {"float32": (np.uint32, 0x7F800000), "bfloat16": (np.uint16, 0x7F80)}
+"""Per tile dtype: the unsigned type of the same size, and the exponent that marks NaN and infinity."""
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterTiles:
+    """An adapter ready to upload. `ranks [7]` int32 is the largest rank of each projection over the layers.
+
+    `pages [num_layers, num_pages, 2, page_size, W]` is float32 or bfloat16; page `p` of every layer goes to the same
+    page of the pool. Rows beyond a layer's own rank, columns beyond a matrix and an odd last tile are zero.
+    """
+
+    digest: str
+    ranks: np.ndarray
+    pages: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of `pages`."""
+        return self.pages.nbytes
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that the adapter takes in the pool (the same page ids in every layer)."""
+        return self.pages.shape[1]
+
+
+def tile_dtype(dtype: str | np.dtype) -> np.dtype:
+    """The NumPy dtype of tiles; raises ConfigError unless it is float32 or bfloat16."""
+    name = "bfloat16" if dtype is ml_dtypes.bfloat16 else str(dtype) if isinstance(dtype, str) else np.dtype(dtype).name
+    if name not in _BITS:
+        raise ConfigError(f"dtype: adapter tiles are float32 or bfloat16, found {name!r}")
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else np.float32)
+
+
+def tile_shape(ranks: np.ndarray, geometry: BaseGeometry) -> tuple[int, int, int, int, int]:
+    """Shape of `AdapterTiles.pages` for `ranks [num_layers, 7]`."""
+    num_pages = int(geometry.layout.num_pages(ranks.max(axis=0)))
+    return geometry.num_layers, num_pages, 2, geometry.page_size, geometry.layout.width
+
+
+def pack_tiles(adapter: LoraAdapter, geometry: BaseGeometry, dtype: str | np.dtype) -> AdapterTiles:
+    """Packs an adapter; the scale is folded into B in float32 before the cast to `dtype`.
+
+    Raises AdapterError when a matrix has not the base model's shape, or a value is not finite in `dtype`.
+    """
+    adapter.check(geometry)
+    dtype = tile_dtype(dtype)
+    ranks = adapter.ranks.max(axis=0)  # [7]
+    pages = np.zeros(tile_shape(adapter.ranks, geometry), dtype)
+    bits, exponent = _BITS[dtype.name]
+    layout, page_size, width = geometry.layout, geometry.page_size, geometry.layout.width
+    tiles = pages.view(bits).reshape(geometry.num_layers, -1, page_size, width)  # [L, tiles, page_size, W]
+    for stack, place in zip(layout.stacks, layout.stack_tiles(ranks)[0], strict=True):
+        if not place.rows:
+            continue
+        a, b = _stack_rows(adapter, geometry, stack, place, ranks, dtype)  # [L, blocks * page_size, columns]
+        wide_rows = int(place.wide_blocks) * page_size
+        narrow = layout.b_chunks(stack)[1] * width
+        _cut(a, tiles, int(layout.a_tile(stack, place, 0)))
+        _cut(b[:, :wide_rows], tiles, int(layout.b_tile(stack, place, 0)))
+        _cut(b[:, wide_rows:, :narrow], tiles, int(layout.b_tile(stack, place, place.wide_blocks)))
+    if any((layer & exponent).max() == exponent for layer in tiles):
+        raise AdapterError(f"a weight is not finite in {dtype.name} after multiplication by its scale")
+    return AdapterTiles(digest=adapter.digest, ranks=ranks, pages=pages)
+
+
+def _stack_rows(
+    adapter: LoraAdapter, geometry: BaseGeometry, stack: Stack, place: StackTiles, ranks: np.ndarray, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """The stack's A rows and scaled, transposed B rows in every layer, zero-padded to whole tiles, as bits of `dtype`:
+    NumPy transposes and cuts integers several times faster than bfloat16."""
+    bits = _BITS[dtype.name][0]
+    layout, page_size, width = geometry.layout, geometry.page_size, geometry.layout.width
+    rows = ceil_div(int(place.rows), page_size) * page_size
+    a = np.zeros((geometry.num_layers, rows, layout.a_chunks(stack) * width), bits)
+    b = np.zeros((geometry.num_layers, rows, layout.b_chunks(stack)[0] * width), bits)
+    first = 0
+    with np.errstate(over="ignore"):
+        for projection, d_out, index in zip(stack.projections, stack.d_outs, stack.rank_index, strict=True):
+            for layer in range(geometry.num_layers):
+                key = (layer, projection)
+                if key in adapter.a:
+                    here = slice(first, first + len(adapter.a[key]))
+                    scaled = adapter.b[key].astype(np.float32, copy=False) * np.float32(adapter.scales[key])
+                    a[layer, here, : stack.d_in] = adapter.a[key].astype(dtype, copy=False).view(bits)
+                    b[layer, here, :d_out] = scaled.astype(dtype, copy=False).view(bits).T
+            first += int(ranks[index])
+    return a, b
+
+
+def _cut(rows: np.ndarray, tiles: np.ndarray, first: int) -> None:
+    """Cuts `rows [L, blocks * page_size, chunks * W]` into tiles, block-major, from tile `first` on."""
+    layers, num_rows, columns = rows.shape
+    page_size, width = tiles.shape[2:]
+    blocks, chunks = num_rows // page_size, columns // width
+    place = tiles[:, first : first + blocks * chunks].reshape(layers, blocks, chunks, page_size, width)
+    place[...] = rows.reshape(layers, blocks, page_size, chunks, width).swapaxes(2, 3)
+
+
+def unpack_tiles(tiles: AdapterTiles, geometry: BaseGeometry) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]:
+    """`(layer, projection) -> (A [r, d_in], scaled B transposed [r, d_out])`, row by row as a kernel would find them.
+
+    `r` is the projection's largest rank over the layers. Slow; for tests and debugging.
+    """
+    layout, page_size = geometry.layout, geometry.page_size
+    flat = tiles.pages.reshape(geometry.num_layers, -1, page_size, layout.width)  # [L, tiles, page_size, W]
+    matrices = {}
+    for stack, place in zip(layout.stacks, layout.stack_tiles(tiles.ranks)[0], strict=True):
+        first = 0
+        for projection, d_out, index in zip(stack.projections, stack.d_outs, stack.rank_index, strict=True):
+            stop = first + int(tiles.ranks[index])
+            places = [divmod(row, page_size) for row in range(first, stop)]
+            for layer in range(geometry.num_layers if places else 0):
+                a = [_row(flat[layer], layout.a_tile(stack, place, blk), row, stack.d_in) for blk, row in places]
+                b = [_row(flat[layer], layout.b_tile(stack, place, blk), row, d_out) for blk, row in places]
+                matrices[layer, projection] = (np.stack(a), np.stack(b))
+            first = stop
+    return matrices
+
+
+def _row(tiles: np.ndarray, first: int, row: int, columns: int) -> np.ndarray:
+    """`columns` elements of row `row` of a block whose column chunks are the tiles from `first` on."""
+    chunks = ceil_div(columns, tiles.shape[-1])
+    return tiles[int(first) : int(first) + chunks, row].reshape(-1)[:columns]

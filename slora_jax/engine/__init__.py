@@ -1,0 +1,7 @@
+"""The engine: batches, the jitted step, sampling, the loop."""
+
+from slora_jax.engine.config import EngineConfig
+from slora_jax.engine.engine import Engine
+from slora_jax.engine.outputs import Delta, EngineStats, RequestOutput, TokenLogprobs
+
+__all__ = ["Delta", "Engine", "EngineConfig", "EngineStats", "RequestOutput", "TokenLogprobs"]

@@ -1,0 +1,278 @@
+"""The step's metadata: built once on the host as one small int32 buffer, unpacked on the device.
+
+Rows of a step are sequences' tokens, contiguous by sequence; sequences are ordered so that each adapter's rows are
+contiguous, adapters of high rank first, rows without an adapter last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.lora import LoraTiles
+from pallas_kernels.lora.layout import ceil_div
+from pallas_kernels.paged_attention import AttentionTiles
+from slora_jax.engine.sampling import SamplingInputs
+from slora_jax.scheduling import Request, StepPlan
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """Static shape of a step program: at most `tokens` rows of at most `seqs` sequences. In a *decode* program every
+    sequence has one row (`tokens == seqs`); a *mixed* one takes prefill chunks and decoding sequences together."""
+
+    tokens: int
+    seqs: int
+    decode: bool
+
+    @property
+    def name(self) -> str:
+        return f"decode_{self.seqs}" if self.decode else f"mixed_{self.tokens}"
+
+    @property
+    def lora_tile_rows(self) -> int:
+        """Most rows of a LoRA tile."""
+        return min(self.tokens, 16)
+
+    @property
+    def prefill_tile_rows(self) -> int:
+        """Most rows of a prefill attention tile."""
+        return min(self.tokens, 64)
+
+
+@dataclass(frozen=True)
+class SequenceState:
+    """What the device remembers of running sequences between steps, by sequence slot; the last slot absorbs padding.
+
+    page_table: int32 `[max_seqs + 1, max_pages]`. last_token: int32 `[max_seqs + 1]`, the newest sampled token, which
+    the next step reads before the host knows it.
+    """
+
+    page_table: jax.Array
+    last_token: jax.Array
+
+
+jax.tree_util.register_dataclass(SequenceState, data_fields=["page_table", "last_token"], meta_fields=[])
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """Where each field of a bucket's metadata lies in its buffer."""
+
+    bucket: Bucket
+    page_size: int
+    max_seqs: int
+    adapter_slots: int
+
+    @cached_property
+    def fields(self) -> dict[str, tuple[int, int]]:
+        """Name -> (offset, length) in the int32 buffer."""
+        bucket = self.bucket
+        tokens, seqs = bucket.tokens, bucket.seqs
+        deltas = ceil_div(tokens, self.page_size) + seqs
+        lora_tiles = ceil_div(tokens, bucket.lora_tile_rows) + min(self.adapter_slots, seqs)
+        prefill_tiles = 0 if bucket.decode else ceil_div(tokens, bucket.prefill_tile_rows) + seqs
+        lengths = {"token": tokens}
+        lengths |= dict.fromkeys(("slot", "first_row", "length", "context", "adapter_slot", "decode_seq"), seqs)
+        lengths |= dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "seed", "output_index", "logprobs"), seqs)
+        lengths |= dict.fromkeys(("delta_slot", "delta_column", "delta_page"), deltas)
+        lengths |= dict.fromkeys(("lora_slot", "lora_row", "lora_rows_of"), lora_tiles)
+        lengths |= dict.fromkeys(("prefill_seq", "prefill_row"), prefill_tiles)
+        lengths |= dict.fromkeys(("num_rows", "num_lora_tiles", "lora_rows", "num_prefill", "num_decode"), 1)
+        fields, offset = {}, 0
+        for name, length in lengths.items():
+            fields[name] = (offset, length)
+            offset += length
+        return fields
+
+    @cached_property
+    def size(self) -> int:
+        return sum(length for _, length in self.fields.values())
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepBatch:
+    """The metadata on the device, as the model and the kernels take it. T rows, S sequences.
+
+    token, position, page, offset: int32 `[T]`: token id, position in its sequence, and where its key and value go.
+    slot: int32 `[S]` sequence slots. last_row: int32 `[S]`, the row whose hidden state yields the next token.
+    """
+
+    token: jax.Array
+    position: jax.Array
+    page: jax.Array
+    offset: jax.Array
+    slot: jax.Array
+    last_row: jax.Array
+    attention: AttentionTiles
+    lora: LoraTiles
+    sampling: SamplingInputs
+
+
+def build_metadata(plan: StepPlan, layout: BatchLayout) -> tuple[np.ndarray, list[Request], list[bool]]:
+    """Packs a plan into the bucket's buffer: int32 `[layout.size]`; and, in the order of its sequences, the requests and
+    whether each samples a token."""
+    buffer = np.zeros(layout.size, np.int32)
+    view = {name: buffer[offset : offset + length] for name, (offset, length) in layout.fields.items()}
+    for name in ("temperature", "top_p", "min_p"):
+        view[name] = view[name].view(np.float32)
+
+    count = np.array([s.count for s in plan.sequences], np.int32)
+    adapter = np.array([s.request.adapter_slot for s in plan.sequences], np.int32)
+    rank = np.array([0 if s.request.adapter is None else s.request.adapter.rows for s in plan.sequences], np.int32)
+    order = np.lexsort((adapter, -rank, adapter < 0))
+
+    sequences = [plan.sequences[i] for i in order]
+    requests = [s.request for s in sequences]
+    n = len(sequences)
+    count, adapter = count[order], adapter[order]
+    first_row = np.cumsum(count) - count
+    context = np.array([s.start for s in sequences], np.int32)
+
+    view["slot"][:] = layout.max_seqs  # padding: the slot that absorbs it
+    view["slot"][:n] = [r.slot for r in requests]
+    view["first_row"][:n], view["length"][:n], view["context"][:n] = first_row, count, context
+    view["adapter_slot"][:n] = np.maximum(adapter, 0)
+    view["num_rows"][0] = plan.num_tokens
+    _put_tokens(view, sequences, first_row)
+    _put_page_deltas(view, sequences, layout)
+    _put_sampling(view, requests)
+    _put_lora_tiles(view, count, adapter, layout.bucket.lora_tile_rows)
+
+    decode = np.flatnonzero(count == 1)
+    decode = decode[np.argsort(-context[decode], kind="stable")]
+    view["decode_seq"][: decode.size], view["num_decode"][0] = decode, decode.size
+    prefill = np.flatnonzero(count > 1)
+    tile_seq, tile_row = _cut(count[prefill], layout.bucket.prefill_tile_rows)
+    view["num_prefill"][0] = tile_seq.size
+    view["prefill_seq"][: tile_seq.size], view["prefill_row"][: tile_seq.size] = prefill[tile_seq], tile_row
+    return buffer, requests, [s.samples for s in sequences]
+
+
+def _cut(lengths: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts segments into tiles of at most `rows`: each tile's segment, and its first row within the segment."""
+    tiles = ceil_div(lengths, rows)
+    segment = np.repeat(np.arange(lengths.size), tiles)
+    row = (np.arange(segment.size) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * rows
+    return segment, row
+
+
+def _put_tokens(view: dict[str, np.ndarray], sequences: list, first_row: np.ndarray) -> None:
+    """Token ids; `-1 - slot` where the token is the sequence's newest, which only the device knows yet."""
+    tokens = view["token"]
+    for sequence, row in zip(sequences, first_row.tolist(), strict=True):
+        request, start, count = sequence.request, sequence.start, sequence.count
+        known = len(request.prompt) + len(request.output) - start
+        if known < count:  # at most one token is unknown: the newest
+            tokens[row + count - 1] = -1 - request.slot
+            count = known
+        if count:
+            tokens[row : row + count] = request.tokens(start, count)
+
+
+def _put_page_deltas(view: dict[str, np.ndarray], sequences: list, layout: BatchLayout) -> None:
+    """Page-table entries that this step is the first to touch."""
+    size, at = layout.page_size, 0
+    slot, column, page = view["delta_slot"], view["delta_column"], view["delta_page"]
+    for sequence in sequences:
+        request = sequence.request
+        first, end = -(-sequence.start // size), -(-(sequence.start + sequence.count) // size)
+        if first == end:
+            continue
+        count = end - first
+        slot[at : at + count] = request.slot
+        column[at : at + count] = np.arange(first, end)
+        page[at : at + count] = request.pages[first:end]
+        at += count
+    slot[at:] = layout.max_seqs  # padding: the slot that absorbs it
+
+
+def _put_sampling(view: dict[str, np.ndarray], requests: list[Request]) -> None:
+    n = len(requests)
+    params = [r.params for r in requests]
+    view["temperature"][:n] = [p.temperature for p in params]
+    view["top_k"][:n] = [p.top_k for p in params]
+    view["top_p"][:n] = [p.top_p for p in params]
+    view["min_p"][:n] = [p.min_p for p in params]
+    view["seed"][:n] = np.array([r.seed for r in requests], np.uint32).view(np.int32)
+    view["output_index"][:n] = [r.num_sampled for r in requests]
+    view["logprobs"][:] = -1
+    view["logprobs"][:n] = [-1 if p.logprobs is None else p.logprobs for p in params]
+
+
+def _put_lora_tiles(view: dict[str, np.ndarray], count: np.ndarray, adapter: np.ndarray, tile_rows: int) -> None:
+    """The exact tile list over the rows of each adapter."""
+    count, adapter = count[adapter >= 0], adapter[adapter >= 0]
+    if not count.size:
+        return
+    starts = np.flatnonzero(np.diff(adapter, prepend=-1))  # sequences that begin an adapter's segment
+    rows = np.add.reduceat(count, starts)
+    first = np.cumsum(rows) - rows
+    segment, row = _cut(rows, tile_rows)
+    n = segment.size
+    view["lora_slot"][:n] = adapter[starts][segment]
+    view["lora_row"][:n] = first[segment] + row
+    view["lora_rows_of"][:n] = np.minimum(rows[segment] - row, tile_rows)
+    view["num_lora_tiles"][0] = n
+    view["lora_rows"][0] = rows.sum()
+
+
+def unpack(buffer: jax.Array, state: SequenceState, layout: BatchLayout) -> tuple[StepBatch, SequenceState]:
+    """On the device: applies the page-table changes and derives what the layers need. Returns the new state too."""
+    field = {name: buffer[offset : offset + length] for name, (offset, length) in layout.fields.items()}
+    real = {name: jax.lax.bitcast_convert_type(field[name], jnp.float32) for name in ("temperature", "top_p", "min_p")}
+    tokens = layout.bucket.tokens
+    page_table = state.page_table.at[field["delta_slot"], field["delta_column"]].set(field["delta_page"], mode="drop")
+
+    row = jnp.arange(tokens)
+    # Padding sequences have first_row 0 and length 0: count the sequences that start at or before each row.
+    started = (field["first_row"][None, :] <= row[:, None]) & (field["length"] > 0)[None, :]  # [T, S]
+    seq = jnp.maximum(started.sum(1) - 1, 0)
+    live = row < field["num_rows"][0]
+    position = jnp.where(live, field["context"][seq] + row - field["first_row"][seq], 0)
+    slot = jnp.where(live, field["slot"][seq], layout.max_seqs)
+    page = jnp.where(live, page_table[slot, position // layout.page_size], 0)
+    token = jnp.where(field["token"] < 0, state.last_token[-1 - field["token"]], field["token"])
+
+    batch = StepBatch(
+        token=token,
+        position=position,
+        page=page,
+        offset=position % layout.page_size,
+        slot=field["slot"],
+        last_row=jnp.maximum(field["first_row"] + field["length"] - 1, 0),
+        attention=AttentionTiles(
+            page_table=page_table[field["slot"]],
+            first_row=field["first_row"],
+            length=field["length"],
+            context=field["context"],
+            prefill_seq=field["prefill_seq"],
+            prefill_row=field["prefill_row"],
+            num_prefill=field["num_prefill"][0],
+            decode_seq=field["decode_seq"],
+            num_decode=field["num_decode"][0],
+        ),
+        lora=LoraTiles(
+            slot=field["lora_slot"],
+            first_row=field["lora_row"],
+            rows=field["lora_rows_of"],
+            row_slot=field["adapter_slot"][seq],
+            num_tiles=field["num_lora_tiles"][0],
+            lora_rows=field["lora_rows"][0],
+        ),
+        sampling=SamplingInputs(
+            temperature=real["temperature"],
+            top_k=field["top_k"],
+            top_p=real["top_p"],
+            min_p=real["min_p"],
+            seed=field["seed"].astype(jnp.uint32),
+            output_index=field["output_index"],
+            logprobs=field["logprobs"],
+        ),
+    )
+    return batch, SequenceState(page_table=page_table, last_token=state.last_token)

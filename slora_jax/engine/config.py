@@ -1,0 +1,101 @@
+"""The engine's settings, validated once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slora_jax.engine.batch import Bucket
+from slora_jax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Settings of an `Engine`.
+
+    dtype: "float32" or "bfloat16", of weights, KV and adapters.
+    num_pages: pages of the unified pool, the dummy page included; None sizes it from free device memory.
+    memory_fraction: share of the free device memory that `num_pages=None` may fill (of free host memory, on a CPU,
+      a quarter of it).
+    page_size: tokens of a KV page, rows of an adapter tile: 8, 16 or 32.
+    max_seqs: sequences running at once.
+    max_tokens_per_step: rows of one step: decoding sequences, and prompts in chunks.
+    max_model_len: most tokens of prompt and output together; None: the model's own limit.
+    adapter_slots: adapters resident in the pool at once; None: as many as could fit, at most 4096.
+    max_rank: largest rank accepted of one projection (1 to 256); bounds a device table, reserves nothing else.
+    host_adapter_bytes: budget of the host store; beyond it adapters spill to `spill_dir`.
+    spill_dir: where spilled adapters go; None: a temporary directory, removed at the end.
+    seed: of the random streams of requests that bring none.
+    decode_buckets, mixed_buckets: rows of the compiled step programs: for steps in which every sequence decodes one
+      token, and for steps with prefill; None: chosen from max_seqs and max_tokens_per_step.
+    keep_logits: outputs carry each generated token's float32 logits (for research; costs a copy of [seqs, vocab]).
+    compilation_cache_dir: JAX's persistent compilation cache; None: leave JAX's own setting.
+    model_cache_dir: Orbax cache of converted weights; None: none.
+    progress: progress bars on stderr for loading and compiling.
+    """
+
+    dtype: str = "bfloat16"
+    num_pages: int | None = None
+    memory_fraction: float = 0.9
+    page_size: int = 16
+    max_seqs: int = 64
+    max_tokens_per_step: int = 256
+    max_model_len: int | None = None
+    adapter_slots: int | None = None
+    max_rank: int = 256
+    host_adapter_bytes: int = 8 << 30
+    spill_dir: str | Path | None = None
+    seed: int = 0
+    decode_buckets: tuple[int, ...] | None = None
+    mixed_buckets: tuple[int, ...] | None = None
+    keep_logits: bool = False
+    compilation_cache_dir: str | Path | None = None
+    model_cache_dir: str | Path | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, '"float32" or "bfloat16"')
+        _require(self.page_size in (8, 16, 32), "page_size", self.page_size, "8, 16 or 32")
+        for name in ("max_seqs", "max_tokens_per_step", "host_adapter_bytes"):
+            value = getattr(self, name)
+            _require(_is_int(value) and value >= 1, name, value, "a positive integer")
+        for name in ("num_pages", "max_model_len", "adapter_slots"):
+            value = getattr(self, name)
+            low = 2 if name != "adapter_slots" else 1
+            _require(value is None or (_is_int(value) and value >= low), name, value, f"None or an integer >= {low}")
+        _require(_is_int(self.max_rank) and 1 <= self.max_rank <= 256, "max_rank", self.max_rank, "in 1..256")
+        _require(_is_int(self.seed) and 0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
+        fraction = self.memory_fraction
+        _require(isinstance(fraction, float) and 0 < fraction <= 1, "memory_fraction", fraction, "a float in (0, 1]")
+        _require(
+            self.max_tokens_per_step >= self.max_seqs,
+            "max_tokens_per_step",
+            self.max_tokens_per_step,
+            f"at least max_seqs={self.max_seqs}, so that every running sequence gets its token",
+        )
+        for name, largest, of in (
+            ("decode_buckets", self.max_seqs, "max_seqs"),
+            ("mixed_buckets", self.max_tokens_per_step, "max_tokens_per_step"),
+        ):
+            value = getattr(self, name)
+            ok = value is None or (all(_is_int(n) and n >= 1 for n in value) and max(value, default=0) == largest)
+            _require(ok, name, value, f"None or positive integers, the largest equal to {of}={largest}")
+
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The step programs' shapes: decode programs, smallest first, then mixed ones, smallest first."""
+        decode = self.decode_buckets or {min(n, self.max_seqs) for n in (8, 32, self.max_seqs)}
+        mixed = self.mixed_buckets or {min(4 * self.max_seqs, self.max_tokens_per_step // 4), self.max_tokens_per_step}
+        return (
+            *(Bucket(tokens=n, seqs=n, decode=True) for n in sorted(decode)),
+            *(Bucket(tokens=n, seqs=min(n, self.max_seqs), decode=False) for n in sorted(mixed)),
+        )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require(condition: bool, field: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"EngineConfig.{field}={value!r}: must be {allowed}")

@@ -1,0 +1,518 @@
+"""The engine: requests in, tokens out. `step()` is schedule, dispatch, read back the step before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from slora_jax.adapters import AdapterInfo, AdapterStore, AdapterTiles, BaseGeometry, LoraAdapter
+from slora_jax.engine.config import EngineConfig
+from slora_jax.engine.outputs import Delta, EngineStats, RequestOutput, TokenLogprobs
+from slora_jax.engine.runner import InFlight, Runner
+from slora_jax.engine.text import TextStream
+from slora_jax.errors import AdapterError, ConfigError, RequestError
+from slora_jax.memory import AdapterResidency, PageAllocator, PageKind
+from slora_jax.models import ModelConfig, Params, load_model
+from slora_jax.scheduling import (
+    AdapterState,
+    AdapterUse,
+    Fcfs,
+    FinishReason,
+    Policy,
+    Request,
+    RequestMetrics,
+    SamplingParams,
+    Scheduler,
+    SchedulerLimits,
+    StepPlan,
+)
+
+Prompt = str | Sequence[int]
+
+
+class _Progress:
+    """What the engine keeps of a request beside its scheduling: text, logprobs, logits."""
+
+    def __init__(self, request: Request, tokenizer: Any) -> None:
+        self.request = request
+        self.text = TextStream(tokenizer, request.params.stop)  # type: ignore[arg-type]
+        self.logprobs: list[TokenLogprobs] = []
+        self.logits: list[np.ndarray] = []
+
+
+class Engine:
+    """Serves one base model and any number of its LoRA adapters from one unified pool.
+
+    Not thread-safe: one thread calls it. Use `from_pretrained`, or build it from a model in memory.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        graphdef: nnx.GraphDef,
+        params: Params,
+        config: EngineConfig,
+        *,
+        tokenizer: Any = None,
+        policy: Policy | None = None,
+    ) -> None:
+        """Compiles every step program (with a progress bar) and allocates the pool.
+
+        params: as `models.load_model` or `models.init_random` return them. tokenizer: a fast Hugging Face tokenizer;
+        without one, prompts are token ids and outputs have no text.
+
+        Raises:
+          ConfigError: settings and model do not fit together.
+        """
+        if config.compilation_cache_dir is not None:
+            jax.config.update("jax_compilation_cache_dir", str(config.compilation_cache_dir))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        self.model = model
+        self.config = config
+        self.tokenizer = tokenizer
+        self.max_model_len = config.max_model_len or model.max_position_embeddings
+        if self.max_model_len > model.max_position_embeddings:
+            raise ConfigError(
+                f"EngineConfig.max_model_len={config.max_model_len}: the model has {model.max_position_embeddings} positions"
+            )
+        self._runner = Runner(model, graphdef, params, config, self.max_model_len)
+        self._geometry = BaseGeometry(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            q_width=model.q_width,
+            kv_width=model.kv_width,
+            intermediate_size=model.intermediate_size,
+            page_size=config.page_size,
+        )
+        spill_dir = None if config.spill_dir is None else Path(config.spill_dir)
+        self.store = AdapterStore(self._geometry, config.dtype, config.host_adapter_bytes, spill_dir)
+        self.allocator = PageAllocator(self._runner.shape.num_pages)
+        self.residency = AdapterResidency(self.allocator, self._runner.shape.adapter_slots)
+        limits = SchedulerLimits(config.max_seqs, config.max_tokens_per_step, config.page_size)
+        self.scheduler = Scheduler(self.allocator, self.residency, policy or Fcfs(), limits, self._adapter_state)
+        self._progress: dict[str, _Progress] = {}
+        self._staged: dict[str, AdapterTiles] = {}  # found in memory while planning; uploaded right after
+        self._lost: dict[str, AdapterError] = {}  # digests that could not be brought back from disk
+        self._ended: list[Delta] = []  # ended outside a step's results: cancelled, lost adapter
+        self._in_flight: InFlight | None = None
+        self._arrivals = 0
+        self._steps = self._computed = self._generated = 0
+        self._host_seconds = 0.0
+
+    @classmethod
+    def from_pretrained(
+        cls, model_dir: str | Path, config: EngineConfig | None = None, *, policy: Policy | None = None
+    ) -> Engine:
+        """Loads a Hugging Face directory: weights, and the tokenizer if one is there.
+
+        Raises:
+          UnsupportedModelError, CheckpointError: see `models.load_model`.
+        """
+        config = config or EngineConfig()
+        graphdef, params, model = load_model(model_dir, config.dtype, config.model_cache_dir, config.progress)
+        return cls(model, graphdef, params, config, tokenizer=_load_tokenizer(Path(model_dir)), policy=policy)
+
+    # Adapters
+
+    def load_adapter(self, name: str, adapter: str | Path | LoraAdapter) -> AdapterInfo:
+        """Registers a PEFT directory (or an adapter in memory) under `name`, in host memory. A name that is in use gets
+        the new content; requests under way keep the old.
+
+        Raises:
+          AdapterError: it cannot be used, or is too large for this engine; nothing was changed.
+        """
+        old = self.store.resolve(name) if self.store.has(name) else None
+        info = self.store.add(name, adapter) if isinstance(adapter, LoraAdapter) else self.store.register(name, adapter)
+        self._drop_if_unnamed(old)
+        return info
+
+    def load_adapters(self, root: str | Path) -> list[AdapterInfo]:
+        """Registers every PEFT directory in `root` under its folder's name, with a progress bar. A bad one is reported
+        by a warning and skipped."""
+        import warnings
+
+        report = self.store.load_directory(root, progress=self.config.progress)
+        for name, error in report.errors:
+            warnings.warn(f"adapter {name} skipped: {error}", stacklevel=2)
+        return report.infos
+
+    def unload_adapter(self, name: str) -> bool:
+        """Forgets a name. Its content leaves host memory and the pool at once, unless another name points to it or
+        requests under way use it; then it goes with the last of these. Returns whether it is gone.
+
+        Raises:
+          AdapterError: no adapter has this name.
+        """
+        digest = self.store.resolve(name)
+        self.store.remove(name)
+        return self._drop_if_unnamed(digest)
+
+    def adapters(self) -> list[AdapterInfo]:
+        """All registered adapters."""
+        return self.store.infos()
+
+    # Requests
+
+    def add_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        adapter: str | None = None,
+        request_id: str | None = None,
+    ) -> str:
+        """Queues a request and returns its id. It runs as `step` is called.
+
+        Raises:
+          RequestError: it can never run: empty or too long prompt, token ids outside the vocabulary, more pages than
+            the pool has (the message has the arithmetic), an id in use.
+          AdapterError: no adapter has this name.
+        """
+        params = params or SamplingParams()
+        ids = self._token_ids(prompt)
+        request_id = request_id if request_id is not None else f"request-{self._arrivals}"
+        if request_id in self._progress:
+            raise RequestError(f"request_id={request_id!r} is in use by an unfinished request")
+        room = self.max_model_len - len(ids)
+        max_new = room if params.max_tokens is None else min(params.max_tokens, room)
+        use = self._use(adapter)
+        self._check_fits(ids, max_new, use)
+        request = Request(
+            id=request_id,
+            number=self._arrivals,
+            prompt=ids,
+            params=params,
+            seed=params.seed if params.seed is not None else (self.config.seed * 0x9E3779B1 + self._arrivals) % 2**32,
+            max_new=max_new,
+            adapter=use,
+            metrics=RequestMetrics(arrival=time.perf_counter()),
+        )
+        if use is not None:
+            self.store.pin(use.digest)
+        self._arrivals += 1
+        self._progress[request_id] = _Progress(request, self.tokenizer)
+        self.scheduler.add(request)
+        return request_id
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a request now; its pages are free when this returns, and the next `step` reports it. Returns whether
+        there was such a request."""
+        progress = self._progress.get(request_id)
+        if progress is None:
+            return False
+        self._ended.append(self._end(progress, FinishReason.CANCELLED, [], time.perf_counter()))
+        return True
+
+    def has_work(self) -> bool:
+        """Whether `step` has anything left to do or to report."""
+        return self.scheduler.has_work() or self._in_flight is not None or bool(self._ended)
+
+    def step(self) -> list[Delta]:
+        """Plans and dispatches one step, then reads the results of the step before. Returns what came, per request."""
+        start = time.perf_counter()
+        plan = self.scheduler.schedule(start)
+        self._end_lost()
+        dispatched = self._dispatch(plan) if plan.sequences else None
+        before, self._in_flight = self._in_flight, dispatched
+        planned = time.perf_counter()
+        if before is not None:
+            tokens = np.asarray(before.output.sampled.token)  # waits for the device
+        elif dispatched is None and self.scheduler.waiting and not self._ended:
+            self._wait_for_disk()
+        waited = time.perf_counter()
+        deltas, self._ended = self._ended, []
+        if before is not None:
+            deltas += self._read(before, tokens, waited)
+        self._host_seconds += planned - start + time.perf_counter() - waited
+        return deltas
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapters: str | None | Sequence[str | None] = None,
+    ) -> list[RequestOutput]:
+        """Runs all prompts to their end, batched as they fit, and returns their outputs in order.
+
+        `params` and `adapters` are one for all, or a list. Ctrl-C cancels what is unfinished and raises.
+
+        Raises:
+          RequestError, AdapterError: as `add_request`, before anything runs.
+        """
+        if self._progress:
+            raise RequestError("generate: requests of add_request are unfinished; drain them with step() first")
+        many = prompts if not isinstance(prompts, str) and not _is_ids(prompts) else [prompts]
+        all_params = _spread("params", params, SamplingParams, len(many))
+        all_adapters = _spread("adapters", adapters, str, len(many))
+        ids: list[str] = []
+        outputs: dict[str, RequestOutput] = {}
+        try:
+            for prompt, one, adapter in zip(many, all_params, all_adapters, strict=True):
+                ids.append(self.add_request(prompt, one, adapter))  # type: ignore[arg-type]
+            bar = tqdm(total=len(ids), desc="generating", unit="req", disable=not self.config.progress or len(ids) < 2)
+            with bar:
+                while self.has_work():
+                    for delta in self.step():
+                        if delta.output is not None:
+                            outputs[delta.request_id] = delta.output
+                            bar.update()
+        except BaseException:
+            for request_id in ids:
+                self.cancel(request_id)
+            self._drain()
+            raise
+        return [outputs[request_id] for request_id in ids]
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, adapter: str | None = None
+    ) -> Iterator[Delta]:
+        """Runs one request and yields what each step brings; the last delta carries the whole output. Requests added
+        meanwhile run along. Closing the iterator cancels the request.
+
+        Raises:
+          RequestError, AdapterError: as `add_request`, at the call.
+        """
+        return self._stream(self.add_request(prompt, params, adapter))
+
+    def stats(self) -> EngineStats:
+        """Counters and the state now."""
+        counters = self.residency.counters
+        return EngineStats(
+            steps=self._steps,
+            tokens_computed=self._computed,
+            tokens_generated=self._generated,
+            preemptions=self.scheduler.preemptions,
+            adapter_loads=counters.loads,
+            adapter_evictions=counters.evictions,
+            adapter_hits=counters.hits,
+            resident_adapters=len(self.residency),
+            registered_adapters=self.store.stats().registered,
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            pages={
+                "free": self.allocator.num_free,
+                "kv": self.allocator.count(PageKind.KV),
+                "adapter": self.allocator.count(PageKind.ADAPTER),
+            },
+            idle_adapter_pages=self.residency.evictable_pages,
+            host_seconds=self._host_seconds,
+        )
+
+    def check(self) -> None:
+        """Compares every book with every other; raises `PoolError` on a leak. Cheap enough for each idle moment."""
+        self.scheduler.check()
+
+    def close(self) -> None:
+        """Cancels what runs, stops the store's thread and removes its temporary files."""
+        for request_id in list(self._progress):
+            self.cancel(request_id)
+        self._drain()
+        self.store.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Inside a step
+
+    def _adapter_state(self, digest: str) -> AdapterState:
+        """The scheduler's question; what is found in memory is held for the upload of this very step."""
+        try:
+            tiles = self.store.request(digest)
+        except AdapterError as error:
+            self._lost[digest] = error
+            return AdapterState.FAILED
+        if tiles is None:
+            return AdapterState.LOADING
+        self._staged[digest] = tiles
+        return AdapterState.READY
+
+    def _dispatch(self, plan: StepPlan) -> InFlight:
+        for resident in plan.loads:
+            self._runner.upload(resident, self._staged[resident.digest].pages)
+        self._staged.clear()
+        self._steps += 1
+        self._computed += plan.num_tokens
+        return self._runner.dispatch(plan)
+
+    def _read(self, step: InFlight, tokens: np.ndarray, now: float) -> list[Delta]:
+        """Hands out a step's tokens. Requests that ended meanwhile get none: their surplus token is dropped."""
+        sampled = step.output.sampled
+        logits = None if step.output.logits is None else np.asarray(step.output.logits)
+        deltas = []
+        for i, request in enumerate(step.requests):
+            progress = self._progress.get(request.id)
+            if not step.samples[i] or progress is None or progress.request is not request:
+                continue
+            token = int(tokens[i])
+            request.output.append(token)
+            self._generated += 1
+            if request.metrics.first_token is None:
+                request.metrics.first_token = now
+            if request.params.logprobs is not None:
+                progress.logprobs.append(_logprobs(sampled, i, request.params.logprobs))
+            if logits is not None:
+                progress.logits.append(logits[i])
+            reason = self._stop_reason(progress, token)
+            if reason is None:
+                deltas.append(Delta(request.id, [token], progress.text.take()))
+            else:
+                deltas.append(self._end(progress, reason, [token], now))
+        return deltas
+
+    def _stop_reason(self, progress: _Progress, token: int) -> FinishReason | None:
+        request = progress.request
+        params = request.params
+        ends = token in params.stop_token_ids or (not params.ignore_eos and token in self.model.eos_token_ids)
+        if ends:
+            return FinishReason.STOP
+        if progress.text.push(token):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(request.output) >= request.max_new else None
+
+    def _end(
+        self,
+        progress: _Progress,
+        reason: FinishReason,
+        tokens: list[int],
+        now: float,
+        error: str | None = None,
+    ) -> Delta:
+        request = progress.request
+        progress.text.finish()
+        if progress.text.stopped and reason is FinishReason.LENGTH:
+            reason = FinishReason.STOP
+        self.scheduler.finish(request, reason, now)
+        del self._progress[request.id]
+        if request.adapter is not None:
+            self.store.unpin(request.adapter.digest)
+            self._drop_if_unnamed(request.adapter.digest)
+        output = RequestOutput(
+            request_id=request.id,
+            adapter=None if request.adapter is None else request.adapter.name,
+            prompt_token_ids=request.prompt,
+            text=None if self.tokenizer is None else progress.text.text,
+            token_ids=request.output,
+            finish_reason=reason,
+            metrics=request.metrics,
+            logprobs=None if request.params.logprobs is None else progress.logprobs,
+            logits=np.stack(progress.logits) if progress.logits else None,
+            error=error,
+        )
+        return Delta(request.id, tokens, progress.text.take(last=True), output)
+
+    def _end_lost(self) -> None:
+        """Ends the requests whose adapter is lost; others are not affected."""
+        if not self._lost:
+            return
+        now = time.perf_counter()
+        for request in list(self.scheduler.waiting):
+            if request.adapter is not None and request.adapter.digest in self._lost:
+                error = str(self._lost[request.adapter.digest])
+                self._ended.append(self._end(self._progress[request.id], FinishReason.ERROR, [], now, error))
+        self._lost.clear()
+
+    def _wait_for_disk(self) -> None:
+        """Nothing runs, and the first waiting request's adapter is on its way from disk: give it a moment."""
+        use = self.scheduler.waiting[0].adapter
+        if use is not None and use.digest not in self.residency:
+            try:
+                self.store.wait(use.digest, timeout=0.05)
+            except AdapterError:
+                pass  # not there yet; or lost, which the next plan reports
+
+    def _drain(self) -> None:
+        while self.has_work():
+            self.step()
+
+    def _stream(self, request_id: str) -> Iterator[Delta]:
+        try:
+            while request_id in self._progress or self.has_work():
+                for delta in self.step():
+                    if delta.request_id == request_id:
+                        yield delta
+                        if delta.output is not None:
+                            return
+        finally:
+            self.cancel(request_id)
+
+    # Checks on arrival
+
+    def _token_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError("the prompt is a string, but the model directory has no tokenizer: pass token ids")
+            ids = self.tokenizer(prompt)["input_ids"]
+        else:
+            ids = [int(token) for token in prompt]
+        if not ids:
+            raise RequestError("the prompt has no tokens")
+        if min(ids) < 0 or max(ids) >= self.model.vocab_size:
+            wrong = next(t for t in ids if not 0 <= t < self.model.vocab_size)
+            raise RequestError(f"token id {wrong} in the prompt is outside the vocabulary of {self.model.vocab_size}")
+        if len(ids) >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens; with max_model_len={self.max_model_len} at most "
+                f"{self.max_model_len - 1} leave room for an answer"
+            )
+        return ids
+
+    def _use(self, adapter: str | None) -> AdapterUse | None:
+        if adapter is None:
+            return None
+        info = self.store.info(adapter)
+        return AdapterUse(adapter, info.digest, np.asarray(info.ranks, np.int32), info.num_pages)
+
+    def _check_fits(self, ids: list[int], max_new: int, use: AdapterUse | None) -> None:
+        kv = self.scheduler.pages_for(len(ids) + max_new - 1)  # the last token's keys and values are never needed
+        adapter = 0 if use is None else use.num_pages
+        if use is not None and int(use.ranks.max()) > self.config.max_rank:
+            raise RequestError(
+                f"adapter {use.name!r} has rank {int(use.ranks.max())}, above EngineConfig.max_rank={self.config.max_rank}"
+            )
+        if kv + adapter > self.allocator.capacity:
+            raise RequestError(
+                f"the request can never fit: ({len(ids)} prompt + {max_new} new - 1) tokens / "
+                f"{self.config.page_size} per page = {kv} KV pages, plus {adapter} pages of the adapter, is more than "
+                f"the pool's {self.allocator.capacity}; lower max_tokens or raise num_pages"
+            )
+
+    def _drop_if_unnamed(self, digest: str | None) -> bool:
+        """Frees the pool pages of content that no name points to any more, unless it is in use. Whether it is gone."""
+        if digest is None or self.store.is_named(digest):
+            return False
+        return self.residency.drop(digest)
+
+
+def _logprobs(sampled: Any, i: int, count: int) -> TokenLogprobs:
+    ids = np.asarray(sampled.top_token)[i, :count].tolist()
+    values = np.asarray(sampled.top_logprob)[i, :count].tolist()
+    return TokenLogprobs(float(np.asarray(sampled.logprob)[i]), tuple(zip(ids, values, strict=True)))
+
+
+def _is_ids(prompts: Any) -> bool:
+    return len(prompts) > 0 and all(isinstance(t, (int, np.integer)) for t in prompts)
+
+
+def _spread(field: str, value: Any, kind: type, count: int) -> list[Any]:
+    if value is None or isinstance(value, kind):
+        return [value] * count
+    if len(value) != count:
+        raise RequestError(f"{field}: {len(value)} given for {count} prompts; pass one for all, or one each")
+    return list(value)
+
+
+def _load_tokenizer(model_dir: Path) -> Any:
+    if not (model_dir / "tokenizer.json").exists():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_dir)

@@ -1,0 +1,79 @@
+"""What the engine returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from slora_jax.scheduling import FinishReason, RequestMetrics
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log probabilities under the model's own distribution (before temperature and masks) at one output position.
+
+    `logprob` of the chosen token; `top`: the best alternatives, as many as asked for, `(token, logprob)` best first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A finished request.
+
+    text: generated text, None without a tokenizer. token_ids: generated tokens, a stop token included. logprobs: one
+    entry per token, if asked for. logits: float32 `[len(token_ids), vocab]` with `EngineConfig.keep_logits`.
+    error: why, when `finish_reason` is "error". metrics: seconds on the engine's clock.
+    """
+
+    request_id: str
+    adapter: str | None
+    prompt_token_ids: list[int]
+    text: str | None
+    token_ids: list[int]
+    finish_reason: FinishReason
+    metrics: RequestMetrics
+    logprobs: list[TokenLogprobs] | None = None
+    logits: np.ndarray | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a step brought for one request: new tokens, newly certain text, and, the last time, the whole output."""
+
+    request_id: str
+    token_ids: list[int]
+    text: str
+    output: RequestOutput | None = None
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return None if self.output is None else self.output.finish_reason
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the engine was made, and the state now.
+
+    pages: pool pages by kind ("free", "kv", "adapter"); of the adapter pages, `idle_adapter_pages` may be evicted.
+    host_seconds: time spent planning, packing and reading back, over all steps; excludes waiting for the device.
+    """
+
+    steps: int
+    tokens_computed: int
+    tokens_generated: int
+    preemptions: int
+    adapter_loads: int
+    adapter_evictions: int
+    adapter_hits: int
+    resident_adapters: int
+    registered_adapters: int
+    running: int
+    waiting: int
+    pages: dict[str, int]
+    idle_adapter_pages: int
+    host_seconds: float

@@ -1,0 +1,137 @@
+"""The device side of the engine: arrays, compiled programs, dispatch. It knows plans and pages, not queues."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pallas_kernels.lora.layout import LoraLayout, ceil_div
+from slora_jax.engine.batch import build_metadata
+from slora_jax.engine.config import EngineConfig
+from slora_jax.engine.programs import StepPrograms
+from slora_jax.engine.step import StepOutput, StepSpec
+from slora_jax.errors import ConfigError
+from slora_jax.memory import PoolShape, Resident, upload_adapter
+from slora_jax.memory.pool import UPLOAD_PAGES, set_table_row, upload_pages
+from slora_jax.models import ModelConfig, Params
+from slora_jax.scheduling import Request, StepPlan
+
+logger = logging.getLogger("slora_jax")
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A dispatched step: its requests in the order of its sequences, whether each sampled, and what will come."""
+
+    requests: list[Request]
+    samples: list[bool]
+    output: StepOutput
+
+
+class Runner:
+    """Owns every device array: parameters, pool, adapter table, sequence state."""
+
+    def __init__(
+        self, model: ModelConfig, graphdef: nnx.GraphDef, params: Params, config: EngineConfig, max_model_len: int
+    ) -> None:
+        self._params = params
+        self.shape = pool_shape(model, config, max_model_len)
+        struct = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+        self.spec = StepSpec(
+            model=model,
+            graphdef=graphdef,
+            params=struct,
+            pool=self.shape,
+            max_seqs=config.max_seqs,
+            max_pages_per_seq=ceil_div(max_model_len, config.page_size),
+            max_rank=config.max_rank,
+            keep_logits=config.keep_logits,
+        )
+        self.programs = StepPrograms(self.spec, config.buckets(), progress=config.progress)
+        self.pool = self.shape.make_pool()
+        self.table = self.shape.make_table()
+        self.state = self.spec.make_state()
+        self._warm_up()
+
+    def upload(self, resident: Resident, contents: np.ndarray) -> None:
+        """Dispatches an adapter's upload: `contents [num_layers, n, 2, page_size, W]` to its pages."""
+        self.pool, self.table = upload_adapter(
+            self.pool, self.table, resident.slot, resident.pages, resident.ranks, contents
+        )
+
+    def dispatch(self, plan: StepPlan) -> InFlight:
+        """Starts a step and returns at once; the copies of its results to the host are started too."""
+        with_lora = any(s.request.adapter_slot >= 0 for s in plan.sequences)
+        program = self.programs.select(plan.num_tokens, len(plan.sequences), with_lora)
+        metadata, requests, samples = build_metadata(plan, program.layout)
+        self.pool, self.state, output = program(self._params, self.pool, self.table, self.state, metadata)
+        wanted: Any = output.sampled if any(r.params.logprobs is not None for r in requests) else output.sampled.token
+        for leaf in jax.tree.leaves((wanted, output.logits)):
+            leaf.copy_to_host_async()
+        return InFlight(requests, samples, output)
+
+    def _warm_up(self) -> None:
+        """Compiles what the steps do not contain: the uploads. Writes only where nothing is kept."""
+        for size in UPLOAD_PAGES:
+            nowhere = np.full(size, self.shape.num_pages, np.int32)
+            contents = np.zeros((self.shape.num_layers, size, *self.pool[0].shape[1:]), self.pool[0].dtype)
+            self.pool = upload_pages(self.pool, nowhere, contents)
+        empty = np.zeros(self.shape.max_adapter_pages, np.int32)
+        self.table = set_table_row(self.table, np.int32(0), empty, np.zeros(7, np.int32))
+
+
+def pool_shape(model: ModelConfig, config: EngineConfig, max_model_len: int) -> PoolShape:
+    """The pool of an engine; `num_pages=None` is decided here, from free memory, and logged.
+
+    Raises:
+      ConfigError: the pool cannot hold one sequence of `max_model_len`, or memory does not suffice.
+    """
+    layout = LoraLayout.of_decoder(
+        model.hidden_size, model.q_width, model.kv_width, model.intermediate_size, config.page_size
+    )
+    page_bytes = model.num_layers * 2 * config.page_size * model.kv_width * jnp.dtype(config.dtype).itemsize
+    num_pages = config.num_pages
+    if num_pages is None:
+        free, where = _free_memory(model, config)
+        num_pages = free // page_bytes
+        logger.info(
+            "pool: %d pages of %d tokens (%.1f MiB each over all layers), %.2f GiB of %s",
+            num_pages,
+            config.page_size,
+            page_bytes / 2**20,
+            num_pages * page_bytes / 2**30,
+            where,
+        )
+        if num_pages < 2:
+            raise ConfigError(
+                f"EngineConfig.num_pages=None: {free} bytes of {where} hold no pool; page = {page_bytes} bytes"
+            )
+    largest = int(layout.num_pages(np.full(7, config.max_rank)))
+    return PoolShape(
+        num_layers=model.num_layers,
+        num_pages=num_pages,
+        page_size=config.page_size,
+        width=model.kv_width,
+        dtype=config.dtype,
+        adapter_slots=config.adapter_slots or min(num_pages - 1, 4096),
+        max_adapter_pages=min(largest, num_pages - 1),
+    )
+
+
+def _free_memory(model: ModelConfig, config: EngineConfig) -> tuple[int, str]:
+    """Bytes the pool may take, and a word on where they are."""
+    stats = jax.devices()[0].memory_stats()
+    if stats is None:  # a CPU: leave most of the host's memory to the host
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(free * config.memory_fraction / 4), "host memory"
+    widest = model.q_width + 2 * model.kv_width + 2 * model.hidden_size + 3 * model.intermediate_size
+    activations = config.max_tokens_per_step * widest * 4 * 2 + config.max_seqs * model.vocab_size * 4 * 6
+    free = stats["bytes_limit"] - stats["bytes_in_use"] - activations
+    return int(free * config.memory_fraction), "device memory"

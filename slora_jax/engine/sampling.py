@@ -1,0 +1,110 @@
+"""Sampling on the device: greedy, temperature, top-k, top-p, min-p, per-request random streams, logprobs.
+
+Masks come from a binary search for a threshold on the logits rather than from a sort of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from slora_jax.scheduling import MAX_LOGPROBS
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplingInputs:
+    """Per sequence `[S]`, as in `SamplingParams`. seed uint32; output_index: how many tokens the request has sampled
+    before this one; logprobs: alternatives to report, -1 for none at all."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    seed: jax.Array
+    output_index: jax.Array
+    logprobs: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampled:
+    """token int32 `[S]`; logprob float32 `[S]` of it; top_token int32, top_logprob float32 `[S, MAX_LOGPROBS]`, best
+    first (zeros unless a sequence asks for logprobs)."""
+
+    token: jax.Array
+    logprob: jax.Array
+    top_token: jax.Array
+    top_logprob: jax.Array
+
+
+def sample(logits: jax.Array, inputs: SamplingInputs) -> Sampled:
+    """Draws one token per row of `logits` float32 `[S, V]`.
+
+    A row's draw depends on its own logits, parameters, seed and output index only. Work that no row asks for is skipped
+    at run time.
+    """
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    token = lax.cond(jnp.any(inputs.temperature > 0), lambda: _draw(logits, greedy, inputs), lambda: greedy)
+
+    width = min(MAX_LOGPROBS, logits.shape[-1])
+
+    def report() -> tuple[jax.Array, jax.Array, jax.Array]:
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        top_logprob, top_token = lax.top_k(logprobs, width)
+        return jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0], top_token.astype(jnp.int32), top_logprob
+
+    def nothing() -> tuple[jax.Array, jax.Array, jax.Array]:
+        rows = logits.shape[0]
+        return jnp.zeros(rows), jnp.zeros((rows, width), jnp.int32), jnp.zeros((rows, width))
+
+    logprob, top_token, top_logprob = lax.cond(jnp.any(inputs.logprobs >= 0), report, nothing)
+    return Sampled(token, logprob, top_token, top_logprob)
+
+
+def _draw(logits: jax.Array, greedy: jax.Array, inputs: SamplingInputs) -> jax.Array:
+    """Gumbel-max over the masked, scaled logits; greedy rows keep their argmax."""
+    stochastic = inputs.temperature > 0
+    scaled = logits / jnp.where(stochastic, inputs.temperature, 1.0)[:, None]
+    scaled = scaled - scaled.max(axis=-1, keepdims=True)
+    keep = _masks(scaled, inputs)
+
+    def noise(seed: jax.Array, index: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        return jax.random.gumbel(key, logits.shape[-1:])
+
+    perturbed = jnp.where(keep, scaled + jax.vmap(noise)(inputs.seed, inputs.output_index), -jnp.inf)
+    return jnp.where(stochastic, jnp.argmax(perturbed, axis=-1).astype(jnp.int32), greedy)
+
+
+def _masks(scaled: jax.Array, inputs: SamplingInputs) -> jax.Array:
+    """Tokens that top-k, then top-p, then min-p leave: bool `[S, V]`. `scaled` has its row maximum at 0."""
+    top_k = jnp.where(inputs.top_k > 0, inputs.top_k, scaled.shape[-1])
+    floor = _highest_threshold(scaled, lambda kept: kept.sum(-1) >= jnp.minimum(top_k, scaled.shape[-1]))
+    keep = scaled >= floor[:, None]
+    p = jnp.where(keep, jnp.exp(scaled), 0.0)
+    p = p / p.sum(-1, keepdims=True)
+    floor = _highest_threshold(scaled, lambda kept: jnp.where(kept & keep, p, 0.0).sum(-1) >= inputs.top_p)
+    keep &= (scaled >= floor[:, None]) | (inputs.top_p >= 1.0)[:, None]
+    return keep & (scaled >= jnp.log(inputs.min_p)[:, None])  # p >= min_p * p_max
+
+
+def _highest_threshold(x: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The highest value t `[S]` for which `enough(x >= t)` holds (it must be monotone), exact to the last bit: a binary
+    search over float32 bit patterns, which for values of at most 0 fall in order of magnitude. Ties are kept."""
+    bits = lax.bitcast_convert_type(jnp.abs(jnp.minimum(x, 0.0)), jnp.uint32)  # monotone in -x
+    low = jnp.zeros(x.shape[0], jnp.uint32)
+    high = jnp.full(x.shape[0], 0x7F800000, jnp.uint32)  # infinity: everything is kept
+
+    def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        ok = enough(bits <= middle[:, None])
+        return jnp.where(ok, low, middle + 1), jnp.where(ok, middle, high)
+
+    _, high = lax.fori_loop(0, 31, halve, (low, high))
+    return -lax.bitcast_convert_type(high, jnp.float32)

@@ -1,0 +1,132 @@
+"""The step: `step(params, pool, table, state, metadata) -> (pool, state, outputs)`, pure, with pool and state donated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.lora import AdapterTable, LoraLayout, LoraProduct
+from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.pool_write import write_kv
+from slora_jax.engine.batch import BatchLayout, Bucket, SequenceState, StepBatch, unpack
+from slora_jax.engine.sampling import Sampled, sample
+from slora_jax.memory import Pool, PoolShape
+from slora_jax.models import ModelConfig, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepOutput:
+    """What the host reads of a step. logits float32 `[S, vocab]`, or None unless asked for."""
+
+    sampled: Sampled
+    logits: jax.Array | None
+
+
+class PagedContext:
+    """A model's view of the unified pool while one step is traced: a `models.StepContext`."""
+
+    def __init__(
+        self, pool: Pool, table: AdapterTable, batch: StepBatch, spec: StepSpec, bucket: Bucket, with_lora: bool
+    ) -> None:
+        self.pool = list(pool)
+        self._batch = batch
+        self._bucket = bucket
+        self._num_kv_heads = spec.model.num_kv_heads
+        self._stacks = {stack.name: stack for stack in spec.lora_layout.stacks}
+        self._lora: LoraProduct | None = None
+        if with_lora:
+            with jax.named_scope("lora_prepare"):
+                self._lora = LoraProduct(
+                    spec.lora_layout,
+                    table,
+                    batch.lora,
+                    decode=bucket.decode,
+                    tile_rows=bucket.lora_tile_rows,
+                    max_rank=spec.max_rank,
+                )
+
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """Writes this step's keys and values into the pool, then attends over each row's own pages."""
+        rows, batch = q.shape[0], self._batch
+        self.pool[layer] = write_kv(
+            self.pool[layer], k.reshape(rows, -1), v.reshape(rows, -1), batch.page, batch.offset
+        )
+        return paged_attention(
+            q,
+            self.pool[layer],
+            batch.attention,
+            num_kv_heads=self._num_kv_heads,
+            decode=self._bucket.decode,
+            tile_rows=self._bucket.prefill_tile_rows,
+        )
+
+    def lora(self, layer: int, stack: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Adds the adapters' part of a stack; nothing at all in a program for batches without adapters."""
+        if self._lora is None:
+            return y
+        with jax.named_scope("lora"):
+            return self._lora(x, y, self.pool[layer], self._stacks[stack])
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """All that a step program depends on beside its bucket: shapes and structure, no arrays."""
+
+    model: ModelConfig
+    graphdef: Any
+    params: Params  # `jax.ShapeDtypeStruct` leaves
+    pool: PoolShape
+    max_seqs: int
+    max_pages_per_seq: int
+    max_rank: int
+    keep_logits: bool = False
+
+    @property
+    def lora_layout(self) -> LoraLayout:
+        model = self.model
+        return LoraLayout.of_decoder(
+            model.hidden_size, model.q_width, model.kv_width, model.intermediate_size, self.pool.page_size
+        )
+
+    def state_struct(self) -> SequenceState:
+        """Shapes of the device's sequence state."""
+        return SequenceState(
+            page_table=jax.ShapeDtypeStruct((self.max_seqs + 1, self.max_pages_per_seq), jnp.int32),  # type: ignore[arg-type]
+            last_token=jax.ShapeDtypeStruct((self.max_seqs + 1,), jnp.int32),  # type: ignore[arg-type]
+        )
+
+    def make_state(self) -> SequenceState:
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.state_struct())
+
+
+def make_step(spec: StepSpec, layout: BatchLayout, with_lora: bool) -> Any:
+    """The jitted step of one bucket: `(params, pool, table, state, metadata int32 [layout.size]) -> (pool, state,
+    StepOutput)`. Pool and state are donated. `with_lora=False` contains no LoRA work at all."""
+
+    def step(
+        params: Params, pool: Pool, table: AdapterTable, state: SequenceState, metadata: jax.Array
+    ) -> tuple[Pool, SequenceState, StepOutput]:
+        batch, state = unpack(metadata, state, layout)
+        model = nnx.merge(spec.graphdef, params)
+        context = PagedContext(pool, table, batch, spec, layout.bucket, with_lora)
+        hidden = model(batch.token, batch.position, context)  # [T, d]
+        logits = model.logits(hidden[batch.last_row])  # [S, vocab]
+        with jax.named_scope("sample"):
+            sampled = sample(logits, batch.sampling)
+        last_token = state.last_token.at[batch.slot].set(sampled.token)
+        state = SequenceState(page_table=state.page_table, last_token=last_token)
+        return tuple(context.pool), state, StepOutput(sampled, logits if spec.keep_logits else None)
+
+    step.__name__ = layout.bucket.name + ("_lora" if with_lora else "")
+    return jax.jit(step, donate_argnums=(1, 3))
+
+
+def step_shapes(spec: StepSpec, layout: BatchLayout) -> tuple[Any, ...]:
+    """`jax.ShapeDtypeStruct`s of the step's arguments, for lowering without arrays (or without a device)."""
+    metadata = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+    return spec.params, spec.pool.pool_struct(), spec.pool.table_struct(), spec.state_struct(), metadata

@@ -1,0 +1,68 @@
+"""Token ids to text as they come, and stop strings across token borders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+
+class TextStream:
+    """The text of one request. Text that may yet turn out to be the beginning of a stop string is held back."""
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
+        """`tokenizer` is a fast Hugging Face tokenizer, or None: then there is no text and nothing stops it."""
+        self._backend = None if tokenizer is None else tokenizer.backend_tokenizer
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._stop = stop
+        self._ids: list[int] = []
+        self._text = ""
+        self._emitted = 0
+        self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """All text so far; without the stop string, once one was met."""
+        return self._text
+
+    def push(self, token: int) -> bool:
+        """Adds a token. Returns whether a stop string is now complete; the text then ends before it."""
+        if self._backend is None:
+            return False
+        self._ids.append(token)
+        piece = self._decoder.step(self._backend, token)
+        if not piece:
+            return False
+        return self._append(piece)
+
+    def finish(self) -> None:
+        """No token follows: bytes of an incomplete character, held back until now, come out as the decoder has them.
+        A stop string that they complete still ends the text."""
+        if self._backend is None or self.stopped:
+            return
+        whole = self._backend.decode(self._ids, skip_special_tokens=True)
+        if whole.startswith(self._text) and len(whole) > len(self._text):
+            self._append(whole[len(self._text) :])
+
+    def take(self, last: bool = False) -> str:
+        """Text that is certain and was not taken before; `last`: nothing follows, so all of it is certain."""
+        end = len(self._text) if last or self.stopped else self._certain()
+        piece, self._emitted = self._text[self._emitted : end], max(self._emitted, end)
+        return piece
+
+    def _append(self, piece: str) -> bool:
+        search_from = max(0, len(self._text) - max(map(len, self._stop), default=0) + 1)
+        self._text += piece
+        found = [at for s in self._stop if (at := self._text.find(s, search_from)) >= 0]
+        if found:
+            self._text = self._text[: min(found)]
+            self.stopped = True
+        return self.stopped
+
+    def _certain(self) -> int:
+        """Length of the text before the longest suffix that begins a stop string."""
+        text, longest = self._text, max(map(len, self._stop), default=0)
+        for start in range(max(self._emitted, len(text) - longest + 1), len(text)):
+            if any(s.startswith(text[start:]) for s in self._stop):
+                return start
+        return len(text)

@@ -1,0 +1,16 @@
+"""The unified pool: device arrays and pure updates, the page allocator, adapter residency."""
+
+from slora_jax.memory.allocator import DUMMY_PAGE, PageAllocator, PageKind
+from slora_jax.memory.pool import Pool, PoolShape, upload_adapter
+from slora_jax.memory.residency import AdapterResidency, Resident
+
+__all__ = [
+    "DUMMY_PAGE",
+    "AdapterResidency",
+    "PageAllocator",
+    "PageKind",
+    "Pool",
+    "PoolShape",
+    "Resident",
+    "upload_adapter",
+]

@@ -1,0 +1,101 @@
+"""The page allocator: one free list for KV and adapter pages alike (paper section 5.1, unified paging)."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+
+from slora_jax.errors import PoolError
+
+DUMMY_PAGE = 0
+"""The page that absorbs every padded write and read. Never allocated."""
+
+
+class PageKind(IntEnum):
+    """What a page holds."""
+
+    FREE = 0
+    KV = 1
+    ADAPTER = 2
+    DUMMY = 3
+
+
+class PageAllocator:
+    """Hands out page ids of a pool of `num_pages` pages, page 0 excepted.
+
+    A stack of free ids: allocating or freeing costs O(1) a page, and because any page serves any purpose there is no
+    fragmentation. `kinds` uint8 `[num_pages]` says what each page holds now (read-only for others; the pool's picture).
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        if num_pages < 2:
+            raise PoolError(f"num_pages={num_pages}: a pool needs at least 2 pages, one of them the dummy page")
+        self.num_pages = num_pages
+        self.kinds = np.full(num_pages, PageKind.FREE, np.uint8)
+        self.kinds[DUMMY_PAGE] = PageKind.DUMMY
+        self._stack = np.arange(num_pages - 1, 0, -1, dtype=np.int32)  # the top is the end
+        self._num_free = num_pages - 1
+
+    @property
+    def num_free(self) -> int:
+        return self._num_free
+
+    @property
+    def capacity(self) -> int:
+        """Pages that can be allocated at all: all but the dummy page."""
+        return self.num_pages - 1
+
+    def can_allocate(self, count: int) -> bool:
+        return count <= self._num_free
+
+    def allocate(self, count: int, kind: PageKind) -> np.ndarray:
+        """Takes `count` pages: int32 ids `[count]`.
+
+        Raises:
+          PoolError: fewer pages are free; nothing was taken. Callers ask `can_allocate` first.
+        """
+        if count > self._num_free:
+            raise PoolError(f"{count} pages asked for, {self._num_free} of {self.capacity} free")
+        pages = self._stack[self._num_free - count : self._num_free].copy()
+        self._num_free -= count
+        self.kinds[pages] = kind
+        return pages
+
+    def free(self, pages: np.ndarray) -> None:
+        """Gives pages back.
+
+        Raises:
+          PoolError: a page is out of range, free already, or named twice; nothing was freed.
+        """
+        pages = np.asarray(pages, np.int32)
+        if pages.size == 0:
+            return
+        if pages.min() <= DUMMY_PAGE or pages.max() >= self.num_pages:
+            raise PoolError(f"free of pages {pages.min()}..{pages.max()}, outside 1..{self.num_pages - 1}")
+        already = pages[self.kinds[pages] == PageKind.FREE]
+        if already.size:
+            raise PoolError(f"double free of page {int(already[0])}")
+        if pages.size > 1 and np.unique(pages).size != pages.size:
+            raise PoolError(f"a page is named twice in one free: {pages.tolist()}")
+        self._stack[self._num_free : self._num_free + pages.size] = pages
+        self._num_free += pages.size
+        self.kinds[pages] = PageKind.FREE
+
+    def count(self, kind: PageKind) -> int:
+        return int(np.count_nonzero(self.kinds == kind))
+
+    def check_owned(self, owned: dict[PageKind, list[np.ndarray]]) -> None:
+        """Compares the allocator's view with the owners' lists of pages.
+
+        Raises:
+          PoolError: a page is leaked (allocated, but nobody's), owned twice, or owned while free.
+        """
+        for kind, lists in owned.items():
+            mine = np.concatenate([np.empty(0, np.int32), *lists])
+            if np.unique(mine).size != mine.size:
+                raise PoolError(f"a {kind.name} page has two owners")
+            held = np.flatnonzero(self.kinds == kind)
+            if not np.array_equal(np.sort(mine), held):
+                leaked, ghost = np.setdiff1d(held, mine), np.setdiff1d(mine, held)
+                raise PoolError(f"{kind.name} pages leaked: {leaked.tolist()}; owned but not held: {ghost.tolist()}")

@@ -1,0 +1,88 @@
+"""The unified pool: device arrays and the pure functions that change them (paper section 5.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.lora import AdapterTable
+from pallas_kernels.pool_write import write_pages
+
+Pool = tuple[jax.Array, ...]
+"""One array per layer, each `[num_pages, 2, page_size, W]`; a page id names the same row in every layer."""
+
+UPLOAD_PAGES = (4, 32)
+"""Pages that one upload call carries: as many large calls as an adapter fills, then small ones."""
+
+
+@dataclass(frozen=True)
+class PoolShape:
+    """Shape of the pool and of the adapter table beside it."""
+
+    num_layers: int
+    num_pages: int
+    page_size: int
+    width: int
+    dtype: str
+    adapter_slots: int
+    max_adapter_pages: int
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers."""
+        return self.num_layers * 2 * self.page_size * self.width * jnp.dtype(self.dtype).itemsize
+
+    def pool_struct(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        shape = (self.num_pages, 2, self.page_size, self.width)
+        return (jax.ShapeDtypeStruct(shape, jnp.dtype(self.dtype)),) * self.num_layers
+
+    def table_struct(self) -> AdapterTable:
+        return AdapterTable(
+            pages=jax.ShapeDtypeStruct((self.adapter_slots, self.max_adapter_pages), jnp.int32),  # type: ignore[arg-type]
+            ranks=jax.ShapeDtypeStruct((self.adapter_slots, 7), jnp.int32),  # type: ignore[arg-type]
+        )
+
+    def make_pool(self) -> Pool:
+        return tuple(jnp.zeros(s.shape, s.dtype) for s in self.pool_struct())
+
+    def make_table(self) -> AdapterTable:
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.table_struct())
+
+
+@partial(jax.jit, donate_argnums=0)
+def upload_pages(pool: Pool, page: jax.Array, contents: jax.Array) -> Pool:
+    """Writes pages `contents [num_layers, K, 2, page_size, W]` to ids `page [K]` in every layer, in place."""
+    return tuple(write_pages(layer, page, contents[i]) for i, layer in enumerate(pool))
+
+
+@partial(jax.jit, donate_argnums=0)
+def set_table_row(table: AdapterTable, slot: jax.Array, pages: jax.Array, ranks: jax.Array) -> AdapterTable:
+    """Describes a newly resident adapter: `pages [max_adapter_pages]`, `ranks [7]`, at row `slot`."""
+    return AdapterTable(pages=table.pages.at[slot].set(pages), ranks=table.ranks.at[slot].set(ranks))
+
+
+def upload_adapter(
+    pool: Pool, table: AdapterTable, slot: int, pages: np.ndarray, ranks: np.ndarray, contents: np.ndarray
+) -> tuple[Pool, AdapterTable]:
+    """Puts an adapter's pages `contents [num_layers, n, 2, page_size, W]` at ids `pages [n]` and its table row at
+    `slot`. Pool and table are donated. Dispatches and returns; the next step waits for the data on the device."""
+    num_pages = pool[0].shape[0]
+    done = 0
+    while done < pages.size:
+        left = pages.size - done
+        size = next((s for s in reversed(UPLOAD_PAGES) if s <= left), UPLOAD_PAGES[0])
+        count = min(size, left)
+        ids = np.full(size, num_pages, np.int32)  # past the end: dropped
+        ids[:count] = pages[done : done + count]
+        part = contents[:, done : done + count]
+        if count < size:
+            part = np.concatenate([part, np.zeros((part.shape[0], size - count, *part.shape[2:]), part.dtype)], axis=1)
+        pool = upload_pages(pool, ids, part)
+        done += count
+    row = np.zeros(table.pages.shape[1], np.int32)
+    row[: pages.size] = pages
+    return pool, set_table_row(table, np.int32(slot), row, np.asarray(ranks, np.int32))

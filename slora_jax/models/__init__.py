@@ -1,0 +1,18 @@
+"""The base model: Llama, Mistral, Qwen2 and Qwen3 decoders, their Hugging Face weights, and a cache of these."""
+
+from slora_jax.models.config import ModelConfig, RopeConfig
+from slora_jax.models.decoder import Decoder, Params, Stack, StepContext
+from slora_jax.models.init import abstract_decoder, init_random
+from slora_jax.models.load import load_model
+
+__all__ = [
+    "Decoder",
+    "ModelConfig",
+    "Params",
+    "RopeConfig",
+    "Stack",
+    "StepContext",
+    "abstract_decoder",
+    "init_random",
+    "load_model",
+]

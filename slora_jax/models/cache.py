@@ -1,0 +1,153 @@
+"""Orbax cache of converted weights, so that a checkpoint is converted once.
+
+One entry per (model directory, dtype): `<cache_dir>/<model>-<dtype>-<path digest>/` with the Orbax tree in `params/` and
+`manifest.json`, which holds the key of the source checkpoint and the CRC-32 of every file. An entry is written beside
+its place and renamed into it, so a partial write never counts. The entry of a changed checkpoint is replaced.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import logging
+import tempfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp  # type: ignore[import-untyped]
+from flax import traverse_util
+
+from slora_jax.models.config import ModelConfig
+from slora_jax.models.decoder import Params
+from slora_jax.models.hf import ParamPath, checkpoint_files, load_device
+
+CONVERTER_VERSION = 1
+"""Raised whenever the converted form changes; entries of other versions are stale."""
+
+_SAMPLE_BYTES = 1 << 16
+_SAMPLES_PER_FILE = 16
+_LOG = logging.getLogger(__name__)
+
+
+def checkpoint_key(model_dir: str | Path, config: ModelConfig, dtype: np.dtype) -> str:
+    """Digest of all that the converted weights depend on.
+
+    A weight file enters by name, size, modification time and samples spread over its content: fine-tunes of one model
+    have equal headers, and unpacked archives can have equal times.
+    """
+    digest = hashlib.sha256(json.dumps([CONVERTER_VERSION, dataclasses.asdict(config), dtype.name]).encode())
+    for file in checkpoint_files(model_dir):
+        stat = file.stat()
+        digest.update(json.dumps([file.name, stat.st_size, stat.st_mtime_ns]).encode())
+        with open(file, "rb") as content:
+            for sample in range(_SAMPLES_PER_FILE):
+                content.seek(max(0, stat.st_size - _SAMPLE_BYTES) * sample // (_SAMPLES_PER_FILE - 1))
+                digest.update(content.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def entry_path(cache_dir: str | Path, model_dir: str | Path, dtype: np.dtype) -> Path:
+    """The directory of the entry for a model directory and dtype, whether or not it exists."""
+    resolved = Path(model_dir).resolve()
+    path_digest = hashlib.sha256(str(resolved).encode()).hexdigest()[:12]
+    return Path(cache_dir).resolve() / f"{resolved.name}-{dtype.name}-{path_digest}"
+
+
+def read_entry(entry: Path, key: str, shapes: Params) -> Params | None:
+    """The cached parameters (`shapes` is their abstract tree), or None if absent, stale or damaged.
+
+    The last two are logged as warnings; nothing is raised for them.
+    """
+    if not entry.exists():
+        return None
+    try:
+        manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["key"] != key:
+            _LOG.warning("%s: the cached weights are of another state of the checkpoint; converting again", entry)
+            return None
+        if _checksums(entry / "params") != manifest["crc32"]:
+            raise ValueError("files differ from the manifest")
+        return _restore(entry / "params", shapes)
+    except Exception as error:  # noqa: BLE001  # Orbax and TensorStore raise many types for damaged files
+        _LOG.warning("%s: the cached weights cannot be used; converting again: %s", entry, error)
+        return None
+
+
+def write_entry(entry: Path, key: str, params: Params) -> None:
+    """Replaces the entry atomically. A failure (a full disk, say) is logged as a warning, not raised."""
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{entry.name}-", dir=entry.parent) as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
+            _save(new / "params", params)
+            manifest = {"key": key, "crc32": _checksums(new / "params")}
+            (new / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            if entry.exists():
+                entry.rename(Path(scratch) / "old")
+            new.rename(entry)
+    except Exception as error:  # noqa: BLE001  # a cache that cannot be written costs time, not the model
+        _LOG.warning("%s: the converted weights could not be cached: %s", entry, error)
+
+
+def _names(params: Params) -> dict[str, ParamPath]:
+    return {".".join(map(str, path)): path for path in traverse_util.flatten_dict(params)}
+
+
+def _save(path: Path, params: Params) -> None:
+    flat = traverse_util.flatten_dict(params)
+    tree = {name: flat[param_path] for name, param_path in _names(params).items()}
+    with _checkpointer(tree) as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(tree))
+
+
+def _restore(path: Path, shapes: Params) -> Params:
+    flat = traverse_util.flatten_dict(shapes)
+    sharding = jax.sharding.SingleDeviceSharding(load_device())
+    tree = {
+        name: jax.ShapeDtypeStruct(flat[param_path].shape, flat[param_path].dtype, sharding=sharding)
+        for name, param_path in _names(shapes).items()
+    }
+    with _checkpointer(tree) as checkpointer:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+        arrays = checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=tree, restore_args=restore_args))
+    if differing := [n for n in tree if (arrays[n].shape, arrays[n].dtype) != (tree[n].shape, tree[n].dtype)]:
+        raise ValueError(f"parameters of another shape or dtype: {', '.join(differing)}")
+    return traverse_util.unflatten_dict({path: arrays[name] for name, path in _names(shapes).items()})
+
+
+def _checkpointer(tree: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> ocp.Checkpointer:
+    """An Orbax checkpointer whose buffers in flight stay below a twentieth of the weights, or the largest of them.
+
+    Uncompressed: weights hardly compress, and decompression buffers would add to the peak.
+    """
+    sizes = [int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in tree.values()]
+    in_flight_gb = max(sum(sizes) / 20, max(sizes) + 1) / 1e9
+    process = jax.process_index()  # every process keeps its own copy and waits for no other
+    alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+    handler = ocp.PyTreeCheckpointHandler(
+        use_zarr3=True,
+        use_compression=False,
+        save_concurrent_gb=in_flight_gb,  # type: ignore[arg-type]  # fractions are honoured
+        restore_concurrent_gb=in_flight_gb,  # type: ignore[arg-type]
+        multiprocessing_options=alone,
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+def _checksums(directory: Path) -> dict[str, int]:
+    """CRC-32 of every file below the directory, by relative path."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return {str(path.relative_to(directory)): crc for path, crc in zip(files, pool.map(_crc32, files), strict=True)}
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as content:
+        while block := content.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc

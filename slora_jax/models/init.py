@@ -1,0 +1,40 @@
+"""A decoder as (graph definition, parameters): abstract for compilation, or random for benchmarks."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, traverse_util
+
+from slora_jax.models.config import ModelConfig
+from slora_jax.models.decoder import Decoder, Params
+
+
+def abstract_decoder(config: ModelConfig, dtype: Any) -> tuple[nnx.GraphDef, Params]:
+    """The graph definition and the parameter tree as `jax.ShapeDtypeStruct`s; nothing is allocated.
+
+    Parameters are a plain nested dictionary, e.g. `params["layers"][0]["qkv"]["kernel"]`; `nnx.merge(graphdef, params)`
+    gives the `Decoder`, inside a jitted function too.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype)))
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def init_random(config: ModelConfig, dtype: Any, seed: int) -> tuple[nnx.GraphDef, Params]:
+    """Weights and biases drawn from N(0, 0.02²) on the default device, norms at one. Every leaf has its own key."""
+    graphdef, shapes = abstract_decoder(config, dtype)
+    key = jax.random.key(seed)
+    leaves = {}
+    for index, (path, leaf) in enumerate(sorted(traverse_util.flatten_dict(shapes).items(), key=str)):
+        if path[-1] == "scale":
+            leaves[path] = jnp.ones(leaf.shape, leaf.dtype)
+        else:
+            leaves[path] = _normal(jax.random.fold_in(key, index), leaf.shape, leaf.dtype)
+    return graphdef, traverse_util.unflatten_dict(leaves)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+    return (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)

@@ -1,0 +1,110 @@
+"""A request and its progress: the host's whole knowledge of one sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+
+import numpy as np
+
+from slora_jax.scheduling.sampling_params import SamplingParams
+
+
+class Status(StrEnum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    """An end-of-sequence or stop token, or a stop string."""
+    LENGTH = "length"
+    """`max_tokens` or the engine's `max_model_len` was reached."""
+    CANCELLED = "cancelled"
+    ERROR = "error"
+    """The request's adapter could not be brought back from disk."""
+
+
+@dataclass(frozen=True)
+class AdapterUse:
+    """The adapter of a request, fixed on arrival: reloading its name later does not touch requests under way."""
+
+    name: str
+    digest: str
+    ranks: np.ndarray  # int32 [7]
+    num_pages: int
+
+    @cached_property
+    def rows(self) -> int:
+        """Sum of the ranks: what a token of this adapter costs, up to a factor."""
+        return int(self.ranks.sum())
+
+
+@dataclass
+class RequestMetrics:
+    """Seconds on the engine's clock. `first_token` and `finished` are None until then."""
+
+    arrival: float
+    admitted: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+    preemptions: int = 0
+
+    @property
+    def first_token_latency(self) -> float | None:
+        return None if self.first_token is None else self.first_token - self.arrival
+
+    @property
+    def latency(self) -> float | None:
+        return None if self.finished is None else self.finished - self.arrival
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence.
+
+    `output` holds the tokens that the host has read; `num_sampled` counts those that the device has sampled or is
+    sampling, so it is ahead of `output` by the steps in flight. `num_computed` tokens have (or, once the dispatched
+    steps ran, will have) their keys and values in `pages`.
+    """
+
+    id: str
+    number: int  # order of arrival
+    prompt: list[int]
+    params: SamplingParams
+    seed: int
+    max_new: int  # tokens to generate at most
+    adapter: AdapterUse | None
+    metrics: RequestMetrics
+    output: list[int] = field(default_factory=list)
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+    num_sampled: int = 0
+    num_computed: int = 0
+    slot: int = -1  # row of the device's sequence state while running
+    adapter_slot: int = -1  # row of the device's adapter table while running
+    pages: list[int] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose identity is settled, on the host or on the device."""
+        return len(self.prompt) + self.num_sampled
+
+    @property
+    def in_flight(self) -> int:
+        """Sampled tokens that the host has not read yet."""
+        return self.num_sampled - len(self.output)
+
+    @property
+    def all_sampled(self) -> bool:
+        """Whether the last token that it may have is sampled or being sampled."""
+        return self.num_sampled >= self.max_new
+
+    def tokens(self, start: int, count: int) -> list[int]:
+        """Known token ids at positions `start .. start + count` of prompt and output."""
+        prompt = len(self.prompt)
+        if start >= prompt:
+            return self.output[start - prompt : start - prompt + count]
+        return self.prompt[start : start + count] + self.output[: max(0, start + count - prompt)]

@@ -1,0 +1,93 @@
+"""How a request's tokens are chosen and when it stops."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from slora_jax.errors import ConfigError
+
+MAX_LOGPROBS = 20
+"""Most alternatives per token that `SamplingParams.logprobs` may ask for."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Sampling and stopping of one request.
+
+    max_tokens: most tokens to generate; None means up to the engine's `max_model_len`.
+    temperature: 0 is greedy; otherwise logits are divided by it.
+    top_k: keep the k most likely tokens; 0 keeps all.
+    top_p: keep the smallest set of most likely tokens whose probability reaches this.
+    min_p: keep tokens at least this fraction as likely as the most likely one.
+    seed: makes the request's random stream reproducible; it depends on nothing else in the batch. None: the engine's
+      own seed and the request's number of arrival.
+    stop: strings that end the text, which then excludes them. stop_token_ids: tokens that end it (excluded from text,
+      included in `token_ids`). ignore_eos: go on past the model's end-of-sequence tokens.
+    logprobs: None, or how many alternatives to report per token beside the chosen one (0 to 20), from the model's own
+      distribution before temperature and masks.
+    """
+
+    max_tokens: int | None = 16
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | tuple[str, ...] | list[str] = ()
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _require(
+            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
+            "max_tokens",
+            self.max_tokens,
+            "an integer of at least 1, or None",
+        )
+        _require(_in(self.temperature, 0, 1e4), "temperature", self.temperature, "a finite number of at least 0")
+        _require(_is_int(self.top_k) and 0 <= self.top_k < 2**31, "top_k", self.top_k, "0 (off) or a positive integer")
+        _require(_in(self.top_p, 0, 1) and self.top_p > 0, "top_p", self.top_p, "in (0, 1]")
+        _require(_in(self.min_p, 0, 1), "min_p", self.min_p, "in [0, 1]")
+        _require(
+            self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**32),
+            "seed",
+            self.seed,
+            "an integer in [0, 2**32), or None",
+        )
+        _require(all(isinstance(s, str) and s for s in stop), "stop", self.stop, "non-empty strings")
+        _require(
+            all(_is_int(t) and t >= 0 for t in self.stop_token_ids),
+            "stop_token_ids",
+            self.stop_token_ids,
+            "token ids, integers of at least 0",
+        )
+        _require(
+            self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
+            "logprobs",
+            self.logprobs,
+            f"None or an integer in [0, {MAX_LOGPROBS}]",
+        )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _in(value: Any, low: float, high: float) -> bool:
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and low <= value <= high
+    )
+
+
+def _require(condition: bool, field: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"SamplingParams.{field}={value!r}: must be {allowed}")

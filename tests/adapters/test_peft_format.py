@@ -1,0 +1,156 @@
+"""Adapter directories in and out: what PEFT saves is what we read, what we write is what PEFT runs."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from slora_jax.adapters import LoraConfig, random_adapter, read_peft, write_peft
+from slora_jax.adapters.geometry import module_name
+from slora_jax.errors import AdapterError
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+ADAPTERS = {
+    "qv": {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8},
+    "all_linear": {"target_modules": "all-linear", "r": 8, "lora_alpha": 4},
+    "mixed": {
+        "target_modules": ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"],
+        "r": 5,
+        "lora_alpha": 7,
+        "rank_pattern": {"k_proj": 2, r"layers\.1\..*gate_proj": 11},
+        "alpha_pattern": {"o_proj": 3},
+    },
+    "rslora_some_layers": {
+        "target_modules": ["v_proj", "up_proj"],
+        "r": 9,
+        "use_rslora": True,
+        "layers_to_transform": 2,
+    },
+    "regex": {"target_modules": r".*\.[01]\.mlp\.(up|down)_proj", "r": 3},
+}
+
+
+def lora_layers(model):
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+
+
+def assert_same_deltas(adapter, model):
+    layers = lora_layers(model)
+    assert {module_name(*key) for key in adapter.a} == layers.keys() == {module_name(*key) for key in adapter.b}
+    for key, a in adapter.a.items():
+        expected = layers[module_name(*key)].get_delta_weight("default").detach().numpy()  # [d_out, d_in]
+        ours = adapter.scales[key] * adapter.b[key].astype(np.float64) @ a.astype(np.float64)
+        np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+
+
+def logits(model, seed=0):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return model(torch.randint(0, 32, (2, 7))).logits.numpy()
+
+
+@pytest.mark.parametrize("fields", ADAPTERS.values(), ids=ADAPTERS.keys())
+def test_read_gives_the_delta_weights_of_peft(peft_with_weights, geometry, tmp_path, fields):
+    model = peft_with_weights(**fields)
+    model.save_pretrained(tmp_path)
+    adapter = read_peft(tmp_path, geometry)
+    assert_same_deltas(adapter, model)
+    assert all(matrix.dtype == np.float32 for matrix in (*adapter.a.values(), *adapter.b.values()))
+    assert int(adapter.ranks.astype(bool).sum()) == len(adapter.a)
+    adapter.check(geometry)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_weights_are_read_exactly(peft_with_weights, geometry, tmp_path, dtype):
+    model = peft_with_weights(target_modules=["q_proj", "down_proj"], r=4)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path)
+    adapter = read_peft(tmp_path, geometry)
+    for key, a in adapter.a.items():
+        layer = lora_layers(model)[module_name(*key)]
+        np.testing.assert_array_equal(a, layer.lora_A["default"].weight.detach().float().numpy())
+        np.testing.assert_array_equal(adapter.b[key], layer.lora_B["default"].weight.detach().float().numpy())
+
+
+def test_tensor_names_with_an_adapter_name_are_read(geometry, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    adapter = random_adapter(geometry, 4, seed=1)
+    path = write_peft(tmp_path, adapter) / "adapter_model.safetensors"
+    save_file({name.replace(".weight", ".default.weight"): t for name, t in load_file(path).items()}, path)
+    assert read_peft(tmp_path, geometry).digest == adapter.digest
+
+
+@pytest.mark.parametrize("fields", ADAPTERS.values(), ids=ADAPTERS.keys())
+def test_written_adapter_gives_identical_outputs_in_peft(peft_with_weights, tiny_llama, geometry, tmp_path, fields):
+    model = peft_with_weights(**fields)
+    model.save_pretrained(tmp_path / "peft")
+    write_peft(tmp_path / "ours", read_peft(tmp_path / "peft", geometry))
+    again = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "ours").eval()
+    np.testing.assert_array_equal(logits(again), logits(model))
+    assert np.abs(logits(again) - logits(tiny_llama())).max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_random_adapter_loads_in_peft(tiny_llama, geometry, tmp_path, dtype):
+    ranks = {"q": 8, "v": 3, "up": 16, "k": 0}
+    adapter = random_adapter(geometry, ranks, alpha=6, seed=2)
+    write_peft(tmp_path, adapter, dtype=dtype, base_model_name_or_path="tiny")
+    model = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    assert_same_deltas(read_peft(tmp_path, geometry), model)
+    assert {layer.r["default"] for layer in lora_layers(model).values()} == {8, 3, 16}
+    assert np.abs(logits(model) - logits(tiny_llama())).max() > 1e-2
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+
+
+def test_random_adapter_is_reproducible_and_nonzero(geometry):
+    first, same, other = (random_adapter(geometry, 4, seed=seed) for seed in (3, 3, 4))
+    assert first.digest == same.digest != other.digest
+    assert all(np.abs(matrix).min(axis=None) > 0 for matrix in (*first.a.values(), *first.b.values()))
+    assert first.ranks.tolist() == [[4] * 7] * 3
+
+
+@pytest.mark.parametrize(("rank", "targets"), [({"x": 4}, ()), (4, ["q_proj"]), (4, []), ({"q": 0}, ())])
+def test_random_adapter_refuses_unknown_targets(geometry, rank, targets):
+    with pytest.raises(AdapterError, match="targets: expected some of q, k, v"):
+        random_adapter(geometry, rank, targets)
+
+
+def test_writing_an_adapter_whose_config_disagrees_is_refused(geometry, tmp_path):
+    adapter = random_adapter(geometry, 4)
+    for wrong in (LoraConfig(r=8, target_modules="all-linear"), LoraConfig(r=4, lora_alpha=4)):
+        with pytest.raises(AdapterError, match=r"model\.layers\.0\.\S+: the config says"):
+            write_peft(tmp_path / "out", dataclasses.replace(adapter, config=wrong))
+    with pytest.raises(AdapterError, match="dtype: expected one of float16"):
+        write_peft(tmp_path / "out", adapter, dtype="int8")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights")
+def test_converted_pissa_adapter_is_plain_lora(tiny_llama, geometry, tmp_path):
+    """PiSSA subtracts from the base weights; only the converted form means what plain LoRA means."""
+    model = peft.get_peft_model(
+        tiny_llama(), peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    )
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "initial")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B["default"].weight.normal_()
+    model.save_pretrained(tmp_path / "unconverted")
+    with pytest.raises(AdapterError, match=r"adapter_config.json: init_lora_weights: 'pissa'"):
+        read_peft(tmp_path / "unconverted", geometry)
+    expected = logits(model.eval())
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    write_peft(tmp_path / "ours", read_peft(tmp_path / "plain", geometry))
+    again = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "ours").eval()
+    np.testing.assert_allclose(logits(again), expected, atol=1e-4)

@@ -1,0 +1,134 @@
+"""Every way a checkpoint directory can be wrong ends in a CheckpointError that names file and tensor."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from slora_jax.errors import CheckpointError
+from slora_jax.models import load_model
+
+
+@pytest.fixture
+def checkpoint(make_checkpoint, tmp_path):
+    """A single-file copy to damage, as (directory, tensors)."""
+    directory = tmp_path / "model"
+    shutil.copytree(make_checkpoint("llama", num_hidden_layers=1)[0], directory)
+    return directory, load_file(directory / "model.safetensors")
+
+
+def check_refused(directory, *message_parts):
+    with pytest.raises(CheckpointError) as caught:
+        load_model(directory, "float32", progress=False)
+    for part in message_parts:
+        assert part in str(caught.value)
+
+
+def test_missing_tensor(checkpoint):
+    directory, tensors = checkpoint
+    del tensors["model.layers.0.self_attn.k_proj.weight"]
+    save_file(tensors, directory / "model.safetensors")
+    check_refused(directory, "model.safetensors", "missing", "model.layers.0.self_attn.k_proj.weight")
+
+
+def test_unexpected_tensor(checkpoint):
+    directory, tensors = checkpoint
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(64, np.float32)
+    save_file(tensors, directory / "model.safetensors")
+    check_refused(directory, "model.safetensors", "unexpected", "model.layers.0.self_attn.q_proj.bias")
+
+
+def test_wrong_shape(checkpoint):
+    directory, tensors = checkpoint
+    tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((112, 65), np.float32)
+    save_file(tensors, directory / "model.safetensors")
+    check_refused(directory, "model.safetensors", "model.layers.0.mlp.up_proj.weight", "(112, 64)", "(112, 65)")
+
+
+def test_integer_weights(checkpoint):
+    directory, tensors = checkpoint
+    tensors["model.norm.weight"] = np.ones(64, np.int8)
+    save_file(tensors, directory / "model.safetensors")
+    check_refused(directory, "model.norm.weight", "I8")
+
+
+def test_truncated_file(checkpoint):
+    directory, _ = checkpoint
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    check_refused(directory, "model.safetensors", "cannot be read as safetensors")
+
+
+def test_no_weights_at_all(checkpoint):
+    directory, _ = checkpoint
+    (directory / "model.safetensors").unlink()
+    check_refused(directory, "neither model.safetensors nor model.safetensors.index.json")
+
+
+def test_pickled_weights_are_refused_with_the_reason(checkpoint):
+    directory, _ = checkpoint
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    check_refused(directory, "pickled", "run code", "safetensors")
+
+
+def test_missing_shard(tiny_checkpoint, tmp_path):
+    directory = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    shard = sorted(directory.glob("*.safetensors"))[1]
+    shard.unlink()
+    check_refused(directory, "shards", shard.name)
+
+
+def test_tensor_in_two_shards(tiny_checkpoint, tmp_path):
+    directory = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    first, second = sorted(directory.glob("*.safetensors"))[:2]
+    tensors = load_file(first)
+    name = next(iter(tensors))
+    save_file({**load_file(second), name: tensors[name]}, second)
+    check_refused(directory, second.name, name, first.name)
+
+
+def test_index_without_a_weight_map(tiny_checkpoint, tmp_path):
+    directory = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    (directory / "model.safetensors.index.json").write_text("{}")
+    check_refused(directory, "weight_map")
+
+
+def test_rotary_buffers_and_the_head_of_a_tied_model_are_ignored(make_checkpoint, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(make_checkpoint("llama", tie_word_embeddings=True)[0], directory)
+    tensors = load_file(directory / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = np.full((96, 64), np.nan, np.float32)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    save_file(tensors, directory / "model.safetensors")
+    _, params, _ = load_model(directory, "float32", progress=False)
+    assert "lm_head" not in params
+    np.testing.assert_array_equal(params["embed"]["embedding"], tensors["model.embed_tokens.weight"])
+
+
+def test_rows_are_split_into_blocks_without_loss(checkpoint, monkeypatch):
+    directory, tensors = checkpoint
+    monkeypatch.setattr("slora_jax.models.hf._BLOCK_BYTES", 1000)
+    _, params, _ = load_model(directory, "float32", progress=False)
+    parts = [tensors[f"model.layers.0.self_attn.{part}_proj.weight"].T for part in "qkv"]
+    np.testing.assert_array_equal(params["layers"][0]["qkv"]["kernel"], np.concatenate(parts, axis=1))
+
+
+def test_progress_counts_bytes_on_stderr_and_can_be_off(checkpoint, capfd):
+    directory, tensors = checkpoint
+    load_model(directory, "float32", progress=False)
+    assert capfd.readouterr() == ("", "")
+    load_model(directory, "float32")
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    assert f"{total / 1000:.0f}k/{total / 1000:.0f}k" in captured.err
+
+
+def test_an_extra_safetensors_file_is_left_alone(checkpoint):
+    directory, _ = checkpoint
+    (directory / "consolidated.safetensors").write_bytes(b"not read")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "gone.safetensors"}}))
+    load_model(directory, "float32", progress=False)

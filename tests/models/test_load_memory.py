@@ -1,0 +1,103 @@
+"""Loading holds the weights once: peak anonymous memory is sampled from outside the loading process."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from slora_jax.models.config import ModelConfig
+from slora_jax.models.hf import tensor_placements
+
+HF_CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 2048,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+}
+LOADER = """
+import sys
+import jax
+from slora_jax.models import load_model
+warm_up, directory, cache = sys.argv[1:]
+cache = cache or None
+jax.block_until_ready(load_model(warm_up, "float32", cache and cache + "-warm-up", progress=False)[1])
+print("ready", flush=True)
+sys.stdin.readline()
+params = load_model(directory, "float32", cache, progress=False)[1]
+jax.block_until_ready(params)
+print("loaded", flush=True)
+"""
+
+
+def write_checkpoint(directory: Path, hf_config: dict) -> int:
+    """A random float32 checkpoint in three shards; returns its bytes."""
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(hf_config))
+    rng = np.random.default_rng(0)
+    placements = tensor_placements(ModelConfig.from_dict(hf_config))
+    names = sorted(placements)
+    shards = {f"model-{i + 1:05}-of-00003.safetensors": names[i::3] for i in range(3)}
+    for file, members in shards.items():
+        save_file(
+            {name: rng.random(placements[name].shape, np.float32) for name in members},
+            directory / file,
+        )
+    weight_map = {name: file for file, members in shards.items() for name in members}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return sum(4 * int(np.prod(placements[name].shape)) for name in names)
+
+
+def anonymous_bytes(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0  # the process has ended
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> tuple[Path, Path, int]:
+    """(small checkpoint to warm up with, large checkpoint, bytes of the large one)."""
+    root = tmp_path_factory.mktemp("memory")
+    write_checkpoint(root / "small", {**HF_CONFIG, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 64})
+    return root / "small", root / "large", write_checkpoint(root / "large", HF_CONFIG)
+
+
+def peak_ratio(checkpoints: tuple[Path, Path, int], cache: str, **environment: str) -> float:
+    """Peak growth of anonymous memory while loading, in checkpoint sizes."""
+    small, large, nbytes = checkpoints
+    command = [sys.executable, "-c", LOADER, str(small), str(large), cache]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, env={**os.environ, **environment}) as process:
+        assert process.stdout.readline() == "ready\n"
+        baseline = peak = anonymous_bytes(process.pid)
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        while process.poll() is None:
+            peak = max(peak, anonymous_bytes(process.pid))
+            time.sleep(0.001)
+        assert process.stdout.read() == "loaded\n"
+    assert process.returncode == 0
+    return (peak - baseline) / nbytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_conversion_holds_the_weights_once(checkpoints):
+    ratio = peak_ratio(checkpoints, cache="")
+    assert 0.95 < ratio < 1.2
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_filling_and_reading_the_cache_hold_the_weights_once(checkpoints, tmp_path):
+    cache = str(tmp_path / "cache")
+    assert 0.95 < peak_ratio(checkpoints, cache) < 1.2
+    # glibc keeps freed blocks below 32 MiB; the parameters of a real model are above, and go back to the system.
+    assert 0.95 < peak_ratio(checkpoints, cache, MALLOC_MMAP_THRESHOLD_=str(4 << 20)) < 1.2

@@ -1,0 +1,301 @@
+"""Real-world config.json files parse; what would change the computation is refused by name."""
+
+import json
+
+import pytest
+
+from slora_jax.errors import CheckpointError, UnsupportedModelError
+from slora_jax.models import ModelConfig, RopeConfig
+
+LLAMA_2_7B = {
+    "_name_or_path": "meta-llama/Llama-2-7b-hf",
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.31.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+LLAMA_3_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 8192,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+LLAMA_3_1_ROPE = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+LLAMA_3_1_8B = {
+    **LLAMA_3_8B,
+    "eos_token_id": [128001, 128008, 128009],
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "rope_scaling": LLAMA_3_1_ROPE,
+}
+LLAMA_3_2_1B = {
+    **LLAMA_3_1_8B,
+    "head_dim": 64,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "rope_scaling": {**LLAMA_3_1_ROPE, "factor": 32.0},
+    "tie_word_embeddings": True,
+}
+MISTRAL_7B_V01 = {
+    "architectures": ["MistralForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.34.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+MISTRAL_7B_V02 = {**MISTRAL_7B_V01, "attention_dropout": 0.0, "rope_theta": 1e6, "sliding_window": None}
+MISTRAL_7B_V03 = {**MISTRAL_7B_V02, "vocab_size": 32768}
+QWEN2_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "initializer_range": 0.02,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.37.2",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+QWEN2_5_0_5B = {
+    **QWEN2_7B,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 24,
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "use_mrope": False,
+    "vocab_size": 151936,
+}
+QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "model_type": "qwen3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN3_0_6B = {
+    **QWEN3_8B,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_window_layers": 28,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "tie_word_embeddings": True,
+}
+# (config, q_width, kv_width, tied, qkv_bias, qk_norm)
+ACCEPTED = {
+    "Llama-2-7b": (LLAMA_2_7B, 4096, 4096, False, False, False),
+    "Llama-3-8B": (LLAMA_3_8B, 4096, 1024, False, False, False),
+    "Llama-3.1-8B": (LLAMA_3_1_8B, 4096, 1024, False, False, False),
+    "Llama-3.2-1B": (LLAMA_3_2_1B, 2048, 512, True, False, False),
+    "Mistral-7B-v0.2": (MISTRAL_7B_V02, 4096, 1024, False, False, False),
+    "Mistral-7B-v0.3": (MISTRAL_7B_V03, 4096, 1024, False, False, False),
+    "Qwen2-7B": (QWEN2_7B, 3584, 512, False, True, False),
+    "Qwen2.5-0.5B": (QWEN2_5_0_5B, 896, 128, True, True, False),
+    "Qwen3-8B": (QWEN3_8B, 4096, 1024, False, False, True),
+    "Qwen3-0.6B": (QWEN3_0_6B, 2048, 1024, True, False, True),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_published_configs_are_read(name):
+    hf_config, q_width, kv_width, tied, qkv_bias, qk_norm = ACCEPTED[name]
+    config = ModelConfig.from_dict(hf_config)
+    assert (config.q_width, config.kv_width, config.tie_word_embeddings) == (q_width, kv_width, tied)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm) == (qkv_bias, False, False, qk_norm)
+    assert config.num_layers == hf_config["num_hidden_layers"]
+    assert config.max_position_embeddings == hf_config["max_position_embeddings"]
+    assert config.rope.theta == hf_config.get("rope_theta", 10000.0)
+    hash(config)
+
+
+def test_rope_is_read_from_either_generation_of_transformers():
+    expected = RopeConfig(500000.0, "llama3", 8.0, 1.0, 4.0, 8192)
+    assert ModelConfig.from_dict(LLAMA_3_1_8B).rope == expected
+    modern = {field: value for field, value in LLAMA_3_1_8B.items() if field not in ("rope_theta", "rope_scaling")}
+    modern["rope_parameters"] = {**LLAMA_3_1_ROPE, "rope_theta": 500000.0}
+    assert ModelConfig.from_dict(modern).rope == expected
+    linear = {**LLAMA_2_7B, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    assert ModelConfig.from_dict(linear).rope == RopeConfig(10000.0, "linear", 2.0)
+
+
+def test_biases_of_llama_are_honoured():
+    config = ModelConfig.from_dict({**LLAMA_3_1_8B, "attention_bias": True, "mlp_bias": True})
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (True, True, True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sliding_window": 32768},
+        {"sliding_window": 65536},
+        {"sliding_window": 4096, "max_position_embeddings": 4096},
+    ],
+)
+def test_a_window_that_never_slides_is_full_attention(change):
+    assert ModelConfig.from_dict({**MISTRAL_7B_V01, **change}).family == "mistral"
+
+
+REFUSED = {
+    "sliding window": (MISTRAL_7B_V01, {}, "sliding_window=4096"),
+    "implied sliding window": (MISTRAL_7B_V01, {"sliding_window": ...}, "sliding_window=4096"),
+    "qwen window": (QWEN2_7B, {"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window=True"),
+    "qwen3 window": (QWEN3_8B, {"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window=True"),
+    "llama window": (LLAMA_3_8B, {"use_sliding_window": True}, "use_sliding_window=True"),
+    "activation": (LLAMA_3_8B, {"hidden_act": "gelu"}, "hidden_act='gelu'.*'silu'"),
+    "quantization": (LLAMA_3_8B, {"quantization_config": {"bits": 4}}, "quantization_config"),
+    "yarn": (QWEN3_8B, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'.*llama3"),
+    "dynamic": (LLAMA_2_7B, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
+    "llama3 incomplete": (LLAMA_3_8B, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+    "linear without factor": (LLAMA_3_8B, {"rope_scaling": {"type": "linear"}}, "factor"),
+    "rope extra": (LLAMA_3_8B, {"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "beta"),
+    "rope per layer type": (QWEN3_8B, {"rope_parameters": {"full_attention": {}}}, "full_attention"),
+    "two thetas": (LLAMA_3_8B, {"rope_parameters": {"rope_theta": 1e4}}, "rope_theta"),
+    "two rope types": (LLAMA_3_8B, {"rope_scaling": {"type": "linear", "rope_type": "default"}}, "rope_type"),
+    "partial rotary": (LLAMA_3_8B, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    "partial rotary in rope": (
+        LLAMA_3_8B,
+        {"rope_parameters": {"partial_rotary_factor": 0.5}},
+        "partial_rotary_factor=0.5",
+    ),
+    "layer types": (QWEN3_8B, {"layer_types": ["sliding_attention"] * 36}, "layer_types"),
+    "too few layer types": (QWEN3_8B, {"layer_types": ["full_attention"] * 35}, "layer_types"),
+    "mixture of experts": (MISTRAL_7B_V03, {"model_type": "mixtral"}, "model_type='mixtral'.*mistral"),
+    "no model type": (LLAMA_3_8B, {"model_type": ...}, "model_type=None"),
+    "classifier head": (LLAMA_3_8B, {"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+    "remote code": (LLAMA_3_8B, {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}, "auto_map"),
+    "bias on mistral": (MISTRAL_7B_V03, {"attention_bias": True}, "attention_bias=True"),
+    "unknown field": (LLAMA_3_8B, {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+    "no hidden size": (LLAMA_3_8B, {"hidden_size": ...}, "hidden_size=None"),
+    "heads do not group": (LLAMA_3_8B, {"num_key_value_heads": 5}, "num_key_value_heads=5"),
+    "negative": (LLAMA_3_8B, {"vocab_size": -1}, "vocab_size=-1"),
+    "text for a number": (LLAMA_3_8B, {"rms_norm_eps": "small"}, "rms_norm_eps='small'"),
+    "text for a switch": (LLAMA_3_8B, {"tie_word_embeddings": "no"}, "tie_word_embeddings='no'"),
+    "eos": (LLAMA_3_8B, {"eos_token_id": "</s>"}, "eos_token_id"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_name_field_and_value(case):
+    base, change, message = REFUSED[case]
+    hf_config = {field: value for field, value in {**base, **change}.items() if value is not ...}
+    with pytest.raises(UnsupportedModelError, match=message):
+        ModelConfig.from_dict(hf_config)
+
+
+def test_generation_config_names_the_end_of_sequence_first(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    assert ModelConfig.from_directory(tmp_path).eos_token_ids == (128001,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [128001, 128009]}))
+    assert ModelConfig.from_directory(tmp_path).eos_token_ids == (128001, 128009)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True}))
+    assert ModelConfig.from_directory(tmp_path).eos_token_ids == (128001,)
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_3_8B, "eos_token_id": None}))
+    assert ModelConfig.from_directory(tmp_path).eos_token_ids == ()
+
+
+def test_an_unreadable_config_file_is_a_checkpoint_error(tmp_path):
+    with pytest.raises(CheckpointError, match="config.json: no such file"):
+        ModelConfig.from_directory(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="config.json: cannot be read as JSON"):
+        ModelConfig.from_directory(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="expected a JSON object"):
+        ModelConfig.from_directory(tmp_path)
