@@ -1,0 +1,51 @@
+# Everything happens in .venv, which uv fills from pyproject.toml and the versions in constraints.txt.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+# A uv that runs, or else one of our own. (A shim of a version manager may be on PATH and not run.)
+UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .uv/bin/uv)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench clean distclean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
+
+demo: $(VENV)/installed-core ## serve 200 adapters of a small random model and check the answers
+	$(VENV)/bin/slora demo
+
+test: $(VENV)/installed-test ## run the tests
+	$(PYTHON) -m pytest
+
+lint: $(VENV)/installed-lint ## check style and types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+format: $(VENV)/installed-lint ## repair style where that is automatic
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+bench: $(VENV)/installed-parity ## compare with Hugging Face PEFT on this machine's CPU
+	$(PYTHON) -m experiments.cpu_peft_comparison
+
+clean: ## remove what the demo, the tests and the linters left
+	rm -rf .demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './.uv/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove the environment too
+	rm -rf $(VENV) .uv *.egg-info
+
+# The package with an extra set of dependencies; every set contains the core. Stamps tell what is there.
+$(VENV)/installed-%: pyproject.toml constraints.txt | $(PYTHON)
+	$(UV) pip install --python $(PYTHON) -c constraints.txt -e '.$(if $(filter-out core,$*),[$*])'
+	@touch $(VENV)/installed-core $@
+
+$(PYTHON): | $(UV)
+	$(UV) venv --allow-existing $(VENV)
+
+.uv/bin/uv:
+	@echo "uv is not here: installing it into .uv"
+	@for python in python3.12 python3 /usr/bin/python3; do \
+	  $$python -m venv .uv && .uv/bin/pip install --quiet uv && exit 0; \
+	done; echo "No Python here can make a virtual environment: install uv, or Python's venv module." >&2; exit 1

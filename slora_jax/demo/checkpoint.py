@@ -1,0 +1,99 @@
+"""A small Llama checkpoint in Hugging Face format, with random weights and a tokenizer of its own; no torch needed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from slora_jax.demo.corpus import SENTENCES
+
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+HIDDEN, HEADS, KV_HEADS, FFN = 256, 8, 4, 688
+MAX_VOCAB = 2048
+MAX_POSITIONS = 512
+
+
+def write_checkpoint(directory: Path, num_layers: int, seed: int) -> int:
+    """Writes config, tokenizer and float32 weights to `directory`. Returns the number of parameters."""
+    directory.mkdir(parents=True, exist_ok=True)
+    vocab = _write_tokenizer(directory)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "vocab_size": vocab,
+        "max_position_embeddings": MAX_POSITIONS,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "torch_dtype": "float32",
+    }
+    _write_json(directory / "config.json", config)
+    _write_json(directory / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
+    weights = _random_weights(num_layers, vocab, seed)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return sum(weight.size for weight in weights.values())
+
+
+def _random_weights(num_layers: int, vocab: int, seed: int) -> dict[str, np.ndarray]:
+    """Kernels `[out, in]` drawn from N(0, 1 / in), embeddings from N(0, 1), norms at one."""
+    rng = np.random.default_rng(seed)
+    kv = KV_HEADS * HIDDEN // HEADS
+    kernels = {
+        "self_attn.q_proj": (HIDDEN, HIDDEN),
+        "self_attn.k_proj": (kv, HIDDEN),
+        "self_attn.v_proj": (kv, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, HIDDEN),
+        "mlp.gate_proj": (FFN, HIDDEN),
+        "mlp.up_proj": (FFN, HIDDEN),
+        "mlp.down_proj": (HIDDEN, FFN),
+    }
+    weights = {"model.embed_tokens.weight": rng.standard_normal((vocab, HIDDEN), np.float32)}
+    for layer in range(num_layers):
+        for name, shape in kernels.items():
+            weights[f"model.layers.{layer}.{name}.weight"] = _kernel(rng, shape)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"model.layers.{layer}.{name}.weight"] = np.ones(HIDDEN, np.float32)
+    weights["model.norm.weight"] = np.ones(HIDDEN, np.float32)
+    weights["lm_head.weight"] = _kernel(rng, (vocab, HIDDEN))
+    return weights
+
+
+def _kernel(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    return rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(shape[1]))
+
+
+def _write_tokenizer(directory: Path) -> int:
+    """Trains a byte-level BPE tokenizer that begins every text with BOS. Returns the size of its vocabulary."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=MAX_VOCAB,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 0)]
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
+    _write_json(directory / "tokenizer_config.json", settings | {"model_max_length": MAX_POSITIONS})
+    return tokenizer.get_vocab_size()
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

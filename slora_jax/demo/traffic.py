@@ -1,0 +1,88 @@
+"""Requests for many adapters, and the run that serves them with continuous batching."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from slora_jax.demo.adapters import DemoAdapter
+from slora_jax.demo.corpus import SENTENCES
+from slora_jax.engine import Engine, EngineStats, RequestOutput
+from slora_jax.scheduling import SamplingParams
+
+BASE_ONLY = 0.1
+"""Share of the requests that use no adapter."""
+ARRIVALS_PER_STEP = 1.25
+MAX_SENTENCES = 4
+MIN_TOKENS, MAX_TOKENS = 16, 32
+
+
+@dataclass(frozen=True)
+class DemoRequest:
+    """`max_tokens` greedy tokens after `prompt`, from `adapter` (None: the base model), added before step `step`."""
+
+    prompt: str
+    adapter: DemoAdapter | None
+    max_tokens: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the run gave: outputs in the order of the requests, and pool pages by kind after each step."""
+
+    outputs: list[RequestOutput]
+    stats: EngineStats
+    seconds: float
+    pages: dict[str, np.ndarray]  # kind -> int [steps]
+
+
+def make_traffic(adapters: Sequence[DemoAdapter], count: int, seed: int) -> list[DemoRequest]:
+    """`count` requests in order of arrival. Every adapter is asked for once before any is asked for again."""
+    rng = np.random.default_rng(seed)
+    num_base = round(count * BASE_ONLY)
+    uses: list[DemoAdapter | None] = [None] * num_base
+    while len(uses) < count:
+        uses += [adapters[i] for i in rng.permutation(len(adapters))[: count - len(uses)]]
+    steps = np.cumsum(rng.exponential(1 / ARRIVALS_PER_STEP, count)).astype(int)
+    requests = []
+    for use, step in zip(rng.permutation(np.array(uses, object)), steps.tolist(), strict=True):
+        sentences = rng.choice(SENTENCES, rng.integers(1, MAX_SENTENCES, endpoint=True), replace=False)
+        max_tokens = int(rng.integers(MIN_TOKENS, MAX_TOKENS, endpoint=True))
+        requests.append(DemoRequest(" ".join(sentences), use, max_tokens, step))
+    return requests
+
+
+def serve(engine: Engine, requests: Sequence[DemoRequest]) -> Served:
+    """Adds each request at its step and steps the engine until all are answered, under a progress bar."""
+    outputs: dict[str, RequestOutput] = {}
+    pages: list[dict[str, int]] = []
+    waiting = list(enumerate(requests))[::-1]
+    start = time.perf_counter()
+    with tqdm(total=len(requests), desc="serving", unit="request") as bar:
+        while waiting or engine.has_work():
+            step = len(pages)
+            while waiting and (waiting[-1][1].step <= step or not engine.has_work()):
+                i, request = waiting.pop()
+                params = SamplingParams(max_tokens=request.max_tokens)
+                name = None if request.adapter is None else request.adapter.name
+                engine.add_request(request.prompt, params, name, request_id=str(i))
+            for delta in engine.step():
+                if delta.output is not None:
+                    outputs[delta.request_id] = delta.output
+                    bar.update()
+            stats = engine.stats()
+            pages.append(stats.pages)
+            state = f"running {stats.running}, waiting {stats.waiting}, adapters in pool {stats.resident_adapters}"
+            bar.set_postfix_str(state, refresh=False)
+    engine.check()
+    return Served(
+        outputs=[outputs[str(i)] for i in range(len(requests))],
+        stats=engine.stats(),
+        seconds=time.perf_counter() - start,
+        pages={kind: np.array([p[kind] for p in pages]) for kind in ("kv", "adapter", "free")},
+    )

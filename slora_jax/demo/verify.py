@@ -1,0 +1,104 @@
+"""The answers again, from merged weights: NumPy, float64, one request at a time, nothing shared with the engine.
+
+The weights come straight from the safetensors files, the adapter is added to them as `W + (alpha / r) B A`, and the
+model is a dense Llama forward pass without cache, pages or batching.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+Weights = dict[str, np.ndarray]
+ROUNDING = 1e-4
+"""Logits closer than this are a tie, which float32 rounding may decide either way."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first token, counted from 0, that the merged model would not have given; None: the answer ended before it."""
+
+    position: int
+    token: int | None
+    expected: int
+
+
+def load_weights(file: Path) -> Weights:
+    """The tensors of a safetensors file by name, float64."""
+    return {name: tensor.astype(np.float64) for name, tensor in load_file(file).items()}
+
+
+def merge(base: Weights, adapter_dir: Path) -> Weights:
+    """The base model's weights with an adapter's update added to those that it targets."""
+    alpha = json.loads((adapter_dir / "adapter_config.json").read_text())["lora_alpha"]
+    lora = load_weights(adapter_dir / "adapter_model.safetensors")
+    merged = dict(base)
+    for name, a in lora.items():
+        if name.endswith(".lora_A.weight"):
+            b = lora[name.replace(".lora_A.", ".lora_B.")]
+            target = name.removeprefix("base_model.model.").replace(".lora_A.", ".")
+            merged[target] = base[target] + alpha / len(a) * b @ a
+    return merged
+
+
+def dense_logits(weights: Weights, config: dict, tokens: Sequence[int]) -> np.ndarray:
+    """Logits `[T, vocab]` after each of the T `tokens`; `config` is the checkpoint's config.json."""
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    length, head_dim = len(tokens), config["hidden_size"] // heads
+    frequency = config["rope_theta"] ** (-np.arange(0, head_dim, 2) / head_dim)
+    angle = np.arange(length)[:, None, None] * frequency  # [T, 1, head_dim / 2]
+    future = np.triu(np.full((length, length), -np.inf), 1)
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + config["rms_norm_eps"]) * weights[f"{name}.weight"]
+
+    def split_heads(x: np.ndarray, count: int) -> np.ndarray:
+        return x.reshape(length, count, head_dim)
+
+    def rotate(x: np.ndarray) -> np.ndarray:
+        first, second = np.split(x, 2, axis=-1)
+        return np.concatenate(
+            [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)], -1
+        )
+
+    x = weights["model.embed_tokens.weight"][list(tokens)]
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+
+        def linear(x: np.ndarray, name: str, prefix: str = prefix) -> np.ndarray:
+            return x @ weights[f"{prefix}.{name}.weight"].T
+
+        h = norm(x, f"{prefix}.input_layernorm")
+        q = rotate(split_heads(linear(h, "self_attn.q_proj"), heads))
+        k = rotate(split_heads(linear(h, "self_attn.k_proj"), kv_heads)).repeat(heads // kv_heads, axis=1)
+        v = split_heads(linear(h, "self_attn.v_proj"), kv_heads).repeat(heads // kv_heads, axis=1)
+        scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(head_dim) + future
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        mixed = np.einsum("hqk,khd->qhd", scores / scores.sum(-1, keepdims=True), v)
+        x = x + linear(mixed.reshape(length, -1), "self_attn.o_proj")
+
+        h = norm(x, f"{prefix}.post_attention_layernorm")
+        gate, up = linear(h, "mlp.gate_proj"), linear(h, "mlp.up_proj")
+        x = x + linear(gate / (1 + np.exp(-gate)) * up, "mlp.down_proj")
+    return norm(x, "model.norm") @ weights["lm_head.weight"].T
+
+
+def first_difference(
+    weights: Weights, config: dict, prompt: Sequence[int], answer: Sequence[int], max_tokens: int
+) -> Difference | None:
+    """Where `answer` leaves the dense model's own greedy answer to `prompt`; None: nowhere.
+
+    One pass over prompt and answer suffices: the answer is greedy if each of its tokens is the most likely one after
+    all that precede it.
+    """
+    logits = dense_logits(weights, config, [*prompt, *answer])[len(prompt) - 1 :]
+    for position, (row, token) in enumerate(zip(logits[:-1], answer, strict=True)):
+        if row[token] < row.max() - ROUNDING:
+            return Difference(position, token, int(row.argmax()))
+    ended = len(answer) == max_tokens or (len(answer) > 0 and answer[-1] == config["eos_token_id"])
+    return None if ended else Difference(len(answer), None, int(logits[-1].argmax()))

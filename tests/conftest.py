@@ -1,0 +1,53 @@
+"""Shared by all tests: the CPU, one persistent compilation cache, one thread for torch, and seeds that are printed."""
+
+import os
+import zlib
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch, when a test imports it
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # reloading a cached CPU program logs its machine features
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+COMPILATION_CACHE = Path(__file__).parents[1] / ".cache" / "jax"
+
+hypothesis.settings.register_profile("slora", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("slora")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Programs compiled once are kept for the next run, and shared by engines of the same shape."""
+    jax.config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    for line in (
+        r"error:::slora_jax\.",
+        r"error:::pallas_kernels\.",
+        "ignore:.*torch.jit.*:DeprecationWarning",
+        "ignore::DeprecationWarning:peft",
+        "ignore::FutureWarning:transformers",
+    ):
+        config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_report_header() -> list[str]:
+    return [f"jax {jax.__version__} on {jax.default_backend()}, compilation cache {COMPILATION_CACHE.name}"]
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed of the test's own, the same in every run (or SLORA_TEST_SEED); pytest shows it when the test fails."""
+    value = int(os.environ.get("SLORA_TEST_SEED", zlib.crc32(request.node.nodeid.encode())))
+    print(f"seed {value} (set SLORA_TEST_SEED to choose another)")
+    return value
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)

@@ -1,0 +1,151 @@
+"""Two thousand adapters through a pool that holds about twenty: nothing leaks, nothing compiles, answers stay right."""
+
+import itertools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.lora.layout import PROJECTIONS
+from slora_jax import Engine, RequestOutput, SamplingParams
+from slora_jax.adapters import BaseGeometry, LoraAdapter, random_adapter
+
+NUM_ADAPTERS = 2000
+RANKS = (1, 2, 3, 4, 5, 8, 11, 16, 24)
+SAMPLE = 150  # outputs compared with merged weights
+
+
+@pytest.fixture(scope="module")
+def engine(tiny) -> Iterator[Engine]:
+    with tiny.engine(
+        num_pages=240,
+        max_seqs=16,
+        max_tokens_per_step=32,
+        max_model_len=64,
+        max_rank=24,
+        decode_buckets=(16,),
+        mixed_buckets=(32,),
+        host_adapter_bytes=20 << 20,  # about half of the adapters; the others are spilled
+    ) as engine:
+        yield engine
+
+
+class Churn:
+    """Drives the engine and remembers which weights each name has and each request must have been served with. An
+    adapter is known by the seed that it is made from; no two loads share one."""
+
+    def __init__(self, engine: Engine, geometry: BaseGeometry, rng: np.random.Generator) -> None:
+        self.engine, self.geometry, self.rng = engine, geometry, rng
+        self.seeds = itertools.count()
+        self.weights: dict[str, int] = {}  # name -> seed
+        self.expected: dict[str, int | None] = {}  # request -> seed, None for the base model
+        self.greedy: set[str] = set()
+        self.outputs: dict[str, RequestOutput] = {}
+        self.most_resident = 0
+
+    def adapter(self, seed: int) -> LoraAdapter:
+        rng = np.random.default_rng(seed)
+        targets = rng.choice(PROJECTIONS, rng.integers(1, 5), replace=False).tolist()
+        return random_adapter(self.geometry, {p: int(rng.choice(RANKS)) for p in targets}, seed=seed)
+
+    def load(self, name: str) -> None:
+        """Gives a name weights that no adapter had before."""
+        self.weights[name] = next(self.seeds)
+        self.engine.load_adapter(name, self.adapter(self.weights[name]))
+
+    def unload(self, name: str) -> None:
+        del self.weights[name]
+        self.engine.unload_adapter(name)
+
+    def arrive(self, name: str | None) -> None:
+        rng = self.rng
+        greedy = rng.random() < 0.7
+        params = SamplingParams(
+            max_tokens=int(rng.choice([1, 3, 18])), ignore_eos=rng.random() < 0.5, temperature=0.0 if greedy else 0.9
+        )
+        prompt = rng.integers(0, 96, rng.choice([1, 2, 7, 8, 9, 45])).tolist()
+        request = self.engine.add_request(prompt, params, name)
+        self.expected[request] = None if name is None else self.weights[name]
+        if greedy:
+            self.greedy.add(request)
+
+    def cancel_any(self) -> None:
+        unfinished = sorted(self.expected.keys() - self.outputs.keys())
+        if unfinished:
+            self.engine.cancel(self.rng.choice(unfinished))
+
+    def step(self) -> None:
+        for delta in self.engine.step():
+            if delta.output is not None:
+                assert delta.request_id not in self.outputs
+                self.outputs[delta.request_id] = delta.output
+        self.most_resident = max(self.most_resident, len(self.engine.residency))
+
+    def drain(self) -> None:
+        while self.engine.has_work():
+            self.step()
+        self.engine.check()
+
+    def run(self, names: list[str]) -> None:
+        """Requests for every name in random order and bursts, among cancellations, reloads, unloads and idle moments."""
+        rng = self.rng
+        unused = rng.permutation(names).tolist()
+        while unused:
+            for _ in range(min(len(unused), rng.poisson(3))):
+                self.arrive(unused.pop() if rng.random() < 0.9 else None)
+            event = rng.random()
+            if event < 0.05 and self.engine.scheduler.running:
+                use = self.engine.scheduler.running[-1].adapter
+                if use is not None and use.name in self.weights:
+                    self.load(use.name)  # requests with the old weights are under way
+                    self.arrive(use.name)
+            elif event < 0.10:
+                name = str(rng.choice(list(self.weights)))
+                if name not in unused:
+                    self.unload(name)
+            elif event < 0.15:
+                self.cancel_any()
+            elif event < 0.16:
+                self.drain()
+            self.step()
+        self.drain()
+
+
+def test_two_thousand_adapters_churn_through_a_small_pool(tiny, engine, greedy_margin, compilations, rng) -> None:
+    churn = Churn(engine, tiny.geometry, rng)
+    names = [f"adapter-{i}" for i in range(NUM_ADAPTERS)]
+    for name in names[:2]:
+        churn.load(name)
+    engine.generate([[1], [2]], SamplingParams(max_tokens=2, temperature=1.0), [names[0], None])
+
+    compilations.clear()  # warm from here on
+    for name in names[2:]:
+        churn.load(name)
+    churn.run(names)
+    assert not compilations, f"{len(compilations)} programs were compiled after warm-up"
+    jax.jit(lambda x: x * 3 + 1)(jnp.zeros(5))
+    assert compilations, "the counter does not count"
+
+    assert churn.outputs.keys() == churn.expected.keys()
+    reasons = [output.finish_reason for output in churn.outputs.values()]
+    assert reasons.count("cancelled") > 20 and reasons.count("stop") > 20 and "error" not in reasons
+    stats = engine.stats()
+    assert 15 < churn.most_resident < 60
+    assert stats.adapter_loads > 0.9 * NUM_ADAPTERS and stats.adapter_evictions > 0.9 * NUM_ADAPTERS
+    assert stats.preemptions > 0
+    assert engine.store.stats().spill_reads > 100
+
+    checkable = [r for r, output in churn.outputs.items() if output.token_ids and r in churn.greedy]
+    for request in rng.choice(checkable, SAMPLE, replace=False):
+        seed, output = churn.expected[request], churn.outputs[request]
+        adapter = None if seed is None else churn.adapter(seed)
+        assert greedy_margin(output.prompt_token_ids, output.token_ids, adapter) < 1e-5, request
+
+    for name in list(churn.weights):
+        churn.unload(name)
+    assert engine.allocator.num_free == engine.allocator.capacity
+    assert len(engine.residency) == 0
+    store = engine.store.stats()
+    assert (store.registered, store.resident_bytes, store.spilled) == (0, 0, 0)
