@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from pallas_kernels.lora.layout import ceil_div
+from slora_jax.adapters import read_peft
+from slora_jax.demo import DemoSettings, run_demo
+from slora_jax.demo.run import geometry_of
+from slora_jax.engine import Engine, EngineConfig
 from slora_jax.errors import SloraError
+from slora_jax.models import ModelConfig
+from slora_jax.scheduling import SamplingParams
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 1 (the demo's check failed), 2 (an error of the user's making,
     one line on stderr), 130 (Ctrl-C)."""
     args = _parser().parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not needed
     try:
         return args.run(args)
     except SloraError as error:
@@ -23,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("slora: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of stdout has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,17 +44,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"slora-jax {version('slora-jax')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    demo = commands.add_parser(
-        "demo",
-        help="serve hundreds of random adapters and check the answers",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    demo.add_argument("--dir", type=Path, default=Path(".demo"), help="where its model and adapters go")
-    demo.add_argument("--adapters", type=int, default=200, help="number of adapters")
-    demo.add_argument("--requests", type=int, default=300, help="number of requests")
-    demo.add_argument("--layers", type=int, default=4, help="layers of the model")
-    demo.add_argument("--pages", type=int, default=512, help="pages of the memory pool")
-    demo.add_argument("--seed", type=int, default=0, help="of weights, prompts and arrivals")
+    demo = commands.add_parser("demo", help="serve hundreds of random adapters and check the answers")
+    demo.add_argument("--dir", type=Path, default=DemoSettings.directory, help="for its files (default: %(default)s)")
+    for name, default, what in (
+        ("adapters", DemoSettings.adapters, "number of adapters"),
+        ("requests", DemoSettings.requests, "number of requests"),
+        ("layers", DemoSettings.layers, "layers of the model"),
+        ("pages", DemoSettings.num_pages, "pages of the memory pool"),
+        ("seed", DemoSettings.seed, "of weights, prompts and arrivals"),
+    ):
+        demo.add_argument(f"--{name}", metavar="N", type=int, default=default, help=f"{what} (default: {default})")
     demo.set_defaults(run=_demo)
 
     generate = commands.add_parser(
@@ -50,17 +61,23 @@ def _parser() -> argparse.ArgumentParser:
         help="answer a prompt",
         description="Answers a prompt and writes the text as it comes. With several adapters, each answers in turn, "
         "after a line with its name.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    generate.add_argument("model_dir", metavar="MODEL_DIR", type=Path, help="Hugging Face model directory")
-    generate.add_argument("--prompt", required=True, help="text to go on from")
-    generate.add_argument(
-        "--adapter", metavar="NAME=DIR", type=_named_directory, action="append", default=[], help="PEFT directory"
+    option = generate.add_argument
+    option("model_dir", metavar="MODEL_DIR", type=Path, help="Hugging Face model directory")
+    option("--prompt", metavar="TEXT", required=True, help="text to go on from")
+    option(
+        "--adapter",
+        metavar="NAME=DIR",
+        type=_named_directory,
+        action="append",
+        default=[],
+        help="a PEFT directory and a name for it; may be given several times",
     )
-    generate.add_argument("--max-tokens", type=int, default=128, help="most tokens to generate")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
-    generate.add_argument("--seed", type=int, default=0, help="of sampling, when the temperature is above 0")
-    generate.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of weights and cache")
+    option("--max-tokens", metavar="N", type=int, default=128, help="most tokens to generate (default: %(default)s)")
+    option("--max-model-len", metavar="N", type=int, default=4096, help="most with the prompt (default: %(default)s)")
+    option("--temperature", metavar="T", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    option("--seed", metavar="N", type=int, default=0, help="of sampling (default: %(default)s)")
+    option("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of weights (default: %(default)s)")
     generate.set_defaults(run=_generate)
     return parser
 
@@ -73,8 +90,6 @@ def _named_directory(text: str) -> tuple[str, Path]:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from slora_jax.demo import DemoSettings, run_demo
-
     settings = DemoSettings(
         directory=args.dir,
         adapters=args.adapters,
@@ -87,19 +102,26 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from slora_jax.engine import Engine, EngineConfig
-    from slora_jax.scheduling import SamplingParams
-
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
-    config = EngineConfig(dtype=args.dtype, max_seqs=1, decode_buckets=(1,), mixed_buckets=(256,))
+    model = ModelConfig.from_directory(args.model_dir)
+    geometry = geometry_of(model, EngineConfig.page_size)
+    adapters = {name: read_peft(directory, geometry) for name, directory in args.adapter}
+    longest = min(args.max_model_len, model.max_position_embeddings)
+    adapter_pages = [int(geometry.layout.num_pages(adapter.ranks.max(0))) for adapter in adapters.values()]
+    config = EngineConfig(
+        dtype=args.dtype,
+        num_pages=1 + ceil_div(longest, EngineConfig.page_size) + max(adapter_pages, default=0),
+        max_seqs=1,
+        max_model_len=longest,
+        mixed_buckets=(EngineConfig.max_tokens_per_step,),
+    )
     with Engine.from_pretrained(args.model_dir, config) as engine:
-        for name, directory in args.adapter:
-            engine.load_adapter(name, directory)
-        names = [name for name, _ in args.adapter] or [None]
-        for name in names:
-            if len(names) > 1:
+        for name, adapter in adapters.items():
+            engine.load_adapter(name, adapter)
+        for name in adapters or [None]:
+            if len(adapters) > 1:
                 print(f"[{name}]")
             for delta in engine.stream(args.prompt, params, name):
                 print(delta.text, end="", flush=True)
-            print()
+            print(flush=True)
     return 0

@@ -70,8 +70,8 @@ class LoraProduct:
         self._tiles = tiles
         self._decode = decode
         self._tile_rows = tile_rows
-        slot = tiles.row_slot if decode else tiles.slot
-        self._rows = xla.prepare(layout, table.pages, table.ranks, slot, max_rank)
+        slot, live = (tiles.row_slot, tiles.lora_rows) if decode else (tiles.slot, tiles.num_tiles)
+        self._rows = xla.prepare(layout, table.pages, table.ranks, slot, live, max_rank)
 
     def __call__(self, x: jax.Array, y: jax.Array, pool: jax.Array, stack: Stack) -> jax.Array:
         """Adds each row's `x A B` (B carries the scale) to the fused base product of a stack.

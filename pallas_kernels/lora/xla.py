@@ -47,10 +47,11 @@ class StackRows:
 
 
 def prepare(
-    layout: LoraLayout, pages: jax.Array, ranks: jax.Array, slot: jax.Array, max_rank: int
+    layout: LoraLayout, pages: jax.Array, ranks: jax.Array, slot: jax.Array, live: jax.Array, max_rank: int
 ) -> tuple[StackRows, ...]:
-    """Row addresses of every stack of the adapters in `slot [M]`; `pages`, `ranks` as in `AdapterTable`."""
-    ranks = ranks[slot]  # [M, 7]
+    """Row addresses of every stack of the adapters in `slot [M]`; `pages`, `ranks` as in `AdapterTable`. Entries from
+    `live` (int32 scalar) on have rank 0: their slot's pages may have a new owner."""
+    ranks = jnp.where(jnp.arange(slot.shape[0])[:, None] < live, ranks[slot], 0)  # [M, 7]
     tiles, _ = layout.stack_tiles(ranks)
     index = jnp.arange(ceil_div(max_rank, GROUP) * GROUP)  # rank within a projection
     return tuple(
@@ -106,7 +107,7 @@ def _stack_rows(
 def add_decode(
     x: jax.Array, y: jax.Array, pool: jax.Array, stack: Stack, layout: LoraLayout, rows: StackRows, lora_rows: jax.Array
 ) -> jax.Array:
-    """Adds the LoRA part to `y [T, d_out]`; rows from `lora_rows` on have no adapter. `rows` has an entry per row."""
+    """Adds the LoRA part to the first `lora_rows` rows of `y [T, d_out]`; `rows` has an entry per row."""
     num_rows, chunk, width = x.shape[0], min(ROW_CHUNK, x.shape[0]), layout.width
     flat = pool.reshape(-1, width)
     x = _split_columns(x, stack.d_in, width).astype(jnp.float32)  # [T, A chunks, W]
@@ -117,7 +118,6 @@ def add_decode(
         first_row = i * chunk
         start = jnp.clip(first_row, 0, num_rows - chunk)
         own = start + jnp.arange(chunk) >= first_row  # the last chunk may reach back into the one before
-        own &= start + jnp.arange(chunk) < lora_rows
         x_rows = lax.dynamic_slice_in_dim(x, start, chunk)[:, None, None]  # [M, 1, 1, A chunks, W]
 
         def group(g: jax.Array, delta: jax.Array) -> jax.Array:

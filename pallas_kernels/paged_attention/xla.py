@@ -36,6 +36,7 @@ def paged_attention(
 ) -> jax.Array:
     """See `pallas_kernels.paged_attention.api.paged_attention`."""
     num_tokens, num_heads, head_dim = q.shape
+    dtype = q.dtype
     page_size = pool.shape[2]
     group = num_heads // num_kv_heads
     q = (q.astype(jnp.float32) * head_dim**-0.5).reshape(num_tokens, num_kv_heads, group, head_dim)
@@ -67,6 +68,7 @@ def paged_attention(
             scores = jnp.einsum("mngd,tnd->ngmt", q_rows, k, precision=exact, preferred_element_type=jnp.float32)
             key = block * count * page_size + jnp.arange(count * page_size)
             scores = jnp.where(key[None, :] <= position[:, None], scores, MASKED)
+            v = jnp.where((key < last)[:, None, None], v, 0)  # what a former owner left there may be NaN
             new = jnp.maximum(highest, scores.max(-1))
             decay, p = jnp.exp(highest - new), jnp.exp(scores - new[..., None])
             pv = jnp.einsum(
@@ -101,11 +103,12 @@ def paged_attention(
             partial = sum(q_rows[..., d : d + lanes] * k[..., d : d + lanes] for d in range(0, head_dim, lanes))
             scores = lax.optimization_barrier(partial).sum(-1)  # [M, page_size, Hkv, G]
             key = block * page_size + jnp.arange(page_size)
-            scores = jnp.where((key[None] < tokens[:, None])[..., None, None], scores, MASKED)
+            seen = key[None] < tokens[:, None]  # [M, page_size]
+            scores = jnp.where(seen[..., None, None], scores, MASKED)
             new = jnp.maximum(highest, scores.max(1))
             decay, p = jnp.exp(highest - new), jnp.exp(scores - new[:, None])
             p = lax.optimization_barrier(p)  # computed once, not once per column of the values
-            v = pages(ids, 1)  # [M, page_size, Hkv, hd]
+            v = jnp.where(seen[..., None, None], pages(ids, 1), 0)  # [M, page_size, Hkv, hd]; 0 * NaN is NaN
             pv = sum(p[:, j, :, :, None] * v[:, j, :, None] for j in range(page_size))
             return new, total * decay + p.sum(1), acc * decay[..., None] + pv
 
@@ -118,4 +121,4 @@ def paged_attention(
     if not decode:
         out = lax.fori_loop(0, tiles.num_prefill, prefill_tile, out)
     out = lax.fori_loop(0, ceil_div(tiles.num_decode, chunk), decode_chunk, out)
-    return out.reshape(num_tokens, num_heads, head_dim).astype(q.dtype if pool.dtype == jnp.float32 else pool.dtype)
+    return out.reshape(num_tokens, num_heads, head_dim).astype(dtype)

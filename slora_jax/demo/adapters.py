@@ -15,7 +15,7 @@ TARGETS = (("q", "v"), ("q", "k", "v", "o"), ("q", "k", "v", "o", "gate", "up", 
 
 @dataclass(frozen=True)
 class DemoAdapter:
-    """An adapter on disk: its name is its folder's."""
+    """An adapter on disk; the engine knows it by its folder's name."""
 
     directory: Path
     rank: int

@@ -77,8 +77,8 @@ def _kernel(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
 def _write_tokenizer(directory: Path) -> int:
     """Trains a byte-level BPE tokenizer that begins every text with BOS. Returns the size of its vocabulary."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=MAX_VOCAB,
         special_tokens=[BOS, EOS],
@@ -86,7 +86,7 @@ def _write_tokenizer(directory: Path) -> int:
         show_progress=False,
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+    tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 0)]
     )
     tokenizer.save(str(directory / "tokenizer.json"))

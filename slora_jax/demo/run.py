@@ -62,10 +62,11 @@ def run_demo(settings: DemoSettings) -> bool:
     )
     print(f"1. Making a small Llama model and {settings.adapters} LoRA adapters, all with random weights.")
     parameters = write_checkpoint(model_dir, settings.layers, settings.seed)
-    geometry = _geometry(ModelConfig.from_directory(model_dir), config.page_size)
+    geometry = geometry_of(ModelConfig.from_directory(model_dir), config.page_size)
     adapters = write_adapters(adapters_dir, geometry, settings.adapters, settings.seed)
     print(f"   The model, with {parameters / 1e6:.1f} million parameters, is in {model_dir}")
-    print(f"   The adapters, of ranks {', '.join(map(str, RANKS))} on 2, 4 or 7 modules of each layer, are in {adapters_dir}")
+    ranks = ", ".join(map(str, RANKS))
+    print(f"   The adapters, of ranks {ranks} on 2, 4 or 7 modules of each layer, are in {adapters_dir}")
 
     print("2. Starting the engine: every program that it will ever run is compiled now.")
     with Engine.from_pretrained(model_dir, config) as engine:
@@ -92,7 +93,8 @@ def _prepare(directory: Path) -> None:
         shutil.rmtree(directory / name, ignore_errors=True)
 
 
-def _geometry(model: ModelConfig, page_size: int) -> BaseGeometry:
+def geometry_of(model: ModelConfig, page_size: int) -> BaseGeometry:
+    """What adapters must know of a base model."""
     return BaseGeometry(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -114,14 +116,14 @@ def _table(requests: Sequence[DemoRequest], served: Served, capacity: int) -> li
         "tokens": f"{stats.tokens_generated} generated in {served.seconds:.1f} s: "
         f"{stats.tokens_generated / served.seconds:.0f} per second",
         "time to first token": f"median {median:.2f} s, p99 {p99:.2f} s",
-        "adapter loads": f"{stats.adapter_loads}, and {stats.adapter_hits} times it was still in the pool",
-        "adapter evictions": f"{stats.adapter_evictions}",
-        "preemptions": f"{stats.preemptions}",
+        "adapter loads": f"{stats.adapter_loads}; {stats.adapter_hits} times the adapter was still in the pool",
+        "adapter evictions": f"{stats.adapter_evictions}, to make room",
+        "preemptions": f"{stats.preemptions} requests set back for want of pages, and computed again",
     }
-    for kind, label in (("kv", "KV pages"), ("adapter", "adapter pages"), ("free", "free pages")):
+    for kind, label in (("kv", "KV cache pages"), ("adapter", "adapter pages"), ("free", "free pages")):
         pages = served.pages[kind]
         share = 100 * pages.mean() / capacity
-        rows[label] = f"average {pages.mean():4.0f} ({share:2.0f} % of the pool), most {pages.max():4d}"
+        rows[label] = f"average {pages.mean():.0f} ({share:.0f} % of the pool), at most {pages.max()}"
     width = max(map(len, rows))
     return [f"{label:{width}}  {value}" for label, value in rows.items()]
 
@@ -157,11 +159,13 @@ def _check(model_dir: Path, requests: Sequence[DemoRequest], outputs: Sequence[R
 
 
 def _sample(requests: Sequence[DemoRequest], outputs: Sequence[RequestOutput], count: int) -> list[int]:
-    """Requests of different adapters, every combination of rank and targets in turn, the most preempted first."""
+    """Requests of different adapters, every combination of rank and targets in turn; the most preempted ones first,
+    otherwise at random."""
     used: set[DemoAdapter | None] = set()
     taken: Counter[tuple | None] = Counter()
     turn: dict[int, int] = {}
-    for i in sorted(range(len(requests)), key=lambda i: -outputs[i].metrics.preemptions):
+    order = np.random.default_rng(0).permutation(len(requests)).tolist()
+    for i in sorted(order, key=lambda i: -outputs[i].metrics.preemptions):
         adapter = requests[i].adapter
         if adapter not in used:
             used.add(adapter)

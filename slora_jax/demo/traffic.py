@@ -16,7 +16,7 @@ from slora_jax.scheduling import SamplingParams
 
 BASE_ONLY = 0.1
 """Share of the requests that use no adapter."""
-ARRIVALS_PER_STEP = 1.25
+ARRIVALS_PER_STEP = 1.0
 MAX_SENTENCES = 4
 MIN_TOKENS, MAX_TOKENS = 16, 32
 

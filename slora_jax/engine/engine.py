@@ -100,7 +100,7 @@ class Engine:
         self._progress: dict[str, _Progress] = {}
         self._staged: dict[str, AdapterTiles] = {}  # found in memory while planning; uploaded right after
         self._lost: dict[str, AdapterError] = {}  # digests that could not be brought back from disk
-        self._ended: list[Delta] = []  # ended outside a step's results: cancelled, lost adapter
+        self._unread: list[Delta] = []  # for the next step to return: cancelled, lost adapter, or another stream's
         self._in_flight: InFlight | None = None
         self._arrivals = 0
         self._steps = self._computed = self._generated = 0
@@ -206,30 +206,26 @@ class Engine:
         progress = self._progress.get(request_id)
         if progress is None:
             return False
-        self._ended.append(self._end(progress, FinishReason.CANCELLED, [], time.perf_counter()))
+        self._unread.append(self._end(progress, FinishReason.CANCELLED, [], time.perf_counter()))
         return True
 
     def has_work(self) -> bool:
         """Whether `step` has anything left to do or to report."""
-        return self.scheduler.has_work() or self._in_flight is not None or bool(self._ended)
+        return self.scheduler.has_work() or self._in_flight is not None or bool(self._unread)
 
     def step(self) -> list[Delta]:
         """Plans and dispatches one step, then reads the results of the step before. Returns what came, per request."""
-        start = time.perf_counter()
-        plan = self.scheduler.schedule(start)
+        cpu_start = time.thread_time()
+        plan = self.scheduler.schedule(time.perf_counter())
         self._end_lost()
-        dispatched = self._dispatch(plan) if plan.sequences else None
-        before, self._in_flight = self._in_flight, dispatched
-        planned = time.perf_counter()
+        before, self._in_flight = self._in_flight, self._dispatch(plan) if plan.sequences else None
+        if before is None and self._in_flight is None and self.scheduler.waiting and not self._unread:
+            self._wait_for_disk()
+        deltas, self._unread = self._unread, []
         if before is not None:
             tokens = np.asarray(before.output.sampled.token)  # waits for the device
-        elif dispatched is None and self.scheduler.waiting and not self._ended:
-            self._wait_for_disk()
-        waited = time.perf_counter()
-        deltas, self._ended = self._ended, []
-        if before is not None:
-            deltas += self._read(before, tokens, waited)
-        self._host_seconds += planned - start + time.perf_counter() - waited
+            deltas += self._read(before, tokens, time.perf_counter())
+        self._host_seconds += time.thread_time() - cpu_start
         return deltas
 
     def generate(
@@ -272,8 +268,8 @@ class Engine:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, adapter: str | None = None
     ) -> Iterator[Delta]:
-        """Runs one request and yields what each step brings; the last delta carries the whole output. Requests added
-        meanwhile run along. Closing the iterator cancels the request.
+        """Runs one request and yields what each step brings; the last delta carries the whole output. Other requests run
+        along, and their deltas wait for the next `step` (or their own stream). Closing the iterator cancels the request.
 
         Raises:
           RequestError, AdapterError: as `add_request`, at the call.
@@ -301,7 +297,8 @@ class Engine:
                 "adapter": self.allocator.count(PageKind.ADAPTER),
             },
             idle_adapter_pages=self.residency.evictable_pages,
-            host_seconds=self._host_seconds,
+            host_seconds=self._host_seconds - self._runner.launch_seconds,
+            launch_seconds=self._runner.launch_seconds,
         )
 
     def check(self) -> None:
@@ -417,7 +414,7 @@ class Engine:
         for request in list(self.scheduler.waiting):
             if request.adapter is not None and request.adapter.digest in self._lost:
                 error = str(self._lost[request.adapter.digest])
-                self._ended.append(self._end(self._progress[request.id], FinishReason.ERROR, [], now, error))
+                self._unread.append(self._end(self._progress[request.id], FinishReason.ERROR, [], now, error))
         self._lost.clear()
 
     def _wait_for_disk(self) -> None:
@@ -435,12 +432,12 @@ class Engine:
 
     def _stream(self, request_id: str) -> Iterator[Delta]:
         try:
-            while request_id in self._progress or self.has_work():
-                for delta in self.step():
+            while request_id in self._progress or any(d.request_id == request_id for d in self._unread):
+                deltas = self.step()
+                self._unread += [delta for delta in deltas if delta.request_id != request_id]
+                for delta in deltas:
                     if delta.request_id == request_id:
                         yield delta
-                        if delta.output is not None:
-                            return
         finally:
             self.cancel(request_id)
 

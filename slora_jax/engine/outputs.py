@@ -60,7 +60,8 @@ class EngineStats:
     """Counters since the engine was made, and the state now.
 
     pages: pool pages by kind ("free", "kv", "adapter"); of the adapter pages, `idle_adapter_pages` may be evicted.
-    host_seconds: time spent planning, packing and reading back, over all steps; excludes waiting for the device.
+    host_seconds: CPU time of the calling thread for planning, packing and handing out tokens, over all steps.
+    launch_seconds: its CPU time in the calls that hand uploads and steps to the device.
     """
 
     steps: int
@@ -77,3 +78,4 @@ class EngineStats:
     pages: dict[str, int]
     idle_adapter_pages: int
     host_seconds: float
+    launch_seconds: float

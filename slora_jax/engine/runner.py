@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from pallas_kernels.lora.layout import LoraLayout, ceil_div
 from slora_jax.engine.batch import build_metadata
@@ -58,20 +61,25 @@ class Runner:
         self.pool = self.shape.make_pool()
         self.table = self.shape.make_table()
         self.state = self.spec.make_state()
+        self.launch_seconds = 0.0
         self._warm_up()
 
     def upload(self, resident: Resident, contents: np.ndarray) -> None:
         """Dispatches an adapter's upload: `contents [num_layers, n, 2, page_size, W]` to its pages."""
+        start = time.thread_time()
         self.pool, self.table = upload_adapter(
             self.pool, self.table, resident.slot, resident.pages, resident.ranks, contents
         )
+        self.launch_seconds += time.thread_time() - start
 
     def dispatch(self, plan: StepPlan) -> InFlight:
         """Starts a step and returns at once; the copies of its results to the host are started too."""
         with_lora = any(s.request.adapter_slot >= 0 for s in plan.sequences)
         program = self.programs.select(plan.num_tokens, len(plan.sequences), with_lora)
         metadata, requests, samples = build_metadata(plan, program.layout)
+        start = time.thread_time()
         self.pool, self.state, output = program(self._params, self.pool, self.table, self.state, metadata)
+        self.launch_seconds += time.thread_time() - start
         wanted: Any = output.sampled if any(r.params.logprobs is not None for r in requests) else output.sampled.token
         for leaf in jax.tree.leaves((wanted, output.logits)):
             leaf.copy_to_host_async()
@@ -101,14 +109,11 @@ def pool_shape(model: ModelConfig, config: EngineConfig, max_model_len: int) -> 
     if num_pages is None:
         free, where = _free_memory(model, config)
         num_pages = free // page_bytes
-        logger.info(
-            "pool: %d pages of %d tokens (%.1f MiB each over all layers), %.2f GiB of %s",
-            num_pages,
-            config.page_size,
-            page_bytes / 2**20,
-            num_pages * page_bytes / 2**30,
-            where,
-        )
+        size = f"{page_bytes / 2**20:.2f} MiB each over all layers, {num_pages * page_bytes / 2**30:.2f} GiB of {where}"
+        message = f"pool: {num_pages} pages of {config.page_size} tokens ({size})"
+        logger.info(message)
+        if config.progress:
+            tqdm.write(message, file=sys.stderr)
         if num_pages < 2:
             raise ConfigError(
                 f"EngineConfig.num_pages=None: {free} bytes of {where} hold no pool; page = {page_bytes} bytes"

@@ -69,8 +69,8 @@ def sample(logits: jax.Array, inputs: SamplingInputs) -> Sampled:
 def _draw(logits: jax.Array, greedy: jax.Array, inputs: SamplingInputs) -> jax.Array:
     """Gumbel-max over the masked, scaled logits; greedy rows keep their argmax."""
     stochastic = inputs.temperature > 0
-    scaled = logits / jnp.where(stochastic, inputs.temperature, 1.0)[:, None]
-    scaled = scaled - scaled.max(axis=-1, keepdims=True)
+    scaled = logits - logits.max(axis=-1, keepdims=True)  # before the division, which may overflow
+    scaled = scaled / jnp.where(stochastic, inputs.temperature, 1.0)[:, None]
     keep = _masks(scaled, inputs)
 
     def noise(seed: jax.Array, index: jax.Array) -> jax.Array:

@@ -30,7 +30,7 @@ class TextStream:
         if self._backend is None:
             return False
         self._ids.append(token)
-        piece = self._decoder.step(self._backend, token)
+        piece = self._decode(token)
         if not piece:
             return False
         return self._append(piece)
@@ -49,6 +49,17 @@ class TextStream:
         end = len(self._text) if last or self.stopped else self._certain()
         piece, self._emitted = self._text[self._emitted : end], max(self._emitted, end)
         return piece
+
+    def _decode(self, token: int) -> str | None:
+        """Text that this token completes, None while a character is incomplete."""
+        try:
+            return self._decoder.step(self._backend, token)
+        except Exception:  # tokenizers has no finer class
+            # A byte-fallback decoder turns a whole run of byte tokens into U+FFFD when its end makes it invalid, the
+            # part that is out already included. That part stays; one U+FFFD stands for the rest.
+            self._decoder = DecodeStream(ids=self._ids, skip_special_tokens=True)
+            before, after = (self._backend.decode(ids, skip_special_tokens=True) for ids in (self._ids[:-1], self._ids))
+            return "\ufffd" + after.removeprefix(before)
 
     def _append(self, piece: str) -> bool:
         search_from = max(0, len(self._text) - max(map(len, self._stop), default=0) + 1)

@@ -53,9 +53,9 @@ class PageAllocator:
         """Takes `count` pages: int32 ids `[count]`.
 
         Raises:
-          PoolError: fewer pages are free; nothing was taken. Callers ask `can_allocate` first.
+          PoolError: fewer pages are free, or `count` is negative; nothing was taken. Callers ask `can_allocate` first.
         """
-        if count > self._num_free:
+        if not 0 <= count <= self._num_free:
             raise PoolError(f"{count} pages asked for, {self._num_free} of {self.capacity} free")
         pages = self._stack[self._num_free - count : self._num_free].copy()
         self._num_free -= count

@@ -90,9 +90,8 @@ class AdapterResidency:
         self.make_room(num_pages)
         if not self._free_slots:
             self._evict_oldest()
-        resident = Resident(
-            digest, self._free_slots.pop(), self.allocator.allocate(num_pages, PageKind.ADAPTER), ranks, users=1
-        )
+        pages = self.allocator.allocate(num_pages, PageKind.ADAPTER)  # may raise, so no slot is taken yet
+        resident = Resident(digest, self._free_slots.pop(), pages, ranks, users=1)
         self._resident[digest] = resident
         self.counters.loads += 1
         return resident, True

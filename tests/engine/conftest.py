@@ -1,38 +1,58 @@
 """A tiny model whose greedy outputs vary, a dense float64 reference that shares no code with the engine, counters."""
 
+import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from byte_level import VOCAB_SIZE, train_tokenizer
+from safetensors.numpy import save_file
+from transformers import PreTrainedTokenizerFast
 
 from pallas_kernels.lora.layout import PROJECTIONS
 from slora_jax import Engine, EngineConfig
 from slora_jax.adapters import BaseGeometry, LoraAdapter
+from slora_jax.memory import PageKind
 from slora_jax.models import ModelConfig, Params, init_random
+from slora_jax.models.hf import tensor_placements
 
 PAGE_SIZE = 8
+EOS = 1
+HF_CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rope_theta": 10000.0,
+    "eos_token_id": EOS,
+}
+SMALL = {
+    "num_pages": 81,
+    "max_seqs": 4,
+    "max_tokens_per_step": 16,
+    "max_model_len": 96,
+    "max_rank": 16,
+    "decode_buckets": (4,),
+    "mixed_buckets": (16,),
+}
+"""One engine shape for all tests that need no other: compiled once."""
 
 
 class TinyModel:
-    """Two layers of width 32 with grouped-query attention: `config`, `graphdef`, `params`, and the adapters' geometry."""
+    """Two layers of width 32, grouped-query attention: `config`, `graphdef`, `params`, and the adapters' geometry."""
 
     def __init__(self) -> None:
-        self.config = ModelConfig.from_dict(
-            {
-                "model_type": "llama",
-                "vocab_size": 96,
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 128,
-                "rope_theta": 10000.0,
-                "eos_token_id": 2,
-            }
-        )
+        self.config = ModelConfig.from_dict(HF_CONFIG)
         self.graphdef, params = init_random(self.config, "float32", seed=0)
         # Embeddings of unit variance and kernels of gain 2: the context and every adapter show in the greedy tokens.
         self.params = jax.tree.map(lambda x: x if x.ndim < 2 else x * (2 / (0.02 * math.sqrt(x.shape[0]))), params)
@@ -42,14 +62,37 @@ class TinyModel:
             config.num_layers, config.hidden_size, config.q_width, config.kv_width, config.intermediate_size, PAGE_SIZE
         )
 
-    def engine(self, **settings: object) -> Engine:
-        defaults = {"dtype": "float32", "page_size": PAGE_SIZE, "progress": False}
-        return Engine(self.config, self.graphdef, self.params, EngineConfig(**(defaults | settings)))  # type: ignore[arg-type]
+    def settings(self, **changes: object) -> EngineConfig:
+        return EngineConfig(**({"dtype": "float32", "page_size": PAGE_SIZE, "progress": False} | SMALL | changes))  # type: ignore[arg-type]
+
+    def engine(self, **changes: object) -> Engine:
+        return Engine(self.config, self.graphdef, self.params, self.settings(**changes))
+
+    def save(self, directory: Path) -> Path:
+        """Writes the model as Hugging Face does, with a tokenizer."""
+        tensors = {}
+        for name, placement in tensor_placements(self.config).items():
+            array: Any = self.params
+            for key in placement.path:
+                array = array[key]
+            width = placement.shape[0] if placement.transposed else None
+            part = np.asarray(array)[..., placement.column :][..., :width]
+            tensors[name] = np.ascontiguousarray(part.T if placement.transposed else part)
+        save_file(tensors, directory / "model.safetensors")
+        (directory / "config.json").write_text(json.dumps(HF_CONFIG))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(), bos_token="<s>", eos_token="</s>")
+        tokenizer.save_pretrained(directory)
+        return directory
 
 
 @pytest.fixture(scope="session")
 def tiny() -> TinyModel:
     return TinyModel()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("tiny"))
 
 
 def dense_logits(model: ModelConfig, params: Params, ids: list[int], adapter: LoraAdapter | None = None) -> np.ndarray:
@@ -141,3 +184,43 @@ def compilations() -> Iterator[list[str]]:
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield events
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def assert_idle(engine: Engine) -> None:
+    """Nothing is under way, no page leaked, and what adapters hold may be evicted."""
+    assert not engine.has_work()
+    engine.check()
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.pages["kv"]) == (0, 0, 0)
+    assert stats.pages["free"] + stats.idle_adapter_pages == engine.allocator.capacity
+
+
+@contextmanager
+def squeezed(engine: Engine, pages: int) -> Iterator[None]:
+    """Leaves the engine only so many free pages (idle adapters are evicted), so that running sequences collide."""
+    engine.residency.make_room(engine.allocator.capacity)
+    held = engine.allocator.allocate(engine.allocator.num_free - pages, PageKind.KV)
+    yield
+    engine.allocator.free(held)
+
+
+@pytest.fixture(scope="session")
+def squeeze() -> Callable:
+    return squeezed
+
+
+@pytest.fixture(scope="session")
+def shared_engine(model_dir: Path, tiny: TinyModel) -> Iterator[Engine]:
+    with Engine.from_pretrained(model_dir, tiny.settings()) as engine:
+        yield engine
+
+
+@pytest.fixture
+def engine(shared_engine: Engine) -> Iterator[Engine]:
+    """The shared engine; afterwards nothing may be left of the test."""
+    assert_idle(shared_engine)
+    yield shared_engine
+    assert_idle(shared_engine)
+    for info in shared_engine.adapters():
+        assert shared_engine.unload_adapter(info.name)
+    assert shared_engine.allocator.num_free == shared_engine.allocator.capacity

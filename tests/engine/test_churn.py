@@ -20,10 +20,10 @@ SAMPLE = 150  # outputs compared with merged weights
 @pytest.fixture(scope="module")
 def engine(tiny) -> Iterator[Engine]:
     with tiny.engine(
-        num_pages=240,
+        num_pages=160,
         max_seqs=16,
         max_tokens_per_step=32,
-        max_model_len=64,
+        max_model_len=96,
         max_rank=24,
         decode_buckets=(16,),
         mixed_buckets=(32,),
@@ -63,9 +63,9 @@ class Churn:
         rng = self.rng
         greedy = rng.random() < 0.7
         params = SamplingParams(
-            max_tokens=int(rng.choice([1, 3, 18])), ignore_eos=rng.random() < 0.5, temperature=0.0 if greedy else 0.9
+            max_tokens=int(rng.choice([1, 3, 40])), ignore_eos=rng.random() < 0.5, temperature=0.0 if greedy else 0.9
         )
-        prompt = rng.integers(0, 96, rng.choice([1, 2, 7, 8, 9, 45])).tolist()
+        prompt = rng.integers(2, 320, rng.choice([1, 2, 7, 8, 9, 45])).tolist()
         request = self.engine.add_request(prompt, params, name)
         self.expected[request] = None if name is None else self.weights[name]
         if greedy:
@@ -89,7 +89,7 @@ class Churn:
         self.engine.check()
 
     def run(self, names: list[str]) -> None:
-        """Requests for every name in random order and bursts, among cancellations, reloads, unloads and idle moments."""
+        """Requests for every name in random order and bursts, among reloads, unloads, cancellations and pauses."""
         rng = self.rng
         unused = rng.permutation(names).tolist()
         while unused:
@@ -132,7 +132,7 @@ def test_two_thousand_adapters_churn_through_a_small_pool(tiny, engine, greedy_m
     reasons = [output.finish_reason for output in churn.outputs.values()]
     assert reasons.count("cancelled") > 20 and reasons.count("stop") > 20 and "error" not in reasons
     stats = engine.stats()
-    assert 15 < churn.most_resident < 60
+    assert 15 < churn.most_resident < 40, churn.most_resident
     assert stats.adapter_loads > 0.9 * NUM_ADAPTERS and stats.adapter_evictions > 0.9 * NUM_ADAPTERS
     assert stats.preemptions > 0
     assert engine.store.stats().spill_reads > 100

@@ -1,4 +1,4 @@
-"""Parity with transformers and PEFT: one mixed batch per family, chunked prefill, preemptions, evictions and reloads."""
+"""Parity with transformers and PEFT: mixed batches, chunked prefill, preemptions, evictions, reloads."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -180,7 +180,9 @@ def test_mixed_batch_matches_peft_under_preemption(served: Served) -> None:
     served.check(outputs)
     stats = served.engine.stats()
     assert stats.preemptions > before.preemptions, "the pool is too large to force preemption"
-    assert np.median([len(set(output.token_ids)) for output in outputs]) > NEW_TOKENS // 4, "greedy decoding is degenerate"
+    assert np.median([len(set(output.token_ids)) for output in outputs]) > NEW_TOKENS // 4, (
+        "greedy decoding is degenerate"
+    )
     served.engine.check()
 
 

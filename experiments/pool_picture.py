@@ -1,0 +1,105 @@
+"""Draws the unified pool of a running engine: `python -m experiments.pool_picture [--output docs/pool.png]`.
+
+Left: every page at one busy moment, coloured by what it holds. Right: pages by kind, step by step.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
+
+from slora_jax import Engine, EngineConfig, SamplingParams
+from slora_jax.adapters import random_adapter
+from slora_jax.models import ModelConfig, RopeConfig, init_random
+
+KINDS = ("free", "KV cache", "adapter in use", "adapter idle", "dummy page")
+COLOURS = ("#eef0f2", "#3b7dd8", "#e8743b", "#f3c9a5", "#444444")
+FREE, KV, IN_USE, IDLE, DUMMY = range(5)
+
+
+def page_kinds(engine: Engine) -> np.ndarray:
+    """What each page holds now: indices into `KINDS`, `[num_pages]`."""
+    kinds = np.full(engine.allocator.num_pages, FREE)
+    kinds[0] = DUMMY
+    for request in engine.scheduler.running:
+        kinds[request.pages] = KV
+    for resident in engine.residency.residents:
+        kinds[resident.pages] = IN_USE if resident.users else IDLE
+    return kinds
+
+
+def run(seed: int = 0) -> Iterator[np.ndarray]:
+    """Serves 160 requests over 60 adapters of ranks 4 to 32 with a tiny model; yields `page_kinds` after each step."""
+    model = ModelConfig(
+        family="llama", vocab_size=256, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4,
+        num_kv_heads=4, head_dim=16, rope=RopeConfig(theta=10000.0), rms_norm_eps=1e-5, tie_word_embeddings=True,
+        max_position_embeddings=512,
+    )  # fmt: skip
+    config = EngineConfig(
+        dtype="float32", num_pages=300, max_seqs=16, max_tokens_per_step=64, max_model_len=256, max_rank=32,
+        decode_buckets=(16,), mixed_buckets=(64,), progress=False,
+    )  # fmt: skip
+    rng = np.random.default_rng(seed)
+    graphdef, params = init_random(model, "float32", seed)
+    with Engine(model, graphdef, params, config) as engine:
+        for i in range(60):
+            rank = (4, 8, 16, 32)[i % 4]
+            engine.load_adapter(f"adapter-{i}", random_adapter(engine.store.geometry, rank, ("q", "k", "v", "o"), seed=i))
+        arrivals = sorted(rng.integers(0, 400, 160).tolist())
+        step = 0
+        while arrivals or engine.has_work():
+            while arrivals and arrivals[0] <= step:
+                arrivals.pop(0)
+                prompt = rng.integers(0, 256, rng.integers(8, 120)).tolist()
+                adapter = f"adapter-{int(60 * rng.power(0.5))}"
+                engine.add_request(prompt, SamplingParams(max_tokens=int(rng.integers(16, 96)), ignore_eos=True), adapter)
+            engine.step()
+            step += 1
+            yield page_kinds(engine)
+
+
+def draw(history: list[np.ndarray], output: Path) -> None:
+    """Writes the picture: the fullest moment of `history`, and all of it over time."""
+    busiest = max(history, key=lambda kinds: np.isin(kinds, (KV, IN_USE)).sum())
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1, 1.25), layout="constrained")
+    columns = 25
+    grid = np.full(-(-busiest.size // columns) * columns, FREE)
+    grid[: busiest.size] = busiest
+    left.pcolormesh(
+        grid.reshape(-1, columns)[::-1], cmap=ListedColormap(COLOURS), vmin=-0.5, vmax=4.5, edgecolors="white", lw=0.8
+    )
+    left.set_aspect("equal")
+    left.axis("off")
+    left.set_title("Every page at one busy moment")
+    counts = np.stack([[(kinds == kind).sum() for kinds in history] for kind in (KV, IN_USE, IDLE, FREE)])
+    right.stackplot(range(len(history)), counts, colors=[COLOURS[k] for k in (KV, IN_USE, IDLE, FREE)])
+    right.set(xlabel="step", ylabel="pages", xlim=(0, len(history) - 1), ylim=(0, busiest.size - 1))
+    right.set_title("The same pool over time")
+    right.spines[["top", "right"]].set_visible(False)
+    handles = [Patch(color=colour, label=kind) for kind, colour in zip(KINDS, COLOURS, strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("docs/pool.png"))
+    args = parser.parse_args()
+    draw(list(run()), args.output)
+    print(f"written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()

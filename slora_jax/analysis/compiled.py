@@ -1,0 +1,49 @@
+"""What a compiled step does with the pool."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from slora_jax.memory import PoolShape
+
+_HLO_TYPES = {"float32": "f32", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True)
+class PoolUse:
+    """pool_bytes: the whole pool. aliased_bytes: of all donated arguments (pool and sequence state). temp_bytes: the
+    program's temporaries. copies: instructions that copy a layer's pool or allocate another, by their HLO line."""
+
+    pool_bytes: int
+    aliased_bytes: int
+    temp_bytes: int
+    copies: tuple[str, ...]
+
+
+def pool_use(compiled: Any, shape: PoolShape) -> PoolUse:
+    """Reads a compiled step's memory analysis and its optimised HLO."""
+    memory = compiled.memory_analysis()
+    return PoolUse(
+        pool_bytes=shape.num_pages * shape.page_bytes,
+        aliased_bytes=memory.alias_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        copies=tuple(_copies(compiled.as_text(), shape)),
+    )
+
+
+def _copies(hlo: str, shape: PoolShape) -> list[str]:
+    """Lines of HLO that make an array of as many elements as one layer's pool by copying: `copy`, `copy-start`,
+    `transpose`, `concatenate`, or a layout change, whatever its logical shape."""
+    elements = shape.num_pages * 2 * shape.page_size * shape.width
+    made = re.compile(
+        rf"= \(?{_HLO_TYPES[shape.dtype]}\[([\d,]+)\]\S* (copy|copy-start|transpose|concatenate|convert|pad)\("
+    )
+    return [
+        line.strip()
+        for line in hlo.splitlines()
+        if (match := made.search(line)) and int(np.prod([int(n) for n in match[1].split(",")])) == elements
+    ]

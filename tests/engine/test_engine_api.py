@@ -1,0 +1,258 @@
+"""What a caller sees: stopping, streaming, refusals, statistics, several parameters at once."""
+
+import numpy as np
+import pytest
+
+from slora_jax import AdapterError, ConfigError, Engine, EngineConfig, RequestError, SamplingParams
+from slora_jax.adapters import random_adapter
+
+PROMPT = "The quick brown"
+LONG = SamplingParams(max_tokens=24, ignore_eos=True)
+
+
+@pytest.fixture
+def answer(engine: Engine):
+    """The greedy continuation of `PROMPT`: tokens vary, so that there is something to stop at."""
+    output = engine.generate(PROMPT, LONG)[0]
+    assert len(set(output.token_ids)) > 8
+    return output
+
+
+# Stopping
+
+
+def test_max_tokens_ends_with_length(engine, answer) -> None:
+    output = engine.generate(PROMPT, SamplingParams(max_tokens=5, ignore_eos=True))[0]
+    assert (output.token_ids, output.finish_reason) == (answer.token_ids[:5], "length")
+    assert output.text == engine.tokenizer.decode(output.token_ids, skip_special_tokens=True)
+
+
+def test_no_max_tokens_runs_to_the_engines_longest_length(engine) -> None:
+    output = engine.generate([list(range(2, 92))], SamplingParams(max_tokens=None, ignore_eos=True))[0]
+    assert (len(output.token_ids), output.finish_reason) == (96 - 90, "length")
+    output = engine.generate([list(range(2, 97))], SamplingParams(max_tokens=50, ignore_eos=True))[0]
+    assert (len(output.token_ids), output.finish_reason) == (1, "length")
+
+
+def test_stop_token_is_in_the_tokens_and_not_in_the_text(engine, answer) -> None:
+    stop = answer.token_ids[6]
+    count = answer.token_ids.index(stop) + 1
+    output = engine.generate(PROMPT, SamplingParams(max_tokens=24, stop_token_ids=[stop], ignore_eos=True))[0]
+    assert (output.token_ids, output.finish_reason) == (answer.token_ids[:count], "stop")
+    assert output.text == engine.tokenizer.decode(answer.token_ids[: count - 1], skip_special_tokens=True)
+
+
+def test_end_of_sequence_token_ends_unless_ignored(engine, answer, monkeypatch) -> None:
+    eos = answer.token_ids[5]
+    monkeypatch.setattr(engine, "model", type("Model", (), {"eos_token_ids": (eos,), "vocab_size": 320})())
+    count = answer.token_ids.index(eos) + 1
+    stopped, ignored = engine.generate([PROMPT] * 2, [SamplingParams(max_tokens=24), LONG])
+    assert (stopped.token_ids, stopped.finish_reason) == (answer.token_ids[:count], "stop")
+    assert (ignored.token_ids, ignored.finish_reason) == (answer.token_ids, "length")
+
+
+@pytest.mark.parametrize("length", [2, 3, 5])
+def test_stop_string_across_token_borders_cuts_the_text_before_it(engine, answer, length) -> None:
+    at = len(answer.text) // 2
+    stop = answer.text[at : at + length]
+    output = engine.generate(PROMPT, SamplingParams(max_tokens=24, stop=stop, ignore_eos=True))[0]
+    assert output.finish_reason == "stop"
+    assert output.text == answer.text[: answer.text.index(stop)]
+    assert len(output.token_ids) < len(answer.token_ids)
+    assert output.token_ids == answer.token_ids[: len(output.token_ids)]
+
+
+# Streaming
+
+
+def test_stream_adds_up_to_the_output(engine, answer) -> None:
+    deltas = list(engine.stream(PROMPT, LONG))
+    output = deltas[-1].output
+    assert output is not None and [delta.output for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
+    assert [token for delta in deltas for token in delta.token_ids] == output.token_ids == answer.token_ids
+    assert "".join(delta.text for delta in deltas) == output.text == answer.text
+    assert deltas[-1].finish_reason == "length" and deltas[0].finish_reason is None
+    assert len(deltas) > 10
+
+
+def test_stop_string_never_leaks_into_the_stream(engine, answer) -> None:
+    at = len(answer.text) // 2
+    stop = answer.text[at : at + 4]
+    streamed = ""
+    for delta in engine.stream(PROMPT, SamplingParams(max_tokens=24, stop=["never met", stop], ignore_eos=True)):
+        streamed += delta.text
+        assert answer.text[: answer.text.index(stop)].startswith(streamed)
+    assert streamed == delta.output.text == answer.text[: answer.text.index(stop)]
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_closing_a_stream_cancels_its_request(engine, taken) -> None:
+    stream = engine.stream(PROMPT, LONG)
+    for _ in range(taken):
+        next(stream)
+    stream.close()
+    assert engine.stats().running == engine.stats().waiting == engine.stats().pages["kv"] == 0
+    while engine.has_work():
+        engine.step()
+
+
+def test_requests_added_during_a_stream_run_along(engine) -> None:
+    stream = engine.stream(PROMPT, LONG)
+    next(stream)
+    other = engine.add_request([5, 6], SamplingParams(max_tokens=2))
+    assert all(delta.request_id != other for delta in stream)
+    assert not engine.has_work()
+
+
+# Lists
+
+
+def test_lists_of_prompts_params_and_adapters_pair_up_in_order(engine, tiny) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        engine.load_adapter(name, random_adapter(tiny.geometry, 4, seed=seed))
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (9, 1, 4, 7, 2, 6)]
+    prompts = [PROMPT, [7], np.array([9, 9]), "fox", [3] * 50, "猫"]
+    adapters = ["a", None, "b", "a", None, "b"]
+    outputs = engine.generate(prompts, params, adapters)
+    assert [len(output.token_ids) for output in outputs] == [9, 1, 4, 7, 2, 6]
+    assert [output.adapter for output in outputs] == adapters
+    for prompt, one, adapter, output in zip(prompts, params, adapters, outputs, strict=True):
+        assert engine.generate([prompt], one, adapter)[0].token_ids == output.token_ids
+
+
+def test_one_prompt_may_stand_alone_and_none_gives_none(engine) -> None:
+    assert len(engine.generate([4, 5, 6], SamplingParams(max_tokens=1))) == 1
+    assert len(engine.generate("fox", SamplingParams(max_tokens=1))) == 1
+    assert engine.generate([]) == []
+
+
+@pytest.mark.parametrize("field", ["params", "adapters"])
+def test_list_of_the_wrong_length_is_refused_by_name(engine, field) -> None:
+    value = {"params": [SamplingParams()] * 2, "adapters": [None] * 2}[field]
+    with pytest.raises(RequestError, match=f"{field}: 2 given for 3 prompts"):
+        engine.generate(["a", "b", "c"], **{field: value})
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], None, "no tokens"),
+        ([5, 320], None, "token id 320 .* vocabulary of 320"),
+        ([-1], None, "token id -1"),
+        ([5] * 96, None, "96 tokens; with max_model_len=96 at most 95"),
+    ],
+)
+def test_request_that_can_never_run_is_refused(engine, prompt, params, message) -> None:
+    with pytest.raises(RequestError, match=message):
+        engine.add_request(prompt, params)
+
+
+def test_refusal_shows_the_arithmetic_of_pages(engine, tiny, monkeypatch) -> None:
+    info = engine.load_adapter("big", random_adapter(tiny.geometry, 16, seed=3))
+    monkeypatch.setattr(type(engine.allocator), "capacity", info.num_pages + 11)
+    engine.cancel(engine.add_request([5] * 40, SamplingParams(max_tokens=49), "big"))
+    with pytest.raises(RequestError) as error:
+        engine.add_request([5] * 40, SamplingParams(max_tokens=50), "big")
+    monkeypatch.undo()
+    message = str(error.value)
+    for part in ("40 prompt + 50 new - 1", "/ 8 per page = 12 KV", f"plus {info.num_pages} pages", "num_pages"):
+        assert part in message, message
+    while engine.has_work():
+        engine.step()
+
+
+def test_one_bad_prompt_refuses_the_whole_call_and_runs_nothing(engine) -> None:
+    steps = engine.stats().tokens_computed
+    with pytest.raises(RequestError):
+        engine.generate([[5], [6], [999]])
+    assert engine.stats().tokens_computed == steps
+
+
+def test_unknown_adapter_is_refused_with_the_nearest_names(engine, tiny) -> None:
+    engine.load_adapter("french", random_adapter(tiny.geometry, 2))
+    with pytest.raises(AdapterError, match="unknown adapter 'frnch'.*'french'"):
+        engine.add_request([5], adapter="frnch")
+    with pytest.raises(AdapterError, match="unknown adapter"):
+        engine.unload_adapter("frnch")
+
+
+def test_adapter_above_max_rank_is_refused_on_load_and_changes_nothing(engine, tiny) -> None:
+    engine.load_adapter("a", random_adapter(tiny.geometry, 2))
+    before = engine.adapters()
+    for name in ("a", "b"):
+        with pytest.raises(AdapterError, match="rank 17.*max_rank=16"):
+            engine.load_adapter(name, random_adapter(tiny.geometry, {"q": 17}))
+    assert engine.adapters() == before
+
+
+def test_request_id_in_use_is_refused_and_free_again_afterwards(engine) -> None:
+    assert engine.add_request([5], SamplingParams(max_tokens=1), request_id="mine") == "mine"
+    with pytest.raises(RequestError, match="'mine' is in use"):
+        engine.add_request([5], request_id="mine")
+    with pytest.raises(RequestError, match="unfinished"):
+        engine.generate([[5]])
+    while engine.has_work():
+        engine.step()
+    engine.add_request([5], SamplingParams(max_tokens=1), request_id="mine")
+    while engine.has_work():
+        engine.step()
+
+
+def test_ids_given_by_the_caller_never_collide_with_the_engines_own(engine) -> None:
+    first = engine.add_request([5], SamplingParams(max_tokens=1))
+    number = int(first.split("-")[-1])
+    taken = [engine.add_request([5], SamplingParams(max_tokens=1), request_id=f"request-{number + 2}")]
+    taken += [engine.add_request([5], SamplingParams(max_tokens=1)) for _ in range(2)]
+    assert len({first, *taken}) == 4
+    while engine.has_work():
+        engine.step()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dtype", "float16"),
+        ("page_size", 12),
+        ("max_seqs", 0),
+        ("num_pages", 1),
+        ("max_rank", 257),
+        ("memory_fraction", 0.0),
+        ("max_tokens_per_step", 3),
+        ("seed", -1),
+        ("decode_buckets", (2,)),
+        ("mixed_buckets", ()),
+        ("adapter_slots", 0),
+        ("host_adapter_bytes", 0),
+    ],
+)
+def test_bad_setting_is_refused_with_field_and_value(field, value) -> None:
+    with pytest.raises(ConfigError) as error:
+        EngineConfig(**{"max_seqs": 4, "max_tokens_per_step": 16, field: value})
+    assert f"EngineConfig.{field}={value!r}" in str(error.value)
+
+
+def test_longer_than_the_model_is_refused(tiny) -> None:
+    with pytest.raises(ConfigError, match="max_model_len=129.*128 positions"):
+        tiny.engine(max_model_len=129)
+
+
+# Statistics
+
+
+def test_statistics_count_what_happened(engine, tiny) -> None:
+    engine.load_adapter("a", random_adapter(tiny.geometry, 4, seed=1))
+    before = engine.stats()
+    outputs = engine.generate([[5] * 20, [6] * 3], SamplingParams(max_tokens=4, ignore_eos=True), ["a", "a"])
+    after = engine.stats()
+    assert after.tokens_generated - before.tokens_generated == 8
+    assert after.tokens_computed - before.tokens_computed == 20 + 3 + 3 + 3  # a request's last token is never computed
+    assert after.adapter_loads - before.adapter_loads == 1 and after.adapter_hits - before.adapter_hits == 1
+    assert after.registered_adapters == 1 and after.resident_adapters == 1
+    assert sum(after.pages.values()) == engine.allocator.capacity
+    for output in outputs:
+        metrics = output.metrics
+        assert metrics.arrival <= metrics.admitted <= metrics.first_token <= metrics.finished
+        assert 0 < metrics.first_token_latency <= metrics.latency

@@ -1,0 +1,225 @@
+"""Cancellation, Ctrl-C, adapters that come, go, break and are lost: nothing leaks, other requests are not touched."""
+
+import pytest
+
+from slora_jax import AdapterError, Engine, SamplingParams
+from slora_jax.adapters import random_adapter
+
+LONG = SamplingParams(max_tokens=24, ignore_eos=True)
+PROMPT = list(range(30, 60))  # two chunks of prefill
+
+
+def drain(engine: Engine) -> dict:
+    """Runs to the end; request id -> output."""
+    outputs = {}
+    while engine.has_work():
+        outputs |= {delta.request_id: delta.output for delta in engine.step() if delta.output is not None}
+    return outputs
+
+
+# Cancellation
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_cancel_frees_pages_at_once_and_the_next_step_reports_it(engine, tiny, steps) -> None:
+    """After 0 steps the request waits; after 1 it is in prefill; after 2 its first token is in flight; then it decodes."""
+    engine.load_adapter("a", random_adapter(tiny.geometry, 4))
+    request = engine.add_request(PROMPT, LONG, "a")
+    streamed = [token for _ in range(steps) for delta in engine.step() for token in delta.token_ids]
+    assert engine.cancel(request)
+    assert engine.stats().pages["kv"] == 0 and engine.stats().running == engine.stats().waiting == 0
+    engine.check()
+    deltas = engine.step()
+    assert [(delta.request_id, delta.finish_reason) for delta in deltas] == [(request, "cancelled")]
+    assert deltas[0].output.token_ids == streamed
+    assert not engine.cancel(request)
+    assert drain(engine) == {}
+
+
+def test_cancel_does_not_change_the_others(engine) -> None:
+    alone = engine.generate([PROMPT], LONG)[0].token_ids
+    for steps in range(5):
+        keep = engine.add_request(PROMPT, LONG)
+        drop = [engine.add_request([9] * n, LONG) for n in (3, 20)]
+        for _ in range(steps):
+            engine.step()
+        for request in drop:
+            engine.cancel(request)
+        refill = engine.add_request([8] * 11, LONG)  # takes over the freed pages and slot
+        outputs = drain(engine)
+        assert outputs[keep].token_ids == alone
+        assert outputs[refill].finish_reason == "length"
+
+
+def test_id_of_a_cancelled_request_can_be_used_at_once(engine) -> None:
+    expected = engine.generate([[7, 7]], LONG)[0].token_ids
+    engine.add_request(PROMPT, LONG, request_id="x")
+    for _ in range(3):
+        engine.step()
+    engine.cancel("x")
+    engine.add_request([7, 7], LONG, request_id="x")
+    assert drain(engine)["x"].token_ids == expected
+
+
+# Ctrl-C
+
+
+def interrupt_at(monkeypatch, owner: object, name: str, call: int) -> None:
+    """Raises KeyboardInterrupt instead of the given call of a method, once."""
+    original, calls = getattr(owner, name), iter(range(10**9))
+
+    def interrupted(*args, **kwargs):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+@pytest.mark.parametrize("where", ["step", "_runner.upload", "_runner.dispatch", "_read"])
+@pytest.mark.parametrize("call", [0, 1, 3])
+def test_ctrl_c_leaves_an_engine_that_answers_as_before(engine, tiny, monkeypatch, where, call) -> None:
+    for name, seed in (("a", 1), ("b", 2), ("c", 3), ("d", 4)):
+        engine.load_adapter(name, random_adapter(tiny.geometry, 4, seed=seed))
+    batch = [PROMPT, [5], [6] * 20, [7] * 9], LONG, ["a", "b", "c", "d"]
+    expected = [output.token_ids for output in engine.generate(*batch)]
+    engine.residency.make_room(engine.allocator.capacity)  # so that the adapters are uploaded again
+
+    *path, name = where.split(".")
+    interrupt_at(monkeypatch, getattr(engine, path[0]) if path else engine, name, call)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(*batch)
+    assert not engine.has_work() and engine.stats().pages["kv"] == 0
+    engine.check()
+    assert [output.token_ids for output in engine.generate(*batch)] == expected
+
+
+@pytest.mark.parametrize("where", ["_runner.upload", "_runner.dispatch", "_read"])
+def test_step_that_was_interrupted_can_be_repeated(engine, tiny, monkeypatch, where) -> None:
+    """As in a notebook: the cell that calls `step` is interrupted, and run again."""
+    engine.load_adapter("a", random_adapter(tiny.geometry, 4, seed=1))
+    expected = engine.generate([PROMPT], LONG, "a")[0].token_ids
+    for call in (0, 1, 2, 5):
+        engine.residency.make_room(engine.allocator.capacity)
+        request = engine.add_request(PROMPT, LONG, "a")
+        *path, name = where.split(".")
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, getattr(engine, path[0]) if path else engine, name, call)
+            try:
+                while engine.has_work():
+                    engine.step()
+            except KeyboardInterrupt:
+                pass
+            outputs = drain(engine)
+        if request in outputs:
+            assert outputs[request].token_ids == expected
+
+
+# Adapters that come and go
+
+
+def test_bad_adapter_disturbs_nobody(engine, tiny, tmp_path) -> None:
+    engine.load_adapter("a", random_adapter(tiny.geometry, 4, seed=1))
+    expected = engine.generate([PROMPT], LONG, "a")[0].token_ids
+    request = engine.add_request(PROMPT, LONG, "a")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "use_dora": true}')
+    for step in range(6):
+        engine.step()
+        with pytest.raises(AdapterError):
+            engine.load_adapter("a" if step % 2 else "new", tmp_path)
+    assert drain(engine)[request].token_ids == expected
+    assert [info.name for info in engine.adapters()] == ["a"]
+
+
+@pytest.mark.parametrize("steps", range(5))
+def test_requests_under_way_keep_the_weights_they_arrived_with(engine, tiny, steps) -> None:
+    old, new = (random_adapter(tiny.geometry, rank, seed=rank) for rank in (4, 7))
+    expected = {}
+    for name, adapter in (("old", old), ("new", new)):
+        engine.load_adapter(name, adapter)
+        expected[name] = engine.generate([PROMPT], LONG, name)[0].token_ids
+        assert engine.unload_adapter(name)
+    assert expected["old"] != expected["new"]
+
+    engine.load_adapter("x", old)
+    before = engine.add_request(PROMPT, LONG, "x")
+    for _ in range(steps):
+        engine.step()
+    engine.load_adapter("x", new)
+    after = engine.add_request(PROMPT, LONG, "x")
+    for _ in range(2):
+        engine.step()
+    assert not engine.unload_adapter("x"), "requests use it"
+    with pytest.raises(AdapterError):
+        engine.add_request(PROMPT, LONG, "x")
+    outputs = drain(engine)
+    assert outputs[before].token_ids == expected["old"]
+    assert outputs[after].token_ids == expected["new"]
+    assert engine.allocator.num_free == engine.allocator.capacity, "both contents went with their last requests"
+
+
+def test_content_with_two_names_stays_until_both_are_gone(engine, tiny) -> None:
+    adapter = random_adapter(tiny.geometry, 4)
+    assert engine.load_adapter("a", adapter).digest == engine.load_adapter("b", adapter).digest
+    engine.generate([PROMPT], LONG, "a")
+    assert engine.stats().resident_adapters == 1
+    assert not engine.unload_adapter("a")
+    assert engine.stats().resident_adapters == 1
+    assert engine.unload_adapter("b")
+    assert engine.allocator.num_free == engine.allocator.capacity
+
+
+# Adapters on disk
+
+
+@pytest.fixture
+def spilling_engine(tiny, tmp_path):
+    """Holds one adapter of rank 4 in host memory; the others are on disk."""
+    size = 12_000
+    with tiny.engine(host_adapter_bytes=size, spill_dir=tmp_path / "spill") as engine:
+        for seed in range(6):
+            info = engine.load_adapter(f"a{seed}", random_adapter(tiny.geometry, {"q": 4, "down": 4}, seed=seed))
+        assert size / 2 < info.nbytes < size
+        yield engine
+
+
+def test_spilled_adapters_serve_the_right_tokens(spilling_engine, tiny, greedy_margin) -> None:
+    engine = spilling_engine
+    assert engine.store.stats().spilled == 5
+    for _ in range(2):
+        engine.residency.make_room(engine.allocator.capacity)
+        outputs = engine.generate([PROMPT] * 6, LONG, [f"a{seed}" for seed in range(6)])
+        assert len({tuple(output.token_ids) for output in outputs}) == 6
+        for seed, output in enumerate(outputs):
+            adapter = random_adapter(tiny.geometry, {"q": 4, "down": 4}, seed=seed)
+            assert greedy_margin(PROMPT, output.token_ids, adapter) < 1e-5
+    assert engine.store.stats().spill_reads >= 5
+
+
+def test_lost_adapter_ends_its_own_requests_only_and_can_be_loaded_again(spilling_engine, tiny, tmp_path) -> None:
+    engine = spilling_engine
+    expected = engine.generate([PROMPT] * 6, LONG, [f"a{seed}" for seed in range(6)])
+    engine.residency.make_room(engine.allocator.capacity)
+    lost = engine.store.resolve("a2")
+    (file,) = (tmp_path / "spill").glob(f"**/{lost[:16]}*.tiles")
+    file.write_bytes(b"")
+    outputs = engine.generate([PROMPT] * 6, LONG, [f"a{seed}" for seed in range(6)])
+    for seed, output in enumerate(outputs):
+        if seed == 2:
+            assert (output.finish_reason, output.token_ids) == ("error", [])
+            assert lost[:12] in output.error
+        else:
+            assert output.finish_reason == "length" and output.token_ids == expected[seed].token_ids
+    engine.check()
+    engine.load_adapter("a2", random_adapter(tiny.geometry, {"q": 4, "down": 4}, seed=2))
+    assert engine.generate([PROMPT], LONG, "a2")[0].token_ids == expected[2].token_ids
+
+
+def test_closed_engine_holds_nothing(tiny, tmp_path) -> None:
+    with tiny.engine(spill_dir=tmp_path / "spill") as engine:
+        engine.load_adapter("a", random_adapter(tiny.geometry, 4))
+        engine.add_request(PROMPT, LONG, "a")
+        for _ in range(3):
+            engine.step()
+    assert not engine.has_work() and engine.stats().pages["kv"] == 0
+    assert not list(tmp_path.glob("spill/**/*.tiles"))

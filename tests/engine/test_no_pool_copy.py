@@ -1,0 +1,102 @@
+"""The compiled step updates the pool in place: read from the program, on the CPU and for an H200 that is not there."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from slora_jax.analysis import TARGETS, deviceless_mesh, pool_use
+from slora_jax.engine.batch import BatchLayout, Bucket
+from slora_jax.engine.step import StepSpec, make_step, step_shapes
+from slora_jax.memory import PoolShape
+from slora_jax.memory.pool import set_table_row, upload_pages
+from slora_jax.models import ModelConfig, RopeConfig, abstract_decoder
+
+DECODE = Bucket(tokens=16, seqs=16, decode=True)
+MIXED = Bucket(tokens=64, seqs=16, decode=False)
+
+
+def _spec(hidden: int, heads: int, kv_heads: int, head_dim: int, ffn: int, dtype: str, num_pages: int) -> StepSpec:
+    model = ModelConfig(
+        family="llama",
+        vocab_size=512,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_layers=2,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope=RopeConfig(theta=10000.0),
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        max_position_embeddings=1024,
+    )
+    graphdef, params = abstract_decoder(model, dtype)
+    pool = PoolShape(
+        num_layers=2,
+        num_pages=num_pages,
+        page_size=16,
+        width=model.kv_width,
+        dtype=dtype,
+        adapter_slots=32,
+        max_adapter_pages=100,
+    )
+    return StepSpec(model, graphdef, params, pool, max_seqs=16, max_pages_per_seq=64, max_rank=64)
+
+
+SMALL = _spec(hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, dtype="float32", num_pages=333)
+# Llama-3-8B's layers, two of them.
+LLAMA_8B = _spec(hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, dtype="bfloat16", num_pages=4000)
+
+
+def _layout(spec: StepSpec, bucket: Bucket) -> BatchLayout:
+    return BatchLayout(bucket, spec.pool.page_size, spec.max_seqs, spec.pool.adapter_slots)
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+@pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=lambda b: b.name)
+def test_the_cpu_step_aliases_the_whole_pool_and_copies_none_of_it(bucket, with_lora):
+    layout = _layout(SMALL, bucket)
+    compiled = make_step(SMALL, layout, with_lora).lower(*step_shapes(SMALL, layout)).compile()
+    use = pool_use(compiled, SMALL.pool)
+    assert use.aliased_bytes >= use.pool_bytes
+    assert use.copies == ()
+    assert use.temp_bytes < use.pool_bytes
+
+
+@pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=lambda b: b.name)
+def test_the_h200_step_aliases_the_whole_pool_and_copies_none_of_it(bucket):
+    layout = _layout(LLAMA_8B, bucket)
+    here = NamedSharding(deviceless_mesh(TARGETS["h200"]), PartitionSpec())
+    shapes = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), step_shapes(LLAMA_8B, layout)
+    )
+    compiled = make_step(LLAMA_8B, layout, with_lora=True).trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
+    use = pool_use(compiled, LLAMA_8B.pool)
+    assert use.aliased_bytes >= use.pool_bytes
+    assert use.copies == ()
+    assert use.temp_bytes < use.pool_bytes / 4  # half of one layer's pool
+
+
+def test_an_upload_writes_the_pool_in_place():
+    shape = SMALL.pool
+    page = jax.ShapeDtypeStruct((4,), jnp.int32)
+    contents = jax.ShapeDtypeStruct((2, 4, 2, shape.page_size, shape.width), jnp.float32)
+    use = pool_use(upload_pages.lower(shape.pool_struct(), page, contents).compile(), shape)
+    assert use.aliased_bytes == use.pool_bytes
+    assert use.copies == ()
+    row = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((), (shape.max_adapter_pages,), (7,))]
+    table = set_table_row.lower(shape.table_struct(), *row).compile().memory_analysis()
+    assert table.alias_size_in_bytes >= 4 * shape.adapter_slots * (shape.max_adapter_pages + 7)
+
+
+def test_the_check_sees_a_pool_that_is_copied():
+    shape = SMALL.pool
+
+    def update(pool, value):
+        return tuple(layer.at[3].set(value) for layer in pool)
+
+    args = (shape.pool_struct(), jax.ShapeDtypeStruct((), jnp.float32))
+    use = pool_use(jax.jit(update).lower(*args).compile(), shape)  # not donated: XLA must copy
+    assert use.aliased_bytes == 0
+    assert len(use.copies) == shape.num_layers

@@ -1,0 +1,241 @@
+"""The gathered LoRA product against dense float64 matrices, in a pool where all that nobody owns is NaN."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels.lora import PROJECTIONS, AdapterTable, LoraLayout, LoraProduct, LoraTiles
+
+SEEDS = range(4)
+SLOTS, TILE_ROWS = 9, 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A base model's widths, the largest rank of its adapters, and the rows of a step."""
+
+    hidden: int
+    q_width: int
+    kv_width: int
+    ffn: int
+    page_size: int
+    max_rank: int = 40
+    decode_rows: int = 21
+    mixed_rows: int = 45
+
+    @property
+    def layout(self) -> LoraLayout:
+        return LoraLayout.of_decoder(self.hidden, self.q_width, self.kv_width, self.ffn, self.page_size)
+
+
+# Hidden 2.5 W, q 3 W and ffn 3.5 W; multi-head with W = hidden; a W wider than the lanes of a sum; rank above 100.
+GQA = Shape(hidden=40, q_width=48, kv_width=16, ffn=56, page_size=16)
+MHA = Shape(hidden=32, q_width=32, kv_width=32, ffn=112, page_size=8)
+WIDE = Shape(hidden=128, q_width=256, kv_width=128, ffn=448, page_size=32)
+HIGH_RANK = Shape(hidden=24, q_width=32, kv_width=16, ffn=56, page_size=16, max_rank=130)
+FEW_ROWS = Shape(hidden=24, q_width=32, kv_width=16, ffn=56, page_size=8, decode_rows=5, mixed_rows=16)
+
+CASES = [(GQA, "float32"), (MHA, "float32"), (WIDE, "float32"), (HIGH_RANK, "float32"), (FEW_ROWS, "float32")]
+CASES += [(GQA, "bfloat16"), (WIDE, "bfloat16")]
+IDS = ["gqa", "mha", "wide", "high_rank", "few_rows", "gqa_bf16", "wide_bf16"]
+
+
+@cache
+def product(shape: Shape, decode: bool):
+    """The products of all four stacks in one compiled program per dtype."""
+    layout = shape.layout
+
+    @jax.jit
+    def run(table, tiles, xs, ys, pool):
+        lora = LoraProduct(
+            layout, table, tiles, decode=decode, tile_rows=min(TILE_ROWS, shape.mixed_rows), max_rank=shape.max_rank
+        )
+        return [lora(x, y, pool, stack) for x, y, stack in zip(xs, ys, layout.stacks, strict=True)]
+
+    return run
+
+
+class Adapters:
+    """Random adapters in some slots of a table and pages of a pool, in random order, and their dense matrices."""
+
+    def __init__(self, shape: Shape, dtype: str, rng: np.random.Generator, count: int = 6) -> None:
+        self.shape, self.layout, self.rng = shape, shape.layout, rng
+        self.dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+        ranks = rng.integers(1, 41, (count, 7)) * (rng.random((count, 7)) < 0.7)
+        ranks[0] = shape.max_rank * (rng.random(7) < 0.6)
+        ranks[1] = 0
+        ranks[1, rng.integers(7)] = 1  # a single projection
+        self.slots = rng.permutation(SLOTS)[:count]
+        self.matrices = dict(zip(self.slots.tolist(), map(self._matrices, ranks), strict=True))
+
+        size, width = shape.page_size, shape.kv_width
+        packed = [self._pack(self.matrices[slot]) for slot in self.slots.tolist()]
+        owned = sum(map(len, packed))
+        num_pages = owned + 20
+        pool = np.full((num_pages, 2, size, width), np.nan)
+        pool[0] = rng.choice([-1e30, 1e30], pool[0].shape)  # the dummy page: any finite garbage
+        free = 1 + rng.permutation(num_pages - 1)
+        # Rows of the table that describe no adapter any more: live ranks, and pages that others own by now.
+        table = rng.integers(1, num_pages, (SLOTS, max(map(len, packed)) + 3))
+        table_ranks = rng.integers(0, shape.max_rank + 1, (SLOTS, 7))
+        for slot, pages, r in zip(self.slots, packed, ranks, strict=True):
+            ids, free = free[: len(pages)], free[len(pages) :]
+            pool[ids] = pages
+            table[slot] = 0
+            table[slot, : len(ids)] = ids
+            table_ranks[slot] = r
+        self.pool = jnp.asarray(pool.astype(self.dtype))
+        self.table = AdapterTable(jnp.asarray(table, jnp.int32), jnp.asarray(table_ranks, jnp.int32))
+        self.by_rank = self.slots[np.argsort(-ranks.sum(1), kind="stable")]
+
+    def _matrices(self, ranks: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """projection -> A `[r, d_in]`, B `[r, d_out]` (transposed, scaled), float64 values of the pool's dtype."""
+        widths = {p: (s.d_in, d) for s in self.layout.stacks for p, d in zip(s.projections, s.d_outs, strict=True)}
+        return {
+            p: tuple(self.rng.standard_normal((r, d)).astype(self.dtype).astype(float) for d in widths[p])
+            for p, r in zip(PROJECTIONS, ranks.tolist(), strict=True)
+            if r
+        }
+
+    def _pack(self, matrices: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """Pages `[n, 2, page_size, W]`: stack by stack the tiles of A, then of B; block by block, chunk by chunk."""
+        size, width, tiles = self.shape.page_size, self.shape.kv_width, []
+        for stack in self.layout.stacks:
+            for side in (0, 1):
+                rows = [row for p in stack.projections if p in matrices for row in matrices[p][side]]
+                for block in (rows[i : i + size] for i in range(0, len(rows), size)):
+                    for column in range(0, max(map(len, block)), width):
+                        tile = np.zeros((size, width))
+                        for row, values in enumerate(block):
+                            chunk = values[column : column + width]
+                            tile[row, : chunk.size] = chunk
+                        tiles.append(tile)
+        tiles += [np.zeros((size, width))] * (len(tiles) % 2)
+        return np.reshape(tiles, (-1, 2, size, width))
+
+    def inputs(self, rows: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """x `[rows, d_in]` and y `[rows, d_out]` of every stack."""
+        normal = self.rng.standard_normal
+        xs = [normal((rows, s.d_in)).astype(self.dtype) for s in self.layout.stacks]
+        return xs, [normal((rows, s.d_out)).astype(self.dtype) for s in self.layout.stacks]
+
+    def check(self, outputs: list[jax.Array], xs: list, ys: list, slot_of_row: list[int]) -> None:
+        """Rows of a slot get `y + x A B`, rows of slot -1 stay y to the bit. Errors are bounded relative to the sum of
+        the absolute values of all terms: 1e-5 for float32, plus one rounding of the result to bfloat16."""
+        rounding = 2.0**-8 if self.dtype == ml_dtypes.bfloat16 else 0.0
+        for stack, out, x, y in zip(self.layout.stacks, outputs, xs, ys, strict=True):
+            assert out.dtype == self.dtype and out.shape == y.shape
+            out = np.asarray(out)
+            for row, slot in enumerate(slot_of_row):
+                if slot < 0:
+                    np.testing.assert_array_equal(out[row].view(np.uint8), y[row].view(np.uint8), f"row {row}")
+                    continue
+                expected = y[row].astype(float)
+                terms = abs(expected)
+                for p, column, d in zip(stack.projections, stack.columns, stack.d_outs, strict=True):
+                    if p in self.matrices[slot]:
+                        a, b = self.matrices[slot][p]
+                        expected[column : column + d] += x[row].astype(float) @ a.T @ b
+                        terms[column : column + d] += abs(x[row].astype(float)) @ abs(a.T) @ abs(b)
+                error = abs(out[row].astype(float) - expected)
+                bound = 1e-5 * terms + rounding * abs(expected)
+                assert (error <= bound).all(), (stack.name, row, slot, np.nanmax(error / bound), np.isnan(error).sum())
+
+
+def lora_tiles(rows: int, segments: list[tuple[int, int]], rng: np.random.Generator, tile_rows: int) -> LoraTiles:
+    """Tiles of `segments [(slot, rows)]` from row 0 on; entries past `num_tiles` hold garbage in range."""
+    padding = -(-rows // tile_rows) + SLOTS
+    tiles, first, row_slot = [], 0, rng.integers(0, SLOTS, rows)
+    for slot, count in segments:
+        row_slot[first : first + count] = slot
+        tiles += [(slot, first + r, min(tile_rows, count - r)) for r in range(0, count, tile_rows)]
+        first += count
+    entries = np.stack([rng.integers(0, SLOTS, padding), rng.integers(0, rows, padding), np.full(padding, tile_rows)], 1)
+    if tiles:
+        entries[: len(tiles)] = tiles
+    slot, first_row, count = jnp.asarray(entries, jnp.int32).T
+    return LoraTiles(slot, first_row, count, jnp.asarray(row_slot, jnp.int32), jnp.int32(len(tiles)), jnp.int32(first))
+
+
+def run(adapters: Adapters, segments: list[tuple[int, int]], decode: bool) -> None:
+    shape = adapters.shape
+    rows = shape.decode_rows if decode else shape.mixed_rows
+    slot_of_row = [slot for slot, count in segments for _ in range(count)]
+    slot_of_row += [-1] * (rows - len(slot_of_row))
+    xs, ys = adapters.inputs(rows)
+    tiles = lora_tiles(rows, segments, adapters.rng, min(TILE_ROWS, rows))
+    outputs = product(shape, decode)(adapters.table, tiles, xs, ys, adapters.pool)
+    adapters.check(outputs, xs, ys, slot_of_row)
+
+
+def segments_of(order: np.ndarray, rows: int, decode: bool, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Adapters of `order` with one or several rows each, within `rows`."""
+    segments = []
+    for slot in order.tolist():
+        count = int(rng.choice([1, 1, 2, 5] if decode else [1, 3, TILE_ROWS, TILE_ROWS + 4]))
+        count = min(count, rows - sum(c for _, c in segments))
+        if count:
+            segments.append((slot, count))
+    return segments
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=IDS)
+def test_every_row_gets_its_own_adapters_product(shape, dtype, decode):
+    for seed in SEEDS:
+        print(f"seed {seed}")
+        adapters = Adapters(shape, dtype, np.random.default_rng(seed))
+        rows = shape.decode_rows if decode else shape.mixed_rows
+        order = adapters.by_rank if seed % 2 else adapters.rng.permutation(adapters.slots)
+        run(adapters, segments_of(order, rows - seed, decode, adapters.rng), decode)
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+@pytest.mark.parametrize(("shape", "dtype"), [(GQA, "float32"), (GQA, "bfloat16")], ids=["float32", "bfloat16"])
+def test_a_step_without_lora_rows_returns_y_to_the_bit(shape, dtype, decode):
+    run(Adapters(shape, dtype, np.random.default_rng(10)), [], decode)
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_one_adapter_may_have_every_row_of_a_step(decode):
+    adapters = Adapters(GQA, "float32", np.random.default_rng(11))
+    run(adapters, [(int(adapters.slots[2]), GQA.decode_rows if decode else GQA.mixed_rows)], decode)
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_one_row_of_one_adapter_changes_no_other_row(decode):
+    """Rows without an adapter name a slot whose pages others own (NaN here), in the same chunk as the LoRA row."""
+    adapters = Adapters(GQA, "float32", np.random.default_rng(12))
+    for slot in adapters.slots.tolist():
+        run(adapters, [(slot, 1)], decode)
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_values_of_one_row_reach_no_other_row(decode):
+    """An overflow in one request stays in that request."""
+    adapters = Adapters(GQA, "float32", np.random.default_rng(13))
+    rows = GQA.decode_rows if decode else GQA.mixed_rows
+    segments = segments_of(adapters.by_rank, rows - 2, decode, adapters.rng)
+    tiles = lora_tiles(rows, segments, adapters.rng, TILE_ROWS)
+    xs, ys = adapters.inputs(rows)
+    clean = product(GQA, decode)(adapters.table, tiles, xs, ys, adapters.pool)
+    for x in xs:
+        x[1], x[-1] = np.nan, np.inf  # a row with an adapter and one without
+    spoilt = product(GQA, decode)(adapters.table, tiles, xs, ys, adapters.pool)
+    others = np.arange(rows) != 1
+    for one, other in zip(clean, spoilt, strict=True):
+        np.testing.assert_array_equal(np.asarray(one)[others], np.asarray(other)[others])
+
+
+def test_an_unknown_implementation_is_refused_by_name():
+    adapters = Adapters(FEW_ROWS, "float32", np.random.default_rng(14))
+    tiles = lora_tiles(4, [], adapters.rng, 4)
+    with pytest.raises(NotImplementedError, match="no implementation named 'cuda'"):
+        LoraProduct(
+            adapters.layout, adapters.table, tiles, decode=True, tile_rows=4, max_rank=8, implementation="cuda"
+        )

@@ -1,0 +1,95 @@
+"""A scheduler without a device: requests of any size, and a device that returns each step's tokens one step late."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from slora_jax.memory import AdapterResidency, PageAllocator
+from slora_jax.scheduling import (
+    AdapterState,
+    AdapterUse,
+    Fcfs,
+    FinishReason,
+    Policy,
+    Request,
+    RequestMetrics,
+    SamplingParams,
+    Scheduler,
+    SchedulerLimits,
+    StepPlan,
+)
+
+PAGE_SIZE = 4
+
+
+class Simulation:
+    """Steps a scheduler as the engine does: plan a step, then read the results of the step before."""
+
+    def __init__(
+        self,
+        num_pages: int,
+        max_seqs: int,
+        max_tokens: int,
+        adapter_slots: int = 64,
+        policy: Policy | None = None,
+        adapter_state: Callable[[str], AdapterState] = lambda digest: AdapterState.READY,
+    ) -> None:
+        self.allocator = PageAllocator(num_pages + 1)
+        self.residency = AdapterResidency(self.allocator, adapter_slots)
+        limits = SchedulerLimits(max_seqs, max_tokens, PAGE_SIZE)
+        self.scheduler = Scheduler(self.allocator, self.residency, policy or Fcfs(), limits, adapter_state)
+        self.requests: list[Request] = []
+        self.stop_early: dict[int, int] = {}  # request number -> output tokens after which it meets a stop token
+        self.steps = 0
+        self._in_flight: StepPlan | None = None
+
+    def add(self, prompt: int, new: int, adapter: str | None = None, adapter_pages: int = 0) -> Request:
+        """A request of `prompt` tokens that may generate `new`, with an adapter of `adapter_pages`."""
+        use = None if adapter is None else AdapterUse(adapter, adapter, np.ones(7, np.int32), adapter_pages)
+        request = Request(
+            id=str(len(self.requests)),
+            number=len(self.requests),
+            prompt=[0] * prompt,
+            params=SamplingParams(),
+            seed=0,
+            max_new=new,
+            adapter=use,
+            metrics=RequestMetrics(arrival=float(self.steps)),
+        )
+        self.requests.append(request)
+        self.scheduler.add(request)
+        return request
+
+    def step(self) -> StepPlan:
+        plan = self.scheduler.schedule(float(self.steps))
+        before, self._in_flight = self._in_flight, plan
+        self.steps += 1
+        for sequence in before.sequences if before else ():
+            request = sequence.request
+            if sequence.samples and request.finish_reason is None:
+                request.output.append(0)
+                if len(request.output) >= self.stop_early.get(request.number, request.max_new):
+                    self.scheduler.finish(request, FinishReason.STOP, float(self.steps))
+        self.scheduler.check()
+        return plan
+
+    def run(self, most_steps: int) -> list[StepPlan]:
+        """Steps until all is finished and read."""
+        plans = []
+        while self.scheduler.has_work():
+            assert len(plans) < most_steps, "the scheduler does not get its work done"
+            plans.append(self.step())
+        plans.append(self.step())
+        return plans
+
+    def assert_idle(self) -> None:
+        """Nothing runs, and every page is free or an idle adapter's."""
+        assert not self.scheduler.running and not self.scheduler.waiting
+        assert self.allocator.num_free + self.residency.evictable_pages == self.allocator.capacity
+        assert all(not resident.users for resident in self.residency.residents)
+
+
+@pytest.fixture(scope="session")
+def simulate() -> type[Simulation]:
+    return Simulation

@@ -1,0 +1,225 @@
+"""The continuous-batching scheduler, on page arithmetic alone."""
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slora_jax.errors import PoolError
+from slora_jax.memory import PageKind
+from slora_jax.scheduling import AdapterState, FinishReason, Request, Status, StepPlan
+
+
+def counts(plan: StepPlan) -> dict[int, int]:
+    """Request number -> tokens in this step."""
+    return {sequence.request.number: sequence.count for sequence in plan.sequences}
+
+
+def numbers(requests: Sequence[Request]) -> list[int]:
+    return [request.number for request in requests]
+
+
+def test_long_prompt_is_computed_in_chunks_and_samples_once_at_its_end(simulate) -> None:
+    sim = simulate(num_pages=20, max_seqs=4, max_tokens=8)
+    request = sim.add(prompt=20, new=3)
+    plans = sim.run(most_steps=10)
+    sequences = [(s.start, s.count, s.samples) for plan in plans for s in plan.sequences]
+    assert sequences == [(0, 8, False), (8, 8, False), (16, 4, True), (20, 1, True), (21, 1, True)]
+    assert len(request.output) == 3
+    sim.assert_idle()
+
+
+def test_running_sequences_get_their_token_before_a_new_prompt_gets_the_rest_of_the_budget(simulate) -> None:
+    sim = simulate(num_pages=40, max_seqs=4, max_tokens=8)
+    sim.add(prompt=4, new=20)
+    sim.add(prompt=3, new=20)
+    assert counts(sim.step()) == {0: 4, 1: 3}
+    sim.add(prompt=30, new=1)
+    assert counts(sim.step()) == {0: 1, 1: 1, 2: 6}
+    assert counts(sim.step()) == {0: 1, 1: 1, 2: 6}
+
+
+def test_requests_are_admitted_in_order_of_arrival_and_none_overtakes_one_that_does_not_fit(simulate) -> None:
+    sim = simulate(num_pages=10, max_seqs=8, max_tokens=64)
+    sim.add(prompt=24, new=1)  # 6 pages
+    sim.add(prompt=20, new=1)  # 5 pages: must wait
+    sim.add(prompt=4, new=1)  # would fit now
+    assert counts(sim.step()) == {0: 24}
+    assert numbers(sim.scheduler.waiting) == [1, 2]
+    order = [number for plan in sim.run(most_steps=10) for number in counts(plan)]
+    assert order == [1, 2]
+
+
+def test_never_more_sequences_than_slots(simulate) -> None:
+    sim = simulate(num_pages=50, max_seqs=3, max_tokens=64)
+    for _ in range(7):
+        sim.add(prompt=2, new=4)
+    plans = sim.run(most_steps=30)
+    assert max(len(plan.sequences) for plan in plans) == 3
+    sim.assert_idle()
+
+
+def test_latest_request_is_preempted_and_recomputed_when_pages_run_out(simulate) -> None:
+    sim = simulate(num_pages=5, max_seqs=2, max_tokens=16)
+    first, second = sim.add(prompt=8, new=9), sim.add(prompt=8, new=9)
+    while not sim.scheduler.preemptions:
+        sim.step()
+    assert (first.status, second.status) == (Status.RUNNING, Status.WAITING)
+    assert second.pages == [] and second.slot == -1 and second.metrics.preemptions == 1
+    known = len(second.prompt) + second.num_sampled
+    plans = sim.run(most_steps=30)
+    again = next(s for plan in plans for s in plan.sequences if s.request is second)
+    assert (again.start, again.count) == (0, known), "its prompt and what it had sampled are recomputed"
+    assert (len(first.output), len(second.output)) == (9, 9)
+    assert first.metrics.preemptions == 0
+    sim.assert_idle()
+
+
+def test_preempted_request_waits_until_its_sampled_token_is_read(simulate) -> None:
+    sim = simulate(num_pages=5, max_seqs=2, max_tokens=16)
+    _, second = sim.add(prompt=8, new=9), sim.add(prompt=8, new=9)
+    while not sim.scheduler.preemptions:
+        in_flight = second.in_flight
+        plan = sim.step()
+    assert in_flight and not any(s.request is second for s in plan.sequences)
+    for plan in sim.run(most_steps=30):
+        for sequence in plan.sequences:
+            assert sequence.start + sequence.count <= sequence.request.num_tokens
+
+
+def test_idle_adapters_are_evicted_before_anyone_is_preempted(simulate) -> None:
+    sim = simulate(num_pages=12, max_seqs=4, max_tokens=32)
+    sim.add(prompt=4, new=1, adapter="idle", adapter_pages=6)
+    sim.run(most_steps=5)
+    assert "idle" in sim.residency
+    sim.add(prompt=16, new=25)
+    sim.run(most_steps=40)
+    assert "idle" not in sim.residency and sim.scheduler.preemptions == 0
+
+
+def test_adapter_in_use_is_shared_and_loaded_once(simulate) -> None:
+    sim = simulate(num_pages=20, max_seqs=4, max_tokens=32)
+    for _ in range(3):
+        sim.add(prompt=4, new=3, adapter="a", adapter_pages=5)
+    plan = sim.step()
+    assert [resident.digest for resident in plan.loads] == ["a"]
+    assert sim.allocator.count(PageKind.ADAPTER) == 5
+    assert len({request.adapter_slot for request in sim.requests}) == 1
+    assert not any(plan.loads for plan in sim.run(most_steps=10))
+
+
+def test_request_whose_adapter_is_still_on_disk_is_overtaken_and_served_when_it_comes(simulate) -> None:
+    state = {"slow": AdapterState.LOADING, "ready": AdapterState.READY}
+    sim = simulate(num_pages=20, max_seqs=4, max_tokens=32, adapter_state=state.__getitem__)
+    sim.add(prompt=4, new=2, adapter="slow", adapter_pages=2)
+    sim.add(prompt=4, new=2, adapter="ready", adapter_pages=2)
+    assert counts(sim.step()) == {1: 4}
+    state["slow"] = AdapterState.READY
+    assert 0 in counts(sim.step())
+    sim.run(most_steps=10)
+    sim.assert_idle()
+
+
+def test_adapter_slots_bound_the_adapters_in_use(simulate) -> None:
+    sim = simulate(num_pages=40, max_seqs=8, max_tokens=64, adapter_slots=2)
+    for name in "abcd":
+        sim.add(prompt=4, new=3, adapter=name, adapter_pages=1)
+    assert counts(sim.step()) == {0: 4, 1: 4}
+    sim.run(most_steps=20)
+    sim.assert_idle()
+
+
+def test_policy_decides_who_is_admitted_and_who_gives_way(simulate) -> None:
+    class Lcfs:
+        def order(self, requests: Sequence[Request], now: float) -> Sequence[Request]:
+            return requests[::-1]
+
+    sim = simulate(num_pages=5, max_seqs=2, max_tokens=16, policy=Lcfs())
+    first, second = sim.add(prompt=8, new=9), sim.add(prompt=8, new=9)
+    plan = sim.step()
+    assert list(counts(plan)) == [1, 0]
+    sim.run(most_steps=40)
+    assert first.metrics.preemptions > 0 and second.metrics.preemptions == 0
+    assert (len(first.output), len(second.output)) == (9, 9)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_finish_frees_everything_at_once_in_any_state(simulate, steps: int) -> None:
+    sim = simulate(num_pages=20, max_seqs=2, max_tokens=8)
+    request = sim.add(prompt=20, new=9, adapter="a", adapter_pages=3)
+    for _ in range(steps):
+        sim.step()
+    sim.scheduler.finish(request, FinishReason.CANCELLED, 1.0)
+    sim.assert_idle()
+    sim.scheduler.finish(request, FinishReason.STOP, 2.0)  # again: nothing happens
+    assert (request.finish_reason, request.metrics.finished) == (FinishReason.CANCELLED, 1.0)
+
+
+def test_check_notices_a_leaked_page(simulate) -> None:
+    sim = simulate(num_pages=20, max_seqs=2, max_tokens=8)
+    request = sim.add(prompt=9, new=9)
+    sim.step()
+    request.pages.pop()
+    with pytest.raises(PoolError, match="leaked"):
+        sim.scheduler.check()
+
+
+request_sizes = st.tuples(
+    st.integers(1, 30), st.integers(1, 25), st.sampled_from([None, "a", "b", "c", "d", "e"]), st.integers(0, 25)
+)
+ADAPTER_PAGES = {"a": 1, "b": 2, "c": 3, "d": 5, "e": 8}
+
+
+@settings(max_examples=150)
+@given(
+    sizes=st.lists(request_sizes, min_size=1, max_size=14),
+    spare_pages=st.integers(0, 20),
+    max_seqs=st.integers(1, 6),
+    budget=st.integers(0, 20),
+    adapter_slots=st.integers(1, 6),
+    gaps=st.lists(st.integers(0, 6), min_size=14, max_size=14),
+    cancellations=st.dictionaries(st.integers(0, 60), st.integers(0, 13), max_size=4),
+    slow=st.sets(st.sampled_from("abcde")),
+)
+def test_every_request_finishes_whatever_the_sizes(
+    simulate, sizes, spare_pages, max_seqs, budget, adapter_slots, gaps, cancellations, slow
+) -> None:
+    """Arrivals over time, cancellations, early stops and slow disks: the budget and the books hold at every step, the
+    oldest running request is never preempted, and all get their tokens."""
+    pages = [-(-(prompt + new - 1) // 4) + ADAPTER_PAGES.get(name, 0) for prompt, new, name, _ in sizes]
+    asked: dict[str, int] = {}
+
+    def adapter_state(digest: str) -> AdapterState:
+        asked[digest] = asked.get(digest, 0) + 1
+        return AdapterState.LOADING if digest in slow and asked[digest] % 3 else AdapterState.READY
+
+    sim = simulate(max(pages) + spare_pages, max_seqs, max_seqs + budget, adapter_slots, adapter_state=adapter_state)
+    arrivals = list(zip(sizes, gaps, strict=False))
+    pause, steps, previous = 0, 0, None
+    while arrivals or sim.scheduler.has_work():
+        while arrivals and pause <= 0:
+            (prompt, new, name, early), pause = arrivals.pop(0)
+            request = sim.add(prompt, new, name, ADAPTER_PAGES.get(name, 0))
+            if 0 < early < new:
+                sim.stop_early[request.number] = early
+        pause -= 1
+        if steps in cancellations and cancellations[steps] < len(sim.requests):
+            sim.scheduler.finish(sim.requests[cancellations[steps]], FinishReason.CANCELLED, 0.0)
+        oldest = sim.scheduler.running[0] if sim.scheduler.running else None
+        plan = sim.step()
+        assert oldest is None or oldest.status is not Status.WAITING, "the oldest running request was preempted"
+        assert plan.num_tokens == sum(s.count for s in plan.sequences) <= sim.scheduler.limits.max_tokens
+        assert len(plan.sequences) <= max_seqs and len({id(s.request) for s in plan.sequences}) == len(plan.sequences)
+        assert all(s.count >= 1 for s in plan.sequences)
+        assert plan.sequences or previous is None or previous.sequences or slow or not sim.scheduler.has_work()
+        previous = plan
+        steps += 1
+        assert steps < 5000, "the scheduler does not get its work done"
+    sim.step()
+    for request in sim.requests:
+        if request.finish_reason is FinishReason.STOP:
+            assert len(request.output) == sim.stop_early.get(request.number, request.max_new)
+        else:
+            assert request.finish_reason is FinishReason.CANCELLED
+    sim.assert_idle()
