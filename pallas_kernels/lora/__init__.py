@@ -3,4 +3,4 @@
 from pallas_kernels.lora.api import AdapterTable, LoraProduct, LoraTiles
 from pallas_kernels.lora.layout import PROJECTIONS, LoraLayout, Stack
 
-__all__ = ["PROJECTIONS", "AdapterTable", "LoraLayout", "LoraTiles", "Stack", "LoraProduct"]
+__all__ = ["PROJECTIONS", "AdapterTable", "LoraLayout", "LoraProduct", "LoraTiles", "Stack"]

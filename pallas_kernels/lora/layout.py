@@ -22,6 +22,7 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def ceil_div(a: Any, b: int) -> Any:
+    """`a / b` rounded up; `a` is an int or an integer array."""
     return -(-a // b)
 
 

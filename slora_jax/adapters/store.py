@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from slora_jax.adapters.adapter import LoraAdapter
+from slora_jax.adapters.config import MAX_RANK
 from slora_jax.adapters.geometry import BaseGeometry
 from slora_jax.adapters.host_cache import HostCache
 from slora_jax.adapters.peft_format import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, read_peft
@@ -62,13 +63,23 @@ class AdapterStore:
     """The host tier of adapters. Every method may be called from any thread.
 
     `dtype` is the pool's (float32 or bfloat16). `host_bytes` bounds the tiles in memory; beyond it the least recently
-    used are spilled to a private directory under `spill_dir` (None: the system's temporary directory).
+    used are spilled to a private directory under `spill_dir` (None: the system's temporary directory). Adapters beyond
+    `max_rank` (of a projection) or `max_pages` (of the pool) are refused.
     """
 
     def __init__(
-        self, geometry: BaseGeometry, dtype: str | np.dtype, host_bytes: int, spill_dir: str | Path | None = None
+        self,
+        geometry: BaseGeometry,
+        dtype: str | np.dtype,
+        host_bytes: int,
+        spill_dir: str | Path | None = None,
+        *,
+        max_rank: int = MAX_RANK,
+        max_pages: int | None = None,
     ) -> None:
         self.geometry = geometry
+        self._max_rank = max_rank
+        self._max_pages = max_pages
         self.dtype = tile_dtype(dtype)
         self._cache = HostCache(
             host_bytes,
@@ -81,7 +92,7 @@ class AdapterStore:
     def register(self, name: str, directory: str | Path) -> AdapterInfo:
         """Reads a PEFT directory and points `name` to its content; a name that exists is moved to the new content.
 
-        Raises AdapterError when the adapter cannot be used or is larger than `host_bytes`; nothing is changed then.
+        Raises AdapterError when the adapter cannot be used or is larger than allowed; nothing is changed then.
         """
         return self._put(name, read_peft(directory, self.geometry), Path(directory))
 
@@ -206,6 +217,12 @@ class AdapterStore:
 
     def _put(self, name: str, adapter: LoraAdapter, source: Path | None) -> AdapterInfo:
         info = self._describe(name, adapter)
+        if info.rank > self._max_rank:
+            raise AdapterError(f"adapter {name!r} has rank {info.rank} but max_rank is {self._max_rank}")
+        if self._max_pages is not None and info.num_pages > self._max_pages:
+            raise AdapterError(
+                f"adapter {name!r} needs {info.num_pages} pages but the pool has {self._max_pages} beside one of KV"
+            )
         if info.nbytes > self._cache.host_bytes:
             raise AdapterError(
                 f"adapter {name!r} needs {info.nbytes} bytes but host_adapter_bytes is {self._cache.host_bytes}"

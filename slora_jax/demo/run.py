@@ -142,8 +142,8 @@ def _check(model_dir: Path, requests: Sequence[DemoRequest], outputs: Sequence[R
         verdict = f"all {len(output.token_ids)} tokens agree"
         if difference is not None:
             failed += 1
-            found = "missing" if difference.token is None else difference.token
-            verdict = f"DIFFERS: token {difference.position} is {found}, not {difference.expected}"
+            found, expected = ("the end" if t is None else t for t in (difference.token, difference.expected))
+            verdict = f"DIFFERS: token {difference.position} is {found}, not {expected}"
         what = "base model"
         if adapter is not None:
             with_adapter += 1

@@ -21,11 +21,11 @@ ROUNDING = 1e-4
 
 @dataclass(frozen=True)
 class Difference:
-    """The first token, counted from 0, that the merged model would not have given; None: the answer ended before it."""
+    """The first token, counted from 0, at which an answer and the merged model part; None: here the answer ends."""
 
     position: int
     token: int | None
-    expected: int
+    expected: int | None
 
 
 def load_weights(file: Path) -> Weights:
@@ -96,9 +96,12 @@ def first_difference(
     One pass over prompt and answer suffices: the answer is greedy if each of its tokens is the most likely one after
     all that precede it.
     """
+    eos = config["eos_token_id"]
     logits = dense_logits(weights, config, [*prompt, *answer])[len(prompt) - 1 :]
     for position, (row, token) in enumerate(zip(logits[:-1], answer, strict=True)):
+        if position and answer[position - 1] == eos:
+            return Difference(position, token, None)
         if row[token] < row.max() - ROUNDING:
             return Difference(position, token, int(row.argmax()))
-    ended = len(answer) == max_tokens or (len(answer) > 0 and answer[-1] == config["eos_token_id"])
+    ended = len(answer) == max_tokens or (len(answer) > 0 and answer[-1] == eos)
     return None if ended else Difference(len(answer), None, int(logits[-1].argmax()))

@@ -115,8 +115,8 @@ class StepBatch:
 
 
 def build_metadata(plan: StepPlan, layout: BatchLayout) -> tuple[np.ndarray, list[Request], list[bool]]:
-    """Packs a plan into the bucket's buffer: int32 `[layout.size]`; and, in the order of its sequences, the requests and
-    whether each samples a token."""
+    """Packs a plan into the bucket's buffer: int32 `[layout.size]`; and, in the order of its sequences, the requests
+    and whether each samples a token."""
     buffer = np.zeros(layout.size, np.int32)
     view = {name: buffer[offset : offset + length] for name, (offset, length) in layout.fields.items()}
     for name in ("temperature", "top_p", "min_p"):

@@ -9,6 +9,8 @@ from typing import Any
 from slora_jax.engine.batch import Bucket
 from slora_jax.errors import ConfigError
 
+DEFAULT_COMPILATION_CACHE = "~/.cache/slora-jax/xla"
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -30,7 +32,8 @@ class EngineConfig:
     decode_buckets, mixed_buckets: rows of the compiled step programs: for steps in which every sequence decodes one
       token, and for steps with prefill; None: chosen from max_seqs and max_tokens_per_step.
     keep_logits: outputs carry each generated token's float32 logits (for research; costs a copy of [seqs, vocab]).
-    compilation_cache_dir: JAX's persistent compilation cache; None: leave JAX's own setting.
+    compilation_cache_dir: JAX's persistent compilation cache, for your own account only (who can write there can run
+      code as you). A cache that JAX is configured with already is left alone; None: none.
     model_cache_dir: Orbax cache of converted weights; None: none.
     progress: progress bars on stderr for loading and compiling.
     """
@@ -50,7 +53,7 @@ class EngineConfig:
     decode_buckets: tuple[int, ...] | None = None
     mixed_buckets: tuple[int, ...] | None = None
     keep_logits: bool = False
-    compilation_cache_dir: str | Path | None = None
+    compilation_cache_dir: str | Path | None = DEFAULT_COMPILATION_CACHE
     model_cache_dir: str | Path | None = None
     progress: bool = True
 

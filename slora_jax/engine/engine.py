@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from tqdm import tqdm
 
 from slora_jax.adapters import AdapterInfo, AdapterStore, AdapterTiles, BaseGeometry, LoraAdapter
 from slora_jax.engine.config import EngineConfig
+from slora_jax.engine.interrupts import InterruptHeld
 from slora_jax.engine.outputs import Delta, EngineStats, RequestOutput, TokenLogprobs
+from slora_jax.engine.programs import keep_compiled_programs
 from slora_jax.engine.runner import InFlight, Runner
 from slora_jax.engine.text import TextStream
 from slora_jax.errors import AdapterError, ConfigError, RequestError
@@ -71,9 +74,7 @@ class Engine:
         Raises:
           ConfigError: settings and model do not fit together.
         """
-        if config.compilation_cache_dir is not None:
-            jax.config.update("jax_compilation_cache_dir", str(config.compilation_cache_dir))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        keep_compiled_programs(config.compilation_cache_dir)
         self.model = model
         self.config = config
         self.tokenizer = tokenizer
@@ -92,8 +93,15 @@ class Engine:
             page_size=config.page_size,
         )
         spill_dir = None if config.spill_dir is None else Path(config.spill_dir)
-        self.store = AdapterStore(self._geometry, config.dtype, config.host_adapter_bytes, spill_dir)
         self.allocator = PageAllocator(self._runner.shape.num_pages)
+        self.store = AdapterStore(
+            self._geometry,
+            config.dtype,
+            config.host_adapter_bytes,
+            spill_dir,
+            max_rank=config.max_rank,
+            max_pages=self.allocator.capacity - 1,
+        )
         self.residency = AdapterResidency(self.allocator, self._runner.shape.adapter_slots)
         limits = SchedulerLimits(config.max_seqs, config.max_tokens_per_step, config.page_size)
         self.scheduler = Scheduler(self.allocator, self.residency, policy or Fcfs(), limits, self._adapter_state)
@@ -176,7 +184,9 @@ class Engine:
         """
         params = params or SamplingParams()
         ids = self._token_ids(prompt)
-        request_id = request_id if request_id is not None else f"request-{self._arrivals}"
+        if request_id is None:
+            numbers = itertools.count(self._arrivals)
+            request_id = next(name for n in numbers if (name := f"request-{n}") not in self._progress)
         if request_id in self._progress:
             raise RequestError(f"request_id={request_id!r} is in use by an unfinished request")
         room = self.max_model_len - len(ids)
@@ -214,11 +224,23 @@ class Engine:
         return self.scheduler.has_work() or self._in_flight is not None or bool(self._unread)
 
     def step(self) -> list[Delta]:
-        """Plans and dispatches one step, then reads the results of the step before. Returns what came, per request."""
+        """Plans and dispatches one step, then reads the results of the step before. Returns what came, per request.
+
+        Ctrl-C takes effect after the step; what the step brought is returned by the next one.
+        """
+        with InterruptHeld() as interrupt:
+            deltas = self._step()
+        if interrupt.came:
+            self._unread = deltas + self._unread
+            raise KeyboardInterrupt
+        return deltas
+
+    def _step(self) -> list[Delta]:
         cpu_start = time.thread_time()
         plan = self.scheduler.schedule(time.perf_counter())
         self._end_lost()
-        before, self._in_flight = self._in_flight, self._dispatch(plan) if plan.sequences else None
+        dispatched = self._dispatch(plan) if plan.sequences else None
+        before, self._in_flight = self._in_flight, dispatched
         if before is None and self._in_flight is None and self.scheduler.waiting and not self._unread:
             self._wait_for_disk()
         deltas, self._unread = self._unread, []
@@ -274,7 +296,9 @@ class Engine:
         Raises:
           RequestError, AdapterError: as `add_request`, at the call.
         """
-        return self._stream(self.add_request(prompt, params, adapter))
+        deltas = self._stream(self.add_request(prompt, params, adapter))
+        next(deltas)  # begun, so that closing it cancels the request even if nothing is read
+        return deltas
 
     def stats(self) -> EngineStats:
         """Counters and the state now."""
@@ -333,12 +357,27 @@ class Engine:
         return AdapterState.READY
 
     def _dispatch(self, plan: StepPlan) -> InFlight:
-        for resident in plan.loads:
-            self._runner.upload(resident, self._staged[resident.digest].pages)
-        self._staged.clear()
+        try:
+            for resident in plan.loads:
+                self._runner.upload(resident, self._staged[resident.digest].pages)
+            step = self._runner.dispatch(plan)
+        except BaseException as error:
+            self._abandon(plan, f"the step failed: {error!r}")
+            raise
+        finally:
+            self._staged.clear()
         self._steps += 1
         self._computed += plan.num_tokens
-        return self._runner.dispatch(plan)
+        return step
+
+    def _abandon(self, plan: StepPlan, error: str) -> None:
+        """After a failed dispatch: ends the plan's requests; forgets adapters that may not have reached the pool."""
+        now = time.perf_counter()
+        for sequence in plan.sequences:
+            progress = self._progress[sequence.request.id]
+            self._unread.append(self._end(progress, FinishReason.ERROR, [], now, error))
+        for resident in plan.loads:
+            self.residency.drop(resident.digest)
 
     def _read(self, step: InFlight, tokens: np.ndarray, now: float) -> list[Delta]:
         """Hands out a step's tokens. Requests that ended meanwhile get none: their surplus token is dropped."""
@@ -432,6 +471,7 @@ class Engine:
 
     def _stream(self, request_id: str) -> Iterator[Delta]:
         try:
+            yield Delta(request_id, [], "")  # taken by `stream`
             while request_id in self._progress or any(d.request_id == request_id for d in self._unread):
                 deltas = self.step()
                 self._unread += [delta for delta in deltas if delta.request_id != request_id]
@@ -471,10 +511,6 @@ class Engine:
     def _check_fits(self, ids: list[int], max_new: int, use: AdapterUse | None) -> None:
         kv = self.scheduler.pages_for(len(ids) + max_new - 1)  # the last token's keys and values are never needed
         adapter = 0 if use is None else use.num_pages
-        if use is not None and int(use.ranks.max()) > self.config.max_rank:
-            raise RequestError(
-                f"adapter {use.name!r} has rank {int(use.ranks.max())}, above EngineConfig.max_rank={self.config.max_rank}"
-            )
         if kv + adapter > self.allocator.capacity:
             raise RequestError(
                 f"the request can never fit: ({len(ids)} prompt + {max_new} new - 1) tokens / "

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
 from slora_jax.engine.batch import BatchLayout, Bucket
@@ -58,3 +60,13 @@ def _compile(spec: StepSpec, layout: BatchLayout, with_lora: bool) -> StepProgra
     start = time.perf_counter()
     compiled = make_step(spec, layout, with_lora).lower(*step_shapes(spec, layout)).compile()
     return StepProgram(layout, with_lora, compiled, time.perf_counter() - start)
+
+
+def keep_compiled_programs(directory: str | Path | None) -> None:
+    """Turns on JAX's persistent compilation cache in `directory`, unless JAX is configured with one already."""
+    if directory is None or jax.config.jax_compilation_cache_dir:
+        return
+    path = Path(directory).expanduser()
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -18,8 +18,8 @@ from slora_jax.scheduling import MAX_LOGPROBS
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplingInputs:
-    """Per sequence `[S]`, as in `SamplingParams`. seed uint32; output_index: how many tokens the request has sampled
-    before this one; logprobs: alternatives to report, -1 for none at all."""
+    """Per sequence `[S]`, as in `SamplingParams`. seed uint32; output_index: how many tokens the request has sampled,
+    this one included; logprobs: alternatives to report, -1 for none at all."""
 
     temperature: jax.Array
     top_k: jax.Array

@@ -1,4 +1,4 @@
-"""The step: `step(params, pool, table, state, metadata) -> (pool, state, outputs)`, pure, with pool and state donated."""
+"""The step: `step(params, pool, table, state, metadata) -> (pool, state, outputs)`, pure, pool and state donated."""
 
 from __future__ import annotations
 

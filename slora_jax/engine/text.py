@@ -54,11 +54,12 @@ class TextStream:
         """Text that this token completes, None while a character is incomplete."""
         try:
             return self._decoder.step(self._backend, token)
-        except Exception:  # tokenizers has no finer class
+        except Exception:  # noqa: BLE001  tokenizers has no finer class
             # A byte-fallback decoder turns a whole run of byte tokens into U+FFFD when its end makes it invalid, the
             # part that is out already included. That part stays; one U+FFFD stands for the rest.
             self._decoder = DecodeStream(ids=self._ids, skip_special_tokens=True)
-            before, after = (self._backend.decode(ids, skip_special_tokens=True) for ids in (self._ids[:-1], self._ids))
+            decode = self._backend.decode  # type: ignore[union-attr]
+            before, after = (decode(ids, skip_special_tokens=True) for ids in (self._ids[:-1], self._ids))
             return "\ufffd" + after.removeprefix(before)
 
     def _append(self, piece: str) -> bool:

@@ -24,6 +24,8 @@ class Resident:
 
 @dataclass
 class ResidencyCounters:
+    """Since the engine's start: uploads, evictions, and uses that found the adapter resident."""
+
     loads: int = 0
     evictions: int = 0
     hits: int = 0

@@ -1,8 +1,8 @@
 """Orbax cache of converted weights, so that a checkpoint is converted once.
 
-One entry per (model directory, dtype): `<cache_dir>/<model>-<dtype>-<path digest>/` with the Orbax tree in `params/` and
-`manifest.json`, which holds the key of the source checkpoint and the CRC-32 of every file. An entry is written beside
-its place and renamed into it, so a partial write never counts. The entry of a changed checkpoint is replaced.
+One entry per (model directory, dtype): `<cache_dir>/<model>-<dtype>-<path digest>/` with the Orbax tree in `params/`
+and `manifest.json`, which holds the key of the source checkpoint and the CRC-32 of every file. An entry is written
+beside its place and renamed into it, so a partial write never counts. The entry of a changed checkpoint is replaced.
 """
 
 import concurrent.futures

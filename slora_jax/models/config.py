@@ -36,7 +36,7 @@ class RopeConfig:
 class ModelConfig:
     """What the decoder must know about a checkpoint. Hashable, so it can be a static argument of `jax.jit`.
 
-    `max_position_embeddings` is the longest sequence in tokens. `eos_token_ids` may be empty: the checkpoint names none.
+    `max_position_embeddings` is the longest sequence in tokens. `eos_token_ids` is empty if the checkpoint names none.
     `qkv_bias`, `o_bias`, `mlp_bias` tell which projections carry a bias; `qk_norm` is Qwen3's per-head norm of q and k.
     """
 

@@ -12,19 +12,23 @@ from slora_jax.scheduling.sampling_params import SamplingParams
 
 
 class Status(StrEnum):
+    """Which queue a request is in."""
+
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
 
 
 class FinishReason(StrEnum):
+    """Why a request ended."""
+
     STOP = "stop"
     """An end-of-sequence or stop token, or a stop string."""
     LENGTH = "length"
     """`max_tokens` or the engine's `max_model_len` was reached."""
     CANCELLED = "cancelled"
     ERROR = "error"
-    """The request's adapter could not be brought back from disk."""
+    """The request's adapter could not be brought back from disk, or its step could not be dispatched."""
 
 
 @dataclass(frozen=True)

@@ -217,10 +217,16 @@ def shared_engine(model_dir: Path, tiny: TinyModel) -> Iterator[Engine]:
 
 @pytest.fixture
 def engine(shared_engine: Engine) -> Iterator[Engine]:
-    """The shared engine; afterwards nothing may be left of the test."""
-    assert_idle(shared_engine)
+    """The shared engine; afterwards nothing may be left of the test's requests and adapters."""
     yield shared_engine
+    shared_engine.step()  # a surplus step may be in flight
+    unfinished = shared_engine.has_work()
+    for request in list(shared_engine._progress):
+        shared_engine.cancel(request)
+    while shared_engine.has_work():
+        shared_engine.step()
     assert_idle(shared_engine)
     for info in shared_engine.adapters():
         assert shared_engine.unload_adapter(info.name)
     assert shared_engine.allocator.num_free == shared_engine.allocator.capacity
+    assert not unfinished, "the test left requests behind"

@@ -63,7 +63,9 @@ class Churn:
         rng = self.rng
         greedy = rng.random() < 0.7
         params = SamplingParams(
-            max_tokens=int(rng.choice([1, 3, 40])), ignore_eos=rng.random() < 0.5, temperature=0.0 if greedy else 0.9
+            max_tokens=int(rng.choice([1, 3, 40])),
+            temperature=0.0 if greedy else 0.9,
+            stop_token_ids=rng.integers(2, 320, 6).tolist(),
         )
         prompt = rng.integers(2, 320, rng.choice([1, 2, 7, 8, 9, 45])).tolist()
         request = self.engine.add_request(prompt, params, name)

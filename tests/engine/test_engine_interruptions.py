@@ -1,5 +1,9 @@
 """Cancellation, Ctrl-C, adapters that come, go, break and are lost: nothing leaks, other requests are not touched."""
 
+import itertools
+import signal
+from functools import partial
+
 import pytest
 
 from slora_jax import AdapterError, Engine, SamplingParams
@@ -22,7 +26,7 @@ def drain(engine: Engine) -> dict:
 
 @pytest.mark.parametrize("steps", range(6))
 def test_cancel_frees_pages_at_once_and_the_next_step_reports_it(engine, tiny, steps) -> None:
-    """After 0 steps the request waits; after 1 it is in prefill; after 2 its first token is in flight; then it decodes."""
+    """Waiting after 0 steps, in prefill after 1, its first token in flight after 2, then decoding."""
     engine.load_adapter("a", random_adapter(tiny.geometry, 4))
     request = engine.add_request(PROMPT, LONG, "a")
     streamed = [token for _ in range(steps) for delta in engine.step() for token in delta.token_ids]
@@ -52,67 +56,117 @@ def test_cancel_does_not_change_the_others(engine) -> None:
 
 
 def test_id_of_a_cancelled_request_can_be_used_at_once(engine) -> None:
-    expected = engine.generate([[7, 7]], LONG)[0].token_ids
+    expected = engine.generate([[7, 7]], LONG)[0]
     engine.add_request(PROMPT, LONG, request_id="x")
     for _ in range(3):
         engine.step()
-    engine.cancel("x")
+    engine.cancel("x")  # with a token in flight, which must not be taken for the next request's
     engine.add_request([7, 7], LONG, request_id="x")
-    assert drain(engine)["x"].token_ids == expected
+    cancelled, *deltas = [delta for _ in range(40) for delta in engine.step()]
+    assert cancelled.finish_reason == "cancelled"
+    assert [token for delta in deltas for token in delta.token_ids] == expected.token_ids
+    assert deltas[-1].output.token_ids == expected.token_ids and deltas[-1].output.text == expected.text
 
 
-# Ctrl-C
+# Ctrl-C and failures within a step
 
 
-def interrupt_at(monkeypatch, owner: object, name: str, call: int) -> None:
-    """Raises KeyboardInterrupt instead of the given call of a method, once."""
-    original, calls = getattr(owner, name), iter(range(10**9))
+def before_call(monkeypatch, owner: object, name: str, number: int, action) -> None:
+    """Runs `action` before the given call of a method, once."""
+    original, calls = getattr(owner, name), itertools.count()
 
-    def interrupted(*args, **kwargs):
-        if next(calls) == call:
-            raise KeyboardInterrupt
+    def patched(*args, **kwargs):
+        if next(calls) == number:
+            action()
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, interrupted)
+    monkeypatch.setattr(owner, name, patched)
 
 
-@pytest.mark.parametrize("where", ["step", "_runner.upload", "_runner.dispatch", "_read"])
-@pytest.mark.parametrize("call", [0, 1, 3])
-def test_ctrl_c_leaves_an_engine_that_answers_as_before(engine, tiny, monkeypatch, where, call) -> None:
+def raise_(error: BaseException) -> None:
+    raise error
+
+
+@pytest.fixture
+def four_adapters(engine, tiny):
+    """Arguments of `generate`, and the tokens it gives; the adapters are out of the pool again."""
     for name, seed in (("a", 1), ("b", 2), ("c", 3), ("d", 4)):
         engine.load_adapter(name, random_adapter(tiny.geometry, 4, seed=seed))
     batch = [PROMPT, [5], [6] * 20, [7] * 9], LONG, ["a", "b", "c", "d"]
     expected = [output.token_ids for output in engine.generate(*batch)]
-    engine.residency.make_room(engine.allocator.capacity)  # so that the adapters are uploaded again
+    engine.residency.make_room(engine.allocator.capacity)
+    return batch, expected
 
-    *path, name = where.split(".")
-    interrupt_at(monkeypatch, getattr(engine, path[0]) if path else engine, name, call)
-    with pytest.raises(KeyboardInterrupt):
+
+WITHIN_A_STEP = [("scheduler", "schedule"), ("_runner", "upload"), ("_runner", "dispatch"), ("store", "unpin")]
+
+
+@pytest.mark.parametrize("call", [0, 1, 3])
+@pytest.mark.parametrize(("owner", "name"), WITHIN_A_STEP)
+def test_ctrl_c_leaves_an_engine_that_answers_as_before(engine, four_adapters, monkeypatch, owner, name, call) -> None:
+    batch, expected = four_adapters
+    interrupt = partial(signal.raise_signal, signal.SIGINT)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        before_call(patch, getattr(engine, owner), name, call, interrupt)
         engine.generate(*batch)
-    assert not engine.has_work() and engine.stats().pages["kv"] == 0
-    engine.check()
+    assert_nothing_left(engine)
     assert [output.token_ids for output in engine.generate(*batch)] == expected
 
 
-@pytest.mark.parametrize("where", ["_runner.upload", "_runner.dispatch", "_read"])
-def test_step_that_was_interrupted_can_be_repeated(engine, tiny, monkeypatch, where) -> None:
-    """As in a notebook: the cell that calls `step` is interrupted, and run again."""
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of device memory")], ids=repr)
+@pytest.mark.parametrize("call", [0, 1, 3])
+@pytest.mark.parametrize("name", ["step", "_runner.upload", "_runner.dispatch"])
+def test_failure_within_a_step_leaves_an_engine_that_answers_as_before(
+    engine, four_adapters, monkeypatch, name, call, error
+) -> None:
+    """An adapter whose upload failed must not be taken for resident."""
+    batch, expected = four_adapters
+    owner = engine._runner if "." in name else engine
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        before_call(patch, owner, name.split(".")[-1], call, partial(raise_, error))
+        engine.generate(*batch)
+    assert_nothing_left(engine)
+    assert [output.token_ids for output in engine.generate(*batch)] == expected
+
+
+def assert_nothing_left(engine: Engine) -> None:
+    assert not engine.has_work()
+    assert (engine.stats().running, engine.stats().waiting, engine.stats().pages["kv"]) == (0, 0, 0)
+    engine.check()
+
+
+@pytest.mark.parametrize(("owner", "name"), [("scheduler", "schedule"), ("_runner", "upload"), ("_runner", "dispatch")])
+def test_loop_over_step_that_was_interrupted_goes_on_where_it_was(engine, tiny, monkeypatch, owner, name) -> None:
+    """As in a notebook: the cell that calls `step` is interrupted, and run again. No token is lost."""
     engine.load_adapter("a", random_adapter(tiny.geometry, 4, seed=1))
     expected = engine.generate([PROMPT], LONG, "a")[0].token_ids
-    for call in (0, 1, 2, 5):
+    for call in (0, 1, 2, 7, 24):
         engine.residency.make_room(engine.allocator.capacity)
-        request = engine.add_request(PROMPT, LONG, "a")
-        *path, name = where.split(".")
+        engine.add_request(PROMPT, LONG, "a")
+        tokens, interrupts = [], 0
         with monkeypatch.context() as patch:
-            interrupt_at(patch, getattr(engine, path[0]) if path else engine, name, call)
-            try:
-                while engine.has_work():
-                    engine.step()
-            except KeyboardInterrupt:
-                pass
-            outputs = drain(engine)
-        if request in outputs:
-            assert outputs[request].token_ids == expected
+            before_call(patch, getattr(engine, owner), name, call, partial(signal.raise_signal, signal.SIGINT))
+            while engine.has_work():
+                try:
+                    tokens += [token for delta in engine.step() for token in delta.token_ids]
+                except KeyboardInterrupt:
+                    interrupts += 1
+        assert tokens == expected
+        assert interrupts == (call == 0 or name != "upload")
+
+
+def test_request_of_a_step_that_failed_ends_with_the_reason_and_others_go_on(engine, tiny, monkeypatch) -> None:
+    expected = engine.generate([PROMPT], LONG)[0].token_ids
+    with monkeypatch.context() as patch:
+        before_call(patch, engine._runner, "dispatch", 0, partial(raise_, RuntimeError("no memory")))
+        failed = engine.add_request([5, 6], LONG)
+        with pytest.raises(RuntimeError):
+            engine.step()
+        request = engine.add_request(PROMPT, LONG)
+        outputs = drain(engine)
+    assert (outputs[failed].finish_reason, outputs[failed].token_ids) == ("error", [])
+    assert "no memory" in outputs[failed].error
+    assert outputs[request].token_ids == expected
 
 
 # Adapters that come and go

@@ -140,5 +140,5 @@ def test_an_adapter_of_rank_128_does_not_change_what_a_small_one_costs():
 
 @pytest.mark.parametrize("d_outs", [(16, 32, 32), (48, 16, 32)])
 def test_a_stack_whose_widest_projection_is_not_first_is_refused(d_outs):
-    with pytest.raises(ValueError, match="stack qkv: output widths .* must be widest first, the rest equal"):
+    with pytest.raises(ValueError, match=r"stack qkv: output widths .* must be widest first, the rest equal"):
         Stack("qkv", ("q", "k", "v"), 40, d_outs)

@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels.lora import PROJECTIONS, AdapterTable, LoraLayout, LoraProduct, LoraTiles
 
-SEEDS = range(4)
+SEEDS = range(20)
 SLOTS, TILE_ROWS = 9, 16
 
 
@@ -41,8 +41,8 @@ HIGH_RANK = Shape(hidden=24, q_width=32, kv_width=16, ffn=56, page_size=16, max_
 FEW_ROWS = Shape(hidden=24, q_width=32, kv_width=16, ffn=56, page_size=8, decode_rows=5, mixed_rows=16)
 
 CASES = [(GQA, "float32"), (MHA, "float32"), (WIDE, "float32"), (HIGH_RANK, "float32"), (FEW_ROWS, "float32")]
-CASES += [(GQA, "bfloat16"), (WIDE, "bfloat16")]
-IDS = ["gqa", "mha", "wide", "high_rank", "few_rows", "gqa_bf16", "wide_bf16"]
+CASES += [(GQA, "bfloat16")]
+IDS = ["gqa", "mha", "wide", "high_rank", "few_rows", "gqa_bf16"]
 
 
 @cache
@@ -75,13 +75,13 @@ class Adapters:
 
         size, width = shape.page_size, shape.kv_width
         packed = [self._pack(self.matrices[slot]) for slot in self.slots.tolist()]
-        owned = sum(map(len, packed))
-        num_pages = owned + 20
+        largest = int(self.layout.num_pages(np.full(7, shape.max_rank)))
+        num_pages = count * largest + 20  # one size for all seeds, so one program
         pool = np.full((num_pages, 2, size, width), np.nan)
         pool[0] = rng.choice([-1e30, 1e30], pool[0].shape)  # the dummy page: any finite garbage
         free = 1 + rng.permutation(num_pages - 1)
         # Rows of the table that describe no adapter any more: live ranks, and pages that others own by now.
-        table = rng.integers(1, num_pages, (SLOTS, max(map(len, packed)) + 3))
+        table = rng.integers(1, num_pages, (SLOTS, largest))
         table_ranks = rng.integers(0, shape.max_rank + 1, (SLOTS, 7))
         for slot, pages, r in zip(self.slots, packed, ranks, strict=True):
             ids, free = free[: len(pages)], free[len(pages) :]
@@ -155,7 +155,9 @@ def lora_tiles(rows: int, segments: list[tuple[int, int]], rng: np.random.Genera
         row_slot[first : first + count] = slot
         tiles += [(slot, first + r, min(tile_rows, count - r)) for r in range(0, count, tile_rows)]
         first += count
-    entries = np.stack([rng.integers(0, SLOTS, padding), rng.integers(0, rows, padding), np.full(padding, tile_rows)], 1)
+    entries = np.stack(
+        [rng.integers(0, SLOTS, padding), rng.integers(0, rows, padding), np.full(padding, tile_rows)], 1
+    )
     if tiles:
         entries[: len(tiles)] = tiles
     slot, first_row, count = jnp.asarray(entries, jnp.int32).T
@@ -192,7 +194,7 @@ def test_every_row_gets_its_own_adapters_product(shape, dtype, decode):
         adapters = Adapters(shape, dtype, np.random.default_rng(seed))
         rows = shape.decode_rows if decode else shape.mixed_rows
         order = adapters.by_rank if seed % 2 else adapters.rng.permutation(adapters.slots)
-        run(adapters, segments_of(order, rows - seed, decode, adapters.rng), decode)
+        run(adapters, segments_of(order, rows - seed % 4, decode, adapters.rng), decode)
 
 
 @pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
@@ -224,6 +226,7 @@ def test_values_of_one_row_reach_no_other_row(decode):
     tiles = lora_tiles(rows, segments, adapters.rng, TILE_ROWS)
     xs, ys = adapters.inputs(rows)
     clean = product(GQA, decode)(adapters.table, tiles, xs, ys, adapters.pool)
+    xs = [x.copy() for x in xs]
     for x in xs:
         x[1], x[-1] = np.nan, np.inf  # a row with an adapter and one without
     spoilt = product(GQA, decode)(adapters.table, tiles, xs, ys, adapters.pool)
@@ -236,6 +239,4 @@ def test_an_unknown_implementation_is_refused_by_name():
     adapters = Adapters(FEW_ROWS, "float32", np.random.default_rng(14))
     tiles = lora_tiles(4, [], adapters.rng, 4)
     with pytest.raises(NotImplementedError, match="no implementation named 'cuda'"):
-        LoraProduct(
-            adapters.layout, adapters.table, tiles, decode=True, tile_rows=4, max_rank=8, implementation="cuda"
-        )
+        LoraProduct(adapters.layout, adapters.table, tiles, decode=True, tile_rows=4, max_rank=8, implementation="cuda")

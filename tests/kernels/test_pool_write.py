@@ -1,0 +1,106 @@
+"""Writes into the pool touch the rows they name, in place, and nothing else."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.pool_write import write_kv, write_pages
+
+PAGES, PAGE_SIZE, WIDTH, TOKENS, MANY = 11, 8, 24, 13, 4
+DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+SEEDS = st.integers(0, 2**32 - 1)
+
+kv_in_place = jax.jit(write_kv, donate_argnums=0)
+pages_in_place = jax.jit(write_pages, donate_argnums=0)
+
+
+def random_pool(rng: np.random.Generator, dtype: str) -> np.ndarray:
+    return rng.standard_normal((PAGES, 2, PAGE_SIZE, WIDTH)).astype(
+        ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    )
+
+
+def assert_same_bits(found: jax.Array, expected: np.ndarray) -> None:
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(np.asarray(found).view(np.uint8), expected.view(np.uint8))
+
+
+@DTYPES
+@settings(max_examples=40, deadline=None)
+@given(seed=SEEDS, padding=st.integers(0, TOKENS), outside=st.integers(0, 3))
+def test_each_token_is_written_to_its_page_and_offset(dtype, seed, padding, outside):
+    """Padding tokens write to the dummy page; ids past the end are dropped; float32 rows are rounded to the pool."""
+    rng = np.random.default_rng(seed)
+    pool = random_pool(rng, dtype)
+    k, v = rng.standard_normal((2, TOKENS, WIDTH), np.float32)
+    places = rng.choice((PAGES - 1) * PAGE_SIZE, TOKENS, replace=False)
+    page, offset = 1 + places // PAGE_SIZE, places % PAGE_SIZE
+    page[TOKENS - padding :] = offset[TOKENS - padding :] = 0
+    page[:outside] = PAGES + rng.integers(0, 3, outside)
+
+    expected = pool.copy()
+    for token in range(TOKENS):
+        if page[token] < PAGES:
+            expected[page[token], 0, offset[token]] = k[token].astype(pool.dtype)
+            expected[page[token], 1, offset[token]] = v[token].astype(pool.dtype)
+    found = kv_in_place(jnp.array(pool), k, v, page.astype(np.int32), offset.astype(np.int32))
+    # Several padding tokens meet in row 0 of the dummy page, in any order: any of them may be what remains.
+    assert_same_bits(found[1:], expected[1:])
+    assert_same_bits(found[0, :, 1:], expected[0, :, 1:])
+    for tile, rows in enumerate((k, v)):
+        candidates = [expected[0, tile, 0], *rows[page == 0].astype(pool.dtype)]
+        assert any(np.array_equal(found[0, tile, 0], row) for row in candidates)
+
+
+@DTYPES
+@settings(max_examples=40, deadline=None)
+@given(seed=SEEDS, outside=st.integers(0, MANY))
+def test_whole_pages_are_written_and_ids_past_the_end_are_dropped(dtype, seed, outside):
+    rng = np.random.default_rng(seed)
+    pool = random_pool(rng, dtype)
+    contents = rng.standard_normal((MANY, *pool.shape[1:]), np.float32)
+    page = 1 + rng.permutation(PAGES - 1)[:MANY]
+    page[MANY - outside :] = PAGES  # the padding of an upload
+    expected = pool.copy()
+    expected[page[: MANY - outside]] = contents[: MANY - outside].astype(pool.dtype)
+    assert_same_bits(pages_in_place(jnp.array(pool), page.astype(np.int32), contents), expected)
+
+
+@DTYPES
+@pytest.mark.parametrize("op", ["write_kv", "write_pages"])
+def test_a_donated_pool_is_updated_in_place(op, dtype):
+    """A pool far larger than what is written: a copy would be seen in the program's text and in its buffers."""
+    pool = jax.ShapeDtypeStruct((64, 2, PAGE_SIZE, WIDTH), jnp.dtype(dtype))
+    rows, ids = jax.ShapeDtypeStruct((TOKENS, WIDTH), pool.dtype), jax.ShapeDtypeStruct((TOKENS,), jnp.int32)
+    if op == "write_kv":
+        lowered = kv_in_place.lower(pool, rows, rows, ids, ids)
+    else:
+        contents = jax.ShapeDtypeStruct((MANY, *pool.shape[1:]), pool.dtype)
+        lowered = pages_in_place.lower(pool, jax.ShapeDtypeStruct((MANY,), jnp.int32), contents)
+    compiled = lowered.compile()
+
+    nbytes = int(np.prod(pool.shape)) * pool.dtype.itemsize
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == memory.output_size_in_bytes == nbytes
+    assert memory.temp_size_in_bytes < nbytes / 4
+    element = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+    shape = rf"{element}\[{','.join(map(str, pool.shape))}\]"
+    copies = [line for line in compiled.as_text().splitlines() if re.search(rf"= {shape}\S* copy(-start)?\(", line)]
+    assert not copies
+    assert re.search(rf"{shape}.*parameter\(0\)", compiled.as_text())  # the expression does match the pool
+
+
+@DTYPES
+def test_the_donated_buffer_is_the_result(dtype):
+    rng = np.random.default_rng(0)
+    pool = jnp.array(random_pool(rng, dtype))
+    address = pool.unsafe_buffer_pointer()
+    rows, ids = np.zeros((TOKENS, WIDTH), np.float32), np.arange(TOKENS, dtype=np.int32) % PAGES
+    result = kv_in_place(pool, rows, rows, ids, np.zeros(TOKENS, np.int32))
+    assert pool.is_deleted() and result.unsafe_buffer_pointer() == address

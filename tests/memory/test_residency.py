@@ -1,0 +1,193 @@
+"""Adapter residency against a model: users by digest, and the idle ones in the order in which they became idle."""
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from slora_jax.errors import PoolError
+from slora_jax.memory import AdapterResidency, PageAllocator, PageKind
+
+PAGES = {"a": 1, "b": 1, "c": 2, "d": 3, "e": 5, "f": 8, "g": 13, "h": 40}
+"""Digest -> pages of the adapter; `h` is larger than most of the pools."""
+DIGESTS = st.sampled_from(sorted(PAGES))
+
+
+def ranks_of(digest: str) -> np.ndarray:
+    return np.full(7, PAGES[digest], np.int32)
+
+
+class ResidencyMachine(RuleBasedStateMachine):
+    """KV pages come and go beside the adapters, from the same allocator."""
+
+    @initialize(capacity=st.integers(1, 24), num_slots=st.integers(1, 6))
+    def start(self, capacity, num_slots):
+        self.allocator = PageAllocator(capacity + 1)
+        self.residency = AdapterResidency(self.allocator, num_slots)
+        self.capacity, self.num_slots = capacity, num_slots
+        self.users: dict[str, int] = {}
+        self.idle: list[str] = []  # least recently used first
+        self.kv: list[np.ndarray] = []
+        self.loads = self.hits = self.evictions = 0
+
+    @property
+    def free(self) -> int:
+        return self.capacity - sum(pages.size for pages in self.kv) - sum(PAGES[d] for d in self.users)
+
+    def victims(self, pages: int, slots: int) -> list[str] | None:
+        """The fewest idle adapters, oldest first, whose eviction leaves `pages` and `slots` free; None if none do."""
+        for count in range(len(self.idle) + 1):
+            gone = self.idle[:count]
+            if self.free + sum(PAGES[d] for d in gone) >= pages and self.num_slots - len(self.users) + count >= slots:
+                return gone
+        return None
+
+    def forget(self, digests: list[str]) -> None:
+        for digest in digests:
+            self.idle.remove(digest)
+            assert self.users.pop(digest) == 0
+            self.evictions += 1
+
+    @rule(digest=DIGESTS)
+    def acquire(self, digest):
+        residency, pages = self.residency, PAGES[digest]
+        fits = residency.can_acquire(digest) and (
+            residency.pages_to_admit(digest, pages) <= self.allocator.num_free + residency.evictable_pages
+        )
+        if digest in self.users:
+            assert fits and residency.pages_to_admit(digest, pages) == (0 if self.users[digest] else pages)
+            resident, new = residency.acquire(digest, ranks_of(digest), pages)
+            assert not new
+            self.hits += 1
+            if digest in self.idle:
+                self.idle.remove(digest)
+            self.users[digest] += 1
+        elif (victims := self.victims(pages, 1)) is not None:
+            assert fits  # what the scheduler asks before it admits
+            resident, new = residency.acquire(digest, ranks_of(digest), pages)
+            assert new
+            self.loads += 1
+            self.forget(victims)
+            self.users[digest] = 1
+        else:
+            assert not fits
+            with pytest.raises(PoolError):
+                residency.acquire(digest, ranks_of(digest), pages)
+            assert digest not in residency
+            self.forget([d for d in self.idle if d not in residency])  # idle ones may have gone, others not
+            return
+        assert resident.digest == digest and resident.users == self.users[digest]
+        assert resident.pages.size == pages and (self.allocator.kinds[resident.pages] == PageKind.ADAPTER).all()
+        np.testing.assert_array_equal(resident.ranks, ranks_of(digest))
+
+    @precondition(lambda self: any(self.users.values()))
+    @rule(data=st.data())
+    def release(self, data):
+        digest = data.draw(st.sampled_from(sorted(d for d, users in self.users.items() if users)), "digest")
+        self.residency.release(digest)
+        self.users[digest] -= 1
+        if not self.users[digest]:
+            self.idle.append(digest)
+
+    @rule(digest=DIGESTS)
+    def release_what_is_not_in_use(self, digest):
+        if not self.users.get(digest):
+            with pytest.raises(PoolError, match="not in use"):
+                self.residency.release(digest)
+
+    @rule(digest=DIGESTS)
+    def drop(self, digest):
+        """Goes at once when idle; stays while in use."""
+        assert self.residency.drop(digest) == (not self.users.get(digest))
+        if digest in self.idle:
+            self.forget([digest])
+
+    @rule(count=st.integers(0, 26))
+    def make_room(self, count):
+        self.residency.make_room(count)
+        victims = self.victims(count, 0)
+        self.forget(list(self.idle) if victims is None else victims)
+
+    @rule(data=st.data())
+    def take_kv_pages(self, data):
+        count = data.draw(st.integers(0, min(self.free, 6)), "count")
+        self.kv.append(self.allocator.allocate(count, PageKind.KV))
+
+    @precondition(lambda self: self.kv)
+    @rule(data=st.data())
+    def free_kv_pages(self, data):
+        self.allocator.free(self.kv.pop(data.draw(st.integers(0, len(self.kv) - 1), "which")))
+
+    @invariant()
+    def books_agree(self):
+        residency, residents = self.residency, self.residency.residents
+        assert {r.digest: r.users for r in residents} == self.users and len(residency) == len(self.users)
+        assert all((d in residency) == (d in self.users) for d in PAGES)
+        assert residency.evictable_pages == sum(PAGES[d] for d in self.idle)
+        slots = [r.slot for r in residents]
+        assert len(set(slots)) == len(slots) and set(slots) <= set(range(self.num_slots))
+        assert self.allocator.num_free == self.free
+        self.allocator.check_owned({PageKind.KV: self.kv, PageKind.ADAPTER: [r.pages for r in residents]})
+        counters = residency.counters
+        assert (counters.loads, counters.hits, counters.evictions) == (self.loads, self.hits, self.evictions)
+
+    def teardown(self):
+        """Nothing is lost for good: at the end every page and every slot can still be had."""
+        if not hasattr(self, "residency"):
+            return
+        for pages in self.kv:
+            self.allocator.free(pages)
+        for digest, users in self.users.items():
+            for _ in range(users):
+                self.residency.release(digest)
+        self.residency.make_room(self.capacity)
+        assert self.allocator.num_free == self.capacity and not len(self.residency)
+        count = min(self.num_slots, self.capacity)
+        slots = {self.residency.acquire(f"new {n}", np.ones(7, np.int32), 1)[0].slot for n in range(count)}
+        assert len(slots) == count
+
+
+TestResidency = ResidencyMachine.TestCase
+TestResidency.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+
+
+def test_the_least_recently_used_idle_adapter_goes_first():
+    residency = AdapterResidency(PageAllocator(9), num_slots=8)
+    for digest in ("c", "d", "b"):  # 2 + 3 + 1 of 8 pages
+        residency.acquire(digest, ranks_of(digest), PAGES[digest])
+    for digest in ("d", "c", "b"):
+        residency.release(digest)
+    residency.acquire("d", ranks_of("d"), PAGES["d"])
+    residency.release("d")  # used again: idle are now c, b, d
+    residency.acquire("e", ranks_of("e"), PAGES["e"])  # wants 5 pages, 2 are free
+    assert "c" not in residency and "b" not in residency and "d" in residency
+
+
+def test_an_adapter_in_use_outlives_every_demand_for_pages():
+    residency = AdapterResidency(PageAllocator(9), num_slots=2)
+    resident, _ = residency.acquire("e", ranks_of("e"), 5)
+    with pytest.raises(PoolError, match="8 pages asked for, 3 of 8 free"):
+        residency.acquire("f", ranks_of("f"), 8)
+    residency.make_room(8)
+    assert not residency.drop("e") and residency.residents == [resident]
+
+
+def test_a_failed_acquire_takes_no_slot():
+    residency = AdapterResidency(PageAllocator(4), num_slots=1)
+    with pytest.raises(PoolError, match="8 pages asked for, 3 of 3 free"):
+        residency.acquire("f", ranks_of("f"), 8)
+    assert residency.can_acquire("d")
+    assert residency.acquire("d", ranks_of("d"), 3)[0].slot == 0
+
+
+def test_slots_run_out_before_pages():
+    residency = AdapterResidency(PageAllocator(9), num_slots=1)
+    residency.acquire("a", ranks_of("a"), 1)
+    assert not residency.can_acquire("b") and residency.can_acquire("a")
+    with pytest.raises(PoolError, match="all 1 adapter slots are in use"):
+        residency.acquire("b", ranks_of("b"), 1)
+    residency.release("a")
+    assert residency.can_acquire("b")
+    resident, new = residency.acquire("b", ranks_of("b"), 1)
+    assert new and resident.slot == 0 and "a" not in residency

@@ -1,0 +1,110 @@
+"""The console script: `slora generate` against a dense model, exit statuses, messages."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from slora_jax import cli
+from slora_jax.adapters import random_adapter, write_peft
+from slora_jax.demo.checkpoint import write_checkpoint
+from slora_jax.demo.run import geometry_of
+from slora_jax.demo.verify import Weights, dense_logits, load_weights, merge
+from slora_jax.models import ModelConfig
+
+PROMPT = "A language model"
+NUM_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    write_checkpoint(directory, num_layers=1, seed=1)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def adapter_dirs(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    geometry = geometry_of(ModelConfig.from_directory(model_dir), page_size=16)
+    root = tmp_path_factory.mktemp("adapters")
+    return {name: write_peft(root / name, random_adapter(geometry, 8, seed=seed)) for seed, name in enumerate("ab")}
+
+
+def generate(model_dir: Path, *more: str) -> int:
+    options = ["--prompt", PROMPT, "--max-tokens", f"{NUM_TOKENS}", "--dtype", "float32"]
+    return cli.main(["generate", str(model_dir), *options, *more])
+
+
+def expected_text(model_dir: Path, weights: Weights) -> str:
+    """The greedy answer of the dense model."""
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    config = json.loads((model_dir / "config.json").read_text())
+    prompt = tokenizer.encode(PROMPT).ids
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + NUM_TOKENS and tokens[-1] != config["eos_token_id"]:
+        tokens.append(int(dense_logits(weights, config, tokens)[-1].argmax()))
+    return tokenizer.decode(tokens[len(prompt) :])
+
+
+def test_generate_writes_the_answer_and_nothing_else(model_dir, adapter_dirs, capsys):
+    assert generate(model_dir, f"--adapter=a={adapter_dirs['a']}") == 0
+    weights = merge(load_weights(model_dir / "model.safetensors"), adapter_dirs["a"])
+    assert capsys.readouterr().out == expected_text(model_dir, weights) + "\n"
+
+
+def test_generate_answers_with_each_adapter_under_its_name(model_dir, adapter_dirs, capsys):
+    assert generate(model_dir, *(f"--adapter={name}={path}" for name, path in adapter_dirs.items())) == 0
+    base = load_weights(model_dir / "model.safetensors")
+    texts = {name: expected_text(model_dir, merge(base, path)) for name, path in adapter_dirs.items()}
+    assert texts["a"] != texts["b"]
+    assert capsys.readouterr().out == f"[a]\n{texts['a']}\n[b]\n{texts['b']}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--adapter=x=/nowhere"], "/nowhere/adapter_config.json: no such file"),
+        (["--max-tokens=0"], "SamplingParams.max_tokens=0"),
+        (["--temperature=-1"], "SamplingParams.temperature=-1.0"),
+        (["--max-model-len=1"], "EngineConfig.max_model_len=1"),
+    ],
+)
+def test_a_mistake_is_one_line_on_stderr_and_status_2(model_dir, options, message, capsys):
+    assert generate(model_dir, *options) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("slora: error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_a_directory_without_a_model_is_a_mistake_too(tmp_path, capsys):
+    assert generate(tmp_path) == 2
+    assert f"{tmp_path}/config.json: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["serve-nothing"], ["generate"], ["generate", "m", "--prompt=x", "--adapter=m"]]
+)
+def test_a_command_line_that_cannot_be_parsed_is_status_2(options, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(options)
+    assert exit_.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_ctrl_c_is_status_130_without_a_traceback(monkeypatch, capsys):
+    def interrupt(settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_demo", interrupt)
+    assert cli.main(["demo"]) == 130
+    assert capsys.readouterr().err == "slora: interrupted\n"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == "slora-jax 0.1.0\n"
