@@ -54,7 +54,9 @@ def run(seed: int = 0) -> Iterator[np.ndarray]:
     with Engine(model, graphdef, params, config) as engine:
         for i in range(60):
             rank = (4, 8, 16, 32)[i % 4]
-            engine.load_adapter(f"adapter-{i}", random_adapter(engine.store.geometry, rank, ("q", "k", "v", "o"), seed=i))
+            engine.load_adapter(
+                f"adapter-{i}", random_adapter(engine.store.geometry, rank, ("q", "k", "v", "o"), seed=i)
+            )
         arrivals = sorted(rng.integers(0, 400, 160).tolist())
         step = 0
         while arrivals or engine.has_work():
@@ -62,7 +64,9 @@ def run(seed: int = 0) -> Iterator[np.ndarray]:
                 arrivals.pop(0)
                 prompt = rng.integers(0, 256, rng.integers(8, 120)).tolist()
                 adapter = f"adapter-{int(60 * rng.power(0.5))}"
-                engine.add_request(prompt, SamplingParams(max_tokens=int(rng.integers(16, 96)), ignore_eos=True), adapter)
+                engine.add_request(
+                    prompt, SamplingParams(max_tokens=int(rng.integers(16, 96)), ignore_eos=True), adapter
+                )
             engine.step()
             step += 1
             yield page_kinds(engine)

@@ -12,8 +12,7 @@ from pathlib import Path
 from pallas_kernels.lora.layout import ceil_div
 from slora_jax.adapters import read_peft
 from slora_jax.demo import DemoSettings, run_demo
-from slora_jax.demo.run import geometry_of
-from slora_jax.engine import Engine, EngineConfig
+from slora_jax.engine import Engine, EngineConfig, adapter_geometry
 from slora_jax.errors import SloraError
 from slora_jax.models import ModelConfig
 from slora_jax.scheduling import SamplingParams
@@ -104,7 +103,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
     model = ModelConfig.from_directory(args.model_dir)
-    geometry = geometry_of(model, EngineConfig.page_size)
+    geometry = adapter_geometry(model, EngineConfig.page_size)
     adapters = {name: read_peft(directory, geometry) for name, directory in args.adapter}
     longest = min(args.max_model_len, model.max_position_embeddings)
     adapter_pages = [int(geometry.layout.num_pages(adapter.ranks.max(0))) for adapter in adapters.values()]

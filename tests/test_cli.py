@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 from slora_jax import cli
 from slora_jax.adapters import random_adapter, write_peft
 from slora_jax.demo.checkpoint import write_checkpoint
-from slora_jax.demo.run import geometry_of
 from slora_jax.demo.verify import Weights, dense_logits, load_weights, merge
+from slora_jax.engine import adapter_geometry
 from slora_jax.models import ModelConfig
 
 PROMPT = "A language model"
@@ -26,7 +26,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter_dirs(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    geometry = geometry_of(ModelConfig.from_directory(model_dir), page_size=16)
+    geometry = adapter_geometry(ModelConfig.from_directory(model_dir), page_size=16)
     root = tmp_path_factory.mktemp("adapters")
     return {name: write_peft(root / name, random_adapter(geometry, 8, seed=seed)) for seed, name in enumerate("ab")}
 

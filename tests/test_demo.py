@@ -14,9 +14,9 @@ from slora_jax.cli import main
 from slora_jax.demo import run
 from slora_jax.demo.adapters import DemoAdapter
 from slora_jax.demo.checkpoint import write_checkpoint
-from slora_jax.demo.run import geometry_of
 from slora_jax.demo.traffic import make_traffic
 from slora_jax.demo.verify import Weights, dense_logits, first_difference, load_weights, merge
+from slora_jax.engine import adapter_geometry
 from slora_jax.models import ModelConfig
 
 ADAPTERS, REQUESTS = 12, 24
@@ -42,7 +42,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    geometry = geometry_of(ModelConfig.from_directory(model_dir), page_size=16)
+    geometry = adapter_geometry(ModelConfig.from_directory(model_dir), page_size=16)
     adapter = random_adapter(geometry, {"q": 8, "v": 4, "down": 16}, alpha=24, seed=2)
     return write_peft(tmp_path_factory.mktemp("adapter"), adapter)
 

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from slora_jax.adapters import BaseGeometry
 from slora_jax.demo.adapters import RANKS, DemoAdapter, write_adapters
 from slora_jax.demo.checkpoint import write_checkpoint
 from slora_jax.demo.traffic import DemoRequest, Served, make_traffic, serve
 from slora_jax.demo.verify import first_difference, load_weights, merge
-from slora_jax.engine import Engine, EngineConfig, RequestOutput
+from slora_jax.engine import Engine, EngineConfig, RequestOutput, adapter_geometry
 from slora_jax.errors import ConfigError
 from slora_jax.models import ModelConfig
 
@@ -62,7 +61,7 @@ def run_demo(settings: DemoSettings) -> bool:
     )
     print(f"1. Making a small Llama model and {settings.adapters} LoRA adapters, all with random weights.")
     parameters = write_checkpoint(model_dir, settings.layers, settings.seed)
-    geometry = geometry_of(ModelConfig.from_directory(model_dir), config.page_size)
+    geometry = adapter_geometry(ModelConfig.from_directory(model_dir), config.page_size)
     adapters = write_adapters(adapters_dir, geometry, settings.adapters, settings.seed)
     print(f"   The model, with {parameters / 1e6:.1f} million parameters, is in {model_dir}")
     ranks = ", ".join(map(str, RANKS))
@@ -91,18 +90,6 @@ def _prepare(directory: Path) -> None:
     (directory / MARKER).touch()
     for name in ("model", "adapters"):
         shutil.rmtree(directory / name, ignore_errors=True)
-
-
-def geometry_of(model: ModelConfig, page_size: int) -> BaseGeometry:
-    """What adapters must know of a base model."""
-    return BaseGeometry(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        q_width=model.q_width,
-        kv_width=model.kv_width,
-        intermediate_size=model.intermediate_size,
-        page_size=page_size,
-    )
 
 
 def _table(requests: Sequence[DemoRequest], served: Served, capacity: int) -> list[str]:

@@ -3,5 +3,6 @@
 from slora_jax.engine.config import EngineConfig
 from slora_jax.engine.engine import Engine
 from slora_jax.engine.outputs import Delta, EngineStats, RequestOutput, TokenLogprobs
+from slora_jax.engine.runner import adapter_geometry
 
-__all__ = ["Delta", "Engine", "EngineConfig", "EngineStats", "RequestOutput", "TokenLogprobs"]
+__all__ = ["Delta", "Engine", "EngineConfig", "EngineStats", "RequestOutput", "TokenLogprobs", "adapter_geometry"]

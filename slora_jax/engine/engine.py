@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import itertools
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from slora_jax.adapters import AdapterInfo, AdapterStore, AdapterTiles, BaseGeometry, LoraAdapter
+from slora_jax.adapters import AdapterInfo, AdapterStore, AdapterTiles, LoraAdapter
+from slora_jax.engine.arrival import check_fits, is_ids, one_each, prompt_ids
 from slora_jax.engine.config import EngineConfig
 from slora_jax.engine.interrupts import InterruptHeld
-from slora_jax.engine.outputs import Delta, EngineStats, RequestOutput, TokenLogprobs
+from slora_jax.engine.outputs import Delta, EngineStats, Prompt, RequestOutput
 from slora_jax.engine.programs import keep_compiled_programs
-from slora_jax.engine.runner import InFlight, Runner
-from slora_jax.engine.text import TextStream
+from slora_jax.engine.progress import Progress
+from slora_jax.engine.runner import InFlight, Runner, adapter_geometry
 from slora_jax.errors import AdapterError, ConfigError, RequestError
 from slora_jax.memory import AdapterResidency, PageAllocator, PageKind
 from slora_jax.models import ModelConfig, Params, load_model
@@ -36,18 +37,6 @@ from slora_jax.scheduling import (
     SchedulerLimits,
     StepPlan,
 )
-
-Prompt = str | Sequence[int]
-
-
-class _Progress:
-    """What the engine keeps of a request beside its scheduling: text, logprobs, logits."""
-
-    def __init__(self, request: Request, tokenizer: Any) -> None:
-        self.request = request
-        self.text = TextStream(tokenizer, request.params.stop)  # type: ignore[arg-type]
-        self.logprobs: list[TokenLogprobs] = []
-        self.logits: list[np.ndarray] = []
 
 
 class Engine:
@@ -81,21 +70,14 @@ class Engine:
         self.max_model_len = config.max_model_len or model.max_position_embeddings
         if self.max_model_len > model.max_position_embeddings:
             raise ConfigError(
-                f"EngineConfig.max_model_len={config.max_model_len}: the model has {model.max_position_embeddings} positions"
+                f"EngineConfig.max_model_len={config.max_model_len}: the model has "
+                f"{model.max_position_embeddings} positions"
             )
         self._runner = Runner(model, graphdef, params, config, self.max_model_len)
-        self._geometry = BaseGeometry(
-            num_layers=model.num_layers,
-            hidden_size=model.hidden_size,
-            q_width=model.q_width,
-            kv_width=model.kv_width,
-            intermediate_size=model.intermediate_size,
-            page_size=config.page_size,
-        )
         spill_dir = None if config.spill_dir is None else Path(config.spill_dir)
         self.allocator = PageAllocator(self._runner.shape.num_pages)
         self.store = AdapterStore(
-            self._geometry,
+            adapter_geometry(model, config.page_size),
             config.dtype,
             config.host_adapter_bytes,
             spill_dir,
@@ -105,7 +87,7 @@ class Engine:
         self.residency = AdapterResidency(self.allocator, self._runner.shape.adapter_slots)
         limits = SchedulerLimits(config.max_seqs, config.max_tokens_per_step, config.page_size)
         self.scheduler = Scheduler(self.allocator, self.residency, policy or Fcfs(), limits, self._adapter_state)
-        self._progress: dict[str, _Progress] = {}
+        self._progress: dict[str, Progress] = {}
         self._staged: dict[str, AdapterTiles] = {}  # found in memory while planning; uploaded right after
         self._lost: dict[str, AdapterError] = {}  # digests that could not be brought back from disk
         self._unread: list[Delta] = []  # for the next step to return: cancelled, lost adapter, or another stream's
@@ -144,8 +126,6 @@ class Engine:
     def load_adapters(self, root: str | Path) -> list[AdapterInfo]:
         """Registers every PEFT directory in `root` under its folder's name, with a progress bar. A bad one is reported
         by a warning and skipped."""
-        import warnings
-
         report = self.store.load_directory(root, progress=self.config.progress)
         for name, error in report.errors:
             warnings.warn(f"adapter {name} skipped: {error}", stacklevel=2)
@@ -183,7 +163,7 @@ class Engine:
           AdapterError: no adapter has this name.
         """
         params = params or SamplingParams()
-        ids = self._token_ids(prompt)
+        ids = prompt_ids(prompt, self.tokenizer, self.model.vocab_size, self.max_model_len)
         if request_id is None:
             numbers = itertools.count(self._arrivals)
             request_id = next(name for n in numbers if (name := f"request-{n}") not in self._progress)
@@ -192,7 +172,7 @@ class Engine:
         room = self.max_model_len - len(ids)
         max_new = room if params.max_tokens is None else min(params.max_tokens, room)
         use = self._use(adapter)
-        self._check_fits(ids, max_new, use)
+        check_fits(len(ids), max_new, self.config.page_size, use, self.allocator.capacity)
         request = Request(
             id=request_id,
             number=self._arrivals,
@@ -206,7 +186,7 @@ class Engine:
         if use is not None:
             self.store.pin(use.digest)
         self._arrivals += 1
-        self._progress[request_id] = _Progress(request, self.tokenizer)
+        self._progress[request_id] = Progress(request, self.tokenizer, self.model.eos_token_ids)
         self.scheduler.add(request)
         return request_id
 
@@ -254,7 +234,7 @@ class Engine:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
-        adapters: str | None | Sequence[str | None] = None,
+        adapters: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Runs all prompts to their end, batched as they fit, and returns their outputs in order.
 
@@ -265,9 +245,9 @@ class Engine:
         """
         if self._progress:
             raise RequestError("generate: requests of add_request are unfinished; drain them with step() first")
-        many = prompts if not isinstance(prompts, str) and not _is_ids(prompts) else [prompts]
-        all_params = _spread("params", params, SamplingParams, len(many))
-        all_adapters = _spread("adapters", adapters, str, len(many))
+        many = prompts if not isinstance(prompts, str) and not is_ids(prompts) else [prompts]
+        all_params = one_each("params", params, SamplingParams, len(many))
+        all_adapters = one_each("adapters", adapters, str, len(many))
         ids: list[str] = []
         outputs: dict[str, RequestOutput] = {}
         try:
@@ -290,8 +270,9 @@ class Engine:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, adapter: str | None = None
     ) -> Iterator[Delta]:
-        """Runs one request and yields what each step brings; the last delta carries the whole output. Other requests run
-        along, and their deltas wait for the next `step` (or their own stream). Closing the iterator cancels the request.
+        """Runs one request and yields what each step brings; the last delta carries the whole output. Other requests
+        run along, and their deltas wait for the next `step` (or their own stream). Closing the iterator cancels the
+        request.
 
         Raises:
           RequestError, AdapterError: as `add_request`, at the call.
@@ -381,69 +362,28 @@ class Engine:
 
     def _read(self, step: InFlight, tokens: np.ndarray, now: float) -> list[Delta]:
         """Hands out a step's tokens. Requests that ended meanwhile get none: their surplus token is dropped."""
-        sampled = step.output.sampled
-        logits = None if step.output.logits is None else np.asarray(step.output.logits)
         deltas = []
-        for i, request in enumerate(step.requests):
+        for row, (request, token) in enumerate(zip(step.requests, tokens.tolist(), strict=False)):
             progress = self._progress.get(request.id)
-            if not step.samples[i] or progress is None or progress.request is not request:
+            if not step.samples[row] or progress is None or progress.request is not request:
                 continue
-            token = int(tokens[i])
-            request.output.append(token)
             self._generated += 1
             if request.metrics.first_token is None:
                 request.metrics.first_token = now
-            if request.params.logprobs is not None:
-                progress.logprobs.append(_logprobs(sampled, i, request.params.logprobs))
-            if logits is not None:
-                progress.logits.append(logits[i])
-            reason = self._stop_reason(progress, token)
-            if reason is None:
-                deltas.append(Delta(request.id, [token], progress.text.take()))
-            else:
-                deltas.append(self._end(progress, reason, [token], now))
+            reason = progress.append(token, step.output, row)
+            deltas.append(progress.delta([token]) if reason is None else self._end(progress, reason, [token], now))
         return deltas
 
-    def _stop_reason(self, progress: _Progress, token: int) -> FinishReason | None:
-        request = progress.request
-        params = request.params
-        ends = token in params.stop_token_ids or (not params.ignore_eos and token in self.model.eos_token_ids)
-        if ends:
-            return FinishReason.STOP
-        if progress.text.push(token):
-            return FinishReason.STOP
-        return FinishReason.LENGTH if len(request.output) >= request.max_new else None
-
     def _end(
-        self,
-        progress: _Progress,
-        reason: FinishReason,
-        tokens: list[int],
-        now: float,
-        error: str | None = None,
+        self, progress: Progress, reason: FinishReason, tokens: list[int], now: float, error: str | None = None
     ) -> Delta:
         request = progress.request
-        progress.text.finish()
-        if progress.text.stopped and reason is FinishReason.LENGTH:
-            reason = FinishReason.STOP
-        self.scheduler.finish(request, reason, now)
+        self.scheduler.finish(request, progress.end(reason), now)
         del self._progress[request.id]
         if request.adapter is not None:
             self.store.unpin(request.adapter.digest)
             self._drop_if_unnamed(request.adapter.digest)
-        output = RequestOutput(
-            request_id=request.id,
-            adapter=None if request.adapter is None else request.adapter.name,
-            prompt_token_ids=request.prompt,
-            text=None if self.tokenizer is None else progress.text.text,
-            token_ids=request.output,
-            finish_reason=reason,
-            metrics=request.metrics,
-            logprobs=None if request.params.logprobs is None else progress.logprobs,
-            logits=np.stack(progress.logits) if progress.logits else None,
-            error=error,
-        )
-        return Delta(request.id, tokens, progress.text.take(last=True), output)
+        return progress.last_delta(tokens, error)
 
     def _end_lost(self) -> None:
         """Ends the requests whose adapter is lost; others are not affected."""
@@ -481,66 +421,17 @@ class Engine:
         finally:
             self.cancel(request_id)
 
-    # Checks on arrival
-
-    def _token_ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise RequestError("the prompt is a string, but the model directory has no tokenizer: pass token ids")
-            ids = self.tokenizer(prompt)["input_ids"]
-        else:
-            ids = [int(token) for token in prompt]
-        if not ids:
-            raise RequestError("the prompt has no tokens")
-        if min(ids) < 0 or max(ids) >= self.model.vocab_size:
-            wrong = next(t for t in ids if not 0 <= t < self.model.vocab_size)
-            raise RequestError(f"token id {wrong} in the prompt is outside the vocabulary of {self.model.vocab_size}")
-        if len(ids) >= self.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens; with max_model_len={self.max_model_len} at most "
-                f"{self.max_model_len - 1} leave room for an answer"
-            )
-        return ids
-
     def _use(self, adapter: str | None) -> AdapterUse | None:
         if adapter is None:
             return None
         info = self.store.info(adapter)
         return AdapterUse(adapter, info.digest, np.asarray(info.ranks, np.int32), info.num_pages)
 
-    def _check_fits(self, ids: list[int], max_new: int, use: AdapterUse | None) -> None:
-        kv = self.scheduler.pages_for(len(ids) + max_new - 1)  # the last token's keys and values are never needed
-        adapter = 0 if use is None else use.num_pages
-        if kv + adapter > self.allocator.capacity:
-            raise RequestError(
-                f"the request can never fit: ({len(ids)} prompt + {max_new} new - 1) tokens / "
-                f"{self.config.page_size} per page = {kv} KV pages, plus {adapter} pages of the adapter, is more than "
-                f"the pool's {self.allocator.capacity}; lower max_tokens or raise num_pages"
-            )
-
     def _drop_if_unnamed(self, digest: str | None) -> bool:
         """Frees the pool pages of content that no name points to any more, unless it is in use. Whether it is gone."""
         if digest is None or self.store.is_named(digest):
             return False
         return self.residency.drop(digest)
-
-
-def _logprobs(sampled: Any, i: int, count: int) -> TokenLogprobs:
-    ids = np.asarray(sampled.top_token)[i, :count].tolist()
-    values = np.asarray(sampled.top_logprob)[i, :count].tolist()
-    return TokenLogprobs(float(np.asarray(sampled.logprob)[i]), tuple(zip(ids, values, strict=True)))
-
-
-def _is_ids(prompts: Any) -> bool:
-    return len(prompts) > 0 and all(isinstance(t, (int, np.integer)) for t in prompts)
-
-
-def _spread(field: str, value: Any, kind: type, count: int) -> list[Any]:
-    if value is None or isinstance(value, kind):
-        return [value] * count
-    if len(value) != count:
-        raise RequestError(f"{field}: {len(value)} given for {count} prompts; pass one for all, or one each")
-    return list(value)
 
 
 def _load_tokenizer(model_dir: Path) -> Any:

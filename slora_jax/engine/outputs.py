@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from slora_jax.scheduling import FinishReason, RequestMetrics
+
+Prompt = str | Sequence[int]
+"""A string, or token ids."""
 
 
 @dataclass(frozen=True)

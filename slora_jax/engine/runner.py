@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from pallas_kernels.lora.layout import LoraLayout, ceil_div
+from pallas_kernels.lora.layout import ceil_div
+from slora_jax.adapters import BaseGeometry
 from slora_jax.engine.batch import build_metadata
 from slora_jax.engine.config import EngineConfig
 from slora_jax.engine.programs import StepPrograms
@@ -95,15 +96,25 @@ class Runner:
         self.table = set_table_row(self.table, np.int32(0), empty, np.zeros(7, np.int32))
 
 
+def adapter_geometry(model: ModelConfig, page_size: int) -> BaseGeometry:
+    """What adapters must know of a base model."""
+    return BaseGeometry(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        q_width=model.q_width,
+        kv_width=model.kv_width,
+        intermediate_size=model.intermediate_size,
+        page_size=page_size,
+    )
+
+
 def pool_shape(model: ModelConfig, config: EngineConfig, max_model_len: int) -> PoolShape:
     """The pool of an engine; `num_pages=None` is decided here, from free memory, and logged.
 
     Raises:
       ConfigError: the pool cannot hold one sequence of `max_model_len`, or memory does not suffice.
     """
-    layout = LoraLayout.of_decoder(
-        model.hidden_size, model.q_width, model.kv_width, model.intermediate_size, config.page_size
-    )
+    layout = adapter_geometry(model, config.page_size).layout
     page_bytes = model.num_layers * 2 * config.page_size * model.kv_width * jnp.dtype(config.dtype).itemsize
     num_pages = config.num_pages
     if num_pages is None:

@@ -1,0 +1,71 @@
+"""What the engine keeps of an unfinished request beside its scheduling: text, logprobs, logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from slora_jax.engine.outputs import Delta, RequestOutput, TokenLogprobs
+from slora_jax.engine.step import StepOutput
+from slora_jax.engine.text import TextStream
+from slora_jax.scheduling import FinishReason, Request
+
+
+class Progress:
+    """One request's way from sampled tokens to its output."""
+
+    def __init__(self, request: Request, tokenizer: Any, eos_token_ids: tuple[int, ...]) -> None:
+        params = request.params
+        self.request = request
+        self._has_text = tokenizer is not None
+        self._text = TextStream(tokenizer, tuple(params.stop))
+        self._ends = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_token_ids)
+        self._logprobs: list[TokenLogprobs] = []
+        self._logits: list[np.ndarray] = []
+
+    def append(self, token: int, output: StepOutput, row: int) -> FinishReason | None:
+        """Takes the token that a step sampled in sequence `row`. Returns why the request ends with it, if it does."""
+        request = self.request
+        request.output.append(token)
+        if request.params.logprobs is not None:
+            self._logprobs.append(_logprobs(output, row, request.params.logprobs))
+        if output.logits is not None:
+            self._logits.append(np.asarray(output.logits)[row])
+        if token in self._ends or self._text.push(token):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(request.output) >= request.max_new else None
+
+    def delta(self, tokens: list[int]) -> Delta:
+        """What the newest tokens bring, while the request goes on."""
+        return Delta(self.request.id, tokens, self._text.take())
+
+    def end(self, reason: FinishReason) -> FinishReason:
+        """No token follows. Returns the reason, which is a stop string if the text's last bytes complete one."""
+        self._text.finish()
+        return FinishReason.STOP if self._text.stopped and reason is FinishReason.LENGTH else reason
+
+    def last_delta(self, tokens: list[int], error: str | None) -> Delta:
+        """The newest tokens and the whole output, of a request that has ended."""
+        request = self.request
+        assert request.finish_reason is not None
+        output = RequestOutput(
+            request_id=request.id,
+            adapter=None if request.adapter is None else request.adapter.name,
+            prompt_token_ids=request.prompt,
+            text=self._text.text if self._has_text else None,
+            token_ids=request.output,
+            finish_reason=request.finish_reason,
+            metrics=request.metrics,
+            logprobs=None if request.params.logprobs is None else self._logprobs,
+            logits=np.stack(self._logits) if self._logits else None,
+            error=error,
+        )
+        return Delta(request.id, tokens, self._text.take(last=True), output)
+
+
+def _logprobs(output: StepOutput, row: int, count: int) -> TokenLogprobs:
+    sampled = output.sampled
+    ids = np.asarray(sampled.top_token)[row, :count].tolist()
+    values = np.asarray(sampled.top_logprob)[row, :count].tolist()
+    return TokenLogprobs(float(np.asarray(sampled.logprob)[row]), tuple(zip(ids, values, strict=True)))
