@@ -5,6 +5,11 @@ PYTHON := $(VENV)/bin/python
 # A uv that runs, or else one of our own. (A shim of a version manager may be on PATH and not run.)
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .uv/bin/uv)
 
+# CUDA wheels without a GPU make JAX report an error before it falls back to the CPU.
+ifeq ($(wildcard /dev/nvidia* /dev/dxg)$(JAX_PLATFORMS),)
+export JAX_PLATFORMS := cpu
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format bench clean distclean
 

@@ -4,7 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -21,16 +20,6 @@ from slora_jax.models import ModelConfig
 
 ADAPTERS, REQUESTS = 12, 24
 MINIATURE = ["--adapters", f"{ADAPTERS}", "--requests", f"{REQUESTS}", "--layers", "1", "--pages", "100"]
-
-
-@pytest.fixture(autouse=True)
-def keep_compilation_cache():
-    """The demo points JAX's compilation cache to its own directory; other tests have theirs."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")

@@ -131,8 +131,8 @@ def _checkpointer(tree: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> ocp.C
     handler = ocp.PyTreeCheckpointHandler(
         use_zarr3=True,
         use_compression=False,
-        save_concurrent_gb=in_flight_gb,  # type: ignore[arg-type]  # fractions are honoured
-        restore_concurrent_gb=in_flight_gb,  # type: ignore[arg-type]
+        save_concurrent_gb=in_flight_gb,  # fractions are honoured
+        restore_concurrent_gb=in_flight_gb,
         multiprocessing_options=alone,
     )
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
