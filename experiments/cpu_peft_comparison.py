@@ -8,7 +8,7 @@ there at the start. Systems:
 - `peft-mixed/N`: PEFT's own mixed batches (`adapter_names`), all requests in one `generate`.
 
 Every round runs every system once, in turn, so that a noisy machine disturbs all alike; medians over rounds and the
-ratios within rounds are written to a JSON file. Before timing, the tokens of both libraries are compared.
+ratios within rounds are written to a JSON file, and whether the tokens of both libraries are the same.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class Settings:
     requests: int = 64
     prompt_low: int = 16
     prompt_high: int = 128
-    output: int = 48
+    output: int = 32
     peft_adapters: tuple[int, ...] = (1, 8, 32)
     many_adapters: tuple[int, int] = (5, 1000)
-    many_requests: int = 192
+    many_requests: int = 128
     num_pages: int = 1400
     max_seqs: int = 64
     rounds: int = 3
@@ -185,7 +185,7 @@ class Peft:
 
 
 def compare(settings: Settings, scratch: Path) -> dict[str, Any]:
-    """Builds everything, checks that tokens agree, times every system, and returns the results as JSON values."""
+    """Builds everything, times every system, compares tokens, and returns the results as JSON values."""
     model_dir = scratch / "model"
     make_model(settings, model_dir)
     slora = Slora(settings, model_dir)
@@ -209,14 +209,14 @@ def compare(settings: Settings, scratch: Path) -> dict[str, Any]:
     for n in settings.many_adapters:
         systems[f"slora-many/{n}"] = (slora.run, workload(settings, settings.many_requests, n))
 
-    agreement = _agreement(systems, settings)
     rates: dict[str, list[float]] = {name: [] for name in systems}
+    tokens: dict[str, list[list[int]]] = {}
     with tqdm(total=settings.rounds * len(systems), desc="timing", unit="run") as bar:
         for _ in range(settings.rounds):
             for name, (run, load) in systems.items():
                 bar.set_postfix_str(name)
                 start = time.perf_counter()
-                run(load)
+                tokens[name] = run(load)
                 rates[name].append(len(load.prompts) * settings.output / (time.perf_counter() - start))
                 bar.update()
     most = max(settings.peft_adapters)
@@ -229,7 +229,7 @@ def compare(settings: Settings, scratch: Path) -> dict[str, Any]:
     return {
         "settings": asdict(settings),
         "provenance": provenance(("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "peft")),
-        "tokens_agree": agreement,
+        "tokens_agree": _agreement(tokens, settings),
         "output_tokens_per_second": {
             name: {"median": round(statistics.median(r), 1), "rounds": [round(x, 1) for x in r]}
             for name, r in rates.items()
@@ -239,9 +239,8 @@ def compare(settings: Settings, scratch: Path) -> dict[str, Any]:
     }
 
 
-def _agreement(systems: dict[str, Any], settings: Settings) -> dict[str, str]:
-    """Warms every system up, and compares the engine's tokens with PEFT's, request by request."""
-    tokens = {name: run(load) for name, (run, load) in tqdm(systems.items(), desc="warming up and checking")}
+def _agreement(tokens: dict[str, list[list[int]]], settings: Settings) -> dict[str, str]:
+    """Compares the engine's tokens with PEFT's, request by request."""
     agree = {}
     for n in settings.peft_adapters:
         for peer in ("peft-grouped", "peft-mixed"):
