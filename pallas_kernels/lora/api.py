@@ -31,11 +31,12 @@ class AdapterTable:
 class LoraTiles:
     """The LoRA work of one step: an exact list of row tiles, shared by all layers, stacks and backends.
 
-    Rows of one adapter are contiguous, adapters of high rank come first, and rows from `lora_rows` on have none.
+    Rows of one adapter are contiguous. Adapters with many rows (*dense*) come first, in rows `0 .. dense_rows` and
+    tiles `0 .. num_dense`; then the others; rows from `lora_rows` on have none. In each part, high ranks come first.
 
     slot, first_row, rows: int32 `[NT]`, valid up to `num_tiles`; `rows` is at most the program's tile height.
     row_slot: int32 `[T]`, adapter slot of each row (any valid slot where the row has none).
-    num_tiles, lora_rows: int32 scalars.
+    num_tiles, num_dense, dense_rows, lora_rows: int32 scalars.
     """
 
     slot: jax.Array
@@ -43,14 +44,16 @@ class LoraTiles:
     rows: jax.Array
     row_slot: jax.Array
     num_tiles: jax.Array
+    num_dense: jax.Array
+    dense_rows: jax.Array
     lora_rows: jax.Array
 
 
 class LoraProduct:
     """The LoRA products of one step: made once, before the layers, then called for each layer and stack.
 
-    decode: the step's rows are sequences' single tokens, (nearly) each with its own adapter; otherwise rows share
-    adapters tile by tile. tile_rows: height of the tiles. max_rank: bound of any projection's rank.
+    decode: no adapter is dense: the step's rows are sequences' single tokens (static). tile_rows: height of the tiles.
+    max_rank: bound of any projection's rank.
     """
 
     def __init__(
@@ -70,8 +73,9 @@ class LoraProduct:
         self._tiles = tiles
         self._decode = decode
         self._tile_rows = tile_rows
-        slot, live = (tiles.row_slot, tiles.lora_rows) if decode else (tiles.slot, tiles.num_tiles)
-        self._rows = xla.prepare(layout, table.pages, table.ranks, slot, live, max_rank)
+        pages, ranks = table.pages, table.ranks
+        self._rows = xla.prepare(layout, pages, ranks, tiles.row_slot, tiles.lora_rows, max_rank)
+        self._dense = () if decode else xla.prepare(layout, pages, ranks, tiles.slot, tiles.num_dense, max_rank)
 
     def __call__(self, x: jax.Array, y: jax.Array, pool: jax.Array, stack: Stack) -> jax.Array:
         """Adds each row's `x A B` (B carries the scale) to the fused base product of a stack.
@@ -84,9 +88,10 @@ class LoraProduct:
         Returns:
           `[T, stack.d_out]` in y's dtype; products accumulate in float32.
         """
-        layout, tiles, rows = self._layout, self._tiles, self._rows[self._layout.stacks.index(stack)]
-        if self._decode:
-            return xla.add_decode(x, y, pool, stack, layout, rows, tiles.lora_rows)
-        return xla.add_mixed(
-            x, y, pool, stack, layout, rows, tiles.first_row, tiles.rows, tiles.num_tiles, self._tile_rows
-        )
+        layout, tiles, number = self._layout, self._tiles, self._layout.stacks.index(stack)
+        if not self._decode:
+            dense = self._dense[number]
+            y = xla.add_tiles(
+                x, y, pool, stack, layout, dense, tiles.first_row, tiles.rows, tiles.num_dense, self._tile_rows
+            )
+        return xla.add_rows(x, y, pool, stack, layout, self._rows[number], tiles.dense_rows, tiles.lora_rows)

@@ -2,11 +2,11 @@
 
 The unit of work is a *group*: up to `GROUP` ranks of every projection of a stack at once. Where a group's rows lie in
 the pool is worked out once per step and shared by all layers (`prepare`); each layer then only reads them. Two regimes,
-chosen by what the compiled program is for:
+by how many rows share an adapter:
 
-- *decode*: every row has (nearly) an adapter of its own. Rows are taken `ROW_CHUNK` at a time, each with its own
+- *rows*: every row has (nearly) an adapter of its own. Rows are taken `ROW_CHUNK` at a time, each with its own
   weights, read in place: the products are written as sums that XLA fuses with the gather.
-- *mixed*: each tile of rows shares one adapter; a group is one matrix product.
+- *tiles*: each tile of rows shares one adapter; a group is one matrix product.
 
 Trip counts are data, so nothing is recompiled when adapters come and go.
 """
@@ -24,11 +24,11 @@ from pallas_kernels.lora.layout import LoraLayout, Stack, StackTiles, ceil_div
 GROUP = 16
 """Ranks per projection in one unit of work."""
 
-ROW_CHUNK = 16
-"""Decode rows that are worked on together."""
+ROW_CHUNK = 64
+"""Rows that are worked on together in the row regime."""
 
 LANES = 64
-"""Columns summed side by side in the decode shrink, so that a CPU's vector units are filled."""
+"""Columns summed side by side in the row regime's shrink, so that a CPU's vector units are filled."""
 
 
 @jax.tree_util.register_dataclass
@@ -104,10 +104,18 @@ def _stack_rows(
     )
 
 
-def add_decode(
-    x: jax.Array, y: jax.Array, pool: jax.Array, stack: Stack, layout: LoraLayout, rows: StackRows, lora_rows: jax.Array
+def add_rows(
+    x: jax.Array,
+    y: jax.Array,
+    pool: jax.Array,
+    stack: Stack,
+    layout: LoraLayout,
+    rows: StackRows,
+    begin: jax.Array,
+    end: jax.Array,
 ) -> jax.Array:
-    """Adds the LoRA part to the first `lora_rows` rows of `y [T, d_out]`; `rows` has an entry per row."""
+    """Adds the LoRA part to rows `begin .. end` of `y [T, d_out]`; `rows` has an entry per row,
+    dead ones from `end` on."""
     num_rows, chunk, width = x.shape[0], min(ROW_CHUNK, x.shape[0]), layout.width
     flat = pool.reshape(-1, width)
     x = _split_columns(x, stack.d_in, width).astype(jnp.float32)  # [T, A chunks, W]
@@ -115,7 +123,7 @@ def add_decode(
     projection = _projection_of_chunk(stack, layout)
 
     def row_chunk(i: jax.Array, acc: jax.Array) -> jax.Array:
-        first_row = i * chunk
+        first_row = begin + i * chunk
         start = jnp.clip(first_row, 0, num_rows - chunk)
         own = start + jnp.arange(chunk) >= first_row  # the last chunk may reach back into the one before
         x_rows = lax.dynamic_slice_in_dim(x, start, chunk)[:, None, None]  # [M, 1, 1, A chunks, W]
@@ -135,16 +143,15 @@ def add_decode(
             return delta + sum(h[..., j, None] * flat.at[b_row[..., j]].get(mode="clip") for j in range(GROUP))
 
         groups = jnp.max(jnp.where(own, lax.dynamic_slice_in_dim(rows.groups, start, chunk), 0))
-        delta = lax.fori_loop(0, groups, group, jnp.zeros((chunk, projection.size, width)))
         old = lax.dynamic_slice_in_dim(acc, start, chunk)
-        new = old + _join_columns(delta, stack, layout)
-        return lax.dynamic_update_slice_in_dim(acc, new, start, 0)
+        new = lax.fori_loop(0, groups, group, _split_outputs(old, stack, layout))
+        return lax.dynamic_update_slice_in_dim(acc, _join_outputs(new, stack, layout), start, 0)
 
-    acc = lax.fori_loop(0, ceil_div(lora_rows, chunk), row_chunk, y.astype(jnp.float32))
+    acc = lax.fori_loop(0, ceil_div(end - begin, chunk), row_chunk, y.astype(jnp.float32))
     return acc.astype(y.dtype)
 
 
-def add_mixed(
+def add_tiles(
     x: jax.Array,
     y: jax.Array,
     pool: jax.Array,
@@ -177,9 +184,9 @@ def add_mixed(
             b = flat.at[rows.b_row[g, i]].get(mode="clip").astype(jnp.float32)  # [B chunks, GROUP, W]
             return delta + jnp.einsum("nmj,njw->mnw", h, b, precision=lax.Precision.HIGHEST)
 
-        delta = lax.fori_loop(0, rows.groups[i], group, jnp.zeros((tile_rows, projection.size, width)))
         old = lax.dynamic_slice_in_dim(acc, start, tile_rows)
-        return lax.dynamic_update_slice_in_dim(acc, old + _join_columns(delta, stack, layout), start, 0)
+        new = lax.fori_loop(0, rows.groups[i], group, _split_outputs(old, stack, layout))
+        return lax.dynamic_update_slice_in_dim(acc, _join_outputs(new, stack, layout), start, 0)
 
     return lax.fori_loop(0, num_tiles, tile, y.astype(jnp.float32)).astype(y.dtype)
 
@@ -195,8 +202,14 @@ def _split_columns(x: jax.Array, columns: int, width: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, chunks * width - columns))).reshape(x.shape[0], chunks, width)
 
 
-def _join_columns(delta: jax.Array, stack: Stack, layout: LoraLayout) -> jax.Array:
-    """`[M, B chunks, W]` to the stack's fused output `[M, d_out]`, dropping each projection's padding."""
+def _split_outputs(y: jax.Array, stack: Stack, layout: LoraLayout) -> jax.Array:
+    """The stack's fused output `[M, d_out]` to `[M, B chunks, W]`, each projection zero-padded to whole chunks."""
+    parts = [y[:, at : at + d] for at, d in zip(stack.columns, stack.d_outs, strict=True)]
+    return jnp.concatenate([_split_columns(part, part.shape[1], layout.width) for part in parts], axis=1)
+
+
+def _join_outputs(delta: jax.Array, stack: Stack, layout: LoraLayout) -> jax.Array:
+    """The inverse of `_split_outputs`."""
     parts, at = [], 0
     for d in stack.d_outs:
         count = ceil_div(d, layout.width)

@@ -1,7 +1,7 @@
 """The step's metadata: built once on the host as one small int32 buffer, unpacked on the device.
 
 Rows of a step are sequences' tokens, contiguous by sequence; sequences are ordered so that each adapter's rows are
-contiguous, adapters of high rank first, rows without an adapter last.
+contiguous: adapters with many rows first (dense), then the others, then rows without an adapter; high ranks first.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from pallas_kernels.lora.layout import ceil_div
 from pallas_kernels.paged_attention import AttentionTiles
 from slora_jax.engine.sampling import SamplingInputs
 from slora_jax.scheduling import Request, StepPlan
+
+DENSE_ROWS = 8
+"""From how many rows on an adapter's rows are multiplied as a matrix rather than row by row."""
 
 
 @dataclass(frozen=True, order=True)
@@ -36,7 +39,7 @@ class Bucket:
     @property
     def lora_tile_rows(self) -> int:
         """Most rows of a LoRA tile."""
-        return min(self.tokens, 16)
+        return min(self.tokens, 32)
 
     @property
     def prefill_tile_rows(self) -> int:
@@ -82,7 +85,9 @@ class BatchLayout:
         lengths |= dict.fromkeys(("delta_slot", "delta_column", "delta_page"), deltas)
         lengths |= dict.fromkeys(("lora_slot", "lora_row", "lora_rows_of"), lora_tiles)
         lengths |= dict.fromkeys(("prefill_seq", "prefill_row"), prefill_tiles)
-        lengths |= dict.fromkeys(("num_rows", "num_lora_tiles", "lora_rows", "num_prefill", "num_decode"), 1)
+        lengths |= dict.fromkeys(
+            ("num_rows", "num_lora_tiles", "num_dense", "dense_rows", "lora_rows", "num_prefill", "num_decode"), 1
+        )
         fields, offset = {}, 0
         for name, length in lengths.items():
             fields[name] = (offset, length)
@@ -125,7 +130,8 @@ def build_metadata(plan: StepPlan, layout: BatchLayout) -> tuple[np.ndarray, lis
     count = np.array([s.count for s in plan.sequences], np.int32)
     adapter = np.array([s.request.adapter_slot for s in plan.sequences], np.int32)
     rank = np.array([0 if s.request.adapter is None else s.request.adapter.rows for s in plan.sequences], np.int32)
-    order = np.lexsort((adapter, -rank, adapter < 0))
+    dense = (np.bincount(adapter + 1, count)[adapter + 1] >= DENSE_ROWS) & (not layout.bucket.decode)
+    order = np.lexsort((adapter, -rank, ~dense, adapter < 0))
 
     sequences = [plan.sequences[i] for i in order]
     requests = [s.request for s in sequences]
@@ -142,7 +148,7 @@ def build_metadata(plan: StepPlan, layout: BatchLayout) -> tuple[np.ndarray, lis
     _put_tokens(view, sequences, first_row)
     _put_page_deltas(view, sequences, layout)
     _put_sampling(view, requests)
-    _put_lora_tiles(view, count, adapter, layout.bucket.lora_tile_rows)
+    _put_lora_tiles(view, count, adapter, dense[order], layout.bucket.lora_tile_rows)
 
     decode = np.flatnonzero(count == 1)
     decode = decode[np.argsort(-context[decode], kind="stable")]
@@ -205,9 +211,12 @@ def _put_sampling(view: dict[str, np.ndarray], requests: list[Request]) -> None:
     view["logprobs"][:n] = [-1 if p.logprobs is None else p.logprobs for p in params]
 
 
-def _put_lora_tiles(view: dict[str, np.ndarray], count: np.ndarray, adapter: np.ndarray, tile_rows: int) -> None:
-    """The exact tile list over the rows of each adapter."""
-    count, adapter = count[adapter >= 0], adapter[adapter >= 0]
+def _put_lora_tiles(
+    view: dict[str, np.ndarray], count: np.ndarray, adapter: np.ndarray, dense: np.ndarray, tile_rows: int
+) -> None:
+    """The exact tile list over the rows of each adapter, the dense ones first."""
+    with_lora = adapter >= 0
+    count, adapter, dense = count[with_lora], adapter[with_lora], dense[with_lora]
     if not count.size:
         return
     starts = np.flatnonzero(np.diff(adapter, prepend=-1))  # sequences that begin an adapter's segment
@@ -219,6 +228,8 @@ def _put_lora_tiles(view: dict[str, np.ndarray], count: np.ndarray, adapter: np.
     view["lora_row"][:n] = first[segment] + row
     view["lora_rows_of"][:n] = np.minimum(rows[segment] - row, tile_rows)
     view["num_lora_tiles"][0] = n
+    view["num_dense"][0] = ceil_div(rows[dense[starts]], tile_rows).sum()
+    view["dense_rows"][0] = rows[dense[starts]].sum()
     view["lora_rows"][0] = rows.sum()
 
 
@@ -263,6 +274,8 @@ def unpack(buffer: jax.Array, state: SequenceState, layout: BatchLayout) -> tupl
             rows=field["lora_rows_of"],
             row_slot=field["adapter_slot"][seq],
             num_tiles=field["num_lora_tiles"][0],
+            num_dense=field["num_dense"][0],
+            dense_rows=field["dense_rows"][0],
             lora_rows=field["lora_rows"][0],
         ),
         sampling=SamplingInputs(

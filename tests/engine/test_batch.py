@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slora_jax.engine.batch import BatchLayout, Bucket, SequenceState, StepBatch, build_metadata, unpack
+from slora_jax.engine.batch import DENSE_ROWS, BatchLayout, Bucket, SequenceState, StepBatch, build_metadata, unpack
 from slora_jax.scheduling import AdapterUse, Request, RequestMetrics, SamplingParams, ScheduledSequence, StepPlan
 
 MAX_SEQS, MAX_PAGES, ADAPTER_SLOTS = 9, 14, 4
@@ -138,14 +138,18 @@ def over_plans(test):
 
 
 @over_plans
-def test_the_plans_sequences_come_grouped_by_adapter_high_ranks_first_and_none_last(step):
+def test_the_plans_sequences_come_grouped_by_adapter_dense_then_high_ranks_first_and_none_last(step):
     assert Counter(map(id, step.requests)) == Counter(id(s.request) for s in step.plan.sequences)
     assert step.samples == [s.samples for s in step.sequences]
     slots = [r.adapter_slot for r in step.requests]
     groups = [slot for i, slot in enumerate(slots) if i == 0 or slot != slots[i - 1]]
     assert len(groups) == len(set(groups))
-    ranks = [0 if r.adapter is None else r.adapter.rows for r in step.requests]
-    assert ranks == sorted(ranks, reverse=True)
+    dense_rows = int(step.batch.lora.dense_rows)
+    keys = []
+    for request, row in zip(step.requests, np.cumsum([0, *(s.count for s in step.sequences)])[:-1], strict=True):
+        rank = 0 if request.adapter is None else request.adapter.rows
+        keys.append((row < dense_rows, rank))
+    assert keys == sorted(keys, reverse=True)
 
 
 @over_plans
@@ -204,6 +208,16 @@ def test_lora_tiles_cover_each_row_of_an_adapter_once_and_no_other(step):
 
 
 @over_plans
+def test_adapters_with_many_rows_come_first_and_none_is_dense_in_a_decode_program(step):
+    lora = step.batch.lora
+    slots = [row.sequence.request.adapter_slot for row in step.rows]
+    dense = [slot >= 0 and slots.count(slot) >= DENSE_ROWS and not step.bucket.decode for slot in slots]
+    assert dense == [row < int(lora.dense_rows) for row in range(len(slots))]
+    tile_is_dense = np.asarray(lora.first_row)[: int(lora.num_tiles)] < int(lora.dense_rows)
+    assert tile_is_dense.tolist() == [tile < int(lora.num_dense) for tile in range(int(lora.num_tiles))]
+
+
+@over_plans
 def test_attention_takes_every_row_once_long_sequences_in_tiles_single_rows_longest_context_first(step):
     attention, height = step.batch.attention, step.bucket.prefill_tile_rows
     assert attention.num_prefill <= len(attention.prefill_seq)
@@ -257,9 +271,9 @@ def plan_of(counts: list[int], adapters: list[int], page_size: int) -> StepPlan:
 
 
 def test_a_full_bucket_with_every_segment_one_row_over_a_tile_has_room_for_all_tiles():
-    """Segments of one row more than whole tiles need the most tiles; 16 rows a tile, 4 adapters of 17 rows."""
-    step = Step(plan_of([17, 17, 17, 17, 1, 1, 10], [0, 1, 2, 3, -1, -1, -1], 8), MIXED)
-    assert int(step.batch.lora.num_tiles) == 8 and int(step.batch.lora.lora_rows) == 68
+    """Segments of one row more than whole tiles need the most tiles; 32 rows a tile, 2 adapters of 33 rows."""
+    step = Step(plan_of([33, 33, 1, 1, 10], [0, 1, -1, -1, -1], 8), MIXED)
+    assert int(step.batch.lora.num_tiles) == 4 and int(step.batch.lora.lora_rows) == 66
     step = Step(plan_of([66, 2, 2, 2, 2, 2, 4], [-1] * 7, 8), MIXED)
     assert int(step.batch.lora.num_tiles) == int(step.batch.lora.lora_rows) == 0
     assert int(step.batch.attention.num_prefill) == 8  # 66 rows are two tiles of at most 64

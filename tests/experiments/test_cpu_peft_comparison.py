@@ -16,7 +16,9 @@ def test_the_comparison_runs_and_both_libraries_give_the_same_tokens(tmp_path):
     assert set(rates) >= {"slora/base", "slora/3", "peft-grouped/3", "peft-mixed/3", "slora-many/10"}
     assert all(len(rate["rounds"]) == QUICK.rounds and rate["median"] > 0 for rate in rates.values())
     expected = rates["slora/3"]["median"] / rates["peft-grouped/3"]["median"]
-    assert results["ratios_median_over_rounds"]["slora over peft-grouped, 3 adapters"] == pytest.approx(expected, rel=0.01)
+    assert results["ratios_median_over_rounds"]["slora over peft-grouped, 3 adapters"] == pytest.approx(
+        expected, rel=0.01
+    )
     assert results["provenance"]["versions"]["peft"]
 
 

@@ -147,21 +147,30 @@ class Adapters:
                 assert (error <= bound).all(), (stack.name, row, slot, np.nanmax(error / bound), np.isnan(error).sum())
 
 
-def lora_tiles(rows: int, segments: list[tuple[int, int]], rng: np.random.Generator, tile_rows: int) -> LoraTiles:
-    """Tiles of `segments [(slot, rows)]` from row 0 on; entries past `num_tiles` hold garbage in range."""
+def lora_tiles(
+    rows: int, segments: list[tuple[int, int]], num_dense: int, rng: np.random.Generator, tile_rows: int
+) -> LoraTiles:
+    """Tiles of `segments [(slot, rows)]` from row 0 on, the first `num_dense` of them dense; entries past `num_tiles`
+    hold garbage in range."""
     padding = -(-rows // tile_rows) + SLOTS
     tiles, first, row_slot = [], 0, rng.integers(0, SLOTS, rows)
-    for slot, count in segments:
+    dense_tiles = dense_rows = 0
+    for number, (slot, count) in enumerate(segments):
+        if number == num_dense:
+            dense_tiles, dense_rows = len(tiles), first
         row_slot[first : first + count] = slot
         tiles += [(slot, first + r, min(tile_rows, count - r)) for r in range(0, count, tile_rows)]
         first += count
+    if num_dense == len(segments):
+        dense_tiles, dense_rows = len(tiles), first
     entries = np.stack(
         [rng.integers(0, SLOTS, padding), rng.integers(0, rows, padding), np.full(padding, tile_rows)], 1
     )
     if tiles:
         entries[: len(tiles)] = tiles
     slot, first_row, count = jnp.asarray(entries, jnp.int32).T
-    return LoraTiles(slot, first_row, count, jnp.asarray(row_slot, jnp.int32), jnp.int32(len(tiles)), jnp.int32(first))
+    scalars = (jnp.int32(n) for n in (len(tiles), dense_tiles, dense_rows, first))
+    return LoraTiles(slot, first_row, count, jnp.asarray(row_slot, jnp.int32), *scalars)
 
 
 def run(adapters: Adapters, segments: list[tuple[int, int]], decode: bool) -> None:
@@ -170,7 +179,8 @@ def run(adapters: Adapters, segments: list[tuple[int, int]], decode: bool) -> No
     slot_of_row = [slot for slot, count in segments for _ in range(count)]
     slot_of_row += [-1] * (rows - len(slot_of_row))
     xs, ys = adapters.inputs(rows)
-    tiles = lora_tiles(rows, segments, adapters.rng, min(TILE_ROWS, rows))
+    num_dense = 0 if decode else int(adapters.rng.integers(0, len(segments) + 1))
+    tiles = lora_tiles(rows, segments, num_dense, adapters.rng, min(TILE_ROWS, rows))
     outputs = product(shape, decode)(adapters.table, tiles, xs, ys, adapters.pool)
     adapters.check(outputs, xs, ys, slot_of_row)
 
@@ -223,7 +233,7 @@ def test_values_of_one_row_reach_no_other_row(decode):
     adapters = Adapters(GQA, "float32", np.random.default_rng(13))
     rows = GQA.decode_rows if decode else GQA.mixed_rows
     segments = segments_of(adapters.by_rank, rows - 2, decode, adapters.rng)
-    tiles = lora_tiles(rows, segments, adapters.rng, TILE_ROWS)
+    tiles = lora_tiles(rows, segments, 0 if decode else len(segments) // 2, adapters.rng, TILE_ROWS)
     xs, ys = adapters.inputs(rows)
     clean = product(GQA, decode)(adapters.table, tiles, xs, ys, adapters.pool)
     xs = [x.copy() for x in xs]
@@ -237,6 +247,6 @@ def test_values_of_one_row_reach_no_other_row(decode):
 
 def test_an_unknown_implementation_is_refused_by_name():
     adapters = Adapters(FEW_ROWS, "float32", np.random.default_rng(14))
-    tiles = lora_tiles(4, [], adapters.rng, 4)
+    tiles = lora_tiles(4, [], 0, adapters.rng, 4)
     with pytest.raises(NotImplementedError, match="no implementation named 'cuda'"):
         LoraProduct(adapters.layout, adapters.table, tiles, decode=True, tile_rows=4, max_rank=8, implementation="cuda")
