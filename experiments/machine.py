@@ -26,7 +26,7 @@ def provenance(packages: tuple[str, ...] = ("jax", "jaxlib", "flax", "numpy")) -
             "cpu": cpu,
             "cores": len(os.sched_getaffinity(0)),
             "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
-            "system": platform.platform(terse=True),
+            "system": f"{platform.system()} {platform.machine()}",
         },
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
