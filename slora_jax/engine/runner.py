@@ -46,7 +46,7 @@ class Runner:
         self, model: ModelConfig, graphdef: nnx.GraphDef, params: Params, config: EngineConfig, max_model_len: int
     ) -> None:
         self._params = params
-        self.shape = pool_shape(model, config, max_model_len)
+        self.shape = pool_shape(model, config)
         struct = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
         self.spec = StepSpec(
             model=model,
@@ -108,11 +108,11 @@ def adapter_geometry(model: ModelConfig, page_size: int) -> BaseGeometry:
     )
 
 
-def pool_shape(model: ModelConfig, config: EngineConfig, max_model_len: int) -> PoolShape:
+def pool_shape(model: ModelConfig, config: EngineConfig) -> PoolShape:
     """The pool of an engine; `num_pages=None` is decided here, from free memory, and logged.
 
     Raises:
-      ConfigError: the pool cannot hold one sequence of `max_model_len`, or memory does not suffice.
+      ConfigError: free memory holds no pool.
     """
     layout = adapter_geometry(model, config.page_size).layout
     page_bytes = model.num_layers * 2 * config.page_size * model.kv_width * jnp.dtype(config.dtype).itemsize
