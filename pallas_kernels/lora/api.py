@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 
+from pallas_kernels import devices, plans
 from pallas_kernels.lora import xla
-from pallas_kernels.lora.layout import LoraLayout, Stack
+from pallas_kernels.lora.layout import LoraLayout, Stack, ceil_div
+from pallas_kernels.lora.plan import ExpandPlan, ShrinkPlan, expand_plan, shrink_plan, tile_rows
+from pallas_kernels.lora.work import stack_work
 
-Implementation = Literal["xla"]
+Implementation = Literal["xla", "triton", "mosaic_gpu"]
+IMPLEMENTATIONS = get_args(Implementation)
 
 
 @jax.tree_util.register_dataclass
@@ -52,8 +59,13 @@ class LoraTiles:
 class LoraProduct:
     """The LoRA products of one step: made once, before the layers, then called for each layer and stack.
 
-    decode: no adapter is dense: the step's rows are sequences' single tokens (static). tile_rows: height of the tiles.
-    max_rank: bound of any projection's rank.
+    dtype: of the pool, the rows and the outputs. decode: no adapter is dense: the step's rows are sequences' single
+    tokens (static). tile_rows: height of the tiles. max_rank: bound of any projection's rank. implementation: None
+    takes what the plan table names for the current trace's device; float32 and CPUs have the reference, "xla".
+    interpret: run GPU kernels on the CPU by their interpreters. shrink, expand: block shapes; None: the plan table's.
+
+    Raises:
+      NotImplementedError: the implementation is unknown, or does not take this shape or dtype (it says why).
     """
 
     def __init__(
@@ -62,20 +74,29 @@ class LoraProduct:
         table: AdapterTable,
         tiles: LoraTiles,
         *,
+        dtype: Any,
         decode: bool,
         tile_rows: int,
         max_rank: int,
-        implementation: Implementation = "xla",
+        implementation: Implementation | None = None,
+        interpret: bool = False,
+        shrink: ShrinkPlan | None = None,
+        expand: ExpandPlan | None = None,
     ) -> None:
-        if implementation != "xla":
-            raise NotImplementedError(f"LoraProduct: no implementation named {implementation!r}; available: 'xla'")
         self._layout = layout
         self._tiles = tiles
+        self._pages = table.pages
         self._decode = decode
         self._tile_rows = tile_rows
-        pages, ranks = table.pages, table.ranks
-        self._rows = xla.prepare(layout, pages, ranks, tiles.row_slot, tiles.lora_rows, max_rank)
-        self._dense = () if decode else xla.prepare(layout, pages, ranks, tiles.slot, tiles.num_dense, max_rank)
+        self._options: LoraOptions | None = None
+        backend = resolve(implementation, dtype)
+        if backend == "xla":
+            pages, ranks = table.pages, table.ranks
+            self._rows = xla.prepare(layout, pages, ranks, tiles.row_slot, tiles.lora_rows, max_rank)
+            self._dense = () if decode else xla.prepare(layout, pages, ranks, tiles.slot, tiles.num_dense, max_rank)
+        else:
+            self._options = LoraOptions(decode, tile_rows, max_rank, backend, interpret, shrink, expand)
+            self._work = stack_work(layout, table.ranks, tiles.slot, tiles.first_row, tiles.rows, tiles.num_tiles)
 
     def __call__(self, x: jax.Array, y: jax.Array, pool: jax.Array, stack: Stack) -> jax.Array:
         """Adds each row's `x A B` (B carries the scale) to the fused base product of a stack.
@@ -89,9 +110,110 @@ class LoraProduct:
           `[T, stack.d_out]` in y's dtype; products accumulate in float32.
         """
         layout, tiles, number = self._layout, self._tiles, self._layout.stacks.index(stack)
-        if not self._decode:
-            dense = self._dense[number]
-            y = xla.add_tiles(
-                x, y, pool, stack, layout, dense, tiles.first_row, tiles.rows, tiles.num_dense, self._tile_rows
-            )
-        return xla.add_rows(x, y, pool, stack, layout, self._rows[number], tiles.dense_rows, tiles.lora_rows)
+        if self._options is None:
+            if not self._decode:
+                dense = self._dense[number]
+                y = xla.add_tiles(
+                    x, y, pool, stack, layout, dense, tiles.first_row, tiles.rows, tiles.num_dense, self._tile_rows
+                )
+            return xla.add_rows(x, y, pool, stack, layout, self._rows[number], tiles.dense_rows, tiles.lora_rows)
+        h = lora_shrink(x, pool, self._pages, self._work[number], layout, stack, self._options)
+        return lora_expand(h, y, pool, self._pages, self._work[number], layout, stack, self._options)
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """What is static about a step's LoRA products beside their shapes; the fields are `LoraProduct`'s arguments."""
+
+    decode: bool
+    tile_rows: int
+    max_rank: int
+    implementation: str
+    interpret: bool = False
+    shrink: ShrinkPlan | None = None
+    expand: ExpandPlan | None = None
+
+    @property
+    def rank_columns(self) -> int:
+        """Columns of one projection in h: `max_rank`, rounded up to whole blocks of ranks."""
+        return ceil_div(self.max_rank, 32) * 32
+
+
+def lora_shrink(
+    x: jax.Array,
+    pool: jax.Array,
+    pages: jax.Array,
+    work: jax.Array,
+    layout: LoraLayout,
+    stack: Stack,
+    options: LoraOptions,
+) -> jax.Array:
+    """`x A` of every tile of the step, for all projections of a stack at once (paper: first half of MBGMM and MBGMV).
+
+    Args:
+      x: `[T, stack.d_in]`.
+      pool: one layer's pool `[num_pages, 2, page_size, W]`. pages: int32 `[slots, max_pages]`, see `AdapterTable`.
+      work: int32 `[NT, len(work.FIELDS)]`, this stack's table of `work.stack_work`.
+
+    Returns:
+      float32 `[slices, T, projections * rank_columns]`: sums over slices of the input's columns, to be added up. Rank j
+      of projection p is column `p * rank_columns + j`. Rows without an adapter and ranks that it lacks are undefined.
+    """
+    plan = options.shrink or shrink_plan(
+        decode=options.decode, rows=x.shape[0], d_in=stack.d_in, width=layout.width
+    )
+    return _backend(options).lora_shrink(
+        x, pool, pages, work, layout, stack,
+        max_rank=options.rank_columns, tile_rows=options.tile_rows, plan=plan, interpret=options.interpret,
+    )  # fmt: skip
+
+
+def lora_expand(
+    h: jax.Array,
+    y: jax.Array,
+    pool: jax.Array,
+    pages: jax.Array,
+    work: jax.Array,
+    layout: LoraLayout,
+    stack: Stack,
+    options: LoraOptions,
+) -> jax.Array:
+    """`y + (sum over slices of h) B`, for all projections of a stack at once, in y's buffer where y is not used again
+    (paper: second half of MBGMM and MBGMV).
+
+    Args:
+      h: what `lora_shrink` returned. y: `[T, stack.d_out]`. The others: as there.
+
+    Returns:
+      `[T, stack.d_out]`; rows without an adapter are y's to the bit.
+    """
+    plan = options.expand or expand_plan(
+        decode=options.decode, rows=y.shape[0], d_out=stack.d_out, width=layout.width
+    )
+    return _backend(options).lora_expand(
+        h, y, pool, pages, work, layout, stack, tile_rows=options.tile_rows, plan=plan, interpret=options.interpret
+    )
+
+
+def lora_tile_rows(dtype: Any, *, decode: bool, implementation: Implementation | None = None) -> int:
+    """The height of tiles that suits `LoraProduct` with the same arguments."""
+    return tile_rows(backend=resolve(implementation, dtype), decode=decode)
+
+
+def _backend(options: LoraOptions) -> ModuleType:
+    return importlib.import_module(f"pallas_kernels.lora.{options.implementation}")
+
+
+def resolve(implementation: str | None, dtype: Any) -> str:
+    """The implementation that `LoraProduct` takes: `implementation`, or for None the plan's."""
+    if implementation is None:
+        on_gpu = devices.target() is not None and jnp.dtype(dtype).itemsize == 2
+        return plans.find("lora", "backend")["backend"] if on_gpu else "xla"
+    if implementation not in IMPLEMENTATIONS:
+        available = ", ".join(map(repr, IMPLEMENTATIONS))
+        raise NotImplementedError(f"LoraProduct: no implementation named {implementation!r}; available: {available}")
+    if implementation != "xla" and jnp.dtype(dtype).itemsize != 2:
+        raise NotImplementedError(
+            f"LoraProduct: {implementation!r} takes bfloat16 and float16, not {dtype}; use 'xla' or another dtype"
+        )
+    return implementation

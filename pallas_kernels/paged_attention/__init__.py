@@ -1,5 +1,5 @@
 """Decode and chunked-prefill attention over the unified pool."""
 
-from pallas_kernels.paged_attention.api import AttentionTiles, paged_attention
+from pallas_kernels.paged_attention.api import AttentionTiles, PagedAttention, paged_attention
 
-__all__ = ["AttentionTiles", "paged_attention"]
+__all__ = ["AttentionTiles", "PagedAttention", "paged_attention"]

@@ -7,6 +7,7 @@ count wastes little on its shorter members.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.lora.layout import ceil_div
+from pallas_kernels.paged_attention.plan import AttentionShape
 
 if TYPE_CHECKING:
     from pallas_kernels.paged_attention.api import AttentionTiles
@@ -31,20 +33,35 @@ MASKED = -1e30
 """Score of a key that a query must not see; finite, so that a fully masked block leaves no NaN."""
 
 
+@dataclass(frozen=True)
+class Attention:
+    """The reference as an implementation of `PagedAttention`. tile_rows: most rows of a prefill tile."""
+
+    tiles: AttentionTiles
+    shape: AttentionShape
+    tile_rows: int
+
+    def __call__(self, q: jax.Array, pool: jax.Array) -> jax.Array:
+        return paged_attention(q, pool, self.tiles, self.shape, self.tile_rows)
+
+
 def paged_attention(
-    q: jax.Array, pool: jax.Array, tiles: AttentionTiles, *, num_kv_heads: int, decode: bool, tile_rows: int
+    q: jax.Array, pool: jax.Array, tiles: AttentionTiles, shape: AttentionShape, tile_rows: int
 ) -> jax.Array:
-    """See `pallas_kernels.paged_attention.api.paged_attention`."""
+    """See `pallas_kernels.paged_attention.api.PagedAttention`."""
     num_tokens, num_heads, head_dim = q.shape
     dtype = q.dtype
-    page_size = pool.shape[2]
-    group = num_heads // num_kv_heads
+    page_size, num_kv_heads, group, window = shape.page_size, shape.num_kv_heads, shape.group, shape.window
     q = (q.astype(jnp.float32) * head_dim**-0.5).reshape(num_tokens, num_kv_heads, group, head_dim)
     exact = lax.Precision.HIGHEST if pool.dtype == jnp.float32 else None
 
     def pages(ids: jax.Array, tile: int) -> jax.Array:
         """Keys (tile 0) or values (tile 1) of pages: `[..., page_size, Hkv, head_dim]`."""
         return pool.at[ids, tile].get(mode="clip").reshape(*ids.shape, page_size, num_kv_heads, head_dim)
+
+    def initial(*shape: int) -> tuple[jax.Array, ...]:
+        """Highest score, sum of weights, weighted sum of values, before the first key."""
+        return jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim))
 
     def prefill_tile(i: jax.Array, out: jax.Array) -> jax.Array:
         seq, row = tiles.prefill_seq[i], tiles.prefill_row[i]
@@ -56,6 +73,7 @@ def paged_attention(
         )
         position = tiles.context[seq] + start + jnp.arange(tile_rows) - tiles.first_row[seq]  # [M]
         last = tiles.context[seq] + jnp.minimum(row + tile_rows, tiles.length[seq])
+        begin = 0 if window is None else jnp.maximum(tiles.context[seq] + row - window + 1, 0)
         count = min(ceil_div(PREFILL_TOKENS, page_size), tiles.page_table.shape[1])
         # A page table whose width is no multiple of `count` is read with clamped indices past its end, masked below.
         columns = jnp.arange(count)
@@ -67,8 +85,11 @@ def paged_attention(
             v = pages(ids, 1).reshape(count * page_size, num_kv_heads, head_dim)
             scores = jnp.einsum("mngd,tnd->ngmt", q_rows, k, precision=exact, preferred_element_type=jnp.float32)
             key = block * count * page_size + jnp.arange(count * page_size)
-            scores = jnp.where(key[None, :] <= position[:, None], scores, MASKED)
-            v = jnp.where((key < last)[:, None, None], v, 0)  # what a former owner left there may be NaN
+            seen = key[None, :] <= position[:, None]
+            if window is not None:
+                seen &= key[None, :] > position[:, None] - window
+            scores = jnp.where(seen, scores, MASKED)
+            v = jnp.where(((key >= begin) & (key < last))[:, None, None], v, 0)  # a former owner may have left NaN
             new = jnp.maximum(highest, scores.max(-1))
             decay, p = jnp.exp(highest - new), jnp.exp(scores - new[..., None])
             pv = jnp.einsum(
@@ -76,9 +97,8 @@ def paged_attention(
             )
             return new, total * decay + p.sum(-1), acc * decay[..., None] + pv
 
-        shape = (num_kv_heads, group, tile_rows)
-        state = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
-        _, total, acc = lax.fori_loop(0, ceil_div(last, count * page_size), body, state)
+        state = initial(num_kv_heads, group, tile_rows)
+        _, total, acc = lax.fori_loop(begin // (count * page_size), ceil_div(last, count * page_size), body, state)
         result = (acc / total[..., None]).transpose(2, 0, 1, 3)  # [M, Hkv, G, hd]
         old = lax.dynamic_slice_in_dim(out, start, tile_rows)
         return lax.dynamic_update_slice_in_dim(out, jnp.where(own[:, None, None, None], result, old), start, 0)
@@ -94,16 +114,19 @@ def paged_attention(
         row = jnp.where(live, tiles.first_row[seq], num_tokens)
         q_rows = q.at[row].get(mode="clip")[:, None]  # [M, 1, Hkv, G, hd]
         tokens = jnp.where(live, tiles.context[seq] + 1, 0)
+        begin = jnp.zeros_like(tokens) if window is None else jnp.maximum(tokens - window, 0)
+        first = begin // page_size  # [M]: pages before it are skipped
         table = tiles.page_table.at[seq].get(mode="clip")  # [M, max_pages]
 
         def body(block: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             highest, total, acc = state
-            ids = lax.dynamic_slice_in_dim(table, block, 1, axis=1)[:, 0]
+            column = first + block
+            ids = jnp.take_along_axis(table, column[:, None], axis=1, mode="clip")[:, 0]
             k = pages(ids, 0)[:, :, :, None]  # [M, page_size, Hkv, 1, hd]
             partial = sum(q_rows[..., d : d + lanes] * k[..., d : d + lanes] for d in range(0, head_dim, lanes))
             scores = lax.optimization_barrier(partial).sum(-1)  # [M, page_size, Hkv, G]
-            key = block * page_size + jnp.arange(page_size)
-            seen = key[None] < tokens[:, None]  # [M, page_size]
+            key = column[:, None] * page_size + jnp.arange(page_size)  # [M, page_size]
+            seen = (key >= begin[:, None]) & (key < tokens[:, None])
             scores = jnp.where(seen[..., None, None], scores, MASKED)
             new = jnp.maximum(highest, scores.max(1))
             decay, p = jnp.exp(highest - new), jnp.exp(scores - new[:, None])
@@ -112,13 +135,12 @@ def paged_attention(
             pv = sum(p[:, j, :, :, None] * v[:, j, :, None] for j in range(page_size))
             return new, total * decay + p.sum(1), acc * decay[..., None] + pv
 
-        shape = (chunk, num_kv_heads, group)
-        state = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
-        _, total, acc = lax.fori_loop(0, ceil_div(jnp.max(tokens), page_size), body, state)
+        state = initial(chunk, num_kv_heads, group)
+        _, total, acc = lax.fori_loop(0, jnp.max(ceil_div(tokens, page_size) - first), body, state)
         return out.at[row].set(acc / total[..., None], mode="drop")
 
     out = jnp.zeros(q.shape, jnp.float32)
-    if not decode:
+    if not shape.decode:
         out = lax.fori_loop(0, tiles.num_prefill, prefill_tile, out)
     out = lax.fori_loop(0, ceil_div(tiles.num_decode, chunk), decode_chunk, out)
     return out.reshape(num_tokens, num_heads, head_dim).astype(dtype)

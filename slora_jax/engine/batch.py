@@ -37,11 +37,6 @@ class Bucket:
         return f"decode_{self.seqs}" if self.decode else f"mixed_{self.tokens}"
 
     @property
-    def lora_tile_rows(self) -> int:
-        """Most rows of a LoRA tile."""
-        return min(self.tokens, 32)
-
-    @property
     def prefill_tile_rows(self) -> int:
         """Most rows of a prefill attention tile."""
         return min(self.tokens, 64)
@@ -70,6 +65,7 @@ class BatchLayout:
     page_size: int
     max_seqs: int
     adapter_slots: int
+    lora_tile_rows: int = 32  # most rows of a LoRA tile
 
     @cached_property
     def fields(self) -> dict[str, tuple[int, int]]:
@@ -77,7 +73,7 @@ class BatchLayout:
         bucket = self.bucket
         tokens, seqs = bucket.tokens, bucket.seqs
         deltas = ceil_div(tokens, self.page_size) + seqs
-        lora_tiles = ceil_div(tokens, bucket.lora_tile_rows) + min(self.adapter_slots, seqs)
+        lora_tiles = ceil_div(tokens, self.lora_tile_rows) + min(self.adapter_slots, seqs)
         prefill_tiles = 0 if bucket.decode else ceil_div(tokens, bucket.prefill_tile_rows) + seqs
         lengths = {"token": tokens}
         lengths |= dict.fromkeys(("slot", "first_row", "length", "context", "adapter_slot", "decode_seq"), seqs)
@@ -148,7 +144,7 @@ def build_metadata(plan: StepPlan, layout: BatchLayout) -> tuple[np.ndarray, lis
     _put_tokens(view, sequences, first_row)
     _put_page_deltas(view, sequences, layout)
     _put_sampling(view, requests)
-    _put_lora_tiles(view, count, adapter, dense[order], layout.bucket.lora_tile_rows)
+    _put_lora_tiles(view, count, adapter, dense[order], layout.lora_tile_rows)
 
     decode = np.flatnonzero(count == 1)
     decode = decode[np.argsort(-context[decode], kind="stable")]

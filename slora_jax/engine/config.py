@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.lora.api import IMPLEMENTATIONS
 from slora_jax.engine.batch import Bucket
 from slora_jax.errors import ConfigError
 
@@ -31,6 +32,7 @@ class EngineConfig:
     seed: of the random streams of requests that bring none.
     decode_buckets, mixed_buckets: rows of the compiled step programs: for steps in which every sequence decodes one
       token, and for steps with prefill; None: chosen from max_seqs and max_tokens_per_step.
+    kernels: "auto" (what the plan tables name for the device), "xla", "triton" or "mosaic_gpu", of LoRA and attention.
     keep_logits: outputs carry each generated token's float32 logits (for research; costs a copy of [seqs, vocab]).
     compilation_cache_dir: JAX's persistent compilation cache, for your own account only (who can write there can run
       code as you). A cache that JAX is configured with already is left alone; None: none.
@@ -52,6 +54,7 @@ class EngineConfig:
     seed: int = 0
     decode_buckets: tuple[int, ...] | None = None
     mixed_buckets: tuple[int, ...] | None = None
+    kernels: str = "auto"
     keep_logits: bool = False
     compilation_cache_dir: str | Path | None = DEFAULT_COMPILATION_CACHE
     model_cache_dir: str | Path | None = None
@@ -69,6 +72,9 @@ class EngineConfig:
             _require(value is None or (_is_int(value) and value >= low), name, value, f"None or an integer >= {low}")
         _require(_is_int(self.max_rank) and 1 <= self.max_rank <= 256, "max_rank", self.max_rank, "in 1..256")
         _require(_is_int(self.seed) and 0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
+        _require(
+            self.kernels in ("auto", *IMPLEMENTATIONS), "kernels", self.kernels, f"'auto' or one of {IMPLEMENTATIONS}"
+        )
         fraction = self.memory_fraction
         _require(isinstance(fraction, float) and 0 < fraction <= 1, "memory_fraction", fraction, "a float in (0, 1]")
         _require(

@@ -34,7 +34,7 @@ class StepPrograms:
     def __init__(self, spec: StepSpec, buckets: tuple[Bucket, ...], *, threads: int = 2, progress: bool = True) -> None:
         """Compiles all; `threads` at once. Raises what the compiler raises."""
         self.buckets = buckets
-        layouts = [BatchLayout(b, spec.pool.page_size, spec.max_seqs, spec.pool.adapter_slots) for b in buckets]
+        layouts = [spec.layout(bucket) for bucket in buckets]
         jobs = [(layout, with_lora) for layout in reversed(layouts) for with_lora in (True, False)]
         self._programs: dict[tuple[Bucket, bool], StepProgram] = {}
         bar = tqdm(total=len(jobs), desc="compiling steps", unit="program", disable=not progress, leave=False)

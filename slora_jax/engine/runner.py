@@ -42,22 +42,11 @@ class InFlight:
 class Runner:
     """Owns every device array: parameters, pool, adapter table, sequence state."""
 
-    def __init__(
-        self, model: ModelConfig, graphdef: nnx.GraphDef, params: Params, config: EngineConfig, max_model_len: int
-    ) -> None:
+    def __init__(self, model: ModelConfig, graphdef: nnx.GraphDef, params: Params, config: EngineConfig) -> None:
         self._params = params
         self.shape = pool_shape(model, config)
         struct = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-        self.spec = StepSpec(
-            model=model,
-            graphdef=graphdef,
-            params=struct,
-            pool=self.shape,
-            max_seqs=config.max_seqs,
-            max_pages_per_seq=ceil_div(max_model_len, config.page_size),
-            max_rank=config.max_rank,
-            keep_logits=config.keep_logits,
-        )
+        self.spec = step_spec(model, graphdef, struct, config, self.shape)
         self.programs = StepPrograms(self.spec, config.buckets(), progress=config.progress)
         self.pool = self.shape.make_pool()
         self.table = self.shape.make_table()
@@ -105,6 +94,35 @@ def adapter_geometry(model: ModelConfig, page_size: int) -> BaseGeometry:
         kv_width=model.kv_width,
         intermediate_size=model.intermediate_size,
         page_size=page_size,
+    )
+
+
+def longest_sequence(model: ModelConfig, config: EngineConfig) -> int:
+    """Most tokens of prompt and output together.
+
+    Raises:
+      ConfigError: `max_model_len` is beyond the model's positions.
+    """
+    if (config.max_model_len or 0) > model.max_position_embeddings:
+        positions = model.max_position_embeddings
+        raise ConfigError(f"EngineConfig.max_model_len={config.max_model_len}: the model has {positions} positions")
+    return config.max_model_len or model.max_position_embeddings
+
+
+def step_spec(
+    model: ModelConfig, graphdef: nnx.GraphDef, params: Params, config: EngineConfig, shape: PoolShape
+) -> StepSpec:
+    """What an engine's step programs depend on. params: `jax.ShapeDtypeStruct` leaves."""
+    return StepSpec(
+        model=model,
+        graphdef=graphdef,
+        params=params,
+        pool=shape,
+        max_seqs=config.max_seqs,
+        max_pages_per_seq=ceil_div(longest_sequence(model, config), config.page_size),
+        max_rank=config.max_rank,
+        keep_logits=config.keep_logits,
+        kernels=None if config.kernels == "auto" else config.kernels,  # type: ignore[arg-type]
     )
 
 

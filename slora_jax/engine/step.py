@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.lora import AdapterTable, LoraLayout, LoraProduct
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.lora import AdapterTable, Implementation, LoraLayout, LoraProduct, lora_tile_rows
+from pallas_kernels.paged_attention import PagedAttention
 from pallas_kernels.pool_write import write_kv
 from slora_jax.engine.batch import BatchLayout, Bucket, SequenceState, StepBatch, unpack
 from slora_jax.engine.sampling import Sampled, sample
@@ -31,12 +31,22 @@ class PagedContext:
     """A model's view of the unified pool while one step is traced: a `models.StepContext`."""
 
     def __init__(
-        self, pool: Pool, table: AdapterTable, batch: StepBatch, spec: StepSpec, bucket: Bucket, with_lora: bool
+        self, pool: Pool, table: AdapterTable, batch: StepBatch, spec: StepSpec, layout: BatchLayout, with_lora: bool
     ) -> None:
+        model, bucket = spec.model, layout.bucket
         self.pool = list(pool)
         self._batch = batch
-        self._bucket = bucket
-        self._num_kv_heads = spec.model.num_kv_heads
+        self._attention = PagedAttention(
+            batch.attention,
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            page_size=layout.page_size,
+            dtype=spec.pool.dtype,
+            decode=bucket.decode,
+            tile_rows=bucket.prefill_tile_rows,
+            implementation=spec.kernels,
+        )
         self._stacks = {stack.name: stack for stack in spec.lora_layout.stacks}
         self._lora: LoraProduct | None = None
         if with_lora:
@@ -45,9 +55,11 @@ class PagedContext:
                     spec.lora_layout,
                     table,
                     batch.lora,
+                    dtype=spec.pool.dtype,
                     decode=bucket.decode,
-                    tile_rows=bucket.lora_tile_rows,
+                    tile_rows=layout.lora_tile_rows,
                     max_rank=spec.max_rank,
+                    implementation=spec.kernels,
                 )
 
     def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -56,14 +68,8 @@ class PagedContext:
         self.pool[layer] = write_kv(
             self.pool[layer], k.reshape(rows, -1), v.reshape(rows, -1), batch.page, batch.offset
         )
-        return paged_attention(
-            q,
-            self.pool[layer],
-            batch.attention,
-            num_kv_heads=self._num_kv_heads,
-            decode=self._bucket.decode,
-            tile_rows=self._bucket.prefill_tile_rows,
-        )
+        with jax.named_scope("attention"):
+            return self._attention(q, self.pool[layer])
 
     def lora(self, layer: int, stack: str, x: jax.Array, y: jax.Array) -> jax.Array:
         """Adds the adapters' part of a stack; nothing at all in a program for batches without adapters."""
@@ -85,12 +91,20 @@ class StepSpec:
     max_pages_per_seq: int
     max_rank: int
     keep_logits: bool = False
+    kernels: Implementation | None = None  # None: what the plan tables name for the device
 
     @property
     def lora_layout(self) -> LoraLayout:
         model = self.model
         return LoraLayout.of_decoder(
             model.hidden_size, model.q_width, model.kv_width, model.intermediate_size, self.pool.page_size
+        )
+
+    def layout(self, bucket: Bucket) -> BatchLayout:
+        """How a bucket's metadata lies in its buffer."""
+        rows = lora_tile_rows(self.pool.dtype, decode=bucket.decode, implementation=self.kernels)
+        return BatchLayout(
+            bucket, self.pool.page_size, self.max_seqs, self.pool.adapter_slots, min(bucket.tokens, rows)
         )
 
     def state_struct(self) -> SequenceState:
@@ -113,7 +127,7 @@ def make_step(spec: StepSpec, layout: BatchLayout, with_lora: bool) -> Any:
     ) -> tuple[Pool, SequenceState, StepOutput]:
         batch, state = unpack(metadata, state, layout)
         model = nnx.merge(spec.graphdef, params)
-        context = PagedContext(pool, table, batch, spec, layout.bucket, with_lora)
+        context = PagedContext(pool, table, batch, spec, layout, with_lora)
         hidden = model(batch.token, batch.position, context)  # [T, d]
         logits = model.logits(hidden[batch.last_row])  # [S, vocab]
         with jax.named_scope("sample"):

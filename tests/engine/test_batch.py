@@ -193,12 +193,12 @@ def test_lora_tiles_cover_each_row_of_an_adapter_once_and_no_other(step):
     assert (
         lora.num_tiles
         <= len(lora.slot)
-        <= -(-bucket.tokens // bucket.lora_tile_rows) + min(step.layout.adapter_slots, bucket.seqs)
+        <= -(-bucket.tokens // step.layout.lora_tile_rows) + min(step.layout.adapter_slots, bucket.seqs)
     )
     slot_of_row = [row.sequence.request.adapter_slot for row in step.rows]
     covered = []
     for slot, first, rows in np.stack([lora.slot, lora.first_row, lora.rows], 1)[: lora.num_tiles].tolist():
-        assert 1 <= rows <= bucket.lora_tile_rows
+        assert 1 <= rows <= step.layout.lora_tile_rows
         assert slot_of_row[first : first + rows] == [slot] * rows
         covered += range(first, first + rows)
     with_adapter = [row for row, slot in enumerate(slot_of_row) if slot >= 0]

@@ -50,7 +50,7 @@ LLAMA_8B = _spec(hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, dty
 
 
 def _layout(spec: StepSpec, bucket: Bucket) -> BatchLayout:
-    return BatchLayout(bucket, spec.pool.page_size, spec.max_seqs, spec.pool.adapter_slots)
+    return spec.layout(bucket)
 
 
 @pytest.mark.parametrize("with_lora", [False, True])

@@ -1,0 +1,56 @@
+"""What the LoRA products of one step must move and compute, for one stack of one layer.
+
+Counted are only what belongs to the adapters at hand: of each adapter with rows in the step the live rows of its tiles,
+once; not the columns that pad a tile, not page tables and work tables. Rows without an adapter of the stack cost
+nothing: the result is added in place.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pallas_kernels.lora.layout import LoraLayout, Stack
+from pallas_kernels.roofline import Work
+
+INTERMEDIATE_BYTES = 4
+"""Of one element of `x A`, which shrink leaves for expand in float32."""
+
+
+def shrink_work(ranks: np.ndarray, rows: np.ndarray, stack: Stack, itemsize: int, planes: int = 1) -> Work:
+    """Bytes: A once, x once, and `x A` written `planes` times (1: the least that two kernels can hand over; a shrink
+    that splits its input into slices writes one plane for each). Operations: `2 * rows * rank * d_in`.
+
+    Args:
+      ranks: int `[n, 7]`, of the adapters. rows: int `[n]`, rows of the step that each has.
+      itemsize: bytes of an element of x and of the pool.
+    """
+    rank, rows = _live(ranks, rows, stack)
+    total, hidden = rank.sum(1), rows[:, None] * rank  # [n], [n, projections]
+    weights = int(total[rows > 0].sum()) * stack.d_in * itemsize
+    inputs = int(rows[total > 0].sum()) * stack.d_in * itemsize
+    elements = int(hidden.sum())
+    return Work(weights + inputs + planes * elements * INTERMEDIATE_BYTES, 2 * elements * stack.d_in)
+
+
+def expand_work(ranks: np.ndarray, rows: np.ndarray, stack: Stack, itemsize: int, planes: int = 1) -> Work:
+    """Bytes: B once, `x A` read `planes` times, and y read and written in the columns of projections that the row's
+    adapter has. Operations: `2 * rows * rank * d_out`. Arguments: as of `shrink_work`; itemsize is also y's."""
+    rank, rows = _live(ranks, rows, stack)
+    widths, hidden = np.array(stack.d_outs), rows[:, None] * rank
+    weights = int((rank[rows > 0] * widths).sum()) * itemsize
+    outputs = 2 * int((rows[:, None] * (rank > 0) * widths).sum()) * itemsize
+    return Work(
+        weights + planes * int(hidden.sum()) * INTERMEDIATE_BYTES + outputs, 2 * int((hidden * widths).sum())
+    )
+
+
+def layer_work(ranks: np.ndarray, rows: np.ndarray, layout: LoraLayout, itemsize: int) -> Work:
+    """Shrink and expand of every stack of one layer."""
+    return sum(
+        (op(ranks, rows, stack, itemsize) for stack in layout.stacks for op in (shrink_work, expand_work)), Work()
+    )
+
+
+def _live(ranks: np.ndarray, rows: np.ndarray, stack: Stack) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks of the stack's projections `[n, projections]` and rows `[n]`, as integers that do not overflow."""
+    return np.asarray(ranks, np.int64)[:, list(stack.rank_index)], np.asarray(rows, np.int64)

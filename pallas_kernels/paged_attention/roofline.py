@@ -1,0 +1,38 @@
+"""What the attention of one step must move and compute, in one layer."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pallas_kernels.roofline import Work
+
+
+def attention_work(
+    rows: np.ndarray,
+    context: np.ndarray,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+    window: int | None = None,
+) -> Work:
+    """Decode rows and prefill chunks alike.
+
+    Bytes: the keys and values that any of a sequence's rows sees, once for the sequence; q once; the output once. Pages
+    are counted by their live rows, page tables and partial results of a context cut in parts not at all. Operations:
+    `4 * head_dim` for each query head and each key that it sees (scores and weighted sum; softmax is left out).
+
+    Args:
+      rows, context: int `[S]`, each sequence's rows in the step, and its tokens before them.
+      itemsize: bytes of an element of q, of the output and of the pool. window: keys a query sees at most.
+    """
+    rows, context = np.asarray(rows, np.int64), np.asarray(context, np.int64)
+    end = context + rows
+    window = int(end.max(initial=0)) if window is None else window
+    keys = np.where(rows > 0, end - np.maximum(context + 1 - window, 0), 0)
+    # Row i sees min(context + 1 + i, window) keys: a ramp that ends where the window is full.
+    ramp = np.clip(window - context, 0, rows)
+    seen = ramp * context + ramp * (ramp + 1) // 2 + (rows - ramp) * window
+    elements = 2 * int(keys.sum()) * num_kv_heads + 2 * int(rows.sum()) * num_heads
+    return Work(elements * head_dim * itemsize, 4 * head_dim * num_heads * int(seen.sum()))

@@ -1,0 +1,289 @@
+"""Paged attention in Triton: Ampere, Ada, Hopper. One launch for a layer's decode rows and prefill tiles.
+
+A *decode* program owns a chunk of one sequence's context and one key-value head with all its query heads: K and V are
+read once. A sequence of several chunks (flash-decoding) leaves partial results, and whoever finishes last adds them up
+in their fixed order: the same bits every time. A *prefill* program owns a tile of rows, with the query heads of one
+key-value head packed beside them, and walks over the keys up to its last row. Softmax is in base 2, with the scale
+folded into its argument. Token indices are clamped to the sequence's own, so nothing that is not live is ever read.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from pallas_kernels.lora.layout import ceil_div
+from pallas_kernels.paged_attention.api import AttentionTiles
+from pallas_kernels.paged_attention.plan import AttentionShape, TritonPlan, triton_plan
+from pallas_kernels.paged_attention.work import FIELDS, decode_items, prefill_items
+from pallas_kernels.triton_call import triton_call
+
+MASKED = tl.constexpr(-1e30)
+"""Score of a key that a query must not see; finite, so that a row without a visible key in a block leaves no NaN."""
+
+MOST_GROUP = 64
+"""Query heads to a key-value head: as many rows as the smallest prefill block has."""
+
+
+@triton.jit
+def _tokens(start, first, end, BLOCK_N: tl.constexpr):
+    """The `BLOCK_N` tokens from `start` on, brought into the live range `first .. end - 1`."""
+    return tl.maximum(tl.minimum(start + tl.arange(0, BLOCK_N), end - 1), first)
+
+
+@triton.jit
+def _blocks(
+    acc, top, total, q, position, pool_ptr, table_ptr, first, start, stop, end,
+    SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys `start .. stop - 1`, `BLOCK_N` at once.
+
+    acc `[M, HEAD_DIM]`, top `[M]` (highest score), total `[M]` (sum of weights): the state. first, end: the keys that
+    may be read are `first .. end - 1`. CAUSAL: rows see keys up to `position [M]` only; otherwise all of these.
+    """
+    column = tl.arange(0, HEAD_DIM)
+    page = tl.load(table_ptr + _tokens(start, first, end, BLOCK_N) // PAGE_SIZE)
+    for n in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
+        row = page.to(tl.int64) * (2 * PAGE_SIZE) + _tokens(n, first, end, BLOCK_N) % PAGE_SIZE
+        keys = pool_ptr + (row * WIDTH)[:, None] + column[None, :]
+        # The next block's pages are looked up one step ahead, so that no copy waits for the page table.
+        page = tl.load(table_ptr + _tokens(n + BLOCK_N, first, end, BLOCK_N) // PAGE_SIZE)
+        scores = tl.dot(q, tl.trans(tl.load(keys)))
+        if CAUSAL:
+            key = n + tl.arange(0, BLOCK_N)
+            seen = key[None, :] <= position[:, None]
+            if WINDOW > 0:
+                seen &= key[None, :] > position[:, None] - WINDOW
+            scores = tl.where(seen, scores, MASKED)
+        highest = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp2(scores * SCALE - (highest * SCALE)[:, None])
+        decay = tl.exp2((top - highest) * SCALE)
+        v = tl.load(keys + PAGE_SIZE * WIDTH)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None])
+        total = total * decay + tl.sum(p, 1)
+        top = highest
+    return acc, top, total
+
+
+@triton.jit
+def _tile(work, head, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Offsets in q and out of a prefill item's rows, the heads of a group side by side `[M, HEAD_DIM]`, and which of
+    them it has `[M, 1]`. A volatile load, so that nothing of it is kept in registers between two calls."""
+    row, rows = tl.load(work, volatile=True), tl.load(work + 1, volatile=True)
+    m = tl.arange(0, BLOCK_M)
+    offset = ((row + m // GROUP) * HEADS + head * GROUP + m % GROUP).to(tl.int64) * HEAD_DIM
+    return offset[:, None] + tl.arange(0, HEAD_DIM)[None, :], (m // GROUP < rows)[:, None]
+
+
+@triton.jit
+def _prefill(
+    q_ptr, pool_ptr, table_ptr, work, out_ptr, head, begin, end,
+    SCALE: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows, at the positions `begin .. end - 1`, for the query heads of one key-value head."""
+    offset, own = _tile(work, head, GROUP, HEADS, HEAD_DIM, BLOCK_M)
+    q = tl.load(q_ptr + offset, mask=own, other=0.0).to(pool_ptr.dtype.element_ty)
+    position = begin + tl.arange(0, BLOCK_M) // GROUP
+    top = tl.full([BLOCK_M], MASKED, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    if WINDOW > 0:
+        first = tl.maximum(begin - WINDOW + 1, 0)
+        masked = first // BLOCK_N * BLOCK_N
+    else:  # the blocks before the first row's are seen by all rows
+        first = 0
+        masked = (begin + 1) // BLOCK_N * BLOCK_N
+        acc, top, total = _blocks(
+            acc, top, total, q, position, pool_ptr, table_ptr, first, 0, masked, end,
+            SCALE, HEAD_DIM, WIDTH, PAGE_SIZE, WINDOW, BLOCK_N, STAGES, False,
+        )  # fmt: skip
+    acc, top, total = _blocks(
+        acc, top, total, q, position, pool_ptr, table_ptr, first, masked, end, end,
+        SCALE, HEAD_DIM, WIDTH, PAGE_SIZE, WINDOW, BLOCK_N, STAGES, True,
+    )  # fmt: skip
+    offset, own = _tile(work, head, GROUP, HEADS, HEAD_DIM, BLOCK_M)
+    tl.store(out_ptr + offset, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=own)
+
+
+@triton.jit
+def _decode(
+    q_ptr, pool_ptr, table_ptr, out_ptr, partial_ptr, stats_ptr, arrivals_ptr, head, item, row, begin, end, part, parts,
+    SCALE: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One row's query heads of one key-value head over the keys `begin .. end - 1`."""
+    M: tl.constexpr = max(BLOCK_G, 16)  # what the tensor cores take
+    g = tl.arange(0, M)
+    own = g < GROUP
+    column = tl.arange(0, HEAD_DIM)
+    q_head = head * GROUP + g
+    address = (row.to(tl.int64) * HEADS + q_head)[:, None] * HEAD_DIM + column[None, :]
+    q = tl.load(q_ptr + address, mask=own[:, None], other=0.0).to(pool_ptr.dtype.element_ty)
+    top = tl.full([M], MASKED, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, HEAD_DIM], tl.float32)
+    acc, top, total = _blocks(
+        acc, top, total, q, tl.full([M], 0, tl.int32) + (end - 1), pool_ptr, table_ptr, begin, begin, end, end,
+        SCALE, HEAD_DIM, WIDTH, PAGE_SIZE, 0, BLOCK_N, STAGES, True,
+    )  # fmt: skip
+    if parts == 1:
+        tl.store(out_ptr + address, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=own[:, None])
+    else:
+        mine = item * HEADS + q_head
+        tl.store(partial_ptr + mine.to(tl.int64)[:, None] * HEAD_DIM + column[None, :], acc, mask=own[:, None])
+        tl.store(stats_ptr + mine * 2, top, mask=own)
+        tl.store(stats_ptr + mine * 2 + 1, total, mask=own)
+        tl.debug_barrier()  # every thread has written its share before one of them tells of it
+        if tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == parts - 1:
+            tl.store(arrivals_ptr, 0)  # as the next layer wants it
+            _add_up(
+                out_ptr + (row.to(tl.int64) * HEADS + head * GROUP) * HEAD_DIM, partial_ptr, stats_ptr,
+                (item - part) * HEADS + head * GROUP, parts, SCALE, GROUP, HEADS, HEAD_DIM, BLOCK_G, BLOCK_P,
+            )  # fmt: skip
+
+
+@triton.jit
+def _add_up(
+    out_ptr, partial_ptr, stats_ptr, first, parts,
+    SCALE: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Adds up the partial results of one sequence and key-value head, `BLOCK_P` at once; `first`: head of the first."""
+    g = tl.arange(0, BLOCK_G)
+    column = tl.arange(0, HEAD_DIM)
+    top = tl.full([BLOCK_G], MASKED, tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, HEAD_DIM], tl.float32)
+    for p in range(0, parts, BLOCK_P):
+        part = p + tl.arange(0, BLOCK_P)
+        live = (part < parts)[:, None] & (g < GROUP)[None, :]  # [P, G]
+        at = first + part[:, None] * HEADS + g[None, :]
+        # Other programs wrote these: read them past this multiprocessor's own cache.
+        tops = tl.load(stats_ptr + at * 2, mask=live, other=MASKED, cache_modifier=".cg")
+        totals = tl.load(stats_ptr + at * 2 + 1, mask=live, other=0.0, cache_modifier=".cg")
+        accs = tl.load(
+            partial_ptr + at.to(tl.int64)[:, :, None] * HEAD_DIM + column[None, None, :],
+            mask=live[:, :, None], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        highest = tl.maximum(top, tl.max(tops, 0))
+        decay = tl.exp2((top - highest) * SCALE)
+        weight = tl.exp2((tops - highest[None, :]) * SCALE)
+        acc = acc * decay[:, None] + tl.sum(accs * weight[:, :, None], 0)
+        total = total * decay + tl.sum(totals * weight, 0)
+        top = highest
+    address = g[:, None] * HEAD_DIM + column[None, :]
+    tl.store(out_ptr + address, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=(g < GROUP)[:, None])
+
+
+@triton.jit
+def paged_attention_kernel(
+    q_ptr, pool_ptr, pages_ptr, work_ptr, arrivals_in_ptr, out_ptr, arrivals_ptr, partial_ptr, stats_ptr,
+    T: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, MAX_PAGES: tl.constexpr, WINDOW: tl.constexpr, FIELDS: tl.constexpr,
+    PREFILL_ITEMS: tl.constexpr, ZERO_ROWS: tl.constexpr,
+    PREFILL_M: tl.constexpr, PREFILL_N: tl.constexpr, PREFILL_STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One work item for one key-value head. First come the prefill items, which take longest."""
+    head, item = tl.program_id(0), tl.program_id(1)
+    KV_HEADS: tl.constexpr = HEADS // GROUP
+    WIDTH: tl.constexpr = KV_HEADS * HEAD_DIM
+    work = work_ptr + item * FIELDS
+    row, rows, seq = tl.load(work), tl.load(work + 1), tl.load(work + 2)
+    begin, end, num_rows = tl.load(work + 3), tl.load(work + 4), tl.load(work + 7)
+
+    # Each program's share of the step's rows, where they belong to no sequence.
+    column = tl.arange(0, BLOCK_G * HEAD_DIM)
+    for t in range(tl.maximum(item * ZERO_ROWS, num_rows), tl.minimum((item + 1) * ZERO_ROWS, T)):
+        address = (t * HEADS + head * GROUP).to(tl.int64) * HEAD_DIM + column
+        tl.store(out_ptr + address, tl.zeros([BLOCK_G * HEAD_DIM], out_ptr.dtype.element_ty),
+                 mask=column < GROUP * HEAD_DIM)  # fmt: skip
+    if rows == 0:
+        return
+    pool_ptr += head * HEAD_DIM
+    table_ptr = pages_ptr + seq * MAX_PAGES
+    if PREFILL_ITEMS > 0:
+        if item < PREFILL_ITEMS:
+            _prefill(
+                q_ptr, pool_ptr, table_ptr, work, out_ptr, head, begin, end,
+                SCALE, GROUP, HEADS, HEAD_DIM, WIDTH, PAGE_SIZE, WINDOW, PREFILL_M, PREFILL_N, PREFILL_STAGES,
+            )  # fmt: skip
+    if item >= PREFILL_ITEMS:
+        _decode(
+            q_ptr, pool_ptr, table_ptr, out_ptr, partial_ptr, stats_ptr, arrivals_ptr + seq * KV_HEADS + head,
+            head, item - PREFILL_ITEMS, row, begin, end, tl.load(work + 5), tl.load(work + 6),
+            SCALE, GROUP, HEADS, HEAD_DIM, WIDTH, PAGE_SIZE, BLOCK_N, STAGES, BLOCK_G, BLOCK_P,
+        )  # fmt: skip
+
+
+class Attention:
+    """The Triton implementation of `PagedAttention`, for one step: the work table is made here, once for all layers.
+
+    The counters by which the last program of a sequence knows itself go from layer to layer (each leaves zeros).
+    """
+
+    def __init__(
+        self, tiles: AttentionTiles, shape: AttentionShape, *, plan: TritonPlan | None = None, interpret: bool = False
+    ) -> None:
+        _check(shape)
+        self._shape, self._interpret = shape, interpret
+        self._plan = plan = triton_plan(shape) if plan is None else plan
+        self._decode_items = shape.num_seqs + ceil_div(plan.programs, shape.num_kv_heads)
+        self._work = decode_items(
+            tiles, self._decode_items, plan.min_chunk, plan.block_n, shape.max_tokens, shape.window
+        )
+        self._prefill_items = 0
+        if not shape.decode:
+            rows = plan.prefill_m // shape.group
+            # n sequences of more than one row have at most (max_rows - n) / rows + n tiles
+            self._prefill_items = shape.max_rows // rows + min(shape.num_seqs, shape.max_rows // 2)
+            self._work = jnp.concatenate([prefill_items(tiles, rows, self._prefill_items), self._work])
+        self._page_table = tiles.page_table
+        self._arrivals = jnp.zeros(shape.num_seqs * shape.num_kv_heads, jnp.int32)
+
+    def __call__(self, q: jax.Array, pool: jax.Array) -> jax.Array:
+        """See `PagedAttention.__call__`."""
+        shape, plan = self._shape, self._plan
+        num_rows, num_heads, head_dim = q.shape
+        if num_rows > shape.max_rows:
+            raise ValueError(f"paged_attention: {num_rows} rows, but the tiles are for at most {shape.max_rows}")
+        items = self._work.shape[0]
+        block_g = triton.next_power_of_2(shape.group)
+        out, self._arrivals, _, _ = triton_call(
+            "pallas_kernels.paged_attention.triton:paged_attention_kernel",
+            q, pool, self._page_table, self._work, self._arrivals,
+            out=[
+                jax.ShapeDtypeStruct(q.shape, q.dtype),
+                jax.ShapeDtypeStruct(self._arrivals.shape, jnp.int32),
+                jax.ShapeDtypeStruct((self._decode_items, num_heads, head_dim), jnp.float32),
+                jax.ShapeDtypeStruct((self._decode_items, num_heads, 2), jnp.float32),
+            ],
+            aliases={4: 1}, grid=(shape.num_kv_heads, items),
+            num_warps=plan.warps, num_stages=plan.stages, interpret=self._interpret,
+            T=num_rows, SCALE=math.log2(math.e) * head_dim**-0.5, GROUP=shape.group, HEADS=num_heads,
+            HEAD_DIM=head_dim, PAGE_SIZE=shape.page_size, MAX_PAGES=shape.max_pages, WINDOW=shape.window or 0,
+            FIELDS=len(FIELDS), PREFILL_ITEMS=self._prefill_items, ZERO_ROWS=ceil_div(num_rows, items),
+            PREFILL_M=plan.prefill_m, PREFILL_N=plan.prefill_n, PREFILL_STAGES=plan.prefill_stages,
+            BLOCK_N=plan.block_n, STAGES=plan.stages,
+            BLOCK_G=block_g, BLOCK_P=max(2, 8192 // (block_g * head_dim)),
+        )  # fmt: skip
+        return out
+
+
+def _check(shape: AttentionShape) -> None:
+    declined = None
+    if shape.dtype not in (jnp.bfloat16, jnp.float16):
+        declined = f"a {shape.dtype} pool; bfloat16 and float16 are served"
+    elif shape.head_dim not in (16, 32, 64, 128, 256):
+        declined = f"head_dim {shape.head_dim}; 16, 32, 64, 128 and 256 are served"
+    elif shape.group > MOST_GROUP:
+        declined = f"{shape.group} query heads to a key-value head; at most {MOST_GROUP} are served"
+    if declined:
+        raise NotImplementedError(f"paged_attention in Triton: {declined}; pass implementation='xla'")

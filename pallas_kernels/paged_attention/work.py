@@ -1,0 +1,75 @@
+"""What the GPU kernels do in a step: one table of work, a row for each program, made once and shared by all layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.lora.layout import ceil_div
+
+if TYPE_CHECKING:
+    from pallas_kernels.paged_attention.api import AttentionTiles
+
+FIELDS = ("row", "rows", "seq", "begin", "end", "part", "parts", "num_rows")
+"""Columns of a work table. `row`, `rows`: the item's rows of the step (0 rows: nothing to do). `seq`: whose they are.
+`begin`, `end`: a prefill item's rows have the positions `begin .. end - 1`; a decode item reads the keys
+`begin .. end - 1`, which are number `part` of the `parts` that its sequence's context is cut into; these lie one after
+another in the table. `num_rows`, the same everywhere: rows of the step that belong to a sequence."""
+
+
+def prefill_items(tiles: AttentionTiles, rows: int, items: int) -> jax.Array:
+    """Tiles of at most `rows` rows of the sequences with more than one, most keys first: int32 `[items, FIELDS]`."""
+    seq, index, live = _list(jnp.where(tiles.length > 1, ceil_div(tiles.length, rows), 0), items)
+    own = jnp.where(live, jnp.minimum(tiles.length[seq] - index * rows, rows), 0)
+    begin = jnp.where(live, tiles.context[seq] + index * rows, 0)
+    table = _table(tiles, tiles.first_row[seq] + index * rows, own, seq, begin, begin + own, 0 * seq, 0 * seq)
+    return table[jnp.argsort(-(begin + own), stable=True)]
+
+
+def decode_items(
+    tiles: AttentionTiles, items: int, min_chunk: int, multiple: int, max_tokens: int, window: int | None
+) -> jax.Array:
+    """Chunks of the contexts of the sequences with one row, longest context first: int32 `[items, FIELDS]`.
+
+    The longest chunk is the smallest `min_chunk * 2^n` tokens with which there are no more than `items` chunks; a
+    sequence's chunks are of one length, a multiple of `multiple` tokens, but for its last.
+
+    Args:
+      items: at least S, so that one chunk for each sequence always fits.
+      max_tokens: bound of a sequence's tokens.
+    """
+    seq = tiles.decode_seq
+    live = jnp.arange(seq.shape[0]) < tiles.num_decode
+    end = jnp.where(live, tiles.context[seq] + 1, 0)
+    begin = jnp.zeros_like(end) if window is None else jnp.maximum(end - window, 0)
+    tokens = end - begin
+    doublings = (ceil_div(max_tokens, min_chunk) - 1).bit_length()
+    longest = min_chunk << jnp.arange(doublings + 1)
+    fits = _ceil_div(tokens, longest[:, None]).sum(1) <= items
+    parts = _ceil_div(tokens, longest[jnp.argmax(fits)])
+    chunk = ceil_div(_ceil_div(tokens, jnp.maximum(parts, 1)), multiple) * multiple  # as even as blocks allow
+    parts = _ceil_div(tokens, jnp.maximum(chunk, 1))
+
+    entry, part, live = _list(parts, items)
+    begin = begin[entry] + part * chunk[entry]
+    end = jnp.minimum(begin + chunk[entry], end[entry])
+    return _table(tiles, tiles.first_row[seq[entry]], live, seq[entry], begin, end, part, parts[entry])
+
+
+def _ceil_div(a: jax.Array, b: jax.Array) -> jax.Array:
+    return (a + b - 1) // b
+
+
+def _list(counts: jax.Array, items: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Lists `counts[i]` items of every `i`: whose each is, its number there, and whether it is one at all."""
+    ends = jnp.cumsum(counts)
+    item = jnp.arange(items)
+    owner = jnp.minimum((ends[None, :] <= item[:, None]).sum(1), counts.shape[0] - 1)
+    return owner, item - (ends - counts)[owner], item < ends[-1]
+
+
+def _table(tiles: AttentionTiles, *columns: jax.Array) -> jax.Array:
+    num_rows = jnp.full(columns[0].shape, tiles.length.sum())
+    return jnp.stack([*columns, num_rows], axis=1).astype(jnp.int32)

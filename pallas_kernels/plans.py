@@ -1,0 +1,43 @@
+"""Plan tables: which block shapes a kernel runs with, as data (`<op>/plans.json`), by device and shape.
+
+A table is a list of entries `{"op", "device", "when", "plan"}`, tried in order. `when` maps a fact to the value that it
+must have or to the range `[lowest, highest]` that it must lie in (null: no bound). The first entry that fits decides.
+A device without entries of its own takes those of `"any"`.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from pallas_kernels import devices
+
+
+@cache
+def _table(folder: str) -> tuple[dict[str, Any], ...]:
+    return tuple(json.loads(resources.files(f"pallas_kernels.{folder}").joinpath("plans.json").read_text()))
+
+
+def find(folder: str, op: str, **facts: Any) -> dict[str, Any]:
+    """The plan of `op` on the current trace's device. Raises LookupError, with the facts, where no entry fits."""
+    target = devices.target()
+    names = (target.name if target else "any", "any")
+    for name in names:
+        for entry in _table(folder):
+            if entry["op"] == op and entry["device"] == name and _fits(entry["when"], facts):
+                return entry["plan"]
+    raise LookupError(f"pallas_kernels/{folder}/plans.json: no plan of {op} on {names[0]} for {facts}")
+
+
+def _fits(when: dict[str, Any], facts: dict[str, Any]) -> bool:
+    for fact, wanted in when.items():
+        value = facts[fact]
+        if isinstance(wanted, list):
+            lowest, highest = wanted
+            if (lowest is not None and value < lowest) or (highest is not None and value > highest):
+                return False
+        elif value != wanted:
+            return False
+    return True

@@ -1,0 +1,64 @@
+"""Calls a Triton kernel from JAX: compiled into the program by jax-triton, or run by Triton's interpreter on the CPU.
+
+A kernel is named `"module:function"`, so that a process in which Triton compiles and another in which it interprets can
+both find it (Triton decides once, when it is imported; see `triton_interpreter`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pallas_kernels import devices, triton_interpreter
+
+
+def triton_call(
+    kernel: str,
+    *args: jax.Array,
+    out: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    num_warps: int,
+    num_stages: int,
+    aliases: Mapping[int, int] | None = None,
+    interpret: bool = False,
+    **constants: Any,
+) -> tuple[jax.Array, ...]:
+    """Runs `kernel(*args, *out, **constants)` over `grid`.
+
+    Args:
+      kernel: "module:function" of a `triton.jit` function.
+      out: shapes and types of the outputs; uninitialised, except where `aliases` (argument -> output) names an argument
+        whose buffer the output takes over.
+      constants: the kernel's `tl.constexpr` arguments.
+      interpret: run by Triton's interpreter, in a process of its own, on the CPU.
+    """
+    aliases = dict(aliases or {})
+    if interpret:
+        return triton_interpreter.call(kernel, args, out, grid, aliases, constants)
+    import jax_triton
+
+    module, function = kernel.split(":")
+    device = devices.target()
+    return tuple(
+        jax_triton.triton_call(
+            *args,
+            kernel=getattr(importlib.import_module(module), function),
+            out_shape=list(out),
+            grid=grid,
+            name=function,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            input_output_aliases=aliases,
+            compute_capability=device.compute_capability if device and devices.is_absent() else None,
+            **{name: _plain(value) for name, value in constants.items()},
+        )
+    )
+
+
+def _plain(value: Any) -> Any:
+    """NumPy integers are no constants to Triton."""
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,168 @@
+"""Triton's interpreter behind a JAX callback. The process that runs it: `python -m pallas_kernels.triton_interpreter`.
+
+Triton chooses between compiling and interpreting when it is imported, by `TRITON_INTERPRET`; a process of its own lets
+one program compile kernels for a GPU and run them on the CPU. Outputs that no argument is aliased to are filled with
+NaN (integers: with a large negative number), so that a kernel which leaves one unwritten is seen.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+POISON = -(2**30)
+"""What integer outputs hold before the kernel runs."""
+
+
+def call(
+    kernel: str,
+    args: Sequence[jax.Array],
+    out: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    aliases: Mapping[int, int],
+    constants: Mapping[str, Any],
+) -> tuple[jax.Array, ...]:
+    """`triton_call` by the interpreter; see there. Raises what the kernel raises, as RuntimeError."""
+
+    def run(*arrays: Any) -> tuple[np.ndarray, ...]:
+        inputs = [np.asarray(array) for array in arrays]
+        outputs = []
+        for i, struct in enumerate(out):
+            source = next((inputs[a] for a, o in aliases.items() if o == i), None)
+            outputs.append(_poisoned(struct) if source is None else np.array(source))
+        return _interpreter.run(kernel, inputs, outputs, dict(aliases), grid, dict(constants))
+
+    structs = tuple(jax.ShapeDtypeStruct(s.shape, s.dtype) for s in out)
+    return tuple(jax.pure_callback(run, structs, *args))
+
+
+def _poisoned(struct: jax.ShapeDtypeStruct) -> np.ndarray:
+    floating = struct.dtype.kind == "f" or struct.dtype == ml_dtypes.bfloat16
+    return np.full(struct.shape, np.nan if floating else POISON, struct.dtype)
+
+
+class _Interpreter:
+    """Owns the interpreting process: started at the first call, ended with this one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen | None = None
+
+    def run(self, *request: Any) -> tuple[np.ndarray, ...]:
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "pallas_kernels.triton_interpreter"],
+                    env=os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                )
+                atexit.register(self._process.kill)
+            assert self._process.stdin is not None and self._process.stdout is not None
+            try:
+                pickle.dump(request, self._process.stdin)
+                self._process.stdin.flush()
+                outputs, error = pickle.load(self._process.stdout)
+            except (EOFError, BrokenPipeError) as e:
+                raise RuntimeError(f"the process that interprets Triton kernels died while it ran {request[0]}") from e
+        if error is not None:
+            raise RuntimeError(f"{request[0]} under Triton's interpreter:\n{error}")
+        return outputs
+
+
+_interpreter = _Interpreter()
+
+
+def _repair_interpreter() -> None:
+    """Makes good what Triton 3.6's interpreter lacks: NumPy 2.5 refuses how it turns a scalar, kept as an array `[1]`,
+    into an int; bfloat16, kept as its bits, is cast without rounding and multiplied as integers."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    patch_tensor, cast, dot = interpreter._patch_lang_tensor, builder.cast_impl, builder.create_dot
+
+    def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda scalar: int(scalar.handle.data.item()))
+
+    def widen(source: Any) -> Any:
+        if source.dtype.scalar != tl.bfloat16:
+            return source
+        return handle(source.data.view(ml_dtypes.bfloat16).astype(np.float32), tl.float32)
+
+    def cast_with_rounding(self: Any, source: Any, target: Any, *rounding: Any) -> Any:
+        source = widen(source)
+        if target.scalar == tl.bfloat16:
+            return handle(source.data.astype(ml_dtypes.bfloat16).view(np.uint16), tl.bfloat16)
+        return source if target.scalar == source.dtype.scalar else cast(self, source, target)
+
+    def dot_of_values(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, widen(a), widen(b), *rest)
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
+    builder.cast_impl = cast_with_rounding
+    builder.create_fp_to_fp = cast_with_rounding
+    builder.create_dot = dot_of_values
+
+
+def _serve() -> None:
+    """Answers requests on standard input until it closes."""
+    import traceback
+
+    _repair_interpreter()
+
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a kernel prints must not mix with the answers
+    while True:
+        try:
+            request = pickle.load(requests)
+        except EOFError:
+            return
+        try:
+            answer = (_interpret(*request), None)
+        except Exception:  # noqa: BLE001 - reported to the caller
+            answer = (None, traceback.format_exc())
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+def _interpret(
+    kernel: str,
+    inputs: list[np.ndarray],
+    outputs: list[np.ndarray],
+    aliases: dict[int, int],
+    grid: tuple[int, ...],
+    constants: dict[str, Any],
+) -> tuple[np.ndarray, ...]:
+    import torch
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        array = np.array(array, order="C")
+        if array.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    out_tensors = [tensor(array) for array in outputs]
+    in_tensors = [out_tensors[aliases[i]] if i in aliases else tensor(array) for i, array in enumerate(inputs)]
+    module, function = kernel.split(":")
+    getattr(importlib.import_module(module), function)[grid](*in_tensors, *out_tensors, **constants)
+    return tuple(
+        t.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if t.dtype == torch.bfloat16 else t.numpy()
+        for t in out_tensors
+    )
+
+
+if __name__ == "__main__":
+    _serve()
