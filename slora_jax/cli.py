@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import jax
+
+from pallas_kernels.devices import DEVICES
 from pallas_kernels.lora.layout import ceil_div
 from slora_jax.adapters import read_peft
 from slora_jax.demo import DemoSettings, run_demo
 from slora_jax.engine import Engine, EngineConfig, adapter_geometry
-from slora_jax.errors import SloraError
+from slora_jax.errors import ConfigError, SloraError
 from slora_jax.models import ModelConfig
+from slora_jax.models.config import read_json
 from slora_jax.scheduling import SamplingParams
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 1 (the demo's check failed), 2 (an error of the user's making,
-    one line on stderr), 130 (Ctrl-C)."""
+    """Runs one command and returns its exit status: 0, 1 (the demo's check failed, or a compile report has a spill or a
+    copy of the pool), 2 (an error of the user's making, one line on stderr), 130 (Ctrl-C)."""
     args = _parser().parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not needed
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -81,6 +86,42 @@ def _parser() -> argparse.ArgumentParser:
     option("--seed", metavar="N", type=int, default=0, help="of sampling (default: %(default)s)")
     option("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of weights (default: %(default)s)")
     generate.set_defaults(run=_generate)
+
+    report = commands.add_parser(
+        "compile-report",
+        help="compile the step for a GPU that is not there, and tell what it takes",
+        description="Compiles an engine's step programs for a GPU that is not there and reports memory, custom kernels "
+        "(registers, spills, shared memory) and collectives. Exit status 1: a kernel spills, or the pool is copied.",
+    )
+    option = report.add_argument
+    option("--model-config", metavar="FILE", type=Path, required=True, help="a Hugging Face config.json")
+    option("--target", choices=tuple(DEVICES), required=True, help="the GPU")
+    option("--tp", metavar="N", type=int, default=1, help="GPUs the model is spread over (default: %(default)s)")
+    option("--max-tokens", metavar="T", type=int, required=True, help="rows of the largest step")
+    option("--max-seqs", metavar="S", type=int, required=True, help="sequences running at once")
+    option("--json", metavar="FILE", type=Path, help="write the report there too")
+    option("--max-rank", metavar="R", type=int, default=64, help="largest LoRA rank served (default: %(default)s)")
+    option("--rank", metavar="R", type=int, default=16, help="rank to count adapters in (default: %(default)s)")
+    option("--page-size", metavar="N", type=int, default=EngineConfig.page_size, help="tokens (default: %(default)s)")
+    option("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of weights (default: %(default)s)")
+    option("--max-model-len", metavar="N", type=int, help="longest sequence (default: the model's)")
+    option("--adapter-slots", metavar="N", type=int, help="adapters in the pool at once (default: as the engine's)")
+    option(
+        "--gpu-memory-fraction",
+        metavar="F",
+        type=float,
+        default=EngineConfig.memory_fraction,
+        help="of the GPU's memory to fill (default: %(default)s)",
+    )
+    option(
+        "--programs",
+        metavar="NAME,...",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        help="compile these only, e.g. decode_64,mixed_2048_lora",
+    )
+    option("--layers", metavar="N", type=int, help="compile so many layers only: faster, and labelled so")
+    report.set_defaults(run=_compile_report)
     return parser
 
 
@@ -127,3 +168,48 @@ def _generate(args: argparse.Namespace) -> int:
                 print(delta.text, end="", flush=True)
             print(flush=True)
     return 0
+
+
+def _compile_report(args: argparse.Namespace) -> int:
+    # The GPU is not there, and one that is must be left alone: the compiler runs on the host.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    # The compiler logs that it cannot tune for a GPU that is not there, and that the pool leaves less than the fifth of
+    # memory that it likes to have. What fails is raised.
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # as JAX sets it
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    jax.config.update("jax_platforms", "cpu")
+    from slora_jax.analysis.report import compile_report
+    from slora_jax.analysis.report_table import report_table
+    from slora_jax.analysis.targets import TARGETS
+
+    if args.tp != 1:
+        raise ConfigError(f"--tp={args.tp}: the engine has no tensor parallelism yet (issue 5 builds it); use --tp 1")
+    if not args.model_config.is_file():
+        raise ConfigError(f"--model-config={args.model_config}: no such file; give a Hugging Face config.json")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise ConfigError(f"--json={args.json}: no such directory; make {args.json.parent} first")
+    config = EngineConfig(
+        dtype=args.dtype,
+        memory_fraction=args.gpu_memory_fraction,
+        page_size=args.page_size,
+        max_seqs=args.max_seqs,
+        max_tokens_per_step=args.max_tokens,
+        max_model_len=args.max_model_len,
+        adapter_slots=args.adapter_slots,
+        max_rank=args.max_rank,
+    )
+    report = compile_report(
+        ModelConfig.from_dict(read_json(args.model_config)),
+        TARGETS[args.target],
+        config,
+        adapter_rank=args.rank,
+        programs=args.programs,
+        layers=args.layers,
+    )
+    print(report_table(report))
+    if args.json is not None:
+        args.json.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    for problem in report.problems():
+        print(f"slora: {problem}", file=sys.stderr)
+    return 1 if report.problems() else 0

@@ -79,13 +79,54 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(model_dir, options, messag
     assert captured.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tp=2"], "--tp=2: the engine has no tensor parallelism yet"),
+        (["--max-seqs=0"], "EngineConfig.max_seqs=0: must be a positive integer"),
+        (["--max-tokens=2"], "EngineConfig.max_tokens_per_step=2: must be at least max_seqs=4"),
+        (["--page-size=12"], "EngineConfig.page_size=12: must be 8, 16 or 32"),
+        (["--max-rank=257"], "EngineConfig.max_rank=257: must be in 1..256"),
+        (["--gpu-memory-fraction=1.5"], "EngineConfig.memory_fraction=1.5"),
+        (["--adapter-slots=0"], "EngineConfig.adapter_slots=0"),
+        (["--max-model-len=100000"], "EngineConfig.max_model_len=100000: the model has"),
+        (["--rank=65"], "rank=65: must be in 1..max_rank=64"),
+        (["--layers=2"], "layers=2: must be in 1..1"),
+        (
+            ["--programs=decode_4,prefill"],
+            "programs: there is no 'prefill'; choose from decode_4, decode_4_lora, mixed_8",
+        ),
+        (["--json=/nowhere/report.json"], "--json=/nowhere/report.json: no such directory"),
+        (
+            ["--model-config=/nowhere.json"],
+            "--model-config=/nowhere.json: no such file; give a Hugging Face config.json",
+        ),
+    ],
+)
+def test_a_mistake_in_a_compile_report_is_told_before_anything_is_compiled(model_dir, options, message, capsys):
+    needed = [f"--model-config={model_dir / 'config.json'}", "--target=l4", "--max-tokens=32", "--max-seqs=4"]
+    assert cli.main(["compile-report", *needed, *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("slora: error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_a_compile_report_refuses_a_model_that_is_not_supported(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    options = [f"--model-config={tmp_path}/config.json", "--target=l4", "--max-tokens=32", "--max-seqs=4"]
+    assert cli.main(["compile-report", *options]) == 2
+    assert "model_type='gpt2' is not supported" in capsys.readouterr().err
+
+
 def test_a_directory_without_a_model_is_a_mistake_too(tmp_path, capsys):
     assert generate(tmp_path) == 2
     assert f"{tmp_path}/config.json: no such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["serve-nothing"], ["generate"], ["generate", "m", "--prompt=x", "--adapter=m"]]
+    "options", [[], ["serve-nothing"], ["generate"], ["generate", "m", "--prompt=x", "--adapter=m"], ["compile-report"]]
 )
 def test_a_command_line_that_cannot_be_parsed_is_status_2(options, capsys):
     with pytest.raises(SystemExit) as exit_:

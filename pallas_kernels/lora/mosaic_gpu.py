@@ -5,12 +5,16 @@ the 64 rows (ranks in shrink, output columns in expand) and the tokens are the n
 tile comes by one bulk copy with a barrier of its own; only live pages and live rows are copied and waited for, so
 weights are read once. What a buffer holds where nothing was copied reaches only products that are not stored, or is
 set to zero.
+
+Of a plan, block_r is rounded up to 64; `warps` means nothing here: a program is one warpgroup, which starts its copies
+`stages - 1` steps ahead.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -29,8 +33,21 @@ ROWS = 64
 SWIZZLE = 64
 """16-bit columns of one swizzled row in shared memory: every block is a multiple of it."""
 
+PARAMS = plgpu.CompilerParams(unsafe_no_auto_barriers=True)
+"""`commit_smem` stands wherever the four warps of a program must wait for each other: before a buffer that they have
+read or written goes to a copy or a product."""
+
 BY_ROW = plgpu.Layout.WGMMA_TRANSPOSED
 """A thread holds neighbours of a product's first axis, which lie side by side in memory."""
+
+
+def _wait(copies: Iterable[tuple[jax.Array, Any]]) -> None:
+    """Waits for the copies that were started: (whether it was, its barrier) each."""
+    for started, barrier in copies:
+
+        @pl.when(started)
+        def _(barrier: Any = barrier) -> None:
+            plgpu.barrier_wait(barrier)
 
 
 def _row_pieces(rows: jax.Array, most: int) -> list[tuple[int, jax.Array, jax.Array]]:
@@ -104,12 +121,7 @@ def _shrink(
                 def _(k: jax.Array) -> None:
                     step = block * k_steps + k
                     stage = lax.rem(step, stages)
-                    for i, barrier in enumerate(a_arrived):
-
-                        @pl.when(is_live(block, i))
-                        def _(barrier: Any = barrier) -> None:
-                            plgpu.barrier_wait(barrier.at[stage])
-
+                    _wait((is_live(block, i), barrier.at[stage]) for i, barrier in enumerate(a_arrived))
                     plgpu.barrier_wait(x_arrived.at[stage])
                     plgpu.wgmma(acc, a_smem.at[stage], x_smem.at[stage].transpose((1, 0)))
                     plgpu.wgmma_wait(1)  # every warp has read the stage of the step before
@@ -175,7 +187,7 @@ def _shrink_launch(
             (plgpu.Barrier(num_barriers=plan.stages),) * (block_r // layout.page_size),
             plgpu.Barrier(num_barriers=plan.stages),
         ],
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        compiler_params=PARAMS,
         interpret=_interpreter(interpret),
     )
     return kernel(x.astype(pool.dtype), pool, pages, work)
@@ -274,12 +286,7 @@ def _expand(
         @pl.loop(0, k_steps)
         def _(k: jax.Array) -> None:
             # The sum of the slices of block_r ranks of h becomes a high and a low half.
-            for (_, _, there), barrier in zip(pieces, h_arrived, strict=True):
-
-                @pl.when(there)
-                def _(barrier: Any = barrier) -> None:
-                    plgpu.barrier_wait(barrier)
-
+            _wait((there, barrier) for (_, _, there), barrier in zip(pieces, h_arrived, strict=True))
             slices = (h_smem.at[:, s].transpose((1, 0)) for s in range(splits))
             loads = (plgpu.load(one, layout=BY_ROW, optimized=False) for one in slices)
             total = functools.reduce(jnp.add, loads)  # [block_r, tokens]
@@ -307,12 +314,7 @@ def _expand(
                         issue(step + stages - 1)
                         plgpu.commit_smem()
 
-                    for i, barrier in enumerate(b_arrived):
-
-                        @pl.when(is_live(k, i))
-                        def _(barrier: Any = barrier) -> None:
-                            plgpu.barrier_wait(barrier.at[stage])
-
+                    _wait((is_live(k, i), barrier.at[stage]) for i, barrier in enumerate(b_arrived))
                     b = b_smem.at[stage].transpose((1, 0))  # [block_n, block_r]
                     plgpu.wgmma(acc, b, high_smem.at[k].transpose((1, 0)))
                     plgpu.wgmma(acc, b, low_smem.at[k].transpose((1, 0)))  # what the cast to high has lost
@@ -323,12 +325,7 @@ def _expand(
 
             added = plgpu.layout_cast(pl.run_scoped(product, plgpu.ACC((block_n, tokens))), BY_ROW)
             slot = lax.rem(block, stages)
-            for (_, _, there), barrier in zip(pieces, y_arrived, strict=True):
-
-                @pl.when(there)
-                def _(barrier: Any = barrier) -> None:
-                    plgpu.barrier_wait(barrier.at[slot])
-
+            _wait((there, barrier.at[slot]) for (_, _, there), barrier in zip(pieces, y_arrived, strict=True))
             y_block = y_smem.at[slot].transpose((1, 0))
             old = plgpu.load(y_block, layout=BY_ROW, optimized=False)
             y_block[...] = (old.astype(jnp.float32) + added).astype(y_smem.dtype)
@@ -382,7 +379,7 @@ def _expand_launch(
             (plgpu.Barrier(num_barriers=plan.stages),) * (block_r // layout.page_size),
             (plgpu.Barrier(num_barriers=plan.stages),) * pieces,
         ],
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        compiler_params=PARAMS,
         interpret=_interpreter(interpret),
     )
     kernel(h, pool, pages, work, out)

@@ -135,7 +135,7 @@ class Batch:
         tiles = np.zeros((entries, 2), np.int32)
         tiles[: len(prefill)] = np.reshape(prefill, (-1, 2))
         arrays = (table, first_row, length, context, *tiles.T, len(prefill), decode_seq, decoding.size)
-        return AttentionTiles(*(jnp.asarray(np.ascontiguousarray(a), jnp.int32) for a in arrays))
+        return AttentionTiles(*(jnp.asarray(np.array(a), jnp.int32) for a in arrays))
 
     def q(self) -> jax.Array:
         return random_array(self.shape.q, self.seed + 1000)

@@ -6,35 +6,67 @@ Needs `jax[cuda12]` installed and, in the environment before JAX starts, `JAX_PL
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pallas_kernels.devices import DEVICES, Device, compiling_for
 
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU by its data sheet: bytes, bytes per second, and XLA's `GpuTargetConfigProto` as text."""
+    """A GPU as XLA's compiler wants to know it: a `Device`, and what else its data sheet says.
 
-    name: str
-    memory_bytes: int
-    bandwidth: int
-    target_config: str
+    shared_per_sm: bytes of shared memory of one multiprocessor. threads_per_sm: resident threads. fp32_per_sm: float32
+    units. clock_ghz: boost clock.
+    """
 
+    device: Device
+    description: str
+    shared_per_sm: int
+    threads_per_sm: int
+    fp32_per_sm: int
+    clock_ghz: float
 
-_H200 = """
-gpu_device_info {
+    @property
+    def name(self) -> str:
+        return self.device.name
+
+    @property
+    def target_config(self) -> str:
+        """XLA's `GpuTargetConfigProto` as text."""
+        device = self.device
+        major, minor = divmod(device.compute_capability, 10)
+        return f"""
+gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_core: {self.shared_per_sm}
+  shared_memory_per_block_optin: {device.shared_bytes}
+  threads_per_core_limit: {self.threads_per_sm} core_count: {device.num_sms} fpus_per_core: {self.fp32_per_sm}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 150754820096
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 1 } device_description_str: "NVIDIA H200"
+  memory_bandwidth: {int(device.bandwidth)} l2_cache_size: {device.l2_bytes} clock_rate_ghz: {self.clock_ghz}
+  device_memory_size: {device.memory_bytes}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 1 }} device_description_str: "{self.description}"
 """
 
-TARGETS = {"h200": Target("h200", 150_754_820_096, 4_800_000_000_000, _H200)}
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target(DEVICES["h200"], "NVIDIA H200", 233_472, 2048, 128, 1.98),
+        Target(DEVICES["a100"], "NVIDIA A100-SXM4-80GB", 167_936, 2048, 64, 1.41),
+        Target(DEVICES["l4"], "NVIDIA L4", 102_400, 1536, 128, 2.04),
+    )
+}
 """Known targets by name."""
 
 
@@ -44,3 +76,28 @@ def deviceless_mesh(target: Target, devices: int = 1) -> jax.sharding.Mesh:
         target.name, "cuda", target_config=target.target_config, topology=f"1x1x{devices}"
     )
     return topologies.make_mesh(topology, (devices,), ("tp",))
+
+
+def compile_for(target: Target, function: Any, *shapes: Any) -> Any:
+    """Compiles a jitted `function` for an absent GPU, or for several: `shapes` are trees of `jax.ShapeDtypeStruct`,
+    placed on one GPU where they do not say (all do, or none).
+
+    The result can be read (`as_text`, `memory_analysis`) and not run. Such programs cannot be read back from JAX's
+    persistent compilation cache, so they do not go there.
+    """
+    here = NamedSharding(deviceless_mesh(target), PartitionSpec())
+    placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding or here), shapes)
+    with compiling_for(target.device), _no_compilation_cache():
+        return function.trace(*placed).lower(lowering_platforms=("cuda",)).compile()
+
+
+@contextmanager
+def _no_compilation_cache() -> Iterator[None]:
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX looks at the setting once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()

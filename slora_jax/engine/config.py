@@ -32,7 +32,8 @@ class EngineConfig:
     seed: of the random streams of requests that bring none.
     decode_buckets, mixed_buckets: rows of the compiled step programs: for steps in which every sequence decodes one
       token, and for steps with prefill; None: chosen from max_seqs and max_tokens_per_step.
-    kernels: "auto" (what the plan tables name for the device), "xla", "triton" or "mosaic_gpu", of LoRA and attention.
+    kernels: "auto" (what the plan tables name for the device), "xla", "triton" or "mosaic_gpu", of LoRA and attention
+      (without a GPU, the last two run by their interpreters: slow, for study and tests).
     keep_logits: outputs carry each generated token's float32 logits (for research; costs a copy of [seqs, vocab]).
     compilation_cache_dir: JAX's persistent compilation cache, for your own account only (who can write there can run
       code as you). A cache that JAX is configured with already is left alone; None: none.

@@ -20,8 +20,8 @@ from slora_jax.engine.interrupts import InterruptHeld
 from slora_jax.engine.outputs import Delta, EngineStats, Prompt, RequestOutput
 from slora_jax.engine.programs import keep_compiled_programs
 from slora_jax.engine.progress import Progress
-from slora_jax.engine.runner import InFlight, Runner, adapter_geometry
-from slora_jax.errors import AdapterError, ConfigError, RequestError
+from slora_jax.engine.runner import InFlight, Runner, adapter_geometry, longest_sequence
+from slora_jax.errors import AdapterError, RequestError
 from slora_jax.memory import AdapterResidency, PageAllocator, PageKind
 from slora_jax.models import ModelConfig, Params, load_model
 from slora_jax.scheduling import (
@@ -67,13 +67,8 @@ class Engine:
         self.model = model
         self.config = config
         self.tokenizer = tokenizer
-        self.max_model_len = config.max_model_len or model.max_position_embeddings
-        if self.max_model_len > model.max_position_embeddings:
-            raise ConfigError(
-                f"EngineConfig.max_model_len={config.max_model_len}: the model has "
-                f"{model.max_position_embeddings} positions"
-            )
-        self._runner = Runner(model, graphdef, params, config, self.max_model_len)
+        self.max_model_len = longest_sequence(model, config)
+        self._runner = Runner(model, graphdef, params, config)
         spill_dir = None if config.spill_dir is None else Path(config.spill_dir)
         self.allocator = PageAllocator(self._runner.shape.num_pages)
         self.store = AdapterStore(

@@ -1,18 +1,24 @@
 """Sampling on the device: greedy, temperature, top-k, top-p, min-p, per-request random streams, logprobs.
 
-Masks come from a binary search for a threshold on the logits rather than from a sort of the vocabulary.
+Masks come from a binary search for a threshold on the logits rather than from a sort of the vocabulary. A few rows are
+worked on at a time, so that what lies between the logits and a token is small: it stays in a GPU's cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.lora.layout import ceil_div
 from slora_jax.scheduling import MAX_LOGPROBS
+
+CHUNK_ROWS = 32
+"""Most rows that are worked on at a time: 16 MiB of float32 for a vocabulary of 128k."""
 
 
 @jax.tree_util.register_dataclass
@@ -49,21 +55,42 @@ def sample(logits: jax.Array, inputs: SamplingInputs) -> Sampled:
     at run time.
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    token = lax.cond(jnp.any(inputs.temperature > 0), lambda: _draw(logits, greedy, inputs), lambda: greedy)
-
-    width = min(MAX_LOGPROBS, logits.shape[-1])
-
-    def report() -> tuple[jax.Array, jax.Array, jax.Array]:
-        logprobs = jax.nn.log_softmax(logits, axis=-1)
-        top_logprob, top_token = lax.top_k(logprobs, width)
-        return jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0], top_token.astype(jnp.int32), top_logprob
+    token = lax.cond(jnp.any(inputs.temperature > 0), lambda: _in_chunks(_draw, logits, greedy, inputs), lambda: greedy)
 
     def nothing() -> tuple[jax.Array, jax.Array, jax.Array]:
-        rows = logits.shape[0]
+        rows, width = logits.shape[0], min(MAX_LOGPROBS, logits.shape[1])
         return jnp.zeros(rows), jnp.zeros((rows, width), jnp.int32), jnp.zeros((rows, width))
 
-    logprob, top_token, top_logprob = lax.cond(jnp.any(inputs.logprobs >= 0), report, nothing)
+    asked = jnp.any(inputs.logprobs >= 0)
+    logprob, top_token, top_logprob = lax.cond(asked, lambda: _in_chunks(_logprobs, logits, token), nothing)
     return Sampled(token, logprob, top_token, top_logprob)
+
+
+def _in_chunks(function: Callable[..., Any], *arrays: Any) -> Any:
+    """`function(*arrays)`, a few rows of all arrays at a time; row by row it must depend on nothing else. All chunks
+    are of one size, so the last may do some rows of the one before again."""
+    total = jax.tree.leaves(arrays)[0].shape[0]
+    chunks = ceil_div(total, CHUNK_ROWS)
+    if chunks <= 1:
+        return function(*arrays)
+    rows = ceil_div(total, chunks)
+
+    def chunk(i: jax.Array, done: Any) -> Any:
+        start = jnp.minimum(i * rows, total - rows)
+        part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, rows), arrays)
+        return jax.tree.map(
+            lambda whole, new: lax.dynamic_update_slice_in_dim(whole, new, start, 0), done, function(*part)
+        )
+
+    nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, *arrays))
+    return lax.fori_loop(0, chunks, chunk, nothing)
+
+
+def _logprobs(logits: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probability of each row's `token`, and the likeliest tokens with theirs."""
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    top_logprob, top_token = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))
+    return jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0], top_token.astype(jnp.int32), top_logprob
 
 
 def _draw(logits: jax.Array, greedy: jax.Array, inputs: SamplingInputs) -> jax.Array:

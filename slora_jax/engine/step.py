@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels import devices
 from pallas_kernels.lora import AdapterTable, Implementation, LoraLayout, LoraProduct, lora_tile_rows
 from pallas_kernels.paged_attention import PagedAttention
 from pallas_kernels.pool_write import write_kv
@@ -46,6 +47,7 @@ class PagedContext:
             decode=bucket.decode,
             tile_rows=bucket.prefill_tile_rows,
             implementation=spec.kernels,
+            interpret=spec.interpret,
         )
         self._stacks = {stack.name: stack for stack in spec.lora_layout.stacks}
         self._lora: LoraProduct | None = None
@@ -60,6 +62,7 @@ class PagedContext:
                     tile_rows=layout.lora_tile_rows,
                     max_rank=spec.max_rank,
                     implementation=spec.kernels,
+                    interpret=spec.interpret,
                 )
 
     def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -92,6 +95,11 @@ class StepSpec:
     max_rank: int
     keep_logits: bool = False
     kernels: Implementation | None = None  # None: what the plan tables name for the device
+
+    @property
+    def interpret(self) -> bool:
+        """Whether GPU kernels must run by their interpreters: they were asked for by name where there is no GPU."""
+        return self.kernels not in (None, "xla") and devices.target() is None
 
     @property
     def lora_layout(self) -> LoraLayout:

@@ -199,3 +199,23 @@ def test_engine_logprobs_fit_the_chosen_tokens(engine) -> None:
         assert len(entry.top) == 3 and entry.top[0] == (token, entry.logprob)  # greedy: the chosen token is the best
         assert entry.top[0][1] >= entry.top[1][1] >= entry.top[2][1]
     assert engine.generate([[3, 4, 5]], SamplingParams(max_tokens=2))[0].logprobs is None
+
+
+@pytest.mark.parametrize("rows", [sampling.CHUNK_ROWS, sampling.CHUNK_ROWS + 1, 2 * sampling.CHUNK_ROWS + 5])
+def test_rows_are_the_same_in_chunks_as_alone(rows: int, rng: np.random.Generator) -> None:
+    logits = (3 * rng.standard_normal((rows, VOCAB))).astype(np.float32)
+    fields = {
+        "seed": np.arange(rows),
+        "temperature": rng.choice([0.0, 0.7, 2.0], rows),
+        "top_k": rng.choice([0, 5], rows),
+        "top_p": rng.choice([1.0, 0.8], rows),
+        "logprobs": rng.choice([-1, 3], rows),
+    }
+    together = jax.tree.map(np.asarray, sample(logits, inputs(rows, **fields)))
+    for row in range(rows):
+        # With the batch's logprobs on, so that the row's are there to compare.
+        one = {name: value[row : row + 1] for name, value in fields.items()} | {"logprobs": 3}
+        alone = sample(logits[row : row + 1], inputs(1, **one))
+        assert np.asarray(alone.token)[0] == together.token[row]
+        np.testing.assert_array_equal(alone.top_token[0], together.top_token[row])
+        np.testing.assert_allclose(alone.logprob[0], together.logprob[row], atol=1e-6)
