@@ -46,6 +46,7 @@ class PagedContext:
             dtype=spec.pool.dtype,
             decode=bucket.decode,
             tile_rows=bucket.prefill_tile_rows,
+            window=model.sliding_window,
             implementation=spec.kernels,
             interpret=spec.interpret,
         )

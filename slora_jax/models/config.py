@@ -38,6 +38,7 @@ class ModelConfig:
 
     `max_position_embeddings` is the longest sequence in tokens. `eos_token_ids` is empty if the checkpoint names none.
     `qkv_bias`, `o_bias`, `mlp_bias` tell which projections carry a bias; `qk_norm` is Qwen3's per-head norm of q and k.
+    `sliding_window` is the number of keys that a query sees, its own included, in every layer (None: all before it).
     """
 
     family: str
@@ -56,6 +57,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    sliding_window: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
     @property
@@ -80,7 +82,6 @@ class ModelConfig:
         family = _FAMILIES[name]
         _check_fields(hf_config, family)
         max_positions = _positive_int(hf_config, "max_position_embeddings", family.max_position_embeddings)
-        _check_attention_window(hf_config, family, max_positions)
 
         hidden_size = _positive_int(hf_config, "hidden_size")
         num_layers = _positive_int(hf_config, "num_hidden_layers")
@@ -120,6 +121,7 @@ class ModelConfig:
             o_bias=attention_bias,
             mlp_bias=_boolean(hf_config, "mlp_bias"),
             qk_norm=family.qk_norm,
+            sliding_window=_sliding_window(hf_config, family, max_positions),
             eos_token_ids=_token_ids(hf_config.get("eos_token_id")),
         )
 
@@ -192,18 +194,22 @@ def _check_fields(hf_config: Mapping[str, Any], family: _Family) -> None:
             )
 
 
-def _check_attention_window(hf_config: Mapping[str, Any], family: _Family, max_positions: int) -> None:
-    """Accepts a sliding window only where it never slides: none, switched off, or as long as the longest sequence."""
+def _sliding_window(hf_config: Mapping[str, Any], family: _Family, max_positions: int) -> int | None:
+    """The window of every layer; None where it never slides: none, switched off, or as long as the longest sequence.
+    Qwen's, which some layers have and others lack, is refused."""
     if family.window_switch and not _boolean(hf_config, "use_sliding_window"):
-        return
+        return None
     if hf_config.get("use_sliding_window") and not family.window_switch:
         raise _refused("use_sliding_window", True, "false")
     if hf_config.get("sliding_window", family.sliding_window) is None:
-        return
+        return None
     window = _positive_int(hf_config, "sliding_window", family.sliding_window)
-    if window < max_positions:
-        field = "use_sliding_window=True with sliding_window" if family.window_switch else "sliding_window"
+    if window >= max_positions:
+        return None
+    if family.window_switch:
+        field = "use_sliding_window=True with sliding_window"
         raise _refused(field, window, f"full attention: null, or at least max_position_embeddings={max_positions}")
+    return window
 
 
 _ROPE_PARAMETERS: dict[RopeKind, frozenset[str]] = {

@@ -31,7 +31,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"num_hidden_layers": 3, "tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE},
     ),
-    "mistral": ("mistral", {"sliding_window": None, "rms_norm_eps": 1e-5}),
+    "mistral-window": ("mistral", {"sliding_window": 40, "rms_norm_eps": 1e-5}),
     "qwen2": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen3": ("qwen3", {"head_dim": 32}),
 }

@@ -229,12 +229,17 @@ def test_biases_of_llama_are_honoured():
     ],
 )
 def test_a_window_that_never_slides_is_full_attention(change):
-    assert ModelConfig.from_dict({**MISTRAL_7B_V01, **change}).family == "mistral"
+    assert ModelConfig.from_dict({**MISTRAL_7B_V01, **change}).sliding_window is None
+
+
+def test_mistrals_window_is_kept_whether_written_or_implied():
+    assert ModelConfig.from_dict(MISTRAL_7B_V01).sliding_window == 4096
+    implied = {field: value for field, value in MISTRAL_7B_V01.items() if field != "sliding_window"}
+    assert ModelConfig.from_dict(implied).sliding_window == 4096
+    assert ModelConfig.from_dict(MISTRAL_7B_V02).sliding_window is None
 
 
 REFUSED = {
-    "sliding window": (MISTRAL_7B_V01, {}, "sliding_window=4096"),
-    "implied sliding window": (MISTRAL_7B_V01, {"sliding_window": ...}, "sliding_window=4096"),
     "qwen window": (QWEN2_7B, {"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window=True"),
     "qwen3 window": (QWEN3_8B, {"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window=True"),
     "llama window": (LLAMA_3_8B, {"use_sliding_window": True}, "use_sliding_window=True"),
