@@ -156,11 +156,11 @@ def lora_shrink(
       work: int32 `[NT, len(work.FIELDS)]`, this stack's table of `work.stack_work`.
 
     Returns:
-      float32 `[slices, T, projections * rank_columns]`: sums over slices of the input's columns, to be added up. Rank j
-      of projection p is column `p * rank_columns + j`. Rows without an adapter and ranks that it lacks are undefined.
+      float32 `[slices, T, ranks]`: sums over slices of the input's columns, to be added up. Where a rank lies is the
+      backend's own affair, and its `lora_expand`'s; rows without an adapter and ranks that it lacks are undefined.
     """
     plan = options.shrink or shrink_plan(
-        decode=options.decode, rows=x.shape[0], d_in=stack.d_in, width=layout.width
+        backend=options.implementation, decode=options.decode, rows=x.shape[0], d_in=stack.d_in, width=layout.width
     )
     return _backend(options).lora_shrink(
         x, pool, pages, work, layout, stack,
@@ -188,7 +188,7 @@ def lora_expand(
       `[T, stack.d_out]`; rows without an adapter are y's to the bit.
     """
     plan = options.expand or expand_plan(
-        decode=options.decode, rows=y.shape[0], d_out=stack.d_out, width=layout.width
+        backend=options.implementation, decode=options.decode, rows=y.shape[0], d_out=stack.d_out, width=layout.width
     )
     return _backend(options).lora_expand(
         h, y, pool, pages, work, layout, stack, tile_rows=options.tile_rows, plan=plan, interpret=options.interpret

@@ -29,7 +29,8 @@ def stack_work(
     tiles, _ = layout.stack_tiles(ranks)
 
     def table(stack: Stack, number: int) -> jax.Array:
-        ends, end = [], 0
+        ends: list[jax.Array] = []
+        end = jnp.zeros_like(slot)
         for position in range(3):
             if position < len(stack.projections):
                 end = end + ranks[:, stack.rank_index[position]]

@@ -48,7 +48,7 @@ COMPILER = plgpu.CompilerParams(approx_math=True)
 class MosaicAttentionPlan:
     """Block shapes.
 
-    decode_tokens, prefill_tokens: keys per step of a block, multiples of 64 (prefill with head_dim 256: at most 64).
+    decode_tokens, prefill_tokens: keys per step of a block, multiples of 64.
     decode_bytes, prefill_bytes: shared memory for keys and values in flight, at least two steps. min_chunk: shortest
     context chunk of a decode block, in tokens, a multiple of decode_tokens. split_blocks: decode blocks wanted beyond
     one per sequence and KV head. consumers: warpgroups of 64 packed rows in a mixed block.
@@ -64,9 +64,7 @@ class MosaicAttentionPlan:
 
     def step(self, shape: AttentionShape) -> int:
         """Keys per step of a block."""
-        if shape.decode:
-            return self.decode_tokens
-        return self.prefill_tokens if shape.head_dim <= 128 else 64  # what registers hold
+        return self.decode_tokens if shape.decode else self.prefill_tokens
 
     def block_rows(self, group: int) -> int:
         """Rows of a mixed block: a power of two; times the group's heads it fills the consumers."""
@@ -107,7 +105,7 @@ def _decode_work(tiles: AttentionTiles, shape: AttentionShape, plan: MosaicAtten
     count = -((begin - tokens) // chunk)
     last = jnp.cumsum(count)
     item = jnp.arange(bound)
-    entry = jnp.minimum(jnp.searchsorted(last, item, side="right"), shape.num_seqs - 1)
+    entry = jnp.minimum(jnp.searchsorted(last, item, side="right", method="compare_all"), shape.num_seqs - 1)
     first = begin[entry] + (item - (last - count)[entry]) * chunk
     seq = tiles.decode_seq[entry]
     end = jnp.minimum(first + chunk, tokens[entry])
@@ -131,7 +129,7 @@ def _mixed_work(tiles: AttentionTiles, shape: AttentionShape, plan: MosaicAttent
     count = jnp.where(last_row > first_row, (last_row - 1) // rows - first_row // rows + 1, 0)
     last = jnp.cumsum(count)
     item = jnp.arange(blocks + shape.num_seqs)
-    seq = jnp.minimum(jnp.searchsorted(last, item, side="right"), shape.num_seqs)
+    seq = jnp.minimum(jnp.searchsorted(last, item, side="right", method="compare_all"), shape.num_seqs)
     block = (first_row[seq] // rows + item - (last - count)[seq]) * rows
     own = jnp.maximum(block, first_row[seq]), jnp.minimum(block + rows, last_row[seq])
     fields = (jnp.minimum(seq, shape.num_seqs - 1), block, *own, shift[seq], keys[seq])
@@ -206,6 +204,8 @@ def _check(shape: AttentionShape, plan: MosaicAttentionPlan) -> None:
         declined = f"dtype {shape.dtype}; bfloat16 and float16 go through the tensor core"
     elif shape.head_dim % 64 or shape.head_dim > 256:
         declined = f"head_dim {shape.head_dim}; a swizzled tile is 64 wide, and registers hold 256"
+    elif shape.head_dim > 128 and not shape.decode:
+        declined = f"head_dim {shape.head_dim} with prefill; the sums of 64 rows would spill registers"
     elif shape.page_size % 8 or plan.step(shape) % shape.page_size:
         declined = f"page_size {shape.page_size}; a swizzled tile has 8 rows, and a step {plan.step(shape)} tokens"
     elif plan.block_rows(shape.group) < 8 and not shape.decode:
@@ -267,7 +267,7 @@ def _steps(begin: Any, end: Any, step_tokens: int) -> Any:
     return lax.div(end - begin + step_tokens - 1, step_tokens)
 
 
-def _product(shape: tuple[int, ...], a: Any, b: Any) -> Any:
+def _product(shape: Any, a: Any, b: Any) -> Any:
     """`a @ b` in float32 on the tensor core."""
 
     def multiply(acc: Any) -> Any:
@@ -506,7 +506,7 @@ def _mixed(
 
             state = (_full((64,), MASKED, PER_ROW), _full((64,), 0, PER_ROW), _full((64, head_dim), 0, WGMMA))
             steps, unmasked = _steps(begin, end, step_tokens), jnp.int32(0)
-            if not window and head_dim <= 128:  # with 256, two loops spill registers
+            if not window:
                 unmasked = jnp.minimum(lax.div(own_first + shift + 1, step_tokens), steps)
                 state = lax.fori_loop(0, unmasked, partial(attend, masked=False), state)
             _, total, acc = lax.fori_loop(unmasked, steps, partial(attend, masked=True), state)

@@ -1,0 +1,106 @@
+"""The instructions of an optimised HLO program, read from its text, with how often each runs."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+ITEM_BITS = {
+    "pred": 8,
+    "s4": 4,
+    "u4": 4,
+    **{f"{kind}{bits}": bits for kind in "su" for bits in (8, 16, 32, 64)},
+    **{f"f{bits}": bits for bits in (16, 32, 64)},
+    **dict.fromkeys(("f8e4m3fn", "f8e5m2", "f8e4m3", "f8e4m3b11fnuz", "f8e4m3fnuz", "f8e5m2fnuz", "f8e8m0fnu"), 8),
+    "bf16": 16,
+    "c64": 64,
+    "c128": 128,
+    "token": 0,
+}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^  (?:ROOT )?%?([\w.\-]+) = ")
+_OPCODE = re.compile(r" ([\w\-]+)\(")
+_CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|\w+_computation)=%([\w.\-]+)")
+_CALLED_LIST = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """type: of the result, as written. rest: everything from the operands on. times: how often a run of the program
+    runs it; a loop's body counts once where the compiler does not know its trip count, and so does every branch."""
+
+    name: str
+    type: str
+    opcode: str
+    rest: str
+    times: int
+
+
+def instructions(text: str) -> list[Instruction]:
+    """Every instruction of the program (`compiled.as_text()`), those of loop bodies and other callees included."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, body = "", []
+    for line in text.splitlines():
+        if (match := _COMPUTATION.match(line)) is not None:
+            body = computations[match[2]] = []
+            entry = match[2] if match[1] else entry
+        elif (match := _INSTRUCTION.match(line)) is not None:
+            body.append(_parse(match[1], line[match.end() :]))
+    times = Counter[str]()
+    _count(entry, 1, computations, times)
+    return [
+        Instruction(i.name, i.type, i.opcode, i.rest, times[name])
+        for name, body in computations.items()
+        for i in body
+        if times[name]
+    ]
+
+
+def array_bytes(type_: str) -> int:
+    """Bytes of an array, or of all arrays of a tuple, by its HLO type."""
+    bits = 0
+    for kind, dims in _ARRAY.findall(type_):
+        size = ITEM_BITS[kind]
+        for dim in dims.split(",") if dims else ():
+            size *= int(dim)
+        bits += size
+    return bits // 8
+
+
+def _parse(name: str, definition: str) -> Instruction:
+    """`definition` is what follows ` = `: a type, an opcode, operands in parentheses, attributes."""
+    end = _closing(definition) if definition.startswith("(") else 0
+    match = _OPCODE.search(definition, end)
+    if match is None:
+        raise ValueError(f"no opcode in the definition of {name}: {definition[:200]}")
+    return Instruction(name, definition[: match.start()], match[1], definition[match.end() :], 0)
+
+
+def _closing(text: str) -> int:
+    """Where the parenthesis that `text` begins with is closed."""
+    depth = 0
+    for i, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        if not depth:
+            return i
+    raise ValueError(f"unbalanced parentheses: {text[:200]}")
+
+
+def _count(name: str, times: int, computations: dict[str, list[Instruction]], total: Counter[str]) -> None:
+    """Adds `times` runs of a computation and of all that it calls."""
+    total[name] += times
+    for instruction in computations[name]:
+        if instruction.opcode in ("custom-call", "constant", "parameter"):
+            continue  # they call nothing, and may be very long
+        rest = instruction.rest
+        called = _CALLED.findall(rest)
+        for names in _CALLED_LIST.findall(rest):
+            called += [n.strip().removeprefix("%") for n in names.split(",")]
+        trips = _TRIP_COUNT.search(rest) if instruction.opcode == "while" else None
+        for callee in called:
+            if callee in computations:
+                _count(callee, times * (int(trips[1]) if trips else 1), computations, total)

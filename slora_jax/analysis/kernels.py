@@ -1,0 +1,134 @@
+"""The custom GPU kernels of a compiled program, read from the program itself. XLA's own fusions are not among them."""
+
+from __future__ import annotations
+
+import codecs
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from pallas_kernels.devices import Device
+from slora_jax.analysis.hlo import Instruction, instructions
+from slora_jax.analysis.ptxas import assemble, read_report
+from slora_jax.analysis.targets import TARGETS
+
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_TRITON_CONFIG = re.compile(r'backend_config="((?:[^"\\]|\\.)*)"')
+_MOSAIC_MODULE = re.compile(r'\bmodule = "((?:[^"\\]|\\.)*)"')
+_MLIR_ESCAPE = re.compile(rb"\\(?:([0-9A-Fa-f]{2})|(.))", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class KernelUse:
+    """A kernel and how often a run of the program launches it.
+
+    backend: "triton" or "mosaic_gpu". registers: of a thread. spill_bytes: of a thread's spill stores and loads.
+    shared_bytes: of a block, static and dynamic. One function compiled in several ways (other constants, other block
+    shapes) is several of these, under one name.
+    """
+
+    name: str
+    backend: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    count: int
+    ptx: str = field(repr=False)
+
+
+def kernels_in(compiled: Any, device: Device) -> list[KernelUse]:
+    """The custom kernels of a program compiled for `device`, by name. A loop's body counts once where the compiler does
+    not know its trip count; a kernel in a branch counts as launched.
+
+    Raises:
+      ConfigError: there is no `ptxas` to tell registers and spills.
+    """
+    found = Counter[KernelUse]()
+    for instruction in instructions(compiled.as_text()):
+        if instruction.opcode == "custom-call":
+            for kernel in _kernels_of(instruction, device):
+                found[kernel] += instruction.times
+    uses = [KernelUse(**{**vars(kernel), "count": count}) for kernel, count in found.items()]
+    return sorted(uses, key=lambda use: (use.name, use.shared_bytes, use.registers, use.ptx))
+
+
+def _kernels_of(instruction: Instruction, device: Device) -> Iterator[KernelUse]:
+    target = _TARGET.search(instruction.rest)
+    if target is None:
+        return
+    if target[1] == "triton_kernel_call":
+        config = _TRITON_CONFIG.search(instruction.rest)
+        assert config is not None
+        yield _triton_kernel(config[1])
+    elif target[1] == "mosaic_gpu_v2":
+        module = _MOSAIC_MODULE.search(instruction.rest)
+        assert module is not None
+        yield _mosaic_kernel(module[1], device.name)
+
+
+@cache
+def _triton_kernel(config: str) -> KernelUse:
+    """`config` is jax-triton's TritonAnyKernelCall, compressed and escaped."""
+    call = _fields(zlib.decompress(codecs.escape_decode(config)[0]))
+    if 1 not in call:
+        raise NotImplementedError("a Triton kernel that is tuned at run time: there is no one kernel to report on")
+    kernel = _fields(_fields(call[1])[1])  # TritonKernel: 1 name, 3 dynamic shared memory, 4 PTX
+    ptx = kernel[4].decode()
+    used = assemble(ptx)
+    shared = used.shared_bytes + kernel.get(3, 0)
+    return KernelUse(kernel[1].decode(), "triton", used.registers, used.spill_bytes, shared, 0, ptx)
+
+
+@cache
+def _mosaic_kernel(module: str, device: str) -> KernelUse:
+    """`module` is MLIR bytecode, escaped as MLIR does."""
+    from slora_jax.analysis import mosaic  # it leans on JAX's internals: only where there is such a kernel
+
+    raw = _MLIR_ESCAPE.sub(lambda m: bytes.fromhex(m[1].decode()) if m[1] else m[2], module.encode("latin-1"))
+    code, dynamic_shared = mosaic.parse(raw)
+    if (code, device) not in _mosaic_seen:
+        _mosaic_seen[code, device] = mosaic.recompile(raw, TARGETS[device])
+    ptx, report = _mosaic_seen[code, device]
+    used = read_report(report)
+    entry = re.search(r"\.entry (\w+)", ptx)
+    name = entry[1].removesuffix("_mosaic_gpu_kernel") if entry else "unknown"
+    shared = used.shared_bytes + dynamic_shared
+    return KernelUse(name, "mosaic_gpu", used.registers, used.spill_bytes, shared, 0, ptx)
+
+
+_mosaic_seen: dict[tuple[str, str], tuple[str, str]] = {}
+
+
+def _fields(message: bytes) -> dict[int, Any]:
+    """The fields of a protocol buffer by number: ints and bytes; of a repeated one, the last."""
+    fields: dict[int, Any] = {}
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            fields[number] = varint()
+        elif kind in (1, 5):
+            at += 8 if kind == 1 else 4
+        elif kind == 2:
+            size = varint()
+            fields[number] = message[at : at + size]
+            at += size
+        else:
+            raise ValueError(f"wire type {kind} in a protocol buffer")
+    return fields

@@ -1,0 +1,271 @@
+"""The compile report: an engine's real step programs, compiled for a GPU that is not there, and what they take."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from pallas_kernels.devices import compiling_for
+from pallas_kernels.lora.layout import PROJECTIONS, ceil_div
+from slora_jax.analysis.collectives import Collective, collectives_in
+from slora_jax.analysis.compiled import pool_use
+from slora_jax.analysis.kernels import KernelUse, kernels_in
+from slora_jax.analysis.ptxas import ptxas
+from slora_jax.analysis.targets import Target, compile_for
+from slora_jax.engine import EngineConfig
+from slora_jax.engine.batch import Bucket
+from slora_jax.engine.runner import longest_sequence, pool_shape, step_spec
+from slora_jax.engine.step import StepSpec, make_step, step_shapes
+from slora_jax.errors import ConfigError
+from slora_jax.models import ModelConfig, Params, abstract_decoder
+
+SIZING_LAYERS = 2
+"""Layers of the program by which the pool is sized: more of them hardly need more temporaries..."""
+SIZING_MARGIN = (1.05, 2**20)
+"""...and no more than this many times as much, and so many bytes."""
+
+
+@dataclass(frozen=True)
+class ProgramReport:
+    """One step program. tokens, seqs: its bucket. argument_bytes: weights, pool and the rest. aliased_bytes: of
+    arguments that are updated in place. copies: HLO lines that copy a layer's pool."""
+
+    name: str
+    tokens: int
+    seqs: int
+    with_lora: bool
+    compile_seconds: float
+    argument_bytes: int
+    temp_bytes: int
+    aliased_bytes: int
+    pool_bytes: int
+    copies: tuple[str, ...]
+    kernels: tuple[KernelUse, ...]
+    collectives: tuple[Collective, ...]
+
+    def problems(self) -> list[str]:
+        """What must not be: spills, and a pool that is not updated in place."""
+        found = [
+            f"{self.name}: kernel {kernel.name} ({kernel.backend}) spills {kernel.spill_bytes} bytes a thread"
+            for kernel in self.kernels
+            if kernel.spill_bytes
+        ]
+        found += [f"{self.name}: the pool is copied: {line[:200]}" for line in self.copies]
+        if self.aliased_bytes < self.pool_bytes:
+            found.append(
+                f"{self.name}: the pool is copied: {self.aliased_bytes} bytes are updated in place, "
+                f"the pool has {self.pool_bytes}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class PoolReport:
+    """The pool that the device would hold: what `memory_fraction` of its memory leaves beside weights, the largest
+    program's temporaries and the other arguments (adapter table, sequence state).
+
+    num_pages includes the dummy page. fits: there is room for one sequence of the greatest length. tokens: of KV, if
+    there were no adapters. adapters: of rank `adapter_rank` on every projection, if there were no KV.
+    """
+
+    num_pages: int
+    page_size: int
+    page_bytes: int
+    bytes: int
+    fits: bool
+    tokens: int
+    adapter_rank: int
+    adapter_pages: int
+    adapters: int
+    memory_bytes: int
+    memory_fraction: float
+    weight_bytes: int
+    temp_bytes: int
+    other_bytes: int
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """layers: of the model. compiled_layers: of the programs, whose bytes are for so many; the pool is for them all."""
+
+    target: str
+    tp: int
+    dtype: str
+    layers: int
+    compiled_layers: int
+    max_rank: int
+    pool: PoolReport
+    programs: tuple[ProgramReport, ...]
+
+    def problems(self) -> list[str]:
+        return [problem for program in self.programs for problem in program.problems()]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries and lists; the kernels' PTX is left out."""
+        report = dataclasses.asdict(self)
+        for program in report["programs"]:
+            for kernel in program["kernels"]:
+                del kernel["ptx"]
+        return {**report, "problems": self.problems()}
+
+
+def compile_report(
+    model: ModelConfig,
+    target: Target,
+    config: EngineConfig,
+    *,
+    adapter_rank: int = 16,
+    programs: Sequence[str] = (),
+    layers: int | None = None,
+) -> CompileReport:
+    """Compiles the step programs of an engine with `config` for `target`. `config.num_pages` is not looked at.
+
+    adapter_rank: of which to tell how many adapters fit. programs: names of those to compile; empty: all. layers:
+    compile so many only.
+
+    Raises:
+      ConfigError: a setting is out of range, or something that compiling needs is not installed.
+    """
+    jobs = _jobs(config, programs)
+    if not 1 <= adapter_rank <= config.max_rank:
+        raise ConfigError(f"rank={adapter_rank}: must be in 1..max_rank={config.max_rank}")
+    if layers is not None and not 1 <= layers <= model.num_layers:
+        raise ConfigError(f"layers={layers}: must be in 1..{model.num_layers}, the model's number of layers")
+    longest = longest_sequence(model, config)
+    _require_compilers()
+
+    num_layers = layers or model.num_layers
+    least = 1 + ceil_div(longest, config.page_size)
+    budget = _Budget.of(model, target, config)
+    bar = tqdm(total=1 + len(jobs), desc="sizing the pool", unit="program", disable=not config.progress, leave=False)
+    with bar:
+        largest = max(jobs, key=lambda job: (job[0].tokens, job[1]))
+        guess = _spec(model, min(SIZING_LAYERS, num_layers), config, max(least, budget.pages(0, 0) * 9 // 10))
+        sizing = _compile(guess, target, *largest)
+        other = sizing.argument_bytes - sizing.pool_bytes - _bytes(guess.params)
+        num_pages = budget.pages(int(sizing.temp_bytes * SIZING_MARGIN[0]) + SIZING_MARGIN[1], other)
+        bar.update()
+        spec = _spec(model, num_layers, config, max(least, num_pages))
+        done = []
+        for bucket, with_lora in jobs:
+            bar.set_description(f"compiling {_name(bucket, with_lora)}")
+            done.append(_compile(spec, target, bucket, with_lora))
+            bar.update()
+
+    temp = max(program.temp_bytes for program in done)
+    num_pages = max(0, min(num_pages, budget.pages(temp, other)))
+    adapter_pages = int(spec.lora_layout.num_pages(np.full(len(PROJECTIONS), adapter_rank)))
+    pool = PoolReport(
+        num_pages=num_pages,
+        page_size=config.page_size,
+        page_bytes=budget.page_bytes,
+        bytes=num_pages * budget.page_bytes,
+        fits=num_pages >= least,
+        tokens=max(0, num_pages - 1) * config.page_size,
+        adapter_rank=adapter_rank,
+        adapter_pages=adapter_pages,
+        adapters=min(max(0, num_pages - 1) // adapter_pages, spec.pool.adapter_slots),
+        memory_bytes=target.device.memory_bytes,
+        memory_fraction=config.memory_fraction,
+        weight_bytes=budget.weight_bytes,
+        temp_bytes=temp,
+        other_bytes=other,
+    )
+    return CompileReport(
+        target=target.name,
+        tp=1,
+        dtype=config.dtype,
+        layers=model.num_layers,
+        compiled_layers=num_layers,
+        max_rank=config.max_rank,
+        pool=pool,
+        programs=tuple(done),
+    )
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """memory_bytes: that the engine may fill. weight_bytes and page_bytes: of the model with all its layers."""
+
+    memory_bytes: int
+    weight_bytes: int
+    page_bytes: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, target: Target, config: EngineConfig) -> _Budget:
+        spec = _spec(model, model.num_layers, config, num_pages=2)
+        memory = int(target.device.memory_bytes * config.memory_fraction)
+        return cls(memory, _bytes(spec.params), spec.pool.page_bytes)
+
+    def pages(self, temp_bytes: int, other_bytes: int) -> int:
+        """Pages there is room for; none or less where the rest takes it all."""
+        return (self.memory_bytes - self.weight_bytes - temp_bytes - other_bytes) // self.page_bytes
+
+
+def _name(bucket: Bucket, with_lora: bool) -> str:
+    return bucket.name + ("_lora" if with_lora else "")
+
+
+def _jobs(config: EngineConfig, names: Sequence[str]) -> list[tuple[Bucket, bool]]:
+    """The programs to compile, in the engine's order."""
+    jobs = {_name(bucket, with_lora): (bucket, with_lora) for bucket in config.buckets() for with_lora in (False, True)}
+    for name in names:
+        if name not in jobs:
+            raise ConfigError(f"programs: there is no {name!r}; choose from {', '.join(jobs)}")
+    return [job for name, job in jobs.items() if not names or name in names]
+
+
+def _require_compilers() -> None:
+    """Says what is missing before minutes are spent."""
+    missing = [] if importlib.util.find_spec("jax_triton") else ["jax-triton"]
+    if not any(importlib.util.find_spec(plugin) for plugin in ("jax_cuda12_plugin", "jax_cuda13_plugin")):
+        missing.insert(0, "JAX's CUDA plugin")
+    if missing:
+        raise ConfigError(
+            f"compiling for a GPU needs {' and '.join(missing)}: install the extra that brings it (no GPU is needed), "
+            "pip install 'slora-jax[cuda12]'"
+        )
+    ptxas()
+
+
+def _spec(model: ModelConfig, num_layers: int, config: EngineConfig, num_pages: int) -> StepSpec:
+    model = dataclasses.replace(model, num_layers=num_layers)
+    graphdef, params = abstract_decoder(model, config.dtype)
+    shape = pool_shape(model, dataclasses.replace(config, num_pages=num_pages))
+    return step_spec(model, graphdef, params, config, shape)
+
+
+def _compile(spec: StepSpec, target: Target, bucket: Bucket, with_lora: bool) -> ProgramReport:
+    with compiling_for(target.device):
+        layout = spec.layout(bucket)
+    start = time.perf_counter()
+    compiled = compile_for(target, make_step(spec, layout, with_lora), *step_shapes(spec, layout))
+    seconds = time.perf_counter() - start
+    use = pool_use(compiled, spec.pool)
+    return ProgramReport(
+        name=_name(bucket, with_lora),
+        tokens=bucket.tokens,
+        seqs=bucket.seqs,
+        with_lora=with_lora,
+        compile_seconds=round(seconds, 3),
+        argument_bytes=compiled.memory_analysis().argument_size_in_bytes,
+        temp_bytes=use.temp_bytes,
+        aliased_bytes=use.aliased_bytes,
+        pool_bytes=use.pool_bytes,
+        copies=use.copies,
+        kernels=tuple(kernels_in(compiled, target.device)),
+        collectives=tuple(collectives_in(compiled)),
+    )
+
+
+def _bytes(params: Params) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

@@ -1,0 +1,95 @@
+"""A compile report as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from slora_jax.analysis.report import CompileReport, PoolReport, ProgramReport
+
+
+def report_table(report: CompileReport) -> str:
+    """The pool, one line a program, then the programs' kernels and collectives."""
+    layers = f"{report.layers} layers"
+    if report.compiled_layers != report.layers:
+        layers = f"ONLY {report.compiled_layers} of {layers} compiled; programs' bytes are for these"
+    lines = [f"{report.target}, {report.dtype}, ranks up to {report.max_rank}, {layers}", *_pool(report.pool), ""]
+    lines += _columns(
+        ("program", "tokens", "seqs", "compile s", "arguments", "temporaries", "in place", "pool"),
+        [
+            (
+                p.name,
+                f"{p.tokens}",
+                f"{p.seqs}",
+                f"{p.compile_seconds:.1f}",
+                _size(p.argument_bytes),
+                _size(p.temp_bytes),
+                _size(p.aliased_bytes),
+                _size(p.pool_bytes),
+            )
+            for p in report.programs
+        ],
+    )
+    kernels = [row for program in report.programs for row in _kernels(program)]
+    if kernels:
+        lines += ["", *_columns(("kernels of", "", "launches", "registers", "spills", "shared"), kernels, left=2)]
+    else:
+        lines += ["", "no custom kernels"]
+    sent = [
+        (p.name, c.kind, f"{c.count}", _size(c.bytes), _size(c.count * c.bytes))
+        for p in report.programs
+        for c in p.collectives
+    ]
+    if sent:
+        lines += ["", *_columns(("collectives of", "", "count", "each", "together"), sent, left=2)]
+    return "\n".join(lines)
+
+
+def _pool(pool: PoolReport) -> Iterator[str]:
+    yield (
+        f"memory: {_size(pool.memory_bytes)}, of it {pool.memory_fraction:.0%} for weights {_size(pool.weight_bytes)}, "
+        f"temporaries {_size(pool.temp_bytes)}, tables {_size(pool.other_bytes)}, and the pool"
+    )
+    if not pool.num_pages:
+        yield "pool: DOES NOT FIT: nothing is left for it"
+        return
+    verdict = "" if pool.fits else "; DOES NOT FIT one sequence of the greatest length"
+    yield (
+        f"pool: {pool.num_pages} pages of {pool.page_size} tokens ({_size(pool.page_bytes)} each), "
+        f"{_size(pool.bytes)}: {pool.tokens} tokens, or {pool.adapters} adapters of rank {pool.adapter_rank} "
+        f"({pool.adapter_pages} pages each){verdict}"
+    )
+
+
+def _kernels(program: ProgramReport) -> Iterator[tuple[str, ...]]:
+    for kernel in program.kernels:
+        yield (
+            program.name,
+            f"{kernel.name} ({kernel.backend})",
+            f"{kernel.count}",
+            f"{kernel.registers}",
+            f"{kernel.spill_bytes} B",
+            _size(kernel.shared_bytes),
+        )
+
+
+def _columns(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], left: int = 1) -> list[str]:
+    """Aligned columns, the first `left` to the left; a first cell like the one above stays empty."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines, above = [], ""
+    for row in (head, *rows):
+        first = "" if row[0] == above else row[0]
+        cells = [
+            f"{c:<{w}}" if i < left else f"{c:>{w}}"
+            for i, (c, w) in enumerate(zip((first, *row[1:]), widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+        above = row[0]
+    return lines
+
+
+def _size(count: int) -> str:
+    """Bytes in the unit that leaves at most four digits before the point."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,271 @@
+"""The Mosaic GPU attention under Pallas' interpreter, against float64 NumPy; and compiled for an H200 that is absent.
+
+All that nobody owns is NaN: free pages, rows behind a sequence's last, outputs before they are written, shared memory.
+The interpreter checks every access for races. It knows all primitives but two, both in the mixed kernel: `wgmma` with
+an operand in registers, and `run_state` of its accumulator; there the kernel puts the operand into shared memory.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from gpu_shapes import LAYERS
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pallas_kernels import devices
+from pallas_kernels.paged_attention import AttentionTiles, mosaic_gpu, xla
+from pallas_kernels.paged_attention.mosaic_gpu import MosaicAttentionPlan
+from pallas_kernels.paged_attention.plan import AttentionShape
+from slora_jax.analysis import TARGETS, deviceless_mesh, kernels_in
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
+PLAN = MosaicAttentionPlan(min_chunk=64, split_blocks=4, prefill_tokens=64)
+MAX_TOKENS = 290
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Heads, page size, rows and sequences of the step, and each real sequence's `(context, length)`."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    sequences: tuple[tuple[int, int], ...]
+    rows: int
+    seqs: int
+    decode: bool
+    window: int | None = None
+    dtype: str = "bfloat16"
+    plan: MosaicAttentionPlan = PLAN
+
+    @property
+    def shape(self) -> AttentionShape:
+        max_pages = -(-MAX_TOKENS // self.page_size)
+        return AttentionShape(
+            self.heads, self.kv_heads, self.head_dim, self.page_size, jnp.dtype(self.dtype), self.seqs, max_pages,
+            self.rows, self.decode, self.window,
+        )  # fmt: skip
+
+
+CASES = {
+    # Several chunks; one token; on and around the borders of pages and steps; sequences and rows without work.
+    "decode_group_8": Case(8, 1, 64, 16, ((200, 1), (0, 1), (63, 1), (64, 1)), 6, 6, True),
+    "decode_group_1_small_pages": Case(3, 3, 128, 8, ((129, 1), (7, 1)), 3, 3, True, dtype="float16"),
+    "decode_group_4_large_pages_window": Case(8, 2, 64, 32, ((255, 1), (40, 1)), 2, 2, True, window=100),
+    "decode_group_7": Case(7, 1, 64, 16, ((3, 1), (127, 1), (15, 1)), 3, 3, True),
+    # Earlier context; one-row sequences between prompts; ragged tails whose next rows are another sequence's.
+    "mixed_group_8": Case(8, 1, 64, 16, ((100, 21), (33, 1), (0, 17), (64, 1)), 48, 6, False),
+    "mixed_group_1_small_pages": Case(1, 1, 64, 8, ((0, 150), (5, 3), (120, 40)), 200, 3, False),
+    "mixed_group_4_large_pages": Case(4, 1, 128, 32, ((95, 40), (0, 1)), 64, 2, False, dtype="float16"),
+    "mixed_group_3_window": Case(6, 2, 64, 16, ((130, 9), (0, 20)), 40, 3, False, window=50),
+}  # fmt: skip
+
+
+class Step:
+    """Queries, and keys and values in pages in random order, in a pool where all else is NaN."""
+
+    def __init__(self, case: Case, rng: np.random.Generator) -> None:
+        self.case = case
+        shape, dtype = case.shape, DTYPES[case.dtype]
+        self.q = (2 * rng.standard_normal((case.rows, case.heads, case.head_dim))).astype(dtype)
+        self.kv = [rng.standard_normal((c + n, 2, shape.width)).astype(dtype) for c, n in case.sequences]
+        num_pages = 1 + case.seqs * shape.max_pages
+        self.pool = np.full((num_pages, 2, case.page_size, shape.width), np.nan, dtype)
+        free = rng.permutation(num_pages).tolist()
+        self.table = rng.integers(0, num_pages, (case.seqs, shape.max_pages))  # stale behind a sequence's end
+        for seq, kv in enumerate(self.kv):
+            for position in range(len(kv)):
+                page, offset = divmod(position, case.page_size)
+                if offset == 0:
+                    self.table[seq, page] = free.pop()
+                self.pool[self.table[seq, page], :, offset] = kv[position]
+        self.tiles = self._tiles(rng)
+
+    def _tiles(self, rng: np.random.Generator) -> AttentionTiles:
+        case, tile = self.case, 16
+        context, length = np.zeros((2, case.seqs), int)
+        context[: len(case.sequences)], length[: len(case.sequences)] = np.transpose(case.sequences)
+        first_row = np.where(length > 0, np.cumsum(length) - length, 0)
+        one = sorted(np.flatnonzero(length == 1).tolist(), key=lambda s: -context[s])
+        decode_seq = rng.integers(0, case.seqs, case.seqs)
+        decode_seq[: len(one)] = one
+        cut = [(s, row) for s in np.flatnonzero(length > 1) for row in range(0, length[s], tile)]
+        prefill = rng.integers(0, case.seqs, (0 if case.decode else -(-case.rows // tile) + case.seqs, 2))
+        prefill[: len(cut)] = np.reshape(cut, (-1, 2))
+        arrays = (self.table, first_row, length, context, *prefill.T, len(cut), decode_seq, len(one))
+        return AttentionTiles(*(jnp.asarray(a, jnp.int32) for a in arrays))
+
+    def expected(self) -> tuple[np.ndarray, np.ndarray]:
+        """The output in float64, and the error that the dtype allows: roundings of probabilities and of the result."""
+        case, group = self.case, self.case.shape.group
+        out, bound = np.zeros((2, *self.q.shape))
+        row = 0
+        for (context, length), kv in zip(case.sequences, self.kv, strict=True):
+            k, v = kv.astype(float).reshape(len(kv), 2, case.kv_heads, -1).repeat(group, 2).swapaxes(0, 1)
+            for position in range(context, context + length):
+                seen = slice(max(position + 1 - (case.window or MAX_TOKENS), 0), position + 1)
+                scores = np.einsum("hd,thd->th", self.q[row].astype(float), k[seen]) * case.head_dim**-0.5
+                p = np.exp(scores - scores.max(0))
+                p /= p.sum(0)
+                out[row] = np.einsum("th,thd->hd", p, v[seen])
+                bound[row] = UNIT[case.dtype] * (abs(out[row]) + np.einsum("th,thd->hd", p, abs(v[seen]))) + 1e-5
+                row += 1
+        return out, bound
+
+
+def interpreted(step: Step) -> np.ndarray:
+    """Not under `jax.jit`: the interpreter's callbacks starve a program's own threads on a machine with few cores."""
+    attend = mosaic_gpu.Attention(step.tiles, step.case.shape, plan=step.case.plan, interpret=True)
+    out = np.asarray(attend(jnp.asarray(step.q), jnp.asarray(step.pool)))
+    assert not gpu_callbacks.get_races().races_found
+    assert out.dtype == step.q.dtype
+    return out
+
+
+def check(case: Case, seed: int) -> None:
+    step = Step(case, np.random.default_rng(seed))
+    out = interpreted(step)
+    expected, bound = step.expected()
+    error = abs(out.astype(float) - expected)
+    assert (error <= bound).all(), (seed, np.nanmax(error / np.maximum(bound, 1e-9)), np.isnan(error).sum())
+    used = sum(length for _, length in case.sequences)
+    np.testing.assert_array_equal(out[used:], np.zeros_like(out[used:]))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_each_row_attends_over_its_own_sequence_up_to_itself(case):
+    check(case, seed=0)
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_a_random_ragged_batch_and_the_reference(decode):
+    base = CASES["decode_group_8" if decode else "mixed_group_8"]
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    rng = np.random.default_rng(seed)
+    sequences, rows = [], base.rows
+    for _ in range(rng.integers(1, base.seqs + 1)):
+        length = 1 if decode else min(int(rng.choice([1, 2, 7, 16, 25])), rows)
+        rows -= length
+        if length:
+            sequences.append((int(rng.choice([0, 15, 16, 63, 64, 128, rng.integers(0, 250)])), length))
+    print(f"seed {seed}: (context, length) {sequences}")
+    step = Step(replace(base, sequences=tuple(sequences)), rng)
+    out = interpreted(step).astype(float)
+    expected, bound = step.expected()
+    assert (abs(out - expected) <= bound).all()
+    reference = xla.Attention(step.tiles, base.shape, 16)(jnp.asarray(step.q), jnp.asarray(step.pool))
+    np.testing.assert_allclose(out, np.asarray(reference, float), atol=0.03)
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_the_work_list_holds_every_key_once_whatever_the_lengths(decode):
+    rng = np.random.default_rng(5)
+    plan = MosaicAttentionPlan(min_chunk=64, split_blocks=9)
+    for _ in range(40):
+        seqs = 12
+        length = np.ones(seqs, int) if decode else rng.choice([0, 1, 2, 16, 17, 40], seqs)
+        context = rng.integers(0, 3000, seqs)
+        if decode:
+            length[rng.integers(0, seqs + 1) :] = 0
+        rows = seqs if decode else 512
+        shape = AttentionShape(8, 2, 64, 16, jnp.dtype("bfloat16"), seqs, 188, rows, decode)
+        live = np.flatnonzero(length)
+        order = np.resize(live[np.argsort(-context[live])], seqs) if decode and live.size else np.zeros(seqs)
+        first_row = np.where(length > 0, np.cumsum(length) - length, 0)
+        none = np.zeros(0)
+        tiles = (np.zeros((seqs, 188)), first_row, length, context * (length > 0), none, none, 0, order, live.size)
+        work = mosaic_gpu.prepare(AttentionTiles(*(jnp.asarray(a, jnp.int32) for a in tiles)), shape, plan)
+        items, seen = np.asarray(work.items), np.zeros((rows, 8), int)
+        if decode:
+            for row, (first, count) in enumerate(np.asarray(work.row_items)):
+                keys = [k for item in items[first : first + count] for k in range(*item[3:5])]
+                assert keys == list(range(context[row] + 1 if row < live.size else 0))
+                assert (items[first : first + count, :2] == row).all()
+        else:
+            for seq, block, own_first, own_last, shift, keys in items:
+                seen[own_first:own_last] += 1
+                assert block % plan.block_rows(4) == 0 and block <= own_first and own_last <= block + 32
+                if own_last > own_first and keys:
+                    assert shift == context[seq] - first_row[seq] and keys == context[seq] + length[seq]
+            assert (seen == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": "float32"}, "dtype float32"),
+        ({"head_dim": 96}, "head_dim 96"),
+        ({"head_dim": 256}, "head_dim 256 with prefill"),
+        ({"page_size": 4}, "page_size 4"),
+        ({"page_size": 128}, "page_size 128"),
+        ({"heads": 32}, "32 query heads"),
+    ],
+)
+def test_what_it_cannot_serve_is_declined_with_the_reason(change, reason):
+    case = replace(CASES["mixed_group_8"], **change)
+    with pytest.raises(NotImplementedError, match=reason):
+        mosaic_gpu.Attention(None, case.shape, plan=PLAN)
+
+
+def compiled(shape: AttentionShape, num_pages: int):
+    """One layer's attention, compiled for an H200."""
+    here = NamedSharding(deviceless_mesh(TARGETS["h200"]), PartitionSpec())
+
+    def struct(*dims, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=here)
+
+    seqs = shape.num_seqs
+    tiles = AttentionTiles(
+        struct(seqs, shape.max_pages), *[struct(seqs)] * 3, *[struct(seqs)] * 2, struct(), struct(seqs), struct()
+    )
+    q = struct(shape.max_rows, shape.num_heads, shape.head_dim, dtype=shape.dtype)
+    pool = struct(num_pages, 2, shape.page_size, shape.width, dtype=shape.dtype)
+    with devices.compiling_for(devices.DEVICES["h200"]):
+        traced = jax.jit(lambda q, pool, tiles: mosaic_gpu.Attention(tiles, shape)(q, pool)).trace(q, pool, tiles)
+        return traced.lower(lowering_platforms=("cuda",)).compile()
+
+
+STEPS = {"decode-256": (256, 256, True), "mixed-8192": (8192, 256, False)}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("layer", LAYERS[:4], ids=lambda layer: layer.name)  # the fifth has the third's heads
+def test_real_sizes_compile_without_spills(layer, step):
+    rows, seqs, decode = STEPS[step]
+    shape = AttentionShape(
+        layer.num_heads, layer.num_kv_heads, layer.head_dim, 16, jnp.dtype("bfloat16"), seqs, 512, rows, decode
+    )
+    _check_code(compiled(shape, num_pages=40_000), decode)  # 40 000 pages: more than 2^31 elements, but for 70B/8
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "page_size", "dtype", "window", "decode"),
+    [
+        (32, 8, 64, 8, "bfloat16", None, False),
+        (8, 2, 256, 32, "bfloat16", None, True),
+        (28, 4, 128, 8, "float16", 4096, True),
+    ],
+)
+def test_other_shapes_compile_without_spills(heads, kv_heads, head_dim, page_size, dtype, window, decode):
+    shape = AttentionShape(heads, kv_heads, head_dim, page_size, jnp.dtype(dtype), 64, 512, 64, decode, window)
+    _check_code(compiled(shape, num_pages=1000), decode)
+
+
+def _check_code(program, decode: bool) -> None:
+    uses = {use.name: use for use in kernels_in(program, devices.DEVICES["h200"])}
+    names = ["paged_attention_decode", "paged_attention_merge"] if decode else ["paged_attention_mixed"]
+    assert sorted(uses) == names
+    for use in uses.values():
+        print(use.name, use.registers, "registers", use.shared_bytes, "bytes shared")
+        assert use.backend == "mosaic_gpu" and use.count == 1 and use.spill_bytes == 0
+        assert use.shared_bytes <= devices.DEVICES["h200"].shared_bytes
+    assert "wgmma.mma_async" in uses[names[0]].ptx
+    assert "cp.async.bulk.tensor" in uses[names[0]].ptx
+    assert program.memory_analysis().temp_size_in_bytes < 64e6  # decode partials; never the pool, or keys gathered

@@ -1,0 +1,221 @@
+"""Paged attention in Triton, under its interpreter, against float64 NumPy and the XLA reference.
+
+Pages that nobody owns, stale rows of live pages, and outputs before they are written are NaN.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from test_paged_attention import GROUPED, Shape, Step, random_sequences
+
+from pallas_kernels.devices import DEVICES, compiling_for
+from pallas_kernels.paged_attention import AttentionTiles, PagedAttention, paged_attention, triton, xla
+from pallas_kernels.paged_attention.plan import AttentionShape, TritonPlan
+from pallas_kernels.paged_attention.work import FIELDS, decode_items, prefill_items
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # float16 pools' dummy page
+
+PLAN = TritonPlan(
+    warps=4, block_n=16, stages=1, min_chunk=16, programs=24, prefill_m=32, prefill_n=32, prefill_stages=1
+)
+"""Small blocks, and so many programs that most contexts are cut into several chunks."""
+
+GROUP_OF_4 = Shape(heads=8, kv_heads=2, head_dim=64, page_size=16, mixed_rows=48)
+GROUP_OF_8 = Shape(heads=8, kv_heads=1, head_dim=256, page_size=8, mixed_rows=40)  # adds up 4 parts at once
+MULTI_HEAD = Shape(heads=2, kv_heads=2, head_dim=128, page_size=32, mixed_rows=64)
+GROUP_OF_3 = Shape(heads=6, kv_heads=2, head_dim=64, page_size=8, mixed_rows=40, tile_rows=9)
+
+CASES = {
+    "group_of_4": (GROUP_OF_4, "bfloat16", None),
+    "group_of_4_window": (GROUP_OF_4, "float16", 37),
+    "group_of_8_f16": (GROUP_OF_8, "float16", None),
+    "multi_head": (MULTI_HEAD, "bfloat16", None),
+    "multi_head_window": (MULTI_HEAD, "bfloat16", 1),
+    "group_of_3_window": (GROUP_OF_3, "bfloat16", 70),
+}
+
+
+def static_shape(step: Step, window: int | None = None) -> AttentionShape:
+    shape, (num_seqs, max_pages) = step.shape, step.tiles.page_table.shape
+    rows = num_seqs if step.decode else (step.tiles.prefill_seq.shape[0] - num_seqs) * shape.tile_rows
+    return AttentionShape(
+        shape.heads, shape.kv_heads, shape.head_dim, shape.page_size, step.pool.dtype, num_seqs, max_pages, rows,
+        step.decode, window,
+    )  # fmt: skip
+
+
+def run(step: Step, window: int | None = None, plan: TritonPlan = PLAN, layers: int = 1) -> list[np.ndarray]:
+    """The outputs of `layers` layers over the same pool, in one program."""
+
+    @jax.jit
+    def program(q, pool, tiles):
+        attend = triton.Attention(tiles, static_shape(step, window), plan=plan, interpret=True)
+        return [attend(q, pool) for _ in range(layers)]
+
+    return [np.asarray(out) for out in program(step.q, step.pool, step.tiles)]
+
+
+def check(step: Step, out: np.ndarray, window: int | None = None) -> None:
+    """Errors: a rounding of each weight and of the result to q's dtype, and 1e-4 of the sum of absolute terms."""
+    shape, row = step.shape, 0
+    eps = 2.0**-8 if step.dtype == ml_dtypes.bfloat16 else 2.0**-11
+    heads, group = (-1, shape.kv_heads, shape.head_dim), shape.heads // shape.kv_heads
+    assert out.dtype == step.dtype and out.shape == step.q.shape
+    for seq, (context, length) in enumerate(step.sequences):
+        for position in range(context, context + length):
+            seen = slice(0 if window is None else max(0, position + 1 - window), position + 1)
+            k = np.repeat(step.keys[seq][seen].astype(float).reshape(heads), group, 1)  # [t, H, hd]
+            v = np.repeat(step.values[seq][seen].astype(float).reshape(heads), group, 1)
+            scores = np.einsum("hd,thd->th", step.q[row].astype(float), k) * shape.head_dim**-0.5
+            p = np.exp(scores - scores.max(0))
+            p /= p.sum(0)
+            expected, terms = np.einsum("th,thd->hd", p, v), np.einsum("th,thd->hd", p, abs(v))
+            error = abs(out[row].astype(float) - expected)
+            assert (error <= (eps + 1e-4) * terms + eps * abs(expected)).all(), (seq, position, length, error.max())
+            row += 1
+    np.testing.assert_array_equal(out[row:], np.zeros_like(out[row:]))
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+@pytest.mark.parametrize(("shape", "dtype", "window"), CASES.values(), ids=CASES)
+def test_each_row_attends_over_its_own_sequence(shape, dtype, window, decode, rng):
+    sequences = random_sequences(shape, decode, rng)[: 10 if decode else None]
+    print("(context, length)", sequences)
+    step = Step(shape, dtype, sequences, decode, rng)
+    check(step, run(step, window)[0], window)
+
+
+@pytest.mark.parametrize("window", [1, 20, 150], ids=str)
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_the_reference_too_sees_a_windows_newest_keys_only(decode, window, rng):
+    step = Step(GROUPED, "bfloat16", random_sequences(GROUPED, decode, rng), decode, rng)  # its scale, 1/8, is exact
+    shape = static_shape(step, window)
+    attend = jax.jit(lambda q, pool, tiles: xla.Attention(tiles, shape, GROUPED.tile_rows)(q, pool))
+    check(step, np.asarray(attend(step.q, step.pool, step.tiles)), window)
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_layers_share_the_work_and_repeat_bit_by_bit(decode, rng):
+    sequences = [(180, 1), (0, 1), (67, 1)] if decode else [(180, 1), (0, 20), (67, 1), (30, 5)]
+    step = Step(GROUP_OF_4, "bfloat16", sequences, decode, rng)
+    first, *others = run(step, layers=3)
+    check(step, first)
+    for other in others:
+        np.testing.assert_array_equal(other.view(np.uint16), first.view(np.uint16))
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_a_step_of_padding_only_is_zero(decode, rng):
+    assert not run(Step(GROUP_OF_4, "bfloat16", [], decode, rng))[0].any()
+
+
+def test_scores_far_apart_neither_overflow_nor_vanish(rng):
+    step = Step(GROUP_OF_4, "bfloat16", [(180, 20), (100, 1)], False, rng)
+    step.q = (np.sign(step.q.astype(float)) * 2.0**10).astype(step.dtype)  # scores of several thousand
+    check(step, run(step)[0])
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_the_plan_tables_blocks_agree_with_the_reference(decode, rng):
+    step = Step(GROUP_OF_4, "bfloat16", [(150, 1), (3, 1)] if decode else [(150, 1), (60, 30)], decode, rng)
+    static = {"num_kv_heads": 2, "decode": decode, "tile_rows": GROUP_OF_4.tile_rows}
+    got = paged_attention(jnp.asarray(step.q), step.pool, step.tiles, **static, implementation="triton", interpret=True)
+    expected = paged_attention(jnp.asarray(step.q), step.pool, step.tiles, **static)
+    np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(expected, np.float32), atol=2**-6, rtol=2**-6)
+
+
+WORK_SEQS, WORK_ROWS, MOST_CONTEXT = 24, 128, 4000
+
+
+def work_tiles(context: np.ndarray, length: np.ndarray) -> AttentionTiles:
+    one = sorted(np.flatnonzero(length == 1).tolist(), key=lambda s: -context[s])
+    decode_seq = np.zeros(WORK_SEQS, np.int32)
+    decode_seq[: len(one)] = one
+    first_row = np.where(length > 0, np.cumsum(length) - length, 0)
+    unused = np.zeros((WORK_SEQS, 1)), np.zeros(0)
+    arrays = unused[0], first_row, length, context, unused[1], unused[1], 0, decode_seq, len(one)
+    return AttentionTiles(*(jnp.asarray(a, jnp.int32) for a in arrays))
+
+
+def listed(table: jax.Array) -> list[dict[str, int]]:
+    """The live items of a work table."""
+    return [dict(zip(FIELDS, row, strict=True)) for row in np.asarray(table).tolist() if row[1]]
+
+
+@pytest.mark.parametrize("window", [None, 300], ids=["all", "window"])
+@pytest.mark.parametrize(("items", "min_chunk"), [(WORK_SEQS, 256), (40, 16), (200, 32)], ids=str)
+def test_decode_items_cover_every_context_once_and_evenly(items, min_chunk, window, rng):
+    build = jax.jit(lambda tiles: decode_items(tiles, items, min_chunk, 16, MOST_CONTEXT + 1, window))
+    for _ in range(20):
+        context = rng.integers(0, rng.choice([1, 20, MOST_CONTEXT]) + 1, WORK_SEQS)
+        length = rng.integers(0, 3, WORK_SEQS)
+        table = listed(build(work_tiles(context, length)))
+        assert len(table) <= items
+        assert {item["seq"] for item in table} == set(np.flatnonzero(length == 1).tolist())
+        while table:
+            parts, table = table[: table[0]["parts"]], table[table[0]["parts"] :]
+            seq, tokens = parts[0]["seq"], context[parts[0]["seq"]] + 1
+            assert [item["part"] for item in parts] == list(range(len(parts)))
+            assert all((item["seq"], item["row"], item["rows"]) == (seq, length[:seq].sum(), 1) for item in parts)
+            begins, ends = [item["begin"] for item in parts], [item["end"] for item in parts]
+            assert (begins[0], ends[-1]) == (0 if window is None else max(0, tokens - window), tokens)
+            assert begins[1:] == ends[:-1]
+            sizes = np.subtract(ends, begins)
+            assert (sizes[:-1] == sizes[0]).all() and 0 < sizes[-1] <= sizes[0]
+            assert len(parts) == 1 or (sizes[0] % 16 == 0 and sizes[0] >= min_chunk // 2)
+
+
+def test_one_long_context_is_cut_into_as_many_chunks_as_fit():
+    length = np.eye(WORK_SEQS, dtype=int)[5]
+    table = listed(decode_items(work_tiles(3999 * length, length), 40, 16, 16, MOST_CONTEXT, None))
+    assert [item["end"] - item["begin"] for item in table] == [128] * 31 + [32]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 18])
+def test_prefill_items_cover_every_row_once_with_most_keys_first(rows, rng):
+    items = WORK_ROWS // rows + min(WORK_SEQS, WORK_ROWS // 2)
+    build = jax.jit(lambda tiles: prefill_items(tiles, rows, items))
+    for _ in range(20):
+        length = rng.multinomial(WORK_ROWS, rng.dirichlet(np.full(WORK_SEQS, 0.3)))
+        context = rng.integers(0, 100, WORK_SEQS)
+        table = listed(build(work_tiles(context, length)))
+        assert all(item["num_rows"] == WORK_ROWS for item in table)
+        assert (np.diff([item["end"] for item in table]) <= 0).all()
+        covered = []
+        for item in table:
+            row, count, seq, begin, end, *_ = item.values()
+            assert count <= rows and end - begin == count and row - length[:seq].sum() == begin - context[seq]
+            covered += range(row, row + count)
+        owner = np.repeat(np.arange(WORK_SEQS), length)
+        assert sorted(covered) == np.flatnonzero(length[owner] > 1).tolist()
+
+
+def test_what_the_kernel_does_not_serve_is_refused_with_a_remedy(rng):
+    step = Step(GROUP_OF_4, "bfloat16", [(3, 1)], True, rng)
+    shape = static_shape(step)
+    for changed, named in (
+        (replace(shape, dtype=jnp.dtype("float32")), "float32"),
+        (replace(shape, head_dim=24), "head_dim 24"),
+        (replace(shape, num_heads=256), "128 query heads"),
+    ):
+        with pytest.raises(NotImplementedError, match=f"{named}.*implementation='xla'"):
+            triton.Attention(step.tiles, changed, plan=PLAN, interpret=True)
+    with pytest.raises(ValueError, match="22 rows, but the tiles are for at most 21"):
+        triton.Attention(step.tiles, shape, plan=PLAN)(jnp.zeros((22, 8, 64), jnp.bfloat16), step.pool)
+
+
+def test_without_a_name_the_device_decides(rng):
+    step = Step(GROUP_OF_4, "bfloat16", [(3, 1)], True, rng)
+
+    def kind(dtype):
+        static = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "page_size": 16, "decode": True, "tile_rows": 1}
+        return type(PagedAttention(step.tiles, dtype=dtype, **static)._attend)
+
+    assert kind("bfloat16") is xla.Attention
+    with compiling_for(DEVICES["h200"]):
+        assert kind("bfloat16") is triton.Attention
+        assert kind("float32") is xla.Attention

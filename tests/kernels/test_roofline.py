@@ -1,0 +1,103 @@
+"""Rooflines against counts made element by element."""
+
+import numpy as np
+import pytest
+
+from pallas_kernels.lora.layout import LoraLayout
+from pallas_kernels.lora.roofline import expand_work, layer_work, shrink_work
+from pallas_kernels.paged_attention.roofline import attention_work
+from pallas_kernels.pool_write.roofline import write_kv_work, write_pages_work
+from pallas_kernels.roofline import Work
+
+LAYOUT = LoraLayout.of_decoder(hidden_size=6, q_width=8, kv_width=4, intermediate_size=10, page_size=8)
+
+
+def test_the_floor_is_the_larger_of_the_two():
+    assert Work(bytes=100, flops=30).seconds(bandwidth=10, matmul_flops=10) == 10
+    assert Work(bytes=100, flops=300).seconds(bandwidth=10, matmul_flops=10) == 30
+
+
+def test_work_adds_up():
+    works = [Work(1, 10), Work(2, 20)]
+    assert sum(works, Work()) == works[0] + works[1] == Work(3, 30)
+    assert Work(3, 30) * 4 == Work(12, 120)
+
+
+def random_adapters(rng):
+    """Ranks, some 0, and rows, some 0."""
+    n = int(rng.integers(1, 6))
+    ranks = rng.integers(0, 5, (n, 7)) * (rng.random((n, 7)) < 0.7)
+    return ranks, rng.integers(0, 4, n)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("planes", [1, 3])
+def test_lora_work_is_what_touching_every_element_once_counts(rng, itemsize, planes):
+    for _ in range(20):
+        ranks, rows = random_adapters(rng)
+        for stack in LAYOUT.stacks:
+            a, b, x, h, y, shrink, expand = set(), set(), set(), set(), set(), 0, 0
+            for adapter, count in enumerate(rows):
+                for row in range(count):
+                    for projection, (index, d_out) in enumerate(zip(stack.rank_index, stack.d_outs, strict=True)):
+                        for j in range(ranks[adapter, index]):
+                            a |= {(adapter, projection, j, k) for k in range(stack.d_in)}
+                            b |= {(adapter, projection, j, k) for k in range(d_out)}
+                            x |= {(adapter, row, k) for k in range(stack.d_in)}
+                            y |= {(adapter, row, projection, k) for k in range(d_out)}
+                            h.add((adapter, row, projection, j))
+                            shrink += 2 * stack.d_in
+                            expand += 2 * d_out
+            hidden = 4 * planes * len(h)
+            assert shrink_work(ranks, rows, stack, itemsize, planes) == Work(
+                itemsize * (len(a) + len(x)) + hidden, shrink
+            )
+            assert expand_work(ranks, rows, stack, itemsize, planes) == Work(
+                itemsize * (len(b) + 2 * len(y)) + hidden, expand
+            )
+
+
+def test_a_layers_lora_work_is_that_of_its_stacks(rng):
+    ranks, rows = random_adapters(rng)
+    parts = [op(ranks, rows, stack, 2) for stack in LAYOUT.stacks for op in (shrink_work, expand_work)]
+    assert layer_work(ranks, rows, LAYOUT, 2) == sum(parts, Work())
+
+
+def test_256_adapters_of_rank_128_of_llama_3_8b_are_counted_in_full():
+    layout = LoraLayout.of_decoder(4096, 4096, 1024, 14336, page_size=16)
+    a, b = 3 * 4096 + 4096 + 2 * 4096 + 14336, 4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096
+    work = layer_work(np.full((256, 7), 128, np.int32), np.full(256, 10_000, np.int32), layout, 2)
+    assert work.flops == 2 * 256 * 10_000 * 128 * (a + b) > 2**31
+    weights = 2 * 256 * 128 * (a + b)
+    x, y, h = 2 * (3 * 4096 + 14336), 2 * 2 * b, 2 * 4 * 7 * 128
+    assert work.bytes == weights + 256 * 10_000 * (x + y + h)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 100])
+def test_attention_work_is_what_every_query_sees(rng, window):
+    heads, kv_heads, dim, itemsize = 6, 2, 8, 2
+    for _ in range(30):
+        seqs = int(rng.integers(1, 5))
+        rows, context = rng.integers(0, 9, seqs), rng.integers(0, 12, seqs)
+        keys, seen = set(), 0
+        for seq in range(seqs):
+            for position in range(context[seq], context[seq] + rows[seq]):
+                visible = range(0 if window is None else max(0, position + 1 - window), position + 1)
+                keys |= {(seq, key) for key in visible}
+                seen += len(visible)
+        work = attention_work(
+            rows, context, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, itemsize=itemsize, window=window
+        )
+        q = rows.sum() * heads * dim
+        assert work == Work(itemsize * (2 * len(keys) * kv_heads * dim + 2 * q), 4 * dim * heads * seen)
+
+
+def test_a_step_without_rows_needs_nothing():
+    none = np.zeros(0, np.int32)
+    assert attention_work(none, none, num_heads=2, num_kv_heads=1, head_dim=8, itemsize=2) == Work()
+    assert layer_work(np.zeros((0, 7), np.int32), none, LAYOUT, 2) == Work()
+
+
+def test_writes_read_and_write_every_byte():
+    assert write_kv_work(tokens=5, width=12, itemsize=2) == Work(bytes=2 * (5 * 2 * 12 * 2))
+    assert write_pages_work(pages=3, page_size=8, width=12, itemsize=4) == Work(bytes=2 * (3 * 2 * 8 * 12 * 4))
