@@ -8,6 +8,7 @@ plots beside it at the end. On a CPU a miniature of it all runs, whose numbers m
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -46,9 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pallas_kernels.bench", description=(__doc__ or "").split("\n\n")[0]
+    )
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="results (replaced); plots lie beside it")
-    parser.add_argument("--budget-seconds", type=_positive, default=450.0, help="in all; least important cases go first")
+    parser.add_argument(
+        "--budget-seconds", type=_positive, default=450.0, help="in all; least important cases go first"
+    )
     parser.add_argument("--only", choices=SECTIONS, action="append", help="sections (several: repeat); ceilings always")
     parser.add_argument("--match", type=_pattern, default=re.compile(""), metavar="REGEX", help="cases by their label")
     parser.add_argument("--seed", type=_seed, default=0, help="of inputs and page numbers")
@@ -112,6 +117,8 @@ def _list(args: argparse.Namespace) -> int:
 
 def _compile_only(args: argparse.Namespace) -> int:
     """Compiles, for a GPU that is not there, the programs of all cases asked for."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     from pallas_kernels.bench.compilation import compile_for_absent, declined
     from pallas_kernels.devices import DEVICES, compiling_for
 
@@ -121,25 +128,26 @@ def _compile_only(args: argparse.Namespace) -> int:
     with compiling_for(device):
         systems = [s for section in _sections(args, args.miniature) for case in section.cases for s in case.systems]
     programs = {s.program.name: s.program for s in systems if s.program}
-    failed = 0
+    count = dict.fromkeys(("compiled", "skipped", "failed"), 0)
     for done in compile_for_absent(programs.values(), device):
         facts: dict[str, Any] = {"name": done.program.name, "seconds": round(done.seconds, 2)}
         text = f"{done.program.name:<60} {done.seconds:6.1f} s"
+        what = "compiled"
         if isinstance(done.result, Exception):
             what = "skipped" if declined(done.result) else "failed"
             facts[what] = f"{type(done.result).__name__}: {done.result}"
-            failed += what == "failed"
             text += f" {what}: {facts[what].splitlines()[0][:200]}"
         else:
             facts["temp_bytes"] = done.result.memory_analysis().temp_size_in_bytes
             text += f" {facts['temp_bytes'] / 2**20:10.1f} MiB of temporaries"
+        count[what] += 1
         print(text, flush=True)
         record.data["programs"].append(facts)
         record.save()
     record.data["finished"] = True
     record.save()
-    print(f"{len(programs) - failed} of {len(programs)} programs compile for {args.compile_only}")
-    return int(failed > 0)
+    print(f"{args.compile_only}: " + ", ".join(f"{number} {what}" for what, number in count.items()))
+    return int(count["failed"] > 0)
 
 
 def _work(args: argparse.Namespace) -> int:

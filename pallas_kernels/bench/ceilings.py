@@ -63,7 +63,9 @@ def section(size: Size, seed: int) -> Section:
     def system(name: str, function: Callable[..., Any], struct: Any) -> System:
         return System(name, _program(name, function, struct), repeat(arguments))
 
-    matmul = System("xla", _program("matmul", product, square, square), chain(partial(random_array, (width, width), seed), squares))
+    matmul = System(
+        "xla", _program("matmul", product, square, square), chain(partial(random_array, (width, width), seed), squares)
+    )
     launch = System("xla", _program("launch", launches, small), chain(partial(jnp.ones, 128), lambda: [()]), LAUNCHES)
     moved = Work(bytes=2 * 2 * elements)
     cases: Mapping[str, tuple[Work, tuple[System, ...]]] = {

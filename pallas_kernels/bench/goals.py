@@ -16,7 +16,9 @@ def goals(rows: Iterable[Row]) -> list[dict[str, Any]]:
     case; the worst case decides."""
     rows = [row for row in rows if "over_floor" in row and row["system"] not in PEERS]
 
-    def judge(goal: str, number: Callable[[Row], float], limit: float, at_least: bool, wanted: Callable[[Row], bool]) -> dict[str, Any]:
+    def judge(
+        goal: str, number: Callable[[Row], float], limit: float, at_least: bool, wanted: Callable[[Row], bool]
+    ) -> dict[str, Any]:
         best: dict[str, Row] = {}
         for row in filter(wanted, rows):
             other = best.get(key := row["label"] if row["op"] != "step" else row["label"] + row["system"])
@@ -28,7 +30,11 @@ def goals(rows: Iterable[Row]) -> list[dict[str, Any]]:
         met = number(worst) >= limit if at_least else number(worst) <= limit
         count = sum((number(row) >= limit) if at_least else (number(row) <= limit) for row in best.values())
         where = f"{worst['label']}, {worst['system']}"
-        return {"goal": goal, "met": met, "measured": f"{number(worst):.3f} at worst ({where}); {count} of {len(best)} cases"}
+        return {
+            "goal": goal,
+            "met": met,
+            "measured": f"{number(worst):.3f} at worst ({where}); {count} of {len(best)} cases",
+        }
 
     def fraction(row: Row) -> float:
         return row["bandwidth_fraction"] or 0.0

@@ -65,7 +65,9 @@ class Record:
             if what["system"]:
                 self.data.setdefault("uncompilable", {})[what["system"]] = reason
         else:
-            self.data.setdefault("fatal", []).append({"label": what["what"], "system": what["system"], "failed": reason})
+            self.data.setdefault("fatal", []).append(
+                {"label": what["what"], "system": what["system"], "failed": reason}
+            )
         self.save()
 
     def fatal(self, case: Case, system: str) -> str:
@@ -92,7 +94,11 @@ def provenance() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "device": device.device_kind,
         "platform": device.platform,
-        "driver": _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit", "--format=csv,noheader"),
+        "driver": _output(
+            "nvidia-smi",
+            "--query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit",
+            "--format=csv,noheader",
+        ),
         "cores": len(os.sched_getaffinity(0)),
         "system": platform.platform(),
         "python": platform.python_version(),

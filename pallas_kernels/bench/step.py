@@ -67,7 +67,9 @@ class Server:
         pages = self.resident
         pool = PoolShape(
             num_layers=model.num_layers,
-            num_pages=1 + self.batch * self.sequence_pages + int(model.layout(size.page_size).num_pages(pages.ranks).sum()),
+            num_pages=1
+            + self.batch * self.sequence_pages
+            + int(model.layout(size.page_size).num_pages(pages.ranks).sum()),
             page_size=size.page_size,
             width=model.width,
             dtype="bfloat16",

@@ -91,7 +91,11 @@ class Worker:
         wanted: dict[str, Program] = {}
         for section, case in stage.cases:
             for system in case.systems:
-                if system.program and not self._refusal(section, case, system) and not self.record.has(case, system.name):
+                if (
+                    system.program
+                    and not self._refusal(section, case, system)
+                    and not self.record.has(case, system.name)
+                ):
                     wanted.setdefault(system.program.name, system.program)
         wanted = {name: program for name, program in wanted.items() if name not in self.compiled}
         if not wanted or self.left <= 0:
@@ -215,9 +219,7 @@ class Worker:
         tqdm.write(line(row), file=sys.stdout)
 
 
-def _numbers(
-    case: Case, system: System, timing: Timing, ceilings: Ceilings | None, over: float
-) -> dict[str, Any]:
+def _numbers(case: Case, system: System, timing: Timing, ceilings: Ceilings | None, over: float) -> dict[str, Any]:
     """A row's numbers. over: seconds that the floor begins with."""
     work, seconds = system.work or case.work, timing.seconds / system.repeats
     numbers: dict[str, Any] = {

@@ -245,9 +245,7 @@ def _work(shape: Shape, table: AdapterTable, tiles: LoraTiles) -> tuple[jax.Arra
     return stack_work(shape.layout, table.ranks, tiles.slot, tiles.first_row, tiles.rows, tiles.num_tiles)
 
 
-def _program(
-    name: str, run: Callable[..., Any], shape: Shape, backend: str, layers: int, *donated: str
-) -> Program:
+def _program(name: str, run: Callable[..., Any], shape: Shape, backend: str, layers: int, *donated: str) -> Program:
     names = (*donated, "xs", "pools", "table", "tiles")
     return Program(
         name,
@@ -403,9 +401,7 @@ def _halves(batch: Batch, facts: dict[str, Any]) -> Iterator[Case]:
         yield Case(op, shape.regime, facts, work, tuple(systems), importance=1)
 
 
-def _batch(
-    shape: Shape, ranks: Ranks, n: int, *, rows: int, layers: int, seed: int, poisoned: bool = False
-) -> Batch:
+def _batch(shape: Shape, ranks: Ranks, n: int, *, rows: int, layers: int, seed: int, poisoned: bool = False) -> Batch:
     """`rows` rows over `n` adapters, in so many sets that their layers outgrow the cache."""
     size, rng = shape.size, np.random.default_rng(seed)
     adapters = resident(

@@ -39,9 +39,7 @@ def expand_work(ranks: np.ndarray, rows: np.ndarray, stack: Stack, itemsize: int
     widths, hidden = np.array(stack.d_outs), rows[:, None] * rank
     weights = int((rank[rows > 0] * widths).sum()) * itemsize
     outputs = 2 * int((rows[:, None] * (rank > 0) * widths).sum()) * itemsize
-    return Work(
-        weights + planes * int(hidden.sum()) * INTERMEDIATE_BYTES + outputs, 2 * int((hidden * widths).sum())
-    )
+    return Work(weights + planes * int(hidden.sum()) * INTERMEDIATE_BYTES + outputs, 2 * int((hidden * widths).sum()))
 
 
 def layer_work(ranks: np.ndarray, rows: np.ndarray, layout: LoraLayout, itemsize: int) -> Work:

@@ -181,7 +181,9 @@ def system(batch: Batch, backend: str, layers: int) -> System:
 def section(size: Size, seed: int) -> Section:
     """Every case."""
     grid = MINIATURE if size.miniature else FULL
-    return Section("attention", [*_checks(size, grid, seed), *_decode(size, grid, seed), *_prefill(size, grid, seed)], release)
+    return Section(
+        "attention", [*_checks(size, grid, seed), *_decode(size, grid, seed), *_prefill(size, grid, seed)], release
+    )
 
 
 def _checks(size: Size, grid: Grid, seed: int) -> Iterator[Case]:

@@ -92,7 +92,11 @@ def _cases(
         return (pool,) * layers, *jax.eval_shape(arguments)
 
     def system(layers: int) -> System:
-        program = Program(f"{op}-{'-'.join(map(str, facts.values()))}-{layers}", jax.jit(run, donate_argnums=0), partial(shapes, layers))
+        program = Program(
+            f"{op}-{'-'.join(map(str, facts.values()))}-{layers}",
+            jax.jit(run, donate_argnums=0),
+            partial(shapes, layers),
+        )
         return System("xla", program, chain(partial(pools, layers), lambda: [arguments()]), repeats=layers)
 
     def by_numpy(_: Any) -> Callable[[], Any]:

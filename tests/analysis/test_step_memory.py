@@ -1,6 +1,8 @@
 """What the step of a real model takes on a GPU that is not there."""
 
 import dataclasses
+from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,30 +20,33 @@ LLAMA_3_8B = Path(__file__).parents[2] / "experiments" / "models" / "llama-3-8b.
 LAYERS = 2
 
 
-@pytest.fixture(scope="module")
-def decode() -> tuple[int, list[KernelUse]]:
-    """Temporaries and kernels of a decode step of 256 sequences with adapters, on an H200."""
+@cache
+def step(decode: bool, with_lora: bool) -> tuple[int, list[KernelUse]]:
+    """Temporaries and kernels of a step on an H200: 256 sequences that decode, or 2,048 rows of a mixed batch."""
     target = TARGETS["h200"]
     model = dataclasses.replace(ModelConfig.from_dict(read_json(LLAMA_3_8B)), num_layers=LAYERS)
     config = EngineConfig(max_seqs=256, max_tokens_per_step=2048, max_rank=64, num_pages=20_000)
     spec = step_spec(model, *abstract_decoder(model, config.dtype), config, pool_shape(model, config))
     with compiling_for(target.device):
-        layout = spec.layout(Bucket(tokens=256, seqs=256, decode=True))
-    compiled = compile_for(target, make_step(spec, layout, with_lora=True), *step_shapes(spec, layout))
+        layout = spec.layout(Bucket(tokens=256 if decode else 2048, seqs=256, decode=decode))
+    compiled = compile_for(target, make_step(spec, layout, with_lora), *step_shapes(spec, layout))
     use = pool_use(compiled, spec.pool)
     assert use.copies == ()
     return use.temp_bytes, kernels_in(compiled, target.device)
 
 
-def test_temporaries_are_little_more_than_the_logits(decode) -> None:
+def test_temporaries_are_little_more_than_the_logits() -> None:
+    temporaries, _ = step(decode=True, with_lora=True)
     logits = 4 * 256 * 128_256
-    assert decode[0] < logits + 100e6
+    assert temporaries < logits + 100e6  # nothing of the size of a gathered context or of gathered adapters
 
 
-def test_a_layer_has_few_launches_of_custom_kernels(decode) -> None:
-    launches = {"lora": 0, "attention": 0}
-    for kernel in decode[1]:
-        launches["lora" if "lora" in kernel.name else "attention"] += kernel.count
-        assert kernel.spill_bytes == 0
-    assert 0 < launches["lora"] <= 8 * LAYERS
-    assert 0 < launches["attention"] <= 2 * LAYERS
+@pytest.mark.parametrize(("decode", "with_lora"), [(True, True), (False, True), (True, False)])
+def test_a_layer_launches_eight_kernels_for_lora_if_there_is_any_and_one_for_attention(decode, with_lora) -> None:
+    _, kernels = step(decode, with_lora)
+    launches = Counter[str]()
+    for kernel in kernels:
+        launches[kernel.name] += kernel.count
+        assert (kernel.backend, kernel.spill_bytes) == ("triton", 0)
+    lora = {"lora_shrink_kernel": 4 * LAYERS, "lora_expand_kernel": 4 * LAYERS} if with_lora else {}
+    assert launches == {"paged_attention_kernel": LAYERS, **lora}

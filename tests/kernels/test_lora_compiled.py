@@ -4,14 +4,14 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from gpu_shapes import LAYERS
-from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import devices
 from pallas_kernels.lora import AdapterTable, LoraProduct, LoraTiles, lora_tile_rows
 from pallas_kernels.lora.layout import ceil_div
-from slora_jax.analysis import TARGETS, deviceless_mesh, kernels_in
+from slora_jax.analysis import TARGETS, compile_for, kernels_in
 
 SLOTS, NUM_PAGES = 256, 4000
 STEPS = {"decode-256": (256, True), "mixed-2048": (2048, False)}
@@ -21,31 +21,27 @@ OTHER_STEPS = {"decode-8": (8, True), "mixed-256": (256, False), "mixed-8192": (
 def compiled(layer, device, rows, decode, page_size=16, dtype="bfloat16", max_rank=64):
     """All four stacks of a layer as one program, every y donated."""
     layout = layer.layout(page_size)
-    here = NamedSharding(deviceless_mesh(TARGETS[device.name]), PartitionSpec())
 
     def struct(*shape, dtype=dtype):
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=here)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
     def ints(*shape):
         return struct(*shape, dtype="int32")
 
     with devices.compiling_for(device):
         tile_rows = lora_tile_rows(dtype, decode=decode)
-        num_tiles = ceil_div(rows, tile_rows) + min(rows, SLOTS)
 
-        def run(table, tiles, xs, ys, pool):
-            lora = LoraProduct(
-                layout, table, tiles, dtype=dtype, decode=decode, tile_rows=tile_rows, max_rank=max_rank
-            )
-            return [lora(x, y, pool, stack) for x, y, stack in zip(xs, ys, layout.stacks, strict=True)]
+    def run(table, tiles, xs, ys, pool):
+        lora = LoraProduct(layout, table, tiles, dtype=dtype, decode=decode, tile_rows=tile_rows, max_rank=max_rank)
+        return [lora(x, y, pool, stack) for x, y, stack in zip(xs, ys, layout.stacks, strict=True)]
 
-        table = AdapterTable(ints(SLOTS, int(layout.num_pages(jnp.full(7, max_rank)))), ints(SLOTS, 7))
-        tiles = LoraTiles(*(ints(num_tiles) for _ in range(3)), ints(rows), *(ints() for _ in range(4)))
-        xs = [struct(rows, s.d_in) for s in layout.stacks]
-        ys = [struct(rows, s.d_out) for s in layout.stacks]
-        pool = struct(NUM_PAGES, 2, page_size, layer.width)
-        traced = jax.jit(run, donate_argnums=3).trace(table, tiles, xs, ys, pool)
-        return traced.lower(lowering_platforms=("cuda",)).compile()
+    num_tiles = ceil_div(rows, tile_rows) + min(rows, SLOTS)
+    table = AdapterTable(ints(SLOTS, int(layout.num_pages(np.full(7, max_rank)))), ints(SLOTS, 7))
+    tiles = LoraTiles(*(ints(num_tiles) for _ in range(3)), ints(rows), *(ints() for _ in range(4)))
+    xs = [struct(rows, s.d_in) for s in layout.stacks]
+    ys = [struct(rows, s.d_out) for s in layout.stacks]
+    pool = struct(NUM_PAGES, 2, page_size, layer.width)
+    return compile_for(TARGETS[device.name], jax.jit(run, donate_argnums=3), table, tiles, xs, ys, pool)
 
 
 def check(program, device, decode):

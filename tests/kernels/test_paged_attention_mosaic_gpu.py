@@ -1,8 +1,9 @@
 """The Mosaic GPU attention under Pallas' interpreter, against float64 NumPy; and compiled for an H200 that is absent.
 
 All that nobody owns is NaN: free pages, rows behind a sequence's last, outputs before they are written, shared memory.
-The interpreter checks every access for races. It knows all primitives but two, both in the mixed kernel: `wgmma` with
-an operand in registers, and `run_state` of its accumulator; there the kernel puts the operand into shared memory.
+The interpreter checks every access for races. It refuses `wgmma` with an operand in registers, and its source marks
+`run_state` of an accumulator as not handled. The mixed kernel's second product uses both; interpreted, it takes its
+operand from shared memory and adds to the sums afterwards, so that product is compiled here but not run.
 """
 
 from dataclasses import dataclass, replace
@@ -121,7 +122,7 @@ class Step:
 
 
 def interpreted(step: Step) -> np.ndarray:
-    """Not under `jax.jit`: the interpreter's callbacks starve a program's own threads on a machine with few cores."""
+    """Not under `jax.jit`: there `mixed_group_1_small_pages` hung on two cores (cause unknown); eagerly it passes."""
     attend = mosaic_gpu.Attention(step.tiles, step.case.shape, plan=step.case.plan, interpret=True)
     out = np.asarray(attend(jnp.asarray(step.q), jnp.asarray(step.pool)))
     assert not gpu_callbacks.get_races().races_found
