@@ -131,7 +131,7 @@ def _serve() -> None:
         except EOFError:
             return
         try:
-            answer = (_interpret(*request), None)
+            answer: tuple[Any, str | None] = (_interpret(*request), None)
         except Exception:  # noqa: BLE001 - reported to the caller
             answer = (None, traceback.format_exc())
         pickle.dump(answer, answers)

@@ -1,8 +1,8 @@
 """Measures every op against its roofline on this machine's GPU: `python -m pallas_kernels.bench`.
 
-Each kernel is first compared with the XLA reference, then the device's copy bandwidth and matrix rate are measured, then
-every op in decode and prefill shapes, and whole decode steps of Llama-3-8B. Results go to a JSON file after every case;
-plots beside it at the end. On a CPU a miniature of it all runs, whose numbers mean nothing.
+Each kernel is first compared with the XLA reference; then the device's copy bandwidth and matrix rate are measured,
+then every op in decode and prefill shapes, and whole decode steps of Llama-3-8B. Results go to a JSON file after every
+case; plots beside it at the end. On a CPU a miniature of it all runs, whose numbers mean nothing.
 """
 
 from __future__ import annotations

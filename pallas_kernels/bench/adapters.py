@@ -78,7 +78,7 @@ def lora_tiles(
     for slot, start, count in zip(slots.tolist(), first.tolist(), counts.tolist(), strict=True):
         tiles += [(slot, start + row, min(tile_rows, count - row)) for row in range(0, count, tile_rows)]
     table = np.zeros((entries, 3), np.int32)
-    table[: len(tiles)] = tiles
+    table[: len(tiles)] = np.array(tiles, np.int32).reshape(-1, 3)
     lora_rows = int(counts.sum())
     row_slot = np.zeros(rows, np.int32)
     row_slot[:lora_rows] = np.repeat(slots, counts)

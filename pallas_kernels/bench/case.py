@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,6 @@ from pallas_kernels.roofline import Work
 
 Dispatch = Callable[[], Any]
 """Runs a program once, asynchronously; returns the arrays to wait for."""
-
-Fact = int | str
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +56,7 @@ class Case:
 
     op: str
     regime: str
-    facts: dict[str, Fact]
+    facts: Mapping[str, Any]
     work: Work
     systems: tuple[System, ...]
     importance: int = 0

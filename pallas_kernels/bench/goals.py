@@ -17,24 +17,25 @@ def goals(rows: Iterable[Row]) -> list[dict[str, Any]]:
     rows = [row for row in rows if "over_floor" in row and row["system"] not in PEERS]
 
     def judge(
-        goal: str, number: Callable[[Row], float], limit: float, at_least: bool, wanted: Callable[[Row], bool]
+        goal: str,
+        cases: list[Row],
+        number: Callable[[Row], float],
+        *,
+        at_least: float | None = None,
+        at_most: float | None = None,
     ) -> dict[str, Any]:
-        best: dict[str, Row] = {}
-        for row in filter(wanted, rows):
-            other = best.get(key := row["label"] if row["op"] != "step" else row["label"] + row["system"])
-            if other is None or (number(row) > number(other)) == at_least:
-                best[key] = row
-        if not best:
+        if not cases:
             return {"goal": goal, "met": None, "measured": "not measured"}
-        worst = (min if at_least else max)(best.values(), key=number)
-        met = number(worst) >= limit if at_least else number(worst) <= limit
-        count = sum((number(row) >= limit) if at_least else (number(row) <= limit) for row in best.values())
+        better, worse = (max, min) if at_most is None else (min, max)
+        best = [
+            better((row for row in cases if row["label"] == label), key=number) for label in {r["label"] for r in cases}
+        ]
+        low, high = at_least or 0.0, float("inf") if at_most is None else at_most
+        met = [low <= number(row) <= high for row in best]
+        worst = worse(best, key=number)
         where = f"{worst['label']}, {worst['system']}"
-        return {
-            "goal": goal,
-            "met": met,
-            "measured": f"{number(worst):.3f} at worst ({where}); {count} of {len(best)} cases",
-        }
+        measured = f"{number(worst):.3f} at worst ({where}); {sum(met)} of {len(met)} cases"
+        return {"goal": goal, "met": all(met), "measured": measured}
 
     def fraction(row: Row) -> float:
         return row["bandwidth_fraction"] or 0.0
@@ -42,23 +43,26 @@ def goals(rows: Iterable[Row]) -> list[dict[str, Any]]:
     def ratio(row: Row) -> float:
         return row["over_floor"]
 
+    def decode(op: str) -> Callable[[Row], bool]:
+        return lambda row: (row["op"], row["regime"]) == (op, "decode")
+
+    attention, lora, step = (list(filter(decode(op), rows)) for op in ("attention", "lora", "step"))
     return [
         judge(
             "decode LoRA at 80% of the copy bandwidth from 64 distinct adapters up",
-            fraction, 0.8, True, lambda r: (r["op"], r["regime"]) == ("lora", "decode") and r["facts"]["adapters"] >= 64,
+            [row for row in lora if row["facts"]["adapters"] >= 64], fraction, at_least=0.8,
         ),
         judge(
             "paged decode attention at 80% of the copy bandwidth from 4k context, batch 64",
-            fraction, 0.8, True,
-            lambda r: (r["op"], r["regime"]) == ("attention", "decode")
-            and r["facts"]["batch"] == 64 and r["facts"]["context"] >= 4096,
+            [row for row in attention if row["facts"]["batch"] == 64 and row["facts"]["context"] >= 4096],
+            fraction, at_least=0.8,
         ),
         judge(
             "prefill LoRA within 1.3x of the larger of its two floors",
-            ratio, 1.3, False, lambda r: (r["op"], r["regime"]) == ("lora", "prefill"),
+            [row for row in rows if (row["op"], row["regime"]) == ("lora", "prefill")], ratio, at_most=1.3,
         ),
         judge(
             "a decode step with 64 rank-16 adapters within 1.15x of base-only plus the floor of the LoRA bytes",
-            ratio, 1.15, False, lambda r: r["op"] == "step" and r["system"] == "64 adapters" and r["facts"]["rank"] == 16,
+            [row for row in step if row["system"] == "64 adapters" and row["facts"]["rank"] == 16], ratio, at_most=1.15,
         ),
     ]  # fmt: skip

@@ -25,7 +25,7 @@ def plot(results: dict[str, Any], path: Path) -> list[Path]:
         source = f"MINIATURE: NUMBERS MEAN NOTHING. {source}"
     written = []
 
-    def figure(name: str, title: str, x: str, y: str, series: Series, goal: float | None, log: bool = True) -> None:
+    def figure(name: str, title: str, x: str, y: str, series: Series, goal: float) -> None:
         if not series:
             return
         from matplotlib import pyplot
@@ -33,10 +33,8 @@ def plot(results: dict[str, Any], path: Path) -> list[Path]:
         figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
         for label, points in series.items():
             axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=label)
-        if goal is not None:
-            axes.axhline(goal, color="black", linestyle="--", linewidth=1, label=f"goal: {goal:g}")
-        if log:
-            axes.set_xscale("log", base=2)
+        axes.axhline(goal, color="black", linestyle="--", linewidth=1, label=f"goal: {goal:g}")
+        axes.set_xscale("log", base=2)
         axes.set(title=title, xlabel=x, ylabel=y, ylim=(0, None))
         axes.legend(fontsize="small")
         figure.text(0.01, 0.005, source, fontsize=6)
@@ -53,31 +51,45 @@ def plot(results: dict[str, Any], path: Path) -> list[Path]:
     def ratio(row: Row) -> float:
         return row["over_floor"]
 
-    models = sorted({row["facts"]["model"] for row in of("lora", "decode")})
-    for i, model in enumerate(models):
+    for model in sorted({row["facts"]["model"] for row in of("lora", "decode")}):
         decode = [row for row in of("lora", "decode") if row["facts"]["model"] == model]
         figure(
-            "lora_decode" if i == 0 else f"lora_decode_{model}",
-            f"LoRA, decode, {model}: bytes that must move over time and copy bandwidth", "distinct adapters", "fraction of copy bandwidth",
-            _series(decode, "adapters", fraction, "{system}, {rows} rows, rank {rank}"), 0.8,
-        )  # fmt: skip
+            f"lora_decode_{model}",
+            f"LoRA, decode, {model}: bytes that must move, per time",
+            "distinct adapters",
+            "fraction of copy bandwidth",
+            _series(decode, "adapters", fraction, "{system}, {rows} rows, rank {rank}"),
+            0.8,
+        )
     figure(
-        "lora_prefill", "LoRA, prefill: time over the larger floor", "distinct adapters", "time / floor",
-        _series(of("lora", "prefill"), "adapters", ratio, "{system}, rank {rank}"), 1.3,
-    )  # fmt: skip
+        "lora_prefill",
+        "LoRA, prefill: time over the larger floor",
+        "distinct adapters",
+        "time / floor",
+        _series(of("lora", "prefill"), "adapters", ratio, "{system}, rank {rank}"),
+        1.3,
+    )
     figure(
-        "attention", "Paged attention, decode: keys and values over time and copy bandwidth", "context (tokens)",
-        "fraction of copy bandwidth", _series(of("attention", "decode"), "context", fraction, "{system}, batch {batch}"), 0.8,
-    )  # fmt: skip
+        "attention",
+        "Paged attention, decode: keys and values, per time",
+        "context (tokens)",
+        "fraction of copy bandwidth",
+        _series(of("attention", "decode"), "context", fraction, "{system}, batch {batch}"),
+        0.8,
+    )
     steps: Series = {}
     for row in of("step", "decode"):
         if row["system"] != "base":
             point = (float(row["system"].split()[0]), ratio(row))
             steps.setdefault(f"batch {row['facts']['batch']}", []).append(point)
     figure(
-        "step", "A decode step with adapters over base-only plus the floor of the LoRA bytes", "distinct adapters",
-        "time / expected time", steps, 1.15,
-    )  # fmt: skip
+        "step",
+        "A decode step with adapters, over base-only plus the floor of the LoRA bytes",
+        "distinct adapters",
+        "time / expected time",
+        steps,
+        1.15,
+    )
     return written
 
 

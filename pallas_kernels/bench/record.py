@@ -43,7 +43,7 @@ class Record:
 
     def add(self, case: Case, system: str, **results: Any) -> dict[str, Any]:
         """Adds a check or a row; `results`: its numbers."""
-        row = {"op": case.op, "regime": case.regime, "facts": case.facts, "label": case.label, "system": system}
+        row = {"op": case.op, "regime": case.regime, "facts": dict(case.facts), "label": case.label, "system": system}
         row |= results
         self.data["checks" if case.is_check else "rows"].append(row)
         self.save()

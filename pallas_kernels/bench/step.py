@@ -12,7 +12,6 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.bench.adapters import Adapters, resident, spread
@@ -122,13 +121,16 @@ class Server:
         from slora_jax.scheduling.request import AdapterUse, RequestMetrics
         from slora_jax.scheduling.scheduler import ScheduledSequence
 
-        slots = np.repeat(np.arange(adapters), spread(self.batch, adapters)) if adapters else [-1] * self.batch
+        slots = (
+            [slot for slot, rows in enumerate(spread(self.batch, adapters)) for _ in range(rows)] if adapters else []
+        )
+        slots += [-1] * (self.batch - len(slots))
         uses = [AdapterUse(str(slot), str(slot), ranks, 0) for slot, ranks in enumerate(self.resident.ranks)]
         context = self.grid.context
         requests = [
             Request(
                 id=str(i), number=i, prompt=[0] * context, params=SamplingParams(), seed=0, max_new=1, num_sampled=1,
-                adapter=None if slot < 0 else uses[slot], metrics=RequestMetrics(0.0), slot=i, adapter_slot=int(slot),
+                adapter=None if slot < 0 else uses[slot], metrics=RequestMetrics(0.0), slot=i, adapter_slot=slot,
                 pages=self.page_table[i].tolist(),
             )
             for i, slot in enumerate(slots)

@@ -17,8 +17,8 @@ SLOW = 30
 
 @dataclass(frozen=True)
 class Timing:
-    """seconds: of one dispatch, median over rounds. rounds: of each round. dispatches: in a round. queueing_seconds: how
-    long the host took to enqueue one dispatch (near `seconds`: the host may be what is measured)."""
+    """seconds: of one dispatch, median over rounds. rounds: of each round. dispatches: in a round.
+    queueing_seconds: what the host took to enqueue one (near `seconds`: the host may be what is measured)."""
 
     seconds: float
     rounds: tuple[float, ...]

@@ -167,10 +167,10 @@ class Worker:
                 self._give_up(case, next(s for s in case.systems if s.name == name), error)
         for system in others:
             if system.name in results and reference.name in results:
-                error, most = distance(results[system.name], results[reference.name])
+                off, most = distance(results[system.name], results[reference.name])
                 assert case.tolerance is not None
-                ok = error <= case.tolerance and most <= 10 * case.tolerance  # NaN is not
-                self._note(case, system, error=error, max_error=most, tolerance=case.tolerance, ok=ok)
+                ok = off <= case.tolerance and most <= 10 * case.tolerance  # NaN is not
+                self._note(case, system, error=off, max_error=most, tolerance=case.tolerance, ok=ok)
             elif not self.record.has(case, system.name):
                 self._note(case, system, failed=f"there is no result of {reference.name!r} to compare with")
         for row in self.record.data["checks"]:
@@ -258,10 +258,11 @@ def line(row: dict[str, Any]) -> str:
         return f"{head} {verdict} (error {row['error']:.1e}, largest {row['max_error']:.1e})"
     if "seconds" not in row:
         what = "skipped" if "skipped" in row else "FAILED"
-        return f"{head} {what}: {row.get('skipped', row.get('failed')).splitlines()[0][:200]}"
+        return f"{head} {what}: {(row.get('skipped') or row.get('failed') or '?').splitlines()[0][:200]}"
     text = f"{head} {1e6 * row['seconds']:>10.1f} us"
     if row["op"] == "ceiling":
-        return f"{text} {row['bytes'] / row['seconds'] / 1e12:7.3f} TB/s {row['flops'] / row['seconds'] / 1e12:8.2f} TFLOP/s"
+        bandwidth, rate = (row[unit] / row["seconds"] / 1e12 for unit in ("bytes", "flops"))
+        return f"{text} {bandwidth:7.3f} TB/s {rate:8.2f} TFLOP/s"
     if "over_floor" in row:
         text += f" {row['over_floor']:8.2f}x floor"
         if row["bandwidth_fraction"] is not None:

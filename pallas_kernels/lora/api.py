@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, get_args
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels import devices, plans
 from pallas_kernels.lora import xla
 from pallas_kernels.lora.layout import LoraLayout, Stack, ceil_div
-from pallas_kernels.lora.plan import ExpandPlan, ShrinkPlan, expand_plan, shrink_plan, tile_rows
+from pallas_kernels.lora.plan import MIN_BLOCK, ExpandPlan, ShrinkPlan, expand_plan, shrink_plan, tile_rows
 from pallas_kernels.lora.work import stack_work
 
 Implementation = Literal["xla", "triton", "mosaic_gpu"]
@@ -90,6 +91,10 @@ class LoraProduct:
         self._tile_rows = tile_rows
         self._options: LoraOptions | None = None
         backend = resolve(implementation, dtype)
+        if implementation is None and backend != "xla" and layout.width % MIN_BLOCK:
+            reason = f"the pool's width {layout.width} is no multiple of {MIN_BLOCK}"
+            warnings.warn(f"LoRA by the XLA reference, which is slow on a GPU: {reason}", stacklevel=2)
+            backend = "xla"
         if backend == "xla":
             pages, ranks = table.pages, table.ranks
             self._rows = xla.prepare(layout, pages, ranks, tiles.row_slot, tiles.lora_rows, max_rank)

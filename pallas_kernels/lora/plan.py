@@ -8,6 +8,9 @@ from typing import Any
 from pallas_kernels import plans
 from pallas_kernels.lora.layout import ceil_div
 
+MIN_BLOCK = 16
+"""Fewest columns that a tensor core takes."""
+
 
 @dataclass(frozen=True)
 class ShrinkPlan:
@@ -60,6 +63,6 @@ def tile_rows(**facts: Any) -> int:
 def _block(block: int, width: int) -> int:
     """`block` columns, or as many as divide the pool's width: a block must not straddle two tiles."""
     block = min(block, width & -width)
-    if block < 16:
-        raise NotImplementedError(f"pool width {width}: the kernels' matrix products need a multiple of 16 columns")
+    if block < MIN_BLOCK:
+        raise NotImplementedError(f"pool width {width}: the LoRA kernels need a multiple of {MIN_BLOCK}; use 'xla'")
     return block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -47,10 +48,11 @@ class PagedAttention:
 
     page_size, dtype: the pool's. decode: every sequence has exactly one row: there is no prefill tile (static).
     tile_rows: most rows of a prefill tile (static). window: how many keys a query sees, its own included (None: all).
-    implementation: None for the plan table's choice on the current trace's device; "xla" on a CPU, or for a float32
-    pool. interpret: run GPU kernels by their interpreter on the CPU.
+    implementation: None for the plan table's choice on the current trace's device; "xla" on a CPU, for a float32 pool,
+    and, with a warning, where that choice does not serve the shape. interpret: run GPU kernels on the CPU by their
+    interpreters.
 
-    Raises NotImplementedError where the implementation does not serve the shape or the dtype.
+    Raises NotImplementedError where an implementation named by the caller does not serve the shape or the dtype.
     """
 
     def __init__(
@@ -73,11 +75,15 @@ class PagedAttention:
         self._shape = AttentionShape(
             num_heads, num_kv_heads, head_dim, page_size, jnp.dtype(dtype), num_seqs, max_pages, rows, decode, window
         )
-        name: str | None = implementation
-        if name is None:
-            reference = devices.target() is None or self._shape.dtype == jnp.float32
-            name = "xla" if reference else plan.backend(self._shape)
-        self._attend = _made(name, tiles, self._shape, tile_rows, interpret)
+        reference = devices.target() is None or self._shape.dtype == jnp.float32
+        name = implementation or ("xla" if reference else plan.backend(self._shape))
+        try:
+            self._attend = _made(name, tiles, self._shape, tile_rows, interpret)
+        except NotImplementedError as reason:
+            if implementation is not None:
+                raise
+            warnings.warn(f"attention by the XLA reference, which is slow on a GPU: {reason}", stacklevel=2)
+            self._attend = _made("xla", tiles, self._shape, tile_rows, interpret)
 
     def __call__(self, q: jax.Array, pool: jax.Array) -> jax.Array:
         """Causal grouped-query attention of every row over its own sequence's pages.

@@ -31,8 +31,8 @@ Sequences = tuple[tuple[int, int, int], ...]
 
 @dataclass(frozen=True)
 class Grid:
-    """contexts, batches: tokens and sequences of decode steps, of which main_batch is the goal's. prefill: the sequences
-    of steps with prefill, all of prefill_rows rows and at most prefill_seqs sequences. check: likewise, for the check."""
+    """contexts, batches: tokens and sequences of decode steps, main_batch: the goal's. prefill: the sequences of steps
+    with prefill, of at most prefill_rows rows and prefill_seqs sequences; check: those of its check."""
 
     contexts: tuple[int, ...]
     batches: tuple[int, ...]
@@ -102,7 +102,7 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A step's sequences: rows and tokens before them, int32 `[n]`. poisoned: what they do not own is NaN in the pool."""
+    """A step's sequences: rows and tokens before them, int32 `[n]`. poisoned: pages that they do not own are NaN."""
 
     shape: Shape
     lengths: np.ndarray
@@ -133,7 +133,7 @@ class Batch:
         entries = 0 if shape.decode else ceil_div(shape.rows, shape.tile_rows) + shape.seqs
         prefill = [(s, row) for s in np.flatnonzero(length > 1) for row in range(0, length[s], shape.tile_rows)]
         tiles = np.zeros((entries, 2), np.int32)
-        tiles[: len(prefill)] = np.reshape(prefill, (-1, 2))
+        tiles[: len(prefill)] = np.array(prefill, np.int32).reshape(-1, 2)
         arrays = (table, first_row, length, context, *tiles.T, len(prefill), decode_seq, decoding.size)
         return AttentionTiles(*(jnp.asarray(np.array(a), jnp.int32) for a in arrays))
 

@@ -1,0 +1,87 @@
+"""Which implementation a step takes, and what it says when it cannot take the planned one."""
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import devices, plans
+from pallas_kernels.lora import AdapterTable, LoraLayout, LoraProduct, LoraTiles
+from pallas_kernels.lora.api import resolve
+from pallas_kernels.lora.plan import expand_plan, shrink_plan
+from pallas_kernels.paged_attention import AttentionTiles, PagedAttention
+
+H200 = devices.DEVICES["h200"]
+
+
+def attention(**changes) -> PagedAttention:
+    ints = jnp.zeros(2, jnp.int32)
+    tiles = AttentionTiles(jnp.zeros((2, 4), jnp.int32), *(ints,) * 3, ints[:0], ints[:0], ints[0], ints, ints[0])
+    shape = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "page_size": 16, "dtype": "bfloat16"}
+    return PagedAttention(tiles, **(shape | {"decode": True, "tile_rows": 2} | changes))
+
+
+def product(width: int, **changes) -> LoraProduct:
+    layout = LoraLayout.of_decoder(width, width, width, width, 16)
+    ints = jnp.zeros(3, jnp.int32)
+    table, tiles = (
+        AdapterTable(jnp.zeros((2, 9), jnp.int32), jnp.zeros((2, 7), jnp.int32)),
+        LoraTiles(*(ints,) * 4, *(ints[0],) * 4),
+    )
+    static = {"dtype": "bfloat16", "decode": True, "tile_rows": 3, "max_rank": 8}
+    return LoraProduct(layout, table, tiles, **(static | changes))
+
+
+def test_a_cpu_and_float32_have_the_reference_and_a_gpu_what_the_plan_table_names():
+    assert resolve(None, "bfloat16") == "xla"
+    with devices.compiling_for(H200):
+        assert resolve(None, "float32") == "xla"
+        assert resolve(None, "bfloat16") == resolve(None, "float16") == "triton"
+    assert devices.target() is None
+
+
+def test_what_the_planned_kernel_does_not_serve_falls_back_with_a_warning():
+    with devices.compiling_for(H200):
+        with pytest.warns(UserWarning, match="attention by the XLA reference.*head_dim 96"):
+            attention(head_dim=96)
+        with pytest.warns(UserWarning, match="LoRA by the XLA reference.*width 24"):
+            product(24)
+
+
+def test_what_a_named_kernel_does_not_serve_is_refused_with_the_reason():
+    with pytest.raises(NotImplementedError, match="head_dim 96"):
+        attention(head_dim=96, implementation="triton")
+    with pytest.raises(NotImplementedError, match="no implementation named 'cuda'"):
+        attention(implementation="cuda")
+    with pytest.raises(NotImplementedError, match="float32"):
+        product(32, dtype="float32", implementation="mosaic_gpu")
+
+
+def test_a_plan_is_the_first_entry_of_the_device_or_else_of_any_that_fits():
+    facts = {"backend": "triton", "decode": True, "width": 1024}
+    with devices.compiling_for(H200):
+        small, large = (shrink_plan(**facts, rows=rows, d_in=4096) for rows in (8, 256))
+        assert small.splits(4096) > large.splits(4096)  # few rows leave room for more programs a row
+        assert expand_plan(**facts | {"width": 64}, rows=8, d_out=4096).block_n <= 64
+        with pytest.raises(LookupError, match="no plan of lora_fold on h200"):
+            plans.find("lora", "lora_fold", **facts)
+
+
+def test_every_entry_of_the_tables_can_be_reached():
+    """An entry after one that fits all of its cases would never be used."""
+    for folder in ("lora", "paged_attention"):
+        table = plans._table(folder)
+        for i, entry in enumerate(table):
+            for earlier in table[:i]:
+                if (earlier["op"], earlier["device"]) == (entry["op"], entry["device"]):
+                    assert not _covers(earlier["when"], entry["when"]), (folder, entry)
+
+
+def _covers(wide: dict, narrow: dict) -> bool:
+    def within(a, b):  # b within a
+        if not isinstance(a, list):
+            return a == b
+        if not isinstance(b, list):
+            return False
+        low = a[0] is None or (b[0] is not None and b[0] >= a[0])
+        return low and (a[1] is None or (b[1] is not None and b[1] <= a[1]))
+
+    return all(fact in narrow and within(value, narrow[fact]) for fact, value in wide.items())
