@@ -30,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0: nothing failed. 1: a check or a case failed, or there was no end. 2: wrong arguments."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(arguments)
+    if args.list or args.compile_only:  # before JAX is imported
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    args.out = args.out or Path(f"compile_{args.compile_only}.json" if args.compile_only else "bench.json")
     if args.list:
         return _list(args)
     if args.compile_only:
@@ -50,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pallas_kernels.bench", description=(__doc__ or "").split("\n\n")[0]
     )
-    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="results (replaced); plots lie beside it")
+    parser.add_argument(
+        "--out", type=_file, help="results (replaced; bench.json, or compile_DEVICE.json); plots lie beside it"
+    )
     parser.add_argument(
         "--budget-seconds", type=_positive, default=450.0, help="in all; least important cases go first"
     )
@@ -58,23 +64,41 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--match", type=_pattern, default=re.compile(""), metavar="REGEX", help="cases by their label")
     parser.add_argument("--seed", type=_seed, default=0, help="of inputs and page numbers")
     parser.add_argument("--miniature", action="store_true", help="tiny shapes, interpreted kernels")
-    parser.add_argument("--list", action="store_true", help="print the cases and run none")
-    parser.add_argument("--compile-only", choices=DEVICES, help="compile every program for a GPU that is not there")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--list", action="store_true", help="print the cases and run none")
+    mode.add_argument("--compile-only", choices=DEVICES, help="compile every program for a GPU that is not there")
     parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)  # deadline
     parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
 def _positive(text: str) -> float:
-    if not 0 < float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
-    return float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number above 0")
+    return number
 
 
 def _seed(text: str) -> int:
-    if not 0 <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"{text}: must be in 0..2^31-1")
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be an integer in 0..2^31-1")
     return int(text)
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    new = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {error.strerror}") from error
+    if new:
+        path.unlink()
+    return path
 
 
 def _pattern(text: str) -> re.Pattern[str]:
@@ -117,8 +141,6 @@ def _list(args: argparse.Namespace) -> int:
 
 def _compile_only(args: argparse.Namespace) -> int:
     """Compiles, for a GPU that is not there, the programs of all cases asked for."""
-    os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     from pallas_kernels.bench.compilation import compile_for_absent, declined
     from pallas_kernels.devices import DEVICES, compiling_for
 

@@ -15,7 +15,7 @@ from pallas_kernels.bench.adapters import Adapters, Ranks, lora_tiles, max_pages
 from pallas_kernels.bench.models import Model
 from pallas_kernels.bench.pools import random_array, random_pools
 from pallas_kernels.bench.size import Size
-from pallas_kernels.lora import AdapterTable, LoraLayout, LoraTiles, lora_tile_rows
+from pallas_kernels.lora import AdapterTable, LoraLayout, lora_tile_rows
 from pallas_kernels.lora.layout import ceil_div
 from pallas_kernels.lora.roofline import layer_work
 from pallas_kernels.roofline import Work

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+_kept: dict[tuple[Any, ...], tuple[jax.Array, ...]] = {}
 
-@lru_cache(maxsize=1)
+
 def random_pools(shape: tuple[int, ...], layers: int, seed: int) -> tuple[jax.Array, ...]:
-    """bfloat16 N(0, 0.02^2) `shape`, one per layer. Random, since a chip may run faster on zeros."""
-    return tuple(random_array(shape, seed + layer, scale=0.02) for layer in range(layers))
+    """bfloat16 N(0, 0.02^2) `shape`, one per layer. Random, since a chip may run faster on zeros. Kept until others are
+    asked for: two sets need not fit."""
+    key = (shape, layers, seed)
+    if key not in _kept:
+        release()
+        _kept[key] = tuple(random_array(shape, seed + layer, scale=0.02) for layer in range(layers))
+    return _kept[key]
 
 
 def release() -> None:
     """Frees the pools that are kept."""
-    random_pools.cache_clear()
+    _kept.clear()
 
 
 def random_array(shape: tuple[int, ...], seed: int, scale: float = 1.0) -> jax.Array:

@@ -16,7 +16,7 @@ from pallas_kernels.bench import peers
 from pallas_kernels.bench.adapters import Ranks
 from pallas_kernels.bench.case import Case, Section, System, chain, repeat
 from pallas_kernels.bench.lora_batch import DTYPE, Batch, Shape, make_batch
-from pallas_kernels.bench.pools import random_array, release
+from pallas_kernels.bench.pools import random_array
 from pallas_kernels.bench.size import Size
 from pallas_kernels.lora.roofline import expand_work, shrink_work
 from pallas_kernels.roofline import Work
@@ -117,7 +117,7 @@ def competitors(batch: Batch, most: int, layers: int) -> Iterator[System]:
 def section(size: Size, seed: int) -> Section:
     """Every case."""
     grid = MINIATURE if size.miniature else FULL
-    return Section("lora", [*checks(size, grid, seed), *_measured(size, grid, seed)], release)
+    return Section("lora", [*checks(size, grid, seed), *_measured(size, grid, seed)])
 
 
 def checks(size: Size, grid: Grid, seed: int) -> Iterator[Case]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.bench.case import Case, Program, Section, System, chain
-from pallas_kernels.bench.pools import random_array, random_pages, random_pools, release
+from pallas_kernels.bench.pools import random_array, random_pages, random_pools
 from pallas_kernels.bench.size import Size
 from pallas_kernels.lora.layout import ceil_div
 from pallas_kernels.paged_attention import AttentionTiles, PagedAttention
@@ -181,9 +181,7 @@ def system(batch: Batch, backend: str, layers: int) -> System:
 def section(size: Size, seed: int) -> Section:
     """Every case."""
     grid = MINIATURE if size.miniature else FULL
-    return Section(
-        "attention", [*_checks(size, grid, seed), *_decode(size, grid, seed), *_prefill(size, grid, seed)], release
-    )
+    return Section("attention", [*_checks(size, grid, seed), *_decode(size, grid, seed), *_prefill(size, grid, seed)])
 
 
 def _checks(size: Size, grid: Grid, seed: int) -> Iterator[Case]:
