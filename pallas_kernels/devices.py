@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -62,15 +63,16 @@ def target() -> Device | None:
     if jax.default_backend() != "gpu":
         return None
     gpu = jax.devices()[0]
+    return known_device(gpu.device_kind, round(10 * float(gpu.compute_capability)))
+
+
+def known_device(kind: str, compute_capability: int) -> Device | None:
+    """The device of `DEVICES` that stands for a GPU of this name and compute capability (80 for 8.0); see `target`."""
     for device in DEVICES.values():
-        if device.kind in gpu.device_kind.split():
+        if re.search(rf"\b{device.kind}\b", kind):
             return device
-    capability = int(float(gpu.compute_capability) * 10 + 0.5)
-    return max(
-        (d for d in DEVICES.values() if d.compute_capability <= capability),
-        key=lambda d: d.compute_capability,
-        default=None,
-    )
+    older = [device for device in DEVICES.values() if device.compute_capability <= compute_capability]
+    return max(older, key=lambda device: device.compute_capability, default=None)
 
 
 def is_absent() -> bool:

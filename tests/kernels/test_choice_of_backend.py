@@ -65,6 +65,24 @@ def test_a_plan_is_the_first_entry_of_the_device_or_else_of_any_that_fits():
             plans.find("lora", "lora_fold", **facts)
 
 
+@pytest.mark.parametrize(
+    ("kind", "capability", "name"),
+    [
+        ("NVIDIA H200", 90, "h200"),
+        ("NVIDIA A100-SXM4-80GB", 80, "a100"),
+        ("NVIDIA L4", 89, "l4"),
+        ("NVIDIA L40S", 89, "l4"),
+        ("NVIDIA H100 80GB HBM3", 90, "h200"),
+        ("NVIDIA A10G", 86, "a100"),
+        ("NVIDIA B200", 100, "h200"),
+        ("Tesla V100-SXM2-16GB", 70, None),
+    ],
+)
+def test_a_gpu_counts_as_itself_or_as_the_known_one_of_the_nearest_older_generation(kind, capability, name):
+    device = devices.known_device(kind, capability)
+    assert (device and device.name) == name
+
+
 def test_every_entry_of_the_tables_can_be_reached():
     """An entry after one that fits all of its cases would never be used."""
     for folder in ("lora", "paged_attention"):
