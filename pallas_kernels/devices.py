@@ -56,7 +56,7 @@ def compiling_for(device: Device) -> Iterator[None]:
 def target() -> Device | None:
     """The device that the current trace is for: that of `compiling_for`, else the machine's GPU, else None (a CPU).
 
-    A GPU that is not in `DEVICES` counts as the known one of its generation that is nearest below it.
+    A GPU that is not in `DEVICES` counts as a known one whose kernels it can run; see `known_device`.
     """
     if (device := _target.get()) is not None:
         return device
@@ -67,12 +67,13 @@ def target() -> Device | None:
 
 
 def known_device(kind: str, compute_capability: int) -> Device | None:
-    """The device of `DEVICES` that stands for a GPU of this name and compute capability (80 for 8.0); see `target`."""
+    """The device of `DEVICES` that stands for a GPU of this name and compute capability (80 for 8.0): itself, or one
+    with no more shared memory per block and no instruction that it lacks. None, before Ampere."""
     for device in DEVICES.values():
         if re.search(rf"\b{device.kind}\b", kind):
             return device
-    older = [device for device in DEVICES.values() if device.compute_capability <= compute_capability]
-    return max(older, key=lambda device: device.compute_capability, default=None)
+    stand_in = {80: "a100", 86: "l4", 87: "a100", 89: "l4", 90: "h200", 100: "a100", 103: "a100", 120: "l4", 121: "l4"}
+    return DEVICES.get(stand_in.get(compute_capability, ""))
 
 
 def is_absent() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import jax
@@ -41,6 +42,7 @@ def triton_call(
         return triton_interpreter.call(kernel, args, out, grid, aliases, constants)
     import jax_triton
 
+    _call_through_ffi()
     module, function = kernel.split(":")
     device = devices.target()
     return tuple(
@@ -57,6 +59,26 @@ def triton_call(
             **{name: _plain(value) for name, value in constants.items()},
         )
     )
+
+
+@cache
+def _call_through_ffi() -> None:
+    """Has jax-triton's calls go to jaxlib's FFI handler. jax-triton 0.3 names the older entry point, which XLA does not
+    take into command buffers (CUDA graphs): each kernel would be launched on its own and cut the step into pieces."""
+    from jax.interpreters import mlir
+    from jax_triton import triton_lib
+    from jaxlib.mlir import ir
+
+    def lower(context: Any, *args: Any, **params: Any) -> Any:
+        results = triton_lib.triton_kernel_call_lowering(triton_lib.get_cuda_backend, context, *args, **params)
+        value = results[0]
+        attributes = (value[0] if isinstance(value, Sequence) else value).owner.attributes
+        attributes["call_target_name"] = ir.StringAttr.get("triton_kernel_call_ffi")
+        attributes["api_version"] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 4)
+        attributes["backend_config"] = ir.DictAttr.get({"opaque": attributes["backend_config"]})
+        return results
+
+    mlir.register_lowering(triton_lib.triton_kernel_call_p, lower, platform="cuda")
 
 
 def _plain(value: Any) -> Any:

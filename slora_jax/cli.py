@@ -110,8 +110,9 @@ def _parser() -> argparse.ArgumentParser:
         "--gpu-memory-fraction",
         metavar="F",
         type=float,
-        default=EngineConfig.memory_fraction,
-        help="of the GPU's memory to fill (default: %(default)s)",
+        default=0.75,
+        help="share of the GPU's memory that JAX may take, as XLA_PYTHON_CLIENT_MEM_FRACTION would tell it (default: "
+        "JAX's own, %(default)s); the engine's pool gets 90%% of what weights and temporaries leave",
     )
     option(
         "--programs",
@@ -189,9 +190,10 @@ def _compile_report(args: argparse.Namespace) -> int:
         raise ConfigError(f"--model-config={args.model_config}: no such file; give a Hugging Face config.json")
     if args.json is not None and not args.json.parent.is_dir():
         raise ConfigError(f"--json={args.json}: no such directory; make {args.json.parent} first")
+    if not 0 < args.gpu_memory_fraction <= 1:
+        raise ConfigError(f"--gpu-memory-fraction={args.gpu_memory_fraction}: must be in (0, 1]")
     config = EngineConfig(
         dtype=args.dtype,
-        memory_fraction=args.gpu_memory_fraction,
         page_size=args.page_size,
         max_seqs=args.max_seqs,
         max_tokens_per_step=args.max_tokens,
@@ -206,6 +208,7 @@ def _compile_report(args: argparse.Namespace) -> int:
         adapter_rank=args.rank,
         programs=args.programs,
         layers=args.layers,
+        gpu_memory_fraction=args.gpu_memory_fraction,
     )
     print(report_table(report))
     if args.json is not None:

@@ -87,7 +87,7 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(model_dir, options, messag
         (["--max-tokens=2"], "EngineConfig.max_tokens_per_step=2: must be at least max_seqs=4"),
         (["--page-size=12"], "EngineConfig.page_size=12: must be 8, 16 or 32"),
         (["--max-rank=257"], "EngineConfig.max_rank=257: must be in 1..256"),
-        (["--gpu-memory-fraction=1.5"], "EngineConfig.memory_fraction=1.5"),
+        (["--gpu-memory-fraction=1.5"], "--gpu-memory-fraction=1.5: must be in (0, 1]"),
         (["--adapter-slots=0"], "EngineConfig.adapter_slots=0"),
         (["--max-model-len=100000"], "EngineConfig.max_model_len=100000: the model has"),
         (["--rank=65"], "rank=65: must be in 1..max_rank=64"),

@@ -31,7 +31,8 @@ PEER_LAYERS = 8
 class Grid:
     """decode: rows of a step, and how many adapters they are spread over. prefill_rows, prefill_adapters: likewise.
     ranks: at main_rank everything is measured over all numbers of adapters, at the others with main_adapters; the
-    product alone is measured at all ranks and numbers. loop_adapters: most that the unrolled loop is measured with.
+    product alone is measured at all ranks and numbers. loop_adapters: most that the unrolled loop is
+    measured with beside the others; late_loop_adapters: and by itself, last.
     second_decode, second_ranks: of the second model. check_adapters: of the checks."""
 
     decode: tuple[tuple[int, tuple[int, ...]], ...]
@@ -42,6 +43,7 @@ class Grid:
     main_adapters: int
     peer_ranks: tuple[Ranks, ...]
     loop_adapters: int
+    late_loop_adapters: int
     second_decode: tuple[int, tuple[int, ...]]
     second_ranks: tuple[Ranks, ...]
     check_adapters: int
@@ -55,7 +57,8 @@ FULL = Grid(
     main_rank=16,
     main_adapters=64,
     peer_ranks=(64, "mixed"),
-    loop_adapters=64,
+    loop_adapters=16,
+    late_loop_adapters=64,
     second_decode=(64, (16, 64)),
     second_ranks=(16, "mixed"),
     check_adapters=16,
@@ -68,7 +71,8 @@ MINIATURE = Grid(
     main_rank=8,
     main_adapters=4,
     peer_ranks=("mixed",),
-    loop_adapters=2,
+    loop_adapters=1,
+    late_loop_adapters=2,
     second_decode=(4, (2,)),
     second_ranks=(8,),
     check_adapters=2,
@@ -85,33 +89,35 @@ def kernel(batch: Batch, backend: str, layers: int) -> System:
     )
 
 
-def competitors(batch: Batch, most: int, layers: int) -> Iterator[System]:
-    """`ragged_dot`, and the loop over up to `most` adapters."""
-    shape, counts = batch.shape, tuple(batch.counts.tolist())
-    n, rank = len(counts), int(batch.ranks.max())
+def ragged_dot(batch: Batch, layers: int) -> System:
+    """`jax.lax.ragged_dot`."""
+    shape, n, rank = batch.shape, len(batch.counts), int(batch.ranks.max())
 
-    def weights() -> list[Any]:
-        table, pools = batch.adapters.table(), batch.pools(layers)
-        return [
-            tuple(peers.contiguous(pool, table, jnp.asarray(slots), shape.layout, rank) for pool in pools)
-            for slots in batch.sets
-        ]
+    def arguments() -> list[tuple[Any, ...]]:
+        xs, counts = batch.xs(), jnp.asarray(batch.counts, jnp.int32)
+        return [(xs, weights, counts) for weights in _contiguous(batch, layers)]
 
-    def for_ragged_dot() -> list[tuple[Any, ...]]:
-        xs, of_adapter = batch.xs(), jnp.asarray(batch.counts, jnp.int32)
-        return [(xs, w, of_adapter) for w in weights()]
+    return System("ragged_dot", programs.ragged_dot(shape, n, rank, layers), chain(batch.ys, arguments), repeats=layers)
 
-    def for_loop() -> list[tuple[Any, ...]]:
+
+def loop(batch: Batch, layers: int) -> System:
+    """The loop over the adapters."""
+    counts, rank = tuple(batch.counts.tolist()), int(batch.ranks.max())
+
+    def arguments() -> list[tuple[Any, ...]]:
         xs = batch.xs()
-        return [(xs, tuple(map(peers.one_by_one, w))) for w in weights()]
+        return [(xs, tuple(map(peers.one_by_one, weights))) for weights in _contiguous(batch, layers)]
 
-    yield System(
-        "ragged_dot", programs.ragged_dot(shape, n, rank, layers), chain(batch.ys, for_ragged_dot), repeats=layers
-    )
-    if n > most:
-        yield System("loop", skip=f"an unrolled loop over {n} adapters compiles for minutes; measured up to {most}")
-    else:
-        yield System("loop", programs.loop(shape, counts, rank, layers), chain(batch.ys, for_loop), repeats=layers)
+    return System("loop", programs.loop(batch.shape, counts, rank, layers), chain(batch.ys, arguments), repeats=layers)
+
+
+def _contiguous(batch: Batch, layers: int) -> list[tuple[Any, ...]]:
+    """The competitors' matrices of every layer, for each set of adapters."""
+    table, pools, rank = batch.adapters.table(), batch.pools(layers), int(batch.ranks.max())
+    return [
+        tuple(peers.contiguous(pool, table, jnp.asarray(slots), batch.shape.layout, rank) for pool in pools)
+        for slots in batch.sets
+    ]
 
 
 def section(size: Size, seed: int) -> Section:
@@ -123,15 +129,14 @@ def section(size: Size, seed: int) -> Section:
 def checks(size: Size, grid: Grid, seed: int) -> Iterator[Case]:
     """Kernels at the shapes that are timed, in one layer whose other pages are NaN, adapters of any ranks, some rows
     without an adapter; and the competitors."""
-    rows = [(rows, True) for rows, _ in grid.decode] + [(grid.prefill_rows, False)]
-    for number, (count, decode) in enumerate(rows):
+    for number, (count, decode) in enumerate(((grid.decode[0][0], True), (grid.prefill_rows, False))):
         shape, n = Shape(size, size.model, count, decode), min(grid.check_adapters, count // 2)
         batch = make_batch(shape, "ragged", n, rows=count - count // 4, layers=1, seed=seed + 7 * number, poisoned=True)
         systems = tuple(kernel(batch, backend, 1) for backend in ("xla", *size.backends))
         facts = {"rows": count, "adapters": n, "rank": "ragged"}
         yield Case("lora", shape.regime, facts, batch.work, systems, tolerance=TOLERANCE)
         batch = make_batch(shape, "ragged", n, rows=count, layers=1, seed=seed + 7 * number, poisoned=True)
-        systems = (kernel(batch, "xla", 1), *competitors(batch, n, 1))
+        systems = (kernel(batch, "xla", 1), ragged_dot(batch, 1), loop(batch, 1))
         yield Case("lora", shape.regime, facts | {"of": "competitors"}, batch.work, systems, tolerance=TOLERANCE)
 
 
@@ -144,12 +149,16 @@ def _measured(size: Size, grid: Grid, seed: int) -> Iterator[Case]:
         batch = make_batch(shape, rank, n, rows=shape.rows, layers=size.reference_layers, seed=seed)
         systems = [kernel(batch, backend, size.layers) for backend in size.backends]
         systems.append(kernel(batch, "xla", size.reference_layers))
+        facts = {"model": shape.model.name, "rows": shape.rows, "adapters": n, "rank": rank}
         main = rank == grid.main_rank
         if main or (n == grid.main_adapters and rank in grid.peer_ranks):
             layers = max(1, min(PEER_LAYERS, size.layers, size.cache_bytes // batch.work.bytes))
             few = make_batch(shape, rank, n, rows=shape.rows, layers=layers, seed=seed)
-            systems += competitors(few, grid.loop_adapters, layers)
-        facts = {"model": shape.model.name, "rows": shape.rows, "adapters": n, "rank": rank}
+            systems.append(ragged_dot(few, layers))
+            if n <= grid.loop_adapters:
+                systems.append(loop(few, layers))
+            else:
+                yield Case("lora", shape.regime, facts | {"alone": "loop"}, few.work, (_late_loop(few, grid),), 2)
         yield Case("lora", shape.regime, facts, batch.work, tuple(systems), importance=0 if main else 1)
         if main or n == grid.main_adapters:
             yield from _halves(batch, facts)
@@ -160,6 +169,13 @@ def _measured(size: Size, grid: Grid, seed: int) -> Iterator[Case]:
         facts = {"model": shape.model.name, "rows": rows, "adapters": n, "rank": rank}
         kernels = tuple(kernel(batch, backend, size.layers) for backend in size.backends)
         yield Case("lora", "decode", facts, batch.work, kernels, importance=2)
+
+
+def _late_loop(batch: Batch, grid: Grid) -> System:
+    """The loop over many adapters, which compiles too long to keep the others waiting."""
+    if len(batch.counts) > grid.late_loop_adapters:
+        return System("loop", skip=f"unrolled over {len(batch.counts)} adapters it compiles for minutes")
+    return loop(batch, 1)
 
 
 def _halves(batch: Batch, facts: dict[str, Any]) -> Iterator[Case]:

@@ -181,6 +181,9 @@ def lora_expand(
 ) -> jax.Array:  # fmt: skip
     """See `pallas_kernels.lora.api.lora_expand`."""
     splits, num_rows, ranks = h.shape
+    max_rank = ranks // len(stack.projections)
+    if max_rank % plan.block_r:
+        raise ValueError(f"lora_expand: block_r={plan.block_r} does not divide the {max_rank} rank columns of h")
     spans = sum(ceil_div(d, plan.span_n) for d in stack.d_outs)
     wide, narrow = layout.b_chunks(stack)
     (out,) = triton_call(
@@ -191,7 +194,7 @@ def lora_expand(
         num_warps=plan.warps, num_stages=plan.stages, interpret=interpret,
         T=num_rows, D_OUT=stack.d_out, D_FIRST=stack.d_outs[0], D_REST=stack.d_outs[-1], WIDTH=layout.width,
         PAGE_SIZE=layout.page_size, WIDE_CHUNKS=wide, NARROW_CHUNKS=narrow, MAX_PAGES=pages.shape[1],
-        MAX_RANK=ranks // len(stack.projections), PROJECTIONS=len(stack.projections), SPLITS=splits,
+        MAX_RANK=max_rank, PROJECTIONS=len(stack.projections), SPLITS=splits,
         FIELDS=len(FIELDS), BLOCK_M=1 << (tile_rows - 1).bit_length(), BLOCK_R=plan.block_r, BLOCK_N=plan.block_n,
         SPAN_N=plan.span_n, STAGES=plan.stages,
     )  # fmt: skip

@@ -22,8 +22,9 @@ from pallas_kernels.paged_attention.plan import AttentionShape, TritonPlan, trit
 from pallas_kernels.paged_attention.work import FIELDS, decode_items, prefill_items
 from pallas_kernels.triton_call import triton_call
 
-MASKED = tl.constexpr(-1e30)
-"""Score of a key that a query must not see; finite, so that a row without a visible key in a block leaves no NaN."""
+MASKED = tl.constexpr(-(2.0**100))
+"""Score of a key that a query must not see: finite, so that a row without a visible key in a block leaves no NaN, and a
+power of two, so that its product with the scale is exact, also where it becomes part of a fused multiply-add."""
 
 MOST_GROUP = 64
 """Query heads to a key-value head: as many rows as the smallest prefill block has."""

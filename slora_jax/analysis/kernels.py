@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 import zlib
 from collections import Counter
@@ -17,7 +16,7 @@ from slora_jax.analysis.ptxas import assemble, read_report
 from slora_jax.analysis.targets import TARGETS
 
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
-_TRITON_CONFIG = re.compile(r'backend_config="((?:[^"\\]|\\.)*)"')
+_TRITON_CALL = re.compile(r'\bopaque = "((?:[^"\\]|\\.)*)"')
 _MOSAIC_MODULE = re.compile(r'\bmodule = "((?:[^"\\]|\\.)*)"')
 _MLIR_ESCAPE = re.compile(rb"\\(?:([0-9A-Fa-f]{2})|(.))", re.DOTALL)
 
@@ -60,20 +59,25 @@ def _kernels_of(instruction: Instruction, device: Device) -> Iterator[KernelUse]
     target = _TARGET.search(instruction.rest)
     if target is None:
         return
-    if target[1] == "triton_kernel_call":
-        config = _TRITON_CONFIG.search(instruction.rest)
-        assert config is not None
-        yield _triton_kernel(config[1])
+    if target[1] == "triton_kernel_call_ffi":
+        call = _TRITON_CALL.search(instruction.rest)
+        assert call is not None
+        yield _triton_kernel(call[1])
     elif target[1] == "mosaic_gpu_v2":
         module = _MOSAIC_MODULE.search(instruction.rest)
         assert module is not None
         yield _mosaic_kernel(module[1], device.name)
 
 
+def _unescape(text: str) -> bytes:
+    """Bytes that MLIR wrote as a string."""
+    return _MLIR_ESCAPE.sub(lambda m: bytes.fromhex(m[1].decode()) if m[1] else m[2], text.encode("latin-1"))
+
+
 @cache
-def _triton_kernel(config: str) -> KernelUse:
-    """`config` is jax-triton's TritonAnyKernelCall, compressed and escaped."""
-    call = _fields(zlib.decompress(codecs.escape_decode(config)[0]))
+def _triton_kernel(opaque: str) -> KernelUse:
+    """`opaque` is jax-triton's TritonAnyKernelCall, compressed and escaped."""
+    call = _fields(zlib.decompress(_unescape(opaque)))
     if 1 not in call:
         raise NotImplementedError("a Triton kernel that is tuned at run time: there is no one kernel to report on")
     kernel = _fields(_fields(call[1])[1])  # TritonKernel: 1 name, 3 dynamic shared memory, 4 PTX
@@ -88,7 +92,7 @@ def _mosaic_kernel(module: str, device: str) -> KernelUse:
     """`module` is MLIR bytecode, escaped as MLIR does."""
     from slora_jax.analysis import mosaic  # it leans on JAX's internals: only where there is such a kernel
 
-    raw = _MLIR_ESCAPE.sub(lambda m: bytes.fromhex(m[1].decode()) if m[1] else m[2], module.encode("latin-1"))
+    raw = _unescape(module)
     code, dynamic_shared = mosaic.parse(raw)
     if (code, device) not in _mosaic_seen:
         _mosaic_seen[code, device] = mosaic.recompile(raw, TARGETS[device])

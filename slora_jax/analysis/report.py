@@ -24,7 +24,14 @@ from slora_jax.analysis.targets import Target, compile_for
 from slora_jax.engine import EngineConfig
 from slora_jax.engine.batch import Bucket
 from slora_jax.engine.runner import longest_sequence, pool_shape, step_spec
-from slora_jax.engine.step import StepSpec, make_step, step_shapes
+from slora_jax.engine.step import (
+    StepSpec,
+    make_sampler,
+    make_step,
+    sampler_name,
+    sampler_shapes,
+    step_shapes,
+)
 from slora_jax.errors import ConfigError
 from slora_jax.models import ModelConfig, Params, abstract_decoder
 
@@ -36,8 +43,9 @@ SIZING_MARGIN = (1.05, 2**20)
 
 @dataclass(frozen=True)
 class ProgramReport:
-    """One step program. tokens, seqs: its bucket. argument_bytes: weights, pool and the rest. aliased_bytes: of
-    arguments that are updated in place. copies: HLO lines that copy a layer's pool."""
+    """One program: a step, or a sampler. tokens, seqs: its bucket. argument_bytes: weights, pool and the rest.
+    output_bytes: of results with memory of their own (a step's logits). aliased_bytes: of arguments that are updated in
+    place. copies: HLO lines that copy a layer's pool."""
 
     name: str
     tokens: int
@@ -46,11 +54,16 @@ class ProgramReport:
     compile_seconds: float
     argument_bytes: int
     temp_bytes: int
+    output_bytes: int
     aliased_bytes: int
     pool_bytes: int
     copies: tuple[str, ...]
     kernels: tuple[KernelUse, ...]
     collectives: tuple[Collective, ...]
+
+    @property
+    def is_sampler(self) -> bool:
+        return self.pool_bytes == 0
 
     def problems(self) -> list[str]:
         """What must not be: spills, and a pool that is not updated in place."""
@@ -70,8 +83,9 @@ class ProgramReport:
 
 @dataclass(frozen=True)
 class PoolReport:
-    """The pool that the device would hold: what `memory_fraction` of its memory leaves beside weights, the largest
-    program's temporaries and the other arguments (adapter table, sequence state).
+    """The pool that the device would hold, by the engine's own rule: `memory_fraction` of what JAX's share of its
+    memory (`gpu_memory_fraction`) leaves beside weights, the largest program's temporaries and results, and the other
+    arguments (adapter table, sequence state).
 
     num_pages includes the dummy page. fits: there is room for one sequence of the greatest length. tokens: of KV, if
     there were no adapters. adapters: of rank `adapter_rank` on every projection, if there were no KV.
@@ -87,6 +101,7 @@ class PoolReport:
     adapter_pages: int
     adapters: int
     memory_bytes: int
+    gpu_memory_fraction: float
     memory_fraction: float
     weight_bytes: int
     temp_bytes: int
@@ -126,16 +141,18 @@ def compile_report(
     adapter_rank: int = 16,
     programs: Sequence[str] = (),
     layers: int | None = None,
+    gpu_memory_fraction: float = 0.75,
 ) -> CompileReport:
     """Compiles the step programs of an engine with `config` for `target`. `config.num_pages` is not looked at.
 
     adapter_rank: of which to tell how many adapters fit. programs: names of those to compile; empty: all. layers:
-    compile so many only.
+    compile so many only. gpu_memory_fraction: share of the GPU's memory that JAX may take (as it reads from
+    XLA_PYTHON_CLIENT_MEM_FRACTION; the default is JAX's own).
 
     Raises:
       ConfigError: a setting is out of range, or something that compiling needs is not installed.
     """
-    jobs = _jobs(config, programs)
+    jobs, samplers = _jobs(config, programs)
     if not 1 <= adapter_rank <= config.max_rank:
         raise ConfigError(f"rank={adapter_rank}: must be in 1..max_rank={config.max_rank}")
     if layers is not None and not 1 <= layers <= model.num_layers:
@@ -145,14 +162,21 @@ def compile_report(
 
     num_layers = layers or model.num_layers
     least = 1 + ceil_div(longest, config.page_size)
-    budget = _Budget.of(model, target, config)
-    bar = tqdm(total=1 + len(jobs), desc="sizing the pool", unit="program", disable=not config.progress, leave=False)
+    budget = _Budget.of(model, target, config, gpu_memory_fraction)
+    bar = tqdm(
+        total=1 + len(jobs) + len(samplers),
+        desc="sizing the pool",
+        unit="program",
+        disable=not config.progress,
+        leave=False,
+    )
     with bar:
         largest = max(jobs, key=lambda job: (job[0].tokens, job[1]))
         guess = _spec(model, min(SIZING_LAYERS, num_layers), config, max(least, budget.pages(0, 0) * 9 // 10))
         sizing = _compile(guess, target, *largest)
         other = sizing.argument_bytes - sizing.pool_bytes - _bytes(guess.params)
-        num_pages = budget.pages(int(sizing.temp_bytes * SIZING_MARGIN[0]) + SIZING_MARGIN[1], other)
+        step_bytes = sizing.temp_bytes + sizing.output_bytes
+        num_pages = budget.pages(int(step_bytes * SIZING_MARGIN[0]) + SIZING_MARGIN[1], other)
         bar.update()
         spec = _spec(model, num_layers, config, max(least, num_pages))
         done = []
@@ -160,8 +184,14 @@ def compile_report(
             bar.set_description(f"compiling {_name(bucket, with_lora)}")
             done.append(_compile(spec, target, bucket, with_lora))
             bar.update()
+        for seqs, logprobs in samplers:
+            bar.set_description(f"compiling {sampler_name(seqs, logprobs)}")
+            done.append(_compile_sampler(spec, target, seqs, logprobs))
+            bar.update()
 
-    temp = max(program.temp_bytes for program in done)
+    temp = max(program.temp_bytes + program.output_bytes for program in done if not program.is_sampler)
+    # A sampler runs after its step, whose logits are still there.
+    temp = max([temp, *(p.temp_bytes + p.output_bytes + p.argument_bytes for p in done if p.is_sampler)])
     num_pages = max(0, min(num_pages, budget.pages(temp, other)))
     adapter_pages = int(spec.lora_layout.num_pages(np.full(len(PROJECTIONS), adapter_rank)))
     pool = PoolReport(
@@ -175,6 +205,7 @@ def compile_report(
         adapter_pages=adapter_pages,
         adapters=min(max(0, num_pages - 1) // adapter_pages, spec.pool.adapter_slots),
         memory_bytes=target.device.memory_bytes,
+        gpu_memory_fraction=gpu_memory_fraction,
         memory_fraction=config.memory_fraction,
         weight_bytes=budget.weight_bytes,
         temp_bytes=temp,
@@ -194,34 +225,45 @@ def compile_report(
 
 @dataclass(frozen=True)
 class _Budget:
-    """memory_bytes: that the engine may fill. weight_bytes and page_bytes: of the model with all its layers."""
+    """memory_bytes: JAX's. memory_fraction: the pool's share of what is left of it. weight_bytes and page_bytes: of the
+    model with all its layers."""
 
     memory_bytes: int
+    memory_fraction: float
     weight_bytes: int
     page_bytes: int
 
     @classmethod
-    def of(cls, model: ModelConfig, target: Target, config: EngineConfig) -> _Budget:
+    def of(cls, model: ModelConfig, target: Target, config: EngineConfig, gpu_memory_fraction: float) -> _Budget:
         spec = _spec(model, model.num_layers, config, num_pages=2)
-        memory = int(target.device.memory_bytes * config.memory_fraction)
-        return cls(memory, _bytes(spec.params), spec.pool.page_bytes)
+        memory = int(target.device.memory_bytes * gpu_memory_fraction)
+        return cls(memory, config.memory_fraction, _bytes(spec.params), spec.pool.page_bytes)
 
     def pages(self, temp_bytes: int, other_bytes: int) -> int:
         """Pages there is room for; none or less where the rest takes it all."""
-        return (self.memory_bytes - self.weight_bytes - temp_bytes - other_bytes) // self.page_bytes
+        free = self.memory_bytes - self.weight_bytes - temp_bytes - other_bytes
+        return int(free * self.memory_fraction) // self.page_bytes
 
 
 def _name(bucket: Bucket, with_lora: bool) -> str:
     return bucket.name + ("_lora" if with_lora else "")
 
 
-def _jobs(config: EngineConfig, names: Sequence[str]) -> list[tuple[Bucket, bool]]:
-    """The programs to compile, in the engine's order."""
-    jobs = {_name(bucket, with_lora): (bucket, with_lora) for bucket in config.buckets() for with_lora in (False, True)}
+def _jobs(config: EngineConfig, names: Sequence[str]) -> tuple[list[tuple[Bucket, bool]], list[tuple[int, bool]]]:
+    """The steps (bucket, with LoRA) and the samplers (sequences, with log-probabilities) to compile."""
+    buckets = config.buckets()
+    steps = {_name(bucket, with_lora): (bucket, with_lora) for bucket in buckets for with_lora in (False, True)}
+    all_seqs = sorted({bucket.seqs for bucket in buckets})
+    samplers = {sampler_name(seqs, logprobs): (seqs, logprobs) for seqs in all_seqs for logprobs in (False, True)}
     for name in names:
-        if name not in jobs:
-            raise ConfigError(f"programs: there is no {name!r}; choose from {', '.join(jobs)}")
-    return [job for name, job in jobs.items() if not names or name in names]
+        if name not in steps | samplers:
+            raise ConfigError(f"programs: there is no {name!r}; choose from {', '.join((*steps, *samplers))}")
+    if names and not steps.keys() & set(names):
+        raise ConfigError(f"programs: no step among {', '.join(names)}; name one of {', '.join(steps)}")
+    return (
+        [job for name, job in steps.items() if not names or name in names],
+        [job for name, job in samplers.items() if not names or name in names],
+    )
 
 
 def _require_compilers() -> None:
@@ -251,17 +293,40 @@ def _compile(spec: StepSpec, target: Target, bucket: Bucket, with_lora: bool) ->
     compiled = compile_for(target, make_step(spec, layout, with_lora), *step_shapes(spec, layout))
     seconds = time.perf_counter() - start
     use = pool_use(compiled, spec.pool)
+    memory = compiled.memory_analysis()
     return ProgramReport(
         name=_name(bucket, with_lora),
         tokens=bucket.tokens,
         seqs=bucket.seqs,
         with_lora=with_lora,
         compile_seconds=round(seconds, 3),
-        argument_bytes=compiled.memory_analysis().argument_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
         temp_bytes=use.temp_bytes,
+        output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         aliased_bytes=use.aliased_bytes,
         pool_bytes=use.pool_bytes,
         copies=use.copies,
+        kernels=tuple(kernels_in(compiled, target.device)),
+        collectives=tuple(collectives_in(compiled)),
+    )
+
+
+def _compile_sampler(spec: StepSpec, target: Target, seqs: int, logprobs: bool) -> ProgramReport:
+    start = time.perf_counter()
+    compiled = compile_for(target, make_sampler(seqs, logprobs), *sampler_shapes(spec, seqs))
+    memory = compiled.memory_analysis()
+    return ProgramReport(
+        name=sampler_name(seqs, logprobs),
+        tokens=seqs,
+        seqs=seqs,
+        with_lora=False,
+        compile_seconds=round(time.perf_counter() - start, 3),
+        argument_bytes=memory.argument_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        aliased_bytes=memory.alias_size_in_bytes,
+        pool_bytes=0,  # it does not see the pool
+        copies=(),
         kernels=tuple(kernels_in(compiled, target.device)),
         collectives=tuple(collectives_in(compiled)),
     )

@@ -14,7 +14,7 @@ def report_table(report: CompileReport) -> str:
         layers = f"ONLY {report.compiled_layers} of {layers} compiled; programs' bytes are for these"
     lines = [f"{report.target}, {report.dtype}, ranks up to {report.max_rank}, {layers}", *_pool(report.pool), ""]
     lines += _columns(
-        ("program", "tokens", "seqs", "compile s", "arguments", "temporaries", "in place", "pool"),
+        ("program", "tokens", "seqs", "compile s", "arguments", "temporaries", "outputs", "in place", "pool"),
         [
             (
                 p.name,
@@ -23,6 +23,7 @@ def report_table(report: CompileReport) -> str:
                 f"{p.compile_seconds:.1f}",
                 _size(p.argument_bytes),
                 _size(p.temp_bytes),
+                _size(p.output_bytes),
                 _size(p.aliased_bytes),
                 _size(p.pool_bytes),
             )
@@ -46,8 +47,9 @@ def report_table(report: CompileReport) -> str:
 
 def _pool(pool: PoolReport) -> Iterator[str]:
     yield (
-        f"memory: {_size(pool.memory_bytes)}, of it {pool.memory_fraction:.0%} for weights {_size(pool.weight_bytes)}, "
-        f"temporaries {_size(pool.temp_bytes)}, tables {_size(pool.other_bytes)}, and the pool"
+        f"memory: {_size(pool.memory_bytes)}, of it {pool.gpu_memory_fraction:.0%} for JAX: weights "
+        f"{_size(pool.weight_bytes)}, temporaries and results {_size(pool.temp_bytes)}, tables {_size(pool.other_bytes)}; "
+        f"of the rest {pool.memory_fraction:.0%} for the pool"
     )
     if not pool.num_pages:
         yield "pool: DOES NOT FIT: nothing is left for it"

@@ -54,6 +54,7 @@ gpu_device_info {{
   device_memory_size: {device.memory_bytes}
   cuda_compute_capability {{ major: {major} minor: {minor} }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  driver_version: "12.9.0" runtime_version: "12.9.0"
 }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 1 }} device_description_str: "{self.description}"
 """

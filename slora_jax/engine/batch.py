@@ -57,6 +57,10 @@ class SequenceState:
 jax.tree_util.register_dataclass(SequenceState, data_fields=["page_table", "last_token"], meta_fields=[])
 
 
+SAMPLER_FIELDS = ("slot", "temperature", "top_k", "top_p", "min_p", "seed", "output_index")
+"""Fields of a step's metadata that the sampler reads, one number per sequence each; they come first in the buffer."""
+
+
 @dataclass(frozen=True)
 class BatchLayout:
     """Where each field of a bucket's metadata lies in its buffer."""
@@ -75,9 +79,8 @@ class BatchLayout:
         deltas = ceil_div(tokens, self.page_size) + seqs
         lora_tiles = ceil_div(tokens, self.lora_tile_rows) + min(self.adapter_slots, seqs)
         prefill_tiles = 0 if bucket.decode else ceil_div(tokens, bucket.prefill_tile_rows) + seqs
-        lengths = {"token": tokens}
-        lengths |= dict.fromkeys(("slot", "first_row", "length", "context", "adapter_slot", "decode_seq"), seqs)
-        lengths |= dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "seed", "output_index", "logprobs"), seqs)
+        lengths = dict.fromkeys(SAMPLER_FIELDS, seqs) | {"token": tokens}
+        lengths |= dict.fromkeys(("first_row", "length", "context", "adapter_slot", "decode_seq"), seqs)
         lengths |= dict.fromkeys(("delta_slot", "delta_column", "delta_page"), deltas)
         lengths |= dict.fromkeys(("lora_slot", "lora_row", "lora_rows_of"), lora_tiles)
         lengths |= dict.fromkeys(("prefill_seq", "prefill_row"), prefill_tiles)
@@ -112,7 +115,6 @@ class StepBatch:
     last_row: jax.Array
     attention: AttentionTiles
     lora: LoraTiles
-    sampling: SamplingInputs
 
 
 def build_metadata(plan: StepPlan, layout: BatchLayout) -> tuple[np.ndarray, list[Request], list[bool]]:
@@ -203,8 +205,6 @@ def _put_sampling(view: dict[str, np.ndarray], requests: list[Request]) -> None:
     view["min_p"][:n] = [p.min_p for p in params]
     view["seed"][:n] = np.array([r.seed for r in requests], np.uint32).view(np.int32)
     view["output_index"][:n] = [r.num_sampled for r in requests]
-    view["logprobs"][:] = -1
-    view["logprobs"][:n] = [-1 if p.logprobs is None else p.logprobs for p in params]
 
 
 def _put_lora_tiles(
@@ -232,7 +232,6 @@ def _put_lora_tiles(
 def unpack(buffer: jax.Array, state: SequenceState, layout: BatchLayout) -> tuple[StepBatch, SequenceState]:
     """On the device: applies the page-table changes and derives what the layers need. Returns the new state too."""
     field = {name: buffer[offset : offset + length] for name, (offset, length) in layout.fields.items()}
-    real = {name: jax.lax.bitcast_convert_type(field[name], jnp.float32) for name in ("temperature", "top_p", "min_p")}
     tokens = layout.bucket.tokens
     page_table = state.page_table.at[field["delta_slot"], field["delta_column"]].set(field["delta_page"], mode="drop")
 
@@ -274,14 +273,14 @@ def unpack(buffer: jax.Array, state: SequenceState, layout: BatchLayout) -> tupl
             dense_rows=field["dense_rows"][0],
             lora_rows=field["lora_rows"][0],
         ),
-        sampling=SamplingInputs(
-            temperature=real["temperature"],
-            top_k=field["top_k"],
-            top_p=real["top_p"],
-            min_p=real["min_p"],
-            seed=field["seed"].astype(jnp.uint32),
-            output_index=field["output_index"],
-            logprobs=field["logprobs"],
-        ),
     )
     return batch, SequenceState(page_table=page_table, last_token=state.last_token)
+
+
+def unpack_sampling(buffer: jax.Array, seqs: int) -> tuple[jax.Array, SamplingInputs]:
+    """On the device: from the first `len(SAMPLER_FIELDS) * seqs` numbers of a step's metadata, the sequence slots and
+    what the sampler reads."""
+    field = dict(zip(SAMPLER_FIELDS, buffer.reshape(len(SAMPLER_FIELDS), seqs), strict=True))
+    real = {name: jax.lax.bitcast_convert_type(field[name], jnp.float32) for name in ("temperature", "top_p", "min_p")}
+    seed = field.pop("seed").astype(jnp.uint32)
+    return field.pop("slot"), SamplingInputs(**(field | real), seed=seed)

@@ -220,7 +220,7 @@ class Engine:
             self._wait_for_disk()
         deltas, self._unread = self._unread, []
         if before is not None:
-            tokens = np.asarray(before.output.sampled.token)  # waits for the device
+            tokens = np.asarray(before.sampled.token)  # waits for the device
             deltas += self._read(before, tokens, time.perf_counter())
         self._host_seconds += time.thread_time() - cpu_start
         return deltas
@@ -365,7 +365,7 @@ class Engine:
             self._generated += 1
             if request.metrics.first_token is None:
                 request.metrics.first_token = now
-            reason = progress.append(token, step.output, row)
+            reason = progress.append(token, step, row)
             deltas.append(progress.delta([token]) if reason is None else self._end(progress, reason, [token], now))
         return deltas
 

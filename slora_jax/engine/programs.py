@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +16,14 @@ import jax
 from tqdm import tqdm
 
 from slora_jax.engine.batch import BatchLayout, Bucket
-from slora_jax.engine.step import StepSpec, make_step, step_shapes
+from slora_jax.engine.step import StepSpec, make_sampler, make_step, sampler_shapes, step_shapes
 
 
 @dataclass(frozen=True)
-class StepProgram:
-    """One compiled step: callable with the arguments of `make_step`'s function."""
+class Program:
+    """One compiled program: callable with the arguments of `make_step`'s or `make_sampler`'s function."""
 
-    layout: BatchLayout
-    with_lora: bool
+    name: str
     compiled: Any
     compile_seconds: float
 
@@ -29,37 +32,48 @@ class StepProgram:
 
 
 class StepPrograms:
-    """The compiled steps of an engine, by bucket, with and without LoRA."""
+    """The compiled steps of an engine, by bucket, with and without LoRA; and its samplers, by number of sequences, with
+    and without log-probabilities."""
 
     def __init__(self, spec: StepSpec, buckets: tuple[Bucket, ...], *, threads: int = 2, progress: bool = True) -> None:
         """Compiles all; `threads` at once. Raises what the compiler raises."""
         self.buckets = buckets
-        layouts = [spec.layout(bucket) for bucket in buckets]
-        jobs = [(layout, with_lora) for layout in reversed(layouts) for with_lora in (True, False)]
-        self._programs: dict[tuple[Bucket, bool], StepProgram] = {}
+        self.layouts = {bucket: spec.layout(bucket) for bucket in buckets}
+        jobs: dict[Any, Callable[[], Program]] = {}
+        for bucket, with_lora in itertools.product(reversed(buckets), (True, False)):
+            layout = self.layouts[bucket]
+            jobs[bucket, with_lora] = partial(_compile, make_step(spec, layout, with_lora), *step_shapes(spec, layout))
+        for seqs, logprobs in itertools.product({bucket.seqs for bucket in buckets}, (False, True)):
+            jobs[seqs, logprobs] = partial(_compile, make_sampler(seqs, logprobs), *sampler_shapes(spec, seqs))
+        self._programs: dict[Any, Program] = {}
         bar = tqdm(total=len(jobs), desc="compiling steps", unit="program", disable=not progress, leave=False)
         with bar, ThreadPoolExecutor(threads) as executor:
-            futures = [executor.submit(_compile, spec, layout, with_lora) for layout, with_lora in jobs]
+            # Each job in a copy of this context: a device may be named in it (`devices.compiling_for`).
+            futures = {executor.submit(copy_context().run, job): key for key, job in jobs.items()}
             for future in as_completed(futures):
-                program = future.result()
-                self._programs[program.layout.bucket, program.with_lora] = program
+                self._programs[futures[future]] = future.result()
                 bar.update()
 
-    def select(self, tokens: int, seqs: int, with_lora: bool) -> StepProgram:
-        """The program of the smallest bucket that holds `tokens` rows of `seqs` sequences, of the right kind."""
+    def select(self, tokens: int, seqs: int, with_lora: bool) -> tuple[Program, BatchLayout]:
+        """The program of the smallest bucket that holds `tokens` rows of `seqs` sequences, of the right kind, and how
+        its metadata lies in its buffer."""
         decode = tokens == seqs
         bucket = next(b for b in self.buckets if b.decode == decode and b.tokens >= tokens and b.seqs >= seqs)
-        return self._programs[bucket, with_lora]
+        return self._programs[bucket, with_lora], self.layouts[bucket]
+
+    def sampler(self, seqs: int, logprobs: bool) -> Program:
+        """The sampler for a bucket of `seqs` sequences."""
+        return self._programs[seqs, logprobs]
 
     @property
-    def programs(self) -> list[StepProgram]:
-        return [self._programs[key] for key in sorted(self._programs)]
+    def programs(self) -> list[Program]:
+        return list(self._programs.values())
 
 
-def _compile(spec: StepSpec, layout: BatchLayout, with_lora: bool) -> StepProgram:
+def _compile(function: Any, *shapes: Any) -> Program:
     start = time.perf_counter()
-    compiled = make_step(spec, layout, with_lora).lower(*step_shapes(spec, layout)).compile()
-    return StepProgram(layout, with_lora, compiled, time.perf_counter() - start)
+    compiled = function.lower(*shapes).compile()
+    return Program(function.__name__, compiled, time.perf_counter() - start)
 
 
 def keep_compiled_programs(directory: str | Path | None) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from slora_jax.engine.outputs import Delta, RequestOutput, TokenLogprobs
-from slora_jax.engine.step import StepOutput
+from slora_jax.engine.runner import InFlight
+from slora_jax.engine.sampling import Sampled
 from slora_jax.engine.text import TextStream
 from slora_jax.scheduling import FinishReason, Request
 
@@ -24,14 +25,14 @@ class Progress:
         self._logprobs: list[TokenLogprobs] = []
         self._logits: list[np.ndarray] = []
 
-    def append(self, token: int, output: StepOutput, row: int) -> FinishReason | None:
-        """Takes the token that a step sampled in sequence `row`. Returns why the request ends with it, if it does."""
+    def append(self, token: int, step: InFlight, row: int) -> FinishReason | None:
+        """Takes the token that `step` sampled in its sequence `row`. Returns why the request ends with it, if so."""
         request = self.request
         request.output.append(token)
         if request.params.logprobs is not None:
-            self._logprobs.append(_logprobs(output, row, request.params.logprobs))
-        if output.logits is not None:
-            self._logits.append(np.asarray(output.logits)[row])
+            self._logprobs.append(_logprobs(step.sampled, row, request.params.logprobs))
+        if step.logits is not None:
+            self._logits.append(np.asarray(step.logits)[row])
         if token in self._ends or self._text.push(token):
             return FinishReason.STOP
         return FinishReason.LENGTH if len(request.output) >= request.max_new else None
@@ -64,8 +65,7 @@ class Progress:
         return Delta(request.id, tokens, self._text.take(last=True), output)
 
 
-def _logprobs(output: StepOutput, row: int, count: int) -> TokenLogprobs:
-    sampled = output.sampled
+def _logprobs(sampled: Sampled, row: int, count: int) -> TokenLogprobs:
     ids = np.asarray(sampled.top_token)[row, :count].tolist()
     values = np.asarray(sampled.top_logprob)[row, :count].tolist()
     return TokenLogprobs(float(np.asarray(sampled.logprob)[row]), tuple(zip(ids, values, strict=True)))

@@ -6,8 +6,7 @@ import logging
 import os
 import sys
 import time
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +16,11 @@ from tqdm import tqdm
 
 from pallas_kernels.lora.layout import ceil_div
 from slora_jax.adapters import BaseGeometry
-from slora_jax.engine.batch import build_metadata
+from slora_jax.engine.batch import SAMPLER_FIELDS, build_metadata
 from slora_jax.engine.config import EngineConfig
 from slora_jax.engine.programs import StepPrograms
-from slora_jax.engine.step import StepOutput, StepSpec
+from slora_jax.engine.sampling import Sampled
+from slora_jax.engine.step import StepSpec
 from slora_jax.errors import ConfigError
 from slora_jax.memory import PoolShape, Resident, upload_adapter
 from slora_jax.memory.pool import UPLOAD_PAGES, set_table_row, upload_pages
@@ -32,11 +32,13 @@ logger = logging.getLogger("slora_jax")
 
 @dataclass(frozen=True)
 class InFlight:
-    """A dispatched step: its requests in the order of its sequences, whether each sampled, and what will come."""
+    """A dispatched step: its requests in the order of its sequences, whether each sampled, and what will come; logits
+    float32 `[S, vocab]`, or None unless the engine keeps them."""
 
     requests: list[Request]
     samples: list[bool]
-    output: StepOutput
+    sampled: Sampled
+    logits: jax.Array | None
 
 
 class Runner:
@@ -44,6 +46,7 @@ class Runner:
 
     def __init__(self, model: ModelConfig, graphdef: nnx.GraphDef, params: Params, config: EngineConfig) -> None:
         self._params = params
+        self._keep_logits = config.keep_logits
         self.shape = pool_shape(model, config)
         struct = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
         self.spec = step_spec(model, graphdef, struct, config, self.shape)
@@ -65,15 +68,22 @@ class Runner:
     def dispatch(self, plan: StepPlan) -> InFlight:
         """Starts a step and returns at once; the copies of its results to the host are started too."""
         with_lora = any(s.request.adapter_slot >= 0 for s in plan.sequences)
-        program = self.programs.select(plan.num_tokens, len(plan.sequences), with_lora)
-        metadata, requests, samples = build_metadata(plan, program.layout)
+        program, layout = self.programs.select(plan.num_tokens, len(plan.sequences), with_lora)
+        metadata, requests, samples = build_metadata(plan, layout)
+        logprobs = any(r.params.logprobs is not None for r in requests)
         start = time.thread_time()
         self.pool, self.state, output = program(self._params, self.pool, self.table, self.state, metadata)
+        sampled = Sampled(output.token)
+        if logprobs or any(r.params.temperature > 0 for r in requests):
+            seqs = layout.bucket.seqs
+            sampler, part = self.programs.sampler(seqs, logprobs), metadata[: len(SAMPLER_FIELDS) * seqs]
+            last_token, sampled = sampler(self.state.last_token, output.logits, part)
+            self.state = replace(self.state, last_token=last_token)
         self.launch_seconds += time.thread_time() - start
-        wanted: Any = output.sampled if any(r.params.logprobs is not None for r in requests) else output.sampled.token
-        for leaf in jax.tree.leaves((wanted, output.logits)):
+        logits = output.logits if self._keep_logits else None
+        for leaf in jax.tree.leaves((sampled, logits)):
             leaf.copy_to_host_async()
-        return InFlight(requests, samples, output)
+        return InFlight(requests, samples, sampled, logits)
 
     def _warm_up(self) -> None:
         """Compiles what the steps do not contain: the uploads. Writes only where nothing is kept."""
@@ -121,7 +131,6 @@ def step_spec(
         max_seqs=config.max_seqs,
         max_pages_per_seq=ceil_div(longest_sequence(model, config), config.page_size),
         max_rank=config.max_rank,
-        keep_logits=config.keep_logits,
         kernels=None if config.kernels == "auto" else config.kernels,  # type: ignore[arg-type]
     )
 

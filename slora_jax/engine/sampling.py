@@ -25,7 +25,7 @@ CHUNK_ROWS = 32
 @dataclass(frozen=True)
 class SamplingInputs:
     """Per sequence `[S]`, as in `SamplingParams`. seed uint32; output_index: how many tokens the request has sampled,
-    this one included; logprobs: alternatives to report, -1 for none at all."""
+    this one included."""
 
     temperature: jax.Array
     top_k: jax.Array
@@ -33,37 +33,32 @@ class SamplingInputs:
     min_p: jax.Array
     seed: jax.Array
     output_index: jax.Array
-    logprobs: jax.Array
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampled:
-    """token int32 `[S]`; logprob float32 `[S]` of it; top_token int32, top_logprob float32 `[S, MAX_LOGPROBS]`, best
-    first (zeros unless a sequence asks for logprobs)."""
+    """token int32 `[S]`. If logprobs are asked for: logprob float32 `[S]` of it; top_token int32, top_logprob float32
+    `[S, MAX_LOGPROBS]`, best first."""
 
     token: jax.Array
-    logprob: jax.Array
-    top_token: jax.Array
-    top_logprob: jax.Array
+    logprob: jax.Array | None = None
+    top_token: jax.Array | None = None
+    top_logprob: jax.Array | None = None
 
 
-def sample(logits: jax.Array, inputs: SamplingInputs) -> Sampled:
-    """Draws one token per row of `logits` float32 `[S, V]`.
+def greedy(logits: jax.Array) -> jax.Array:
+    """The likeliest token of each row of `logits` `[S, V]`: int32 `[S]`."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    A row's draw depends on its own logits, parameters, seed and output index only. Work that no row asks for is skipped
-    at run time.
+
+def sample(logits: jax.Array, inputs: SamplingInputs, *, logprobs: bool) -> Sampled:
+    """Draws one token per row of `logits` float32 `[S, V]`; logprobs (static): report log-probabilities too.
+
+    A row's draw depends on its own logits, parameters, seed and output index only.
     """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    token = lax.cond(jnp.any(inputs.temperature > 0), lambda: _in_chunks(_draw, logits, greedy, inputs), lambda: greedy)
-
-    def nothing() -> tuple[jax.Array, jax.Array, jax.Array]:
-        rows, width = logits.shape[0], min(MAX_LOGPROBS, logits.shape[1])
-        return jnp.zeros(rows), jnp.zeros((rows, width), jnp.int32), jnp.zeros((rows, width))
-
-    asked = jnp.any(inputs.logprobs >= 0)
-    logprob, top_token, top_logprob = lax.cond(asked, lambda: _in_chunks(_logprobs, logits, token), nothing)
-    return Sampled(token, logprob, top_token, top_logprob)
+    token = _in_chunks(_draw, logits, inputs)
+    return Sampled(token, *(_in_chunks(_logprobs, logits, token) if logprobs else ()))
 
 
 def _in_chunks(function: Callable[..., Any], *arrays: Any) -> Any:
@@ -93,7 +88,7 @@ def _logprobs(logits: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array
     return jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0], top_token.astype(jnp.int32), top_logprob
 
 
-def _draw(logits: jax.Array, greedy: jax.Array, inputs: SamplingInputs) -> jax.Array:
+def _draw(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
     """Gumbel-max over the masked, scaled logits; greedy rows keep their argmax."""
     stochastic = inputs.temperature > 0
     scaled = logits - logits.max(axis=-1, keepdims=True)  # before the division, which may overflow
@@ -105,7 +100,7 @@ def _draw(logits: jax.Array, greedy: jax.Array, inputs: SamplingInputs) -> jax.A
         return jax.random.gumbel(key, logits.shape[-1:])
 
     perturbed = jnp.where(keep, scaled + jax.vmap(noise)(inputs.seed, inputs.output_index), -jnp.inf)
-    return jnp.where(stochastic, jnp.argmax(perturbed, axis=-1).astype(jnp.int32), greedy)
+    return jnp.where(stochastic, greedy(perturbed), greedy(logits))
 
 
 def _masks(scaled: jax.Array, inputs: SamplingInputs) -> jax.Array:

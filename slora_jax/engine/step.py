@@ -13,8 +13,16 @@ from pallas_kernels import devices
 from pallas_kernels.lora import AdapterTable, Implementation, LoraLayout, LoraProduct, lora_tile_rows
 from pallas_kernels.paged_attention import PagedAttention
 from pallas_kernels.pool_write import write_kv
-from slora_jax.engine.batch import BatchLayout, Bucket, SequenceState, StepBatch, unpack
-from slora_jax.engine.sampling import Sampled, sample
+from slora_jax.engine.batch import (
+    SAMPLER_FIELDS,
+    BatchLayout,
+    Bucket,
+    SequenceState,
+    StepBatch,
+    unpack,
+    unpack_sampling,
+)
+from slora_jax.engine.sampling import Sampled, greedy, sample
 from slora_jax.memory import Pool, PoolShape
 from slora_jax.models import ModelConfig, Params
 
@@ -22,10 +30,10 @@ from slora_jax.models import ModelConfig, Params
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepOutput:
-    """What the host reads of a step. logits float32 `[S, vocab]`, or None unless asked for."""
+    """token int32 `[S]`: each sequence's likeliest next token. logits float32 `[S, vocab]`."""
 
-    sampled: Sampled
-    logits: jax.Array | None
+    token: jax.Array
+    logits: jax.Array
 
 
 class PagedContext:
@@ -94,7 +102,6 @@ class StepSpec:
     max_seqs: int
     max_pages_per_seq: int
     max_rank: int
-    keep_logits: bool = False
     kernels: Implementation | None = None  # None: what the plan tables name for the device
 
     @property
@@ -139,11 +146,9 @@ def make_step(spec: StepSpec, layout: BatchLayout, with_lora: bool) -> Any:
         context = PagedContext(pool, table, batch, spec, layout, with_lora)
         hidden = model(batch.token, batch.position, context)  # [T, d]
         logits = model.logits(hidden[batch.last_row])  # [S, vocab]
-        with jax.named_scope("sample"):
-            sampled = sample(logits, batch.sampling)
-        last_token = state.last_token.at[batch.slot].set(sampled.token)
-        state = SequenceState(page_table=state.page_table, last_token=last_token)
-        return tuple(context.pool), state, StepOutput(sampled, logits if spec.keep_logits else None)
+        token = greedy(logits)
+        state = SequenceState(page_table=state.page_table, last_token=state.last_token.at[batch.slot].set(token))
+        return tuple(context.pool), state, StepOutput(token, logits)
 
     step.__name__ = layout.bucket.name + ("_lora" if with_lora else "")
     return jax.jit(step, donate_argnums=(1, 3))
@@ -153,3 +158,30 @@ def step_shapes(spec: StepSpec, layout: BatchLayout) -> tuple[Any, ...]:
     """`jax.ShapeDtypeStruct`s of the step's arguments, for lowering without arrays (or without a device)."""
     metadata = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
     return spec.params, spec.pool.pool_struct(), spec.pool.table_struct(), spec.state_struct(), metadata
+
+
+def make_sampler(seqs: int, logprobs: bool) -> Any:
+    """What follows a step in which a sequence does not simply take its likeliest token, or asks for log-probabilities:
+    `(last_token, logits float32 [seqs, vocab], metadata int32 [7 seqs]) -> (last_token, Sampled)`, jitted; last_token,
+    of the sequence state, is donated. A program of its own: on a GPU, a branch inside the step would stop the host
+    until the device knows which way to go."""
+
+    def sampler(last_token: jax.Array, logits: jax.Array, metadata: jax.Array) -> tuple[jax.Array, Sampled]:
+        slot, inputs = unpack_sampling(metadata, seqs)
+        sampled = sample(logits, inputs, logprobs=logprobs)
+        return last_token.at[slot].set(sampled.token), sampled
+
+    sampler.__name__ = sampler_name(seqs, logprobs)
+    return jax.jit(sampler, donate_argnums=0)
+
+
+def sampler_name(seqs: int, logprobs: bool) -> str:
+    """Of `make_sampler`'s program."""
+    return f"sample_{seqs}" + ("_logprobs" if logprobs else "")
+
+
+def sampler_shapes(spec: StepSpec, seqs: int) -> tuple[Any, ...]:
+    """As `step_shapes`, of a sampler's arguments."""
+    logits = jax.ShapeDtypeStruct((seqs, spec.model.vocab_size), jnp.float32)
+    metadata = jax.ShapeDtypeStruct((len(SAMPLER_FIELDS) * seqs,), jnp.int32)
+    return spec.state_struct().last_token, logits, metadata

@@ -5,12 +5,23 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slora_jax.engine.batch import DENSE_ROWS, BatchLayout, Bucket, SequenceState, StepBatch, build_metadata, unpack
+from slora_jax.engine.batch import (
+    DENSE_ROWS,
+    SAMPLER_FIELDS,
+    BatchLayout,
+    Bucket,
+    SequenceState,
+    StepBatch,
+    build_metadata,
+    unpack,
+    unpack_sampling,
+)
 from slora_jax.scheduling import AdapterUse, Request, RequestMetrics, SamplingParams, ScheduledSequence, StepPlan
 
 MAX_SEQS, MAX_PAGES, ADAPTER_SLOTS = 9, 14, 4
@@ -235,8 +246,11 @@ def test_attention_takes_every_row_once_long_sequences_in_tiles_single_rows_long
 
 @over_plans
 def test_sampling_inputs_are_each_requests_own(step):
-    inputs, n = step.batch.sampling, len(step.requests)
-    assert (inputs.logprobs[n:] == -1).all() and not inputs.temperature[n:].any()  # padding samples greedily, cheaply
+    seqs, n = step.bucket.seqs, len(step.requests)
+    numbers = jnp.asarray(step.metadata[: len(SAMPLER_FIELDS) * seqs])
+    slot, inputs = jax.tree.map(np.asarray, unpack_sampling(numbers, seqs))
+    np.testing.assert_array_equal(slot, step.batch.slot)
+    assert not inputs.temperature[n:].any()  # padding samples greedily
     for seq, request in enumerate(step.requests):
         params = request.params
         for name in ("temperature", "top_p", "min_p"):
@@ -244,7 +258,6 @@ def test_sampling_inputs_are_each_requests_own(step):
         assert inputs.top_k[seq] == params.top_k
         assert inputs.seed[seq] == request.seed and inputs.seed.dtype == np.uint32
         assert inputs.output_index[seq] == request.num_sampled
-        assert inputs.logprobs[seq] == (-1 if params.logprobs is None else params.logprobs)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)

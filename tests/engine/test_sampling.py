@@ -1,5 +1,7 @@
 """Sampling on the device against float64 references, and random streams that depend on nothing else in the batch."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from slora_jax.engine import sampling
 from slora_jax.engine.sampling import SamplingInputs
 
 VOCAB = 97
-sample = jax.jit(sampling.sample)
+sample = jax.jit(partial(sampling.sample, logprobs=True))
 masks = jax.jit(sampling._masks)
 
 
@@ -23,7 +25,6 @@ def inputs(rows: int, **fields: object) -> SamplingInputs:
         "min_p": (np.float32, 0.0),
         "seed": (np.uint32, 0),
         "output_index": (np.int32, 1),
-        "logprobs": (np.int32, -1),
     }
     return SamplingInputs(
         **{
@@ -146,7 +147,7 @@ def test_vanishing_temperature_is_greedy(temperature: float, rng: np.random.Gene
 
 def test_logprobs_are_the_log_softmax_of_the_models_own_logits(rng: np.random.Generator) -> None:
     logits = (3 * rng.standard_normal((4, VOCAB))).astype(np.float32)
-    result = sample(logits, inputs(4, temperature=0.7, top_k=5, logprobs=[5, -1, 0, 20]))
+    result = sample(logits, inputs(4, temperature=0.7, top_k=5))
     wide = logits.astype(np.float64)
     expected = wide - wide.max(-1, keepdims=True)
     expected -= np.log(np.exp(expected).sum(-1, keepdims=True))
@@ -209,12 +210,10 @@ def test_rows_are_the_same_in_chunks_as_alone(rows: int, rng: np.random.Generato
         "temperature": rng.choice([0.0, 0.7, 2.0], rows),
         "top_k": rng.choice([0, 5], rows),
         "top_p": rng.choice([1.0, 0.8], rows),
-        "logprobs": rng.choice([-1, 3], rows),
     }
     together = jax.tree.map(np.asarray, sample(logits, inputs(rows, **fields)))
     for row in range(rows):
-        # With the batch's logprobs on, so that the row's are there to compare.
-        one = {name: value[row : row + 1] for name, value in fields.items()} | {"logprobs": 3}
+        one = {name: value[row : row + 1] for name, value in fields.items()}
         alone = sample(logits[row : row + 1], inputs(1, **one))
         assert np.asarray(alone.token)[0] == together.token[row]
         np.testing.assert_array_equal(alone.top_token[0], together.top_token[row])

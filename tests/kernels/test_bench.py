@@ -1,0 +1,398 @@
+"""The GPU benchmark: its whole way in miniature, and what it does with kernels that fail, hang, or are wrong."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.bench import __main__ as command
+from pallas_kernels.bench import peers, supervisor
+from pallas_kernels.bench.adapters import resident, spread
+from pallas_kernels.bench.case import Case, Program, Section, System, chain
+from pallas_kernels.bench.goals import goals
+from pallas_kernels.bench.pools import random_pages
+from pallas_kernels.bench.record import Record
+from pallas_kernels.bench.size import FULL, MINIATURE
+from pallas_kernels.bench.timing import Timing, time_in_turn
+from pallas_kernels.bench.worker import Worker, distance
+from pallas_kernels.lora import LoraLayout
+from pallas_kernels.roofline import Work
+
+
+def bench(*arguments: object) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "pallas_kernels.bench", *map(str, arguments)]
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    return subprocess.run(line, env=os.environ | cache, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.timeout(900)  # a minute of one core's time; more where several share it
+def test_a_miniature_of_everything_runs_on_a_cpu(tmp_path):
+    out = tmp_path / "results.json"
+    done = bench("--miniature", "--budget-seconds", 800, "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(out.read_text())
+    assert results["finished"] and results["miniature"] and "under_way" not in results
+    assert "--miniature" in results["command"]
+    assert results["provenance"].keys() >= {"date", "device", "driver", "versions", "git", "argv"}
+
+    for row in results["checks"] + results["rows"]:
+        assert "failed" not in row, row
+        assert "skipped" not in row or (row["system"] == "loop" and "unrolled" in row["skipped"]), row
+    assert all(check["ok"] for check in results["checks"])
+    checked = {(c["op"], c["regime"], c["system"]) for c in results["checks"]}
+    for regime in ("decode", "prefill"):
+        assert checked >= {("lora", regime, system) for system in ("triton", "ragged_dot", "loop")}
+        assert ("attention", regime, "triton") in checked
+    measured = {(row["op"], row["regime"], row["system"]) for row in results["rows"] if "seconds" in row}
+    for regime in ("decode", "prefill"):
+        assert measured >= {("lora", regime, system) for system in ("triton", "xla", "ragged_dot", "loop")}
+        assert measured >= {("attention", regime, system) for system in ("triton", "xla")}
+        assert measured >= {(op, regime, "triton") for op in ("lora_shrink", "lora_expand")}
+    assert measured >= {("write_kv", "write", "xla"), ("write_pages", "write", "xla")}
+    assert measured >= {("step", "decode", system) for system in ("base", "1 adapters", "2 adapters")}
+    assert measured >= {("ceiling", name, system) for name, system in (("copy", "copy"), ("matmul", "xla"))}
+    for row in results["rows"]:
+        if "seconds" in row:
+            assert row["seconds"] > 0 and row["bytes"] > 0 and len(row["rounds"]) >= 1
+            assert row["op"] == "ceiling" or row["over_floor"] == pytest.approx(row["seconds"] / row["floor_seconds"])
+
+    assert [goal["met"] for goal in results["goals"]] == [None] * 4
+    plots = ("lora_decode_tiny", "lora_decode_tiny-mha", "lora_prefill", "attention", "step")
+    assert {path.name for path in tmp_path.glob("*.png")} == {f"results_{name}.png" for name in plots}
+
+
+def test_programs_compile_for_a_gpu_that_is_not_there(tmp_path):
+    out = tmp_path / "compiled.json"
+    case = "^lora_expand decode model=llama-3-8b rows=64 adapters=64 rank=16$"
+    done = bench("--compile-only", "h200", "--only", "lora", "--match", case, "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    programs = {program["name"]: program for program in json.loads(out.read_text())["programs"]}
+    assert programs["lora_expand-llama-3-8b-decode-64-triton-32"]["temp_bytes"] < 2**20  # y is not copied
+    assert "ceiling-matmul" in programs
+
+
+def test_the_list_names_every_case_and_runs_none(capsys):
+    assert command.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    label = "lora decode model=llama-3-8b rows=256 adapters=256 rank=16"
+    assert any(f"{label}: triton, mosaic_gpu, xla, ragged_dot" in line for line in lines)
+    for section in command.SECTIONS:
+        assert any(line.startswith(section) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget-seconds", "0"], "--budget-seconds: '0': must be a number above 0"),
+        (["--budget-seconds", "soon"], "--budget-seconds: 'soon': must be a number above 0"),
+        (["--seed", "-1"], "--seed: '-1': must be an integer in 0..2^31-1"),
+        (["--match", "("], "is no regular expression"),
+        (["--only", "gemm"], "invalid choice: 'gemm'"),
+        (["--compile-only", "h100"], "invalid choice: 'h100'"),
+        (["--out", "."], "'.' cannot be written"),
+        (["--list", "--compile-only", "h200"], "not allowed with argument"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_match_without_cases_says_so():
+    with pytest.raises(SystemExit, match="'no such case': no case of that label"):
+        command.main(["--list", "--match", "no such case"])
+
+
+@pytest.mark.parametrize("size", [FULL, MINIATURE], ids=["full", "miniature"])
+def test_labels_and_program_names_are_unique(size):
+    args = command._parser().parse_args([])
+    cases = [case for section in command._sections(args, size.miniature) for case in section.cases]
+    labels = [case.label for case in cases]
+    assert len(set(labels)) == len(labels)
+    programs = {id(s.program): s.program.name for case in cases for s in case.systems if s.program}
+    assert len(set(programs.values())) == len(programs)
+
+
+def test_the_full_size_covers_what_the_goals_are_about():
+    args = command._parser().parse_args([])
+    cases = [case for section in command._sections(args, False) for case in section.cases if not case.is_check]
+    decode = [case.facts for case in cases if (case.op, case.regime) == ("lora", "decode")]
+    assert {facts["adapters"] for facts in decode} == {1, 4, 16, 64, 256}
+    assert {facts["rank"] for facts in decode} == {8, 16, 32, 64, 128, "mixed"}
+    attention = [case.facts for case in cases if (case.op, case.regime) == ("attention", "decode")]
+    assert {facts["context"] for facts in attention} == {2**n for n in range(9, 16)}
+    assert {facts["batch"] for facts in attention} == {1, 4, 16, 64, 256}
+    steps = {case.facts["batch"]: [s.name for s in case.systems] for case in cases if case.op == "step"}
+    assert steps[64] == ["base", "1 adapters", "16 adapters", "64 adapters"]
+    assert steps[256] == ["base", "1 adapters", "16 adapters", "64 adapters", "256 adapters"]
+
+
+# What the measuring process does with systems that do not work
+
+
+def program(function, name):
+    x = jax.ShapeDtypeStruct((8,), jnp.float32)
+    return Program(name, jax.jit(function), lambda: (x,))
+
+
+def system(name, function=lambda x: 2 * x):
+    return System(name, program(function, name), chain(lambda: jnp.arange(8.0), lambda: [()]))
+
+
+def worker(tmp_path, *cases, seconds=100.0):
+    record = Record(tmp_path / "results.json")
+    run = Worker(MINIATURE, record, time.time() + seconds, seconds)
+    run.run([Section("toy", cases)])
+    return json.loads(record.path.read_text())
+
+
+def case(*systems, op="toy", **fields):
+    return Case(op, "decode", {}, Work(bytes=100), systems, **fields)
+
+
+def test_a_failing_system_costs_only_its_own_results(tmp_path):
+    def declines(x):
+        raise NotImplementedError("takes no float32")
+
+    def breaks(x):
+        raise KeyError("tile")
+
+    def bad_start(compiled):
+        raise MemoryError("no room")
+
+    def bad_dispatch(compiled):
+        def dispatch():
+            raise ValueError("no dispatch")
+
+        return dispatch
+
+    systems = [system("declines", declines), system("breaks", breaks), system("works")]
+    systems += [System("bad start", start=bad_start), System("bad dispatch", start=bad_dispatch)]
+    systems += [System("left out", skip="not today")]
+    rows = {row["system"]: row for row in worker(tmp_path, case(*systems))["rows"]}
+    assert rows["works"]["seconds"] > 0
+    assert rows["declines"]["skipped"] == "takes no float32"
+    assert rows["left out"]["skipped"] == "not today"
+    assert "KeyError" in rows["breaks"]["failed"]
+    assert "no room" in rows["bad start"]["failed"]
+    assert "no dispatch" in rows["bad dispatch"]["failed"]
+
+
+def test_a_missing_package_is_a_reason_not_a_failure(tmp_path):
+    def imports(x):
+        import jax_triton_that_is_not_there  # noqa: F401
+
+    (row,) = worker(tmp_path, case(system("triton", imports)))["rows"]
+    assert "No module named 'jax_triton_that_is_not_there'" in row["skipped"]
+
+
+def test_a_wrong_kernel_is_reported_and_not_timed(tmp_path):
+    wrong, nan = system("wrong", lambda x: 2 * x + 0.5), system("nan", lambda x: 2 * x * jnp.nan)
+    check = case(system("xla"), wrong, nan, system("right"), tolerance=1e-2)
+    results = worker(tmp_path, check, case(wrong, nan, system("right"), op="timed"))
+    assert {c["system"]: c["ok"] for c in results["checks"]} == {"wrong": False, "nan": False, "right": True}
+    rows = {row["system"]: row for row in results["rows"]}
+    assert rows["wrong"]["skipped"] == rows["nan"]["skipped"] == "failed its check"
+    assert rows["right"]["seconds"] > 0
+
+
+def test_without_a_reference_results_are_marked(tmp_path):
+    def breaks(x):
+        raise KeyError("tile")
+
+    check = case(system("xla", breaks), system("ours"), tolerance=1e-2)
+    results = worker(tmp_path, check, case(system("ours"), op="timed"))
+    assert [c["system"] for c in results["checks"] if "unchecked" in c] == ["ours"]
+    (row,) = results["rows"]
+    assert row["unchecked"] and row["seconds"] > 0
+    assert all(goal["met"] is None for goal in goals([row | {"op": "lora", "over_floor": 1.0}]))
+
+
+def test_distance_is_relative_and_sees_nan():
+    reference = (jnp.ones(100), 10 * jnp.ones(100))
+    assert distance(reference, reference) == (0, 0)
+    off = (jnp.ones(100), 10 * jnp.ones(100).at[3].set(1.5))
+    assert distance(off, reference) == pytest.approx((0.05, 0.5))
+    assert np.isnan(distance((jnp.ones(100).at[0].set(jnp.nan), reference[1]), reference)).all()
+
+
+def test_out_of_time_everything_left_is_skipped_by_name(tmp_path):
+    results = worker(tmp_path, case(system("works")), seconds=1.0)
+    assert [(row["system"], row["skipped"]) for row in results["rows"]] == [("works", "out of time")]
+
+
+def test_a_floor_may_rest_on_another_systems_time(tmp_path):
+    def ceiling(regime, work):
+        return Case("ceiling", regime, {}, work, (system(regime),), importance=-1)
+
+    base, more = system("base"), system("more")
+    more = System("more", more.program, more.start, work=Work(bytes=7), over="base")
+    cases = (ceiling("copy", Work(bytes=10)), ceiling("matmul", Work(flops=10)), case(base, more))
+    rows = {row["system"]: row for row in worker(tmp_path, *cases)["rows"]}
+    bandwidth = 10 / rows["copy"]["seconds"]
+    assert rows["base"]["floor_seconds"] == pytest.approx(100 / bandwidth)
+    assert rows["more"]["floor_seconds"] == pytest.approx(rows["base"]["seconds"] + 7 / bandwidth)
+
+
+def test_timing_takes_turns_and_leaves_out_what_raises():
+    order = []
+
+    def dispatch(name, failing_from=None):
+        calls = iter(range(10**6))
+
+        def run():
+            order.append(name)
+            if failing_from is not None and next(calls) >= failing_from:
+                raise RuntimeError(name)
+            return jnp.zeros(1)
+
+        return run
+
+    systems = {"a": dispatch("a"), "b": dispatch("b"), "never": dispatch("never", 0), "later": dispatch("later", 3)}
+    results = time_in_turn(systems, rounds=3, round_seconds=1e-9)
+    assert isinstance(results["a"], Timing) and len(results["a"].rounds) in (1, 3)
+    assert str(results["never"]) == "never"
+    assert "never" not in order[order.index("later") :]
+
+
+# The process that watches
+
+CHILD = """
+import json, os, sys, time
+from pathlib import Path
+from pallas_kernels.bench.record import Record
+path, mode = Path(sys.argv[1]), sys.argv[2]
+resumed = "--resume" in sys.argv
+record = Record(path, resume=resumed)
+if not resumed:
+    record.begin("lora decode", "triton", 0.5)
+    if mode == "hang": time.sleep(100)
+    if mode == "crash": os.abort()
+    if mode == "restart":
+        record.data["rows"].append("recorded"); record.data.pop("under_way"); record.save(); os._exit(75)
+record.data["finished"] = True
+record.save()
+"""
+
+
+@pytest.mark.parametrize(("mode", "reason"), [("hang", "hung"), ("crash", "SIGABRT")])
+def test_a_kernel_that_hangs_or_crashes_is_gone_around(tmp_path, mode, reason):
+    path = tmp_path / "results.json"
+    child = [sys.executable, "-c", CHILD, str(path), mode]
+    assert supervisor.supervise(child, path, time.time() + 60, dict(os.environ)) == ""
+    (failure,) = json.loads(path.read_text())["fatal"]
+    assert (failure["label"], failure["system"]) == ("lora decode", "triton")
+    assert reason in failure["failed"]
+
+
+def test_a_child_that_recorded_its_failure_is_just_replaced(tmp_path):
+    path = tmp_path / "results.json"
+    child = [sys.executable, "-c", CHILD, str(path), "restart"]
+    assert supervisor.supervise(child, path, time.time() + 60, dict(os.environ)) == ""
+    results = json.loads(path.read_text())
+    assert results["rows"] == ["recorded"] and "fatal" not in results
+
+
+def test_what_ended_an_earlier_process_is_not_tried_again(tmp_path):
+    record = Record(tmp_path / "results.json")
+    toy = case(system("works"), system("hangs"))
+    record.begin(toy.label, "hangs", 1.0)
+    record.fail_under_way("hung: it did not end in time")
+    run = Worker(MINIATURE, Record(record.path, resume=True), time.time() + 100, 100)
+    run.run([Section("toy", (toy,))])
+    rows = {row["system"]: row for row in run.record.data["rows"]}
+    assert "hung" in rows["hangs"]["failed"]
+    assert rows["works"]["seconds"] > 0
+
+
+def test_a_crash_while_compiling_is_pinned_on_one_program(tmp_path):
+    record = Record(tmp_path / "results.json")
+    record.begin("compiling", "", 1.0)
+    record.fail_under_way("died of SIGABRT")
+    assert record.data["one_by_one"] and "uncompilable" not in record.data
+    record.begin("compiling", "hangs", 1.0)
+    record.fail_under_way("died of SIGABRT")
+    toy = case(system("works"), system("hangs"))
+    run = Worker(MINIATURE, Record(record.path, resume=True), time.time() + 100, 100)
+    run.run([Section("toy", (toy,))])
+    rows = {row["system"]: row for row in run.record.data["rows"]}
+    assert rows["hangs"]["failed"] == "died of SIGABRT"
+    assert rows["works"]["seconds"] > 0
+
+
+# Goals and inputs
+
+
+def row(op, regime, system, label, over_floor=1.0, fraction=1.0, **facts):
+    numbers = {"over_floor": over_floor, "bandwidth_fraction": fraction}
+    return {"op": op, "regime": regime, "system": system, "label": label, "facts": facts, **numbers}
+
+
+def test_goals_take_the_best_backend_of_each_case_and_the_worst_case():
+    rows = [
+        row("lora", "decode", "triton", "a", fraction=0.7, adapters=64),
+        row("lora", "decode", "mosaic_gpu", "a", fraction=0.85, adapters=64),
+        row("lora", "decode", "triton", "b", fraction=0.9, adapters=256),
+        row("lora", "decode", "triton", "few", fraction=0.1, adapters=16),
+        row("lora", "decode", "ragged_dot", "b", fraction=0.95, adapters=256),
+        row("lora", "prefill", "triton", "c", over_floor=1.5, adapters=1),
+        row("step", "decode", "64 adapters", "d", over_floor=1.1, rank=16),
+        row("step", "decode", "256 adapters", "d", over_floor=9.0, rank=16),
+    ]
+    decode, attention, prefill, step = goals(rows)
+    assert decode["met"] is True and decode["measured"].startswith("0.850 at worst (a, mosaic_gpu)")
+    assert attention["met"] is None
+    assert prefill["met"] is False and "0 of 1 cases" in prefill["measured"]
+    assert step["met"] is True
+
+
+def test_pages_are_all_taken_before_any_is_taken_twice(rng):
+    pages = random_pages(14, 8, rng)
+    assert sorted(pages[:7]) == sorted(pages[7:]) == list(range(1, 8))
+
+
+def test_rows_are_spread_evenly():
+    assert spread(10, 4).tolist() == [3, 3, 2, 2]
+
+
+def test_competitors_get_the_adapters_own_matrices(rng):
+    """`x A B` from the contiguous copies equals the sum over rows of tiles, read by the layout's own arithmetic."""
+    layout = LoraLayout.of_decoder(hidden_size=24, q_width=32, kv_width=16, intermediate_size=40, page_size=8)
+    adapters = resident(layout, "ragged", slots=3, max_rank=12, pool_pages=400, rng=rng)
+    pool = rng.standard_normal((400, 2, 8, 16)).astype(np.float32)
+    slots = np.array([2, 0])
+    weights = peers.contiguous(jnp.asarray(pool), adapters.table(), jnp.asarray(slots), layout, 12)
+    tiles, _ = layout.stack_tiles(adapters.ranks)
+
+    def matrix(slot, first, row, columns):
+        numbers = [int(first) + c for c in range(-(-columns // 16))]
+        return np.concatenate([pool[adapters.pages[slot, t // 2], t % 2, row % 8] for t in numbers])[:columns]
+
+    for stack, place, (a, bs) in zip(layout.stacks, tiles, weights, strict=True):
+        for i, slot in enumerate(slots):
+            of_slot = type(place)(*(field[slot] for field in vars(place).values()))
+            row = 0
+            for p, (index, d_out) in enumerate(zip(stack.rank_index, stack.d_outs, strict=True)):
+                rank = adapters.ranks[slot, index]
+                for j in range(12):
+                    a_row, b_row = a[i, :, p * 12 + j], bs[p][i, j]
+                    if j >= rank:
+                        assert not a_row.any() and not b_row.any()
+                        continue
+                    expected = matrix(slot, layout.a_tile(stack, of_slot, row // 8), row, stack.d_in)
+                    np.testing.assert_array_equal(a_row, expected)
+                    expected = matrix(slot, layout.b_tile(stack, of_slot, row // 8), row, d_out)
+                    np.testing.assert_array_equal(b_row, expected)
+                    row += 1
