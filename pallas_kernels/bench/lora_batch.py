@@ -126,7 +126,8 @@ class Batch:
 def make_batch(
     shape: Shape, ranks: Ranks, n: int, *, rows: int, layers: int, seed: int, poisoned: bool = False
 ) -> Batch:
-    """`rows` rows over `n` adapters, in so many sets that their layers outgrow the cache."""
+    """`rows` rows over `n` adapters, in so many sets that the weights of their layers outgrow the cache: one, where the
+    activations do. Activations that fit stay in the cache from layer to layer, as they do in a step."""
     size, rng = shape.size, np.random.default_rng(seed)
     adapters = resident(
         shape.layout, ranks, slots=size.slots, max_rank=size.max_rank, pool_pages=shape.pool[0], rng=rng
@@ -135,7 +136,8 @@ def make_batch(
     if ranks == "ragged":
         sets: tuple[np.ndarray, ...] = (adapters.by_rank(rng.permutation(size.slots)[:n]),)
     else:
-        of_layer = max(1, layer_work(adapters.ranks[:n], np.ones(n), shape.layout, DTYPE.dtype.itemsize).bytes)
-        count = max(1, min(size.slots // n, ceil_div(size.cache_bytes, layers * of_layer)))
+        ranks_of, itemsize = adapters.ranks[:n], DTYPE.dtype.itemsize
+        least, moved = (layer_work(ranks_of, c, shape.layout, itemsize).bytes for c in (np.ones(n), counts))
+        count = 1 if moved > size.cache_bytes else min(size.slots // n, ceil_div(size.cache_bytes, layers * least))
         sets = tuple(adapters.by_rank((r * n + np.arange(n)) % size.slots) for r in range(count))
     return Batch(shape, adapters, sets, counts, seed, poisoned)

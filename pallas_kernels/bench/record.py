@@ -1,13 +1,14 @@
 """The results as JSON, written after every step, so that an end at any moment loses nothing; and where they are from.
 
     {"command", "started", "miniature", "budget_seconds", "finished": bool, "provenance": {...},
-     "checks": [{"op", "regime", "facts", "system", "error", "max_error", "tolerance", "ok"}],
+     "checks": [{"section", "op", "regime", "facts", "system", "error", "max_error", "tolerance", "ok"}],
      "programs": [{"name", "seconds", "temp_bytes"}],
-     "rows": [{"op", "regime", "facts", "system", "importance", "repeats", "bytes", "flops", "seconds", "rounds",
-               "dispatches", "queueing_seconds", "floor_seconds", "over_floor", "bandwidth_fraction"}],
+     "rows": [{"section", "op", "regime", "facts", "system", "importance", "repeats", "bytes", "flops", "seconds",
+               "rounds", "dispatches", "queueing_seconds", "floor_seconds", "over_floor", "bandwidth_fraction"}],
      "goals": [{"goal", "met": true | false | null, "measured"}]}
 
 Seconds are of one repeat. A check or row that came to nothing has, instead of its numbers, "skipped" or "failed": why.
+"unchecked" are results that there was no reference for.
 """
 
 from __future__ import annotations
@@ -103,7 +104,9 @@ def provenance() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("jax", "jaxlib", "jax-triton", "triton", "flax", "numpy")},
-        "git": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "git": _output(
+            "git", "-c", "safe.directory=*", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"
+        ),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "argv": sys.argv,
     }

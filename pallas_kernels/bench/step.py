@@ -5,7 +5,7 @@ The one part of the benchmark that needs slora_jax, which it imports only when i
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -181,9 +181,9 @@ class Arrays:
         table = state.page_table.at[: server.batch, : server.sequence_pages].set(server.page_table)
         self.state = replace(state, page_table=table)
 
-    def dispatch(self, compiled: Any, metadata: np.ndarray) -> jax.Array:
+    def dispatch(self, compiled: Any, metadata: np.ndarray) -> Any:
         self.pool, self.state, output = compiled(self.params, self.pool, self.table, self.state, metadata)
-        return output.sampled.token
+        return output
 
 
 @lru_cache(maxsize=1)
@@ -198,7 +198,11 @@ def section(size: Size, seed: int) -> Section:
 
 
 def _cases(size: Size, grid: Grid, seed: int) -> Iterator[Case]:
-    missing = "" if importlib.util.find_spec("slora_jax") and importlib.util.find_spec("flax") else "needs slora_jax"
+    try:
+        importlib.import_module("slora_jax.engine.step")
+        missing = ""
+    except ImportError as error:
+        missing = f"needs slora_jax: {error}"
     for batch, numbers in grid.steps:
         facts = {"model": size.model.name, "batch": batch, "context": grid.context, "rank": grid.rank}
         if missing:

@@ -51,7 +51,10 @@ def _watch(child: subprocess.Popen, path: Path, deadline: float) -> str:
     """Waits for the child's end, or until it overstays. Returns why it ended."""
     while child.poll() is None:
         time.sleep(0.2)
-        what = _read(path).get("under_way")
+        results = _read(path)
+        if results.get("finished"):
+            return ""
+        what = results.get("under_way")
         if what and time.time() > what["until"]:
             return f"hung: {what['what']} {what['system']} did not end in time"
         if time.time() > deadline + GRACE:

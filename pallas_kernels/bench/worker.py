@@ -61,7 +61,6 @@ class Worker:
     deadline: float
     budget: float
     bar: Any = None
-    distrusted: set[tuple[str, str, str]] = field(default_factory=set)
     compiled: dict[str, Any] = field(default_factory=dict)
 
     def run(self, sections: Sequence[Section]) -> None:
@@ -77,7 +76,7 @@ class Worker:
                 self.bar.set_postfix_str(case.label)
                 systems = [s for s in case.systems if not self.record.has(case, s.name)]
                 if systems:
-                    (self._check if case.is_check else self._measure)(section, case, systems)
+                    (self._check if case.is_check else self._measure)(section.name, case, systems)
                 self.bar.update()
         self.bar.close()
 
@@ -93,7 +92,7 @@ class Worker:
             for system in case.systems:
                 if (
                     system.program
-                    and not self._refusal(section, case, system)
+                    and not self._refusal(section.name, case, system)
                     and not self.record.has(case, system.name)
                 ):
                     wanted.setdefault(system.program.name, system.program)
@@ -118,18 +117,24 @@ class Worker:
                     facts["temp_bytes"] = done.result.memory_analysis().temp_size_in_bytes
                 self.record.data["programs"].append(facts)
 
-    def _refusal(self, section: Section, case: Case, system: System) -> str:
+    def _refusal(self, section: str, case: Case, system: System) -> str:
         """Why a system is not even tried."""
-        if (section.name, case.regime, system.name) in self.distrusted and not case.is_check:
+        checks = () if case.is_check else self._checks(section, case, system)
+        if any(check.get("ok") is False or "failed" in check for check in checks):
             return "failed its check"
         return system.skip
 
-    def _started(self, section: Section, case: Case, systems: Sequence[System]) -> dict[str, Dispatch]:
+    def _checks(self, section: str, case: Case, system: System) -> list[dict[str, Any]]:
+        """Results of the checks that speak for a system's results in a timed case."""
+        mine = (section, case.regime, system.name)
+        return [c for c in self.record.data["checks"] if (c["section"], c["regime"], c["system"]) == mine]
+
+    def _started(self, section: str, case: Case, systems: Sequence[System]) -> dict[str, Dispatch]:
         """Dispatch functions of the systems that could be started; the others get their results here."""
         dispatches = {}
         for system in systems:
             if reason := self._refusal(section, case, system):
-                self._note(case, system, skipped=reason)
+                self._note(section, case, system, skipped=reason)
                 continue
             program = system.program
             failure = self.record.fatal(case, system.name)
@@ -137,26 +142,24 @@ class Worker:
                 failure = self.record.data.get("uncompilable", {}).get(program.name, "")
             compiled = self.compiled.get(program.name) if program else None
             if failure:
-                self._note(case, system, failed=failure)
+                self._note(section, case, system, failed=failure)
             elif self.left <= 0 or isinstance(compiled, TimeoutError) or (program and compiled is None):
-                self._note(case, system, skipped=OUT_OF_TIME)
+                self._note(section, case, system, skipped=OUT_OF_TIME)
             elif isinstance(compiled, Exception):
-                self._give_up(case, system, compiled)
+                self._give_up(section, case, system, compiled)
             else:
                 self.record.begin(case.label, system.name, PATIENCE)
                 try:
                     assert system.start is not None
                     dispatches[system.name] = system.start(compiled)
                 except Exception as error:  # noqa: BLE001 - one system must not end the benchmark
-                    self._give_up(case, system, error)
+                    self._give_up(section, case, system, error)
         return dispatches
 
-    def _check(self, section: Section, case: Case, systems: Sequence[System]) -> None:
+    def _check(self, section: str, case: Case, systems: Sequence[System]) -> None:
         """Compares every system's result with the first's, whose own result is not among the checks."""
         reference, *others = case.systems
         others = [system for system in others if system in systems]
-        if not others:
-            return
         dispatches = self._started(section, case, [reference, *others])
         results = {}
         for name, dispatch in dispatches.items():
@@ -164,20 +167,17 @@ class Worker:
             try:
                 results[name] = jax.block_until_ready(dispatch())
             except Exception as error:  # noqa: BLE001 - see above
-                self._give_up(case, next(s for s in case.systems if s.name == name), error)
+                self._give_up(section, case, next(s for s in case.systems if s.name == name), error)
         for system in others:
             if system.name in results and reference.name in results:
                 off, most = distance(results[system.name], results[reference.name])
                 assert case.tolerance is not None
                 ok = off <= case.tolerance and most <= 10 * case.tolerance  # NaN is not
-                self._note(case, system, error=off, max_error=most, tolerance=case.tolerance, ok=ok)
-            elif not self.record.has(case, system.name):
-                self._note(case, system, failed=f"there is no result of {reference.name!r} to compare with")
-        for row in self.record.data["checks"]:
-            if row["label"] == case.label and not row.get("ok") and "skipped" not in row:
-                self.distrusted.add((section.name, case.regime, row["system"]))
+                self._note(section, case, system, error=off, max_error=most, tolerance=case.tolerance, ok=ok)
+            elif system.name in results:
+                self._note(section, case, system, unchecked=f"there is no result of {reference.name!r}")
 
-    def _measure(self, section: Section, case: Case, systems: Sequence[System]) -> None:
+    def _measure(self, section: str, case: Case, systems: Sequence[System]) -> None:
         # A floor may rest on another system's time, so that one is measured again beside those that are left.
         needed = {system.over for system in systems}
         systems = [s for s in case.systems if s in systems or s.name in needed]
@@ -196,17 +196,19 @@ class Worker:
                 case Timing() as timing:
                     base = results.get(system.over)
                     over = base.seconds if isinstance(base, Timing) else 0.0
-                    if not self.record.has(case, system.name):
-                        self._note(case, system, **_numbers(case, system, timing, ceilings, over))
+                    numbers = _numbers(case, system, timing, ceilings, over)
+                    if any("unchecked" in check for check in self._checks(section, case, system)):
+                        numbers["unchecked"] = True
+                    self._note(section, case, system, **numbers)
                 case Exception() as error:
-                    self._give_up(case, system, error)
+                    self._give_up(section, case, system, error)
 
-    def _give_up(self, case: Case, system: System, error: Exception) -> None:
+    def _give_up(self, section: str, case: Case, system: System, error: Exception) -> None:
         """Records what was raised. Ends the process where the device does not work any more."""
         if reason := declined(error):
-            self._note(case, system, skipped=reason)
+            self._note(section, case, system, skipped=reason)
             return
-        self._note(case, system, failed=_text(error))
+        self._note(section, case, system, failed=_text(error))
         try:
             jax.block_until_ready(jnp.zeros(1) + 1)
         except Exception:  # noqa: BLE001 - whatever it is, nothing will work here
@@ -214,8 +216,10 @@ class Worker:
             self.record.save()
             os._exit(RESTART)
 
-    def _note(self, case: Case, system: System, **results: Any) -> None:
-        row = self.record.add(case, system.name, importance=case.importance, **results)
+    def _note(self, section: str, case: Case, system: System, **results: Any) -> None:
+        if self.record.has(case, system.name):
+            return
+        row = self.record.add(case, system.name, section=section, importance=case.importance, **results)
         tqdm.write(line(row), file=sys.stdout)
 
 
@@ -256,6 +260,8 @@ def line(row: dict[str, Any]) -> str:
     if "ok" in row:
         verdict = "equals the reference" if row["ok"] else "WRONG: DOES NOT EQUAL THE REFERENCE"
         return f"{head} {verdict} (error {row['error']:.1e}, largest {row['max_error']:.1e})"
+    if "unchecked" in row and "seconds" not in row:
+        return f"{head} UNCHECKED: {row['unchecked']}"
     if "seconds" not in row:
         what = "skipped" if "skipped" in row else "FAILED"
         return f"{head} {what}: {(row.get('skipped') or row.get('failed') or '?').splitlines()[0][:200]}"
@@ -267,7 +273,7 @@ def line(row: dict[str, Any]) -> str:
         text += f" {row['over_floor']:8.2f}x floor"
         if row["bandwidth_fraction"] is not None:
             text += f" {100 * row['bandwidth_fraction']:6.1f}% of copy bandwidth"
-    return text
+    return text + " UNCHECKED" * ("unchecked" in row)
 
 
 def _text(error: Exception) -> str:

@@ -73,11 +73,35 @@ class TritonPlan:
     prefill_stages: int = 0
 
 
+@dataclass(frozen=True)
+class MosaicGpuPlan:
+    """Block shapes of the Mosaic GPU kernels.
+
+    block_n, stages: keys of a block at once, and the depth of its copy pipeline. min_chunk: shortest context chunk of a
+    decode block, in tokens. programs: decode blocks wanted beyond one per sequence and KV head. Raises ValueError where
+    block_n is not 64, 128 or 256 (a tensor core's product, in whole pages for each warp), or no divisor of min_chunk.
+    """
+
+    block_n: int
+    stages: int
+    min_chunk: int = 0
+    programs: int = 0
+
+    def __post_init__(self) -> None:
+        if self.block_n not in (64, 128, 256) or self.stages < 1 or self.min_chunk % self.block_n:
+            raise ValueError(f"{self}: block_n must be 64, 128 or 256 and divide min_chunk, and stages positive")
+
+
 def backend(shape: AttentionShape) -> str:
     """Name of the implementation that is fastest for `shape` on the current trace's device."""
     return shape.find("backend")["name"]
 
 
 def triton_plan(shape: AttentionShape) -> TritonPlan:
-    """Block shapes for `shape` on the current trace's device."""
+    """Block shapes of the Triton kernel for `shape` on the current trace's device."""
     return TritonPlan(**shape.find("triton"))
+
+
+def mosaic_gpu_plan(shape: AttentionShape) -> MosaicGpuPlan:
+    """Block shapes of the Mosaic GPU kernels for `shape` on the current trace's device."""
+    return MosaicGpuPlan(**shape.find("mosaic_gpu"))

@@ -48,8 +48,8 @@ def report_table(report: CompileReport) -> str:
 def _pool(pool: PoolReport) -> Iterator[str]:
     yield (
         f"memory: {_size(pool.memory_bytes)}, of it {pool.gpu_memory_fraction:.0%} for JAX: weights "
-        f"{_size(pool.weight_bytes)}, temporaries and results {_size(pool.temp_bytes)}, tables {_size(pool.other_bytes)}; "
-        f"of the rest {pool.memory_fraction:.0%} for the pool"
+        f"{_size(pool.weight_bytes)}, temporaries and results {_size(pool.temp_bytes)}, "
+        f"tables {_size(pool.other_bytes)}; of the rest {pool.memory_fraction:.0%} for the pool"
     )
     if not pool.num_pages:
         yield "pool: DOES NOT FIT: nothing is left for it"
