@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.bench.goals import PEERS
+
 Row = dict[str, Any]
 Series = dict[str, list[tuple[float, float]]]
 
@@ -23,20 +25,25 @@ def plot(results: dict[str, Any], path: Path) -> list[Path]:
     source = f"{provenance.get('device', '')}, {provenance.get('date', '')}, {provenance.get('git', '')}"
     if results.get("miniature"):
         source = f"MINIATURE: NUMBERS MEAN NOTHING. {source}"
-    written = []
+    written: list[Path] = []
+    bandwidth = "fraction of copy bandwidth"
 
-    def figure(name: str, title: str, x: str, y: str, series: Series, goal: float) -> None:
+    def figure(name: str, title: str, x: str, y: str, series: Series, goal: float, log: bool = False) -> None:
         if not series:
             return
         from matplotlib import pyplot
 
-        figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(10, 5), layout="constrained")
         for label, points in series.items():
             axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=label)
         axes.axhline(goal, color="black", linestyle="--", linewidth=1, label=f"goal: {goal:g}")
         axes.set_xscale("log", base=2)
-        axes.set(title=title, xlabel=x, ylabel=y, ylim=(0, None))
-        axes.legend(fontsize="small")
+        if log:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(0, None)
+        axes.set(title=title, xlabel=x, ylabel=y)
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         figure.text(0.01, 0.005, source, fontsize=6)
         written.append(path.with_name(f"{path.stem}_{name}.png"))
         figure.savefig(written[-1], dpi=120)
@@ -51,46 +58,39 @@ def plot(results: dict[str, Any], path: Path) -> list[Path]:
     def ratio(row: Row) -> float:
         return row["over_floor"]
 
-    for model in sorted({row["facts"]["model"] for row in of("lora", "decode")}):
-        decode = [row for row in of("lora", "decode") if row["facts"]["model"] == model]
-        figure(
-            f"lora_decode_{model}",
-            f"LoRA, decode, {model}: bytes that must move, per time",
-            "distinct adapters",
-            "fraction of copy bandwidth",
-            _series(decode, "adapters", fraction, "{system}, {rows} rows, rank {rank}"),
-            0.8,
-        )
-    figure(
-        "lora_prefill",
-        "LoRA, prefill: time over the larger floor",
-        "distinct adapters",
-        "time / floor",
-        _series(of("lora", "prefill"), "adapters", ratio, "{system}, rank {rank}"),
-        1.3,
-    )
-    figure(
-        "attention",
-        "Paged attention, decode: keys and values, per time",
-        "context (tokens)",
-        "fraction of copy bandwidth",
-        _series(of("attention", "decode"), "context", fraction, "{system}, batch {batch}"),
-        0.8,
-    )
+    decode, prefill = of("lora", "decode"), of("lora", "prefill")
+    for name, title, chosen, label in (
+        ("lora_decode", "LoRA, decode", [row for row in decode if row["importance"] == 0], "{system}, {rows} rows"),
+        (
+            "lora_ranks",
+            "LoRA, decode, by rank",
+            [row for row in decode if _kernel(row)],
+            "{system}, {rows} rows, {rank}",
+        ),
+    ):
+        model = {row["facts"]["model"] for row in chosen if row["importance"] < 2}
+        chosen = [row for row in chosen if row["facts"]["model"] in model]
+        lines = _series(chosen, "adapters", fraction, label)
+        figure(name, f"{title}: bytes that must move, per time", "distinct adapters", bandwidth, lines, 0.8)
+    chosen = [row for row in prefill if row["importance"] == 0 or _kernel(row)]
+    lines = _series(chosen, "adapters", ratio, "{system}, rank {rank}")
+    title = "LoRA, prefill: time over the larger floor"
+    figure("lora_prefill", title, "distinct adapters", "time / floor", lines, 1.3, log=True)
+    lines = _series(of("attention", "decode"), "context", fraction, "{system}, batch {batch}")
+    title = "Paged attention, decode: keys and values, per time"
+    figure("attention", title, "context (tokens)", bandwidth, lines, 0.8)
     steps: Series = {}
     for row in of("step", "decode"):
         if row["system"] != "base":
             point = (float(row["system"].split()[0]), ratio(row))
             steps.setdefault(f"batch {row['facts']['batch']}", []).append(point)
-    figure(
-        "step",
-        "A decode step with adapters, over base-only plus the floor of the LoRA bytes",
-        "distinct adapters",
-        "time / expected time",
-        steps,
-        1.15,
-    )
+    title = "A decode step with adapters, over base-only plus the floor of the LoRA bytes"
+    figure("step", title, "distinct adapters", "time / expected time", steps, 1.15)
     return written
+
+
+def _kernel(row: Row) -> bool:
+    return row["system"] not in PEERS
 
 
 def _series(rows: Iterable[Row], x: str, y: Callable[[Row], float], label: str) -> Series:

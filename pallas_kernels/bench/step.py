@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
-import jax
 import numpy as np
 
 from pallas_kernels.bench.adapters import Adapters, resident, spread

@@ -67,7 +67,7 @@ def test_a_miniature_of_everything_runs_on_a_cpu(tmp_path):
             assert row["op"] == "ceiling" or row["over_floor"] == pytest.approx(row["seconds"] / row["floor_seconds"])
 
     assert [goal["met"] for goal in results["goals"]] == [None] * 4
-    plots = ("lora_decode_tiny", "lora_decode_tiny-mha", "lora_prefill", "attention", "step")
+    plots = ("lora_decode", "lora_ranks", "lora_prefill", "attention", "step")
     assert {path.name for path in tmp_path.glob("*.png")} == {f"results_{name}.png" for name in plots}
 
 

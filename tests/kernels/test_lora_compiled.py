@@ -18,9 +18,10 @@ STEPS = {"decode-256": (256, True), "mixed-2048": (2048, False)}
 OTHER_STEPS = {"decode-8": (8, True), "mixed-256": (256, False), "mixed-8192": (8192, False)}
 
 
-def compiled(layer, device, rows, decode, page_size=16, dtype="bfloat16", max_rank=64):
-    """All four stacks of a layer as one program, every y donated."""
+def compiled(layer, device, rows, decode, page_size=16, dtype="bfloat16", max_rank=64, numbers=range(4)):
+    """A layer's stacks of these numbers as one program, every y donated."""
     layout = layer.layout(page_size)
+    stacks = [layout.stacks[number] for number in numbers]
 
     def struct(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
@@ -33,21 +34,21 @@ def compiled(layer, device, rows, decode, page_size=16, dtype="bfloat16", max_ra
 
     def run(table, tiles, xs, ys, pool):
         lora = LoraProduct(layout, table, tiles, dtype=dtype, decode=decode, tile_rows=tile_rows, max_rank=max_rank)
-        return [lora(x, y, pool, stack) for x, y, stack in zip(xs, ys, layout.stacks, strict=True)]
+        return [lora(x, y, pool, stack) for x, y, stack in zip(xs, ys, stacks, strict=True)]
 
     num_tiles = ceil_div(rows, tile_rows) + min(rows, SLOTS)
     table = AdapterTable(ints(SLOTS, int(layout.num_pages(np.full(7, max_rank)))), ints(SLOTS, 7))
     tiles = LoraTiles(*(ints(num_tiles) for _ in range(3)), ints(rows), *(ints() for _ in range(4)))
-    xs = [struct(rows, s.d_in) for s in layout.stacks]
-    ys = [struct(rows, s.d_out) for s in layout.stacks]
+    xs = [struct(rows, s.d_in) for s in stacks]
+    ys = [struct(rows, s.d_out) for s in stacks]
     pool = struct(NUM_PAGES, 2, page_size, layer.width)
     return compile_for(TARGETS[device.name], jax.jit(run, donate_argnums=3), table, tiles, xs, ys, pool)
 
 
-def check(program, device, decode):
+def check(program, device, decode, stacks=4):
     uses = kernels_in(program, device)
     by_name = {name: sum(u.count for u in uses if u.name == name) for name in {u.name for u in uses}}
-    assert by_name == {"lora_shrink_kernel": 4, "lora_expand_kernel": 4}
+    assert by_name == {"lora_shrink_kernel": stacks, "lora_expand_kernel": stacks}
     for use in uses:
         assert use.backend == "triton"
         assert use.spill_bytes == 0, use
@@ -63,8 +64,9 @@ def check(program, device, decode):
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
 def test_no_kernel_spills_at_real_sizes(layer, device):
     for name, (rows, decode) in STEPS.items():
-        program = compiled(layer, device, rows, decode)
-        for use in check(program, device, decode):
+        # The two stacks that differ most: three projections of unequal width, and the longest input.
+        program = compiled(layer, device, rows, decode, numbers=(0, 3))
+        for use in check(program, device, decode, stacks=2):
             print(name, use.name, use.registers, "registers", use.shared_bytes, "bytes shared")
 
 
