@@ -67,7 +67,8 @@ class Trace(NoTrace):
         self._in_flight: dict[int, tuple[float, int, dict[str, int]]] = {}  # by id: dispatched, number, about it
         self._steps = 0
         self._ended: list[PoolStay] = []
-        self._resident = {r.digest: (r, self._stay(r, None, {}, engine)) for r in engine.residency.residents}
+        names = {info.digest: info.name for info in engine.adapters()}
+        self._resident = {r.digest: (r, _stay(r, names, None)) for r in engine.residency.residents}
         self.start = time.perf_counter()
         self.sample(engine)
 
@@ -105,7 +106,7 @@ class Trace(NoTrace):
                 del self._resident[digest]
         for digest, resident in residents.items():
             if digest not in self._resident:
-                self._resident[digest] = (resident, self._stay(resident, now, names, engine))
+                self._resident[digest] = (resident, _stay(resident, names, now))
 
     def dispatched(self, step: InFlight, plan: StepPlan) -> None:
         about = {"tokens": plan.num_tokens, "sequences": len(plan.sequences), "uploads": len(plan.loads)}
@@ -163,7 +164,7 @@ class Trace(NoTrace):
     def _micros(self, seconds: float) -> float:
         return round((seconds - self.start) * 1e6, 3)
 
-    def _stay(self, resident: Resident, now: float | None, names: dict[str, str], engine: Engine) -> PoolStay:
-        digest = resident.digest
-        name = names.get(digest) or next((i.name for i in engine.adapters() if i.digest == digest), digest[:12])
-        return PoolStay(name, digest, resident.pages.size, now)
+
+def _stay(resident: Resident, names: dict[str, str], loaded: float | None) -> PoolStay:
+    digest = resident.digest
+    return PoolStay(names.get(digest, digest[:12]), digest, resident.pages.size, loaded)

@@ -11,6 +11,7 @@ import pytest
 from slora_jax import Engine, RequestError, SamplingParams
 from slora_jax.adapters import random_adapter
 from slora_jax.engine import trace as trace_module
+from slora_jax.engine.trace import NoTrace
 from slora_jax.metrics import RequestRecord, adapter_metrics, serving_metrics
 
 NUM_ADAPTERS = 12
@@ -19,13 +20,12 @@ KINDS = {"free", "kv", "adapter_in_use", "adapter_idle"}
 
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
-    """Forty requests over twelve adapters, of which the pool holds a few and host memory two."""
+    """Forty requests over twelve adapters, of which the pool holds four at most and host memory three."""
     path = tmp_path_factory.mktemp("trace") / "deeper" / "run.json"
     rng = np.random.default_rng(0)
-    with tiny.engine(num_pages=60, host_adapter_bytes=30_000) as engine:
+    with tiny.engine(host_adapter_bytes=200_000) as engine:
         for i in range(NUM_ADAPTERS):
-            adapter = random_adapter(tiny.geometry, rank=4 + 4 * (i % 2), targets=("q", "v"), seed=i)
-            engine.load_adapter(f"a{i}", adapter)
+            engine.load_adapter(f"a{i}", random_adapter(tiny.geometry, rank=8 + 8 * (i % 2), seed=i))
         params = SamplingParams(max_tokens=12, ignore_eos=True)
         names = [None if i % 5 == 0 else f"a{rng.integers(NUM_ADAPTERS)}" for i in range(40)]
         prompts = [rng.integers(2, 250, rng.integers(3, 30)).tolist() for _ in names]
@@ -160,6 +160,7 @@ def test_an_engine_that_is_not_traced_allocates_nothing_for_it(engine: Engine) -
         tracemalloc.stop()
     here = tracemalloc.Filter(True, trace_module.__file__)
     assert not snapshot.filter_traces([here]).traces
+    assert len({id(NoTrace().step(engine)), id(NoTrace().span("a")), id(NoTrace().upload(None, None))}) == 1
 
 
 def test_a_trace_may_begin_and_end_with_requests_under_way(engine: Engine, tmp_path) -> None:
