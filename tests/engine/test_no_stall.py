@@ -36,8 +36,9 @@ def run(tiny):
                 engine.add_request([2 + next(number) % 200, 7, 11], params)
             outputs.extend(delta.output for delta in engine.step() if delta.output is not None)
 
-        for _ in range(300):
-            step()
+        with engine.trace():  # so that both halves pay for it
+            for _ in range(300):
+                step()
         undisturbed = [RequestRecord.of(o) for o in outputs]
         outputs.clear()
         with slow_disk(DISK_SECONDS), engine.trace() as trace:
