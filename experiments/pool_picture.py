@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -18,7 +19,7 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-from slora_jax import Engine, EngineConfig, SamplingParams
+from slora_jax import Delta, Engine, EngineConfig, SamplingParams
 from slora_jax.adapters import random_adapter
 from slora_jax.models import ModelConfig, RopeConfig, init_random
 
@@ -38,8 +39,8 @@ def page_kinds(engine: Engine) -> np.ndarray:
     return kinds
 
 
-def run(seed: int = 0) -> Iterator[np.ndarray]:
-    """Serves 160 requests over 60 adapters of ranks 4 to 32 with a tiny model; yields `page_kinds` after each step."""
+def tiny_engine(seed: int = 0, **settings: Any) -> Engine:
+    """A tiny random model with 60 adapters of ranks 4 to 32, named adapter-0 to adapter-59."""
     model = ModelConfig(
         family="llama", vocab_size=256, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4,
         num_kv_heads=4, head_dim=16, rope=RopeConfig(theta=10000.0), rms_norm_eps=1e-5, tie_word_embeddings=True,
@@ -47,28 +48,35 @@ def run(seed: int = 0) -> Iterator[np.ndarray]:
     )  # fmt: skip
     config = EngineConfig(
         dtype="float32", num_pages=300, max_seqs=16, max_tokens_per_step=64, max_model_len=256, max_rank=32,
-        decode_buckets=(16,), mixed_buckets=(64,), progress=False,
+        decode_buckets=(16,), mixed_buckets=(64,), progress=False, **settings,
     )  # fmt: skip
-    rng = np.random.default_rng(seed)
     graphdef, params = init_random(model, "float32", seed)
-    with Engine(model, graphdef, params, config) as engine:
-        for i in range(60):
-            rank = (4, 8, 16, 32)[i % 4]
-            engine.load_adapter(
-                f"adapter-{i}", random_adapter(engine.store.geometry, rank, ("q", "k", "v", "o"), seed=i)
-            )
-        arrivals = sorted(rng.integers(0, 400, 160).tolist())
-        step = 0
-        while arrivals or engine.has_work():
-            while arrivals and arrivals[0] <= step:
-                arrivals.pop(0)
-                prompt = rng.integers(0, 256, rng.integers(8, 120)).tolist()
-                adapter = f"adapter-{int(60 * rng.power(0.5))}"
-                engine.add_request(
-                    prompt, SamplingParams(max_tokens=int(rng.integers(16, 96)), ignore_eos=True), adapter
-                )
-            engine.step()
-            step += 1
+    engine = Engine(model, graphdef, params, config)
+    for i in range(60):
+        rank = (4, 8, 16, 32)[i % 4]
+        engine.load_adapter(f"adapter-{i}", random_adapter(engine.store.geometry, rank, ("q", "k", "v", "o"), seed=i))
+    return engine
+
+
+def serve(engine: Engine, seed: int = 0) -> Iterator[list[Delta]]:
+    """Serves 160 requests over the adapters, which arrive over 400 steps; yields what each step brings."""
+    rng = np.random.default_rng(seed)
+    arrivals = sorted(rng.integers(0, 400, 160).tolist())
+    step = 0
+    while arrivals or engine.has_work():
+        while arrivals and arrivals[0] <= step:
+            arrivals.pop(0)
+            prompt = rng.integers(0, 256, rng.integers(8, 120)).tolist()
+            adapter = f"adapter-{int(60 * rng.power(0.5))}"
+            engine.add_request(prompt, SamplingParams(max_tokens=int(rng.integers(16, 96)), ignore_eos=True), adapter)
+        yield engine.step()
+        step += 1
+
+
+def run(seed: int = 0) -> Iterator[np.ndarray]:
+    """`page_kinds` after each step of `serve`."""
+    with tiny_engine(seed) as engine:
+        for _ in serve(engine, seed):
             yield page_kinds(engine)
 
 

@@ -27,3 +27,7 @@ class RequestError(SloraError, ValueError):
 
 class PoolError(SloraError, RuntimeError):
     """The pool's bookkeeping was violated (double free, leak, use after free): always a defect of the caller."""
+
+
+class MetricsError(SloraError, ValueError):
+    """A metric is not defined for what was recorded: no requests, or a window that is too short."""

@@ -16,6 +16,10 @@ from slora_jax.errors import AdapterError
 
 logger = logging.getLogger(__name__)
 
+DiskObserver = Callable[[str, str, int, float], None]
+"""Told of each disk access at its end, on the thread that did it: "read" or "write", digest, bytes, and when it began
+in seconds of `time.perf_counter`."""
+
 
 @dataclass(eq=False)
 class _Content:
@@ -48,6 +52,7 @@ class HostCache:
     def __init__(self, host_bytes: int, spill_dir: Path | None, reread: Callable[[Path], AdapterTiles]) -> None:
         self.host_bytes = host_bytes
         self.spill_writes = self.spill_reads = 0
+        self.on_disk: DiskObserver | None = None
         self._reread = reread
         self._files = SpillFiles(spill_dir)
         self._changed = threading.Condition(threading.Lock())
@@ -245,7 +250,7 @@ class HostCache:
                 self._spilling_bytes += victim.nbytes
             error = None
             try:
-                spilled = spilled or self._files.write(tiles)
+                spilled = spilled or self._write(tiles)
             except OSError as os_error:
                 error = os_error
             with self._changed:
@@ -293,8 +298,10 @@ class HostCache:
     def _read_back(self, content: _Content) -> AdapterTiles | AdapterError:
         try:
             assert content.spilled is not None
+            start = time.perf_counter()
             tiles = self._files.read(content.spilled)
             self.spill_reads += 1
+            self._observed("read", tiles, start)
             return tiles
         except Exception as error:  # noqa: BLE001  one adapter must not end the worker
             lost = AdapterError(f"adapter {content.digest[:12]} was lost: {error}")
@@ -308,3 +315,14 @@ class HostCache:
         except Exception as error:  # noqa: BLE001
             logger.warning("%s; nor can its source be read again: %s", lost, error)
         return lost
+
+    def _write(self, tiles: AdapterTiles) -> SpilledTiles:
+        start = time.perf_counter()
+        spilled = self._files.write(tiles)
+        self._observed("write", tiles, start)
+        return spilled
+
+    def _observed(self, access: str, tiles: AdapterTiles, start: float) -> None:
+        observer = self.on_disk
+        if observer is not None:
+            observer(access, tiles.digest, tiles.nbytes, start)

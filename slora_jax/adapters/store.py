@@ -21,7 +21,7 @@ from tqdm import tqdm
 from slora_jax.adapters.adapter import LoraAdapter
 from slora_jax.adapters.config import MAX_RANK
 from slora_jax.adapters.geometry import BaseGeometry
-from slora_jax.adapters.host_cache import HostCache
+from slora_jax.adapters.host_cache import DiskObserver, HostCache
 from slora_jax.adapters.peft_format import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, read_peft
 from slora_jax.adapters.tiles import AdapterTiles, pack_tiles, tile_dtype, tile_shape
 from slora_jax.errors import AdapterError
@@ -189,6 +189,10 @@ class AdapterStore:
     def unpin(self, digest: str) -> None:
         """Undoes one `pin`; content that no name points to is dropped with its last pin."""
         self._cache.unpin(digest)
+
+    def observe_disk(self, observer: DiskObserver | None) -> None:
+        """Has `observer` told of every disk access from now on, by the thread that does it; None: nobody."""
+        self._cache.on_disk = observer
 
     def stats(self) -> StoreStats:
         """The counters."""

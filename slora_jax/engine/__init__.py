@@ -4,5 +4,15 @@ from slora_jax.engine.config import EngineConfig
 from slora_jax.engine.engine import Engine
 from slora_jax.engine.outputs import Delta, EngineStats, RequestOutput, TokenLogprobs
 from slora_jax.engine.runner import adapter_geometry
+from slora_jax.engine.trace import Trace
 
-__all__ = ["Delta", "Engine", "EngineConfig", "EngineStats", "RequestOutput", "TokenLogprobs", "adapter_geometry"]
+__all__ = [
+    "Delta",
+    "Engine",
+    "EngineConfig",
+    "EngineStats",
+    "RequestOutput",
+    "TokenLogprobs",
+    "Trace",
+    "adapter_geometry",
+]

@@ -6,6 +6,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from slora_jax.engine.outputs import Delta, EngineStats, Prompt, RequestOutput
 from slora_jax.engine.programs import keep_compiled_programs
 from slora_jax.engine.progress import Progress
 from slora_jax.engine.runner import InFlight, Runner, adapter_geometry, longest_sequence
+from slora_jax.engine.trace import NoTrace, Trace
 from slora_jax.errors import AdapterError, RequestError
 from slora_jax.memory import AdapterResidency, PageAllocator, PageKind
 from slora_jax.models import ModelConfig, Params, load_model
@@ -37,6 +39,8 @@ from slora_jax.scheduling import (
     SchedulerLimits,
     StepPlan,
 )
+
+NO_TRACE = NoTrace()
 
 
 class Engine:
@@ -87,6 +91,7 @@ class Engine:
         self._lost: dict[str, AdapterError] = {}  # digests that could not be brought back from disk
         self._unread: list[Delta] = []  # for the next step to return: cancelled, lost adapter, or another stream's
         self._in_flight: InFlight | None = None
+        self._trace = NO_TRACE
         self._arrivals = 0
         self._steps = self._computed = self._generated = 0
         self._host_seconds = 0.0
@@ -203,7 +208,7 @@ class Engine:
 
         Ctrl-C takes effect after the step; what the step brought is returned by the next one.
         """
-        with InterruptHeld() as interrupt:
+        with InterruptHeld() as interrupt, self._trace.step(self):
             deltas = self._step()
         if interrupt.came:
             self._unread = deltas + self._unread
@@ -212,7 +217,9 @@ class Engine:
 
     def _step(self) -> list[Delta]:
         cpu_start = time.thread_time()
-        plan = self.scheduler.schedule(time.perf_counter())
+        with self._trace.span("schedule"):
+            plan = self.scheduler.schedule(time.perf_counter())
+            self._trace.planned(plan, self)
         self._end_lost()
         dispatched = self._dispatch(plan) if plan.sequences else None
         before, self._in_flight = self._in_flight, dispatched
@@ -220,8 +227,11 @@ class Engine:
             self._wait_for_disk()
         deltas, self._unread = self._unread, []
         if before is not None:
-            tokens = np.asarray(before.sampled.token)  # waits for the device
-            deltas += self._read(before, tokens, time.perf_counter())
+            with self._trace.span("wait for device"):
+                tokens = np.asarray(before.sampled.token)
+            self._trace.tokens_read(before)
+            with self._trace.span("hand out tokens"):
+                deltas += self._read(before, tokens, time.perf_counter())
         self._host_seconds += time.thread_time() - cpu_start
         return deltas
 
@@ -301,6 +311,26 @@ class Engine:
             launch_seconds=self._runner.launch_seconds,
         )
 
+    @contextmanager
+    def trace(self, path: str | Path | None = None) -> Iterator[Trace]:
+        """Records what happens inside the block; writes it to `path` at the end, for the Chrome trace viewer or
+        Perfetto. An engine that is not traced pays nothing for it.
+
+        Raises:
+          RequestError: a recording is under way.
+        """
+        if self._trace is not NO_TRACE:
+            raise RequestError("trace: a recording is under way; one at a time")
+        self._trace = trace = Trace(self)
+        self.store.observe_disk(trace.disk)
+        try:
+            yield trace
+        finally:
+            self._trace = NO_TRACE
+            self.store.observe_disk(None)
+            if path is not None:
+                trace.write(path)
+
     def check(self) -> None:
         """Compares every book with every other; raises `PoolError` on a leak. Cheap enough for each idle moment."""
         self.scheduler.check()
@@ -335,8 +365,12 @@ class Engine:
     def _dispatch(self, plan: StepPlan) -> InFlight:
         try:
             for resident in plan.loads:
-                self._runner.upload(resident, self._staged[resident.digest].pages)
-            step = self._runner.dispatch(plan)
+                tiles = self._staged[resident.digest]
+                with self._trace.upload(resident, tiles):
+                    self._runner.upload(resident, tiles.pages)
+            with self._trace.span("dispatch"):
+                step = self._runner.dispatch(plan)
+            self._trace.dispatched(step, plan)
         except BaseException as error:
             self._abandon(plan, f"the step failed: {error!r}")
             raise
@@ -365,7 +399,7 @@ class Engine:
             self._generated += 1
             if request.metrics.first_token is None:
                 request.metrics.first_token = now
-            reason = progress.append(token, step, row)
+            reason = progress.append(token, step, row, now)
             deltas.append(progress.delta([token]) if reason is None else self._end(progress, reason, [token], now))
         return deltas
 

@@ -30,7 +30,8 @@ class RequestOutput:
 
     text: generated text, None without a tokenizer. token_ids: generated tokens, a stop token included. logprobs: one
     entry per token, if asked for. logits: float32 `[len(token_ids), vocab]` with `EngineConfig.keep_logits`.
-    error: why, when `finish_reason` is "error". metrics: seconds on the engine's clock.
+    error: why, when `finish_reason` is "error". metrics: seconds on the engine's clock; token_times: when the host had
+    each token, on the same clock.
     """
 
     request_id: str
@@ -40,6 +41,7 @@ class RequestOutput:
     token_ids: list[int]
     finish_reason: FinishReason
     metrics: RequestMetrics
+    token_times: list[float]
     logprobs: list[TokenLogprobs] | None = None
     logits: np.ndarray | None = None
     error: str | None = None

@@ -22,13 +22,16 @@ class Progress:
         self._has_text = tokenizer is not None
         self._text = TextStream(tokenizer, tuple(params.stop))
         self._ends = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_token_ids)
+        self._token_times: list[float] = []
         self._logprobs: list[TokenLogprobs] = []
         self._logits: list[np.ndarray] = []
 
-    def append(self, token: int, step: InFlight, row: int) -> FinishReason | None:
-        """Takes the token that `step` sampled in its sequence `row`. Returns why the request ends with it, if so."""
+    def append(self, token: int, step: InFlight, row: int, now: float) -> FinishReason | None:
+        """Takes the token that `step` sampled in its sequence `row`, read at `now`. Returns why the request ends with
+        it, if it does."""
         request = self.request
         request.output.append(token)
+        self._token_times.append(now)
         if request.params.logprobs is not None:
             self._logprobs.append(_logprobs(step.sampled, row, request.params.logprobs))
         if step.logits is not None:
@@ -58,6 +61,7 @@ class Progress:
             token_ids=request.output,
             finish_reason=request.finish_reason,
             metrics=request.metrics,
+            token_times=self._token_times,
             logprobs=None if request.params.logprobs is None else self._logprobs,
             logits=np.stack(self._logits) if self._logits else None,
             error=error,

@@ -1,0 +1,170 @@
+"""A recording of an engine at work, for the Chrome trace viewer or Perfetto, and for `slora_jax.metrics`.
+
+Tracks of complete events: the host's steps (schedule, upload, dispatch, read), uploads with their bytes, device steps
+from dispatch until their tokens are read, and disk reads and writes by thread. Counter tracks: queues, pages by kind.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slora_jax.metrics import PoolPages, PoolSample, PoolStay
+
+if TYPE_CHECKING:
+    from slora_jax.adapters import AdapterTiles
+    from slora_jax.engine.engine import Engine
+    from slora_jax.engine.runner import InFlight
+    from slora_jax.memory import Resident
+    from slora_jax.scheduling import StepPlan
+
+HOST, UPLOADS, DEVICE = "host", "adapter uploads", ("device, even steps", "device, odd steps")
+"""Names of tracks. At most two steps are in flight, the newer one dispatched before the older is read: two tracks."""
+
+
+class NoTrace:
+    """Records nothing, and allocates nothing: what an engine has unless it is traced."""
+
+    _NOTHING = nullcontext()
+
+    def step(self, engine: Engine) -> AbstractContextManager[None]:
+        """Spans one call of `Engine.step`; ends with a sample of queues and pool."""
+        return self._NOTHING
+
+    def span(self, name: str) -> AbstractContextManager[None]:
+        """Spans a part of the host's step."""
+        return self._NOTHING
+
+    def upload(self, resident: Resident, tiles: AdapterTiles) -> AbstractContextManager[None]:
+        """Spans the call that hands an adapter's tiles to the device. The copy itself may run on after it."""
+        return self._NOTHING
+
+    def planned(self, plan: StepPlan, engine: Engine) -> None:
+        """Notes which adapters the plan brought to the pool and which had to leave."""
+
+    def dispatched(self, step: InFlight, plan: StepPlan) -> None:
+        """A step is with the device from now on."""
+
+    def tokens_read(self, step: InFlight) -> None:
+        """A step's tokens are on the host."""
+
+
+class Trace(NoTrace):
+    """Records everything, in memory. Times are seconds of `time.perf_counter`, like
+    those of `RequestOutput.metrics`; in the file, microseconds since `start`.
+
+    samples: queues and pool after each step. An adapter's leaving between steps is noticed by the next plan.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.samples: list[PoolSample] = []
+        self._events: list[dict[str, Any]] = []
+        self._in_flight: dict[int, tuple[float, int, dict[str, int]]] = {}  # by id: dispatched, number, about it
+        self._steps = 0
+        self._ended: list[PoolStay] = []
+        names = {info.digest: info.name for info in engine.adapters()}
+        self._resident = {r.digest: (r, _stay(r, names, None)) for r in engine.residency.residents}
+        self.start = time.perf_counter()
+        self.sample(engine)
+
+    def stays(self) -> list[PoolStay]:
+        """Adapters' times in the pool, those that ended first."""
+        return self._ended + [stay for _, stay in self._resident.values()]
+
+    @contextmanager
+    def step(self, engine: Engine) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.sample(engine)
+        self._complete(HOST, "step", start)
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._complete(HOST, name, start)
+
+    @contextmanager
+    def upload(self, resident: Resident, tiles: AdapterTiles) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        adapter = self._resident[resident.digest][1].adapter
+        self._complete(UPLOADS, adapter, start, bytes=tiles.nbytes, pages=tiles.num_pages, slot=resident.slot)
+
+    def planned(self, plan: StepPlan, engine: Engine) -> None:
+        now = time.perf_counter()
+        names = {use.digest: use.name for s in plan.sequences if (use := s.request.adapter) is not None}
+        residents = {r.digest: r for r in engine.residency.residents}
+        for digest, (resident, stay) in list(self._resident.items()):
+            if residents.get(digest) is not resident:  # gone; or gone and back within one plan
+                self._ended.append(PoolStay(stay.adapter, digest, stay.pages, stay.loaded, now))
+                del self._resident[digest]
+        for digest, resident in residents.items():
+            if digest not in self._resident:
+                self._resident[digest] = (resident, _stay(resident, names, now))
+
+    def dispatched(self, step: InFlight, plan: StepPlan) -> None:
+        about = {"tokens": plan.num_tokens, "sequences": len(plan.sequences), "uploads": len(plan.loads)}
+        self._in_flight[id(step)] = (time.perf_counter(), self._steps, about)
+        self._steps += 1
+
+    def tokens_read(self, step: InFlight) -> None:
+        if id(step) in self._in_flight:  # the first one may have been dispatched before the recording began
+            start, number, about = self._in_flight.pop(id(step))
+            self._complete(DEVICE[number % 2], f"step {number}", start, **about)
+
+    def disk(self, name: str, digest: str, nbytes: int, start: float) -> None:
+        """A read or write of `nbytes` from `start` until now by the calling thread. For any thread."""
+        self._complete(f"disk: {threading.current_thread().name}", name, start, bytes=nbytes, digest=digest[:12])
+
+    def sample(self, engine: Engine) -> None:
+        """Takes down queues and pool as they are now."""
+        stats = engine.stats()
+        idle = stats.idle_adapter_pages
+        pages = PoolPages(stats.pages["free"], stats.pages["kv"], stats.pages["adapter"] - idle, idle)
+        self.samples.append(PoolSample(time.perf_counter(), pages, stats.running, stats.waiting))
+
+    def events(self) -> list[dict[str, Any]]:
+        """Everything so far in the Trace Event Format: names of tracks, then events by time."""
+        events = list(self._events)  # the disk's threads may add to them
+        tracks = [HOST, UPLOADS, *DEVICE]
+        tracks += sorted({event["tid"] for event in events} - set(tracks))
+        number = {track: i for i, track in enumerate(tracks)}
+        named = [{"name": "process_name", "ph": "M", "pid": 0, "tid": 0, "args": {"name": "slora_jax engine"}}]
+        for track, i in number.items():
+            named.append({"name": "thread_name", "ph": "M", "pid": 0, "tid": i, "args": {"name": track}})
+            named.append({"name": "thread_sort_index", "ph": "M", "pid": 0, "tid": i, "args": {"sort_index": i}})
+        timed = [event | {"tid": number[event["tid"]]} for event in events]
+        for sample in self.samples:
+            queues = {"running": sample.running, "waiting": sample.waiting}
+            for name, values in (("queues (requests)", queues), ("pool (pages)", vars(sample.pages))):
+                timed.append({"name": name, "ph": "C", "pid": 0, "ts": self._micros(sample.time), "args": values})
+        timed.sort(key=lambda event: (event["ts"], -event.get("dur", 0)))
+        return named + timed
+
+    def write(self, path: str | Path) -> None:
+        """Writes the events as JSON, for chrome://tracing or https://ui.perfetto.dev."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"traceEvents": self.events(), "displayTimeUnit": "ms"}))
+
+    def _complete(self, track: str, name: str, start: float, **args: object) -> None:
+        """One event on a track from `start` (or the recording's) until now."""
+        ts = self._micros(max(start, self.start))
+        dur = self._micros(time.perf_counter()) - ts
+        self._events.append(
+            {"name": name, "ph": "X", "pid": 0, "tid": track, "ts": ts, "dur": round(dur, 3), "args": args}
+        )
+
+    def _micros(self, seconds: float) -> float:
+        return round((seconds - self.start) * 1e6, 3)
+
+
+def _stay(resident: Resident, names: dict[str, str], loaded: float | None) -> PoolStay:
+    digest = resident.digest
+    return PoolStay(names.get(digest, digest[:12]), digest, resident.pages.size, loaded)

@@ -1,0 +1,64 @@
+"""What the unified pool holds over time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from slora_jax.errors import MetricsError
+
+
+@dataclass(frozen=True)
+class PoolPages:
+    """Pages of the pool by what they hold; together they are all but the dummy page."""
+
+    free: int
+    kv: int
+    adapter_in_use: int
+    adapter_idle: int
+
+    @property
+    def total(self) -> int:
+        return self.free + self.kv + self.adapter_in_use + self.adapter_idle
+
+
+PAGE_KINDS = tuple(field.name for field in fields(PoolPages))
+"""Names of the kinds of page, as in `PoolPages`."""
+
+
+@dataclass(frozen=True)
+class PoolSample:
+    """The pool and the queues at one moment. time: seconds on the engine's clock."""
+
+    time: float
+    pages: PoolPages
+    running: int
+    waiting: int
+
+
+@dataclass(frozen=True)
+class PoolUse:
+    """Shares of the pool by kind of page, in [0, 1]: the mean over time, and the largest at any sample."""
+
+    mean: dict[str, float]
+    peak: dict[str, float]
+
+
+def pool_use(samples: Sequence[PoolSample]) -> PoolUse:
+    """Sums up samples in order of time. Each one lasts until the next, so uneven sampling does not matter.
+
+    Raises:
+      MetricsError: fewer than two samples, or they cover no time.
+    """
+    times = np.array([s.time for s in samples])
+    if times.size < 2 or times[-1] <= times[0]:
+        raise MetricsError(f"pool use: {times.size} samples cover no time")
+    weights = np.diff(times)
+    shares = np.array([[getattr(s.pages, kind) / s.pages.total for kind in PAGE_KINDS] for s in samples])  # [S, kinds]
+    mean = np.average(shares[:-1], axis=0, weights=weights)
+    return PoolUse(
+        mean=dict(zip(PAGE_KINDS, mean.tolist(), strict=True)),
+        peak=dict(zip(PAGE_KINDS, shares.max(0).tolist(), strict=True)),
+    )
