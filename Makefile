@@ -11,10 +11,10 @@ export JAX_PLATFORMS := cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean distclean
+.PHONY: help demo test lint format bench bench-gpu clean distclean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
 
 demo: $(VENV)/installed-core ## serve 200 adapters of a small random model and check the answers
 	$(VENV)/bin/slora demo
@@ -33,6 +33,9 @@ format: $(VENV)/installed-lint ## repair style where that is automatic
 
 bench: $(VENV)/installed-parity ## compare with Hugging Face PEFT on this machine's CPU
 	$(PYTHON) -m experiments.cpu_peft_comparison
+
+bench-gpu: $(VENV)/installed-cuda12 $(VENV)/installed-plot ## measure every kernel on this machine's GPU (8 minutes)
+	$(PYTHON) -m pallas_kernels.bench --out experiments/results/kernels.json
 
 clean: ## remove what the demo, the tests and the linters left
 	rm -rf .demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

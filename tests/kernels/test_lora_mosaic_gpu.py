@@ -180,7 +180,7 @@ def test_rows_of_an_adapter_get_their_product_and_no_other_row_changes(name, rng
 
 @pytest.mark.parametrize(
     ("layer", "number", "decode"),
-    list(zip(LAYERS, (0, 2, 3, 0, 2), (True, False, True, False, True), strict=True)),
+    list(zip(LAYERS, (0, 2, 3, 0, 2), (True, True, True, False, True), strict=True)),
     ids=lambda value: value.name if isinstance(value, Layer) else str(value),
 )
 def test_kernels_compiled_for_an_h200_use_its_tensor_cores_and_copies_and_spill_nothing(layer, number, decode):

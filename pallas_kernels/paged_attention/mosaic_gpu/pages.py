@@ -1,0 +1,83 @@
+"""How pages get into shared memory: a warpgroup of its own copies them, one tile `[page_size, head_dim]` a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.paged_attention.plan import AttentionShape, MosaicGpuPlan
+
+TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
+"""Shared-memory layout of 16-bit matrices that both TMA and the tensor core take."""
+
+
+def ring(shape: AttentionShape, plan: MosaicGpuPlan, consumers: int) -> tuple[Any, ...]:
+    """Shared memory of the page pipeline: keys, values, and barriers: keys there, values there, stage free again."""
+    buffer = plgpu.SMEM((plan.stages, plan.block_n, shape.head_dim), shape.dtype, transforms=TILED)
+    ready = plgpu.Barrier(num_arrivals=plan.block_n // shape.page_size, num_barriers=plan.stages)
+    return buffer, buffer, ready, ready, plgpu.Barrier(num_arrivals=consumers, num_barriers=plan.stages)
+
+
+def copy_pages(pages: Any, tokens: Any, page_size: int, seq: Any, head: Any, keys: tuple[Any, Any], pipe: Any) -> None:
+    """The producer: copies keys and values of tokens `keys = (begin, end)` of a sequence, step by step, as stages come
+    free. A step always fills its stage: behind the last page that is wanted, with that page again. The pages of a step
+    are dealt to the four warps."""
+    k_smem, v_smem, k_ready, v_ready, consumed = pipe
+    stages, step_tokens, head_dim = k_smem.shape
+    columns = pl.ds(head * head_dim, head_dim)
+    per_step = step_tokens // page_size
+    warps = min(4, per_step)
+    begin, end = keys
+    num_steps = steps(begin, end, step_tokens)
+
+    def produce(warp: Any) -> None:
+        first_page, last_page = lax.div(begin, page_size) + warp, lax.div(end - 1, page_size)
+
+        def ids(step: Any) -> tuple[Any, ...]:
+            first = first_page + step * per_step
+            return tuple(pages[seq, jnp.minimum(first + j, last_page)] for j in range(0, per_step, warps))
+
+        def copy(step: Any, page_ids: tuple[Any, ...]) -> tuple[Any, ...]:
+            stage = lax.rem(step, stages)
+
+            pl.when(step >= stages)(lambda: plgpu.barrier_wait(consumed.at[stage]))
+            for smem, ready, tile in ((k_smem, k_ready, 0), (v_smem, v_ready, 1)):
+                for j, page in enumerate(page_ids):
+                    source = tokens.at[pl.ds((page * 2 + tile) * page_size, page_size), columns]
+                    target = smem.at[stage, pl.ds((j * warps + warp) * page_size, page_size)]
+                    plgpu.copy_gmem_to_smem(source, target, ready.at[stage])
+            return ids(step + 1)  # before the wait for a free stage, which hides its latency
+
+        @pl.when((warp < warps) & (num_steps > 0))
+        def _copy() -> None:
+            lax.fori_loop(0, num_steps, copy, ids(0))
+
+            @pl.loop(jnp.maximum(num_steps - stages, 0), num_steps)
+            def _drain(step: Any) -> None:  # no barrier ends in a phase that a waiter has not seen
+                plgpu.barrier_wait(consumed.at[lax.rem(step, stages)])
+
+    plgpu.warp_map(produce)
+
+
+def steps(begin: Any, end: Any, step_tokens: int) -> Any:
+    """Steps over the keys `begin .. end - 1`; none, or a negative number, where there are none."""
+    return lax.div(end - begin + step_tokens - 1, step_tokens)
+
+
+def clear_stale(v_smem: Any, live: Any) -> None:
+    """Zeros a stage's values from row `live` on: what a page's former owner left may be NaN, and 0 * NaN is NaN."""
+    row = plgpu.broadcasted_iota(jnp.int32, (64, 64), 0, layout=plgpu.Layout.WGMMA)
+
+    @pl.loop(0, v_smem.shape[0] // 64)
+    def _rows(r: Any) -> None:
+        @pl.loop(0, v_smem.shape[1] // 64)
+        def _columns(c: Any) -> None:
+            part = v_smem.at[pl.ds(r * 64, 64), pl.ds(c * 64, 64)]
+            values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+            part[...] = jnp.where(row < live - r * 64, values, jnp.zeros_like(values))
+
+    plgpu.commit_smem()
