@@ -1,19 +1,25 @@
 """Requests, sampling parameters, policies and the continuous-batching scheduler."""
 
-from slora_jax.scheduling.policy import Fcfs, Policy
+from slora_jax.scheduling.plan import ScheduledSequence, StepPlan
+from slora_jax.scheduling.policy import Batch, Fcfs, Lcfs, Policy
+from slora_jax.scheduling.queue import RequestQueue
 from slora_jax.scheduling.request import AdapterUse, FinishReason, Request, RequestMetrics, Status
 from slora_jax.scheduling.sampling_params import MAX_LOGPROBS, SamplingParams
-from slora_jax.scheduling.scheduler import AdapterState, ScheduledSequence, Scheduler, SchedulerLimits, StepPlan
+from slora_jax.scheduling.scheduler import ADMISSIONS, AdapterState, Scheduler, SchedulerLimits
 
 __all__ = [
+    "ADMISSIONS",
     "MAX_LOGPROBS",
     "AdapterState",
     "AdapterUse",
+    "Batch",
     "Fcfs",
     "FinishReason",
+    "Lcfs",
     "Policy",
     "Request",
     "RequestMetrics",
+    "RequestQueue",
     "SamplingParams",
     "ScheduledSequence",
     "Scheduler",

@@ -34,18 +34,21 @@ class Simulation:
         adapter_slots: int = 64,
         policy: Policy | None = None,
         adapter_state: Callable[[str], AdapterState] = lambda digest: AdapterState.READY,
+        admission: str = "optimistic",
     ) -> None:
         self.allocator = PageAllocator(num_pages + 1)
         self.residency = AdapterResidency(self.allocator, adapter_slots)
-        limits = SchedulerLimits(max_seqs, max_tokens, PAGE_SIZE)
+        limits = SchedulerLimits(max_seqs, max_tokens, PAGE_SIZE, admission)
         self.scheduler = Scheduler(self.allocator, self.residency, policy or Fcfs(), limits, adapter_state)
         self.requests: list[Request] = []
         self.stop_early: dict[int, int] = {}  # request number -> output tokens after which it meets a stop token
         self.steps = 0
         self._in_flight: StepPlan | None = None
 
-    def add(self, prompt: int, new: int, adapter: str | None = None, adapter_pages: int = 0) -> Request:
-        """A request of `prompt` tokens that may generate `new`, with an adapter of `adapter_pages`."""
+    def add(
+        self, prompt: int, new: int, adapter: str | None = None, adapter_pages: int = 0, tenant: str = ""
+    ) -> Request:
+        """A request of `prompt` tokens that may generate `new`, with an adapter of `adapter_pages`. A step is a second."""
         use = None if adapter is None else AdapterUse(adapter, adapter, np.ones(7, np.int32), adapter_pages)
         request = Request(
             id=str(len(self.requests)),
@@ -56,6 +59,7 @@ class Simulation:
             max_new=new,
             adapter=use,
             metrics=RequestMetrics(arrival=float(self.steps)),
+            tenant=tenant,
         )
         self.requests.append(request)
         self.scheduler.add(request)
