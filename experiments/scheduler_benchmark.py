@@ -22,6 +22,9 @@ from experiments.machine import provenance
 from slora_jax.memory import AdapterResidency, PageAllocator
 from slora_jax.scheduling import (
     AdapterUse,
+    Ageing,
+    Clustering,
+    EarlyAbort,
     Fcfs,
     FinishReason,
     Lcfs,
@@ -31,6 +34,7 @@ from slora_jax.scheduling import (
     SamplingParams,
     Scheduler,
     SchedulerLimits,
+    Vtc,
 )
 
 RUNNING, WAITING, ADAPTERS, CHURN = 1_000, 10_000, 100, 4  # CHURN: requests that end, and arrive, per step
@@ -40,6 +44,13 @@ DEFAULT_OUTPUT = Path(__file__).parent / "results" / "scheduler_benchmark.json"
 CASES: dict[str, tuple[Callable[[], Policy], str]] = {
     "fcfs": (Fcfs, "optimistic"),
     "lcfs": (Lcfs, "optimistic"),
+    "early_abort, paper": (lambda: EarlyAbort(slo=1e6), "optimistic"),
+    "early_abort, code": (lambda: EarlyAbort(slo=1e6, rule="code"), "optimistic"),
+    "clustering, soft": (lambda: Clustering(ADAPTERS // 4), "optimistic"),
+    "clustering, hard": (lambda: Clustering(ADAPTERS // 4, hard=True), "optimistic"),
+    "vtc": (Vtc, "optimistic"),
+    "ageing of fcfs, young": (lambda: Ageing(Fcfs(), bound=1e6), "optimistic"),
+    "ageing of lcfs, aged": (lambda: Ageing(Lcfs(), bound=1.0), "optimistic"),
     "fcfs, reserve": (Fcfs, "reserve"),
 }
 
@@ -58,27 +69,31 @@ class Load:
         self.scheduler = Scheduler(allocator, residency, policy, limits)
         self.arrivals = 0
         self.uses = [AdapterUse(f"a{i}", f"a{i}", np.full(7, 8, np.int32), 16) for i in range(ADAPTERS)]
-        for count in (running, waiting):
-            for _ in range(count):
-                self.arrive()
-            while len(self.scheduler.running) < running:
-                self.plan()
+        for _ in range(running):
+            self.arrive(ADAPTERS // 4)
+        while len(self.scheduler.running) < running:
+            self.plan()
+        for _ in range(waiting):
+            self.arrive()
 
-    def arrive(self) -> None:
+    def arrive(self, adapters: int = ADAPTERS) -> None:
+        """A request for one of the first so many adapters."""
         prompt, new = self.rng.integers(8, 512, 2).tolist()
         number, self.arrivals = self.arrivals, self.arrivals + 1
         metrics = RequestMetrics(arrival=self.now)
-        use = self.uses[int(self.rng.integers(ADAPTERS))]
+        use = self.uses[int(self.rng.integers(adapters))]
         self.scheduler.add(
-            Request(str(number), number, [0] * prompt, SamplingParams(), 0, max_new=new + 512, adapter=use, metrics=metrics)
+            Request(
+                str(number), number, [0] * prompt, SamplingParams(), 0, max_new=new + 512, adapter=use, metrics=metrics
+            )
         )
 
     def plan(self) -> float:
         """Plans a step and hands out its tokens; the seconds of `schedule`."""
         self.now += STEP_SECONDS
-        start = time.perf_counter()
+        start = time.thread_time()
         plan = self.scheduler.schedule(self.now)
-        seconds = time.perf_counter() - start
+        seconds = time.thread_time() - start
         for sequence in plan.sequences:
             if sequence.samples:
                 sequence.request.output.append(0)
@@ -89,14 +104,14 @@ class Load:
         ended = [r for r in self.scheduler.running if len(r.output) >= r.max_new]
         others = [r for r in self.scheduler.running if len(r.output) < r.max_new]
         ended += [others[i] for i in self.rng.choice(len(others), max(0, self.churn - len(ended)), replace=False)]
-        start = time.perf_counter()
+        start = time.thread_time()
         for request in ended:
             self.scheduler.finish(request, FinishReason.STOP, self.now)
-        finishing = time.perf_counter() - start
-        start = time.perf_counter()
+        finishing = time.thread_time() - start
+        start = time.thread_time()
         while len(self.scheduler.waiting) < WAITING * self.churn // CHURN + len(ended):
             self.arrive()
-        arriving = time.perf_counter() - start
+        arriving = time.thread_time() - start
         planning = self.plan()
         return planning, finishing + arriving + planning
 
@@ -123,7 +138,7 @@ def benchmark(turns: int = 200) -> dict[str, Any]:
         one, two = measure(make(), admission, 1, turns), measure(make(), admission, 2, turns)
         cases[name] = {"1x": one, "2x": two, "ratio": round(two["schedule_ms"] / one["schedule_ms"], 2)}
         print(
-            f"{name:22} schedule {one['schedule_ms']:7.3f} ms (p95 {one['schedule_p95_ms']:.3f}), with arrivals and ends "
+            f"{name:22} {one['schedule_ms']:7.3f} ms (p95 {one['schedule_p95_ms']:.3f}), with arrivals and ends "
             f"{one['turn_ms']:7.3f} ms; at twice the size x{cases[name]['ratio']:.2f}",
             flush=True,
         )

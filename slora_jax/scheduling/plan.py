@@ -21,7 +21,7 @@ class ScheduledSequence:
 
 @dataclass
 class StepPlan:
-    """What one step computes, the adapters to upload before it, and the requests that were given up, with the reason."""
+    """What one step computes, the adapters to upload before it, and the requests given up, each with the reason."""
 
     sequences: list[ScheduledSequence] = field(default_factory=list)
     loads: list[Resident] = field(default_factory=list)

@@ -16,7 +16,8 @@ by_number = attrgetter("number")
 
 
 class ArrivalOrder(Sequence[Request]):
-    """Requests in order of `number`. Adding the newest, removing any, and the first or last are O(1); iteration is lazy.
+    """Requests in order of `number`. Adding the newest, removing any, the first and the last take constant time;
+    iteration is lazy.
 
     Requests that come back (preempted ones) lie in a small sorted list of their own, merged in on iteration. Not to be
     changed while iterated over.

@@ -67,7 +67,7 @@ class RequestMetrics:
         return None if self.finished is None else self.finished - self.arrival
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """One sequence.
 

@@ -139,8 +139,8 @@ class Scheduler:
             start = request.num_computed
             known = len(request.prompt) + sampled
             end = min(known, start + budget)
-            needed = -(-end // page_size) - len(request.pages)
-            if needed > 0:
+            if end > len(request.pages) * page_size:
+                needed = -(-end // page_size) - len(request.pages)
                 while not self._has_pages(taken + needed) and last > position:
                     last -= 1
                     self._preempt(order[last])

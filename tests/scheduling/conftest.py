@@ -48,7 +48,7 @@ class Simulation:
     def add(
         self, prompt: int, new: int, adapter: str | None = None, adapter_pages: int = 0, tenant: str = ""
     ) -> Request:
-        """A request of `prompt` tokens that may generate `new`, with an adapter of `adapter_pages`. A step is a second."""
+        """A request of `prompt` tokens that may generate `new`, with an adapter of `adapter_pages`."""
         use = None if adapter is None else AdapterUse(adapter, adapter, np.ones(7, np.int32), adapter_pages)
         request = Request(
             id=str(len(self.requests)),
