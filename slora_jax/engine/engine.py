@@ -151,8 +151,8 @@ class Engine:
         request_id: str | None = None,
         tenant: str = "",
     ) -> str:
-        """Queues a request and returns its id. It runs as `step` is called. `tenant` is who is charged under a fair-share
-        policy: by default its adapter.
+        """Queues a request and returns its id. It runs as `step` is called. `tenant` is who is charged for it under a
+        fair-share policy: by default its adapter.
 
         Raises:
           RequestError: it can never run: empty or too long prompt, token ids outside the vocabulary, more pages than

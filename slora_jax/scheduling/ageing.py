@@ -16,7 +16,8 @@ from slora_jax.scheduling.request import Request
 @dataclass
 class Ageing(Policy):
     """The `inner` policy, except that requests older than `bound` seconds come first, oldest first, waiting or running.
-    If `inner` holds an aged request back (a hard cap on adapters), nobody is admitted until it may be.
+    If `inner` holds an aged request back (a hard cap on adapters), or it was preempted a moment ago and its newest token
+    is not read yet, nobody is admitted until it may be.
 
     Theorem. Let request r still wait for its first admission when it is `bound` seconds old, and let D be the requests
     that run then or wait and are older than r. If
@@ -29,12 +30,12 @@ class Ageing(Policy):
     whatever arrives after it.
 
     Proof. From then on r is yielded before every younger request, and the scheduler lets nobody overtake one that does
-    not fit, so until r is admitted only members of D are. In each step, something of D runs first in `order`, or nothing
-    runs and the oldest waiting is admitted by (3), (4). The first is never preempted and so ends within s steps,
-    unless an older, aged one is admitted and takes its place; that one is the oldest of all that are left in D, for the
-    queue is tried oldest first, so it keeps its place to its end. So each member of D is displaced from the first place
-    at most once per member that enters, the time in first place splits into at most |D| spells that end with a finished
-    request and at most |D| that end with a displacement, each of at most s steps. Then D is empty, and r fits.
+    not fit, so until r is admitted only members of D are. In each step a member of D runs first in `order`, or nothing
+    runs and the oldest waiting one is admitted by (3) and (4). The first is never preempted, and so ends within s steps
+    unless an older, aged one is admitted and takes its place. That one is the oldest of all that are left in D, as the
+    queue is tried oldest first, so it keeps its place to its end. So the time until D is empty splits into at most |D|
+    spells in first place that end with a finished request, and at most one displaced spell before each of these, all
+    of at most s steps. When D is empty, r fits.
 
     bound: seconds since arrival. 0 is first come, first served.
     """
@@ -56,7 +57,8 @@ class Ageing(Policy):
 
     def select(self, waiting: RequestQueue, batch: Batch, now: float) -> Iterator[Request]:
         for request in self._aged(waiting, now):
-            if not any(True for _ in self.inner.select(RequestQueue([request]), batch, now)):
+            held_back = not any(True for _ in self.inner.select(RequestQueue([request]), batch, now))
+            if held_back or request.in_flight:
                 return
             yield request
         for request in self.inner.select(waiting, batch, now):

@@ -37,8 +37,8 @@ class EarlyAbort(Policy):
 
     slo: seconds from arrival to first token. margin: seconds from admission to first token (the code's 0.5).
 
-    rule="paper", the text: "estimate the set of latest requests that we can serve within the SLO, and serve them in
-    order of arrival time". A request that can no longer be in time is given up. While the queue does not empty, the
+    rule="paper", the text's intent: estimate the latest requests that can be served within the objective, and serve them
+    in order of arrival. A request that can no longer be in time is given up. While the queue does not empty, the
     rate of admissions is measured (over the last `slo` seconds, fading exponentially; the next admission is counted as
     if it came now, so that no news is not taken for a standstill), and what is older than the latest set servable at
     that rate (`latest_servable`) is given up as well; the newest request is never. Theorem B.1: when l can be served
@@ -123,7 +123,7 @@ class EarlyAbort(Policy):
         for aborted in self._too_late(waiting, now):
             late += 1
             yield aborted
-        for request in islice(waiting, late, len(waiting) - max(keep, 1)):
+        for request in islice(waiting, late, max(len(waiting) - max(keep, 1), 0)):
             yield (
                 request,
                 f"early abort: one request is admitted in {each:.3g} s and {len(waiting) - late} wait, of which the "

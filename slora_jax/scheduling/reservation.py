@@ -8,6 +8,9 @@ import numpy as np
 
 from slora_jax.scheduling.request import Request
 
+READ_LATE = 1
+"""Steps after its last that a sequence keeps its pages."""
+
 
 class Reservation:
     """The most KV that the running requests will ever hold together, if each generates all it may.
@@ -18,7 +21,8 @@ class Reservation:
         max_i (i * l_i + sum_{j <= i} u_j)  tokens                 (S-LoRA `ReqQueue._can_add_new_req`)
 
     which is less than the sum of all final lengths, as short requests make room for long ones. A page's rounding is
-    covered by counting page_size - 1 tokens more per sequence. The peak is exact when every sequence gets its token in
+    covered by counting page_size - 1 tokens more per sequence, and one step is added to every `l`, as the end of a
+    sequence is read, and its pages are free, one step late. The peak is exact when every sequence gets its token in
     every step; chunks of long prompts can delay some, so preemption stays as the way out. A request that runs alone is
     always admitted: it was checked on arrival.
 
@@ -32,14 +36,14 @@ class Reservation:
         final = np.array([len(r.prompt) + r.max_new - 1 for r in running], np.int64)
         remaining = np.maximum(final - used, 0)
         order = np.argsort(-remaining, kind="stable")
-        self._remaining = remaining[order]
+        self._remaining = remaining[order] + READ_LATE
         self._used = used[order] + page_size - 1
 
     def take(self, request: Request, adapter_pages: int) -> bool:
         """Whether the request fits with the others, and with `adapter_pages` more for its adapter; if so, it is one of
         them from now on."""
         used = request.num_tokens
-        remaining = max(len(request.prompt) + request.max_new - 1 - used, 0)
+        remaining = max(len(request.prompt) + request.max_new - 1 - used, 0) + READ_LATE
         at = int(np.searchsorted(-self._remaining, -remaining, side="right"))
         all_remaining = np.insert(self._remaining, at, remaining)
         all_used = np.insert(self._used, at, used + self._page_size - 1)
