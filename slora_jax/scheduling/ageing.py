@@ -16,8 +16,8 @@ from slora_jax.scheduling.request import Request
 @dataclass
 class Ageing(Policy):
     """The `inner` policy, except that requests older than `bound` seconds come first, oldest first, waiting or running.
-    If `inner` holds an aged request back (a hard cap on adapters), or it was preempted a moment ago and its newest token
-    is not read yet, nobody is admitted until it may be.
+    If `inner` holds an aged request back (a hard cap on adapters), or it was preempted a moment ago and its newest
+    token is not read yet, nobody is admitted until it may be.
 
     Theorem. Let request r still wait for its first admission when it is `bound` seconds old, and let D be the requests
     that run then or wait and are older than r. If

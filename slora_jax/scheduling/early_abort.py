@@ -37,8 +37,8 @@ class EarlyAbort(Policy):
 
     slo: seconds from arrival to first token. margin: seconds from admission to first token (the code's 0.5).
 
-    rule="paper", the text's intent: estimate the latest requests that can be served within the objective, and serve them
-    in order of arrival. A request that can no longer be in time is given up. While the queue does not empty, the
+    rule="paper", the text's intent: estimate the latest requests that can be served within the objective, and serve
+    them in order of arrival. A request that can no longer be in time is given up. While the queue does not empty, the
     rate of admissions is measured (over the last `slo` seconds, fading exponentially; the next admission is counted as
     if it came now, so that no news is not taken for a standstill), and what is older than the latest set servable at
     that rate (`latest_servable`) is given up as well; the newest request is never. Theorem B.1: when l can be served

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from slora_jax.scheduling import EarlyAbort, Fcfs, FinishReason
 from slora_jax.scheduling.early_abort import latest_servable
 
-ages = st.lists(st.integers(0, 12), max_size=6).map(lambda values: sorted((-a for a in values)))  # arrivals, now = 0
+ages = st.lists(st.integers(0, 12), max_size=6).map(lambda values: sorted(-a for a in values))  # arrivals, now = 0
 
 
 def first_tokens(count: int, margin: float, each: float) -> list[float]:
@@ -45,7 +45,7 @@ rewards = st.one_of(
 
 @given(ages, rewards, st.lists(st.integers(0, 20), min_size=6, max_size=6), st.data())
 def test_serving_the_latest_maximises_any_reward_that_does_not_increase_with_latency(ages, reward, times, data) -> None:
-    """Theorem B.1, by exhaustive search: l requests can be served, at given times; no choice of l beats the latest l."""
+    """Theorem B.1, by exhaustive search: l requests can be served, at given times; no l beat the latest l."""
     count = data.draw(st.integers(0, len(ages)))
     times = sorted(times)[:count]
 
