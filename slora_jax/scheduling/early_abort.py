@@ -113,21 +113,23 @@ class EarlyAbort(Policy):
         self._last = now
 
     def _not_servable(self, waiting: RequestQueue, now: float) -> Iterator[tuple[Request, str]]:
+        if not waiting:
+            return
         each = self.seconds_each
-        most = len(waiting) if each == 0 else min(len(waiting), 1 + int((self.slo - self.margin) / each))
-        latest = [request.metrics.arrival for request in islice(reversed(waiting), most)][::-1]
-        keep = most
-        if latest and now + self.margin + (most - 1) * each > latest[0] + self.slo:  # not all, for certain
-            keep = latest_servable(latest, now, self.slo, self.margin, each)
+        keep = len(waiting)
+        if now + self.margin + (keep - 1) * each > waiting[0].metrics.arrival + self.slo:  # not all, for certain
+            most = min(keep, 1 + int((self.slo - self.margin) / each)) if each else keep
+            latest = [request.metrics.arrival for request in islice(reversed(waiting), most)][::-1]
+            keep = max(latest_servable(latest, now, self.slo, self.margin, each), 1)
         late = 0
         for aborted in self._too_late(waiting, now):
             late += 1
             yield aborted
-        for request in islice(waiting, late, max(len(waiting) - max(keep, 1), 0)):
+        for request in islice(waiting, late, len(waiting) - keep):
             yield (
                 request,
                 f"early abort: one request is admitted in {each:.3g} s and {len(waiting) - late} wait, of which the "
-                f"latest {max(keep, 1)} can have their first token within slo={self.slo:g} s",
+                f"latest {keep} can have their first token within slo={self.slo:g} s",
             )
 
     def _too_late(self, waiting: RequestQueue, now: float) -> Iterator[tuple[Request, str]]:

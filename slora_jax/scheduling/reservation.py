@@ -32,8 +32,10 @@ class Reservation:
     def __init__(self, running: Sequence[Request], pages: int, page_size: int) -> None:
         self._tokens = pages * page_size
         self._page_size = page_size
-        used = np.array([max(r.num_computed, r.num_tokens - 1, len(r.prompt)) for r in running], np.int64)
-        final = np.array([len(r.prompt) + r.max_new - 1 for r in running], np.int64)
+        prompt = np.array([len(r.prompt) for r in running], np.int64)
+        sampled = np.array([r.num_sampled for r in running], np.int64)
+        used = prompt + np.maximum(sampled - 1, 0)
+        final = prompt + np.array([r.max_new for r in running], np.int64) - 1
         remaining = np.maximum(final - used, 0)
         order = np.argsort(-remaining, kind="stable")
         self._remaining = remaining[order] + READ_LATE
