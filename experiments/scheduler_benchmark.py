@@ -2,8 +2,8 @@
 
 A steady state of R running and W waiting requests over 100 adapters: each step, some running requests end, as many new
 ones arrive, and the freed slots are filled from the queue. Timed: `Scheduler.schedule` alone, and the whole turn with
-the arrivals and the ends. Also at twice
-the size, as the cost should grow no faster than the queues. CPU time of the thread, as `EngineStats.host_seconds`.
+the arrivals and the ends; CPU time of the thread, as `EngineStats.host_seconds`. Also at twice the size, as the cost
+should grow no faster than the queues.
 """
 
 from __future__ import annotations
