@@ -9,6 +9,8 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # compiling for G
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch, when a test imports it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The interpreter of Mosaic GPU kernels blocks a thread of XLA's for every warpgroup: two cores give too few.
+os.environ.setdefault("PJRT_NPROC", "8")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # reloading a cached CPU program logs its machine features
 
 import hypothesis

@@ -9,6 +9,7 @@ from typing import Any
 from pallas_kernels.lora.api import IMPLEMENTATIONS
 from slora_jax.engine.batch import Bucket
 from slora_jax.errors import ConfigError
+from slora_jax.scheduling import ADMISSIONS
 
 DEFAULT_COMPILATION_CACHE = "~/.cache/slora-jax/xla"
 
@@ -25,6 +26,8 @@ class EngineConfig:
     max_seqs: sequences running at once.
     max_tokens_per_step: rows of one step: decoding sequences, and prompts in chunks.
     max_model_len: most tokens of prompt and output together; None: the model's own limit.
+    admission: "optimistic" (what fits now; preempts when pages run out) or "reserve" (what fits with all output that it
+      may still have, as in the paper).
     adapter_slots: adapters resident in the pool at once; None: as many as could fit, at most 4096.
     max_rank: largest rank accepted of one projection (1 to 256); bounds a device table, reserves nothing else.
     host_adapter_bytes: budget of the host store; beyond it adapters spill to `spill_dir`.
@@ -48,6 +51,7 @@ class EngineConfig:
     max_seqs: int = 64
     max_tokens_per_step: int = 256
     max_model_len: int | None = None
+    admission: str = "optimistic"
     adapter_slots: int | None = None
     max_rank: int = 256
     host_adapter_bytes: int = 8 << 30
@@ -76,6 +80,7 @@ class EngineConfig:
         _require(
             self.kernels in ("auto", *IMPLEMENTATIONS), "kernels", self.kernels, f"'auto' or one of {IMPLEMENTATIONS}"
         )
+        _require(self.admission in ADMISSIONS, "admission", self.admission, f"one of {ADMISSIONS}")
         fraction = self.memory_fraction
         _require(isinstance(fraction, float) and 0 < fraction <= 1, "memory_fraction", fraction, "a float in (0, 1]")
         _require(

@@ -84,7 +84,7 @@ class Engine:
             max_pages=self.allocator.capacity - 1,
         )
         self.residency = AdapterResidency(self.allocator, self._runner.shape.adapter_slots)
-        limits = SchedulerLimits(config.max_seqs, config.max_tokens_per_step, config.page_size)
+        limits = SchedulerLimits(config.max_seqs, config.max_tokens_per_step, config.page_size, config.admission)
         self.scheduler = Scheduler(self.allocator, self.residency, policy or Fcfs(), limits, self._adapter_state)
         self._progress: dict[str, Progress] = {}
         self._staged: dict[str, AdapterTiles] = {}  # found in memory while planning; uploaded right after
@@ -154,8 +154,10 @@ class Engine:
         params: SamplingParams | None = None,
         adapter: str | None = None,
         request_id: str | None = None,
+        tenant: str = "",
     ) -> str:
-        """Queues a request and returns its id. It runs as `step` is called.
+        """Queues a request and returns its id. It runs as `step` is called. `tenant` is who is charged for it under a
+        fair-share policy: by default its adapter.
 
         Raises:
           RequestError: it can never run: empty or too long prompt, token ids outside the vocabulary, more pages than
@@ -182,6 +184,7 @@ class Engine:
             max_new=max_new,
             adapter=use,
             metrics=RequestMetrics(arrival=time.perf_counter()),
+            tenant=tenant,
         )
         if use is not None:
             self.store.pin(use.digest)
@@ -220,6 +223,7 @@ class Engine:
         with self._trace.span("schedule"):
             plan = self.scheduler.schedule(time.perf_counter())
             self._trace.planned(plan, self)
+        self._end_aborted(plan)
         self._end_lost()
         dispatched = self._dispatch(plan) if plan.sequences else None
         before, self._in_flight = self._in_flight, dispatched
@@ -240,10 +244,11 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         adapters: str | Sequence[str | None] | None = None,
+        tenants: str | Sequence[str] = "",
     ) -> list[RequestOutput]:
         """Runs all prompts to their end, batched as they fit, and returns their outputs in order.
 
-        `params` and `adapters` are one for all, or a list. Ctrl-C cancels what is unfinished and raises.
+        `params`, `adapters` and `tenants` are one for all, or a list. Ctrl-C cancels what is unfinished and raises.
 
         Raises:
           RequestError, AdapterError: as `add_request`, before anything runs.
@@ -253,11 +258,12 @@ class Engine:
         many = prompts if not isinstance(prompts, str) and not is_ids(prompts) else [prompts]
         all_params = one_each("params", params, SamplingParams, len(many))
         all_adapters = one_each("adapters", adapters, str, len(many))
+        all_tenants = one_each("tenants", tenants, str, len(many))
         ids: list[str] = []
         outputs: dict[str, RequestOutput] = {}
         try:
-            for prompt, one, adapter in zip(many, all_params, all_adapters, strict=True):
-                ids.append(self.add_request(prompt, one, adapter))  # type: ignore[arg-type]
+            for prompt, one, adapter, tenant in zip(many, all_params, all_adapters, all_tenants, strict=True):
+                ids.append(self.add_request(prompt, one, adapter, tenant=tenant))  # type: ignore[arg-type]
             bar = tqdm(total=len(ids), desc="generating", unit="req", disable=not self.config.progress or len(ids) < 2)
             with bar:
                 while self.has_work():
@@ -294,6 +300,7 @@ class Engine:
             tokens_computed=self._computed,
             tokens_generated=self._generated,
             preemptions=self.scheduler.preemptions,
+            aborts=self.scheduler.aborts,
             adapter_loads=counters.loads,
             adapter_evictions=counters.evictions,
             adapter_hits=counters.hits,
@@ -413,6 +420,12 @@ class Engine:
             self.store.unpin(request.adapter.digest)
             self._drop_if_unnamed(request.adapter.digest)
         return progress.last_delta(tokens, error)
+
+    def _end_aborted(self, plan: StepPlan) -> None:
+        """Reports the requests that the policy gave up."""
+        for request, reason in plan.aborted:
+            now = request.metrics.finished or time.perf_counter()
+            self._unread.append(self._end(self._progress[request.id], FinishReason.ABORT, [], now, reason))
 
     def _end_lost(self) -> None:
         """Ends the requests whose adapter is lost; others are not affected."""

@@ -30,8 +30,8 @@ class RequestOutput:
 
     text: generated text, None without a tokenizer. token_ids: generated tokens, a stop token included. logprobs: one
     entry per token, if asked for. logits: float32 `[len(token_ids), vocab]` with `EngineConfig.keep_logits`.
-    error: why, when `finish_reason` is "error". metrics: seconds on the engine's clock; token_times: when the host had
-    each token, on the same clock.
+    error: why, when `finish_reason` is "error" or "abort". metrics: seconds on the engine's clock; token_times: when
+    the host had each token, on the same clock.
     """
 
     request_id: str
@@ -65,6 +65,7 @@ class Delta:
 class EngineStats:
     """Counters since the engine was made, and the state now.
 
+    aborts: requests that the policy gave up before their first token.
     pages: pool pages by kind ("free", "kv", "adapter"); of the adapter pages, `idle_adapter_pages` may be evicted.
     host_seconds: CPU time of the calling thread for planning, packing and handing out tokens, over all steps.
     launch_seconds: its CPU time in the calls that hand uploads and steps to the device.
@@ -74,6 +75,7 @@ class EngineStats:
     tokens_computed: int
     tokens_generated: int
     preemptions: int
+    aborts: int
     adapter_loads: int
     adapter_evictions: int
     adapter_hits: int

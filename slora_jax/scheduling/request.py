@@ -27,6 +27,8 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     """`max_tokens` or the engine's `max_model_len` was reached."""
     CANCELLED = "cancelled"
+    ABORT = "abort"
+    """The policy gave it up before its first token; the reason is in the output's `error`."""
     ERROR = "error"
     """The request's adapter could not be brought back from disk, or its step could not be dispatched."""
 
@@ -65,13 +67,14 @@ class RequestMetrics:
         return None if self.finished is None else self.finished - self.arrival
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """One sequence.
 
     `output` holds the tokens that the host has read; `num_sampled` counts those that the device has sampled or is
     sampling, so it is ahead of `output` by the steps in flight. `num_computed` tokens have (or, once the dispatched
-    steps ran, will have) their keys and values in `pages`.
+    steps ran, will have) their keys and values in `pages`. `tenant` is who is charged for it under fair share: by
+    default the name of its adapter, "" for the base model.
     """
 
     id: str
@@ -90,6 +93,16 @@ class Request:
     slot: int = -1  # row of the device's sequence state while running
     adapter_slot: int = -1  # row of the device's adapter table while running
     pages: list[int] = field(default_factory=list)
+    tenant: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.tenant and self.adapter is not None:
+            self.tenant = self.adapter.name
+
+    @property
+    def digest(self) -> str | None:
+        """Its adapter's content, None for the base model."""
+        return None if self.adapter is None else self.adapter.digest
 
     @property
     def num_tokens(self) -> int:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
 
-from slora_jax.memory import AdapterResidency, PageAllocator, PageKind, Resident
-from slora_jax.scheduling.policy import Policy
+from slora_jax.errors import ConfigError
+from slora_jax.memory import AdapterResidency, PageAllocator, PageKind
+from slora_jax.scheduling.plan import ScheduledSequence, StepPlan
+from slora_jax.scheduling.policy import Batch, Policy
+from slora_jax.scheduling.queue import RequestQueue, by_number, remove_sorted
 from slora_jax.scheduling.request import FinishReason, Request, Status
+from slora_jax.scheduling.reservation import Reservation
+
+ADMISSIONS = ("optimistic", "reserve")
 
 
 class AdapterState(Enum):
@@ -22,43 +28,29 @@ class AdapterState(Enum):
     FAILED = "failed"
 
 
-@dataclass(slots=True)
-class ScheduledSequence:
-    """`count` tokens of a request from position `start` on. `samples`: its last known token is among them, so the next
-    one is sampled."""
-
-    request: Request
-    start: int
-    count: int
-    samples: bool
-
-
-@dataclass
-class StepPlan:
-    """What one step computes, and the adapters to upload before it."""
-
-    sequences: list[ScheduledSequence] = field(default_factory=list)
-    loads: list[Resident] = field(default_factory=list)
-    num_tokens: int = 0
-    preempted: int = 0
-
-
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """max_seqs: sequences running at once. max_tokens: rows of one step. page_size: tokens of a page."""
+    """max_seqs: sequences running at once. max_tokens: rows of one step. page_size: tokens of a page.
+    admission: "optimistic" admits what fits now; "reserve" what fits with all output it may still have (`Reservation`,
+    the paper's)."""
 
     max_seqs: int
     max_tokens: int
     page_size: int
+    admission: str = "optimistic"
+
+    def __post_init__(self) -> None:
+        if self.admission not in ADMISSIONS:
+            raise ConfigError(f"SchedulerLimits.admission={self.admission!r}: must be one of {ADMISSIONS}")
 
 
 class Scheduler:
-    """Owns the queues. Every step: running sequences first (one token each, or their next prefill chunk), then as many
-    waiting requests as the policy's order, the pages, the slots and the token budget allow.
+    """Owns the queues. Every step: the policy's aborts; then running sequences (one token each, or their next prefill
+    chunk); then as many waiting requests as the policy's selection, the pages, the slots and the token budget allow.
 
-    Admission needs pages for all tokens known so far, and for the adapter if it is not resident. When a running
-    sequence needs a page and none is free, idle adapters go first; then the policy's last running request is preempted:
-    its pages are freed and its tokens recomputed when it is admitted again.
+    Admission needs pages for all tokens known so far, and for the adapter if it is not resident; under "reserve" for
+    all tokens to come as well. When a running sequence needs a page and none is free, idle adapters go first; then the
+    policy's last running request is preempted: its pages are freed and its tokens recomputed when it is admitted again.
     """
 
     def __init__(
@@ -73,14 +65,18 @@ class Scheduler:
         self.residency = residency
         self.policy = policy
         self.limits = limits
-        self.waiting: list[Request] = []  # in order of arrival
+        self.waiting = RequestQueue()
         self.running: list[Request] = []  # in order of arrival
         self.preemptions = 0
+        self.aborts = 0
         self._adapter_state = adapter_state
+        self._adapters: dict[str, int] = {}  # digest -> running requests
+        self._batch = Batch(self.running, self._adapters)
         self._free_slots = list(range(limits.max_seqs - 1, -1, -1))
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        self.policy.arrived(request, self.waiting)
+        self.waiting.add(request)
 
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
@@ -91,9 +87,11 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan:
         """Plans the next step and commits to it: pages are taken, progress counters advance."""
         plan = StepPlan()
+        self._abort(plan, now)
         self._extend_running(plan, now)
         if not plan.preempted:
             self._admit(plan, now)
+        self.policy.stepped(plan.sequences)
         return plan
 
     def finish(self, request: Request, reason: FinishReason, now: float) -> None:
@@ -103,7 +101,7 @@ class Scheduler:
         if request.status is Status.WAITING:
             self.waiting.remove(request)
         else:
-            self.running.remove(request)
+            remove_sorted(self.running, request)
             self._release(request)
         request.status = Status.FINISHED
         request.finish_reason = reason
@@ -118,49 +116,100 @@ class Scheduler:
             }
         )
 
+    def _abort(self, plan: StepPlan, now: float) -> None:
+        for request, reason in list(self.policy.aborts(self.waiting, self._batch, now)):
+            if request.status is Status.WAITING and not request.num_sampled:
+                self.finish(request, FinishReason.ABORT, now)
+                plan.aborted.append((request, reason))
+                self.aborts += 1
+
     def _extend_running(self, plan: StepPlan, now: float) -> None:
+        """Written for a thousand sequences in well under a millisecond: no call per sequence that only decodes."""
         order = list(self.policy.order(self.running, now))
         last = len(order)  # order[last:] is preempted
+        budget, page_size, sequences = self.limits.max_tokens, self.limits.page_size, plan.sequences
+        growing: list[tuple[Request, int]] = []  # and the pages that each gets at the end
+        taken = 0
         for position, request in enumerate(order):
-            budget = self.limits.max_tokens - plan.num_tokens
             if budget == 0 or position >= last:
                 break
-            if request.all_sampled:
+            sampled = request.num_sampled
+            if sampled >= request.max_new:
                 continue  # its last token is in flight
-            count = min(request.num_tokens - request.num_computed, budget)
-            needed = self.pages_for(request.num_computed + count) - len(request.pages)
-            while not self._has_pages(needed) and last > position:
-                last -= 1
-                self._preempt(order[last])
-                plan.preempted += 1
-            if position < last:
-                self._schedule_tokens(plan, request, count, needed)
+            start = request.num_computed
+            known = len(request.prompt) + sampled
+            end = min(known, start + budget)
+            if end > len(request.pages) * page_size:
+                needed = -(-end // page_size) - len(request.pages)
+                while not self._has_pages(taken + needed) and last > position:
+                    last -= 1
+                    self._preempt(order[last])
+                    plan.preempted += 1
+                if position >= last:
+                    break
+                growing.append((request, needed))
+                taken += needed
+            request.num_computed = end
+            if end == known:
+                request.num_sampled = sampled + 1
+            sequences.append(ScheduledSequence(request, start, end - start, end == known))
+            budget -= end - start
+        plan.num_tokens = self.limits.max_tokens - budget
+        pages = self.allocator.allocate(taken, PageKind.KV).tolist()
+        for request, needed in growing:
+            taken -= needed
+            request.pages += pages[taken : taken + needed]
 
     def _admit(self, plan: StepPlan, now: float) -> None:
-        if not self.waiting or not self._free_slots:
+        if not self.waiting or not self._free_slots or plan.num_tokens == self.limits.max_tokens:
             return
-        for request in list(self.policy.order(self.waiting, now)):
-            budget = self.limits.max_tokens - plan.num_tokens
-            if budget == 0 or not self._free_slots:
-                break
-            if request.in_flight:
-                continue  # preempted a moment ago; its newest token is not read yet
-            use = request.adapter
-            if use is not None and use.digest not in self.residency:
-                if self._adapter_state(use.digest) is not AdapterState.READY:
+        reservation = self._reservation() if self.limits.admission == "reserve" else None
+        absent: set[str] = set()  # adapters that are not in memory
+        started: list[Request] = []
+        try:
+            for request in self.policy.select(self.waiting, self._batch, now):
+                budget = self.limits.max_tokens - plan.num_tokens
+                if budget == 0 or not self._free_slots:
+                    break
+                if request.in_flight or request.status is not Status.WAITING:
+                    continue  # preempted a moment ago, its newest token is not read yet; or admitted already
+                if not self._on_host(request.digest, absent):
                     continue  # on its way from disk (or failed: the engine ends it); others go ahead
-            if not self._fits(request):
-                break
-            self._start(plan, request, now)
-            self._schedule_tokens(plan, request, min(request.num_tokens, budget), self.pages_for(request.num_tokens))
+                if not self._fits(request, reservation):
+                    break
+                started.append(request)
+                self._start(plan, request, now)
+                count = min(request.num_tokens, budget)
+                self._schedule_tokens(plan, request, count, self.pages_for(request.num_tokens))
+        finally:
+            for request in started:
+                self.waiting.remove(request)
 
-    def _fits(self, request: Request) -> bool:
-        needed = self.pages_for(request.num_tokens)
+    def _reservation(self) -> Reservation:
+        held = sum(len(request.pages) for request in self.running)
+        pages = self.allocator.num_free + self.residency.evictable_pages + held
+        return Reservation(self.running, pages, self.limits.page_size)
+
+    def _on_host(self, digest: str | None, absent: set[str]) -> bool:
+        if digest is None or digest in self.residency:
+            return True
+        if digest in absent:
+            return False
+        if self._adapter_state(digest) is AdapterState.READY:
+            return True
+        absent.add(digest)
+        return False
+
+    def _fits(self, request: Request, reservation: Reservation | None) -> bool:
+        adapter_pages = 0
         if request.adapter is not None:
             if not self.residency.can_acquire(request.adapter.digest):
                 return False
-            needed += self.residency.pages_to_admit(request.adapter.digest, request.adapter.num_pages)
-        return needed <= self.allocator.num_free + self.residency.evictable_pages
+            adapter_pages = self.residency.pages_to_admit(request.adapter.digest, request.adapter.num_pages)
+        needed = self.pages_for(request.num_tokens) + adapter_pages
+        if needed > self.allocator.num_free + self.residency.evictable_pages:
+            return False
+        return reservation is None or reservation.take(request, adapter_pages)
 
     def _has_pages(self, count: int) -> bool:
         self.residency.make_room(count)
@@ -168,23 +217,22 @@ class Scheduler:
 
     def _start(self, plan: StepPlan, request: Request, now: float) -> None:
         if request.adapter is not None:
-            resident, new = self.residency.acquire(
-                request.adapter.digest, request.adapter.ranks, request.adapter.num_pages
-            )
+            digest = request.adapter.digest
+            resident, new = self.residency.acquire(digest, request.adapter.ranks, request.adapter.num_pages)
             request.adapter_slot = resident.slot
+            self._adapters[digest] = self._adapters.get(digest, 0) + 1
             if new:
                 plan.loads.append(resident)
-        self.waiting.remove(request)
         request.slot = self._free_slots.pop()
         request.status = Status.RUNNING
         if request.metrics.admitted is None:
             request.metrics.admitted = now
-        insort(self.running, request, key=lambda r: r.number)
+        insort(self.running, request, key=by_number)
+        self.policy.admitted(request)
 
     def _schedule_tokens(self, plan: StepPlan, request: Request, count: int, num_new_pages: int) -> None:
-        if num_new_pages > 0:
-            self.residency.make_room(num_new_pages)
-            request.pages += self.allocator.allocate(num_new_pages, PageKind.KV).tolist()
+        self.residency.make_room(num_new_pages)
+        request.pages += self.allocator.allocate(num_new_pages, PageKind.KV).tolist()
         start = request.num_computed
         request.num_computed += count
         samples = request.num_computed == request.num_tokens
@@ -193,13 +241,13 @@ class Scheduler:
         plan.num_tokens += count
 
     def _preempt(self, request: Request) -> None:
-        self.running.remove(request)
+        remove_sorted(self.running, request)
         self._release(request)
         request.num_computed = 0
         request.status = Status.WAITING
         request.metrics.preemptions += 1
         self.preemptions += 1
-        insort(self.waiting, request, key=lambda r: r.number)
+        self.waiting.add(request)
 
     def _release(self, request: Request) -> None:
         self.allocator.free(np.asarray(request.pages, np.int32))
@@ -207,5 +255,9 @@ class Scheduler:
         self._free_slots.append(request.slot)
         request.slot = -1
         if request.adapter is not None:
-            self.residency.release(request.adapter.digest)
+            digest = request.adapter.digest
+            self.residency.release(digest)
             request.adapter_slot = -1
+            self._adapters[digest] -= 1
+            if not self._adapters[digest]:
+                del self._adapters[digest]

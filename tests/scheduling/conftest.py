@@ -2,19 +2,16 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
+from make_request import make_request
 
 from slora_jax.memory import AdapterResidency, PageAllocator
 from slora_jax.scheduling import (
     AdapterState,
-    AdapterUse,
     Fcfs,
     FinishReason,
     Policy,
     Request,
-    RequestMetrics,
-    SamplingParams,
     Scheduler,
     SchedulerLimits,
     StepPlan,
@@ -34,29 +31,22 @@ class Simulation:
         adapter_slots: int = 64,
         policy: Policy | None = None,
         adapter_state: Callable[[str], AdapterState] = lambda digest: AdapterState.READY,
+        admission: str = "optimistic",
     ) -> None:
         self.allocator = PageAllocator(num_pages + 1)
         self.residency = AdapterResidency(self.allocator, adapter_slots)
-        limits = SchedulerLimits(max_seqs, max_tokens, PAGE_SIZE)
+        limits = SchedulerLimits(max_seqs, max_tokens, PAGE_SIZE, admission)
         self.scheduler = Scheduler(self.allocator, self.residency, policy or Fcfs(), limits, adapter_state)
         self.requests: list[Request] = []
         self.stop_early: dict[int, int] = {}  # request number -> output tokens after which it meets a stop token
         self.steps = 0
         self._in_flight: StepPlan | None = None
 
-    def add(self, prompt: int, new: int, adapter: str | None = None, adapter_pages: int = 0) -> Request:
+    def add(
+        self, prompt: int, new: int, adapter: str | None = None, adapter_pages: int = 0, tenant: str = ""
+    ) -> Request:
         """A request of `prompt` tokens that may generate `new`, with an adapter of `adapter_pages`."""
-        use = None if adapter is None else AdapterUse(adapter, adapter, np.ones(7, np.int32), adapter_pages)
-        request = Request(
-            id=str(len(self.requests)),
-            number=len(self.requests),
-            prompt=[0] * prompt,
-            params=SamplingParams(),
-            seed=0,
-            max_new=new,
-            adapter=use,
-            metrics=RequestMetrics(arrival=float(self.steps)),
-        )
+        request = make_request(len(self.requests), float(self.steps), prompt, new, adapter, adapter_pages, tenant)
         self.requests.append(request)
         self.scheduler.add(request)
         return request

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from slora_jax.errors import PoolError
 from slora_jax.memory import PageKind
-from slora_jax.scheduling import AdapterState, FinishReason, Request, Status, StepPlan
+from slora_jax.scheduling import AdapterState, FinishReason, Lcfs, Request, Status, StepPlan
 
 
 def counts(plan: StepPlan) -> dict[int, int]:
@@ -131,10 +131,6 @@ def test_adapter_slots_bound_the_adapters_in_use(simulate) -> None:
 
 
 def test_policy_decides_who_is_admitted_and_who_gives_way(simulate) -> None:
-    class Lcfs:
-        def order(self, requests: Sequence[Request], now: float) -> Sequence[Request]:
-            return requests[::-1]
-
     sim = simulate(num_pages=5, max_seqs=2, max_tokens=16, policy=Lcfs())
     first, second = sim.add(prompt=8, new=9), sim.add(prompt=8, new=9)
     plan = sim.step()

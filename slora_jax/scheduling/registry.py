@@ -1,0 +1,59 @@
+"""Policies by name, as configs choose them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from slora_jax.errors import ConfigError
+from slora_jax.scheduling.ageing import Ageing
+from slora_jax.scheduling.clustering import Clustering
+from slora_jax.scheduling.early_abort import EarlyAbort
+from slora_jax.scheduling.policy import Fcfs, Lcfs, Policy
+from slora_jax.scheduling.vtc import Vtc
+
+POLICIES: dict[str, type[Policy]] = {
+    "fcfs": Fcfs,
+    "lcfs": Lcfs,
+    "early_abort": EarlyAbort,
+    "clustering": Clustering,
+    "vtc": Vtc,
+    "ageing": Ageing,
+}
+
+
+def make_policy(name: str, **settings: Any) -> Policy:
+    """A policy by its name in `POLICIES`: `make_policy("early_abort", slo=6.0)`.
+
+    The inner policy of "ageing" is a policy, a name, or a mapping with the name and the settings:
+    `make_policy("ageing", bound=10.0, inner={"name": "clustering", "max_adapters_in_batch": 4, "hard": True})`.
+
+    Raises:
+      ConfigError: unknown name or setting (the nearest known one is named), a setting missing or out of range.
+    """
+    if name not in POLICIES:
+        raise ConfigError(f"policy {name!r} is unknown{_nearest(name, POLICIES)}; there are {', '.join(POLICIES)}")
+    kind = POLICIES[name]
+    known: list[str] = [field.name for field in fields(kind) if field.init] if is_dataclass(kind) else []
+    for setting in settings:
+        if setting not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise ConfigError(f"policy {name!r} has no setting {setting!r}{_nearest(setting, known)}; {has}")
+    inner = settings.get("inner")
+    if isinstance(inner, str):
+        settings["inner"] = make_policy(inner)
+    elif isinstance(inner, Mapping):
+        if "name" not in inner:
+            raise ConfigError(f"policy {name!r}: inner={dict(inner)!r} has no 'name'")
+        settings["inner"] = make_policy(**inner)
+    try:
+        return kind(**settings)
+    except TypeError as error:
+        raise ConfigError(f"policy {name!r}: {error}") from error
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
