@@ -26,7 +26,9 @@ class Vtc(Policy):
     Fairness (theorem 4.4 there): as long as two tenants both have waiting requests, their services (over their weights)
     in any interval differ by at most 2 * max(input_price * L_input, output_price * M), with L_input the longest prompt
     and M the most tokens that the requests running at one time hold at their ends; over the least weight. It assumes
-    that nobody is preempted (admission "reserve") and that adapters are in memory.
+    that nobody is preempted (admission "reserve"), that adapters are in memory, and input_price <= output_price: a
+    tenant is at most input_price * L ahead on an admission and gains output_price a token after it, together at most
+    output_price * M. At other prices the bound is 2 * (input_price * L_input + output_price * M).
 
     weights: share of each tenant, above 0; 1 where none is given. counters: service received so far, lifts included.
     """

@@ -98,7 +98,8 @@ def widest_gaps(sim, arrivals, weights, prices) -> tuple[float, float]:
         most_tokens = max(most_tokens, sum(len(r.prompt) + r.max_new for r in held))
         look()
     least = min(weights.get(tenant, 1) for tenant in TENANTS)
-    return widest, 2 * max(prices[0] * longest_prompt, prices[1] * most_tokens) / least
+    parts = prices[0] * longest_prompt, prices[1] * most_tokens
+    return widest, 2 * (max(parts) if prices[0] <= prices[1] else sum(parts)) / least
 
 
 @settings(max_examples=100)
@@ -106,14 +107,15 @@ def widest_gaps(sim, arrivals, weights, prices) -> tuple[float, float]:
     st.lists(sizes, min_size=10, max_size=60),
     st.lists(st.lists(sizes, max_size=4), max_size=20),
     weights,
-    st.sampled_from([(1, 2), (1, 1), (4, 0.5)]),
+    st.sampled_from([(1, 2), (1, 1), (0.5, 3), (4, 0.5)]),
     st.integers(10, 40),
     st.integers(2, 8),
 )
 def test_backlogged_tenants_services_stay_within_the_published_bound(
     simulate, burst, arrivals, weights, prices, num_pages, max_seqs
 ) -> None:
-    """|W_f - W_g| <= 2 max(w_p L_input, w_q M) over every interval in which both have waiting requests."""
+    """|W_f - W_g| <= 2 max(w_p L_input, w_q M) over every interval in which both have waiting requests; where input is
+    dearer than output, which the published proof does not cover, the sum of the two takes the place of the larger."""
     policy = Vtc(weights, *prices)
     sim = simulate(num_pages, max_seqs, max_tokens=400, policy=policy, admission="reserve")
     widest, bound = widest_gaps(sim, [burst, *arrivals], weights, prices)
