@@ -27,7 +27,7 @@ class Model:
         """The pool's W."""
         return self.num_kv_heads * self.head_dim
 
-    def layout(self, page_size: int) -> LoraLayout:
+    def layout(self, page_size: int = 16) -> LoraLayout:
         return LoraLayout.of_decoder(self.hidden, self.num_heads * self.head_dim, self.width, self.ffn, page_size)
 
     def config(self) -> dict[str, Any]:

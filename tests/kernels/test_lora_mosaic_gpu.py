@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from gpu_shapes import LAYERS, Layer
+from gpu_shapes import LAYERS
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
+from pallas_kernels.bench.models import Model
 from pallas_kernels.devices import DEVICES, compiling_for
 from pallas_kernels.lora import PROJECTIONS, LoraLayout, mosaic_gpu
 from pallas_kernels.lora.plan import ExpandPlan, ShrinkPlan, expand_plan, shrink_plan
@@ -181,7 +182,7 @@ def test_rows_of_an_adapter_get_their_product_and_no_other_row_changes(name, rng
 @pytest.mark.parametrize(
     ("layer", "number", "decode"),
     list(zip(LAYERS, (0, 2, 3, 0, 2), (True, True, True, False, True), strict=True)),
-    ids=lambda value: value.name if isinstance(value, Layer) else str(value),
+    ids=lambda value: value.name if isinstance(value, Model) else str(value),
 )
 def test_kernels_compiled_for_an_h200_use_its_tensor_cores_and_copies_and_spill_nothing(layer, number, decode):
     layout, shape = layer.layout(), jax.ShapeDtypeStruct
