@@ -34,7 +34,7 @@ format: $(VENV)/installed-lint ## repair style where that is automatic
 bench: $(VENV)/installed-parity ## compare with Hugging Face PEFT on this machine's CPU
 	$(PYTHON) -m experiments.cpu_peft_comparison
 
-bench-gpu: $(VENV)/installed-cuda12 $(VENV)/installed-plot ## measure every kernel on this machine's GPU (8 minutes)
+bench-gpu: $(VENV)/installed-cuda12 $(VENV)/installed-plot ## measure every kernel on this machine's GPU
 	$(PYTHON) -m pallas_kernels.bench --out experiments/results/kernels.json
 
 clean: ## remove what the demo, the tests and the linters left
