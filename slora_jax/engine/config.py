@@ -30,8 +30,14 @@ class EngineConfig:
       may still have, as in the paper).
     adapter_pages: pages set aside for adapters, as in the baseline `no-unify-mem`; None: one pool for adapters and KV.
     adapter_slots: adapters resident in the pool at once; None: as many as could fit, at most 4096.
+    prefetch: adapters brought to the pool ahead of the requests that wait for them, and not used yet: read from disk and
+      copied to the device while others run. 0: each is uploaded before the step that admits its request, which waits
+      for the copy (S-LoRA's scripts).
+    upload_pages_per_step: pages of adapters that start their copy to the device beside one step; twice as many may be
+      on their way, so `2 * upload_pages_per_step` pages of device memory are taken up beside the pool.
     max_rank: largest rank accepted of one projection (1 to 256); bounds a device table, reserves nothing else.
-    host_adapter_bytes: budget of the host store; beyond it adapters spill to `spill_dir`.
+    host_adapter_bytes: budget of the host store; beyond it adapters spill to `spill_dir`. Adapters on their way to the
+      device (about `prefetch`) stay in memory beside it.
     spill_dir: where spilled adapters go; None: a temporary directory, removed at the end.
     seed: of the random streams of requests that bring none.
     decode_buckets, mixed_buckets: rows of the compiled step programs: for steps in which every sequence decodes one
@@ -55,6 +61,8 @@ class EngineConfig:
     admission: str = "optimistic"
     adapter_pages: int | None = None
     adapter_slots: int | None = None
+    prefetch: int = 8
+    upload_pages_per_step: int = 32
     max_rank: int = 256
     host_adapter_bytes: int = 8 << 30
     spill_dir: str | Path | None = None
@@ -70,7 +78,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, '"float32" or "bfloat16"')
         _require(self.page_size in (8, 16, 32), "page_size", self.page_size, "8, 16 or 32")
-        for name in ("max_seqs", "max_tokens_per_step", "host_adapter_bytes"):
+        _require(_is_int(self.prefetch) and self.prefetch >= 0, "prefetch", self.prefetch, "an integer >= 0")
+        for name in ("max_seqs", "max_tokens_per_step", "host_adapter_bytes", "upload_pages_per_step"):
             value = getattr(self, name)
             _require(_is_int(value) and value >= 1, name, value, "a positive integer")
         for name in ("num_pages", "max_model_len", "adapter_slots", "adapter_pages"):

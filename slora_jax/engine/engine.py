@@ -24,7 +24,7 @@ from slora_jax.engine.progress import Progress
 from slora_jax.engine.runner import InFlight, Runner, adapter_geometry, longest_sequence
 from slora_jax.engine.trace import NoTrace, Trace
 from slora_jax.errors import AdapterError, RequestError
-from slora_jax.memory import AdapterResidency, EvictionPolicy, Evictor, Lru, PageAllocator, PageKind
+from slora_jax.memory import AdapterResidency, EvictionPolicy, Evictor, Lru, PageAllocator, PageKind, Upload
 from slora_jax.models import ModelConfig, Params, load_model
 from slora_jax.scheduling import (
     AdapterState,
@@ -87,10 +87,17 @@ class Engine:
         )
         evictor = Evictor(self.allocator, eviction or Lru())
         self.residency = AdapterResidency(evictor, self._runner.shape.adapter_slots)
-        limits = SchedulerLimits(config.max_seqs, config.max_tokens_per_step, config.page_size, config.admission)
+        limits = SchedulerLimits(
+            config.max_seqs,
+            config.max_tokens_per_step,
+            config.page_size,
+            config.admission,
+            config.prefetch,
+            config.upload_pages_per_step,
+        )
         self.scheduler = Scheduler(self.residency, policy or Fcfs(), limits, self._adapter_state)
         self._progress: dict[str, Progress] = {}
-        self._staged: dict[str, AdapterTiles] = {}  # found in memory while planning; uploaded right after
+        self._tiles: dict[str, AdapterTiles] = {}  # found in memory while planning; kept until all is uploaded
         self._lost: dict[str, AdapterError] = {}  # digests that could not be brought back from disk
         self._unread: list[Delta] = []  # for the next step to return: cancelled, lost adapter, or another stream's
         self._in_flight: InFlight | None = None
@@ -229,11 +236,11 @@ class Engine:
 
     def _step(self) -> list[Delta]:
         cpu_start = time.thread_time()
-        with self._trace.span("schedule"):
-            plan = self.scheduler.schedule(time.perf_counter())
-            self._trace.planned(plan, self)
-        self._end_aborted(plan)
-        self._end_lost()
+        self._land()
+        plan = self._plan()
+        while not plan.sequences and self._in_flight is None and self._runner.has_staged:
+            self._land(wait=True)  # no step is disturbed, and someone waits for just this
+            plan = self._plan()
         dispatched = self._dispatch(plan) if plan.sequences else None
         before, self._in_flight = self._in_flight, dispatched
         if before is None and self._in_flight is None and self.scheduler.waiting and not self._unread:
@@ -313,6 +320,10 @@ class Engine:
             adapter_loads=counters.loads,
             adapter_evictions=counters.evictions,
             adapter_hits=counters.hits,
+            prefetch_hits=counters.prefetch_hits,
+            prefetches_wasted=counters.wasted,
+            uploads_in_flight=len(self.residency.arriving),
+            upload_bytes_in_flight=self.residency.pages_in_flight * self._runner.shape.page_bytes,
             resident_adapters=len(self.residency),
             registered_adapters=self.store.stats().registered,
             running=len(self.scheduler.running),
@@ -366,8 +377,51 @@ class Engine:
 
     # Inside a step
 
+    def _plan(self) -> StepPlan:
+        """Plans a step, reports whom it gave up, and begins the copies that go beside it."""
+        with self._trace.span("schedule"):
+            plan = self.scheduler.schedule(time.perf_counter())
+            self._trace.planned(plan, self)
+        self._end_aborted(plan)
+        self._end_lost()
+        for upload in plan.uploads:
+            self._stage(upload)
+        kept = self.residency.arriving.keys() | {resident.digest for resident in plan.loads}
+        for digest in self._tiles.keys() - kept:
+            del self._tiles[digest]
+        return plan
+
+    def _stage(self, upload: Upload) -> None:
+        resident = upload.resident
+        if not resident.present:  # its requests were ended a moment ago
+            self.residency.land(upload)
+            return
+        tiles = self._tiles[resident.digest]
+        try:
+            self._runner.stage(upload, tiles.pages)
+        except Exception as error:  # noqa: BLE001  one adapter must not disturb the others
+            self.residency.land(upload)
+            self._end_uncopied(upload, repr(error))
+            return
+        self._trace.staged(upload, tiles)
+
+    def _land(self, wait: bool = False) -> None:
+        """Takes note of the copies that have arrived."""
+        for landing in self._runner.land(wait):
+            self.residency.land(landing.upload)
+            self._trace.landed(landing.upload)
+            if landing.error is not None:
+                self._end_uncopied(landing.upload, landing.error)
+
+    def _end_uncopied(self, upload: Upload, error: str) -> None:
+        """Ends the requests that wait for an adapter that cannot be copied to the device; others are not affected."""
+        digest = upload.resident.digest
+        use = f"adapter {digest[:12]} could not be copied to the device: {error}"
+        self._end_waiting(digest, use)
+        self.residency.drop(digest)
+
     def _adapter_state(self, digest: str) -> AdapterState:
-        """The scheduler's question; what is found in memory is held for the upload of this very step."""
+        """The scheduler's question; what is found in memory is held for its upload."""
         try:
             tiles = self.store.request(digest)
         except AdapterError as error:
@@ -375,13 +429,13 @@ class Engine:
             return AdapterState.FAILED
         if tiles is None:
             return AdapterState.LOADING
-        self._staged[digest] = tiles
+        self._tiles[digest] = tiles
         return AdapterState.READY
 
     def _dispatch(self, plan: StepPlan) -> InFlight:
         try:
             for resident in plan.loads:
-                tiles = self._staged[resident.digest]
+                tiles = self._tiles[resident.digest]
                 with self._trace.upload(resident, tiles):
                     self._runner.upload(resident, tiles.pages)
             with self._trace.span("dispatch"):
@@ -390,8 +444,6 @@ class Engine:
         except BaseException as error:
             self._abandon(plan, f"the step failed: {error!r}")
             raise
-        finally:
-            self._staged.clear()
         self._steps += 1
         self._computed += plan.num_tokens
         return step
@@ -438,14 +490,15 @@ class Engine:
 
     def _end_lost(self) -> None:
         """Ends the requests whose adapter is lost; others are not affected."""
-        if not self._lost:
-            return
+        lost, self._lost = self._lost, {}
+        for digest, error in lost.items():
+            self._end_waiting(digest, str(error))
+
+    def _end_waiting(self, digest: str, error: str) -> None:
+        """Ends the waiting requests of an adapter."""
         now = time.perf_counter()
-        for request in list(self.scheduler.waiting):
-            if request.adapter is not None and request.adapter.digest in self._lost:
-                error = str(self._lost[request.adapter.digest])
-                self._unread.append(self._end(self._progress[request.id], FinishReason.ERROR, [], now, error))
-        self._lost.clear()
+        for request in list(self.scheduler.waiting.by_adapter.get(digest, ())):
+            self._unread.append(self._end(self._progress[request.id], FinishReason.ERROR, [], now, error))
 
     def _wait_for_disk(self) -> None:
         """Nothing runs, and the first waiting request's adapter is on its way from disk: give it a moment."""
@@ -479,8 +532,9 @@ class Engine:
         return AdapterUse(adapter, info.digest, np.asarray(info.ranks, np.int32), info.num_pages)
 
     def _drop_if_unnamed(self, digest: str | None) -> bool:
-        """Frees the pool pages of content that no name points to any more, unless it is in use. Whether it is gone."""
-        if digest is None or self.store.is_named(digest):
+        """Frees the pool pages of content that no name points to any more, unless requests use it or wait for it; then
+        it goes with the last of these. Whether it is gone."""
+        if digest is None or self.store.is_named(digest) or digest in self.scheduler.waiting.by_adapter:
             return False
         return self.residency.drop(digest)
 

@@ -66,6 +66,10 @@ class EngineStats:
     """Counters since the engine was made, and the state now.
 
     aborts: requests that the policy gave up before their first token.
+    adapter_loads: adapters given pages in the pool. adapter_hits: uses that found theirs still there from before.
+    prefetch_hits: adapters brought ahead that had landed by the time their first request could start.
+    prefetches_wasted: brought ahead, and evicted or wanted by nobody any more before any use.
+    uploads_in_flight: adapters whose copy to the device is under way; upload_bytes_in_flight: begun and not landed.
     pages: pool pages by kind ("free", "kv", "adapter"); of the adapter pages, `idle_adapter_pages` may be evicted.
     host_seconds: CPU time of the calling thread for planning, packing and handing out tokens, over all steps.
     launch_seconds: its CPU time in the calls that hand uploads and steps to the device.
@@ -79,6 +83,10 @@ class EngineStats:
     adapter_loads: int
     adapter_evictions: int
     adapter_hits: int
+    prefetch_hits: int
+    prefetches_wasted: int
+    uploads_in_flight: int
+    upload_bytes_in_flight: int
     resident_adapters: int
     registered_adapters: int
     running: int

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass, replace
 
 import jax
@@ -22,8 +23,8 @@ from slora_jax.engine.programs import StepPrograms
 from slora_jax.engine.sampling import Sampled
 from slora_jax.engine.step import StepSpec
 from slora_jax.errors import ConfigError
-from slora_jax.memory import PoolShape, Resident, upload_adapter
-from slora_jax.memory.pool import UPLOAD_PAGES, set_table_row, upload_pages
+from slora_jax.memory import PoolShape, Resident, Upload, upload_adapter
+from slora_jax.memory.pool import UPLOAD_PAGES, describe, pieces, upload_pages
 from slora_jax.models import ModelConfig, Params
 from slora_jax.scheduling import Request, StepPlan
 
@@ -41,8 +42,23 @@ class InFlight:
     logits: jax.Array | None
 
 
+@dataclass(frozen=True)
+class Landing:
+    """A staged upload that has come to its end. error: why its pages are not in the pool, if they should be."""
+
+    upload: Upload
+    error: str | None = None
+
+
 class Runner:
-    """Owns every device array: parameters, pool, adapter table, sequence state."""
+    """Owns every device array: parameters, pool, adapter table, sequence state, and pages on their way to the pool.
+
+    An upload beside the steps takes two calls. `stage` begins the copy, which nothing that is dispatched depends on: on
+    a GPU, XLA copies NumPy arrays through page-locked buffers of its own, on a thread and a stream of their own
+    (`PjRtStreamExecutorClient::BufferFromHostBuffer`), so neither the caller nor a running step waits. That is also why
+    tiles are plain NumPy arrays: to keep gigabytes of them page-locked would spare that thread a copy in host memory,
+    and no step anything. `land`, once the copy is there, dispatches its move into the pool, within device memory.
+    """
 
     def __init__(self, model: ModelConfig, graphdef: nnx.GraphDef, params: Params, config: EngineConfig) -> None:
         self._params = params
@@ -55,6 +71,7 @@ class Runner:
         self.table = self.shape.make_table()
         self.state = self.spec.make_state()
         self.launch_seconds = 0.0
+        self._staged: deque[tuple[Upload, list[tuple[slice, jax.Array]]]] = deque()
         self._warm_up()
 
     def upload(self, resident: Resident, contents: np.ndarray) -> None:
@@ -64,6 +81,36 @@ class Runner:
             self.pool, self.table, resident.slot, resident.pages, resident.ranks, contents
         )
         self.launch_seconds += time.thread_time() - start
+
+    @property
+    def has_staged(self) -> bool:
+        """Whether copies are under way that `land` has not reported."""
+        return bool(self._staged)
+
+    def stage(self, upload: Upload, contents: np.ndarray) -> None:
+        """Begins the copy of these pages of an adapter, `contents [num_layers, n, 2, page_size, W]`.
+
+        Raises:
+          Whatever the device answers, memory above all. Nothing is staged then.
+        """
+        start = time.thread_time()
+        parts = [(piece, jax.device_put(contents[:, piece])) for piece in pieces(upload.first, upload.count)]
+        self._staged.append((upload, parts))
+        self.launch_seconds += time.thread_time() - start
+
+    def land(self, wait: bool = False) -> list[Landing]:
+        """Moves staged pages that have arrived into the pool, in the order of staging; with an adapter's last, its table
+        row is set. wait: for the oldest, if none is there."""
+        landings: list[Landing] = []
+        start = time.thread_time()
+        while self._staged:
+            upload, parts = self._staged[0]
+            if not (wait and not landings) and not all(self._is_there(array) for _, array in parts):
+                break
+            self._staged.popleft()
+            landings.append(Landing(upload, self._move(upload, parts)))
+        self.launch_seconds += time.thread_time() - start
+        return landings
 
     def dispatch(self, plan: StepPlan) -> InFlight:
         """Starts a step and returns at once; the copies of its results to the host are started too."""
@@ -85,14 +132,34 @@ class Runner:
             leaf.copy_to_host_async()
         return InFlight(requests, samples, sampled, logits)
 
+    @staticmethod
+    def _is_there(array: jax.Array) -> bool:
+        return array.is_ready()
+
+    def _move(self, upload: Upload, parts: list[tuple[slice, jax.Array]]) -> str | None:
+        """Returns why the copy failed, if it did; the pool is not touched then."""
+        resident = upload.resident
+        if not resident.present:  # evicted meanwhile, and its pages may be others'
+            return None
+        try:
+            for _, array in parts:
+                array.block_until_ready()  # raises what befell the copy
+        except Exception as error:  # noqa: BLE001  one adapter must not disturb the others
+            return repr(error)
+        for piece, array in parts:
+            self.pool = upload_pages(self.pool, resident.pages[piece], array)
+        if upload.first + upload.count == resident.num_pages:
+            self.table = describe(self.table, resident.slot, resident.pages, resident.ranks)
+        return None
+
     def _warm_up(self) -> None:
         """Compiles what the steps do not contain: the uploads. Writes only where nothing is kept."""
         for size in UPLOAD_PAGES:
             nowhere = np.full(size, self.shape.num_pages, np.int32)
             contents = np.zeros((self.shape.num_layers, size, *self.pool[0].shape[1:]), self.pool[0].dtype)
-            self.pool = upload_pages(self.pool, nowhere, contents)
-        empty = np.zeros(self.shape.max_adapter_pages, np.int32)
-        self.table = set_table_row(self.table, np.int32(0), empty, np.zeros(7, np.int32))
+            for staged in (contents, jax.device_put(contents)):
+                self.pool = upload_pages(self.pool, nowhere, staged)
+        self.table = describe(self.table, 0, np.empty(0, np.int32), np.zeros(7, np.int32))
 
 
 def adapter_geometry(model: ModelConfig, page_size: int) -> BaseGeometry:
@@ -181,5 +248,7 @@ def _free_memory(model: ModelConfig, config: EngineConfig) -> tuple[int, str]:
         return int(free * config.memory_fraction / 4), "host memory"
     widest = model.q_width + 2 * model.kv_width + 2 * model.hidden_size + 3 * model.intermediate_size
     activations = config.max_tokens_per_step * widest * 4 * 2 + config.max_seqs * model.vocab_size * 4 * 6
-    free = stats["bytes_limit"] - stats["bytes_in_use"] - activations
+    layer_page = 2 * config.page_size * model.kv_width * jnp.dtype(config.dtype).itemsize
+    staging = 2 * config.upload_pages_per_step * model.num_layers * layer_page if config.prefetch else 0
+    free = stats["bytes_limit"] - stats["bytes_in_use"] - activations - staging
     return int(free * config.memory_fraction), "device memory"

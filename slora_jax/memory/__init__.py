@@ -3,7 +3,7 @@
 from slora_jax.memory.allocator import DUMMY_PAGE, PageAllocator, PageKind
 from slora_jax.memory.eviction import CostAware, EvictionPolicy, Evictor, Immediate, Lru, RestoreCosts
 from slora_jax.memory.pool import Pool, PoolShape, upload_adapter
-from slora_jax.memory.residency import AdapterResidency, Resident
+from slora_jax.memory.residency import AdapterResidency, Resident, Upload
 
 __all__ = [
     "DUMMY_PAGE",
@@ -19,5 +19,6 @@ __all__ = [
     "PoolShape",
     "Resident",
     "RestoreCosts",
+    "Upload",
     "upload_adapter",
 ]

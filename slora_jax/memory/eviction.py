@@ -16,7 +16,7 @@ class Evictable:
     """Something in the pool that may be idle: its pages' kind and number, and how often it was used while there.
 
     priority: what the policy gave it when it became idle. idle_since: a number that grows, 0 while it is in use.
-    exposed: whether it may go.
+    exposed: whether it may go. awaited: 0, or how far back in the queue the first request is that waits for it, from 1.
     """
 
     kind: PageKind
@@ -25,6 +25,7 @@ class Evictable:
     priority: float = 0.0
     idle_since: int = 0
     exposed: bool = False
+    awaited: int = 0
 
     @property
     def idle(self) -> bool:
@@ -113,6 +114,9 @@ class Evictor:
     An owner of a kind of pages says how one of its items goes (`owns`), and tells when items become idle (`add`) and
     are used again (`remove`). An item that others of its kind rest upon is idle but not exposed: it counts, and can go
     only after these (`expose`). Every operation is logarithmic in the number of idle items.
+
+    Idle items that waiting requests want (`await_`) go only when nothing else is left, whatever the policy, the one
+    farthest back in the queue first; and not at all where `spare=True` is said, on behalf of others behind it.
     """
 
     def __init__(self, allocator: PageAllocator, policy: EvictionPolicy) -> None:
@@ -121,40 +125,49 @@ class Evictor:
         self._evict: dict[PageKind, Callable[[Evictable], None]] = {}
         self._heaps: dict[PageKind, list[tuple[float, int, Evictable]]] = {}
         self._pages: dict[PageKind, int] = {}
+        self._awaited: dict[PageKind, dict[int, Evictable]] = {}  # the idle ones, by idle_since
+        self._awaited_pages: dict[PageKind, int] = {}
         self._turns = itertools.count(1)
 
     def owns(self, kind: PageKind, evict: Callable[[Evictable], None]) -> None:
         """`evict(item)` frees the pages of an idle item of this kind and forgets it."""
         self._evict[kind] = evict
         self._heaps[kind] = []
-        self._pages[kind] = 0
+        self._pages[kind] = self._awaited_pages[kind] = 0
+        self._awaited[kind] = {}
 
     def pages(self, kind: PageKind) -> int:
         """Idle pages of this kind."""
         return self._pages.get(kind, 0)
 
-    def has_idle(self, kind: PageKind) -> bool:
+    def has_idle(self, kind: PageKind, spare: bool = False) -> bool:
         """Whether anything of this kind could go."""
-        return self._top(kind) is not None
+        return self._top(kind) is not None or (not spare and bool(self._awaited[kind]))
 
-    def within_reach(self, kind: PageKind) -> int:
+    def within_reach(self, kind: PageKind, spare: bool = False) -> int:
         """Pages that could be allocated for this kind: free ones, and idle ones that share their room."""
         return self.allocator.available(kind) + sum(
-            pages for other, pages in self._pages.items() if self.allocator.shares_room(kind, other)
+            pages - (self._awaited_pages[other] if spare else 0)
+            for other, pages in self._pages.items()
+            if self.allocator.shares_room(kind, other)
         )
 
-    def can_make_room(self, kv_pages: int, adapter_pages: int) -> bool:
+    def can_make_room(self, kv_pages: int, adapter_pages: int, spare: bool = False) -> bool:
         """Whether so many pages can be allocated for keys and values and for adapters together."""
+        within_reach = self.within_reach(PageKind.KV, spare)
         if self.allocator.shares_room(PageKind.KV, PageKind.ADAPTER):
-            return kv_pages + adapter_pages <= self.within_reach(PageKind.KV)
-        return kv_pages <= self.within_reach(PageKind.KV) and adapter_pages <= self.within_reach(PageKind.ADAPTER)
+            return kv_pages + adapter_pages <= within_reach
+        return kv_pages <= within_reach and adapter_pages <= self.within_reach(PageKind.ADAPTER, spare)
 
     def add(self, item: Evictable, exposed: bool = True) -> None:
-        """The item is idle from now on. Under a policy that keeps nothing it goes at once."""
+        """The item is idle from now on. Under a policy that keeps nothing it goes at once, unless it is awaited."""
         item.idle_since = next(self._turns)
         item.priority = self.policy.priority(item)
         self._pages[item.kind] += item.num_pages
-        if exposed:
+        if item.awaited:
+            self._awaited[item.kind][item.idle_since] = item
+            self._awaited_pages[item.kind] += item.num_pages
+        elif exposed:
             self.expose(item)
 
     def expose(self, item: Evictable) -> None:
@@ -169,8 +182,20 @@ class Evictor:
             heap[:] = [entry for entry in heap if _is_valid(entry)]
             heapq.heapify(heap)
 
+    def await_(self, item: Evictable, position: int) -> None:
+        """The first request that waits for this item, idle or in use, is the `position`th from 1; 0: none does any
+        more. Only for items that nothing rests upon."""
+        if not item.idle or bool(item.awaited) == bool(position):
+            item.awaited = position
+            return
+        self.remove(item)
+        item.awaited = position
+        self.add(item)
+
     def remove(self, item: Evictable) -> None:
         """The item is in use again."""
+        if self._awaited[item.kind].pop(item.idle_since, None) is not None:
+            self._awaited_pages[item.kind] -= item.num_pages
         item.idle_since = 0
         item.exposed = False
         self._pages[item.kind] -= item.num_pages
@@ -180,33 +205,39 @@ class Evictor:
         self.remove(item)
         self._evict[item.kind](item)
 
-    def evict_one(self, kind: PageKind) -> None:
+    def evict_one(self, kind: PageKind, spare: bool = False) -> None:
         """The first of this kind goes.
 
         Raises:
           PoolError: none is idle.
         """
-        item = self._top(kind)
-        if item is None:
-            raise PoolError(f"no idle {kind.name} can be evicted")
+        self._evict_first([kind], spare)
+
+    def make_room(self, count: int, kind: PageKind, spare: bool = False) -> bool:
+        """Evicts until `count` pages can be allocated for `kind`, or nothing is left to go. Whether they can."""
+        if self.allocator.available(kind) >= count:
+            return True
+        kinds = [other for other in self._heaps if self.allocator.shares_room(kind, other)]
+        while self.allocator.available(kind) < count:
+            if not any(self.has_idle(other, spare) for other in kinds):
+                return False
+            self._evict_first(kinds, spare)
+        return True
+
+    def _evict_first(self, kinds: list[PageKind], spare: bool) -> None:
+        tops = [top for kind in kinds if (top := self._top(kind)) is not None]
+        if tops:
+            item = min(tops, key=lambda item: (item.priority, item.idle_since))
+        else:
+            awaited = [] if spare else [item for kind in kinds for item in self._awaited[kind].values()]
+            if not awaited:
+                raise PoolError(f"no idle {' or '.join(kind.name for kind in kinds)} can be evicted")
+            item = max(awaited, key=lambda item: item.awaited)
         self.policy.evicted(item)
         self.evict(item)
 
-    def make_room(self, count: int, kind: PageKind) -> bool:
-        """Evicts until `count` pages can be allocated for `kind`, or nothing is left to go. Whether they can."""
-        while self.allocator.available(kind) < count:
-            tops = [
-                top
-                for other in self._heaps
-                if self.allocator.shares_room(kind, other) and (top := self._top(other)) is not None
-            ]
-            if not tops:
-                return False
-            self.evict_one(min(tops, key=lambda item: (item.priority, item.idle_since)).kind)
-        return True
-
     def _top(self, kind: PageKind) -> Evictable | None:
-        """The first to go of this kind. Entries of items that are in use again are dropped on the way."""
+        """The first to go of this kind, awaited ones apart. Entries of items that are in use again are dropped on the way."""
         heap = self._heaps[kind]
         while heap and not _is_valid(heap[0]):
             heapq.heappop(heap)

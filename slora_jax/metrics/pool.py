@@ -30,12 +30,13 @@ PAGE_KINDS = tuple(field.name for field in fields(PoolPages))
 
 @dataclass(frozen=True)
 class PoolSample:
-    """The pool and the queues at one moment. time: seconds on the engine's clock."""
+    """The pool and the queues at one moment. time: seconds on the engine's clock. uploading: bytes on their way to it."""
 
     time: float
     pages: PoolPages
     running: int
     waiting: int
+    uploading: int = 0
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,12 @@ class Ageing(Policy):
             if not self._is_aged(request, now):
                 yield request
 
+    def upcoming(self, waiting: RequestQueue, batch: Batch, now: float) -> Iterator[Request]:
+        yield from self._aged(waiting, now)
+        for request in self.inner.upcoming(waiting, batch, now):
+            if not self._is_aged(request, now):
+                yield request
+
     def aborts(self, waiting: RequestQueue, batch: Batch, now: float) -> Iterable[tuple[Request, str]]:
         return self.inner.aborts(waiting, batch, now)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from slora_jax.errors import ConfigError
 from slora_jax.memory import AdapterResidency, PageKind
 from slora_jax.scheduling.plan import ScheduledSequence, StepPlan
 from slora_jax.scheduling.policy import Batch, Policy
+from slora_jax.scheduling.prefetch import AdapterState, Prefetch
 from slora_jax.scheduling.queue import RequestQueue, by_number, remove_sorted
 from slora_jax.scheduling.request import FinishReason, Request, Status
 from slora_jax.scheduling.reservation import Reservation
@@ -20,26 +20,24 @@ from slora_jax.scheduling.reservation import Reservation
 ADMISSIONS = ("optimistic", "reserve")
 
 
-class AdapterState(Enum):
-    """Where an adapter's tiles are on the host."""
-
-    READY = "ready"
-    LOADING = "loading"
-    FAILED = "failed"
-
-
 @dataclass(frozen=True)
 class SchedulerLimits:
     """max_seqs: sequences running at once. max_tokens: rows of one step. page_size: tokens of a page.
     admission: "optimistic" admits what fits now; "reserve" what fits with all output it may still have (`Reservation`,
-    the paper's)."""
+    the paper's). prefetch: adapters brought to the pool ahead of their requests' admission, and not used yet; 0: none,
+    each is uploaded before the step that admits its request. upload_pages: copied to the device beside one step."""
 
     max_seqs: int
     max_tokens: int
     page_size: int
     admission: str = "optimistic"
+    prefetch: int = 0
+    upload_pages: int = 32
 
     def __post_init__(self) -> None:
+        for name, least in (("prefetch", 0), ("upload_pages", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"SchedulerLimits.{name}={getattr(self, name)!r}: must be at least {least}")
         if self.admission not in ADMISSIONS:
             raise ConfigError(f"SchedulerLimits.admission={self.admission!r}: must be one of {ADMISSIONS}")
 
@@ -47,6 +45,11 @@ class SchedulerLimits:
 class Scheduler:
     """Owns the queues. Every step: the policy's aborts; then running sequences (one token each, or their next prefill
     chunk); then as many waiting requests as the policy's selection, the pages, the slots and the token budget allow.
+
+    With prefetch, adapters come to the pool beside the steps (`look_ahead`), and a request whose adapter is still on its
+    way does not start. Others go ahead of it meanwhile, though never with pages that an awaited adapter lies in; once
+    its adapter has landed it is first in line again, as the policy says. An adapter that was lost to running sequences
+    before its request could start is brought once more, and nobody goes ahead then: nobody is overtaken without end.
 
     Admission needs pages for all tokens known so far, and for the adapter if it is not resident; under "reserve" for
     all tokens to come as well. When a running sequence needs a page and none is free, what is idle goes first; then the
@@ -70,6 +73,7 @@ class Scheduler:
         self.preemptions = 0
         self.aborts = 0
         self._adapter_state = adapter_state
+        self._prefetch = Prefetch(residency, limits.prefetch, limits.page_size, adapter_state)
         self._adapters: dict[str, int] = {}  # digest -> running requests
         self._batch = Batch(self.running, self._adapters)
         self._free_slots = list(range(limits.max_seqs - 1, -1, -1))
@@ -91,6 +95,10 @@ class Scheduler:
         self._extend_running(plan, now)
         if not plan.preempted:
             self._admit(plan, now)
+        if self.limits.prefetch:
+            if not plan.preempted:
+                self._look_ahead(now)
+            plan.uploads = self.residency.uploads(self.limits.upload_pages)
         self.policy.stepped(plan.sequences)
         return plan
 
@@ -165,9 +173,10 @@ class Scheduler:
             return
         reservation = self._reservation() if self.limits.admission == "reserve" else None
         absent: set[str] = set()  # adapters that are not in memory
+        kept: int | None = None  # pages left to those ahead whose adapters are on their way, if there are any
         started: list[Request] = []
         try:
-            for request in self.policy.select(self.waiting, self._batch, now):
+            for position, request in enumerate(self.policy.select(self.waiting, self._batch, now), 1):
                 budget = self.limits.max_tokens - plan.num_tokens
                 if budget == 0 or not self._free_slots:
                     break
@@ -175,7 +184,13 @@ class Scheduler:
                     continue  # preempted a moment ago, its newest token is not read yet; or admitted already
                 if not self._on_host(request.digest, absent):
                     continue  # on its way from disk (or failed: the engine ends it); others go ahead
-                if not self._fits(request, reservation):
+                if self.limits.prefetch and not self._has_landed(request):
+                    if not self._bring(request, position, kept) or request.digest in self.residency.bereft:
+                        break
+                    if request.digest in self.residency:
+                        kept = (kept or 0) + self.pages_for(request.num_tokens)
+                    continue
+                if not self._fits(request, reservation, kept):
                     break
                 started.append(request)
                 self._start(plan, request, now)
@@ -199,17 +214,50 @@ class Scheduler:
         absent.add(digest)
         return False
 
-    def _fits(self, request: Request, reservation: Reservation | None) -> bool:
-        adapter_pages = 0
+    def _fits(self, request: Request, reservation: Reservation | None, kept: int | None) -> bool:
+        """Whether there is room: for one that overtakes others, beside what they need and a page for each that runs,
+        and without evicting what anyone waits for."""
+        overtakes = kept is not None
+        adapter_pages = taken = 0
         if request.adapter is not None:
-            if not self.residency.can_acquire(request.adapter.digest):
+            digest, num_pages = request.adapter.digest, request.adapter.num_pages
+            if not self.residency.can_acquire(digest, overtakes):
                 return False
-            adapter_pages = self.residency.pages_to_admit(request.adapter.digest, request.adapter.num_pages)
-        kv_pages = self.pages_for(request.num_tokens)
-        if not self.evictor.can_make_room(kv_pages, adapter_pages):
+            adapter_pages = self.residency.pages_to_admit(digest, num_pages)
+            taken = self.residency.pages_to_admit(digest, num_pages, overtakes)
+        kv_pages = self.pages_for(request.num_tokens) + (0 if kept is None else kept + len(self.running))
+        if not self.evictor.can_make_room(kv_pages, taken, overtakes):
             return False
         shared = self.allocator.shares_room(PageKind.KV, PageKind.ADAPTER)
         return reservation is None or reservation.take(request, adapter_pages if shared else 0)
+
+    def _has_landed(self, request: Request) -> bool:
+        resident = None if request.digest is None else self.residency.find(request.digest)
+        return request.digest is None or (resident is not None and resident.has_landed)
+
+    def _bring(self, request: Request, position: int, kept: int | None) -> bool:
+        """Puts the adapter of the `position`th waiting request on its way, if it is not; False if there is no room for
+        both. No more are on their way than there are slots for their requests: as the order changes with every arrival,
+        each new first would bring another for the same slot."""
+        use, residency = request.adapter, self.residency
+        assert use is not None
+        resident = residency.find(use.digest)
+        if resident is None:
+            if len(residency.arriving) >= len(self._free_slots):
+                return True
+            kv_pages = self.pages_for(request.num_tokens) + (kept or 0) + len(self.running)
+            spare = kept is not None or residency.num_unused > 0
+            if not residency.can_acquire(use.digest, spare) or not (
+                self.evictor.can_make_room(kv_pages, use.num_pages, spare)
+            ):
+                return residency.num_unused > 0
+            resident = residency.bring(use.digest, use.ranks, use.num_pages, position, spare)
+        resident.kept_waiting = True
+        return True
+
+    def _look_ahead(self, now: float) -> None:
+        upcoming = self.policy.upcoming(self.waiting, self._batch, now)
+        self._prefetch.look_ahead(upcoming, self.waiting.by_adapter, len(self.running))
 
     def _start(self, plan: StepPlan, request: Request, now: float) -> None:
         if request.adapter is not None:

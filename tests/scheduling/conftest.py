@@ -1,11 +1,13 @@
-"""A scheduler without a device: requests of any size, and a device that returns each step's tokens one step late."""
+"""A scheduler without a device: requests of any size, a device that returns each step's tokens one step late, and a
+lane on which copies take their time."""
 
+from collections import deque
 from collections.abc import Callable
 
 import pytest
 from make_request import make_request
 
-from slora_jax.memory import AdapterResidency, EvictionPolicy, Evictor, Lru, PageAllocator, PageKind
+from slora_jax.memory import AdapterResidency, EvictionPolicy, Evictor, Lru, PageAllocator, PageKind, Upload
 from slora_jax.scheduling import (
     AdapterState,
     Fcfs,
@@ -21,7 +23,10 @@ PAGE_SIZE = 4
 
 
 class Simulation:
-    """Steps a scheduler as the engine does: plan a step, then read the results of the step before."""
+    """Steps a scheduler as the engine does: plan a step, then read the results of the step before.
+
+    copy_steps: after how many steps an upload has landed; when nothing runs, the oldest lands at once.
+    """
 
     def __init__(
         self,
@@ -34,14 +39,19 @@ class Simulation:
         admission: str = "optimistic",
         adapter_pages: int | None = None,
         eviction: EvictionPolicy | None = None,
+        prefetch: int = 0,
+        upload_pages: int = 8,
+        copy_steps: int = 1,
     ) -> None:
         self.allocator = PageAllocator(num_pages + 1, adapter_pages)
         self.residency = AdapterResidency(Evictor(self.allocator, eviction or Lru()), adapter_slots)
-        limits = SchedulerLimits(max_seqs, max_tokens, PAGE_SIZE, admission)
+        limits = SchedulerLimits(max_seqs, max_tokens, PAGE_SIZE, admission, prefetch, upload_pages)
         self.scheduler = Scheduler(self.residency, policy or Fcfs(), limits, adapter_state)
         self.requests: list[Request] = []
         self.stop_early: dict[int, int] = {}  # request number -> output tokens after which it meets a stop token
         self.steps = 0
+        self.copy_steps = copy_steps
+        self.copies: deque[tuple[int, Upload]] = deque()  # with the step by which each has landed
         self._in_flight: StepPlan | None = None
 
     def add(
@@ -54,8 +64,15 @@ class Simulation:
         return request
 
     def step(self) -> StepPlan:
+        while self.copies and self.copies[0][0] <= self.steps:
+            self.residency.land(self.copies.popleft()[1])
         plan = self.scheduler.schedule(float(self.steps))
-        before, self._in_flight = self._in_flight, plan
+        self.copies.extend((self.steps + self.copy_steps, upload) for upload in plan.uploads)
+        while not plan.sequences and self._in_flight is None and self.copies:
+            self.residency.land(self.copies.popleft()[1])
+            plan = self.scheduler.schedule(float(self.steps))
+            self.copies.extend((self.steps + self.copy_steps, upload) for upload in plan.uploads)
+        before, self._in_flight = self._in_flight, plan if plan.sequences else None
         self.steps += 1
         for sequence in before.sequences if before else ():
             request = sequence.request
