@@ -30,8 +30,8 @@ class EngineConfig:
       may still have, as in the paper).
     adapter_pages: pages set aside for adapters, as in the baseline `no-unify-mem`; None: one pool for adapters and KV.
     adapter_slots: adapters resident in the pool at once; None: as many as could fit, at most 4096.
-    prefetch: adapters brought to the pool ahead of the requests that wait for them, and not used yet: read from disk and
-      copied to the device while others run. 0: each is uploaded before the step that admits its request, which waits
+    prefetch: adapters brought ahead of the requests that wait for them, and not used yet: read from disk and copied to
+      the pool while others run. 0: each is uploaded before the step that admits its request, which waits
       for the copy (S-LoRA's scripts).
     upload_pages_per_step: pages of adapters that start their copy to the device beside one step; twice as many may be
       on their way, so `2 * upload_pages_per_step` pages of device memory are taken up beside the pool.

@@ -378,22 +378,27 @@ class Engine:
     # Inside a step
 
     def _plan(self) -> StepPlan:
-        """Plans a step, reports whom it gave up, and begins the copies that go beside it."""
+        """Plans a step, begins the copies that go beside it, and reports whom it gave up."""
         with self._trace.span("schedule"):
             plan = self.scheduler.schedule(time.perf_counter())
             self._trace.planned(plan, self)
-        self._end_aborted(plan)
-        self._end_lost()
-        for upload in plan.uploads:
-            self._stage(upload)
+        try:
+            while plan.uploads:
+                self._stage(plan.uploads[0])
+                plan.uploads.pop(0)
+        except BaseException as error:
+            self._abandon(plan, f"the step failed: {error!r}")
+            raise
         kept = self.residency.arriving.keys() | {resident.digest for resident in plan.loads}
         for digest in self._tiles.keys() - kept:
             del self._tiles[digest]
+        self._end_aborted(plan)
+        self._end_lost()
         return plan
 
     def _stage(self, upload: Upload) -> None:
         resident = upload.resident
-        if not resident.present:  # its requests were ended a moment ago
+        if not resident.present:  # given up a moment ago, as an earlier part of it failed
             self.residency.land(upload)
             return
         tiles = self._tiles[resident.digest]
@@ -416,8 +421,7 @@ class Engine:
     def _end_uncopied(self, upload: Upload, error: str) -> None:
         """Ends the requests that wait for an adapter that cannot be copied to the device; others are not affected."""
         digest = upload.resident.digest
-        use = f"adapter {digest[:12]} could not be copied to the device: {error}"
-        self._end_waiting(digest, use)
+        self._end_waiting(digest, f"adapter {digest[:12]} could not be copied to the device: {error}")
         self.residency.drop(digest)
 
     def _adapter_state(self, digest: str) -> AdapterState:
@@ -449,13 +453,16 @@ class Engine:
         return step
 
     def _abandon(self, plan: StepPlan, error: str) -> None:
-        """After a failed dispatch: ends the plan's requests; forgets adapters that may not have reached the pool."""
+        """After a failure: ends the plan's requests; forgets adapters that may not have reached the pool."""
         now = time.perf_counter()
         for sequence in plan.sequences:
             progress = self._progress[sequence.request.id]
             self._unread.append(self._end(progress, FinishReason.ERROR, [], now, error))
         for resident in plan.loads:
             self.residency.drop(resident.digest)
+        for upload in plan.uploads:
+            self.residency.land(upload)
+            self.residency.drop(upload.resident.digest)
 
     def _read(self, step: InFlight, tokens: np.ndarray, now: float) -> list[Delta]:
         """Hands out a step's tokens. Requests that ended meanwhile get none: their surplus token is dropped."""

@@ -99,8 +99,8 @@ class Runner:
         self.launch_seconds += time.thread_time() - start
 
     def land(self, wait: bool = False) -> list[Landing]:
-        """Moves staged pages that have arrived into the pool, in the order of staging; with an adapter's last, its table
-        row is set. wait: for the oldest, if none is there."""
+        """Moves staged pages that have arrived into the pool, in the order of staging; with an adapter's last ones, its
+        table row is set. wait: for the oldest, if none is there."""
         landings: list[Landing] = []
         start = time.thread_time()
         while self._staged:
@@ -134,7 +134,7 @@ class Runner:
 
     @staticmethod
     def _is_there(array: jax.Array) -> bool:
-        return array.is_ready()
+        return bool(array.is_ready())  # type: ignore[attr-defined]  # not in the annotations of jax.Array
 
     def _move(self, upload: Upload, parts: list[tuple[slice, jax.Array]]) -> str | None:
         """Returns why the copy failed, if it did; the pool is not touched then."""

@@ -150,9 +150,9 @@ class Trace(NoTrace):
                 del self._resident[digest]
         for digest, resident in residents.items():
             if digest not in self._resident:
-                if digest not in names:  # brought for one that waits
-                    uses = (request.adapter for request in engine.scheduler.waiting.by_adapter.get(digest, ()))
-                    names |= {digest: use.name for use in itertools.islice(uses, 1) if use is not None}
+                waiting = engine.scheduler.waiting.by_adapter.get(digest)
+                if waiting and (use := waiting[0].adapter) is not None:  # it was brought for this one
+                    names[digest] = use.name
                 self._resident[digest] = (resident, _stay(resident, names, now))
 
     def dispatched(self, step: InFlight, plan: StepPlan) -> None:

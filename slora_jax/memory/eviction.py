@@ -237,7 +237,7 @@ class Evictor:
         self.evict(item)
 
     def _top(self, kind: PageKind) -> Evictable | None:
-        """The first to go of this kind, awaited ones apart. Entries of items that are in use again are dropped on the way."""
+        """The first to go of this kind, awaited ones apart. Entries of items that are in use again are dropped."""
         heap = self._heaps[kind]
         while heap and not _is_valid(heap[0]):
             heapq.heappop(heap)

@@ -30,7 +30,8 @@ PAGE_KINDS = tuple(field.name for field in fields(PoolPages))
 
 @dataclass(frozen=True)
 class PoolSample:
-    """The pool and the queues at one moment. time: seconds on the engine's clock. uploading: bytes on their way to it."""
+    """The pool and the queues at one moment. time: seconds on the engine's clock. uploading: bytes on their way to the
+    pool."""
 
     time: float
     pages: PoolPages

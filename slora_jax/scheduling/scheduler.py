@@ -46,10 +46,11 @@ class Scheduler:
     """Owns the queues. Every step: the policy's aborts; then running sequences (one token each, or their next prefill
     chunk); then as many waiting requests as the policy's selection, the pages, the slots and the token budget allow.
 
-    With prefetch, adapters come to the pool beside the steps (`look_ahead`), and a request whose adapter is still on its
-    way does not start. Others go ahead of it meanwhile, though never with pages that an awaited adapter lies in; once
-    its adapter has landed it is first in line again, as the policy says. An adapter that was lost to running sequences
-    before its request could start is brought once more, and nobody goes ahead then: nobody is overtaken without end.
+    With prefetch, adapters come to the pool beside the steps (`Prefetch`), and a request whose adapter is still on its
+    way does not start. Others go ahead of it meanwhile, though never with the pages of an adapter that is awaited, nor
+    with those that it needs itself; once its adapter has landed it is first in line again, as the policy says. If the
+    adapter is lost to running sequences before that, it is brought once more, and nobody goes ahead: no request is
+    overtaken without end.
 
     Admission needs pages for all tokens known so far, and for the adapter if it is not resident; under "reserve" for
     all tokens to come as well. When a running sequence needs a page and none is free, what is idle goes first; then the
@@ -185,9 +186,9 @@ class Scheduler:
                 if not self._on_host(request.digest, absent):
                     continue  # on its way from disk (or failed: the engine ends it); others go ahead
                 if self.limits.prefetch and not self._has_landed(request):
-                    if not self._bring(request, position, kept) or request.digest in self.residency.bereft:
+                    if not self._bring(request, position - len(started), kept) or request.digest in self.residency.bereft:
                         break
-                    if request.digest in self.residency:
+                    if request.digest is not None and request.digest in self.residency:
                         kept = (kept or 0) + self.pages_for(request.num_tokens)
                     continue
                 if not self._fits(request, reservation, kept):
@@ -236,9 +237,12 @@ class Scheduler:
         return request.digest is None or (resident is not None and resident.has_landed)
 
     def _bring(self, request: Request, position: int, kept: int | None) -> bool:
-        """Puts the adapter of the `position`th waiting request on its way, if it is not; False if there is no room for
-        both. No more are on their way than there are slots for their requests: as the order changes with every arrival,
-        each new first would bring another for the same slot."""
+        """Puts the adapter of the `position`th waiting request on its way, if it is not. False if there is no room for
+        both, so that nobody may go ahead.
+
+        As the order may change with every arrival, each new first one could bring another adapter for the same slot
+        and evict the one before. So no more are on their way than there are slots for, and those that were brought are
+        used first."""
         use, residency = request.adapter, self.residency
         assert use is not None
         resident = residency.find(use.digest)
@@ -252,7 +256,7 @@ class Scheduler:
             ):
                 return residency.num_unused > 0
             resident = residency.bring(use.digest, use.ranks, use.num_pages, position, spare)
-        resident.kept_waiting = True
+        resident.kept_waiting |= position <= len(self._free_slots)
         return True
 
     def _look_ahead(self, now: float) -> None:
