@@ -186,7 +186,10 @@ class Scheduler:
                 if not self._on_host(request.digest, absent):
                     continue  # on its way from disk (or failed: the engine ends it); others go ahead
                 if self.limits.prefetch and not self._has_landed(request):
-                    if not self._bring(request, position - len(started), kept) or request.digest in self.residency.bereft:
+                    if (
+                        not self._bring(request, position - len(started), kept)
+                        or request.digest in self.residency.bereft
+                    ):
                         break
                     if request.digest is not None and request.digest in self.residency:
                         kept = (kept or 0) + self.pages_for(request.num_tokens)

@@ -301,7 +301,7 @@ def test_limits_are_checked() -> None:
         SchedulerLimits(1, 1, 4, upload_pages=0)
 
 
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(
     sizes=st.lists(
         st.tuples(st.integers(1, 24), st.integers(1, 20), st.sampled_from([None, *"abcdefgh"])), min_size=1, max_size=20
