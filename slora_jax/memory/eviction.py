@@ -189,21 +189,23 @@ class Evictor:
         item = self._top(kind)
         if item is None:
             raise PoolError(f"no idle {kind.name} can be evicted")
-        self.policy.evicted(item)
-        self.evict(item)
+        self._evict_first(item)
 
     def make_room(self, count: int, kind: PageKind) -> bool:
         """Evicts until `count` pages can be allocated for `kind`, or nothing is left to go. Whether they can."""
+        if self.allocator.available(kind) >= count:
+            return True
+        kinds = [other for other in self._heaps if self.allocator.shares_room(kind, other)]
         while self.allocator.available(kind) < count:
-            tops = [
-                top
-                for other in self._heaps
-                if self.allocator.shares_room(kind, other) and (top := self._top(other)) is not None
-            ]
+            tops = [top for other in kinds if (top := self._top(other)) is not None]
             if not tops:
                 return False
-            self.evict_one(min(tops, key=lambda item: (item.priority, item.idle_since)).kind)
+            self._evict_first(tops[0] if len(tops) == 1 else min(tops, key=_order))
         return True
+
+    def _evict_first(self, item: Evictable) -> None:
+        self.policy.evicted(item)
+        self.evict(item)
 
     def _top(self, kind: PageKind) -> Evictable | None:
         """The first to go of this kind. Entries of items that are in use again are dropped on the way."""
@@ -211,6 +213,10 @@ class Evictor:
         while heap and not _is_valid(heap[0]):
             heapq.heappop(heap)
         return heap[0][2] if heap else None
+
+
+def _order(item: Evictable) -> tuple[float, int]:
+    return item.priority, item.idle_since
 
 
 def _is_valid(entry: tuple[float, int, Evictable]) -> bool:

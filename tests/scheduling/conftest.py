@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from make_request import make_request
 
-from slora_jax.memory import AdapterResidency, EvictionPolicy, Evictor, Lru, PageAllocator, PageKind
+from slora_jax.memory import AdapterResidency, EvictionPolicy, Evictor, Lru, PageAllocator, PageKind, PrefixCache
 from slora_jax.scheduling import (
     AdapterState,
     Fcfs,
@@ -34,20 +34,24 @@ class Simulation:
         admission: str = "optimistic",
         adapter_pages: int | None = None,
         eviction: EvictionPolicy | None = None,
+        prefix_cache: bool = False,
     ) -> None:
         self.allocator = PageAllocator(num_pages + 1, adapter_pages)
-        self.residency = AdapterResidency(Evictor(self.allocator, eviction or Lru()), adapter_slots)
+        self.evictor = Evictor(self.allocator, eviction or Lru())
+        self.residency = AdapterResidency(self.evictor, adapter_slots)
+        self.prefixes = PrefixCache(self.evictor, PAGE_SIZE) if prefix_cache else None
         limits = SchedulerLimits(max_seqs, max_tokens, PAGE_SIZE, admission)
-        self.scheduler = Scheduler(self.residency, policy or Fcfs(), limits, adapter_state)
+        self.scheduler = Scheduler(self.residency, policy or Fcfs(), limits, adapter_state, self.prefixes)
         self.requests: list[Request] = []
         self.stop_early: dict[int, int] = {}  # request number -> output tokens after which it meets a stop token
         self.steps = 0
         self._in_flight: StepPlan | None = None
 
     def add(
-        self, prompt: int, new: int, adapter: str | None = None, adapter_pages: int = 0, tenant: str = ""
+        self, prompt: int | list[int], new: int, adapter: str | None = None, adapter_pages: int = 0, tenant: str = ""
     ) -> Request:
-        """A request of `prompt` tokens that may generate `new`, with an adapter of `adapter_pages`."""
+        """A request of `prompt` tokens (their number, or their ids) that may generate `new`, with an adapter of
+        `adapter_pages`."""
         request = make_request(len(self.requests), float(self.steps), prompt, new, adapter, adapter_pages, tenant)
         self.requests.append(request)
         self.scheduler.add(request)
@@ -76,9 +80,9 @@ class Simulation:
         return plans
 
     def assert_idle(self) -> None:
-        """Nothing runs, and every page is free or an idle adapter's."""
+        """Nothing runs, and every page is free or idle."""
         assert not self.scheduler.running and not self.scheduler.waiting
-        idle = self.scheduler.evictor.pages(PageKind.ADAPTER)
+        idle = self.evictor.pages(PageKind.ADAPTER) + self.evictor.pages(PageKind.PREFIX)
         assert self.allocator.num_free + idle == self.allocator.capacity
         assert all(not resident.users for resident in self.residency.residents)
 
