@@ -59,16 +59,24 @@ class Simulation:
 
     def step(self) -> StepPlan:
         plan = self.scheduler.schedule(float(self.steps))
+        self.dispatch(plan)
         before, self._in_flight = self._in_flight, plan
         self.steps += 1
         for sequence in before.sequences if before else ():
             request = sequence.request
             if sequence.samples and request.finish_reason is None:
-                request.output.append(0)
+                request.output.append(self.sample(request))
                 if len(request.output) >= self.stop_early.get(request.number, request.max_new):
                     self.scheduler.finish(request, FinishReason.STOP, float(self.steps))
         self.scheduler.check()
         return plan
+
+    def dispatch(self, plan: StepPlan) -> None:
+        """For a device that does something."""
+
+    def sample(self, request: Request) -> int:
+        """The token that follows."""
+        return 0
 
     def run(self, most_steps: int) -> list[StepPlan]:
         """Steps until all is finished and read."""
