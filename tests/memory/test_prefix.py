@@ -28,7 +28,7 @@ class Holder:
         self.digest, self.tokens, self.node = digest, tuple(tokens), node
         self.pages, self.depth = pages + own, len(pages)
 
-    def keys(self):
+    def prefixes(self):
         return [(self.digest, self.tokens[: SIZE * k]) for k in range(1, self.depth + 1)]
 
 
@@ -44,7 +44,7 @@ class PrefixMachine(RuleBasedStateMachine):
         self.running: list[Holder] = []
 
     def in_use(self):
-        return {key for holder in self.running for key in holder.keys()}
+        return {key for holder in self.running for key in holder.prefixes()}
 
     def longest(self, digest, tokens, most):
         """Pages that a request with these tokens could share."""
