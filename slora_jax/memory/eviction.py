@@ -107,6 +107,10 @@ class CostAware(EvictionPolicy):
         self._age = max(self._age, item.priority)
 
 
+Entry = tuple[float, int, Evictable]
+"""Of a heap: priority, since when it is idle (no two the same), and the item, if it is idle since then."""
+
+
 class Evictor:
     """Knows what in the pool is idle, and evicts by the policy when pages are wanted.
 
@@ -119,7 +123,7 @@ class Evictor:
         self.allocator = allocator
         self.policy = policy
         self._evict: dict[PageKind, Callable[[Evictable], None]] = {}
-        self._heaps: dict[PageKind, list[tuple[float, int, Evictable]]] = {}
+        self._heaps: dict[PageKind, list[Entry]] = {}
         self._pages: dict[PageKind, int] = {}
         self._turns = itertools.count(1)
 
@@ -193,14 +197,16 @@ class Evictor:
 
     def make_room(self, count: int, kind: PageKind) -> bool:
         """Evicts until `count` pages can be allocated for `kind`, or nothing is left to go. Whether they can."""
-        if self.allocator.available(kind) >= count:
-            return True
-        kinds = [other for other in self._heaps if self.allocator.shares_room(kind, other)]
         while self.allocator.available(kind) < count:
-            tops = [top for other in kinds if (top := self._top(other)) is not None]
-            if not tops:
+            first: Entry | None = None
+            for other, heap in self._heaps.items():
+                while heap and not _is_valid(heap[0]):
+                    heapq.heappop(heap)
+                if heap and (first is None or heap[0] < first) and self.allocator.shares_room(kind, other):
+                    first = heap[0]
+            if first is None:
                 return False
-            self._evict_first(tops[0] if len(tops) == 1 else min(tops, key=_order))
+            self._evict_first(first[2])
         return True
 
     def _evict_first(self, item: Evictable) -> None:
@@ -215,9 +221,5 @@ class Evictor:
         return heap[0][2] if heap else None
 
 
-def _order(item: Evictable) -> tuple[float, int]:
-    return item.priority, item.idle_since
-
-
-def _is_valid(entry: tuple[float, int, Evictable]) -> bool:
+def _is_valid(entry: Entry) -> bool:
     return entry[2].exposed and entry[2].idle_since == entry[1]

@@ -38,7 +38,7 @@ class Reservation:
         self._page_size = page_size
         self._requests = list(running)
         self._shared = [0 if r.prefix is None or r.prefix.top.users < 2 else r.prefix.depth for r in running]
-        self._tokens = (pages + sum(len(r.pages) for r in running) - sum(self._shared)) * page_size
+        self._tokens = (pages + sum([len(r.pages) for r in running]) - sum(self._shared)) * page_size
         prompt = np.array([len(r.prompt) for r in running], np.int64)
         sampled = np.array([r.num_sampled for r in running], np.int64)
         used = prompt + np.maximum(sampled - 1, 0)
@@ -78,6 +78,8 @@ class Reservation:
         for index, request in enumerate(self._requests):
             if request.prefix is not None and request.prefix.top is top:
                 more = request.prefix.depth - self._shared[index]
+                if not more:
+                    continue
                 self._shared[index] += more
                 self._used[self._order == index] -= more * self._page_size
                 self._tokens -= more * self._page_size

@@ -153,7 +153,6 @@ class Scheduler:
         last = len(order)  # order[last:] is preempted
         budget, page_size, sequences = self.limits.max_tokens, self.limits.page_size, plan.sequences
         growing: list[tuple[Request, int]] = []  # and the pages that each gets at the end
-        prefilling: list[Request] = []
         taken = 0
         for position, request in enumerate(order):
             if budget == 0 or position >= last:
@@ -162,8 +161,7 @@ class Scheduler:
             if sampled >= request.max_new:
                 continue  # its last token is in flight
             start = request.num_computed
-            prompt = len(request.prompt)
-            known = prompt + sampled
+            known = len(request.prompt) + sampled
             end = min(known, start + budget)
             if end > len(request.pages) * page_size:
                 needed = -(-end // page_size) - len(request.pages)
@@ -178,8 +176,6 @@ class Scheduler:
             request.num_computed = end
             if end == known:
                 request.num_sampled = sampled + 1
-            if start < prompt:
-                prefilling.append(request)
             sequences.append(ScheduledSequence(request, start, end - start, end == known))
             budget -= end - start
         plan.num_tokens = self.limits.max_tokens - budget
@@ -187,8 +183,10 @@ class Scheduler:
         for request, needed in growing:
             taken -= needed
             request.pages += pages[taken : taken + needed]
-        for request in prefilling:
-            self._register(request, plan)
+        if plan.num_tokens > len(sequences):  # prompts are among them
+            for sequence in sequences:
+                if sequence.start < len(sequence.request.prompt):
+                    self._register(sequence.request, plan)
 
     def _admit(self, plan: StepPlan, now: float) -> None:
         if not self.waiting or not self._free_slots or plan.num_tokens == self.limits.max_tokens:
