@@ -191,6 +191,23 @@ def test_a_plan_that_never_ran_leaves_no_prefix_but_those_of_earlier_steps(share
     assert sim.serve(prompt_of(30)[0], 2).metrics.cached_tokens == 12
 
 
+def test_output_that_was_to_be_recomputed_is_not_taken_for_computed(shared) -> None:
+    sim = shared(num_pages=30, max_seqs=2, max_tokens=8)
+    request = sim.add([5] * 4, 30)
+    while len(request.output) < 20:
+        sim.step()
+    sim.scheduler._preempt(request)
+    sim.prefixes.drop(None)
+    while request.status is Status.WAITING:
+        sim.step()
+    assert request.num_computed == 8 and request.num_shared == 2
+    plan = sim.scheduler.schedule(99.0)
+    assert (plan.sequences[0].start, plan.sequences[0].count) == (8, 8)
+    sim.scheduler.abandon(plan, lambda request: sim.scheduler.finish(request, FinishReason.ERROR, 99.0))
+    sim.scheduler.check()
+    assert sim.allocator.count(PageKind.PREFIX) == 2
+
+
 def test_a_plan_with_hits_that_never_ran_leaves_nothing(shared) -> None:
     sim = shared(num_pages=30, max_seqs=4, max_tokens=64)
     for n in (10, 18, 26, 9):
