@@ -118,6 +118,7 @@ class Slora:
                 max_tokens_per_step=4 * settings.max_seqs,
                 max_model_len=512,
                 max_rank=64,
+                prefix_cache=False,  # every round has the same prompts, and each is to be computed
                 host_adapter_bytes=12 << 30,
             ),
         )

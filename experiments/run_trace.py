@@ -20,15 +20,33 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.pool_picture import COLOURS, FREE, IDLE, IN_USE, KV, serve, tiny_engine
+from experiments.pool_picture import (
+    COLOURS,
+    FREE,
+    IDLE,
+    IN_USE,
+    KINDS,
+    KV,
+    PREFIX_IDLE,
+    PREFIX_IN_USE,
+    serve,
+    tiny_engine,
+)
 from experiments.slow_disk import slow_disk
 from slora_jax import RequestOutput
 from slora_jax.engine import Trace
 from slora_jax.metrics import RequestRecord, ServingMetrics, adapter_metrics, pool_use, serving_metrics
 
 Event = dict[str, Any]
-PAGES = {"kv": KV, "adapter_in_use": IN_USE, "adapter_idle": IDLE, "free": FREE}
-LABELS = {"kv": "KV cache", "adapter_in_use": "adapter in use", "adapter_idle": "adapter idle", "free": "free"}
+PAGES = {  # in the order of the stack, from below
+    "kv": KV,
+    "prefix_in_use": PREFIX_IN_USE,
+    "adapter_in_use": IN_USE,
+    "prefix_idle": PREFIX_IDLE,
+    "adapter_idle": IDLE,
+    "free": FREE,
+}
+LABELS = {name: KINDS[kind] for name, kind in PAGES.items()}
 LANES = {  # lane: (how the track's name begins, names of its events or all, colour)
     "host works": ("host", {"schedule", "dispatch", "hand out tokens"}, "#59636f"),
     "host waits": ("host", {"wait for device"}, "#c3cad3"),
@@ -133,6 +151,8 @@ def report(trace: Trace, outputs: Sequence[RequestOutput]) -> list[str]:
         f"longest {gap.maximum * 1e3:.1f} ms",
         f"adapters: {sum(a.loads for a in adapters.values())} loads, {sum(a.evictions for a in adapters.values())} "
         f"evictions; longest mean queue: {worst}, {adapters[worst].queue_time.mean:.3f} s",
+        f"prompt tokens found in the prefix cache: {sum(r.cached_tokens for r in records)} of "
+        f"{sum(r.prompt_tokens for r in records)}",
         f"pool, mean over time: {shares}",
     ]
 

@@ -29,6 +29,9 @@ class EngineConfig:
     admission: "optimistic" (what fits now; preempts when pages run out) or "reserve" (what fits with all output that it
       may still have, as in the paper).
     adapter_pages: pages set aside for adapters, as in the baseline `no-unify-mem`; None: one pool for adapters and KV.
+    prefix_cache: whether requests share the pages of equal beginnings, prompts and earlier answers, under the same
+      adapter. A prompt that is found is not computed again, so it falls into other chunks: the last bits of the logits
+      may differ from those without.
     adapter_slots: adapters resident in the pool at once; None: as many as could fit, at most 4096.
     prefetch: adapters brought ahead of the requests that wait for them, and not used yet: read from disk and copied to
       the pool while others run. 0: each is uploaded before the step that admits its request, which waits
@@ -60,6 +63,7 @@ class EngineConfig:
     max_model_len: int | None = None
     admission: str = "optimistic"
     adapter_pages: int | None = None
+    prefix_cache: bool = True
     adapter_slots: int | None = None
     prefetch: int = 8
     upload_pages_per_step: int = 32
@@ -91,6 +95,7 @@ class EngineConfig:
         _require(
             self.kernels in ("auto", *IMPLEMENTATIONS), "kernels", self.kernels, f"'auto' or one of {IMPLEMENTATIONS}"
         )
+        _require(isinstance(self.prefix_cache, bool), "prefix_cache", self.prefix_cache, "True or False")
         _require(self.admission in ADMISSIONS, "admission", self.admission, f"one of {ADMISSIONS}")
         fraction = self.memory_fraction
         _require(isinstance(fraction, float) and 0 < fraction <= 1, "memory_fraction", fraction, "a float in (0, 1]")

@@ -24,7 +24,17 @@ from slora_jax.engine.progress import Progress
 from slora_jax.engine.runner import InFlight, Runner, adapter_geometry, longest_sequence
 from slora_jax.engine.trace import NoTrace, Trace
 from slora_jax.errors import AdapterError, RequestError
-from slora_jax.memory import AdapterResidency, EvictionPolicy, Evictor, Lru, PageAllocator, PageKind, Upload
+from slora_jax.memory import (
+    AdapterResidency,
+    EvictionPolicy,
+    Evictor,
+    Lru,
+    PageAllocator,
+    PageKind,
+    PrefixCache,
+    Upload,
+)
+from slora_jax.memory.prefix import PrefixCounters
 from slora_jax.models import ModelConfig, Params, load_model
 from slora_jax.scheduling import (
     AdapterState,
@@ -87,6 +97,7 @@ class Engine:
         )
         evictor = Evictor(self.allocator, eviction or Lru())
         self.residency = AdapterResidency(evictor, self._runner.shape.adapter_slots)
+        self.prefixes = PrefixCache(evictor, config.page_size) if config.prefix_cache else None
         limits = SchedulerLimits(
             config.max_seqs,
             config.max_tokens_per_step,
@@ -95,7 +106,7 @@ class Engine:
             config.prefetch,
             config.upload_pages_per_step,
         )
-        self.scheduler = Scheduler(self.residency, policy or Fcfs(), limits, self._adapter_state)
+        self.scheduler = Scheduler(self.residency, policy or Fcfs(), limits, self._adapter_state, self.prefixes)
         self._progress: dict[str, Progress] = {}
         self._tiles: dict[str, AdapterTiles] = {}  # found in memory while planning; kept until all is uploaded
         self._lost: dict[str, AdapterError] = {}  # digests that could not be brought back from disk
@@ -149,7 +160,8 @@ class Engine:
 
     def unload_adapter(self, name: str) -> bool:
         """Forgets a name. Its content leaves host memory and the pool at once, unless another name points to it or
-        requests under way use it; then it goes with the last of these. Returns whether it is gone.
+        requests under way use it; then it goes with the last of these, and with it the prefixes computed under it.
+        Returns whether it is gone.
 
         Raises:
           AdapterError: no adapter has this name.
@@ -310,13 +322,17 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counters and the state now."""
-        counters = self.residency.counters
+        counters, evictor = self.residency.counters, self.residency.evictor
+        prefixes = PrefixCounters() if self.prefixes is None else self.prefixes.counters
         return EngineStats(
             steps=self._steps,
             tokens_computed=self._computed,
             tokens_generated=self._generated,
             preemptions=self.scheduler.preemptions,
             aborts=self.scheduler.aborts,
+            prompt_tokens=self.scheduler.prompt_tokens,
+            prefix_hit_tokens=prefixes.hits * self.config.page_size,
+            prefix_evictions=prefixes.evictions,
             adapter_loads=counters.loads,
             adapter_evictions=counters.evictions,
             adapter_hits=counters.hits,
@@ -331,9 +347,11 @@ class Engine:
             pages={
                 "free": self.allocator.num_free,
                 "kv": self.allocator.count(PageKind.KV),
+                "prefix": self.allocator.count(PageKind.PREFIX),
                 "adapter": self.allocator.count(PageKind.ADAPTER),
             },
-            idle_adapter_pages=self.residency.evictor.pages(PageKind.ADAPTER),
+            idle_prefix_pages=evictor.pages(PageKind.PREFIX),
+            idle_adapter_pages=evictor.pages(PageKind.ADAPTER),
             host_seconds=self._host_seconds - self._runner.launch_seconds,
             launch_seconds=self._runner.launch_seconds,
         )
@@ -453,11 +471,13 @@ class Engine:
         return step
 
     def _abandon(self, plan: StepPlan, error: str) -> None:
-        """After a failure: ends the plan's requests; forgets adapters that may not have reached the pool."""
+        """After a failure: ends the plan's requests; forgets what may not have reached the pool."""
         now = time.perf_counter()
-        for sequence in plan.sequences:
-            progress = self._progress[sequence.request.id]
-            self._unread.append(self._end(progress, FinishReason.ERROR, [], now, error))
+
+        def end(request: Request) -> None:
+            self._unread.append(self._end(self._progress[request.id], FinishReason.ERROR, [], now, error))
+
+        self.scheduler.abandon(plan, end)
         for resident in plan.loads:
             self.residency.drop(resident.digest)
         for upload in plan.uploads:
@@ -539,10 +559,12 @@ class Engine:
         return AdapterUse(adapter, info.digest, np.asarray(info.ranks, np.int32), info.num_pages)
 
     def _drop_if_unnamed(self, digest: str | None) -> bool:
-        """Frees the pool pages of content that no name points to any more, unless requests use it or wait for it; then
-        it goes with the last of these. Whether it is gone."""
+        """Frees the pool pages of content that no name points to any more, and those of prefixes computed under it,
+        unless requests use them or wait for them; then they go with the last of these. Whether the adapter is gone."""
         if digest is None or self.store.is_named(digest) or digest in self.scheduler.waiting.by_adapter:
             return False
+        if self.prefixes is not None:
+            self.prefixes.drop(digest)
         return self.residency.drop(digest)
 
 

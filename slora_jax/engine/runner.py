@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pallas_kernels.lora.layout import ceil_div
 from slora_jax.adapters import BaseGeometry
-from slora_jax.engine.batch import SAMPLER_FIELDS, build_metadata
+from slora_jax.engine.batch import SAMPLER_FIELDS, TABLE_ROWS, build_metadata, set_table_rows, shared_rows
 from slora_jax.engine.config import EngineConfig
 from slora_jax.engine.programs import StepPrograms
 from slora_jax.engine.sampling import Sampled
@@ -119,6 +119,8 @@ class Runner:
         metadata, requests, samples = build_metadata(plan, layout)
         logprobs = any(r.params.logprobs is not None for r in requests)
         start = time.thread_time()
+        for slot, pages in shared_rows(plan.hits, self.state.page_table):
+            self.state = replace(self.state, page_table=set_table_rows(self.state.page_table, slot, pages))
         self.pool, self.state, output = program(self._params, self.pool, self.table, self.state, metadata)
         sampled = Sampled(output.token)
         if logprobs or any(r.params.temperature > 0 for r in requests):
@@ -153,13 +155,17 @@ class Runner:
         return None
 
     def _warm_up(self) -> None:
-        """Compiles what the steps do not contain: the uploads. Writes only where nothing is kept."""
+        """Compiles what the steps do not contain: the uploads, rows of the page table. Writes only where nothing is
+        kept."""
         for size in UPLOAD_PAGES:
             nowhere = np.full(size, self.shape.num_pages, np.int32)
             contents = np.zeros((self.shape.num_layers, size, *self.pool[0].shape[1:]), self.pool[0].dtype)
             for staged in (contents, jax.device_put(contents)):
                 self.pool = upload_pages(self.pool, nowhere, staged)
         self.table = describe(self.table, 0, np.empty(0, np.int32), np.zeros(7, np.int32))
+        nobody = np.full(TABLE_ROWS, self.state.page_table.shape[0] - 1, np.int32)
+        rows = np.zeros((TABLE_ROWS, self.state.page_table.shape[1]), np.int32)
+        self.state = replace(self.state, page_table=set_table_rows(self.state.page_table, nobody, rows))
 
 
 def adapter_geometry(model: ModelConfig, page_size: int) -> BaseGeometry:

@@ -173,8 +173,15 @@ class Trace(NoTrace):
     def sample(self, engine: Engine) -> None:
         """Takes down queues and pool as they are now."""
         stats = engine.stats()
-        idle = stats.idle_adapter_pages
-        pages = PoolPages(stats.pages["free"], stats.pages["kv"], stats.pages["adapter"] - idle, idle)
+        idle, idle_prefix = stats.idle_adapter_pages, stats.idle_prefix_pages
+        pages = PoolPages(
+            free=stats.pages["free"],
+            kv=stats.pages["kv"],
+            prefix_in_use=stats.pages["prefix"] - idle_prefix,
+            prefix_idle=idle_prefix,
+            adapter_in_use=stats.pages["adapter"] - idle,
+            adapter_idle=idle,
+        )
         self.samples.append(
             PoolSample(time.perf_counter(), pages, stats.running, stats.waiting, stats.upload_bytes_in_flight)
         )

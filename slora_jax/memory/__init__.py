@@ -1,8 +1,9 @@
-"""The unified pool: device arrays and pure updates, the page allocator, adapter residency."""
+"""The unified pool: device arrays and pure updates, the page allocator, adapter residency, the prefix cache."""
 
 from slora_jax.memory.allocator import DUMMY_PAGE, PageAllocator, PageKind
 from slora_jax.memory.eviction import CostAware, EvictionPolicy, Evictor, Immediate, Lru, RestoreCosts
 from slora_jax.memory.pool import Pool, PoolShape, upload_adapter
+from slora_jax.memory.prefix import PrefixCache, PrefixNode
 from slora_jax.memory.residency import AdapterResidency, Resident, Upload
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "PageKind",
     "Pool",
     "PoolShape",
+    "PrefixCache",
+    "PrefixNode",
     "Resident",
     "RestoreCosts",
     "Upload",

@@ -108,6 +108,10 @@ class CostAware(EvictionPolicy):
         self._age = max(self._age, item.priority)
 
 
+Entry = tuple[float, int, Evictable]
+"""Of a heap: priority, since when it is idle (no two the same), and the item, if it is idle since then."""
+
+
 class Evictor:
     """Knows what in the pool is idle, and evicts by the policy when pages are wanted.
 
@@ -123,7 +127,7 @@ class Evictor:
         self.allocator = allocator
         self.policy = policy
         self._evict: dict[PageKind, Callable[[Evictable], None]] = {}
-        self._heaps: dict[PageKind, list[tuple[float, int, Evictable]]] = {}
+        self._heaps: dict[PageKind, list[Entry]] = {}
         self._pages: dict[PageKind, int] = {}
         self._awaited: dict[PageKind, dict[int, Evictable]] = {}  # the idle ones, by idle_since
         self._awaited_pages: dict[PageKind, int] = {}
@@ -211,28 +215,35 @@ class Evictor:
         Raises:
           PoolError: none is idle.
         """
-        self._evict_first([kind], spare)
+        item = self._first([kind], spare)
+        if item is None:
+            raise PoolError(f"no idle {kind.name} can be evicted")
+        self._evict_first(item)
 
     def make_room(self, count: int, kind: PageKind, spare: bool = False) -> bool:
         """Evicts until `count` pages can be allocated for `kind`, or nothing is left to go. Whether they can."""
-        if self.allocator.available(kind) >= count:
-            return True
-        kinds = [other for other in self._heaps if self.allocator.shares_room(kind, other)]
+        kinds: list[PageKind] | None = None
         while self.allocator.available(kind) < count:
-            if not any(self.has_idle(other, spare) for other in kinds):
+            if kinds is None:
+                kinds = [other for other in self._heaps if self.allocator.shares_room(kind, other)]
+            item = self._first(kinds, spare)
+            if item is None:
                 return False
-            self._evict_first(kinds, spare)
+            self._evict_first(item)
         return True
 
-    def _evict_first(self, kinds: list[PageKind], spare: bool) -> None:
-        tops = [top for kind in kinds if (top := self._top(kind)) is not None]
-        if tops:
-            item = min(tops, key=lambda item: (item.priority, item.idle_since))
-        else:
-            awaited = [] if spare else [item for kind in kinds for item in self._awaited[kind].values()]
-            if not awaited:
-                raise PoolError(f"no idle {' or '.join(kind.name for kind in kinds)} can be evicted")
-            item = max(awaited, key=lambda item: item.awaited)
+    def _first(self, kinds: list[PageKind], spare: bool) -> Evictable | None:
+        """The first to go of these kinds: awaited ones only when there are no others, the farthest back first."""
+        first: Entry | None = None
+        for kind in kinds:
+            if self._top(kind) is not None and (first is None or self._heaps[kind][0] < first):
+                first = self._heaps[kind][0]
+        if first is not None:
+            return first[2]
+        awaited = [] if spare else [item for kind in kinds for item in self._awaited[kind].values()]
+        return max(awaited, key=lambda item: item.awaited, default=None)
+
+    def _evict_first(self, item: Evictable) -> None:
         self.policy.evicted(item)
         self.evict(item)
 
@@ -244,5 +255,5 @@ class Evictor:
         return heap[0][2] if heap else None
 
 
-def _is_valid(entry: tuple[float, int, Evictable]) -> bool:
+def _is_valid(entry: Entry) -> bool:
     return entry[2].exposed and entry[2].idle_since == entry[1]

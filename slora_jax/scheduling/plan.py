@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from slora_jax.memory import Resident, Upload
+from slora_jax.memory import PrefixNode, Resident, Upload
 from slora_jax.scheduling.request import Request
 
 
@@ -25,6 +25,8 @@ class StepPlan:
 
     loads: adapters to upload before the step. uploads: pages of adapters to copy beside it; each is answered by
     `AdapterResidency.land` when it is there. A plan has the one or the other, by `SchedulerLimits.prefetch`.
+    hits: requests admitted with pages of the prefix cache, of which the device's page table does not know yet.
+    registered: what it brings to the prefix cache: deepest new node of a request, and pages before the first new one.
     """
 
     sequences: list[ScheduledSequence] = field(default_factory=list)
@@ -33,3 +35,5 @@ class StepPlan:
     num_tokens: int = 0
     preempted: int = 0
     aborted: list[tuple[Request, str]] = field(default_factory=list)
+    hits: list[Request] = field(default_factory=list)
+    registered: list[tuple[PrefixNode, int]] = field(default_factory=list)

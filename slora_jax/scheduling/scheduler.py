@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from slora_jax.errors import ConfigError
-from slora_jax.memory import AdapterResidency, PageKind
+from slora_jax.memory import AdapterResidency, PageKind, PrefixCache, PrefixNode
 from slora_jax.scheduling.plan import ScheduledSequence, StepPlan
 from slora_jax.scheduling.policy import Batch, Policy
 from slora_jax.scheduling.prefetch import AdapterState, Prefetch
@@ -55,6 +55,11 @@ class Scheduler:
     Admission needs pages for all tokens known so far, and for the adapter if it is not resident; under "reserve" for
     all tokens to come as well. When a running sequence needs a page and none is free, what is idle goes first; then the
     policy's last running request is preempted: its pages are freed and its tokens recomputed when it is admitted again.
+
+    With a prefix cache, a request is admitted with the pages that hold the beginning of its tokens, and computes the
+    rest, at least its last token. Full pages of prompts are shared from the plan on that computes them: the device runs
+    the steps in order, and writes a layer's keys and values before it attends, so that even requests of the same step
+    may read them. Full pages of output follow when the request ends or is preempted.
     """
 
     def __init__(
@@ -63,16 +68,19 @@ class Scheduler:
         policy: Policy,
         limits: SchedulerLimits,
         adapter_state: Callable[[str], AdapterState] = lambda digest: AdapterState.READY,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         self.residency = residency
         self.evictor = residency.evictor
         self.allocator = residency.evictor.allocator
         self.policy = policy
         self.limits = limits
+        self.prefixes = prefixes
         self.waiting = RequestQueue()
         self.running: list[Request] = []  # in order of arrival
         self.preemptions = 0
         self.aborts = 0
+        self.prompt_tokens = 0  # known when admitted: prompts, and output of those that were preempted
         self._adapter_state = adapter_state
         self._prefetch = Prefetch(residency, limits.prefetch, limits.page_size, adapter_state)
         self._adapters: dict[str, int] = {}  # digest -> running requests
@@ -82,6 +90,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         self.policy.arrived(request, self.waiting)
         self.waiting.add(request)
+        if self.prefixes is not None:
+            request.token_bytes()  # made now, rather than within a step
 
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
@@ -116,14 +126,28 @@ class Scheduler:
         request.finish_reason = reason
         request.metrics.finished = now
 
+    def abandon(self, plan: StepPlan, finish: Callable[[Request], None]) -> None:
+        """Takes a plan back that did not reach the device: ends its requests by `finish`, and forgets the prefixes that
+        it was to compute."""
+        for sequence in plan.sequences:
+            sequence.request.num_computed = sequence.start
+            finish(sequence.request)
+        for node, before in reversed(plan.registered):
+            assert self.prefixes is not None
+            self.prefixes.forget(node, before)
+
     def check(self) -> None:
         """Compares page ownership with the allocator's books; raises `PoolError` on any leak."""
+        prefixes = self.prefixes
         self.allocator.check_owned(
             {
-                PageKind.KV: [np.asarray(r.pages, np.int32) for r in self.running],
+                PageKind.KV: [np.asarray(r.pages[r.num_shared :], np.int32) for r in self.running],
                 PageKind.ADAPTER: [r.pages for r in self.residency.residents],
+                PageKind.PREFIX: [] if prefixes is None else [prefixes.pages()],
             }
         )
+        if prefixes is not None:
+            prefixes.check([r.prefix for r in self.running if r.prefix is not None])
 
     def _abort(self, plan: StepPlan, now: float) -> None:
         for request, reason in list(self.policy.aborts(self.waiting, self._batch, now)):
@@ -168,6 +192,10 @@ class Scheduler:
         for request, needed in growing:
             taken -= needed
             request.pages += pages[taken : taken + needed]
+        if plan.num_tokens > len(sequences):  # prompts are among them
+            for sequence in sequences:
+                if sequence.start < len(sequence.request.prompt):
+                    self._register(sequence.request, plan)
 
     def _admit(self, plan: StepPlan, now: float) -> None:
         if not self.waiting or not self._free_slots or plan.num_tokens == self.limits.max_tokens:
@@ -194,19 +222,41 @@ class Scheduler:
                     if request.digest is not None and request.digest in self.residency:
                         kept = (kept or 0) + self.pages_for(request.num_tokens)
                     continue
-                if not self._fits(request, reservation, kept):
+                prefix = self._match(request)
+                if not self._fits(request, prefix, reservation, kept):
                     break
                 started.append(request)
-                self._start(plan, request, now)
-                count = min(request.num_tokens, budget)
-                self._schedule_tokens(plan, request, count, self.pages_for(request.num_tokens))
+                self._start(plan, request, prefix, now)
+                count = min(request.num_tokens - request.num_computed, budget)
+                self._schedule_tokens(plan, request, count, self.pages_for(request.num_tokens) - len(request.pages))
+                self._register(request, plan)
         finally:
             for request in started:
                 self.waiting.remove(request)
 
     def _reservation(self) -> Reservation:
-        held = sum(len(request.pages) for request in self.running)
-        return Reservation(self.running, self.evictor.within_reach(PageKind.KV) + held, self.limits.page_size)
+        return Reservation(self.running, self.evictor.within_reach(PageKind.KV), self.limits.page_size)
+
+    def _match(self, request: Request) -> PrefixNode | None:
+        """What the prefix cache has of a request's tokens: never all of them, as computing the last one samples."""
+        if self.prefixes is None:
+            return None
+        most = (request.num_tokens - 1) // self.limits.page_size
+        return self.prefixes.match(request.digest, request.token_bytes(), most)
+
+    def _register(self, request: Request, plan: StepPlan | None = None) -> None:
+        """Brings a request's full pages to the prefix cache, as far as the host knows their tokens; those that `plan`
+        is to compute, or, None, those that dispatched steps have computed."""
+        if self.prefixes is None:
+            return
+        before = request.num_shared
+        full = min(request.num_computed, len(request.prompt) + len(request.output)) // self.limits.page_size
+        if full <= before:
+            return
+        pages = request.pages[before:full]
+        request.prefix = self.prefixes.extend(request.prefix, request.digest, request.token_bytes(), pages)
+        if plan is not None and request.prefix is not None and request.prefix.depth > before:
+            plan.registered.append((request.prefix, before))
 
     def _on_host(self, digest: str | None, absent: set[str]) -> bool:
         if digest is None or digest in self.residency:
@@ -218,7 +268,9 @@ class Scheduler:
         absent.add(digest)
         return False
 
-    def _fits(self, request: Request, reservation: Reservation | None, kept: int | None) -> bool:
+    def _fits(
+        self, request: Request, prefix: PrefixNode | None, reservation: Reservation | None, kept: int | None
+    ) -> bool:
         """Whether there is room: for one that overtakes others, beside what they need and a page for each that runs,
         and without evicting what anyone waits for."""
         overtakes = kept is not None
@@ -229,11 +281,16 @@ class Scheduler:
                 return False
             adapter_pages = self.residency.pages_to_admit(digest, num_pages)
             taken = self.residency.pages_to_admit(digest, num_pages, overtakes)
-        kv_pages = self.pages_for(request.num_tokens) + (0 if kept is None else kept + len(self.running))
+        kv_pages, idle_pages = self.pages_for(request.num_tokens), 0
+        if prefix is not None and self.prefixes is not None:
+            idle_pages = self.prefixes.idle_pages(prefix)  # in use from now on, so no room for anything else
+            kv_pages += idle_pages - prefix.depth
+        if kept is not None:
+            kv_pages += kept + len(self.running)
         if not self.evictor.can_make_room(kv_pages, taken, overtakes):
             return False
         shared = self.allocator.shares_room(PageKind.KV, PageKind.ADAPTER)
-        return reservation is None or reservation.take(request, adapter_pages if shared else 0)
+        return reservation is None or reservation.take(request, adapter_pages if shared else 0, prefix, idle_pages)
 
     def _has_landed(self, request: Request) -> bool:
         resident = None if request.digest is None else self.residency.find(request.digest)
@@ -266,7 +323,12 @@ class Scheduler:
         upcoming = self.policy.upcoming(self.waiting, self._batch, now)
         self._prefetch.look_ahead(upcoming, self.waiting.by_adapter, len(self.running))
 
-    def _start(self, plan: StepPlan, request: Request, now: float) -> None:
+    def _start(self, plan: StepPlan, request: Request, prefix: PrefixNode | None, now: float) -> None:
+        self.prompt_tokens += request.num_tokens
+        if prefix is not None and self.prefixes is not None:
+            request.prefix, request.pages = prefix, self.prefixes.acquire(prefix)  # before anything is evicted
+            request.num_computed = prefix.depth * self.limits.page_size
+            plan.hits.append(request)
         if request.adapter is not None:
             digest = request.adapter.digest
             resident, new = self.residency.acquire(digest, request.adapter.ranks, request.adapter.num_pages)
@@ -278,6 +340,7 @@ class Scheduler:
         request.status = Status.RUNNING
         if request.metrics.admitted is None:
             request.metrics.admitted = now
+            request.metrics.cached_tokens = request.num_computed
         insort(self.running, request, key=by_number)
         self.policy.admitted(request)
 
@@ -301,8 +364,12 @@ class Scheduler:
         self.waiting.add(request)
 
     def _release(self, request: Request) -> None:
-        self.allocator.free(np.asarray(request.pages, np.int32))
+        self._register(request)
+        self.allocator.free(np.asarray(request.pages[request.num_shared :], np.int32))
         request.pages = []
+        if request.prefix is not None and self.prefixes is not None:
+            self.prefixes.release(request.prefix)
+            request.prefix = None
         self._free_slots.append(request.slot)
         request.slot = -1
         if request.adapter is not None:

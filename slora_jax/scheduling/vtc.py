@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace
@@ -92,8 +91,11 @@ class Vtc(Policy):
             self._charge(request.tenant, self.input_price * len(request.prompt))
 
     def stepped(self, sequences: Sequence[ScheduledSequence]) -> None:
-        for tenant, tokens in Counter([s.request.tenant for s in sequences if s.samples]).items():
-            self._charge(tenant, self.output_price * tokens)
+        counters, weights, price = self.counters, self.weights, self.output_price
+        for sequence in sequences:
+            if sequence.samples:
+                tenant = sequence.request.tenant
+                counters[tenant] += price / weights.get(tenant, 1.0)
 
     def _charge(self, tenant: str, service: float) -> None:
         self.counters[tenant] += self._price(tenant, service)

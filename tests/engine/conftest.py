@@ -187,17 +187,18 @@ def compilations() -> Iterator[list[str]]:
 
 
 def assert_idle(engine: Engine) -> None:
-    """Nothing is under way, no page leaked, and what adapters hold may be evicted."""
+    """Nothing is under way, no page leaked, and what adapters and prefixes hold may be evicted."""
     assert not engine.has_work()
     engine.check()
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.pages["kv"]) == (0, 0, 0)
-    assert stats.pages["free"] + stats.idle_adapter_pages == engine.allocator.capacity
+    idle = stats.idle_adapter_pages + stats.idle_prefix_pages
+    assert stats.pages["free"] + idle == engine.allocator.capacity
 
 
 @contextmanager
 def squeezed(engine: Engine, pages: int) -> Iterator[None]:
-    """Leaves the engine only so many free pages (idle adapters are evicted), so that running sequences collide."""
+    """Leaves the engine only so many free pages (what is idle is evicted), so that running sequences collide."""
     engine.residency.evictor.make_room(engine.allocator.capacity, PageKind.KV)
     held = engine.allocator.allocate(engine.allocator.num_free - pages, PageKind.KV)
     yield
@@ -228,5 +229,7 @@ def engine(shared_engine: Engine) -> Iterator[Engine]:
     assert_idle(shared_engine)
     for info in shared_engine.adapters():
         assert shared_engine.unload_adapter(info.name)
+    assert shared_engine.prefixes is not None
+    shared_engine.prefixes.drop(None)
     assert shared_engine.allocator.num_free == shared_engine.allocator.capacity
     assert not unfinished, "the test left requests behind"

@@ -14,7 +14,7 @@ from slora_jax.engine.trace import NoTrace
 from slora_jax.metrics import RequestRecord, adapter_metrics, serving_metrics
 
 NUM_ADAPTERS = 12
-KINDS = {"free", "kv", "adapter_in_use", "adapter_idle"}
+KINDS = {"free", "kv", "prefix_in_use", "prefix_idle", "adapter_in_use", "adapter_idle"}
 
 
 @pytest.fixture(scope="module")

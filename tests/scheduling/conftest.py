@@ -7,7 +7,16 @@ from collections.abc import Callable
 import pytest
 from make_request import make_request
 
-from slora_jax.memory import AdapterResidency, EvictionPolicy, Evictor, Lru, PageAllocator, PageKind, Upload
+from slora_jax.memory import (
+    AdapterResidency,
+    EvictionPolicy,
+    Evictor,
+    Lru,
+    PageAllocator,
+    PageKind,
+    PrefixCache,
+    Upload,
+)
 from slora_jax.scheduling import (
     AdapterState,
     Fcfs,
@@ -42,11 +51,14 @@ class Simulation:
         prefetch: int = 0,
         upload_pages: int = 8,
         copy_steps: int = 1,
+        prefix_cache: bool = False,
     ) -> None:
         self.allocator = PageAllocator(num_pages + 1, adapter_pages)
-        self.residency = AdapterResidency(Evictor(self.allocator, eviction or Lru()), adapter_slots)
+        self.evictor = Evictor(self.allocator, eviction or Lru())
+        self.residency = AdapterResidency(self.evictor, adapter_slots)
+        self.prefixes = PrefixCache(self.evictor, PAGE_SIZE) if prefix_cache else None
         limits = SchedulerLimits(max_seqs, max_tokens, PAGE_SIZE, admission, prefetch, upload_pages)
-        self.scheduler = Scheduler(self.residency, policy or Fcfs(), limits, adapter_state)
+        self.scheduler = Scheduler(self.residency, policy or Fcfs(), limits, adapter_state, self.prefixes)
         self.requests: list[Request] = []
         self.stop_early: dict[int, int] = {}  # request number -> output tokens after which it meets a stop token
         self.steps = 0
@@ -55,9 +67,10 @@ class Simulation:
         self._in_flight: StepPlan | None = None
 
     def add(
-        self, prompt: int, new: int, adapter: str | None = None, adapter_pages: int = 0, tenant: str = ""
+        self, prompt: int | list[int], new: int, adapter: str | None = None, adapter_pages: int = 0, tenant: str = ""
     ) -> Request:
-        """A request of `prompt` tokens that may generate `new`, with an adapter of `adapter_pages`."""
+        """A request of `prompt` tokens (their number, or their ids) that may generate `new`, with an adapter of
+        `adapter_pages`."""
         request = make_request(len(self.requests), float(self.steps), prompt, new, adapter, adapter_pages, tenant)
         self.requests.append(request)
         self.scheduler.add(request)
@@ -72,16 +85,24 @@ class Simulation:
             self.residency.land(self.copies.popleft()[1])
             plan = self.scheduler.schedule(float(self.steps))
             self.copies.extend((self.steps + self.copy_steps, upload) for upload in plan.uploads)
+        self.dispatch(plan)
         before, self._in_flight = self._in_flight, plan if plan.sequences else None
         self.steps += 1
         for sequence in before.sequences if before else ():
             request = sequence.request
             if sequence.samples and request.finish_reason is None:
-                request.output.append(0)
+                request.output.append(self.sample(request))
                 if len(request.output) >= self.stop_early.get(request.number, request.max_new):
                     self.scheduler.finish(request, FinishReason.STOP, float(self.steps))
         self.scheduler.check()
         return plan
+
+    def dispatch(self, plan: StepPlan) -> None:
+        """For a device that does something."""
+
+    def sample(self, request: Request) -> int:
+        """The token that follows."""
+        return 0
 
     def run(self, most_steps: int) -> list[StepPlan]:
         """Steps until all is finished and read."""
@@ -93,9 +114,9 @@ class Simulation:
         return plans
 
     def assert_idle(self) -> None:
-        """Nothing runs, and every page is free or an idle adapter's."""
+        """Nothing runs, and every page is free or idle."""
         assert not self.scheduler.running and not self.scheduler.waiting
-        idle = self.scheduler.evictor.pages(PageKind.ADAPTER)
+        idle = self.evictor.pages(PageKind.ADAPTER) + self.evictor.pages(PageKind.PREFIX)
         assert self.allocator.num_free + idle == self.allocator.capacity
         assert all(not resident.users for resident in self.residency.residents)
 
