@@ -434,7 +434,7 @@ class Engine:
         now = time.perf_counter()
         for request in list(self.scheduler.waiting):
             if request.adapter is not None and request.adapter.digest in self._lost:
-                error = str(self._lost[request.adapter.digest])
+                error = f"adapter {request.adapter.name!r}: {self._lost[request.adapter.digest]}"
                 self._unread.append(self._end(self._progress[request.id], FinishReason.ERROR, [], now, error))
         self._lost.clear()
 
