@@ -17,7 +17,7 @@ from tqdm import tqdm
 from slora_jax.adapters import AdapterInfo, AdapterStore, AdapterTiles, LoraAdapter
 from slora_jax.engine.arrival import check_fits, is_ids, one_each, prompt_ids
 from slora_jax.engine.config import EngineConfig
-from slora_jax.engine.interrupts import InterruptHeld
+from slora_jax.engine.interrupts import InterruptHeld, uninterrupted
 from slora_jax.engine.outputs import Delta, EngineStats, Prompt, RequestOutput
 from slora_jax.engine.programs import keep_compiled_programs
 from slora_jax.engine.progress import Progress
@@ -111,6 +111,7 @@ class Engine:
 
     # Adapters
 
+    @uninterrupted
     def load_adapter(self, name: str, adapter: str | Path | LoraAdapter) -> AdapterInfo:
         """Registers a PEFT directory (or an adapter in memory) under `name`, in host memory. A name that is in use gets
         the new content; requests under way keep the old.
@@ -126,11 +127,15 @@ class Engine:
     def load_adapters(self, root: str | Path) -> list[AdapterInfo]:
         """Registers every PEFT directory in `root` under its folder's name, with a progress bar. A bad one is reported
         by a warning and skipped."""
+        old = {info.digest for info in self.store.infos()}
         report = self.store.load_directory(root, progress=self.config.progress)
         for name, error in report.errors:
-            warnings.warn(f"adapter {name} skipped: {error}", stacklevel=2)
+            warnings.warn(f"adapter {name!r} skipped: {error}", stacklevel=2)
+        for digest in old:
+            self._drop_if_unnamed(digest)
         return report.infos
 
+    @uninterrupted
     def unload_adapter(self, name: str) -> bool:
         """Forgets a name. Its content leaves host memory and the pool at once, unless another name points to it or
         requests under way use it; then it goes with the last of these. Returns whether it is gone.
@@ -148,6 +153,7 @@ class Engine:
 
     # Requests
 
+    @uninterrupted
     def add_request(
         self,
         prompt: Prompt,
@@ -193,6 +199,7 @@ class Engine:
         self.scheduler.add(request)
         return request_id
 
+    @uninterrupted
     def cancel(self, request_id: str) -> bool:
         """Ends a request now; its pages are free when this returns, and the next `step` reports it. Returns whether
         there was such a request."""
@@ -272,7 +279,7 @@ class Engine:
                             outputs[delta.request_id] = delta.output
                             bar.update()
         except BaseException:
-            for request_id in ids:
+            for request_id in list(self._progress):  # also one whose id Ctrl-C kept from us
                 self.cancel(request_id)
             self._drain()
             raise
