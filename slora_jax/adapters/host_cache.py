@@ -95,8 +95,13 @@ class HostCache:
             content = self._contents.get(digest)
             return content is not None and content.names > 0
 
+    def holds(self, digest: str) -> bool:
+        """Whether this content is in memory or on disk."""
+        with self._changed:
+            return digest in self._contents
+
     def insert(self, tiles: AdapterTiles, source: Path | None) -> None:
-        """Adds content with one name (spilled or lost content is restored), then spills until the budget holds."""
+        """Adds content with one name (spilled or lost content is restored). `keep_budget` is the caller's next call."""
         with self._changed:
             self._check_open()
             content = self._contents.get(tiles.digest)
@@ -105,6 +110,11 @@ class HostCache:
             content.names += 1
             content.source = source or content.source
             self._make_resident(content, tiles)
+
+    def keep_budget(self, digest: str) -> None:
+        """Spills until the budget holds, but not `digest`, which has just arrived."""
+        with self._changed:
+            content = self._contents.get(digest)
         self._enforce_budget(keep=content)
 
     def release(self, digest: str) -> None:
@@ -217,7 +227,7 @@ class HostCache:
             self._worker.start()
         self._changed.notify_all()
 
-    def _victim(self, keep: _Content) -> _Content | None:
+    def _victim(self, keep: _Content | None) -> _Content | None:
         if self._resident_bytes - self._spilling_bytes <= self.host_bytes:
             return None
         pinned = None
@@ -245,7 +255,7 @@ class HostCache:
         if unused:
             self._files.discard(content.spilled)
 
-    def _enforce_budget(self, keep: _Content) -> None:
+    def _enforce_budget(self, keep: _Content | None) -> None:
         """Spills until the budget holds; `keep` has just arrived and stays."""
         while True:
             with self._changed:

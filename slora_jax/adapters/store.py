@@ -148,6 +148,10 @@ class AdapterStore:
         """Whether any name points to this content."""
         return self._cache.is_named(digest)
 
+    def holds(self, digest: str) -> bool:
+        """Whether this content is in memory or on disk, for a name or a pin."""
+        return self._cache.holds(digest)
+
     def info(self, name: str) -> AdapterInfo:
         """What `register` returned for a name. Raises AdapterError naming the nearest names."""
         with self._lock:
@@ -243,6 +247,7 @@ class AdapterStore:
             self._infos[name] = info
         if replaced is not None:
             self._cache.release(replaced.digest)
+        self._cache.keep_budget(info.digest)
         return info
 
     def _describe(self, name: str, adapter: LoraAdapter) -> AdapterInfo:

@@ -145,7 +145,7 @@ class Engine:
         """
         digest = self.store.resolve(name)
         self.store.remove(name)
-        return self._drop_if_unnamed(digest)
+        return self._drop_if_unnamed(digest) and not self.store.holds(digest)
 
     def adapters(self) -> list[AdapterInfo]:
         """All registered adapters."""
