@@ -48,10 +48,22 @@ SMALL = {
     "mixed_buckets": (16,),
 }
 """One engine shape for all tests that need no other: compiled once."""
+MEDIUM = SMALL | {
+    "num_pages": 160,
+    "max_seqs": 16,
+    "max_tokens_per_step": 32,
+    "max_rank": 24,
+    "decode_buckets": (16,),
+    "mixed_buckets": (32,),
+}
+"""The shape for tests of many adapters."""
 
 
 class TinyModel:
-    """Two layers of width 32, grouped-query attention: `config`, `graphdef`, `params`, and the adapters' geometry."""
+    """Two layers of width 32, grouped-query attention: `config`, `graphdef`, `params`, and the adapters' geometry.
+    `medium` are settings of an engine for many adapters."""
+
+    medium = MEDIUM
 
     def __init__(self) -> None:
         self.config = ModelConfig.from_dict(HF_CONFIG)
