@@ -211,6 +211,18 @@ def test_full_disk_costs_memory_and_nothing_else(six, monkeypatch, caplog) -> No
     six.assert_right(six.serve([*six.names, None]), six.expected)
 
 
+def test_unforeseen_error_of_a_spill_is_a_full_disk_to_the_cache(six, monkeypatch, caplog) -> None:
+    six.load("abc")  # "c" is in memory
+    with monkeypatch.context() as patch:
+        patch.setattr(SpillFiles, "write", lambda files, tiles: 1 // 0)
+        six.load("d")  # on this thread
+        six.assert_right(six.serve(["a", None], late="bcd"), ["a", "base", "b", "c", "d"])  # and on the store's
+    assert "ZeroDivisionError" in caplog.text
+    six.load("ef")
+    assert_within_budget(six)
+    six.assert_right(six.serve([*six.names, None]), six.expected)
+
+
 def test_disk_that_fills_up_during_serving(six, monkeypatch, caplog) -> None:
     """What is on disk comes back and what was never written stays."""
     six.load(six.names)
