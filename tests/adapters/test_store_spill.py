@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from slora_jax.adapters import pack_tiles, write_peft
-from slora_jax.errors import AdapterError
+from slora_jax.adapters import AdapterStore, pack_tiles, write_peft
+from slora_jax.errors import AdapterError, ConfigError
 
 TIMEOUT = 20.0  # seconds; only a failing test waits that long
 
@@ -177,6 +177,13 @@ def test_full_disk_keeps_the_adapter_in_memory_and_warns(open_store, adapters, g
     store.add("2", adapters[2])  # the disk works again: back within the budget
     assert store.stats().resident_bytes == size and store.stats().spilled == 2
     assert same(store.wait(adapters[0].digest, TIMEOUT), adapters[0], geometry)
+
+
+def test_spill_directory_that_cannot_be_made_is_refused_at_once(geometry, tmp_path):
+    (tmp_path / "file").write_text("")
+    for parent in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=r"spill_dir='.*/file.*': must be a directory that can be written: "):
+            AdapterStore(geometry, "float32", 10**9, parent)
 
 
 def test_failed_write_leaves_no_file(open_store, adapters, size, tmp_path, monkeypatch):

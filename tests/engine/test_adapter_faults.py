@@ -7,10 +7,11 @@ import warnings
 import numpy as np
 import pytest
 
-from slora_jax import SamplingParams
+from slora_jax import AdapterError, SamplingParams
 from slora_jax.adapters import LoraAdapter, random_adapter, write_peft
 from slora_jax.adapters.peft_format import adapter_of
 from slora_jax.adapters.targets import Target
+from slora_jax.adapters.tensor_file import TensorFile
 
 WEIGHTS = "adapter_model.safetensors"
 LONG = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -55,6 +56,25 @@ def test_same_directory_loaded_again_after_a_change_and_back(six, tmp_path) -> N
         write_peft(tmp_path / "x", six.weights(name))
         six.engine.load_adapter("x", tmp_path / "x")
         assert six.serve("x")["x"].token_ids == six.expected[name]
+
+
+def test_file_truncated_while_it_is_loaded_ends_the_load_and_not_the_process(six, tmp_path, monkeypatch) -> None:
+    six.load("ac")
+    file = write_peft(tmp_path / "b", random_adapter(six.geometry, 16)) / WEIGHTS
+    read = TensorFile.read
+
+    def truncate_and_read(tensors, name):
+        if file.stat().st_size > 4096:
+            os.truncate(file, 4096)
+        return read(tensors, name)
+
+    def load() -> None:
+        with monkeypatch.context() as patch, pytest.raises(AdapterError) as caught:
+            patch.setattr(TensorFile, "read", truncate_and_read)
+            six.engine.load_adapter("b", tmp_path / "b")
+        assert f"{file}: tensor " in str(caught.value) and "truncated while it was read" in str(caught.value)
+
+    six.assert_right(six.serve(["a", None], load, "c"), ["a", "base", "c"])
 
 
 # Bad adapters among good ones
