@@ -328,7 +328,9 @@ class HostCache:
     def _read_back(self, content: _Content) -> AdapterTiles | AdapterError:
         """From the spill file; if that fails from the source, unless that has become another adapter."""
         digest, spilled, reasons = content.digest, content.spilled, []
-        if spilled is not None:
+        if spilled is None:
+            reasons.append("its spill file was found lost before")
+        else:
             try:
                 start = time.perf_counter()
                 tiles = self._files.read(spilled)

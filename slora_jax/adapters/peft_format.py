@@ -128,13 +128,13 @@ def write_peft(
     return directory
 
 
-def _versions(directory: Path) -> list[tuple[int, int, int] | None]:
+def _versions(directory: Path) -> list[tuple[int, int] | None]:
     """What changes when another process writes or replaces the adapter's files."""
-    versions: list[tuple[int, int, int] | None] = []
+    versions: list[tuple[int, int] | None] = []
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         try:
             stat = os.stat(directory / file)
-            versions.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
+            versions.append((stat.st_size, stat.st_mtime_ns))
         except OSError:
             versions.append(None)
     return versions

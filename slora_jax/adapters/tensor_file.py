@@ -55,7 +55,7 @@ class TensorFile:
         array = np.empty(entry.shape, DTYPES[entry.dtype])
         try:
             self._file.seek(entry.begin)
-            count = self._file.readinto(array.view(np.uint8).reshape(-1).data) if array.size else 0
+            count = self._file.readinto(array.reshape(-1).view(np.uint8).data) if array.size else 0
         except OSError as error:
             raise AdapterError(f"{self.path}: cannot be read: {error}") from error
         if count != array.nbytes:
