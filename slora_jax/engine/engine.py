@@ -17,7 +17,7 @@ from tqdm import tqdm
 from slora_jax.adapters import AdapterInfo, AdapterStore, AdapterTiles, LoraAdapter
 from slora_jax.engine.arrival import check_fits, is_ids, one_each, prompt_ids
 from slora_jax.engine.config import EngineConfig
-from slora_jax.engine.interrupts import InterruptHeld
+from slora_jax.engine.interrupts import InterruptHeld, uninterrupted
 from slora_jax.engine.outputs import Delta, EngineStats, Prompt, RequestOutput
 from slora_jax.engine.programs import keep_compiled_programs
 from slora_jax.engine.progress import Progress
@@ -138,6 +138,7 @@ class Engine:
 
     # Adapters
 
+    @uninterrupted
     def load_adapter(self, name: str, adapter: str | Path | LoraAdapter) -> AdapterInfo:
         """Registers a PEFT directory (or an adapter in memory) under `name`, in host memory. A name that is in use gets
         the new content; requests under way keep the old.
@@ -153,11 +154,15 @@ class Engine:
     def load_adapters(self, root: str | Path) -> list[AdapterInfo]:
         """Registers every PEFT directory in `root` under its folder's name, with a progress bar. A bad one is reported
         by a warning and skipped."""
+        old = {info.digest for info in self.store.infos()}
         report = self.store.load_directory(root, progress=self.config.progress)
         for name, error in report.errors:
-            warnings.warn(f"adapter {name} skipped: {error}", stacklevel=2)
+            warnings.warn(f"adapter {name!r} skipped: {error}", stacklevel=2)
+        for digest in old:
+            self._drop_if_unnamed(digest)
         return report.infos
 
+    @uninterrupted
     def unload_adapter(self, name: str) -> bool:
         """Forgets a name. Its content leaves host memory and the pool at once, unless another name points to it or
         requests under way use it; then it goes with the last of these, and with it the prefixes computed under it.
@@ -168,7 +173,7 @@ class Engine:
         """
         digest = self.store.resolve(name)
         self.store.remove(name)
-        return self._drop_if_unnamed(digest)
+        return self._drop_if_unnamed(digest) and not self.store.holds(digest)
 
     def adapters(self) -> list[AdapterInfo]:
         """All registered adapters."""
@@ -176,6 +181,7 @@ class Engine:
 
     # Requests
 
+    @uninterrupted
     def add_request(
         self,
         prompt: Prompt,
@@ -221,6 +227,7 @@ class Engine:
         self.scheduler.add(request)
         return request_id
 
+    @uninterrupted
     def cancel(self, request_id: str) -> bool:
         """Ends a request now; its pages are free when this returns, and the next `step` reports it. Returns whether
         there was such a request."""
@@ -300,7 +307,7 @@ class Engine:
                             outputs[delta.request_id] = delta.output
                             bar.update()
         except BaseException:
-            for request_id in ids:
+            for request_id in list(self._progress):  # also one whose id Ctrl-C kept from us
                 self.cancel(request_id)
             self._drain()
             raise
@@ -439,7 +446,7 @@ class Engine:
     def _end_uncopied(self, upload: Upload, error: str) -> None:
         """Ends the requests that wait for an adapter that cannot be copied to the device; others are not affected."""
         digest = upload.resident.digest
-        self._end_waiting(digest, f"adapter {digest[:12]} could not be copied to the device: {error}")
+        self._end_waiting(digest, f"content {digest[:12]} could not be copied to the device: {error}")
         self.residency.drop(digest)
 
     def _adapter_state(self, digest: str) -> AdapterState:
@@ -525,7 +532,9 @@ class Engine:
         """Ends the waiting requests of an adapter."""
         now = time.perf_counter()
         for request in list(self.scheduler.waiting.by_adapter.get(digest, ())):
-            self._unread.append(self._end(self._progress[request.id], FinishReason.ERROR, [], now, error))
+            assert request.adapter is not None
+            named = f"adapter {request.adapter.name!r}: {error}"
+            self._unread.append(self._end(self._progress[request.id], FinishReason.ERROR, [], now, named))
 
     def _wait_for_disk(self) -> None:
         """Nothing runs, and the first waiting request's adapter is on its way from disk: give it a moment."""

@@ -19,16 +19,8 @@ SAMPLE = 150  # outputs compared with merged weights
 
 @pytest.fixture(scope="module")
 def engine(tiny) -> Iterator[Engine]:
-    with tiny.engine(
-        num_pages=160,
-        max_seqs=16,
-        max_tokens_per_step=32,
-        max_model_len=96,
-        max_rank=24,
-        decode_buckets=(16,),
-        mixed_buckets=(32,),
-        host_adapter_bytes=20 << 20,  # about half of the adapters; the others are spilled
-    ) as engine:
+    half = 20 << 20  # about half of the adapters; the others are spilled
+    with tiny.engine(**tiny.medium, host_adapter_bytes=half) as engine:
         yield engine
 
 
