@@ -11,6 +11,7 @@ import pytest
 from experiments.slow_disk import slow_disk
 from slora_jax import AdapterError, SamplingParams
 from slora_jax.adapters.spill import SpillFiles
+from slora_jax.memory import PageKind
 
 REQUESTS = 600
 PROMPTS = [[7], list(range(40, 47)), list(range(50, 58)), list(range(60, 80)), list(range(30, 60))]
@@ -124,7 +125,8 @@ class Storm:
             if rng.random() < 0.05:
                 self.reload()
             if rng.random() < 0.05:
-                self.engine.residency.make_room(self.engine.allocator.capacity)  # idle adapters must be read again
+                engine = self.engine
+                engine.residency.evictor.make_room(engine.allocator.capacity, PageKind.KV)  # idle ones are read again
             self.step()
         while self.engine.has_work():
             self.step()
@@ -136,7 +138,7 @@ def test_storm_of_cancellations_leaves_the_survivors_tokens_and_no_page(six, rng
     every = [(name, prompt) for name in names for prompt in range(len(PROMPTS))]
     outputs = six.engine.generate([PROMPTS[p] for _, p in every], six.params, [name for name, _ in every])
     expected = {key: output.token_ids for key, output in zip(every, outputs, strict=True)}
-    six.engine.residency.make_room(six.engine.allocator.capacity)
+    six.engine.residency.evictor.make_room(six.engine.allocator.capacity, PageKind.KV)
     before = six.engine.stats().tokens_generated
     reads = six.engine.store.stats().spill_reads
 

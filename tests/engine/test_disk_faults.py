@@ -17,6 +17,7 @@ import pytest
 from slora_jax import AdapterError
 from slora_jax.adapters import random_adapter, write_peft
 from slora_jax.adapters.spill import SpillFiles
+from slora_jax.memory import PageKind
 
 OTHERS = ["a", "c", "f", "base"]
 
@@ -260,7 +261,7 @@ def test_spill_file_removed_while_its_adapter_is_in_memory_is_written_again(six)
     six.file("b").unlink()
     six.load("g")  # takes the room of "b"
     assert_within_budget(six)
-    six.engine.residency.make_room(six.engine.allocator.capacity)
+    six.engine.residency.evictor.make_room(six.engine.allocator.capacity, PageKind.KV)
     six.assert_right(six.serve("bc"), "bc")
 
 
@@ -299,6 +300,6 @@ def test_adapter_larger_than_host_memory_is_refused_with_the_remedy(six) -> None
 def test_host_memory_for_one_adapter_serves_any_number(six) -> None:
     six.load(six.names)
     for _ in range(5):
-        six.engine.residency.make_room(six.engine.allocator.capacity)  # all come from the host again
+        six.engine.residency.evictor.make_room(six.engine.allocator.capacity, PageKind.KV)  # all come anew
         six.assert_right(six.serve([*six.names, None]), six.expected)
         assert_within_budget(six)

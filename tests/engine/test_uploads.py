@@ -215,7 +215,7 @@ def test_a_copy_that_fails_ends_its_own_requests_only(engine, monkeypatch, where
     for name, output, good in zip(names, outputs, expected, strict=True):
         if name == "a2":
             assert (output.finish_reason, output.token_ids) == ("error", [])
-            assert f"adapter {bad[:12]} could not be copied to the device" in output.error
+            assert f"content {bad[:12]} could not be copied to the device" in output.error
             assert "RESOURCE_EXHAUSTED" in output.error
         else:
             assert output.token_ids == good.token_ids
