@@ -277,6 +277,28 @@ def test_reservation_counts_shared_pages_once(shared) -> None:
     sim.assert_idle()
 
 
+@pytest.mark.parametrize("delay", [0, 1, 2])
+@pytest.mark.parametrize(("found", "idle"), [(5, 0), (8, 3)])
+def test_a_shared_beginning_outlives_who_brought_it(shared, found, idle, delay) -> None:
+    """Who holds 5 pages of it ends soon; who finds these, and idle ones below them, keeps all to the end, beside a
+    third: the found pages, and 4 for each of the two. In less room, they must not run together."""
+    together, needed = {}, found + 4 + 4
+    for pages in range(needed - 3, needed + 5):
+        sim = shared(pages, max_seqs=8, max_tokens=64, admission="reserve")
+        sim.serve(prompt_of(33)[0][: 4 * found + 1], 1)
+        other, _ = sim.add([1, 2, 3, 4], 13), sim.add(prompt_of(33)[0][:21], 2)
+        for _ in range(delay):
+            sim.step()
+        heir = sim.add(prompt_of(33)[0][: 4 * found + 1], 13)
+        assert sim.evictor.pages(PageKind.PREFIX) == (idle if delay else found)
+        sim.step()
+        together[pages] = heir.status is Status.RUNNING and other.status is Status.RUNNING
+        sim.run(most_steps=60)
+        assert sim.scheduler.preemptions == 0
+        sim.assert_idle()
+    assert [together[n] for n in (needed - 3, needed - 2, needed - 1, needed + 4)] == [False, False, False, True]
+
+
 ADAPTERS = {None: 0, "a": 2, "b": 5}
 beginnings = st.sampled_from([0, 3, 4, 8, 13])
 requests = st.tuples(beginnings, st.integers(0, 2), st.integers(1, 9), st.integers(1, 20), st.sampled_from([*ADAPTERS]))
