@@ -1,6 +1,6 @@
 """Host time of planning one step: `python -m experiments.scheduler_benchmark [--output FILE]`.
 
-A steady state of R running and W waiting requests over 100 adapters: each step, some running requests end, as many new
+A steady state of R running and W waiting requests over 100 adapters, with prefetch: each step, some running requests end, as many new
 ones arrive, and the freed slots are filled from the queue. Timed: `Scheduler.schedule` alone, and the whole turn with
 the arrivals and the ends; CPU time of the thread, as `EngineStats.host_seconds`. Also at twice the size, as the cost
 should grow no faster than the queues.
@@ -65,7 +65,7 @@ class Load:
         running, waiting = RUNNING * scale, WAITING * scale
         allocator = PageAllocator(running * 80)
         residency = AdapterResidency(Evictor(allocator, Lru()), 2 * ADAPTERS)
-        limits = SchedulerLimits(running, 64 * running, page_size=16, admission=admission)
+        limits = SchedulerLimits(running, 64 * running, page_size=16, admission=admission, prefetch=8)
         self.scheduler = Scheduler(residency, policy, limits)
         self.arrivals = 0
         self.uses = [AdapterUse(f"a{i}", f"a{i}", np.full(7, 8, np.int32), 16) for i in range(ADAPTERS)]
@@ -94,6 +94,8 @@ class Load:
         start = time.thread_time()
         plan = self.scheduler.schedule(self.now)
         seconds = time.thread_time() - start
+        for upload in plan.uploads:
+            self.scheduler.residency.land(upload)
         for sequence in plan.sequences:
             if sequence.samples:
                 sequence.request.output.append(0)

@@ -82,7 +82,7 @@ class AdapterResidency:
         self._free_slots = list(range(num_slots - 1, -1, -1))
         evictor.owns(PageKind.ADAPTER, self._evict)
 
-    def __contains__(self, digest: str) -> bool:
+    def __contains__(self, digest: str | None) -> bool:
         return digest in self._resident
 
     def __len__(self) -> int:
