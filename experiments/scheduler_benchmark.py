@@ -1,9 +1,9 @@
 """Host time of planning one step: `python -m experiments.scheduler_benchmark [--output FILE]`.
 
-A steady state of R running and W waiting requests over 100 adapters, with prefetch: each step, some running requests end, as many new
-ones arrive, and the freed slots are filled from the queue. Timed: `Scheduler.schedule` alone, and the whole turn with
-the arrivals and the ends; CPU time of the thread, as `EngineStats.host_seconds`. Also at twice the size, as the cost
-should grow no faster than the queues.
+A steady state of R running and W waiting requests over 100 adapters: each step, some running requests end, as many new
+ones arrive, and the freed slots are filled from the queue, along which adapters are prefetched. Timed:
+`Scheduler.schedule` alone, and the whole turn with the arrivals and the ends; CPU time of the thread, as
+`EngineStats.host_seconds`. Also at twice the size, as the cost should grow no faster than the queues.
 """
 
 from __future__ import annotations
