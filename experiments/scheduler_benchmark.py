@@ -1,10 +1,11 @@
 """Host time of planning one step: `python -m experiments.scheduler_benchmark [--output FILE]`.
 
 A steady state of R running and W waiting requests over 100 adapters: each step, some running requests end, as many new
-ones arrive, and the freed slots are filled from the queue. Timed: `Scheduler.schedule` alone, and the whole turn with
-the arrivals and the ends; CPU time of the thread, as `EngineStats.host_seconds`. Also at twice the size, as the cost
-should grow no faster than the queues. With the prefix cache, all prompts of an adapter begin with the same 128 tokens,
-and the pool is full of what earlier requests left, so that every new page is taken from that.
+ones arrive, and the freed slots are filled from the queue, along which adapters are prefetched. Timed:
+`Scheduler.schedule` alone, and the whole turn with the arrivals and the ends; CPU time of the thread, as
+`EngineStats.host_seconds`. Also at twice the size, as the cost should grow no faster than the queues. With the prefix
+cache, all prompts of an adapter begin with the same 128 tokens, and the pool is full of what earlier requests left, so
+that every new page is taken from that.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Load:
         running, waiting = RUNNING * scale, WAITING * scale
         evictor = Evictor(PageAllocator(running * (48 if prefix_cache else 80)), Lru())
         residency = AdapterResidency(evictor, 2 * ADAPTERS)
-        limits = SchedulerLimits(running, 64 * running, page_size=16, admission=admission)
+        limits = SchedulerLimits(running, 64 * running, page_size=16, admission=admission, prefetch=8)
         prefixes = PrefixCache(evictor, 16) if prefix_cache else None
         self.scheduler = Scheduler(residency, policy, limits, prefixes=prefixes)
         self.instructions = self.rng.integers(1, 30_000, (ADAPTERS, 128)).tolist()
@@ -102,6 +103,8 @@ class Load:
         start = time.thread_time()
         plan = self.scheduler.schedule(self.now)
         seconds = time.thread_time() - start
+        for upload in plan.uploads:
+            self.scheduler.residency.land(upload)
         for sequence in plan.sequences:
             if sequence.samples:
                 sequence.request.output.append(0)

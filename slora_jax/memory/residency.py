@@ -15,6 +15,9 @@ from slora_jax.errors import PoolError
 from slora_jax.memory.allocator import PageKind
 from slora_jax.memory.eviction import Evictable, Evictor
 
+FAR = 1 << 30
+"""`Evictable.awaited` of what is wanted by requests far back in the queue."""
+
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class Resident(Evictable):
@@ -79,10 +82,11 @@ class AdapterResidency:
         self._arriving: dict[str, Resident] = {}  # brought, and not landed
         self._unused: dict[str, Resident] = {}  # brought, and not used yet
         self._awaited: dict[str, Resident] = {}
+        self._near: set[str] = set()  # wanted near the head of the queue, in the pool or not
         self._free_slots = list(range(num_slots - 1, -1, -1))
         evictor.owns(PageKind.ADAPTER, self._evict)
 
-    def __contains__(self, digest: str) -> bool:
+    def __contains__(self, digest: str | None) -> bool:
         return digest in self._resident
 
     def __len__(self) -> int:
@@ -151,6 +155,7 @@ class AdapterResidency:
         """
         resident = self._place(digest, ranks, num_pages, spare)
         resident.awaited = position
+        self._near.add(digest)
         self._awaited[digest] = self._arriving[digest] = self._unused[digest] = resident
         self.evictor.add(resident)
         return resident
@@ -158,26 +163,25 @@ class AdapterResidency:
     def await_only(self, positions: Mapping[str, int], wanted: Container[str | None]) -> None:
         """Which adapters in the pool waiting requests want. `positions`: digest -> the first request's, from 1, near
         the head of the queue. An adapter that was wanted before and is not among these stays so, behind them, while it
-        is in `wanted`; otherwise it is an ordinary idle one, or, if it has not landed, is given up."""
+        is in `wanted`, as they all are; otherwise it is an ordinary idle one, or, if it has not landed, is given up."""
         for digest, position in positions.items():
             resident = self._resident.get(digest)
-            if resident is not None:
+            if resident is not None and resident.awaited != position and not (resident.users and resident.awaited):
                 self.evictor.await_(resident, position)
                 self._awaited[digest] = resident
-        self.bereft = {digest for digest in self.bereft if digest in wanted}
-        behind = len(positions) + 1
-        for digest, resident in list(self._awaited.items()):
-            if digest in positions:
-                continue
-            if digest in wanted:
-                self.evictor.await_(resident, max(resident.awaited, behind))
-                continue
-            del self._awaited[digest]
+        for digest in self._near.difference(positions):
+            if digest in self._awaited:
+                self.evictor.await_(self._awaited[digest], FAR)
+        self._near = set(positions)
+        for digest in [digest for digest in self._awaited if digest not in wanted]:
+            resident = self._awaited.pop(digest)
             if resident.has_landed:
                 self.counters.wasted += self._unused.pop(digest, None) is not None
                 self.evictor.await_(resident, 0)
             else:
                 self.evictor.evict(resident)
+        if self.bereft:
+            self.bereft = {digest for digest in self.bereft if digest in wanted}
 
     def uploads(self, most: int) -> list[Upload]:
         """The next pages to copy, at most `most` and no more than leaves `2 * most` in flight, of the adapters whose

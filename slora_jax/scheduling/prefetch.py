@@ -50,8 +50,8 @@ class Prefetch:
         requests = list(islice(upcoming, REQUESTS_PER_ADAPTER * self.adapters))
         positions: dict[str, int] = {}
         for request in requests:
-            if request.digest is not None:
-                positions.setdefault(request.digest, len(positions) + 1)
+            if request.adapter is not None and request.adapter.digest not in positions:
+                positions[request.adapter.digest] = len(positions) + 1
         residency.await_only(positions, wanted)
         if all(digest in residency for digest in positions):
             return

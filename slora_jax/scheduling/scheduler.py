@@ -214,12 +214,9 @@ class Scheduler:
                 if not self._on_host(request.digest, absent):
                     continue  # on its way from disk (or failed: the engine ends it); others go ahead
                 if self.limits.prefetch and not self._has_landed(request):
-                    if (
-                        not self._bring(request, position - len(started), kept)
-                        or request.digest in self.residency.bereft
-                    ):
+                    if not self._bring(request, position - len(started), kept):
                         break
-                    if request.digest is not None and request.digest in self.residency:
+                    if request.digest in self.residency:
                         kept = (kept or 0) + self.pages_for(request.num_tokens)
                     continue
                 prefix = self._match(request)
@@ -297,8 +294,8 @@ class Scheduler:
         return request.digest is None or (resident is not None and resident.has_landed)
 
     def _bring(self, request: Request, position: int, kept: int | None) -> bool:
-        """Puts the adapter of the `position`th waiting request on its way, if it is not. False if there is no room for
-        both, so that nobody may go ahead.
+        """Puts the adapter of the `position`th waiting request on its way, if it is not. Whether others may go ahead
+        meanwhile: not if there is no room for request and adapter, nor if this adapter was lost once.
 
         As the order may change with every arrival, each new first one could bring another adapter for the same slot
         and evict the one before. So no more are on their way than there are slots for, and those that were brought are
@@ -317,7 +314,7 @@ class Scheduler:
                 return residency.num_unused > 0
             resident = residency.bring(use.digest, use.ranks, use.num_pages, position, spare)
         resident.kept_waiting |= position <= len(self._free_slots)
-        return True
+        return use.digest not in residency.bereft
 
     def _look_ahead(self, now: float) -> None:
         upcoming = self.policy.upcoming(self.waiting, self._batch, now)

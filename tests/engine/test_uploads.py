@@ -179,10 +179,9 @@ def test_a_slow_disk_and_slow_copies_leave_the_others_their_tokens(tiny, monkeyp
         steps = [e for e in trace.events() if e["ph"] == "X" and e["name"] == "step"]
         assert sorted(e["name"] for e in uploads) == sorted(on_disk)
         for upload in uploads:
-            overlapped = [
-                s for s in steps if upload["ts"] < s["ts"] and s["ts"] + s["dur"] < upload["ts"] + upload["dur"]
-            ]
-            assert len(overlapped) >= 7, "whole steps ran while it was on its way"
+            start, end = upload["ts"], upload["ts"] + upload["dur"]
+            overlapped = sum(start < s["ts"] and s["ts"] + s["dur"] < end for s in steps)
+            assert overlapped >= 7, "whole steps ran while it was on its way"
             assert upload["args"]["before_steps"] == sorted(upload["args"]["before_steps"])
         flying = [e["args"]["bytes"] for e in trace.events() if e["name"].startswith("uploads in flight")]
         assert max(flying) > 0 and flying[-1] == 0

@@ -150,6 +150,39 @@ def test_immediate_keeps_nothing():
     assert gone == [item] and evictor.allocator.num_free == 30 and not evictor.pages(PageKind.ADAPTER)
 
 
+@pytest.mark.parametrize("policy", [Immediate, Lru, lambda: CostAware(COSTS)])
+def test_what_is_awaited_goes_last_and_the_farthest_in_the_queue_first(policy):
+    evictor, gone = evictor_of(policy())
+    near, far, unwanted = (item_of(evictor, PageKind.ADAPTER, size) for size in (4, 5, 6))
+    evictor.await_(near, 1)  # in use still
+    for item in (near, far, unwanted):
+        item.uses = 9 if item is unwanted else 0
+        evictor.await_(far, 7)
+        evictor.add(item)
+    if isinstance(evictor.policy, Immediate):
+        assert gone == [unwanted]
+    assert evictor.within_reach(PageKind.KV) == 30 and evictor.within_reach(PageKind.KV, spare=True) == 21
+    assert not evictor.make_room(22, PageKind.KV, spare=True) and gone == [unwanted]
+    assert not evictor.has_idle(PageKind.ADAPTER, spare=True) and evictor.has_idle(PageKind.ADAPTER)
+    with pytest.raises(PoolError, match="no idle ADAPTER"):
+        evictor.evict_one(PageKind.ADAPTER, spare=True)
+    assert evictor.make_room(30, PageKind.KV) and gone == [unwanted, far, near]
+
+
+@pytest.mark.parametrize("policy", [Immediate, Lru])
+def test_what_nobody_awaits_any_more_is_like_any_idle_item(policy):
+    evictor, gone = evictor_of(policy())
+    item = item_of(evictor, PageKind.ADAPTER, 4)
+    evictor.await_(item, 3)
+    evictor.add(item)
+    for position in (1, 5, 2):
+        evictor.await_(item, position)
+    assert not gone and evictor.pages(PageKind.ADAPTER) == 4
+    evictor.await_(item, 0)
+    assert gone == ([item] if policy is Immediate else [])
+    assert evictor.make_room(30, PageKind.KV, spare=True) and gone == [item]
+
+
 def test_cost_aware_keeps_what_is_dear_and_often_used():
     """A page of keys costs 3 s to recompute; a page of a large adapter 0.6 s to reload, of a small one 1.5 s."""
     evictor, gone = evictor_of(CostAware(COSTS))

@@ -192,3 +192,48 @@ def test_slots_run_out_before_pages():
     assert residency.can_acquire("b")
     resident, new = residency.acquire("b", ranks_of("b"), 1)
     assert new and resident.slot == 0 and "a" not in residency
+
+
+def brought(num_pages=6, capacity=20):
+    residency = AdapterResidency(Evictor(PageAllocator(capacity + 1), Lru()), num_slots=2)
+    return residency, residency.bring("x", np.ones(7, np.int32), num_pages, position=1, spare=True)
+
+
+def test_a_brought_adapter_is_usable_when_all_its_pages_have_landed():
+    residency, resident = brought()
+    uploads = [upload for _ in range(3) for upload in residency.uploads(2)]
+    assert [(u.first, u.count) for u in uploads] == [(0, 2), (2, 2)]  # no more than twice a step's are in flight
+    for upload in uploads:
+        residency.land(upload)
+        with pytest.raises(PoolError, match="of 6 pages have landed"):
+            residency.acquire("x", resident.ranks, 6)
+    (last,) = residency.uploads(2)
+    residency.land(last)
+    assert resident.has_landed and not residency.arriving and residency.num_unused == 1
+    assert residency.acquire("x", resident.ranks, 6) == (resident, False)
+    assert residency.num_unused == 0 and residency.counters.prefetch_hits == 1 and residency.counters.hits == 0
+    residency.release("x")
+    residency.acquire("x", resident.ranks, 6)
+    assert residency.counters.hits == 1
+
+
+def test_pages_in_flight_of_an_evicted_adapter_count_until_they_land():
+    residency, resident = brought()
+    (upload,) = residency.uploads(4)
+    assert residency.drop("x") and not resident.present and residency.evictor.allocator.num_free == 20
+    assert residency.bereft == {"x"} and residency.counters.wasted == 1 and residency.pages_in_flight == 4
+    again = residency.bring("x", resident.ranks, 6, position=1, spare=True)
+    residency.land(upload)
+    assert again.landed == 0 and residency.pages_in_flight == 0 and not again.has_landed
+
+
+def test_who_is_wanted_by_nobody_any_more_is_given_up_unless_it_has_landed():
+    residency, resident = brought()
+    other = residency.bring("y", np.ones(7, np.int32), 3, position=2, spare=True)
+    while not resident.has_landed:
+        residency.land(residency.uploads(6)[0])
+    residency.await_only({"y": 1}, {"x", "y"})
+    assert other.awaited < resident.awaited
+    residency.await_only({}, set())
+    assert residency.residents == [resident] and resident.idle and not resident.awaited
+    assert residency.counters.wasted == 2 and not residency.bereft

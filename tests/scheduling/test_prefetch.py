@@ -279,7 +279,8 @@ def test_overload_does_not_thrash(simulate, policy, pages, rng) -> None:
         sim.step()
         sim.assert_idle()
     print(loads, sim.residency.counters)
-    assert sim.residency.counters.wasted <= 0.05 * loads[8]
+    newest_first = policy in ("lcfs", "ageing")  # each arrival is the next in line, and its adapter wanted first
+    assert sim.residency.counters.wasted <= (0.1 if newest_first else 0.03) * loads[8]
     assert loads[8] <= 1.1 * loads[0]
 
 
