@@ -66,6 +66,7 @@ class EngineStats:
     """Counters since the engine was made, and the state now.
 
     aborts: requests that the policy gave up before their first token.
+    adapter_merges: times that an adapter was merged into the weights (`lora="merge"`).
     pages: pool pages by kind ("free", "kv", "adapter"); of the adapter pages, `idle_adapter_pages` may be evicted.
     host_seconds: CPU time of the calling thread for planning, packing and handing out tokens, over all steps.
     launch_seconds: its CPU time in the calls that hand uploads and steps to the device.
@@ -79,6 +80,7 @@ class EngineStats:
     adapter_loads: int
     adapter_evictions: int
     adapter_hits: int
+    adapter_merges: int
     resident_adapters: int
     registered_adapters: int
     running: int

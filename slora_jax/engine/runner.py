@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import jax
@@ -18,6 +19,7 @@ from pallas_kernels.lora.layout import ceil_div
 from slora_jax.adapters import BaseGeometry
 from slora_jax.engine.batch import SAMPLER_FIELDS, build_metadata
 from slora_jax.engine.config import EngineConfig
+from slora_jax.engine.merge import AdapterMerge
 from slora_jax.engine.programs import StepPrograms
 from slora_jax.engine.sampling import Sampled
 from slora_jax.engine.step import StepSpec
@@ -54,12 +56,15 @@ class Runner:
         self.pool = self.shape.make_pool()
         self.table = self.shape.make_table()
         self.state = self.spec.make_state()
+        self._merge = AdapterMerge(self.spec) if config.lora == "merge" else None
         self.launch_seconds = 0.0
         self._warm_up()
 
     def upload(self, resident: Resident, contents: np.ndarray) -> None:
         """Dispatches an adapter's upload: `contents [num_layers, n, 2, page_size, W]` to its pages."""
         start = time.thread_time()
+        if self._merge is not None:
+            self._params = self._merge.before_upload(self._params, self.pool, self.table, resident)
         self.pool, self.table = upload_adapter(
             self.pool, self.table, resident.slot, resident.pages, resident.ranks, contents
         )
@@ -67,8 +72,11 @@ class Runner:
 
     def dispatch(self, plan: StepPlan) -> InFlight:
         """Starts a step and returns at once; the copies of its results to the host are started too."""
-        with_lora = any(s.request.adapter_slot >= 0 for s in plan.sequences)
-        program, layout = self.programs.select(plan.num_tokens, len(plan.sequences), with_lora)
+        if self._merge is not None:
+            self._params = self._merge.before_step(self._params, self.pool, self.table, plan)
+        with_lora = self._merge is None and any(s.request.adapter_slot >= 0 for s in plan.sequences)
+        segments = _segments(plan) if self.spec.lora == "bmm" else ()
+        program, layout = self.programs.select(plan.num_tokens, len(plan.sequences), with_lora, segments)
         metadata, requests, samples = build_metadata(plan, layout)
         logprobs = any(r.params.logprobs is not None for r in requests)
         start = time.thread_time()
@@ -85,6 +93,11 @@ class Runner:
             leaf.copy_to_host_async()
         return InFlight(requests, samples, sampled, logits)
 
+    @property
+    def merges(self) -> int:
+        """Times that an adapter was merged into the weights, under `lora="merge"`."""
+        return 0 if self._merge is None else self._merge.merges
+
     def _warm_up(self) -> None:
         """Compiles what the steps do not contain: the uploads. Writes only where nothing is kept."""
         for size in UPLOAD_PAGES:
@@ -93,6 +106,14 @@ class Runner:
             self.pool = upload_pages(self.pool, nowhere, contents)
         empty = np.zeros(self.shape.max_adapter_pages, np.int32)
         self.table = set_table_row(self.table, np.int32(0), empty, np.zeros(7, np.int32))
+
+
+def _segments(plan: StepPlan) -> list[int]:
+    """Rows of each adapter in a step."""
+    rows: Counter[int] = Counter()
+    for sequence in plan.sequences:
+        rows[sequence.request.adapter_slot] += sequence.count
+    return [count for slot, count in rows.items() if slot >= 0]
 
 
 def adapter_geometry(model: ModelConfig, page_size: int) -> BaseGeometry:
@@ -132,6 +153,7 @@ def step_spec(
         max_pages_per_seq=ceil_div(longest_sequence(model, config), config.page_size),
         max_rank=config.max_rank,
         kernels=None if config.kernels == "auto" else config.kernels,  # type: ignore[arg-type]
+        lora=config.lora,
     )
 
 
