@@ -3,8 +3,8 @@
 `W += A B` when a step's requests need another adapter than the one that is merged, `W -= A B` of that one before. The
 steps themselves have no LoRA. Sums are made in float32 and rounded to the weights' dtype, so taking an adapter out does
 not restore the weights to the bit: each switch leaves up to half a unit in the last place of `W + A B` behind. The
-paper's code does the same. In float32 that is far below what changes a token; in bfloat16 it adds up over thousands of
-switches.
+paper's code does the same. In float32 that is far below what changes a token; in bfloat16 it adds up: after 100 switches
+the weights are off by about 2% (`tests/engine/test_lora_baselines.py` measures it).
 """
 
 from __future__ import annotations

@@ -127,6 +127,18 @@ def test_one_merge_per_change_of_adapter(baseline):
         before = after
 
 
+def test_the_merged_adapter_may_be_evicted_for_the_next_one(baseline, tiny, squeeze, greedy_margin):
+    """Room for one adapter and a sequence: the next adapter's pages are the last one's."""
+    engine, weights = baseline("merge"), adapters(tiny.geometry)
+    pages = {info.name: info.num_pages for info in engine.adapters()}
+    largest = sorted(pages, key=pages.__getitem__)[-3:]
+    with squeeze(engine, pages[largest[-1]] + 3):
+        for name in [*largest, None] * 2:
+            (output,) = engine.generate([[21, 22, 23]], SamplingParams(max_tokens=20, ignore_eos=True), name)
+            assert greedy_margin(output.prompt_token_ids, output.token_ids, weights.get(name)) < 1e-5, name
+            assert len(engine.residency) == 1
+
+
 def test_a_policy_that_may_mix_adapters_is_refused(tiny):
     settings = tiny.settings(lora="merge")
     with pytest.raises(ConfigError, match="lora='merge'.*the policy Fcfs may mix them; use OneAdapter"):
@@ -167,8 +179,8 @@ def test_the_merge_program_changes_the_weights_in_place(tiny, dtype):
 
 @pytest.mark.parametrize(("dtype", "least", "most"), [("float32", 1e-8, 1e-6), ("bfloat16", 1e-3, 3e-2)])
 def test_unmerging_leaves_a_rounding_error_behind(tiny, dtype, least, most):
-    """How far the weights are from where they were after 100 switches, relative to their norm. Measured: 3e-7 in
-    float32, 1.1e-2 in bfloat16 (one rounding of a bfloat16 weight is 1.7e-3)."""
+    """How far the weights are from where they were after 100 switches, relative to their norm. Measured: 5.5e-7 in
+    float32, 2.3e-2 in bfloat16 (one rounding of a bfloat16 weight is about 1.7e-3)."""
     spec = merge_spec(tiny, dtype)
     merge, pool, table = AdapterMerge(spec), spec.pool.make_pool(), spec.pool.make_table()
     params = jax.tree.map(lambda p: jnp.array(p, dtype), tiny.params)
