@@ -3,8 +3,8 @@
 `W += A B` when a step's requests need another adapter than the one that is merged, `W -= A B` of that one before. The
 steps themselves have no LoRA. Sums are made in float32 and rounded to the weights' dtype, so taking an adapter out does
 not restore the weights to the bit: each switch leaves up to half a unit in the last place of `W + A B` behind. The
-paper's code does the same. In float32 that is far below what changes a token; in bfloat16 it adds up: after 100 switches
-the weights are off by about 2% (`tests/engine/test_lora_baselines.py` measures it).
+paper's code does the same. In float32 that is far below what changes a token; in bfloat16 it adds up: after 100
+switches the weights are off by about 2% (`tests/engine/test_lora_baselines.py` measures it).
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class AdapterMerge:
     def before_upload(self, params: Params, pool: Pool, table: AdapterTable, resident: Resident) -> Params:
         """`resident` is about to be written to its pages and slot."""
         merged = self._merged
-        if merged is not None and (resident.slot == merged.slot or np.intersect1d(resident.pages, merged.pages).size):
+        if merged is not None and merged.digest == resident.digest:
+            self._merged = resident  # evicted while it was merged, and wanted again
+        elif merged is not None and (resident.slot == merged.slot or np.intersect1d(resident.pages, merged.pages).size):
             params = self._unmerge(params, pool, table)
         self._residents[resident.slot] = resident
         return params

@@ -16,7 +16,7 @@ from slora_jax.analysis.hlo import instructions
 from slora_jax.engine.merge import AdapterMerge, kernels
 from slora_jax.engine.runner import pool_shape, step_spec
 from slora_jax.engine.step import StepSpec
-from slora_jax.memory import Resident, upload_adapter
+from slora_jax.memory import PageKind, Resident, upload_adapter
 from slora_jax.scheduling import AdapterUse, Fcfs, OneAdapter, Request, RequestMetrics, ScheduledSequence, StepPlan
 
 NUM_ADAPTERS = 12
@@ -187,7 +187,10 @@ def test_unmerging_leaves_a_rounding_error_behind(tiny, dtype, least, most):
     before = [np.asarray(k, np.float64) for k in jax.tree.leaves(kernels(params))]
     for number in range(100):
         tiles = pack_tiles(random_adapter(tiny.geometry, 8, seed=number % 4), tiny.geometry, dtype)
-        resident = Resident(tiles.digest, 0, np.arange(1, 1 + tiles.num_pages, dtype=np.int32), tiles.ranks)
+        pages = np.arange(1, 1 + tiles.num_pages, dtype=np.int32)
+        resident = Resident(
+            kind=PageKind.ADAPTER, num_pages=pages.size, digest=tiles.digest, slot=0, pages=pages, ranks=tiles.ranks
+        )
         params = merge.before_upload(params, pool, table, resident)
         pool, table = upload_adapter(pool, table, 0, resident.pages, resident.ranks, tiles.pages)
         params = merge.before_step(params, pool, table, StepPlan([ScheduledSequence(request(0), 0, 1, True)]))
