@@ -214,7 +214,7 @@ def compare(settings: Settings, scratch: Path) -> dict[str, Any]:
         "provenance": provenance(("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "peft")),
         "tokens_agree": _agreement(tokens, settings),
         "output_tokens_per_second": {
-            name: {"median": round(statistics.median(r), 1), "rounds": [round(x, 1) for x in r]}
+            name: {"median": round(statistics.median(r), 3), "rounds": [round(x, 3) for x in r]}
             for name, r in rates.items()
         },
         "ratios_median_over_rounds": ratios,

@@ -1,0 +1,23 @@
+"""The side by side of all systems, in miniature."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from experiments.baselines_cpu import QUICK, compare
+
+
+def test_the_comparison_times_every_system_and_compares_tokens(tmp_path):
+    names = ["slora", "base", "merge", "packed"]
+    engine = replace(QUICK.systems.engine, num_pages=60)
+    results = compare(replace(QUICK, rounds=2, systems=replace(QUICK.systems, engine=engine)), names, tmp_path)
+    assert list(results["out_of_memory"]) == ["packed"]  # three replicas in 1.4 MB; 120 pages hold them
+    same = results["requests_with_the_tokens_of_slora"]
+    assert same["slora"] == same["merge"] == f"{QUICK.requests} of {QUICK.requests}" != same["base"]
+    assert all(len(results["rounds"][name]) == 2 for name in ("slora", "base", "merge"))
+    ratios = [m["throughput"] / s["throughput"] for m, s in zip(*(results["rounds"][n] for n in ("merge", "slora")))]
+    assert results["throughput_over_slora"]["merge"] == pytest.approx(sum(ratios) / 2, abs=1e-3)
+    assert results["throughput_over_slora"]["slora"] == 1.0
+    assert results["provenance"]["versions"]["jax"]
+    json.dumps(results, default=str)
