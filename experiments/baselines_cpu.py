@@ -4,7 +4,7 @@ One random Llama of about 100M parameters in float32, adapters of mixed ranks on
 all arrive at the start. What differs between the systems is in `experiments.systems.SYSTEMS`, and nothing else. Packed
 takes the memory of the one engine for all its replicas.
 
-Every round runs every system once, in turn, so that a noisy machine disturbs all alike. Written to a JSON file, for each
+Every round runs every system once, in turn, so that a noisy machine disturbs all alike. Written to a JSON file for each
 system: throughput and first-token latency by round, its throughput over slora's within the same round (median over
 rounds), and for how many requests its tokens are slora's. All systems are in memory at once: about 14 GiB.
 """

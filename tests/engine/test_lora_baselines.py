@@ -12,6 +12,7 @@ from pallas_kernels.lora.layout import PROJECTIONS
 from slora_jax import AdapterError, ConfigError, Engine, EngineConfig, RequestOutput, SamplingParams
 from slora_jax.adapters import random_adapter, write_peft
 from slora_jax.adapters.tiles import pack_tiles
+from slora_jax.analysis import pool_use
 from slora_jax.analysis.hlo import instructions
 from slora_jax.engine.merge import AdapterMerge, kernels
 from slora_jax.engine.runner import pool_shape, step_spec
@@ -104,6 +105,15 @@ def test_requests_of_many_adapters_at_once_get_the_paged_engines_tokens(baseline
     }
     assert tokens["bmm"] == tokens["paged"] and tokens["merge"] == tokens["paged"]
     assert len(set(map(tuple, tokens["paged"]))) == len(names)
+
+
+def test_a_padded_step_writes_the_pool_in_place(baseline):
+    runner = baseline("bmm")._runner
+    steps = {program.name: program.compiled for program in runner.programs.programs if "lora" in program.name}
+    assert len(steps) > 3 and "decode_4_lora_4x1" in steps and "mixed_16_lora_5x16" in steps, list(steps)
+    for name, compiled in steps.items():
+        use = pool_use(compiled, runner.shape)
+        assert use.aliased_bytes >= use.pool_bytes and use.copies == (), name
 
 
 # Merge

@@ -16,7 +16,8 @@ def test_the_comparison_times_every_system_and_compares_tokens(tmp_path):
     same = results["requests_with_the_tokens_of_slora"]
     assert same["slora"] == same["merge"] == f"{QUICK.requests} of {QUICK.requests}" != same["base"]
     assert all(len(results["rounds"][name]) == 2 for name in ("slora", "base", "merge"))
-    ratios = [m["throughput"] / s["throughput"] for m, s in zip(*(results["rounds"][n] for n in ("merge", "slora")))]
+    rounds = zip(results["rounds"]["merge"], results["rounds"]["slora"], strict=True)
+    ratios = [merge["throughput"] / slora["throughput"] for merge, slora in rounds]
     assert results["throughput_over_slora"]["merge"] == pytest.approx(sum(ratios) / 2, abs=1e-3)
     assert results["throughput_over_slora"]["slora"] == 1.0
     assert results["provenance"]["versions"]["jax"]
