@@ -41,7 +41,8 @@ class PeftModel:
             raise ConfigError(f"the system 'peft' needs {error.name}: pip install 'slora-jax[parity]'") from error
         if not adapters:
             raise ConfigError("peft: adapters={}: PEFT needs one at least")
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(len(os.sched_getaffinity(0)))
         self._torch = torch
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         base: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))

@@ -10,9 +10,8 @@ from experiments.baselines_cpu import QUICK, compare
 
 def test_the_comparison_times_every_system_and_compares_tokens(tmp_path):
     names = ["slora", "base", "merge", "packed"]
-    engine = replace(QUICK.systems.engine, num_pages=60)
-    results = compare(replace(QUICK, rounds=2, systems=replace(QUICK.systems, engine=engine)), names, tmp_path)
-    assert list(results["out_of_memory"]) == ["packed"]  # three replicas in 1.4 MB; 120 pages hold them
+    results = compare(replace(QUICK, rounds=2, adapters=5), names, tmp_path)
+    assert list(results["out_of_memory"]) == ["packed"]  # 120 pages make room for three replicas, not for five
     same = results["requests_with_the_tokens_of_slora"]
     assert same["slora"] == same["merge"] == f"{QUICK.requests} of {QUICK.requests}" != same["base"]
     assert all(len(results["rounds"][name]) == 2 for name in ("slora", "base", "merge"))

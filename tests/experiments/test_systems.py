@@ -61,13 +61,13 @@ def checkpoint(tmp_path_factory) -> Checkpoint:
     return Checkpoint(root / "model", adapters)
 
 
-def workload(count: int = 12, seconds: float = 0.2) -> list[WorkloadRequest]:
+def workload(count: int = 9, seconds: float = 0.2) -> list[WorkloadRequest]:
     """Requests over the three adapters in random order, of different lengths."""
     rng = np.random.default_rng(0)
     return [
         WorkloadRequest(
             arrival, tuple(rng.integers(3, QUICK.vocab, rng.integers(2, 40)).tolist()), str(rng.choice(list(ADAPTERS))),
-            int(rng.integers(1, 20)),
+            int(rng.integers(1, 12)),
         )
         for arrival in np.sort(rng.random(count) * seconds).tolist()
     ]  # fmt: skip
