@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels.lora.api import IMPLEMENTATIONS
+from pallas_kernels.paged_attention.api import IMPLEMENTATIONS
 from slora_jax.engine.batch import Bucket
 from slora_jax.errors import ConfigError
 from slora_jax.scheduling import ADMISSIONS
+
+LORA = ("paged", "bmm", "merge", "off")
+"""Ways to serve adapters: the system's own, and the baselines that it is compared with."""
 
 DEFAULT_COMPILATION_CACHE = "~/.cache/slora-jax/xla"
 
@@ -47,6 +50,10 @@ class EngineConfig:
       token, and for steps with prefill; None: chosen from max_seqs and max_tokens_per_step.
     kernels: "auto" (what the plan tables name for the device), "xla", "triton" or "mosaic_gpu", of LoRA and attention
       (without a GPU, the last two run by their interpreters: slow, for study and tests).
+    lora: how adapters are served. "paged": gathered from the unified pool, any mix of them in a step. The others are
+      baselines of the paper's evaluation. "bmm": by batched products over zero-padded weights and rows
+      (`pallas_kernels.lora.bmm`). "merge": merged into the base weights, one adapter at a time (`engine.merge`), under
+      the policy `OneAdapter`. "off": requests name adapters, but the base model answers; nothing is loaded or computed.
     keep_logits: outputs carry each generated token's float32 logits (for research; costs a copy of [seqs, vocab]).
     compilation_cache_dir: JAX's persistent compilation cache, for your own account only (who can write there can run
       code as you). A cache that JAX is configured with already is left alone; None: none.
@@ -74,6 +81,7 @@ class EngineConfig:
     decode_buckets: tuple[int, ...] | None = None
     mixed_buckets: tuple[int, ...] | None = None
     kernels: str = "auto"
+    lora: str = "paged"
     keep_logits: bool = False
     compilation_cache_dir: str | Path | None = DEFAULT_COMPILATION_CACHE
     model_cache_dir: str | Path | None = None
@@ -96,6 +104,7 @@ class EngineConfig:
             self.kernels in ("auto", *IMPLEMENTATIONS), "kernels", self.kernels, f"'auto' or one of {IMPLEMENTATIONS}"
         )
         _require(isinstance(self.prefix_cache, bool), "prefix_cache", self.prefix_cache, "True or False")
+        _require(self.lora in LORA, "lora", self.lora, f"one of {LORA}")
         _require(self.admission in ADMISSIONS, "admission", self.admission, f"one of {ADMISSIONS}")
         fraction = self.memory_fraction
         _require(isinstance(fraction, float) and 0 < fraction <= 1, "memory_fraction", fraction, "a float in (0, 1]")

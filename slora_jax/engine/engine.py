@@ -23,7 +23,7 @@ from slora_jax.engine.programs import keep_compiled_programs
 from slora_jax.engine.progress import Progress
 from slora_jax.engine.runner import InFlight, Runner, adapter_geometry, longest_sequence
 from slora_jax.engine.trace import NoTrace, Trace
-from slora_jax.errors import AdapterError, RequestError
+from slora_jax.errors import AdapterError, ConfigError, RequestError
 from slora_jax.memory import (
     AdapterResidency,
     EvictionPolicy,
@@ -41,6 +41,7 @@ from slora_jax.scheduling import (
     AdapterUse,
     Fcfs,
     FinishReason,
+    OneAdapter,
     Policy,
     Request,
     RequestMetrics,
@@ -72,13 +73,20 @@ class Engine:
     ) -> None:
         """Compiles every step program (with a progress bar) and allocates the pool.
 
-        params: as `models.load_model` or `models.init_random` return them. tokenizer: a fast Hugging Face tokenizer;
-        without one, prompts are token ids and outputs have no text. policy: who comes first (None: `Fcfs`). eviction:
-        what idle content leaves the pool first (None: `Lru`).
+        params: as `models.load_model` or `models.init_random` return them; under `lora="merge"` they are the engine's
+        from now on, who changes them in place. tokenizer: a fast Hugging Face tokenizer; without one, prompts are token
+        ids and outputs have no text. policy: who comes first (None: `Fcfs`; under `lora="merge"` `OneAdapter`).
+        eviction: what idle content leaves the pool first (None: `Lru`).
 
         Raises:
-          ConfigError: settings and model do not fit together.
+          ConfigError: settings and model, or policy, do not fit together.
         """
+        policy = policy or (OneAdapter() if config.lora == "merge" else Fcfs())
+        if config.lora == "merge" and not isinstance(policy, OneAdapter):
+            raise ConfigError(
+                f"EngineConfig.lora='merge' serves one adapter at a time, but the policy {type(policy).__name__} may "
+                "mix them; use OneAdapter"
+            )
         keep_compiled_programs(config.compilation_cache_dir)
         self.model = model
         self.config = config
@@ -106,7 +114,7 @@ class Engine:
             config.prefetch,
             config.upload_pages_per_step,
         )
-        self.scheduler = Scheduler(self.residency, policy or Fcfs(), limits, self._adapter_state, self.prefixes)
+        self.scheduler = Scheduler(self.residency, policy, limits, self._adapter_state, self.prefixes)
         self._progress: dict[str, Progress] = {}
         self._tiles: dict[str, AdapterTiles] = {}  # found in memory while planning; kept until all is uploaded
         self._lost: dict[str, AdapterError] = {}  # digests that could not be brought back from disk
@@ -218,12 +226,12 @@ class Engine:
             max_new=max_new,
             adapter=use,
             metrics=RequestMetrics(arrival=time.perf_counter()),
-            tenant=tenant,
+            tenant=tenant or adapter or "",
         )
         if use is not None:
             self.store.pin(use.digest)
         self._arrivals += 1
-        self._progress[request_id] = Progress(request, self.tokenizer, self.model.eos_token_ids)
+        self._progress[request_id] = Progress(request, adapter, self.tokenizer, self.model.eos_token_ids)
         self.scheduler.add(request)
         return request_id
 
@@ -347,6 +355,7 @@ class Engine:
             prefetches_wasted=counters.wasted,
             uploads_in_flight=len(self.residency.arriving),
             upload_bytes_in_flight=self.residency.pages_in_flight * self._runner.shape.page_bytes,
+            adapter_merges=self._runner.merges,
             resident_adapters=len(self.residency),
             registered_adapters=self.store.stats().registered,
             running=len(self.scheduler.running),
@@ -565,6 +574,8 @@ class Engine:
         if adapter is None:
             return None
         info = self.store.info(adapter)
+        if self.config.lora == "off":
+            return None
         return AdapterUse(adapter, info.digest, np.asarray(info.ranks, np.int32), info.num_pages)
 
     def _drop_if_unnamed(self, digest: str | None) -> bool:

@@ -70,6 +70,7 @@ class EngineStats:
     prefetch_hits: adapters brought ahead that had landed by the time their first request could start.
     prefetches_wasted: brought ahead, and evicted or wanted by nobody any more before any use.
     uploads_in_flight: adapters whose copy to the device is under way; upload_bytes_in_flight: begun and not landed.
+    adapter_merges: times that an adapter was merged into the weights (`lora="merge"`).
     prompt_tokens: known of requests when they were admitted (their prompts; after a preemption, their output too);
     `prefix_hit_tokens` of them were in the prefix cache, the others are among `tokens_computed`.
     pages: pool pages by kind: "free", "kv" (running requests' own), "prefix" (the prefix cache's, whether requests use
@@ -93,6 +94,7 @@ class EngineStats:
     prefetches_wasted: int
     uploads_in_flight: int
     upload_bytes_in_flight: int
+    adapter_merges: int
     resident_adapters: int
     registered_adapters: int
     running: int

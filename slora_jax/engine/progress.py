@@ -16,8 +16,10 @@ from slora_jax.scheduling import FinishReason, Request
 class Progress:
     """One request's way from sampled tokens to its output."""
 
-    def __init__(self, request: Request, tokenizer: Any, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, request: Request, adapter: str | None, tokenizer: Any, eos_token_ids: tuple[int, ...]) -> None:
+        """adapter: the name that the request asked for."""
         params = request.params
+        self._adapter = adapter
         self.request = request
         self._has_text = tokenizer is not None
         self._text = TextStream(tokenizer, tuple(params.stop))
@@ -55,7 +57,7 @@ class Progress:
         assert request.finish_reason is not None
         output = RequestOutput(
             request_id=request.id,
-            adapter=None if request.adapter is None else request.adapter.name,
+            adapter=self._adapter,
             prompt_token_ids=request.prompt,
             text=self._text.text if self._has_text else None,
             token_ids=request.output,

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, replace
 
 import jax
@@ -19,6 +19,7 @@ from pallas_kernels.lora.layout import ceil_div
 from slora_jax.adapters import BaseGeometry
 from slora_jax.engine.batch import SAMPLER_FIELDS, TABLE_ROWS, build_metadata, set_table_rows, shared_rows
 from slora_jax.engine.config import EngineConfig
+from slora_jax.engine.merge import AdapterMerge
 from slora_jax.engine.programs import StepPrograms
 from slora_jax.engine.sampling import Sampled
 from slora_jax.engine.step import StepSpec
@@ -70,6 +71,7 @@ class Runner:
         self.pool = self.shape.make_pool()
         self.table = self.shape.make_table()
         self.state = self.spec.make_state()
+        self._merge = AdapterMerge(self.spec) if config.lora == "merge" else None
         self.launch_seconds = 0.0
         self._staged: deque[tuple[Upload, list[tuple[slice, jax.Array]]]] = deque()
         self._warm_up()
@@ -77,6 +79,8 @@ class Runner:
     def upload(self, resident: Resident, contents: np.ndarray) -> None:
         """Dispatches an adapter's upload: `contents [num_layers, n, 2, page_size, W]` to its pages."""
         start = time.thread_time()
+        if self._merge is not None:
+            self._params = self._merge.before_upload(self._params, self.pool, self.table, resident)
         self.pool, self.table = upload_adapter(
             self.pool, self.table, resident.slot, resident.pages, resident.ranks, contents
         )
@@ -114,8 +118,11 @@ class Runner:
 
     def dispatch(self, plan: StepPlan) -> InFlight:
         """Starts a step and returns at once; the copies of its results to the host are started too."""
-        with_lora = any(s.request.adapter_slot >= 0 for s in plan.sequences)
-        program, layout = self.programs.select(plan.num_tokens, len(plan.sequences), with_lora)
+        if self._merge is not None:
+            self._params = self._merge.before_step(self._params, self.pool, self.table, plan)
+        with_lora = self._merge is None and any(s.request.adapter_slot >= 0 for s in plan.sequences)
+        segments = _segments(plan) if self.spec.lora == "bmm" else ()
+        program, layout = self.programs.select(plan.num_tokens, len(plan.sequences), with_lora, segments)
         metadata, requests, samples = build_metadata(plan, layout)
         logprobs = any(r.params.logprobs is not None for r in requests)
         start = time.thread_time()
@@ -148,11 +155,18 @@ class Runner:
                 array.block_until_ready()  # raises what befell the copy
         except Exception as error:  # noqa: BLE001  one adapter must not disturb the others
             return repr(error)
+        if self._merge is not None:
+            self._params = self._merge.before_upload(self._params, self.pool, self.table, resident)
         for piece, array in parts:
             self.pool = upload_pages(self.pool, resident.pages[piece], array)
         if upload.first + upload.count == resident.num_pages:
             self.table = describe(self.table, resident.slot, resident.pages, resident.ranks)
         return None
+
+    @property
+    def merges(self) -> int:
+        """Times that an adapter was merged into the weights, under `lora="merge"`."""
+        return 0 if self._merge is None else self._merge.merges
 
     def _warm_up(self) -> None:
         """Compiles what the steps do not contain: the uploads, rows of the page table. Writes only where nothing is
@@ -166,6 +180,14 @@ class Runner:
         nobody = np.full(TABLE_ROWS, self.state.page_table.shape[0] - 1, np.int32)
         rows = np.zeros((TABLE_ROWS, self.state.page_table.shape[1]), np.int32)
         self.state = replace(self.state, page_table=set_table_rows(self.state.page_table, nobody, rows))
+
+
+def _segments(plan: StepPlan) -> list[int]:
+    """Rows of each adapter in a step."""
+    rows: Counter[int] = Counter()
+    for sequence in plan.sequences:
+        rows[sequence.request.adapter_slot] += sequence.count
+    return [count for slot, count in rows.items() if slot >= 0]
 
 
 def adapter_geometry(model: ModelConfig, page_size: int) -> BaseGeometry:
@@ -205,6 +227,7 @@ def step_spec(
         max_pages_per_seq=ceil_div(longest_sequence(model, config), config.page_size),
         max_rank=config.max_rank,
         kernels=None if config.kernels == "auto" else config.kernels,  # type: ignore[arg-type]
+        lora=config.lora,
     )
 
 

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import devices
-from pallas_kernels.lora import AdapterTable, Implementation, LoraLayout, LoraProduct, lora_tile_rows
+from pallas_kernels.lora import AdapterTable, LoraLayout, LoraProduct, lora_tile_rows
+from pallas_kernels.lora.api import Implementation as LoraImplementation
+from pallas_kernels.lora.bmm import Padding, paddings
 from pallas_kernels.paged_attention import PagedAttention
+from pallas_kernels.paged_attention.api import Implementation
 from pallas_kernels.pool_write import write_kv
 from slora_jax.engine.batch import (
     SAMPLER_FIELDS,
@@ -25,6 +28,9 @@ from slora_jax.engine.batch import (
 from slora_jax.engine.sampling import Sampled, greedy, sample
 from slora_jax.memory import Pool, PoolShape
 from slora_jax.models import ModelConfig, Params
+
+Lora = bool | Padding
+"""The LoRA work that a step program is compiled for: none, any (gathered), or padded to a shape (`bmm`)."""
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +46,7 @@ class PagedContext:
     """A model's view of the unified pool while one step is traced: a `models.StepContext`."""
 
     def __init__(
-        self, pool: Pool, table: AdapterTable, batch: StepBatch, spec: StepSpec, layout: BatchLayout, with_lora: bool
+        self, pool: Pool, table: AdapterTable, batch: StepBatch, spec: StepSpec, layout: BatchLayout, with_lora: Lora
     ) -> None:
         model, bucket = spec.model, layout.bucket
         self.pool = list(pool)
@@ -61,6 +67,7 @@ class PagedContext:
         self._stacks = {stack.name: stack for stack in spec.lora_layout.stacks}
         self._lora: LoraProduct | None = None
         if with_lora:
+            padding = with_lora if isinstance(with_lora, Padding) else None
             with jax.named_scope("lora_prepare"):
                 self._lora = LoraProduct(
                     spec.lora_layout,
@@ -70,8 +77,9 @@ class PagedContext:
                     decode=bucket.decode,
                     tile_rows=layout.lora_tile_rows,
                     max_rank=spec.max_rank,
-                    implementation=spec.kernels,
+                    implementation=spec.lora_kernels,
                     interpret=spec.interpret,
+                    padding=padding,
                 )
 
     def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -103,11 +111,26 @@ class StepSpec:
     max_pages_per_seq: int
     max_rank: int
     kernels: Implementation | None = None  # None: what the plan tables name for the device
+    lora: str = "paged"  # see `EngineConfig`
 
     @property
     def interpret(self) -> bool:
         """Whether GPU kernels must run by their interpreters: they were asked for by name where there is no GPU."""
         return self.kernels not in (None, "xla") and devices.target() is None
+
+    @property
+    def lora_kernels(self) -> LoraImplementation | None:
+        """The implementation of LoRA products."""
+        return "bmm" if self.lora == "bmm" else self.kernels
+
+    def lora_programs(self, layout: BatchLayout) -> tuple[Lora, ...]:
+        """The LoRA work that a bucket's programs are compiled for, the least first."""
+        if self.lora == "paged":
+            return False, True
+        if self.lora != "bmm":
+            return (False,)
+        bucket, adapters = layout.bucket, min(layout.bucket.seqs, self.pool.adapter_slots)
+        return False, *paddings(bucket.tokens, adapters, decode=bucket.decode, tile_rows=layout.lora_tile_rows)
 
     @property
     def lora_layout(self) -> LoraLayout:
@@ -118,7 +141,7 @@ class StepSpec:
 
     def layout(self, bucket: Bucket) -> BatchLayout:
         """How a bucket's metadata lies in its buffer."""
-        rows = lora_tile_rows(self.pool.dtype, decode=bucket.decode, implementation=self.kernels)
+        rows = lora_tile_rows(self.pool.dtype, decode=bucket.decode, implementation=self.lora_kernels)
         return BatchLayout(
             bucket, self.pool.page_size, self.max_seqs, self.pool.adapter_slots, min(bucket.tokens, rows)
         )
@@ -134,7 +157,7 @@ class StepSpec:
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.state_struct())
 
 
-def make_step(spec: StepSpec, layout: BatchLayout, with_lora: bool) -> Any:
+def make_step(spec: StepSpec, layout: BatchLayout, with_lora: Lora) -> Any:
     """The jitted step of one bucket: `(params, pool, table, state, metadata int32 [layout.size]) -> (pool, state,
     StepOutput)`. Pool and state are donated. `with_lora=False` contains no LoRA work at all."""
 
@@ -150,8 +173,14 @@ def make_step(spec: StepSpec, layout: BatchLayout, with_lora: bool) -> Any:
         state = SequenceState(page_table=state.page_table, last_token=state.last_token.at[batch.slot].set(token))
         return tuple(context.pool), state, StepOutput(token, logits)
 
-    step.__name__ = layout.bucket.name + ("_lora" if with_lora else "")
+    step.__name__ = step_name(layout.bucket, with_lora)
     return jax.jit(step, donate_argnums=(1, 3))
+
+
+def step_name(bucket: Bucket, with_lora: Lora) -> str:
+    """Of `make_step`'s program."""
+    padding = f"_{with_lora.segments}x{with_lora.rows}" if isinstance(with_lora, Padding) else ""
+    return bucket.name + ("_lora" if with_lora else "") + padding
 
 
 def step_shapes(spec: StepSpec, layout: BatchLayout) -> tuple[Any, ...]:
