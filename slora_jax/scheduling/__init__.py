@@ -3,6 +3,7 @@
 from slora_jax.scheduling.ageing import Ageing
 from slora_jax.scheduling.clustering import Clustering
 from slora_jax.scheduling.early_abort import EarlyAbort
+from slora_jax.scheduling.merge import OneAdapter
 from slora_jax.scheduling.plan import ScheduledSequence, StepPlan
 from slora_jax.scheduling.policy import Batch, Fcfs, Lcfs, Policy
 from slora_jax.scheduling.queue import RequestQueue
@@ -25,6 +26,7 @@ __all__ = [
     "Fcfs",
     "FinishReason",
     "Lcfs",
+    "OneAdapter",
     "Policy",
     "Request",
     "RequestMetrics",
