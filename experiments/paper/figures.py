@@ -36,6 +36,8 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
+    """Systems side by side over one axis, on one device and setting."""
+
     title: str
     axis: str
     curves: tuple[Curve, ...]

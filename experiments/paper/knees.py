@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from experiments.paper.exclusions import exclusion
 from experiments.paper.results import PaperRow
@@ -31,7 +32,7 @@ def find_knee(rates: Iterable[float], latencies: Iterable[float], threshold: flo
     points = list(zip(rates, latencies, strict=True))
     if points[0][1] >= threshold:
         return Knee(None, "below")
-    for (r0, t0), (r1, t1) in zip(points, points[1:], strict=False):
+    for (r0, t0), (r1, t1) in pairwise(points):
         if t1 >= threshold:
             return Knee(r0 + (r1 - r0) * math.log(threshold / t0) / math.log(t1 / t0))
     return Knee(None, "above")

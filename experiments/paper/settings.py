@@ -1,4 +1,4 @@
-"""The paper's settings S1 to S6: a base model and the ranks that its adapters take in turn (section 7, and its code)."""
+"""The paper's settings S1 to S6: a base model, and the ranks that its adapters take in turn (section 7, its code)."""
 
 from __future__ import annotations
 
