@@ -9,7 +9,7 @@ from enum import Enum
 
 import numpy as np
 
-from slora_jax.errors import ConfigError
+from slora_jax.errors import ConfigError, RequestError
 from slora_jax.memory import AdapterResidency, PageAllocator, PageKind
 from slora_jax.scheduling.plan import ScheduledSequence, StepPlan
 from slora_jax.scheduling.policy import Batch, Policy
@@ -32,16 +32,25 @@ class AdapterState(Enum):
 class SchedulerLimits:
     """max_seqs: sequences running at once. max_tokens: rows of one step. page_size: tokens of a page.
     admission: "optimistic" admits what fits now; "reserve" what fits with all output it may still have (`Reservation`,
-    the paper's)."""
+    the paper's).
+    admit_every: 1 tries to admit (and asks for the policy's aborts) in every step; n > 1 lets n steps decode after an
+    admission, then tries in every step until one admits, and whenever nothing runs. The paper's code has 10.
+    mixed: prefill and decode share steps, prompts in chunks. False, as in the paper's code: admitted requests prefill
+    in a step of their own, whole, while the others pause; max_tokens then bounds the prompts of one admission."""
 
     max_seqs: int
     max_tokens: int
     page_size: int
     admission: str = "optimistic"
+    admit_every: int = 1
+    mixed: bool = True
 
     def __post_init__(self) -> None:
         if self.admission not in ADMISSIONS:
             raise ConfigError(f"SchedulerLimits.admission={self.admission!r}: must be one of {ADMISSIONS}")
+        every = self.admit_every
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ConfigError(f"SchedulerLimits.admit_every={every!r}: must be an integer of at least 1")
 
 
 class Scheduler:
@@ -73,8 +82,21 @@ class Scheduler:
         self._adapters: dict[str, int] = {}  # digest -> running requests
         self._batch = Batch(self.running, self._adapters)
         self._free_slots = list(range(limits.max_seqs - 1, -1, -1))
+        self._decoded = 0  # steps since the last admission
 
     def add(self, request: Request) -> None:
+        """Queues a request that fits into the pool alone.
+
+        Raises:
+          RequestError: prompts run whole (`mixed=False`), and with its output, as after a preemption, this one never
+            would.
+        """
+        longest = len(request.prompt) + request.max_new - 1
+        if not self.limits.mixed and longest > self.limits.max_tokens:
+            raise RequestError(
+                f"request {request.id!r}: its {longest} tokens of prompt and output may have to be prefilled in one "
+                f"step, which has at most max_tokens={self.limits.max_tokens}; raise that, or set mixed=True"
+            )
         self.policy.arrived(request, self.waiting)
         self.waiting.add(request)
 
@@ -87,10 +109,15 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan:
         """Plans the next step and commits to it: pages are taken, progress counters advance."""
         plan = StepPlan()
-        self._abort(plan, now)
-        self._extend_running(plan, now)
-        if not plan.preempted:
-            self._admit(plan, now)
+        due = self._admission_due()
+        if due:
+            self._abort(plan, now)
+        if self.limits.mixed:
+            self._extend_running(plan, now)
+        admitted = due and not plan.preempted and self._admit(plan, now)
+        if not self.limits.mixed and not admitted:
+            self._extend_running(plan, now)
+        self._decoded = 0 if admitted else self._decoded + 1
         self.policy.stepped(plan.sequences)
         return plan
 
@@ -115,6 +142,9 @@ class Scheduler:
                 PageKind.ADAPTER: [r.pages for r in self.residency.residents],
             }
         )
+
+    def _admission_due(self) -> bool:
+        return self.limits.admit_every == 1 or self._decoded >= self.limits.admit_every or not self.running
 
     def _abort(self, plan: StepPlan, now: float) -> None:
         for request, reason in list(self.policy.aborts(self.waiting, self._batch, now)):
@@ -160,9 +190,10 @@ class Scheduler:
             taken -= needed
             request.pages += pages[taken : taken + needed]
 
-    def _admit(self, plan: StepPlan, now: float) -> None:
+    def _admit(self, plan: StepPlan, now: float) -> bool:
+        """Whether anyone was admitted."""
         if not self.waiting or not self._free_slots or plan.num_tokens == self.limits.max_tokens:
-            return
+            return False
         reservation = self._reservation() if self.limits.admission == "reserve" else None
         absent: set[str] = set()  # adapters that are not in memory
         started: list[Request] = []
@@ -175,7 +206,7 @@ class Scheduler:
                     continue  # preempted a moment ago, its newest token is not read yet; or admitted already
                 if not self._on_host(request.digest, absent):
                     continue  # on its way from disk (or failed: the engine ends it); others go ahead
-                if not self._fits(request, reservation):
+                if not self._fits(request, reservation) or (not self.limits.mixed and request.num_tokens > budget):
                     break
                 started.append(request)
                 self._start(plan, request, now)
@@ -184,6 +215,7 @@ class Scheduler:
         finally:
             for request in started:
                 self.waiting.remove(request)
+        return bool(started)
 
     def _reservation(self) -> Reservation:
         held = sum(len(request.pages) for request in self.running)

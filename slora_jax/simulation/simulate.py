@@ -1,0 +1,111 @@
+"""The simulation of a workload."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+
+from slora_jax.errors import ConfigError, RequestError
+from slora_jax.scheduling import Policy, make_policy
+from slora_jax.simulation.cost import CostModel
+from slora_jax.simulation.device import DeviceModel
+from slora_jax.simulation.loading import Lane
+from slora_jax.simulation.request import SimulatedRequest, SimulationCounters, SimulationResult
+from slora_jax.simulation.server import Server
+from slora_jax.simulation.shape import ModelShape
+from slora_jax.simulation.system import SystemConfig
+
+
+def simulate(
+    workload: Sequence[SimulatedRequest],
+    system: SystemConfig,
+    model: ModelShape,
+    device: DeviceModel,
+    adapters: Sequence[int],
+    *,
+    policy: Policy | None = None,
+) -> SimulationResult:
+    """Serves `workload`, in order of arrival, to its last token. adapters: the rank of each. policy: instead of the
+    system's (copied for every replica, so that it can be used again). Deterministic.
+
+    Raises:
+      ConfigError: system, model and device do not fit together. RequestError: a request that can never run.
+    """
+    _check(workload, adapters)
+    cost = CostModel(model, device, system.software, system.lora)
+    num_tokens = system.pool_tokens(model, device)
+    ranks = {str(i): rank for i, rank in enumerate(adapters)}
+    counters = SimulationCounters()
+    lane = Lane()
+    servers = []
+    for replica, requests in enumerate(_shares(workload, system, len(adapters))):
+        own = deepcopy(policy) if policy is not None else make_policy(system.policy)
+        servers.append(Server(system, cost, num_tokens, ranks, lane, counters, own, requests))
+    while True:
+        working = [server for server in servers if server.has_work]
+        if not working:
+            break
+        min(working, key=lambda server: server.now).step()
+    for server in servers:
+        server.check()
+    return _result(servers, counters, lane)
+
+
+def _check(workload: Sequence[SimulatedRequest], adapters: Sequence[int]) -> None:
+    if not workload:
+        raise RequestError("workload: there are no requests")
+    for index, rank in enumerate(adapters):
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ConfigError(f"adapters[{index}]={rank!r}: must be a rank, a positive integer")
+    last = 0.0
+    for number, request in enumerate(workload):
+        if not request.arrival >= last:
+            raise RequestError(f"workload[{number}].arrival={request.arrival!r}: must ascend from 0")
+        last = request.arrival
+        if request.adapter is not None and not 0 <= request.adapter < len(adapters):
+            raise RequestError(f"workload[{number}].adapter={request.adapter!r}: there are {len(adapters)} adapters")
+        if request.prompt_tokens < 1 or request.output_tokens < 1:
+            raise RequestError(
+                f"workload[{number}]: prompt_tokens={request.prompt_tokens}, output_tokens={request.output_tokens}: "
+                "must be at least 1"
+            )
+
+
+def _shares(
+    workload: Sequence[SimulatedRequest], system: SystemConfig, num_adapters: int
+) -> list[list[tuple[int, SimulatedRequest]]]:
+    """Requests by replica, with their numbers.
+
+    Raises:
+      ConfigError: with merged weights in every replica, there are more adapters than replicas.
+    """
+    if system.replicas > 1 and num_adapters > system.replicas:
+        raise ConfigError(
+            f"system {system.name!r}: {num_adapters} adapters need as many replicas, not {system.replicas}"
+        )
+    shares: list[list[tuple[int, SimulatedRequest]]] = [[] for _ in range(system.replicas)]
+    for number, request in enumerate(workload):
+        shares[(request.adapter or 0) % system.replicas].append((number, request))
+    return shares
+
+
+def _result(servers: Sequence[Server], counters: SimulationCounters, lane: Lane) -> SimulationResult:
+    records = {number: record for server in servers for number, record in server.records.items()}
+    for server in servers:
+        residency = server.memory.residency.counters
+        counters.loads += residency.loads
+        counters.evictions += residency.evictions
+        counters.hits += residency.hits
+        counters.preemptions += server.scheduler.preemptions
+        counters.aborts += server.scheduler.aborts
+        counters.disk_reads += server.loading.store.reads
+        counters.copy_seconds += server.loading.copies.busy
+    counters.device_seconds = lane.busy
+    ordered = [records[number] for number in sorted(records)]
+    return SimulationResult(
+        records=ordered,
+        pool=(),
+        counters=counters,
+        seconds=max(record.finished for record in ordered),
+        abort_reasons={name: reason for server in servers for name, reason in server.abort_reasons.items()},
+    )
