@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -109,7 +109,7 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan:
         """Plans the next step and commits to it: pages are taken, progress counters advance."""
         plan = StepPlan()
-        due = self._admission_due()
+        due = self.admission_due
         if due:
             self._abort(plan, now)
         if self.limits.mixed:
@@ -120,6 +120,15 @@ class Scheduler:
         self._decoded = 0 if admitted else self._decoded + 1
         self.policy.stepped(plan.sequences)
         return plan
+
+    def schedule_decode(self, sequences: Sequence[ScheduledSequence], now: float) -> None:
+        """As `schedule` in a step that admits nobody, as nobody waits or admission is not due, and gives each running
+        sequence its next token: tells the policy and counts the step. The caller, a simulation of many such steps at
+        once, brings the requests up to date."""
+        if self.admission_due:
+            self._abort(StepPlan(), now)
+        self._decoded += 1
+        self.policy.stepped(sequences)
 
     def finish(self, request: Request, reason: FinishReason, now: float) -> None:
         """Ends a request in any state and frees what it holds. A no-op on a finished one."""
@@ -143,7 +152,9 @@ class Scheduler:
             }
         )
 
-    def _admission_due(self) -> bool:
+    @property
+    def admission_due(self) -> bool:
+        """Whether the next step tries to admit."""
         return self.limits.admit_every == 1 or self._decoded >= self.limits.admit_every or not self.running
 
     def _abort(self, plan: StepPlan, now: float) -> None:
@@ -159,7 +170,7 @@ class Scheduler:
         last = len(order)  # order[last:] is preempted
         budget, page_size, sequences = self.limits.max_tokens, self.limits.page_size, plan.sequences
         growing: list[tuple[Request, int]] = []  # and the pages that each gets at the end
-        taken = 0
+        taken, free = 0, self.allocator.num_free
         for position, request in enumerate(order):
             if budget == 0 or position >= last:
                 break
@@ -171,12 +182,14 @@ class Scheduler:
             end = min(known, start + budget)
             if end > len(request.pages) * page_size:
                 needed = -(-end // page_size) - len(request.pages)
-                while not self._has_pages(taken + needed) and last > position:
-                    last -= 1
-                    self._preempt(order[last])
-                    plan.preempted += 1
-                if position >= last:
-                    break
+                if taken + needed > free:
+                    while not self._has_pages(taken + needed) and last > position:
+                        last -= 1
+                        self._preempt(order[last])
+                        plan.preempted += 1
+                    if position >= last:
+                        break
+                    free = self.allocator.num_free
                 growing.append((request, needed))
                 taken += needed
             request.num_computed = end

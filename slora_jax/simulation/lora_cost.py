@@ -23,6 +23,8 @@ class LoraCost:
 
     launches = False
     """Whether every layer has kernels of its own for adapters."""
+    pads = False
+    """Whether the cost depends on runs of equal adapters in the batch (`StepWork.segments`, `longest_segment`)."""
 
     def compute(self, work: StepWork) -> float:
         """Time on the device, in a row with the base model's."""
@@ -81,6 +83,7 @@ class Bmm(LoraCost):
     """
 
     launches = True
+    pads = True
 
     def compute(self, work: StepWork) -> float:
         padded = work.segments * work.max_rank

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
 from slora_jax.errors import RequestError
+from slora_jax.memory import Resident
 from slora_jax.metrics import RequestRecord
 from slora_jax.scheduling import (
     AdapterUse,
@@ -23,6 +26,7 @@ from slora_jax.scheduling import (
     StepPlan,
 )
 from slora_jax.simulation.cost import CostModel
+from slora_jax.simulation.fast_forward import fast_forward
 from slora_jax.simulation.loading import HostStore, Lane, Loading, Prefetching
 from slora_jax.simulation.memory import SimulatedMemory
 from slora_jax.simulation.request import SimulatedRequest, SimulationCounters
@@ -34,7 +38,8 @@ GREEDY = SamplingParams(ignore_eos=True)
 
 @dataclass(slots=True)
 class InFlight:
-    """A step on the device. ended: seconds; its tokens are known then."""
+    """A step on the device. ended: seconds; its tokens are known then. sequences: none in the midst of a fast forward,
+    which reads its steps itself."""
 
     sequences: Sequence[ScheduledSequence]
     ended: float
@@ -57,13 +62,15 @@ class Server:
         counters: SimulationCounters,
         policy: Policy,
         requests: Sequence[tuple[int, SimulatedRequest]],
+        fast: bool,
     ) -> None:
-        """ranks: by adapter digest. requests: with their numbers, in order of arrival."""
+        """ranks: by adapter digest. requests: with their numbers, in order of arrival. fast: may `fast_forward`."""
         shape = cost.shape
         self.now = 0.0
         self.records: dict[int, RequestRecord] = {}
         self.abort_reasons: dict[str, str] = {}
-        self._system, self._cost, self._ranks = system, cost, ranks
+        self.cost, self.ranks = cost, ranks
+        self._system, self._fast = system, fast
         self._device, self._counters = device, counters
         pages = {digest: shape.adapter_pages(rank, system.page_size) for digest, rank in ranks.items()}
         nbytes = {digest: rank * shape.lora_bytes for digest, rank in ranks.items()}
@@ -91,18 +98,19 @@ class Server:
         )
         self._arrivals = deque((number, request) for number, request in requests)
         self._in_flight: InFlight | None = None
-        self._token_times: dict[int, list[float]] = {}
         self._merged: str | None = None
 
     @property
     def has_work(self) -> bool:
         return bool(self._arrivals) or self.scheduler.has_work() or self._in_flight is not None
 
-    def step(self) -> None:
-        """One turn of the loop; `now` advances."""
+    def step(self, until: float = math.inf) -> None:
+        """One turn of the loop, or as many as can be run at once before `until`; `now` advances."""
         if not self.scheduler.has_work() and self._in_flight is None:
             self.now = max(self.now, self._arrivals[0][1].arrival)
-        self._deliver()
+        self.deliver()
+        if self._fast and fast_forward(self, until):
+            return
         plan = self.scheduler.schedule(self.now)
         for request, reason in plan.aborted:
             self.abort_reasons[request.id] = reason
@@ -113,16 +121,46 @@ class Server:
         if not self._system.overlap:
             before, self._in_flight = self._in_flight, None
         if before is not None:
-            self.now = max(self.now, before.ended)
             self._read(before)
         elif self._in_flight is None and self.scheduler.has_work():
             self._wait()
+
+    def awaits_admission(self) -> bool:
+        """Whether the next step may admit, or copies for who waits may begin in it."""
+        return bool(self.scheduler.waiting) and (self.scheduler.admission_due or self._system.prefetch)
+
+    def run_decode(self, work: StepWork) -> float | None:
+        """For `fast_forward`: runs a step of `work`, in which everyone decodes, and reads the step before, or this one
+        if host and device take turns. Returns when a fast-forwarded step's tokens were read, if it was one."""
+        before, self._in_flight = self._in_flight, self._launch(work, 0.0, ())
+        if not self._system.overlap:
+            before, self._in_flight = self._in_flight, None
+        if before is None:
+            return None
+        if before.sequences:
+            self._read(before)
+            return None
+        self.now = max(self.now, before.ended)
+        return self.now
+
+    def leave_in_flight(self, sequences: Sequence[ScheduledSequence]) -> None:
+        """For `fast_forward`, at its end: the sequences of its last step, if that is not read yet."""
+        if self._in_flight is not None:
+            self._in_flight.sequences = sequences
+
+    def end(self, requests: Sequence[Request]) -> None:
+        """Ends requests that have all of their tokens."""
+        for request in requests:
+            self.scheduler.finish(request, FinishReason.LENGTH, self.now)
+            self._record(request)
+        if requests:
+            self.memory.requests_ended()
 
     def check(self) -> None:
         """Raises `PoolError` on any leak of pages."""
         self.memory.check([np.asarray(request.pages, np.int32) for request in self.scheduler.running])
 
-    def _deliver(self) -> None:
+    def deliver(self) -> None:
         while self._arrivals and self._arrivals[0][1].arrival <= self.now:
             number, simulated = self._arrivals.popleft()
             self.scheduler.add(self._request(number, simulated))
@@ -157,57 +195,56 @@ class Server:
         self.loading.ahead(waiting, self.now)
 
     def _dispatch(self, plan: StepPlan) -> InFlight:
-        work = step_work(plan.sequences, self._ranks)
-        host = self._cost.host_seconds(work)
-        self._counters.host_seconds += host
+        work = step_work(plan.sequences, self.ranks)
+        return self._launch(work, self._changes(plan), plan.loads, plan.sequences)
+
+    def _launch(
+        self, work: StepWork, changes: float, loads: Sequence[Resident], sequences: Sequence[ScheduledSequence] = ()
+    ) -> InFlight:
+        """The host's part, the wait for `loads`, and `changes` seconds before the step on the device."""
+        counters = self._counters
+        host = self.cost.host_seconds(work)
         self.now += host
         ready = max(self.now, self._device.free)
-        landed = max(ready, self.loading.landed(plan.loads, self.now))
-        self._counters.stall_seconds += landed - ready
-        seconds = self._cost.step_seconds(work) + self._changes(plan)
-        self._count(work)
-        return InFlight(plan.sequences, self._device.take(landed, seconds))
-
-    def _count(self, work: StepWork) -> None:
-        self._counters.steps += 1
-        self._counters.tokens_computed += work.rows
+        start = max(ready, self.loading.landed(loads, self.now))
+        counters.host_seconds += host
+        counters.stall_seconds += start - ready
+        counters.steps += 1
+        counters.tokens_computed += work.rows
+        return InFlight(sequences, self._device.take(start, self.cost.step_seconds(work) + changes))
 
     def _changes(self, plan: StepPlan) -> float:
         """Seconds on the device before the step proper: merging, or gathering adapters anew."""
         if self._system.merged:
             return self._switch(plan.sequences[0].request.digest)
         if self._system.gathers_on_load and plan.loads:
-            return self._cost.move_seconds(sum(self._nbytes[r.digest] for r in self.memory.residency.residents))
+            return self.cost.move_seconds(sum(self._nbytes[r.digest] for r in self.memory.residency.residents))
         return 0.0
 
     def _switch(self, digest: str | None) -> float:
         if digest == self._merged:
             return 0.0
-        changed = [self._ranks[name] for name in (self._merged, digest) if name is not None]
+        changed = [self.ranks[name] for name in (self._merged, digest) if name is not None]
         self._merged = digest
         self._counters.switches += 1
-        return sum(self._cost.merge_seconds(rank) for rank in changed)
+        return sum(self.cost.merge_seconds(rank) for rank in changed)
 
     def _read(self, step: InFlight) -> None:
-        """Hands out a step's tokens; ends who has all of them."""
-        ended = False
-        now = self.now
+        """Waits for a step, hands out its tokens, and ends who has all of them."""
+        self.now = now = max(self.now, step.ended)
+        token = cast(int, now)
+        ended = []
         for sequence in step.sequences:
             request = sequence.request
             if not sequence.samples or request.finish_reason is not None:
                 continue
             output = request.output
-            output.append(0)
+            output.append(token)
             if len(output) == 1:
                 request.metrics.first_token = now
-                self._token_times[request.number] = []
-            self._token_times[request.number].append(now)
             if len(output) >= request.max_new:
-                self.scheduler.finish(request, FinishReason.LENGTH, now)
-                self._record(request)
-                ended = True
-        if ended:
-            self.memory.requests_ended()
+                ended.append(request)
+        self.end(ended)
 
     def _record(self, request: Request) -> None:
         metrics = request.metrics
@@ -222,7 +259,7 @@ class Server:
             finished=metrics.finished,
             admitted=metrics.admitted,
             first_token=metrics.first_token,
-            token_times=tuple(self._token_times.pop(request.number, ())),
+            token_times=tuple(request.output),
         )
 
     def _wait(self) -> None:

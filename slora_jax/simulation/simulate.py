@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 
 from slora_jax.errors import ConfigError, RequestError
+from slora_jax.metrics import PAGE_KINDS, PoolPages, PoolSample
 from slora_jax.scheduling import Policy, make_policy
 from slora_jax.simulation.cost import CostModel
 from slora_jax.simulation.device import DeviceModel
@@ -24,9 +25,12 @@ def simulate(
     adapters: Sequence[int],
     *,
     policy: Policy | None = None,
+    sample_seconds: float = 1.0,
+    fast_forward: bool = True,
 ) -> SimulationResult:
     """Serves `workload`, in order of arrival, to its last token. adapters: the rank of each. policy: instead of the
-    system's (copied for every replica, so that it can be used again). Deterministic.
+    system's (copied for every replica, so that it can be used again). sample_seconds: between samples of the pool, all
+    replicas together. fast_forward=False runs every step by itself, with the same results. Deterministic.
 
     Raises:
       ConfigError: system, model and device do not fit together. RequestError: a request that can never run.
@@ -38,17 +42,22 @@ def simulate(
     counters = SimulationCounters()
     lane = Lane()
     servers = []
-    for replica, requests in enumerate(_shares(workload, system, len(adapters))):
+    shares = _shares(workload, system, len(adapters))
+    for requests in shares:
         own = deepcopy(policy) if policy is not None else make_policy(system.policy)
-        servers.append(Server(system, cost, num_tokens, ranks, lane, counters, own, requests))
-    while True:
-        working = [server for server in servers if server.has_work]
-        if not working:
-            break
-        min(working, key=lambda server: server.now).step()
+        fast = fast_forward and len(shares) == 1
+        servers.append(Server(system, cost, num_tokens, ranks, lane, counters, own, requests, fast))
+    samples: list[PoolSample] = []
+    next_sample = 0.0
+    while working := [server for server in servers if server.has_work]:
+        server = min(working, key=lambda server: server.now)
+        if server.now >= next_sample:
+            samples.append(_sample(servers, server.now))
+            next_sample = server.now + sample_seconds
+        server.step(next_sample)
     for server in servers:
         server.check()
-    return _result(servers, counters, lane)
+    return _result(servers, counters, lane, samples)
 
 
 def _check(workload: Sequence[SimulatedRequest], adapters: Sequence[int]) -> None:
@@ -89,7 +98,19 @@ def _shares(
     return shares
 
 
-def _result(servers: Sequence[Server], counters: SimulationCounters, lane: Lane) -> SimulationResult:
+def _sample(servers: Sequence[Server], now: float) -> PoolSample:
+    pages = [server.memory.pages() for server in servers]
+    return PoolSample(
+        time=now,
+        pages=PoolPages(*(sum(getattr(p, kind) for p in pages) for kind in PAGE_KINDS)),
+        running=sum(len(server.scheduler.running) for server in servers),
+        waiting=sum(len(server.scheduler.waiting) for server in servers),
+    )
+
+
+def _result(
+    servers: Sequence[Server], counters: SimulationCounters, lane: Lane, samples: Sequence[PoolSample]
+) -> SimulationResult:
     records = {number: record for server in servers for number, record in server.records.items()}
     for server in servers:
         residency = server.memory.residency.counters
@@ -104,7 +125,7 @@ def _result(servers: Sequence[Server], counters: SimulationCounters, lane: Lane)
     ordered = [records[number] for number in sorted(records)]
     return SimulationResult(
         records=ordered,
-        pool=(),
+        pool=samples,
         counters=counters,
         seconds=max(record.finished for record in ordered),
         abort_reasons={name: reason for server in servers for name, reason in server.abort_reasons.items()},
