@@ -21,7 +21,8 @@ class Efficiency:
 
     matmul: of matmul_flops, in products with base weights. bandwidth: of memory_bandwidth, reading base weights and
     copying. attention: of memory_bandwidth, reading KV. prefill_attention: of matmul_flops, scores and values of
-    prompts. lora: of memory_bandwidth, reading adapters. lora_flops: of vector_flops. host_to_device: of
+    prompts. lora: of memory_bandwidth, reading adapters; lora_reread: what another sequence's reading of the
+    same adapter costs in a step, of the first (the cache serves it). lora_flops: of vector_flops. host_to_device: of
     host_to_device_bandwidth.
 
     step_seconds: once a step, on the device lane. layer_seconds: least time of a layer, however little it computes (its
@@ -37,6 +38,7 @@ class Efficiency:
     attention: float
     prefill_attention: float
     lora: float
+    lora_reread: float
     lora_flops: float
     host_to_device: float
     step_seconds: float

@@ -55,17 +55,19 @@ class Segmented(LoraCost):
 class Mbgmv(LoraCost):
     """S-LoRA's kernels, as its code chooses them.
 
-    MBGMV, on the vector units, each sequence reading its adapter:  max(sequence_ranks * w / b, 2 * row_ranks * p / v)
+    MBGMV, on the vector units, each sequence reading its adapter, from memory once and from the cache after that:
+      max(r * w / b, 2 * row_ranks * p / v),  r = adapter_ranks + lora_reread * (sequence_ranks - adapter_ranks)
     MBGMM, in steps of 2 or more prompts, the longest of at least 200 rows and the largest rank at least 64: tiles over
     all rows and the largest rank, in Triton like the attention over prompts, whose share of the matrix units `a` it
-    gets:  max(sequence_ranks * w / b, 2 * lora_rows * max_rank * p / a)
+    gets:  max(r * w / b, 2 * lora_rows * max_rank * p / a)
     """
 
     launches = True
 
     def compute(self, work: StepWork) -> float:
-        read = self._read(work.sequence_ranks)
         device, efficiency = self.device, self.efficiency
+        again = work.sequence_ranks - work.adapter_ranks
+        read = self._read(work.adapter_ranks + efficiency.lora_reread * again)
         if work.prompts >= 2 and work.longest_prompt >= 200 and work.max_rank >= 64:
             operations = 2 * work.lora_rows * work.max_rank * self.shape.lora_params
             return max(read, operations / (efficiency.prefill_attention * device.matmul_flops))
