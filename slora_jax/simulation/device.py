@@ -10,9 +10,9 @@ from typing import Any
 
 from slora_jax.errors import ConfigError
 
-SOFTWARE = ("pytorch", "jax")
-"""Whose efficiencies a device file has: the paper's systems (PyTorch, Triton and CUDA, launched kernel by kernel from
-Python), and this one (a compiled program per step)."""
+SOFTWARE = ("pytorch", "vllm", "peft", "jax")
+"""Whose efficiencies a device file has: S-LoRA and what it emulates (PyTorch, Triton and CUDA, launched kernel by
+kernel from Python), vLLM, Hugging Face PEFT, and this engine (a compiled program per step)."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,12 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class DeviceModel:
-    """A device. memory_bytes; memory_bandwidth in bytes per second; matmul_flops: dense float16 (or bfloat16) operations
-    per second of the matrix units; vector_flops: float32 operations per second of the others; host_to_device_bandwidth
-    in bytes per second, one way. efficiency: by software."""
+    """A device: its data sheet, and what software reaches of it.
+
+    memory_bytes; memory_bandwidth in bytes per second; matmul_flops: dense float16 (or bfloat16) operations per second
+    of the matrix units; vector_flops: float32 operations per second of the others; host_to_device_bandwidth in bytes
+    per second, one way. efficiency: by software.
+    """
 
     name: str
     memory_bytes: float

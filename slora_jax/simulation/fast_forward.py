@@ -23,8 +23,8 @@ STATIC_ORDERS = (Policy.order, Lcfs.order)
 
 
 def fast_forward(server: Server, until: float) -> bool:
-    """Runs as many steps as are certain to admit and preempt nobody, all sequences decoding, with the same arithmetic of
-    time as `Server.step` for each; requests that end leave. Stops before a step that would be planned at `until` or
+    """Runs as many steps as are certain to admit and preempt nobody, all sequences decoding, with the same arithmetic
+    of time as `Server.step` for each; requests that end leave. Stops before a step that would be planned at `until` or
     later, or that may admit. Returns whether any ran.
 
     Each step: the clock, the sums of the work, the policy's hooks. Once for all of them: the requests' progress, their

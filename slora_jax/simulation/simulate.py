@@ -11,6 +11,7 @@ from slora_jax.scheduling import Policy, make_policy
 from slora_jax.simulation.cost import CostModel
 from slora_jax.simulation.device import DeviceModel
 from slora_jax.simulation.loading import Lane
+from slora_jax.simulation.offline import simulate_offline
 from slora_jax.simulation.request import SimulatedRequest, SimulationCounters, SimulationResult
 from slora_jax.simulation.server import Server
 from slora_jax.simulation.shape import ModelShape
@@ -37,6 +38,8 @@ def simulate(
     """
     _check(workload, adapters)
     cost = CostModel(model, device, system.software, system.lora)
+    if system.offline_batch is not None:
+        return simulate_offline(workload, system, cost, adapters)
     num_tokens = system.pool_tokens(model, device)
     ranks = {str(i): rank for i, rank in enumerate(adapters)}
     counters = SimulationCounters()

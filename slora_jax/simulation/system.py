@@ -30,8 +30,8 @@ class SystemConfig:
     leaves after the weights. adapter_tokens: None for a unified pool; else so many tokens' worth of memory is set aside
     for adapters, beside num_tokens for KV. gathers_on_load: a load copies all resident adapters (`torch.cat`).
 
-    page_size in tokens, max_seqs, max_tokens, admission, admit_every, mixed: as in `SchedulerLimits`; max_tokens=None is
-    S-LoRA's max(num_tokens / 6, 3072), of all pages. policy: a name of `POLICIES` without further settings.
+    page_size in tokens, max_seqs, max_tokens, admission, admit_every, mixed: as in `SchedulerLimits`; max_tokens=None
+    is S-LoRA's max(num_tokens / 6, 3072). policy: a name of `POLICIES`, with its default settings.
 
     overlap: the host plans the next step while the device computes (as this engine); else they take turns.
     prefetch: copies of adapters that waiting requests need run ahead, and who waits for one holds up nobody; else a
@@ -102,8 +102,8 @@ class SystemConfig:
         tokens = int(left / shape.kv_bytes)
         if tokens < self.page_size:
             raise ConfigError(
-                f"system {self.name!r} is out of memory: {self.replicas} x {shape.weight_bytes / 1e9:.1f} GB of weights "
-                f"in {self.memory_fraction:g} of the {device.memory_bytes / 1e9:.1f} GB of {device.name}"
+                f"system {self.name!r} is out of memory: {self.replicas} x {shape.weight_bytes / 1e9:.1f} GB of "
+                f"weights in {self.memory_fraction:g} of the {device.memory_bytes / 1e9:.1f} GB of {device.name}"
             )
         return tokens
 
@@ -138,10 +138,10 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "merge": {"lora": "none", "merged": True, "policy": "one_adapter"},
     "packed": {"lora": "none", "serves_adapters": False},
     "base": {"lora": "none", "serves_adapters": False},
-    "peft": {"offline_batch": 6, "software": "pytorch", "lora": "none"},
+    "peft": {"offline_batch": 6, "software": "peft", "lora": "segmented"},
 }
-"""What each baseline changes. "no-unify-mem" has `adapter_tokens` (and fewer `num_tokens`), "packed" `replicas`, to be
-given: they depend on the device."""
+"""What each baseline changes. To be given, as they depend on the device: `num_tokens` of all, `adapter_tokens` of
+"no-unify-mem", `replicas` of "packed" (and the paper's, which is vLLM, has software="vllm")."""
 
 SYSTEMS = (*CHANGES, *(f"{name}-paper" for name in CHANGES))
 """Names of `make_system`: each baseline with this engine's scheduling, and ("-paper") with S-LoRA's."""
