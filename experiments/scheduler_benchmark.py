@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from experiments.machine import provenance
-from slora_jax.memory import AdapterResidency, PageAllocator
+from slora_jax.memory import AdapterResidency, Evictor, Lru, PageAllocator
 from slora_jax.scheduling import (
     AdapterUse,
     Ageing,
@@ -64,9 +64,9 @@ class Load:
         self.now = 0.0
         running, waiting = RUNNING * scale, WAITING * scale
         allocator = PageAllocator(running * 80)
-        residency = AdapterResidency(allocator, 2 * ADAPTERS)
+        residency = AdapterResidency(Evictor(allocator, Lru()), 2 * ADAPTERS)
         limits = SchedulerLimits(running, 64 * running, page_size=16, admission=admission)
-        self.scheduler = Scheduler(allocator, residency, policy, limits)
+        self.scheduler = Scheduler(residency, policy, limits)
         self.arrivals = 0
         self.uses = [AdapterUse(f"a{i}", f"a{i}", np.full(7, 8, np.int32), 16) for i in range(ADAPTERS)]
         for _ in range(running):

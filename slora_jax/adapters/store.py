@@ -225,7 +225,7 @@ class AdapterStore:
             raise AdapterError(f"adapter {name!r} has rank {info.rank} but max_rank is {self._max_rank}")
         if self._max_pages is not None and info.num_pages > self._max_pages:
             raise AdapterError(
-                f"adapter {name!r} needs {info.num_pages} pages but the pool has {self._max_pages} beside one of KV"
+                f"adapter {name!r} needs {info.num_pages} pages but the pool has {self._max_pages} for adapters"
             )
         if info.nbytes > self._cache.host_bytes:
             raise AdapterError(

@@ -28,6 +28,7 @@ class EngineConfig:
     max_model_len: most tokens of prompt and output together; None: the model's own limit.
     admission: "optimistic" (what fits now; preempts when pages run out) or "reserve" (what fits with all output that it
       may still have, as in the paper).
+    adapter_pages: pages set aside for adapters, as in the baseline `no-unify-mem`; None: one pool for adapters and KV.
     adapter_slots: adapters resident in the pool at once; None: as many as could fit, at most 4096.
     max_rank: largest rank accepted of one projection (1 to 256); bounds a device table, reserves nothing else.
     host_adapter_bytes: budget of the host store; beyond it adapters spill to `spill_dir`.
@@ -52,6 +53,7 @@ class EngineConfig:
     max_tokens_per_step: int = 256
     max_model_len: int | None = None
     admission: str = "optimistic"
+    adapter_pages: int | None = None
     adapter_slots: int | None = None
     max_rank: int = 256
     host_adapter_bytes: int = 8 << 30
@@ -71,9 +73,9 @@ class EngineConfig:
         for name in ("max_seqs", "max_tokens_per_step", "host_adapter_bytes"):
             value = getattr(self, name)
             _require(_is_int(value) and value >= 1, name, value, "a positive integer")
-        for name in ("num_pages", "max_model_len", "adapter_slots"):
+        for name in ("num_pages", "max_model_len", "adapter_slots", "adapter_pages"):
             value = getattr(self, name)
-            low = 2 if name != "adapter_slots" else 1
+            low = 1 if name.startswith("adapter") else 2
             _require(value is None or (_is_int(value) and value >= low), name, value, f"None or an integer >= {low}")
         _require(_is_int(self.max_rank) and 1 <= self.max_rank <= 256, "max_rank", self.max_rank, "in 1..256")
         _require(_is_int(self.seed) and 0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")

@@ -24,7 +24,7 @@ from slora_jax.engine.progress import Progress
 from slora_jax.engine.runner import InFlight, Runner, adapter_geometry, longest_sequence
 from slora_jax.engine.trace import NoTrace, Trace
 from slora_jax.errors import AdapterError, RequestError
-from slora_jax.memory import AdapterResidency, PageAllocator, PageKind
+from slora_jax.memory import AdapterResidency, EvictionPolicy, Evictor, Lru, PageAllocator, PageKind
 from slora_jax.models import ModelConfig, Params, load_model
 from slora_jax.scheduling import (
     AdapterState,
@@ -58,11 +58,13 @@ class Engine:
         *,
         tokenizer: Any = None,
         policy: Policy | None = None,
+        eviction: EvictionPolicy | None = None,
     ) -> None:
         """Compiles every step program (with a progress bar) and allocates the pool.
 
         params: as `models.load_model` or `models.init_random` return them. tokenizer: a fast Hugging Face tokenizer;
-        without one, prompts are token ids and outputs have no text.
+        without one, prompts are token ids and outputs have no text. policy: who comes first (None: `Fcfs`). eviction:
+        what idle content leaves the pool first (None: `Lru`).
 
         Raises:
           ConfigError: settings and model do not fit together.
@@ -74,18 +76,19 @@ class Engine:
         self.max_model_len = longest_sequence(model, config)
         self._runner = Runner(model, graphdef, params, config)
         spill_dir = None if config.spill_dir is None else Path(config.spill_dir)
-        self.allocator = PageAllocator(self._runner.shape.num_pages)
+        self.allocator = PageAllocator(self._runner.shape.num_pages, config.adapter_pages)
         self.store = AdapterStore(
             adapter_geometry(model, config.page_size),
             config.dtype,
             config.host_adapter_bytes,
             spill_dir,
             max_rank=config.max_rank,
-            max_pages=self.allocator.capacity - 1,
+            max_pages=min(self.allocator.capacity_for(PageKind.ADAPTER), self.allocator.capacity - 1),
         )
-        self.residency = AdapterResidency(self.allocator, self._runner.shape.adapter_slots)
+        evictor = Evictor(self.allocator, eviction or Lru())
+        self.residency = AdapterResidency(evictor, self._runner.shape.adapter_slots)
         limits = SchedulerLimits(config.max_seqs, config.max_tokens_per_step, config.page_size, config.admission)
-        self.scheduler = Scheduler(self.allocator, self.residency, policy or Fcfs(), limits, self._adapter_state)
+        self.scheduler = Scheduler(self.residency, policy or Fcfs(), limits, self._adapter_state)
         self._progress: dict[str, Progress] = {}
         self._staged: dict[str, AdapterTiles] = {}  # found in memory while planning; uploaded right after
         self._lost: dict[str, AdapterError] = {}  # digests that could not be brought back from disk
@@ -98,7 +101,12 @@ class Engine:
 
     @classmethod
     def from_pretrained(
-        cls, model_dir: str | Path, config: EngineConfig | None = None, *, policy: Policy | None = None
+        cls,
+        model_dir: str | Path,
+        config: EngineConfig | None = None,
+        *,
+        policy: Policy | None = None,
+        eviction: EvictionPolicy | None = None,
     ) -> Engine:
         """Loads a Hugging Face directory: weights, and the tokenizer if one is there.
 
@@ -107,7 +115,8 @@ class Engine:
         """
         config = config or EngineConfig()
         graphdef, params, model = load_model(model_dir, config.dtype, config.model_cache_dir, config.progress)
-        return cls(model, graphdef, params, config, tokenizer=_load_tokenizer(Path(model_dir)), policy=policy)
+        tokenizer = _load_tokenizer(Path(model_dir))
+        return cls(model, graphdef, params, config, tokenizer=tokenizer, policy=policy, eviction=eviction)
 
     # Adapters
 
@@ -174,7 +183,7 @@ class Engine:
         room = self.max_model_len - len(ids)
         max_new = room if params.max_tokens is None else min(params.max_tokens, room)
         use = self._use(adapter)
-        check_fits(len(ids), max_new, self.config.page_size, use, self.allocator.capacity)
+        check_fits(len(ids), max_new, self.config.page_size, use, self.allocator)
         request = Request(
             id=request_id,
             number=self._arrivals,
@@ -313,7 +322,7 @@ class Engine:
                 "kv": self.allocator.count(PageKind.KV),
                 "adapter": self.allocator.count(PageKind.ADAPTER),
             },
-            idle_adapter_pages=self.residency.evictable_pages,
+            idle_adapter_pages=self.residency.evictor.pages(PageKind.ADAPTER),
             host_seconds=self._host_seconds - self._runner.launch_seconds,
             launch_seconds=self._runner.launch_seconds,
         )

@@ -156,6 +156,11 @@ def pool_shape(model: ModelConfig, config: EngineConfig) -> PoolShape:
             raise ConfigError(
                 f"EngineConfig.num_pages=None: {free} bytes of {where} hold no pool; page = {page_bytes} bytes"
             )
+    if config.adapter_pages is not None and config.adapter_pages > num_pages - 2:
+        raise ConfigError(
+            f"EngineConfig.adapter_pages={config.adapter_pages}: of a pool of {num_pages} pages, one is the dummy page "
+            "and one at least must be left for keys and values; lower it, raise num_pages, or use None"
+        )
     largest = int(layout.num_pages(np.full(7, config.max_rank)))
     return PoolShape(
         num_layers=model.num_layers,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from slora_jax.errors import PoolError
-from slora_jax.memory.allocator import PageAllocator, PageKind
+from slora_jax.memory.allocator import PageKind
+from slora_jax.memory.eviction import Evictable, Evictor
 
 
-@dataclass
-class Resident:
+@dataclass(eq=False, kw_only=True, slots=True)
+class Resident(Evictable):
     """An adapter in the pool: its row in the device's `AdapterTable`, its pages, and how many requests use it."""
 
     digest: str
@@ -31,23 +31,20 @@ class ResidencyCounters:
     hits: int = 0
 
 
-@dataclass
 class AdapterResidency:
     """Adapters on the device, by digest. An adapter in use is never evicted; idle ones stay until their pages (or slot)
-    are wanted and go least recently used first.
+    are wanted and go as the evictor's policy says.
 
     `num_slots` bounds how many adapters are resident at once: rows of the device's `AdapterTable`.
     """
 
-    allocator: PageAllocator
-    num_slots: int
-    counters: ResidencyCounters = field(default_factory=ResidencyCounters)
-
-    def __post_init__(self) -> None:
+    def __init__(self, evictor: Evictor, num_slots: int) -> None:
+        self.evictor = evictor
+        self.num_slots = num_slots
+        self.counters = ResidencyCounters()
         self._resident: dict[str, Resident] = {}
-        self._idle: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
-        self._idle_pages = 0
-        self._free_slots = list(range(self.num_slots - 1, -1, -1))
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        evictor.owns(PageKind.ADAPTER, self._evict)
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._resident
@@ -59,11 +56,6 @@ class AdapterResidency:
     def residents(self) -> list[Resident]:
         return list(self._resident.values())
 
-    @property
-    def evictable_pages(self) -> int:
-        """Pages that eviction of every idle adapter would free."""
-        return self._idle_pages
-
     def pages_to_admit(self, digest: str, num_pages: int) -> int:
         """Pages of free or evictable memory that using this adapter takes: all of its pages when it is absent or idle
         (an idle adapter stops being evictable), none when others use it already."""
@@ -72,34 +64,38 @@ class AdapterResidency:
 
     def can_acquire(self, digest: str) -> bool:
         """Whether a slot can be had; pages are the caller's arithmetic."""
-        return digest in self._resident or bool(self._free_slots) or bool(self._idle)
+        return digest in self._resident or bool(self._free_slots) or self.evictor.has_idle(PageKind.ADAPTER)
 
     def acquire(self, digest: str, ranks: np.ndarray, num_pages: int) -> tuple[Resident, bool]:
-        """Takes the adapter into use, evicting idle ones for its pages and slot. Returns it, and whether it is new in
+        """Takes the adapter into use, evicting idle things for its pages and slot. Returns it, and whether it is new in
         the pool, in which case the caller uploads its tiles before the next step.
 
         Raises:
-          PoolError: pages or slots do not suffice even after eviction; nothing but idle adapters was evicted.
+          PoolError: pages or slots do not suffice even after eviction; nothing in use was evicted.
         """
         resident = self._resident.get(digest)
         if resident is not None:
-            if not resident.users:
-                del self._idle[digest]
-                self._idle_pages -= resident.pages.size
+            if resident.idle:
+                self.evictor.remove(resident)
             resident.users += 1
+            resident.uses += 1
             self.counters.hits += 1
             return resident, False
-        self.make_room(num_pages)
+        self.evictor.make_room(num_pages, PageKind.ADAPTER)
         if not self._free_slots:
-            self._evict_oldest()
-        pages = self.allocator.allocate(num_pages, PageKind.ADAPTER)  # may raise, so no slot is taken yet
-        resident = Resident(digest, self._free_slots.pop(), pages, ranks, users=1)
+            self._evict_for_a_slot()
+        allocator = self.evictor.allocator
+        pages = allocator.allocate(num_pages, PageKind.ADAPTER)  # may raise, so no slot is taken yet
+        resident = Resident(
+            kind=PageKind.ADAPTER, num_pages=num_pages, uses=1, digest=digest, slot=self._free_slots.pop(),
+            pages=pages, ranks=ranks, users=1,
+        )  # fmt: skip
         self._resident[digest] = resident
         self.counters.loads += 1
         return resident, True
 
     def release(self, digest: str) -> None:
-        """Ends one use. The last one leaves the adapter idle, the most recently used of the idle.
+        """Ends one use. The last one leaves the adapter idle.
 
         Raises:
           PoolError: the adapter is not resident or not in use.
@@ -109,29 +105,23 @@ class AdapterResidency:
             raise PoolError(f"release of adapter {digest[:12]}, which is not in use")
         resident.users -= 1
         if not resident.users:
-            self._idle[digest] = resident
-            self._idle_pages += resident.pages.size
-
-    def make_room(self, num_pages: int) -> None:
-        """Evicts idle adapters, least recently used first, until `num_pages` pages are free or none is idle."""
-        while not self.allocator.can_allocate(num_pages) and self._idle:
-            self._evict_oldest()
+            self.evictor.add(resident)
 
     def drop(self, digest: str) -> bool:
         """Evicts one adapter now if it is resident and idle (after an unload). Returns whether it is gone."""
-        if digest in self._idle:
-            self._evict(digest)
+        resident = self._resident.get(digest)
+        if resident is not None and resident.idle:
+            self.evictor.evict(resident)
         return digest not in self._resident
 
-    def _evict_oldest(self) -> None:
-        if not self._idle:
+    def _evict_for_a_slot(self) -> None:
+        if not self.evictor.has_idle(PageKind.ADAPTER):
             raise PoolError(f"all {self.num_slots} adapter slots are in use")
-        self._evict(next(iter(self._idle)))
+        self.evictor.evict_one(PageKind.ADAPTER)
 
-    def _evict(self, digest: str) -> None:
-        resident = self._idle.pop(digest)
-        self._idle_pages -= resident.pages.size
-        del self._resident[digest]
-        self.allocator.free(resident.pages)
+    def _evict(self, resident: Evictable) -> None:
+        assert isinstance(resident, Resident)
+        del self._resident[resident.digest]
+        self.evictor.allocator.free(resident.pages)
         self._free_slots.append(resident.slot)
         self.counters.evictions += 1

@@ -10,7 +10,7 @@ from enum import Enum
 import numpy as np
 
 from slora_jax.errors import ConfigError, RequestError
-from slora_jax.memory import AdapterResidency, PageAllocator, PageKind
+from slora_jax.memory import AdapterResidency, PageKind
 from slora_jax.scheduling.plan import ScheduledSequence, StepPlan
 from slora_jax.scheduling.policy import Batch, Policy
 from slora_jax.scheduling.queue import RequestQueue, by_number, remove_sorted
@@ -58,20 +58,20 @@ class Scheduler:
     chunk); then as many waiting requests as the policy's selection, the pages, the slots and the token budget allow.
 
     Admission needs pages for all tokens known so far, and for the adapter if it is not resident; under "reserve" for
-    all tokens to come as well. When a running sequence needs a page and none is free, idle adapters go first; then the
+    all tokens to come as well. When a running sequence needs a page and none is free, what is idle goes first; then the
     policy's last running request is preempted: its pages are freed and its tokens recomputed when it is admitted again.
     """
 
     def __init__(
         self,
-        allocator: PageAllocator,
         residency: AdapterResidency,
         policy: Policy,
         limits: SchedulerLimits,
         adapter_state: Callable[[str], AdapterState] = lambda digest: AdapterState.READY,
     ) -> None:
-        self.allocator = allocator
         self.residency = residency
+        self.evictor = residency.evictor
+        self.allocator = residency.evictor.allocator
         self.policy = policy
         self.limits = limits
         self.waiting = RequestQueue()
@@ -170,7 +170,7 @@ class Scheduler:
         last = len(order)  # order[last:] is preempted
         budget, page_size, sequences = self.limits.max_tokens, self.limits.page_size, plan.sequences
         growing: list[tuple[Request, int]] = []  # and the pages that each gets at the end
-        taken, free = 0, self.allocator.num_free
+        taken, free = 0, self.allocator.available(PageKind.KV)
         for position, request in enumerate(order):
             if budget == 0 or position >= last:
                 break
@@ -183,13 +183,13 @@ class Scheduler:
             if end > len(request.pages) * page_size:
                 needed = -(-end // page_size) - len(request.pages)
                 if taken + needed > free:
-                    while not self._has_pages(taken + needed) and last > position:
+                    while not self.evictor.make_room(taken + needed, PageKind.KV) and last > position:
                         last -= 1
                         self._preempt(order[last])
                         plan.preempted += 1
                     if position >= last:
                         break
-                    free = self.allocator.num_free
+                    free = self.allocator.available(PageKind.KV)
                 growing.append((request, needed))
                 taken += needed
             request.num_computed = end
@@ -232,8 +232,7 @@ class Scheduler:
 
     def _reservation(self) -> Reservation:
         held = sum(len(request.pages) for request in self.running)
-        pages = self.allocator.num_free + self.residency.evictable_pages + held
-        return Reservation(self.running, pages, self.limits.page_size)
+        return Reservation(self.running, self.evictor.within_reach(PageKind.KV) + held, self.limits.page_size)
 
     def _on_host(self, digest: str | None, absent: set[str]) -> bool:
         if digest is None or digest in self.residency:
@@ -251,14 +250,11 @@ class Scheduler:
             if not self.residency.can_acquire(request.adapter.digest):
                 return False
             adapter_pages = self.residency.pages_to_admit(request.adapter.digest, request.adapter.num_pages)
-        needed = self.pages_for(request.num_tokens) + adapter_pages
-        if needed > self.allocator.num_free + self.residency.evictable_pages:
+        kv_pages = self.pages_for(request.num_tokens)
+        if not self.evictor.can_make_room(kv_pages, adapter_pages):
             return False
-        return reservation is None or reservation.take(request, adapter_pages)
-
-    def _has_pages(self, count: int) -> bool:
-        self.residency.make_room(count)
-        return self.allocator.can_allocate(count)
+        shared = self.allocator.shares_room(PageKind.KV, PageKind.ADAPTER)
+        return reservation is None or reservation.take(request, adapter_pages if shared else 0)
 
     def _start(self, plan: StepPlan, request: Request, now: float) -> None:
         if request.adapter is not None:
@@ -276,7 +272,7 @@ class Scheduler:
         self.policy.admitted(request)
 
     def _schedule_tokens(self, plan: StepPlan, request: Request, count: int, num_new_pages: int) -> None:
-        self.residency.make_room(num_new_pages)
+        self.evictor.make_room(num_new_pages, PageKind.KV)
         request.pages += self.allocator.allocate(num_new_pages, PageKind.KV).tolist()
         start = request.num_computed
         request.num_computed += count

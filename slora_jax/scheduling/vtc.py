@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace
@@ -80,9 +81,8 @@ class Vtc(Policy):
             self._charge(request.tenant, self.input_price * len(request.prompt))
 
     def stepped(self, sequences: Sequence[ScheduledSequence]) -> None:
-        for sequence in sequences:
-            if sequence.samples:
-                self._charge(sequence.request.tenant, self.output_price)
+        for tenant, tokens in Counter([s.request.tenant for s in sequences if s.samples]).items():
+            self._charge(tenant, self.output_price * tokens)
 
     def _charge(self, tenant: str, service: float) -> None:
         self.counters[tenant] += service / self.weights.get(tenant, 1.0)

@@ -54,7 +54,7 @@ class Decoding:
     def steps_with_pages(self, scheduler: Scheduler) -> int:
         """Steps for which the free pages suffice, whoever leaves meanwhile; at most the longest output."""
         computed, remaining = np.array(self.computed), np.array(self.remaining)
-        free, page_size = scheduler.allocator.num_free + sum(self.pages), scheduler.limits.page_size
+        free, page_size = scheduler.allocator.available(PageKind.KV) + sum(self.pages), scheduler.limits.page_size
 
         def suffice(steps: int) -> bool:
             return int((-(-(computed + np.minimum(steps, remaining)) // page_size)).sum()) <= free

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
-
-from slora_jax.errors import RequestError
-from slora_jax.memory import Resident
+from slora_jax.engine.arrival import check_fits
+from slora_jax.errors import ConfigError, RequestError
+from slora_jax.memory import PageKind, Resident
 from slora_jax.metrics import RequestRecord
 from slora_jax.scheduling import (
     AdapterUse,
@@ -28,7 +27,7 @@ from slora_jax.scheduling import (
 from slora_jax.simulation.cost import CostModel
 from slora_jax.simulation.fast_forward import fast_forward
 from slora_jax.simulation.loading import HostStore, Lane, Loading, Prefetching
-from slora_jax.simulation.memory import SimulatedMemory
+from slora_jax.simulation.memory import make_residency
 from slora_jax.simulation.request import SimulatedRequest, SimulationCounters
 from slora_jax.simulation.system import SystemConfig
 from slora_jax.simulation.work import StepWork, step_work
@@ -78,7 +77,13 @@ class Server:
         self._uses = {
             digest: AdapterUse(digest, digest, shape.ranks(rank), pages[digest]) for digest, rank in ranks.items()
         }
-        self.memory = SimulatedMemory(system, num_tokens, pages)
+        self.residency = make_residency(system, num_tokens, cost)
+        most = self.residency.evictor.allocator.capacity_for(PageKind.ADAPTER)
+        if system.serves_adapters and max(pages.values(), default=0) > most:
+            raise ConfigError(
+                f"system {system.name!r}: an adapter of {max(pages.values())} pages does not "
+                f"fit into the {most} that adapters can have; raise adapter_tokens or num_tokens"
+            )
         store = HostStore(nbytes, system.host_bytes, system.disk_bandwidth)
         self.loading = (Prefetching if system.prefetch else Loading)(store, cost, nbytes)
         limits = SchedulerLimits(
@@ -90,8 +95,7 @@ class Server:
             mixed=system.mixed,
         )
         self.scheduler = Scheduler(
-            self.memory.allocator,
-            self.memory.residency,
+            self.residency,
             policy,
             limits,
             lambda digest: self.loading.state(digest, self.now),
@@ -153,12 +157,10 @@ class Server:
         for request in requests:
             self.scheduler.finish(request, FinishReason.LENGTH, self.now)
             self._record(request)
-        if requests:
-            self.memory.requests_ended()
 
     def check(self) -> None:
         """Raises `PoolError` on any leak of pages."""
-        self.memory.check([np.asarray(request.pages, np.int32) for request in self.scheduler.running])
+        self.scheduler.check()
 
     def deliver(self) -> None:
         while self._arrivals and self._arrivals[0][1].arrival <= self.now:
@@ -168,11 +170,9 @@ class Server:
     def _request(self, number: int, simulated: SimulatedRequest) -> Request:
         uses_adapter = simulated.adapter is not None and self._system.serves_adapters
         use = self._uses[str(simulated.adapter)] if uses_adapter else None
-        limits, allocator = self.scheduler.limits, self.memory.allocator
-        needed = -(-(simulated.prompt_tokens + simulated.output_tokens - 1) // limits.page_size)
-        needed += 0 if use is None or self.memory.is_split else use.num_pages
-        if needed > allocator.capacity:
-            raise RequestError(f"request {number}: {needed} pages of the pool's {allocator.capacity} with its adapter")
+        check_fits(
+            simulated.prompt_tokens, simulated.output_tokens, self._system.page_size, use, self.scheduler.allocator
+        )
         return Request(
             id=str(number),
             number=number,
@@ -218,7 +218,7 @@ class Server:
         if self._system.merged:
             return self._switch(plan.sequences[0].request.digest)
         if self._system.gathers_on_load and plan.loads:
-            return self.cost.move_seconds(sum(self._nbytes[r.digest] for r in self.memory.residency.residents))
+            return self.cost.move_seconds(sum(self._nbytes[r.digest] for r in self.residency.residents))
         return 0.0
 
     def _switch(self, digest: str | None) -> float:

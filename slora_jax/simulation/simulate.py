@@ -11,6 +11,7 @@ from slora_jax.scheduling import Policy, make_policy
 from slora_jax.simulation.cost import CostModel
 from slora_jax.simulation.device import DeviceModel
 from slora_jax.simulation.loading import Lane
+from slora_jax.simulation.memory import pool_pages
 from slora_jax.simulation.offline import simulate_offline
 from slora_jax.simulation.request import SimulatedRequest, SimulationCounters, SimulationResult
 from slora_jax.simulation.server import Server
@@ -102,7 +103,7 @@ def _shares(
 
 
 def _sample(servers: Sequence[Server], now: float) -> PoolSample:
-    pages = [server.memory.pages() for server in servers]
+    pages = [pool_pages(server.residency) for server in servers]
     return PoolSample(
         time=now,
         pages=PoolPages(*(sum(getattr(p, kind) for p in pages) for kind in PAGE_KINDS)),
@@ -116,7 +117,7 @@ def _result(
 ) -> SimulationResult:
     records = {number: record for server in servers for number, record in server.records.items()}
     for server in servers:
-        residency = server.memory.residency.counters
+        residency = server.residency.counters
         counters.loads += residency.loads
         counters.evictions += residency.evictions
         counters.hits += residency.hits

@@ -13,7 +13,7 @@ from slora_jax.simulation.device import SOFTWARE, DeviceModel
 from slora_jax.simulation.lora_cost import LORA_COSTS
 from slora_jax.simulation.shape import ModelShape
 
-EVICTIONS = ("lru", "immediate")
+EVICTIONS = ("lru", "immediate", "cost_aware")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class SystemConfig:
     overlap: the host plans the next step while the device computes (as this engine); else they take turns.
     prefetch: copies of adapters that waiting requests need run ahead, and who waits for one holds up nobody; else a
     step waits for the adapters of its admissions. eviction: "immediate" drops adapters when their last request ends
-    (S-LoRA), "lru" when their pages are wanted. adapter_slots: resident at once.
+    (S-LoRA), "lru" and "cost_aware" when their pages are wanted. adapter_slots: resident at once.
     host_bytes: budget of the host store; None: every adapter is in host memory. disk_bandwidth: bytes per second.
     """
 

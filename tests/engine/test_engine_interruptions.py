@@ -8,6 +8,7 @@ import pytest
 
 from slora_jax import AdapterError, Engine, SamplingParams
 from slora_jax.adapters import random_adapter
+from slora_jax.memory import PageKind
 
 LONG = SamplingParams(max_tokens=24, ignore_eos=True)
 PROMPT = list(range(30, 60))  # two chunks of prefill
@@ -94,7 +95,7 @@ def four_adapters(engine, tiny):
         engine.load_adapter(name, random_adapter(tiny.geometry, 4, seed=seed))
     batch = [PROMPT, [5], [6] * 20, [7] * 9], LONG, ["a", "b", "c", "d"]
     expected = [output.token_ids for output in engine.generate(*batch)]
-    engine.residency.make_room(engine.allocator.capacity)
+    engine.residency.evictor.make_room(engine.allocator.capacity, PageKind.KV)
     return batch, expected
 
 
@@ -141,7 +142,7 @@ def test_loop_over_step_that_was_interrupted_goes_on_where_it_was(engine, tiny, 
     engine.load_adapter("a", random_adapter(tiny.geometry, 4, seed=1))
     expected = engine.generate([PROMPT], LONG, "a")[0].token_ids
     for call in (0, 1, 2, 7, 24):
-        engine.residency.make_room(engine.allocator.capacity)
+        engine.residency.evictor.make_room(engine.allocator.capacity, PageKind.KV)
         engine.add_request(PROMPT, LONG, "a")
         tokens, interrupts = [], 0
         with monkeypatch.context() as patch:
@@ -241,7 +242,7 @@ def test_spilled_adapters_serve_the_right_tokens(spilling_engine, tiny, greedy_m
     engine = spilling_engine
     assert engine.store.stats().spilled == 5
     for _ in range(2):
-        engine.residency.make_room(engine.allocator.capacity)
+        engine.residency.evictor.make_room(engine.allocator.capacity, PageKind.KV)
         outputs = engine.generate([PROMPT] * 6, LONG, [f"a{seed}" for seed in range(6)])
         assert len({tuple(output.token_ids) for output in outputs}) == 6
         for seed, output in enumerate(outputs):
@@ -253,7 +254,7 @@ def test_spilled_adapters_serve_the_right_tokens(spilling_engine, tiny, greedy_m
 def test_lost_adapter_ends_its_own_requests_only_and_can_be_loaded_again(spilling_engine, tiny, tmp_path) -> None:
     engine = spilling_engine
     expected = engine.generate([PROMPT] * 6, LONG, [f"a{seed}" for seed in range(6)])
-    engine.residency.make_room(engine.allocator.capacity)
+    engine.residency.evictor.make_room(engine.allocator.capacity, PageKind.KV)
     lost = engine.store.resolve("a2")
     (file,) = (tmp_path / "spill").glob(f"**/{lost[:16]}*.tiles")
     file.write_bytes(b"")

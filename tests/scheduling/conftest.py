@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from make_request import make_request
 
-from slora_jax.memory import AdapterResidency, PageAllocator
+from slora_jax.memory import AdapterResidency, EvictionPolicy, Evictor, Lru, PageAllocator, PageKind
 from slora_jax.scheduling import (
     AdapterState,
     Fcfs,
@@ -32,11 +32,13 @@ class Simulation:
         policy: Policy | None = None,
         adapter_state: Callable[[str], AdapterState] = lambda digest: AdapterState.READY,
         admission: str = "optimistic",
+        adapter_pages: int | None = None,
+        eviction: EvictionPolicy | None = None,
     ) -> None:
-        self.allocator = PageAllocator(num_pages + 1)
-        self.residency = AdapterResidency(self.allocator, adapter_slots)
+        self.allocator = PageAllocator(num_pages + 1, adapter_pages)
+        self.residency = AdapterResidency(Evictor(self.allocator, eviction or Lru()), adapter_slots)
         limits = SchedulerLimits(max_seqs, max_tokens, PAGE_SIZE, admission)
-        self.scheduler = Scheduler(self.allocator, self.residency, policy or Fcfs(), limits, adapter_state)
+        self.scheduler = Scheduler(self.residency, policy or Fcfs(), limits, adapter_state)
         self.requests: list[Request] = []
         self.stop_early: dict[int, int] = {}  # request number -> output tokens after which it meets a stop token
         self.steps = 0
@@ -76,7 +78,8 @@ class Simulation:
     def assert_idle(self) -> None:
         """Nothing runs, and every page is free or an idle adapter's."""
         assert not self.scheduler.running and not self.scheduler.waiting
-        assert self.allocator.num_free + self.residency.evictable_pages == self.allocator.capacity
+        idle = self.scheduler.evictor.pages(PageKind.ADAPTER)
+        assert self.allocator.num_free + idle == self.allocator.capacity
         assert all(not resident.users for resident in self.residency.residents)
 
 
