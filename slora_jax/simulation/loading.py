@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -61,9 +62,9 @@ class HostStore:
         self._put(digest)
         return True
 
-    def next_arrival(self) -> float | None:
-        """When the next reading ends."""
-        return min(self._coming.values(), default=None)
+    def next_arrival(self, now: float) -> float:
+        """When the next reading ends; infinity if none is under way."""
+        return min((time for time in self._coming.values() if time > now), default=math.inf)
 
     def _put(self, digest: str) -> None:
         """The newest stays even if it is larger than the budget, as it is wanted at once."""
@@ -96,9 +97,9 @@ class Loading:
             now = max(now, self._copy(resident.digest, now))
         return now
 
-    def next_event(self) -> float | None:
-        """When the state of an adapter will next change by itself."""
-        return self.store.next_arrival()
+    def next_event(self, now: float) -> float:
+        """When the state of an adapter will next change by itself; infinity for never."""
+        return self.store.next_arrival(now)
 
     def _copy(self, digest: str, now: float) -> float:
         return self.copies.take(now, self._cost.copy_seconds(self._nbytes[digest]))
@@ -111,11 +112,15 @@ class Prefetching(Loading):
     def __init__(self, store: HostStore, cost: CostModel, nbytes: Mapping[str, int]) -> None:
         super().__init__(store, cost, nbytes)
         self._landing: OrderedDict[str, float] = OrderedDict()  # the one asked for longest ago first
+        self._granted: set[str] = set()  # may be admitted in the step that is being planned
 
     def state(self, digest: str, now: float) -> AdapterState:
         if digest not in self._landing and not self._start(digest, now):
             return AdapterState.LOADING
-        return AdapterState.READY if self._landing[digest] <= now else AdapterState.LOADING
+        if self._landing[digest] > now:
+            return AdapterState.LOADING
+        self._granted.add(digest)
+        return AdapterState.READY
 
     def ahead(self, waiting: Iterable[Request], now: float) -> None:
         for request in islice(waiting, 4 * PREFETCHED):
@@ -127,20 +132,20 @@ class Prefetching(Loading):
     def landed(self, loads: Iterable[Resident], now: float) -> float:
         for resident in loads:
             del self._landing[resident.digest]
+        self._granted.clear()
         return now
 
-    def next_event(self) -> float | None:
-        copies = min(self._landing.values(), default=None)
-        disk = super().next_event()
-        return copies if disk is None else disk if copies is None else min(copies, disk)
+    def next_event(self, now: float) -> float:
+        copies = min((time for time in self._landing.values() if time > now), default=math.inf)
+        return min(copies, super().next_event(now))
 
     def _start(self, digest: str, now: float) -> bool:
         if not self.store.ready(digest, now):
             return False
         if len(self._landing) >= PREFETCHED:
-            landed = next((d for d, t in self._landing.items() if t <= now), None)
-            if landed is None:
+            unused = next((d for d, t in self._landing.items() if t <= now and d not in self._granted), None)
+            if unused is None:
                 return False
-            del self._landing[landed]  # it lost its turn: copied again when it is wanted
+            del self._landing[unused]  # it lost its turn: copied again when it is wanted
         self._landing[digest] = self._copy(digest, now)
         return True

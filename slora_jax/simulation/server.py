@@ -264,11 +264,8 @@ class Server:
 
     def _wait(self) -> None:
         """Nothing can run: until something arrives, from a user or from disk or over the copy lane."""
-        events = [self._arrivals[0][1].arrival] if self._arrivals else []
-        landing = self.loading.next_event()
-        if landing is not None:
-            events.append(landing)
-        later = [event for event in events if event > self.now]
-        if not later:
+        arrival = self._arrivals[0][1].arrival if self._arrivals else math.inf  # later than now: `deliver` was called
+        event = min(arrival, self.loading.next_event(self.now))
+        if event == math.inf:
             raise RequestError(f"{len(self.scheduler.waiting)} requests wait, and nothing will ever let them run")
-        self.now = min(later)
+        self.now = event

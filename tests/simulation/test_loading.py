@@ -1,10 +1,12 @@
 """Copies and disk reads on lanes of their own, by hand."""
 
+import math
 from dataclasses import replace
 
 import pytest
 from simulated import EFFICIENCY, SHAPE, device
 
+from slora_jax.scheduling import EarlyAbort
 from slora_jax.simulation import CostModel, SimulatedRequest, StepWork, make_system, simulate
 from slora_jax.simulation.loading import HostStore, Lane
 
@@ -82,10 +84,11 @@ def test_the_host_store_keeps_the_last_used_and_reads_the_others_from_disk() -> 
     store = HostStore({"a": 10, "b": 10, "c": 10}, budget=20, disk_bandwidth=10.0)  # a read takes 1 s
     assert store.ready("c", 0.0) and store.ready("b", 0.0)
     assert not store.ready("a", 0.0)
-    assert store.next_arrival() == 1.0
+    assert store.next_arrival(0.0) == 1.0
     assert not store.ready("a", 0.9)
     assert store.ready("a", 1.0)  # now b and a are there: c was used before b
     assert store.ready("b", 1.0) and not store.ready("c", 1.0)
+    assert (store.next_arrival(1.0), store.next_arrival(2.0)) == (2.0, math.inf)
     assert store.reads == 2 and store.disk.busy == 2.0
 
 
@@ -102,3 +105,24 @@ def test_requests_whose_adapter_comes_from_disk_are_overtaken_and_wait_for_it() 
     assert result.counters.disk_reads == 1
     assert first.first_token == pytest.approx(0.1 + HOST + COPY + prefill(RANK), rel=0.02)
     assert second.first_token < 0.05
+
+
+def test_more_adapters_than_are_copied_ahead_are_served_all_the_same() -> None:
+    """100 at once, of which 16 are copied ahead; each is admitted in the step in which it is granted."""
+    system = make_system("slora", page_size=8, num_tokens=40_000, max_seqs=100, max_tokens=4000)
+    workload = [SimulatedRequest(i * 1e-4, i, 2, 3) for i in range(100)]
+    result = simulate(workload, system, SHAPE, device(), [8] * 100)
+    assert all(record.completed for record in result.records)
+    assert result.counters.loads == 100
+
+
+def test_a_request_waits_for_its_copy_even_if_others_landed_for_requests_that_are_gone() -> None:
+    """A read from disk that nobody asks for any more must not hide the copy that somebody waits for."""
+    nbytes = 64 * SHAPE.lora_bytes
+    system = make_system(
+        "slora", page_size=8, num_tokens=4000, host_bytes=nbytes, disk_bandwidth=nbytes / 0.1, overlap=False
+    )
+    workload = [SimulatedRequest(0.0, 0, 2, 2), SimulatedRequest(0.001, 1, 2, 2), SimulatedRequest(0.3, 2, 2, 2)]
+    policy = EarlyAbort(slo=0.15, margin=0.01, rule="code")
+    result = simulate(workload, system, SHAPE, device(), [64] * 3, policy=policy)
+    assert [record.completed for record in result.records] == [True, False, True]
