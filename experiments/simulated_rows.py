@@ -154,7 +154,7 @@ def row_system(row: PaperRow) -> SystemConfig:
         assert arguments.replicas is not None and arguments.memory_share is not None
         return make_system(
             "packed",
-            software="pytorch",
+            software="vllm",
             replicas=arguments.replicas,
             memory_fraction=arguments.memory_share * arguments.replicas,
             max_seqs=VLLM_MAX_SEQS,
