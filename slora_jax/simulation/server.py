@@ -108,10 +108,16 @@ class Server:
     def has_work(self) -> bool:
         return bool(self._arrivals) or self.scheduler.has_work() or self._in_flight is not None
 
+    @property
+    def next_turn(self) -> float:
+        """When the loop goes on: now, or with the next arrival if nothing is to do."""
+        if self.scheduler.has_work() or self._in_flight is not None:
+            return self.now
+        return max(self.now, self._arrivals[0][1].arrival)
+
     def step(self, until: float = math.inf) -> None:
         """One turn of the loop, or as many as can be run at once before `until`; `now` advances."""
-        if not self.scheduler.has_work() and self._in_flight is None:
-            self.now = max(self.now, self._arrivals[0][1].arrival)
+        self.now = self.next_turn
         self.deliver()
         if self._fast and fast_forward(self, until):
             return

@@ -30,9 +30,11 @@ def simulate(
     sample_seconds: float = 1.0,
     fast_forward: bool = True,
 ) -> SimulationResult:
-    """Serves `workload`, in order of arrival, to its last token. adapters: the rank of each. policy: instead of the
-    system's (copied for every replica, so that it can be used again). sample_seconds: between samples of the pool, all
-    replicas together. fast_forward=False runs every step by itself, with the same results. Deterministic.
+    """Serves `workload`, in order of arrival, to its last token. Deterministic.
+
+    adapters: the rank of each. policy: instead of the system's; copied for every replica, so that it can be used again
+    (an offline loop has none). sample_seconds: between samples of the pool, all replicas together. fast_forward=False
+    runs every step by itself, with the same results.
 
     Raises:
       ConfigError: system, model and device do not fit together. RequestError: a request that can never run.
@@ -54,10 +56,10 @@ def simulate(
     samples: list[PoolSample] = []
     next_sample = 0.0
     while working := [server for server in servers if server.has_work]:
-        server = min(working, key=lambda server: server.now)
-        if server.now >= next_sample:
-            samples.append(_sample(servers, server.now))
-            next_sample = server.now + sample_seconds
+        server = min(working, key=lambda server: server.next_turn)
+        if server.next_turn >= next_sample:
+            samples.append(_sample(servers, server.next_turn))
+            next_sample = server.next_turn + sample_seconds
         server.step(next_sample)
     for server in servers:
         server.check()

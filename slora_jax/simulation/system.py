@@ -141,7 +141,8 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "peft": {"offline_batch": 6, "software": "peft", "lora": "segmented"},
 }
 """What each baseline changes. To be given, as they depend on the device: `num_tokens` of all, `adapter_tokens` of
-"no-unify-mem", `replicas` of "packed" (and the paper's, which is vLLM, has software="vllm")."""
+"no-unify-mem", `replicas` of "packed" (and the paper's, which is vLLM, has software="vllm"). Without `adapter_tokens`,
+"no-unify-mem" counts its adapters among `num_tokens` on admission, as S-LoRA's code does though they lie elsewhere."""
 
 SYSTEMS = (*CHANGES, *(f"{name}-paper" for name in CHANGES))
 """Names of `make_system`: each baseline with this engine's scheduling, and ("-paper") with S-LoRA's."""

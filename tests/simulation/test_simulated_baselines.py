@@ -50,6 +50,17 @@ def test_packed_replicas_share_the_device_in_time_and_the_memory() -> None:
     assert tokens[1] == pytest.approx((tokens[0] - weights) / 2, abs=2)
 
 
+def test_a_packed_replica_that_is_idle_holds_up_nobody() -> None:
+    """Whichever of the two gets its request late."""
+    packed = make_system("packed", page_size=8, replicas=2)
+    alone = simulate([SimulatedRequest(0.0, 0, 10, 20)], packed, SHAPE, device(), [8, 8]).seconds
+    for late in (0, 1):
+        workload = [SimulatedRequest(0.0, 1 - late, 10, 20), SimulatedRequest(100.0, late, 10, 20)]
+        first, second = simulate(workload, packed, SHAPE, device(), [8, 8]).records
+        assert first.finished == pytest.approx(alone)
+        assert second.finished == pytest.approx(100 + alone)
+
+
 def test_packed_replicas_that_do_not_fit_are_refused_with_the_arithmetic() -> None:
     system = make_system("packed", replicas=100)
     with pytest.raises(ConfigError, match="out of memory: 100 x 0.0 GB of weights"):
