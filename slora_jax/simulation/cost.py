@@ -63,14 +63,17 @@ class CostModel:
         layer = efficiency.layer_seconds + (efficiency.lora_layer_seconds if with_lora else 0.0)
         return self.shape.num_layers * layer
 
-    def step_seconds(self, work: StepWork) -> float:
-        """A step on the device."""
+    def busy_seconds(self, work: StepWork) -> float:
+        """The part of a step in which the device computes, and nobody else can use it."""
         computing = self.base_seconds(work) + self.attention_seconds(work)
+        return computing + self.lora.compute(work) if work.lora_rows else computing
+
+    def step_seconds(self, work: StepWork) -> float:
+        """A step on the device, from its first launch to its results."""
         overhead = self.efficiency.step_seconds
         if work.lora_rows:
-            computing += self.lora.compute(work)
             overhead += self.lora.overhead(work)
-        return overhead + max(computing, self.launch_seconds(work))
+        return overhead + max(self.busy_seconds(work), self.launch_seconds(work))
 
     def host_seconds(self, work: StepWork) -> float:
         """The host's work for a step."""

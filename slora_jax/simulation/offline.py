@@ -91,7 +91,7 @@ class OfflineLoop:
         seconds = cost.step_seconds(work) + copies
         self.now += host + seconds
         counters.host_seconds += host
-        counters.device_seconds += seconds
+        counters.device_seconds += cost.busy_seconds(work) + copies
         counters.steps += 1
         counters.tokens_computed += work.rows
 

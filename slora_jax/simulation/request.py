@@ -25,7 +25,7 @@ class SimulatedRequest:
 class SimulationCounters:
     """Of one run. Seconds are of the virtual clock.
 
-    device_seconds: the device lane was busy with steps (waiting for copies excluded). copy_seconds: the copy lane was
+    device_seconds: the device computed (launches, waits and copies excluded). copy_seconds: the copy lane was
     busy. stall_seconds: the device had a step to run, and waited for the copy of an adapter. switches: adapters merged.
     """
 

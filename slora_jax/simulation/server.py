@@ -102,6 +102,9 @@ class Server:
         )
         self._arrivals = deque((number, request) for number, request in requests)
         self._in_flight: InFlight | None = None
+        self._last_end = (
+            0.0  # of the last step; another replica may have the device before, while only launches are due
+        )
         self._merged: str | None = None
 
     @property
@@ -211,13 +214,15 @@ class Server:
         counters = self._counters
         host = self.cost.host_seconds(work)
         self.now += host
-        ready = max(self.now, self._device.free)
+        ready = max(self.now, self._device.free, self._last_end)
         start = max(ready, self.loading.landed(loads, self.now))
+        self._device.take(start, self.cost.busy_seconds(work) + changes)
+        self._last_end = start + self.cost.step_seconds(work) + changes
         counters.host_seconds += host
         counters.stall_seconds += start - ready
         counters.steps += 1
         counters.tokens_computed += work.rows
-        return InFlight(sequences, self._device.take(start, self.cost.step_seconds(work) + changes))
+        return InFlight(sequences, self._last_end)
 
     def _changes(self, plan: StepPlan) -> float:
         """Seconds on the device before the step proper: merging, or gathering adapters anew."""

@@ -53,7 +53,7 @@ def test_one_request_where_host_and_device_take_turns() -> None:
     assert record.first_token_latency == pytest.approx(HOST + seconds[0], abs=1e-12)
     assert record.latency == pytest.approx(4 * HOST + sum(seconds), abs=1e-12)
     assert record.admitted == 1.0 and len(record.token_times) == 4
-    assert result.counters.device_seconds == pytest.approx(sum(seconds))
+    assert result.counters.device_seconds == pytest.approx(sum(seconds) - 4 * EFFICIENCY.step_seconds)
 
 
 def test_one_request_where_they_overlap() -> None:

@@ -43,11 +43,25 @@ def test_packed_replicas_share_the_device_in_time_and_the_memory() -> None:
     """Two requests for two adapters: the steps of both take turns on one device, and each reads its own weights."""
     pair = [SimulatedRequest(0.0, adapter, 10, 200) for adapter in (0, 1)]
     packed = make_system("packed", page_size=8, replicas=2)
-    one = simulate(pair[:1], make_system("packed", page_size=8), SHAPE, device(), [8]).seconds
-    assert simulate(pair, packed, SHAPE, device(), [8, 8]).seconds == pytest.approx(2 * one, rel=0.01)
+    computing = device().fitted("jax", step_seconds=0.0)
+    one = simulate(pair[:1], make_system("packed", page_size=8), SHAPE, computing, [8]).seconds
+    assert simulate(pair, packed, SHAPE, computing, [8, 8]).seconds == pytest.approx(2 * one, rel=0.01)
     tokens = [make_system("packed", page_size=8, replicas=m).pool_tokens(SHAPE, device()) for m in (1, 2)]
     weights = SHAPE.weight_bytes / SHAPE.kv_bytes
     assert tokens[1] == pytest.approx((tokens[0] - weights) / 2, abs=2)
+
+
+def test_launches_of_one_replica_leave_the_device_to_the_other() -> None:
+    """Steps of which launches take nine tenths: two replicas are hardly slower than one."""
+    pair = [SimulatedRequest(0.0, adapter, 10, 100) for adapter in (0, 1)]
+    plain = device()
+    cost = CostModel(SHAPE, plain, "jax", "none")
+    step = cost.step_seconds(StepWork(decode_rows=1, decode_context=60, sampled=1))
+    slow = plain.fitted("jax", layer_seconds=10 * step / SHAPE.num_layers)
+    packed = make_system("packed", page_size=8, replicas=2)
+    one, two = (simulate(workload, packed, SHAPE, slow, [8, 8]).seconds for workload in (pair[:1], pair))
+    assert one == pytest.approx(100 * 10 * step, rel=0.02)
+    assert two < 1.02 * one
 
 
 def test_a_packed_replica_that_is_idle_holds_up_nobody() -> None:
@@ -139,7 +153,7 @@ def _device_seconds(cost: CostModel, rows: int) -> float:
         prefill_rows=4 * rows, prefill_pairs=10 * rows, prefill_context=4 * rows, prompts=rows, sampled=rows
     )
     decode = [StepWork(decode_rows=rows, decode_context=rows * (4 + i), sampled=rows) for i in (1, 2, 3)]
-    return sum(cost.step_seconds(work) for work in (prefill, *decode))
+    return sum(cost.busy_seconds(work) for work in (prefill, *decode))
 
 
 def test_peft_runs_static_padded_batches_of_one_adapter() -> None:
