@@ -94,17 +94,10 @@ class Server:
             admit_every=system.admit_every,
             mixed=system.mixed,
         )
-        self.scheduler = Scheduler(
-            self.residency,
-            policy,
-            limits,
-            lambda digest: self.loading.state(digest, self.now),
-        )
-        self._arrivals = deque((number, request) for number, request in requests)
+        self.scheduler = Scheduler(self.residency, policy, limits, lambda digest: self.loading.state(digest, self.now))
+        self._arrivals = deque(requests)
         self._in_flight: InFlight | None = None
-        self._last_end = (
-            0.0  # of the last step; another replica may have the device before, while only launches are due
-        )
+        self._last_end = 0.0  # of this replica's last step, in whose launches others may have the device
         self._merged: str | None = None
 
     @property
@@ -172,6 +165,7 @@ class Server:
         self.scheduler.check()
 
     def deliver(self) -> None:
+        """Queues what has arrived by now."""
         while self._arrivals and self._arrivals[0][1].arrival <= self.now:
             number, simulated = self._arrivals.popleft()
             self.scheduler.add(self._request(number, simulated))
