@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from slora_jax.errors import ConfigError
+from slora_jax.errors import ConfigError, RequestError
 from slora_jax.memory import AdapterResidency, PageKind, PrefixCache, PrefixNode
 from slora_jax.scheduling.plan import ScheduledSequence, StepPlan
 from slora_jax.scheduling.policy import Batch, Policy
@@ -24,8 +24,13 @@ ADMISSIONS = ("optimistic", "reserve")
 class SchedulerLimits:
     """max_seqs: sequences running at once. max_tokens: rows of one step. page_size: tokens of a page.
     admission: "optimistic" admits what fits now; "reserve" what fits with all output it may still have (`Reservation`,
-    the paper's). prefetch: adapters brought to the pool ahead of their requests' admission, and not used yet; 0: none,
-    each is uploaded before the step that admits its request. upload_pages: copied to the device beside one step."""
+    the paper's).
+    prefetch: adapters brought to the pool ahead of their requests' admission, and not used yet; 0: none, each is
+    uploaded before the step that admits its request. upload_pages: copied to the device beside one step.
+    admit_every: 1 tries to admit (and asks for the policy's aborts) in every step; n > 1 lets n steps decode after an
+    admission, then tries in every step until one admits, and whenever nothing runs. The paper's code has 10.
+    mixed: prefill and decode share steps, prompts in chunks. False, as in the paper's code: admitted requests prefill
+    in a step of their own, whole, while the others pause; max_tokens then bounds the prompts of one admission."""
 
     max_seqs: int
     max_tokens: int
@@ -33,6 +38,8 @@ class SchedulerLimits:
     admission: str = "optimistic"
     prefetch: int = 0
     upload_pages: int = 32
+    admit_every: int = 1
+    mixed: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("prefetch", 0), ("upload_pages", 1)):
@@ -40,6 +47,9 @@ class SchedulerLimits:
                 raise ConfigError(f"SchedulerLimits.{name}={getattr(self, name)!r}: must be at least {least}")
         if self.admission not in ADMISSIONS:
             raise ConfigError(f"SchedulerLimits.admission={self.admission!r}: must be one of {ADMISSIONS}")
+        every = self.admit_every
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ConfigError(f"SchedulerLimits.admit_every={every!r}: must be an integer of at least 1")
 
 
 class Scheduler:
@@ -86,8 +96,21 @@ class Scheduler:
         self._adapters: dict[str, int] = {}  # digest -> running requests
         self._batch = Batch(self.running, self._adapters)
         self._free_slots = list(range(limits.max_seqs - 1, -1, -1))
+        self._decoded = 0  # steps since the last admission
 
     def add(self, request: Request) -> None:
+        """Queues a request that fits into the pool alone.
+
+        Raises:
+          RequestError: prompts run whole (`mixed=False`), and with its output, as after a preemption, this one never
+            would.
+        """
+        longest = len(request.prompt) + request.max_new - 1
+        if not self.limits.mixed and longest > self.limits.max_tokens:
+            raise RequestError(
+                f"request {request.id!r}: its {longest} tokens of prompt and output may have to be prefilled in one "
+                f"step, which has at most max_tokens={self.limits.max_tokens}; raise that, or set mixed=True"
+            )
         self.policy.arrived(request, self.waiting)
         self.waiting.add(request)
         if self.prefixes is not None:
@@ -102,16 +125,30 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan:
         """Plans the next step and commits to it: pages are taken, progress counters advance."""
         plan = StepPlan()
-        self._abort(plan, now)
-        self._extend_running(plan, now)
-        if not plan.preempted:
-            self._admit(plan, now)
+        due = self.admission_due
+        if due:
+            self._abort(plan, now)
+        if self.limits.mixed:
+            self._extend_running(plan, now)
+        admitted = due and not plan.preempted and self._admit(plan, now)
+        if not self.limits.mixed and not admitted:
+            self._extend_running(plan, now)
+        self._decoded = 0 if admitted else self._decoded + 1
         if self.limits.prefetch:
             if not plan.preempted:
                 self._look_ahead(now)
             plan.uploads = self.residency.uploads(self.limits.upload_pages)
         self.policy.stepped(plan.sequences)
         return plan
+
+    def schedule_decode(self, sequences: Sequence[ScheduledSequence], now: float) -> None:
+        """As `schedule` in a step that admits nobody, as nobody waits or admission is not due, and gives each running
+        sequence its next token: tells the policy and counts the step. The caller, a simulation of many such steps at
+        once, brings the requests up to date."""
+        if self.admission_due:
+            self._abort(StepPlan(), now)
+        self._decoded += 1
+        self.policy.stepped(sequences)
 
     def finish(self, request: Request, reason: FinishReason, now: float) -> None:
         """Ends a request in any state and frees what it holds. A no-op on a finished one."""
@@ -149,6 +186,11 @@ class Scheduler:
         if prefixes is not None:
             prefixes.check([r.prefix for r in self.running if r.prefix is not None])
 
+    @property
+    def admission_due(self) -> bool:
+        """Whether the next step tries to admit."""
+        return self.limits.admit_every == 1 or self._decoded >= self.limits.admit_every or not self.running
+
     def _abort(self, plan: StepPlan, now: float) -> None:
         for request, reason in list(self.policy.aborts(self.waiting, self._batch, now)):
             if request.status is Status.WAITING and not request.num_sampled:
@@ -162,7 +204,7 @@ class Scheduler:
         last = len(order)  # order[last:] is preempted
         budget, page_size, sequences = self.limits.max_tokens, self.limits.page_size, plan.sequences
         growing: list[tuple[Request, int]] = []  # and the pages that each gets at the end
-        taken = 0
+        taken, free = 0, self.allocator.available(PageKind.KV)
         for position, request in enumerate(order):
             if budget == 0 or position >= last:
                 break
@@ -174,12 +216,14 @@ class Scheduler:
             end = min(known, start + budget)
             if end > len(request.pages) * page_size:
                 needed = -(-end // page_size) - len(request.pages)
-                while not self.evictor.make_room(taken + needed, PageKind.KV) and last > position:
-                    last -= 1
-                    self._preempt(order[last])
-                    plan.preempted += 1
-                if position >= last:
-                    break
+                if taken + needed > free:
+                    while not self.evictor.make_room(taken + needed, PageKind.KV) and last > position:
+                        last -= 1
+                        self._preempt(order[last])
+                        plan.preempted += 1
+                    if position >= last:
+                        break
+                    free = self.allocator.available(PageKind.KV)
                 growing.append((request, needed))
                 taken += needed
             request.num_computed = end
@@ -197,9 +241,10 @@ class Scheduler:
                 if sequence.start < len(sequence.request.prompt):
                     self._register(sequence.request, plan)
 
-    def _admit(self, plan: StepPlan, now: float) -> None:
+    def _admit(self, plan: StepPlan, now: float) -> bool:
+        """Whether anyone was admitted."""
         if not self.waiting or not self._free_slots or plan.num_tokens == self.limits.max_tokens:
-            return
+            return False
         reservation = self._reservation() if self.limits.admission == "reserve" else None
         absent: set[str] = set()  # adapters that are not in memory
         kept: int | None = None  # pages left to those ahead whose adapters are on their way, if there are any
@@ -219,6 +264,8 @@ class Scheduler:
                     if request.digest in self.residency:
                         kept = (kept or 0) + self.pages_for(request.num_tokens)
                     continue
+                if not self.limits.mixed and request.num_tokens > budget:
+                    break
                 prefix = self._match(request)
                 if not self._fits(request, prefix, reservation, kept):
                     break
@@ -230,6 +277,7 @@ class Scheduler:
         finally:
             for request in started:
                 self.waiting.remove(request)
+        return bool(started)
 
     def _reservation(self) -> Reservation:
         return Reservation(self.running, self.evictor.within_reach(PageKind.KV), self.limits.page_size)
