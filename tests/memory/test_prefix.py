@@ -13,8 +13,12 @@ SIZE = 2  # tokens of a page
 CAPACITY = 24
 POLICIES = {"immediate": Immediate, "lru": Lru, "cost_aware": lambda: CostAware(RestoreCosts(1.0, 0.5, 3.0))}
 
-digests = st.sampled_from([None, "a", "b"])
-prompts = st.lists(st.integers(0, 1), min_size=1, max_size=13)
+TEXTS = ([0] * 10, [0] * 4 + [1] * 6)
+digests = st.sampled_from([None, None, "a", "b"])
+prompts = st.builds(
+    lambda text, shared, tail: text[:shared] + tail,
+    st.sampled_from(TEXTS), st.integers(0, 10), st.lists(st.integers(0, 1), min_size=1, max_size=3),
+)  # fmt: skip
 
 
 def as_bytes(tokens):
@@ -90,6 +94,12 @@ class PrefixMachine(RuleBasedStateMachine):
         self.running.append(holder)
         assert self.make_room(own)
         holder.pages += self.evictor.allocator.allocate(own, PageKind.KV).tolist()
+
+    @rule(tokens=prompts)
+    def admit_twins(self, tokens):
+        """Neither finds the other's pages: they will hold the same contents twice."""
+        self.admit(None, tokens)
+        self.admit(None, tokens)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())

@@ -299,6 +299,25 @@ def test_a_shared_beginning_outlives_who_brought_it(shared, found, idle, delay) 
     assert [together[n] for n in (needed - 3, needed - 2, needed - 1, needed + 4)] == [False, False, False, True]
 
 
+def test_pages_that_running_requests_share_are_no_room_for_a_third(shared) -> None:
+    """Two share 8 pages and take 4 each; the third wants 4: 20, and rounding."""
+    together = {}
+    for pages in range(15, 25):
+        sim = shared(pages, max_seqs=8, max_tokens=64, admission="reserve")
+        sim.serve(prompt_of(33)[0], 1)
+        for _ in range(2):
+            sim.add(prompt_of(33)[0], 13)
+        sim.step()
+        sim.step()
+        third = sim.add([1, 2, 3, 4], 13)
+        sim.step()
+        together[pages] = len(sim.scheduler.running) == 3
+        sim.run(most_steps=80)
+        assert sim.scheduler.preemptions == 0 and len(third.output) == 13
+        sim.assert_idle()
+    assert not together[17] and together[24]
+
+
 ADAPTERS = {None: 0, "a": 2, "b": 5}
 beginnings = st.sampled_from([0, 3, 4, 8, 13])
 requests = st.tuples(beginnings, st.integers(0, 2), st.integers(1, 9), st.integers(1, 20), st.sampled_from([*ADAPTERS]))
