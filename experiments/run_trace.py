@@ -98,8 +98,10 @@ def draw(events: Sequence[Event], output: Path) -> None:
     by_track = tracks(events)
     end = max(e["ts"] + e.get("dur", 0) for e in events if "ts" in e) / 1e3
     uploads = [e for name, track in by_track.items() if name.startswith("adapter uploads") for e in track]
-    longest = max(uploads, key=lambda e: len(e["args"].get("before_steps", ())), default=None)
-    middle = longest["ts"] / 1e3 if longest else end / 2
+    reads = [e for name, track in by_track.items() if name.startswith("disk") for e in track if e["name"] == "read"]
+    middle = max(
+        (e["ts"] / 1e3 for e in uploads), key=lambda ms: _happens(by_track, uploads, reads, ms), default=end / 2
+    )
     _draw_lanes(zoom, by_track, middle - ZOOM_MS / 6, middle + ZOOM_MS * 5 / 6)
     zoom.set_title(
         f"Steps go on while adapters are read from disk and copied to the device: {ZOOM_MS:.0f} ms of the run"
@@ -127,6 +129,14 @@ def draw(events: Sequence[Event], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=110)
     plt.close(figure)
+
+
+def _happens(by_track: dict[str, list[Event]], uploads: list[Event], reads: list[Event], ms: float) -> int:
+    """How much the zoom around a time would show: steps dispatched, times uploads and reads begun."""
+    dispatches = [e for e in by_track["host"] if e["name"] == "dispatch"]
+    first, last = (ms - ZOOM_MS / 6) * 1e3, (ms + ZOOM_MS * 5 / 6) * 1e3
+    counts = [sum(first <= e["ts"] < last for e in events) for events in (dispatches, uploads, reads)]
+    return counts[0] * counts[1] * (1 + counts[2])
 
 
 def _draw_lanes(axis: Axes, by_track: dict[str, list[Event]], first: float, last: float) -> None:
