@@ -34,7 +34,7 @@ SETTINGS = SystemSettings(
         dtype="float32", num_pages=120, max_seqs=4, max_tokens_per_step=16, max_model_len=96, max_rank=8,
         decode_buckets=(4,), mixed_buckets=(16,), progress=False,
     ),
-    peft_batch=2,
+    peft_batch=4,
 )  # fmt: skip
 
 
