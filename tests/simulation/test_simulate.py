@@ -79,7 +79,12 @@ def reference(workload, system: SystemConfig, ranks) -> dict[int, tuple[float, f
         residency,
         Fcfs(),
         SchedulerLimits(
-            system.max_seqs, system.max_tokens, 1, system.admission, system.admit_every, mixed=system.mixed
+            system.max_seqs,
+            system.max_tokens,
+            1,
+            system.admission,
+            admit_every=system.admit_every,
+            mixed=system.mixed,
         ),
     )
     uses = [AdapterUse(str(i), str(i), SHAPE.ranks(r), 4 * r) for i, r in enumerate(ranks)]
