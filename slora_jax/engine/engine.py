@@ -111,8 +111,8 @@ class Engine:
             config.max_tokens_per_step,
             config.page_size,
             config.admission,
-            config.prefetch,
-            config.upload_pages_per_step,
+            prefetch=config.prefetch,
+            upload_pages=config.upload_pages_per_step,
         )
         self.scheduler = Scheduler(self.residency, policy, limits, self._adapter_state, self.prefixes)
         self._progress: dict[str, Progress] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 
@@ -36,6 +36,7 @@ class SchedulerLimits:
     max_tokens: int
     page_size: int
     admission: str = "optimistic"
+    _: KW_ONLY
     prefetch: int = 0
     upload_pages: int = 32
     admit_every: int = 1

@@ -57,7 +57,9 @@ class Simulation:
         self.evictor = Evictor(self.allocator, eviction or Lru())
         self.residency = AdapterResidency(self.evictor, adapter_slots)
         self.prefixes = PrefixCache(self.evictor, PAGE_SIZE) if prefix_cache else None
-        limits = SchedulerLimits(max_seqs, max_tokens, PAGE_SIZE, admission, prefetch, upload_pages)
+        limits = SchedulerLimits(
+            max_seqs, max_tokens, PAGE_SIZE, admission, prefetch=prefetch, upload_pages=upload_pages
+        )
         self.scheduler = Scheduler(self.residency, policy or Fcfs(), limits, adapter_state, self.prefixes)
         self.requests: list[Request] = []
         self.stop_early: dict[int, int] = {}  # request number -> output tokens after which it meets a stop token

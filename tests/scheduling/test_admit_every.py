@@ -12,7 +12,7 @@ from slora_jax.scheduling import Fcfs, FinishReason, Scheduler, SchedulerLimits
 
 def scheduler(admit_every: int, mixed: bool, pages: int = 500, max_tokens: int = 40, max_seqs: int = 64) -> Scheduler:
     residency = AdapterResidency(Evictor(PageAllocator(pages + 1), Immediate()), 64)
-    limits = SchedulerLimits(max_seqs, max_tokens, 1, "reserve", admit_every, mixed)
+    limits = SchedulerLimits(max_seqs, max_tokens, 1, "reserve", admit_every=admit_every, mixed=mixed)
     return Scheduler(residency, Fcfs(), limits)
 
 
