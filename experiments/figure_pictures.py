@@ -20,6 +20,7 @@ COLORS = {
     "peft": "tab:gray",
 }
 LOGARITHMIC = ("latency", "first_token_latency")
+PLAIN = "{x:g}"
 
 
 def draw(figure: Figure, ours: Mapping[PaperRow, Any], fitted: Collection[PaperRow], file: Path) -> None:
@@ -47,13 +48,19 @@ def draw(figure: Figure, ours: Mapping[PaperRow, Any], fitted: Collection[PaperR
         Line2D([], [], color="black", marker="x", ls="--", label="simulated"),
         Line2D([], [], color="black", marker="o", ms=10, mfc="none", ls="", label="fitted to"),
     ]
+    per_line = min(len(handles), 1 + 2 * columns)
     fig.suptitle(figure.title, y=0.995)
-    fig.legend(handles=handles, ncols=min(len(handles), 3 + 2 * columns), loc="lower center", frameon=False, fontsize=9)
-    lines = -(-len(handles) // (3 + 2 * columns))
+    fig.legend(handles=handles, ncols=per_line, loc="lower center", frameon=False, fontsize=9)
+    lines = -(-len(handles) // per_line)
     fig.tight_layout(rect=(0, (0.12 + 0.22 * lines) / fig.get_figheight(), 1, 1))
     file.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(file, dpi=110)
     plt.close(fig)
+
+
+def _is_narrow(limits: tuple[float, float]) -> bool:
+    """Whether an axis may show no power of ten."""
+    return limits[1] < 10 * limits[0]
 
 
 def _plot(
@@ -83,8 +90,10 @@ def _plot(
         )
     if metric in LOGARITHMIC:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(PLAIN)
+        axes.yaxis.set_minor_formatter(PLAIN if _is_narrow(axes.get_ylim()) else "")
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     widest = max(getattr(row, panel.axis) for curve in panel.curves for row in curve.rows)
     if panel.axis == "num_adapters" and widest >= 1000:
         axes.set_xscale("log")

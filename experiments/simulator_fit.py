@@ -54,7 +54,6 @@ SERVING = (
 BMM = (Parameter("launch_seconds", 5e-6, 5e-4), Parameter("allocation_seconds", 1e-3, 0.5))
 PEFT_READING = (Parameter("bandwidth", 0.4, 1.0), Parameter("attention", 0.1, 1.0))
 PEFT_LAUNCHING = (Parameter("layer_seconds", 1e-4, 5e-3),)
-VLLM = (Parameter("layer_seconds", 1e-4, 4e-3), Parameter("host_sequence_seconds", 1e-6, 2e-3))
 
 SERVING_FIXED = {
     "prefill_attention": 0.25,
@@ -159,14 +158,8 @@ STAGES = (
         (("peft/num_adapter_a100-80_S1_peft_fig3.jsonl", 5, 10),),
         like=("a10g", "peft"),
     ),
+    Stage("a100-80", "vllm", (), (), like=("a100-80", "pytorch")),
     Stage("a10g", "vllm", (), (), like=("a10g", "pytorch")),
-    Stage(
-        "a100-80",
-        "vllm",
-        VLLM,
-        (_run("vllm", "num_adapters", "a100-80_S2", 1, 10), _run("vllm", "num_adapters", "a100-80_S2", 5, 10)),
-        like=("a100-80", "pytorch"),
-    ),
 )
 """In order: a later stage builds on the earlier ones of its device."""
 

@@ -142,8 +142,10 @@ def _typed(row: dict[str, str]) -> PaperRow:
 def _classify(file: str) -> tuple[str, str, str, str, int | None]:
     """(system, device, setting, workload, cluster) of a result file."""
     folder, *_, name = file.split("/")
-    if folder == "ablation_merge":  # the commands were not kept: setting S1 is their default
-        return ("merge" if name.endswith("_merge.jsonl") else "slora"), "a10g", "S1", "synthetic", None
+    if folder == "ablation_merge":
+        # The commands were not kept. S-LoRA's rows gain from a second adapter, the more the more even alpha is: the
+        # first one has the largest rank, which is so in S2 and not in S1.
+        return ("merge" if name.endswith("_merge.jsonl") else "slora"), "a10g", "S2", "synthetic", None
     if match := re.fullmatch(r"ablation_cluster(?:_cv)?_size_(\d+)_a100_(S\d)\.jsonl", name):
         return "clustering", "a100-40", match[2], "synthetic", int(match[1])
     device = re.search(r"a10g|a100[-_][48]0", name)

@@ -36,8 +36,8 @@ def rows_of(tmp_path, *starts):
         ("ablation_mem/ablation_bmm_a10g_S2_no_mem.jsonl", "bmm", "a10g", "S2", None),
         ("ablation_mem/ablation_mem_a10g_S1_dm.jsonl", "slora", "a10g", "S1", None),
         ("ablation_mem/ablation_mem_a10g_S1_no_mem.jsonl", "no-unify-mem", "a10g", "S1", None),
-        ("ablation_merge/ablation_merge_a10g_merge.jsonl", "merge", "a10g", "S1", None),
-        ("ablation_merge/ablation_merge_a10g_slora.jsonl", "slora", "a10g", "S1", None),
+        ("ablation_merge/ablation_merge_a10g_merge.jsonl", "merge", "a10g", "S2", None),
+        ("ablation_merge/ablation_merge_a10g_slora.jsonl", "slora", "a10g", "S2", None),
         ("peft/num_adapter_a100-80_S4_peft_fig3.jsonl", "peft", "a100-80", "S4", None),
     ],
 )
