@@ -80,7 +80,7 @@ class CostModel:
         return self.efficiency.host_step_seconds + self.efficiency.host_sequence_seconds * work.sequences
 
     def copy_seconds(self, nbytes: float) -> float:
-        """A copy of one adapter from host memory, on the copy lane."""
+        """A copy of an adapter from host memory, or of some of its pages, on the copy lane."""
         efficiency = self.efficiency
         seconds = nbytes / (efficiency.host_to_device * self.device.host_to_device_bandwidth)
         return efficiency.adapter_load_seconds + seconds

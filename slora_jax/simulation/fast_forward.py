@@ -166,16 +166,19 @@ def _run(server: Server, batch: Decoding, most: int, until: float) -> tuple[int,
         current.next_step(leaving.get(steps, ()))
         if read is not None:
             reads.append(read)
-            server.end(_completed(leaving.get(len(reads), ()), reads))
+            server.end(_completed(leaving.get(len(reads), ()), reads, server.scheduler))
     return steps, reads
 
 
-def _completed(requests: Sequence[Request], reads: Sequence[float]) -> Sequence[Request]:
-    """The same requests, with all of their output."""
+def _completed(requests: Sequence[Request], reads: Sequence[float], scheduler: Scheduler) -> Sequence[Request]:
+    """The same requests, with all of their output, and, for a prefix cache, all of their pages."""
     for request in requests:
         request.num_computed += len(reads)
         request.num_sampled += len(reads)
         request.output += cast(Sequence[int], reads)
+        if scheduler.prefixes is not None:
+            needed = scheduler.pages_for(request.num_computed) - len(request.pages)
+            request.pages += scheduler.allocator.allocate(needed, PageKind.KV).tolist()
     return requests
 
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
-from itertools import islice
 
-from slora_jax.memory import Resident
-from slora_jax.scheduling import AdapterState, Request
+from slora_jax.memory import Resident, Upload
+from slora_jax.scheduling import AdapterState
 from slora_jax.simulation.cost import CostModel
-
-PREFETCHED = 16
-"""Adapters copied ahead at most."""
 
 
 class Lane:
@@ -76,76 +72,50 @@ class HostStore:
 
 
 class Loading:
-    """Loads on admission: a step waits for the copies of the adapters that it admits. And the seam of prefetching."""
+    """The copies of a plan: those of `StepPlan.loads`, for which the step waits, and those of `StepPlan.uploads`, which
+    run beside the steps. All take turns on one lane."""
 
     def __init__(self, store: HostStore, cost: CostModel, nbytes: Mapping[str, int]) -> None:
         self.store = store
         self.copies = Lane()
         self._cost = cost
         self._nbytes = nbytes
+        self._staged: deque[tuple[float, Upload]] = deque()  # by arrival
 
     def state(self, digest: str, now: float) -> AdapterState:
         """The scheduler's question about an adapter that is not in the pool."""
         return AdapterState.READY if self.store.ready(digest, now) else AdapterState.LOADING
 
-    def ahead(self, waiting: Iterable[Request], now: float) -> None:
-        """Copies for waiting requests, the most urgent first."""
-
-    def landed(self, loads: Iterable[Resident], now: float) -> float:
-        """When a step planned now has its adapters."""
+    def load(self, loads: Iterable[Resident], now: float) -> float:
+        """When a step dispatched now has its adapters."""
         for resident in loads:
-            now = max(now, self._copy(resident.digest, now))
+            now = max(now, self.copies.take(now, self._cost.copy_seconds(self._nbytes[resident.digest])))
         return now
+
+    def stage(self, uploads: Iterable[Upload], now: float) -> None:
+        """Begins copies beside the steps; each is answered by `landed`."""
+        for upload in uploads:
+            self._staged.append((self.copies.take(now, self._cost.copy_seconds(self._bytes(upload))), upload))
+
+    def landed(self, now: float) -> list[Upload]:
+        """Uploads that have arrived since the last question."""
+        arrived = []
+        while self._staged and self._staged[0][0] <= now:
+            arrived.append(self._staged.popleft()[1])
+        return arrived
+
+    def bytes_in_flight(self, now: float) -> float:
+        """Of uploads that have not arrived."""
+        return sum(self._bytes(upload) for arrival, upload in self._staged if arrival > now)
+
+    def next_landing(self, now: float) -> float:
+        """When the next upload arrives; infinity if none is under way."""
+        return next((arrival for arrival, _ in self._staged if arrival > now), math.inf)
 
     def next_event(self, now: float) -> float:
         """When the state of an adapter will next change by itself; infinity for never."""
-        return self.store.next_arrival(now)
+        return min(self.next_landing(now), self.store.next_arrival(now))
 
-    def _copy(self, digest: str, now: float) -> float:
-        return self.copies.take(now, self._cost.copy_seconds(self._nbytes[digest]))
-
-
-class Prefetching(Loading):
-    """Copies run ahead for waiting requests; one whose adapter has not landed waits, and others go on. What was copied
-    ahead lies in buffers of its own until it is admitted, at most `PREFETCHED` adapters."""
-
-    def __init__(self, store: HostStore, cost: CostModel, nbytes: Mapping[str, int]) -> None:
-        super().__init__(store, cost, nbytes)
-        self._landing: OrderedDict[str, float] = OrderedDict()  # the one asked for longest ago first
-        self._granted: set[str] = set()  # may be admitted in the step that is being planned
-
-    def state(self, digest: str, now: float) -> AdapterState:
-        if digest not in self._landing and not self._start(digest, now):
-            return AdapterState.LOADING
-        if self._landing[digest] > now:
-            return AdapterState.LOADING
-        self._granted.add(digest)
-        return AdapterState.READY
-
-    def ahead(self, waiting: Iterable[Request], now: float) -> None:
-        for request in islice(waiting, 4 * PREFETCHED):
-            if len(self._landing) >= PREFETCHED:
-                return
-            if request.digest is not None and request.digest not in self._landing:
-                self._start(request.digest, now)
-
-    def landed(self, loads: Iterable[Resident], now: float) -> float:
-        for resident in loads:
-            del self._landing[resident.digest]
-        self._granted.clear()
-        return now
-
-    def next_event(self, now: float) -> float:
-        copies = min((time for time in self._landing.values() if time > now), default=math.inf)
-        return min(copies, super().next_event(now))
-
-    def _start(self, digest: str, now: float) -> bool:
-        if not self.store.ready(digest, now):
-            return False
-        if len(self._landing) >= PREFETCHED:
-            unused = next((d for d, t in self._landing.items() if t <= now and d not in self._granted), None)
-            if unused is None:
-                return False
-            del self._landing[unused]  # it lost its turn: copied again when it is wanted
-        self._landing[digest] = self._copy(digest, now)
-        return True
+    def _bytes(self, upload: Upload) -> float:
+        resident = upload.resident
+        return self._nbytes[resident.digest] * upload.count / resident.num_pages

@@ -30,12 +30,13 @@ def make_residency(system: SystemConfig, num_tokens: int, cost: CostModel) -> Ad
 def pool_pages(residency: AdapterResidency) -> PoolPages:
     """The pool by what it holds now."""
     allocator, idle = residency.evictor.allocator, residency.evictor.pages(PageKind.ADAPTER)
-    adapters = allocator.count(PageKind.ADAPTER)
+    adapters, prefixes = allocator.count(PageKind.ADAPTER), allocator.count(PageKind.PREFIX)
+    idle_prefixes = residency.evictor.pages(PageKind.PREFIX)
     return PoolPages(
         free=allocator.num_free,
-        kv=allocator.capacity - allocator.num_free - adapters,
-        prefix_in_use=0,
-        prefix_idle=0,
+        kv=allocator.count(PageKind.KV),
+        prefix_in_use=prefixes - idle_prefixes,
+        prefix_idle=idle_prefixes,
         adapter_in_use=adapters - idle,
         adapter_idle=idle,
     )

@@ -12,13 +12,20 @@ from slora_jax.metrics import PoolSample, RequestRecord
 class SimulatedRequest:
     """A request of the workload. arrival: seconds from the start, at least 0. adapter: index into the simulation's
     adapters, None for the base model. It always generates `output_tokens`. tenant: who is charged under fair share; ""
-    is its adapter."""
+    is its adapter. prefix: (text, length) of a beginning that is the same in all prompts that name this text, a number
+    from 0; only a prefix cache minds it. Of two lengths, the shorter one is shared."""
 
     arrival: float
     adapter: int | None
     prompt_tokens: int
     output_tokens: int
     tenant: str = ""
+    prefix: tuple[int, int] | None = None
+
+    def prompt(self, number: int) -> list[int]:
+        """Token ids: of the shared beginning, then, to its end, of request `number` alone."""
+        text, length = (0, 0) if self.prefix is None else self.prefix
+        return [-1 - text] * length + [number] * (self.prompt_tokens - length)
 
 
 @dataclass
@@ -26,7 +33,9 @@ class SimulationCounters:
     """Of one run. Seconds are of the virtual clock.
 
     device_seconds: the device computed (launches, waits and copies excluded). copy_seconds: the copy lane was
-    busy. stall_seconds: the device had a step to run, and waited for the copy of an adapter. switches: adapters merged.
+    busy. stall_seconds: the device had a step to run, and waited for the copy of an adapter; or nobody could run, with
+    a copy under way. switches: adapters merged. prefetch_hits, prefetches_wasted, prompt_tokens, prefix_hit_tokens,
+    prefix_evictions: as in `EngineStats`.
     """
 
     steps: int = 0
@@ -34,10 +43,15 @@ class SimulationCounters:
     loads: int = 0
     evictions: int = 0
     hits: int = 0
+    prefetch_hits: int = 0
+    prefetches_wasted: int = 0
     preemptions: int = 0
     aborts: int = 0
     switches: int = 0
     disk_reads: int = 0
+    prompt_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_evictions: int = 0
     device_seconds: float = 0.0
     host_seconds: float = 0.0
     copy_seconds: float = 0.0

@@ -10,7 +10,7 @@ from typing import cast
 
 from slora_jax.engine.arrival import check_fits
 from slora_jax.errors import ConfigError, RequestError
-from slora_jax.memory import PageKind, Resident
+from slora_jax.memory import PageKind, PrefixCache, Resident
 from slora_jax.metrics import RequestRecord
 from slora_jax.scheduling import (
     AdapterUse,
@@ -26,7 +26,7 @@ from slora_jax.scheduling import (
 )
 from slora_jax.simulation.cost import CostModel
 from slora_jax.simulation.fast_forward import fast_forward
-from slora_jax.simulation.loading import HostStore, Lane, Loading, Prefetching
+from slora_jax.simulation.loading import HostStore, Lane, Loading
 from slora_jax.simulation.memory import make_residency
 from slora_jax.simulation.request import SimulatedRequest, SimulationCounters
 from slora_jax.simulation.system import SystemConfig
@@ -47,8 +47,8 @@ class InFlight:
 class Server:
     """Owns a scheduler, its memory and the host's clock `now`; the device lane may be shared with other replicas.
 
-    The loop is `Engine.step`'s: deliver what arrived, plan, dispatch, and read the tokens of the step before (or, if
-    host and device take turns, of this very step).
+    The loop is `Engine.step`'s: deliver what arrived, note the uploads that landed, plan, begin the plan's uploads,
+    dispatch, and read the tokens of the step before (or, if host and device take turns, of this very step).
     """
 
     def __init__(
@@ -85,20 +85,26 @@ class Server:
                 f"fit into the {most} that adapters can have; raise adapter_tokens or num_tokens"
             )
         store = HostStore(nbytes, system.host_bytes, system.disk_bandwidth)
-        self.loading = (Prefetching if system.prefetch else Loading)(store, cost, nbytes)
+        self.loading = Loading(store, cost, nbytes)
         limits = SchedulerLimits(
             max_seqs=system.max_seqs,
             max_tokens=system.step_tokens(num_tokens),
             page_size=system.page_size,
             admission=system.admission,
+            prefetch=system.prefetch,
+            upload_pages=system.upload_pages,
             admit_every=system.admit_every,
             mixed=system.mixed,
         )
-        self.scheduler = Scheduler(self.residency, policy, limits, lambda digest: self.loading.state(digest, self.now))
+        self.prefixes = PrefixCache(self.residency.evictor, system.page_size) if system.prefix_cache else None
+        self.scheduler = Scheduler(
+            self.residency, policy, limits, lambda digest: self.loading.state(digest, self.now), self.prefixes
+        )
         self._arrivals = deque(requests)
         self._in_flight: InFlight | None = None
         self._last_end = 0.0  # of this replica's last step, in whose launches others may have the device
         self._merged: str | None = None
+        self._landed = False  # an adapter, since the last step
 
     @property
     def has_work(self) -> bool:
@@ -117,12 +123,12 @@ class Server:
         self.deliver()
         if self._fast and fast_forward(self, until):
             return
+        self._land()
         plan = self.scheduler.schedule(self.now)
+        self.loading.stage(plan.uploads, self.now)
         for request, reason in plan.aborted:
             self.abort_reasons[request.id] = reason
             self._record(request)
-        if self._system.prefetch and self.scheduler.waiting:
-            self._prefetch()
         before, self._in_flight = self._in_flight, self._dispatch(plan) if plan.sequences else None
         if not self._system.overlap:
             before, self._in_flight = self._in_flight, None
@@ -132,8 +138,10 @@ class Server:
             self._wait()
 
     def awaits_admission(self) -> bool:
-        """Whether the next step may admit, or copies for who waits may begin in it."""
-        return bool(self.scheduler.waiting) and (self.scheduler.admission_due or self._system.prefetch)
+        """Whether the next step may admit, or look ahead. Without anyone who waits, uploads in flight are of adapters
+        that were given up, and change nothing when they land."""
+        limits = self.scheduler.limits
+        return bool(self.scheduler.waiting) and (self.scheduler.admission_due or limits.prefetch > 0)
 
     def run_decode(self, work: StepWork) -> float | None:
         """For `fast_forward`: runs a step of `work`, in which everyone decodes, and reads the step before, or this one
@@ -179,7 +187,7 @@ class Server:
         return Request(
             id=str(number),
             number=number,
-            prompt=[0] * simulated.prompt_tokens,
+            prompt=simulated.prompt(number),
             params=GREEDY,
             seed=0,
             max_new=simulated.output_tokens,
@@ -188,14 +196,11 @@ class Server:
             tenant=simulated.tenant,
         )
 
-    def _prefetch(self) -> None:
-        scheduler = self.scheduler
-        waiting = (
-            request
-            for request in scheduler.policy.order(scheduler.waiting, self.now)
-            if request.digest is not None and request.digest not in scheduler.residency
-        )
-        self.loading.ahead(waiting, self.now)
+    def _land(self) -> None:
+        """Notes what has arrived."""
+        for upload in self.loading.landed(self.now):
+            self.residency.land(upload)
+            self._landed |= upload.resident.present and upload.resident.has_landed
 
     def _dispatch(self, plan: StepPlan) -> InFlight:
         work = step_work(plan.sequences, self.ranks)
@@ -209,7 +214,7 @@ class Server:
         host = self.cost.host_seconds(work)
         self.now += host
         ready = max(self.now, self._device.free, self._last_end)
-        start = max(ready, self.loading.landed(loads, self.now))
+        start = max(ready, self.loading.load(loads, self.now))
         self._device.take(start, self.cost.busy_seconds(work) + changes)
         self._last_end = start + self.cost.step_seconds(work) + changes
         counters.host_seconds += host
@@ -220,9 +225,10 @@ class Server:
 
     def _changes(self, plan: StepPlan) -> float:
         """Seconds on the device before the step proper: merging, or gathering adapters anew."""
+        landed, self._landed = self._landed, False
         if self._system.merged:
             return self._switch(plan.sequences[0].request.digest)
-        if self._system.gathers_on_load and plan.loads:
+        if self._system.gathers_on_load and (plan.loads or landed):
             return self.cost.move_seconds(sum(self._nbytes[r.digest] for r in self.residency.residents))
         return 0.0
 
@@ -268,9 +274,12 @@ class Server:
         )
 
     def _wait(self) -> None:
-        """Nothing can run: until something arrives, from a user or from disk or over the copy lane."""
+        """Nothing can run: until something arrives, from a user or from disk or over the copy lane. With a copy under
+        way the device stalls for it."""
         arrival = self._arrivals[0][1].arrival if self._arrivals else math.inf  # later than now: `deliver` was called
         event = min(arrival, self.loading.next_event(self.now))
         if event == math.inf:
             raise RequestError(f"{len(self.scheduler.waiting)} requests wait, and nothing will ever let them run")
+        if self.loading.next_landing(self.now) < math.inf:
+            self._counters.stall_seconds += event - self.now
         self.now = event

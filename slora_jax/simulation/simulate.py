@@ -84,6 +84,11 @@ def _check(workload: Sequence[SimulatedRequest], adapters: Sequence[int]) -> Non
                 f"workload[{number}]: prompt_tokens={request.prompt_tokens}, output_tokens={request.output_tokens}: "
                 "must be at least 1"
             )
+        if request.prefix is not None and not 0 < request.prefix[1] < request.prompt_tokens:
+            raise RequestError(
+                f"workload[{number}].prefix={request.prefix!r}: must share 1 to {request.prompt_tokens - 1} of the "
+                f"{request.prompt_tokens} prompt tokens"
+            )
 
 
 def _shares(
@@ -111,6 +116,7 @@ def _sample(servers: Sequence[Server], now: float) -> PoolSample:
         pages=PoolPages(*(sum(getattr(p, kind) for p in pages) for kind in PAGE_KINDS)),
         running=sum(len(server.scheduler.running) for server in servers),
         waiting=sum(len(server.scheduler.waiting) for server in servers),
+        uploading=round(sum(server.loading.bytes_in_flight(now) for server in servers)),
     )
 
 
@@ -123,6 +129,12 @@ def _result(
         counters.loads += residency.loads
         counters.evictions += residency.evictions
         counters.hits += residency.hits
+        counters.prefetch_hits += residency.prefetch_hits
+        counters.prefetches_wasted += residency.wasted
+        counters.prompt_tokens += server.scheduler.prompt_tokens
+        if server.prefixes is not None:
+            counters.prefix_hit_tokens += server.prefixes.counters.hits * server.prefixes.page_size
+            counters.prefix_evictions += server.prefixes.counters.evictions
         counters.preemptions += server.scheduler.preemptions
         counters.aborts += server.scheduler.aborts
         counters.disk_reads += server.loading.store.reads

@@ -27,16 +27,18 @@ class SystemConfig:
     belongs to replica i. offline_batch: not a server but the paper's loop around PEFT, with batches of at most so many.
 
     num_tokens: capacity of the pool in tokens, of each replica; None: what memory_fraction of the device's memory
-    leaves after the weights. adapter_tokens: None for a unified pool; else so many tokens' worth of memory is set aside
-    for adapters, beside num_tokens for KV. gathers_on_load: a load copies all resident adapters (`torch.cat`).
+    leaves after the weights, and after the pages that are on their way beside the steps. adapter_tokens: None for a
+    unified pool; else so many tokens' worth of memory is set aside for adapters, beside num_tokens for KV.
+    gathers_on_load: a load copies all resident adapters (`torch.cat`); those of one step together, once.
 
     page_size in tokens, max_seqs, max_tokens, admission, admit_every, mixed: as in `SchedulerLimits`; max_tokens=None
     is S-LoRA's max(num_tokens / 6, 3072). policy: a name of `POLICIES`, with its default settings.
 
     overlap: the host plans the next step while the device computes (as this engine); else they take turns.
-    prefetch: copies of adapters that waiting requests need run ahead, and who waits for one holds up nobody; else a
-    step waits for the adapters of its admissions. eviction: "immediate" drops adapters when their last request ends
-    (S-LoRA), "lru" and "cost_aware" when their pages are wanted. adapter_slots: resident at once.
+    prefetch, upload_pages: as in `SchedulerLimits`; with prefetch=0 a step waits for the adapters of its admissions.
+    prefix_cache: equal beginnings (`SimulatedRequest.prefix`) share pages. eviction: "immediate" drops adapters when
+    their last request ends (S-LoRA), "lru" and "cost_aware" when their pages are wanted. adapter_slots: resident at
+    once.
     host_bytes: budget of the host store; None: every adapter is in host memory. disk_bandwidth: bytes per second.
     """
 
@@ -59,7 +61,9 @@ class SystemConfig:
     mixed: bool = True
     policy: str = "fcfs"
     overlap: bool = True
-    prefetch: bool = True
+    prefetch: int = 8
+    upload_pages: int = 32
+    prefix_cache: bool = False
     eviction: str = "lru"
     adapter_slots: int = 4096
     host_bytes: int | None = None
@@ -75,8 +79,9 @@ class SystemConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"SystemConfig.{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
-        for name in ("replicas", "page_size", "max_seqs", "admit_every", "adapter_slots"):
+        for name in ("replicas", "page_size", "max_seqs", "admit_every", "adapter_slots", "upload_pages"):
             self._check_integer(name, getattr(self, name))
+        self._check_integer("prefetch", self.prefetch, least=0)
         for name in ("num_tokens", "adapter_tokens", "max_tokens", "offline_batch", "host_bytes"):
             if getattr(self, name) is not None:
                 self._check_integer(name, getattr(self, name))
@@ -85,9 +90,9 @@ class SystemConfig:
         if not self.disk_bandwidth > 0:
             raise ConfigError(f"SystemConfig.disk_bandwidth={self.disk_bandwidth!r}: must be positive")
 
-    def _check_integer(self, name: str, value: Any) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"SystemConfig.{name}={value!r}: must be a positive integer")
+    def _check_integer(self, name: str, value: Any, least: int = 1) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"SystemConfig.{name}={value!r}: must be an integer of at least {least}")
 
     def pool_tokens(self, shape: ModelShape, device: DeviceModel) -> int:
         """Tokens that the pool of one replica holds.
@@ -98,7 +103,8 @@ class SystemConfig:
         if self.num_tokens is not None:
             return self.num_tokens
         memory = self.memory_fraction * device.memory_bytes / self.replicas
-        left = memory - shape.weight_bytes - (self.adapter_tokens or 0) * shape.kv_bytes
+        beside = (self.adapter_tokens or 0) + self._staged_tokens
+        left = memory - shape.weight_bytes - beside * shape.kv_bytes
         tokens = int(left / shape.kv_bytes)
         if tokens < self.page_size:
             raise ConfigError(
@@ -106,6 +112,11 @@ class SystemConfig:
                 f"weights in {self.memory_fraction:g} of the {device.memory_bytes / 1e9:.1f} GB of {device.name}"
             )
         return tokens
+
+    @property
+    def _staged_tokens(self) -> int:
+        """Tokens' worth of memory that uploads beside the steps take up."""
+        return 2 * self.upload_pages * self.page_size if self.prefetch and self.serves_adapters else 0
 
     def step_tokens(self, num_tokens: int) -> int:
         """Rows of one step, or of one admission's prompts."""
@@ -126,7 +137,7 @@ SLORA_PAPER = SystemConfig(
     admit_every=10,
     mixed=False,
     overlap=False,
-    prefetch=False,
+    prefetch=0,
     eviction="immediate",
 )
 """The published system, as its committed experiments ran it."""

@@ -32,14 +32,18 @@ def device(**changes: float) -> DeviceModel:
 def random_workload(
     seed: int, requests: int = 60, rate: float = 150.0, adapters: int = 6, longest: int = 40
 ) -> list[SimulatedRequest]:
-    """Requests of 1 to `longest` tokens either way; one in eight without an adapter. The rate overloads the device
-    most of the time."""
+    """Requests of 1 to `longest` tokens either way; one in eight without an adapter; half of them begin with one of two
+    texts. The rate overloads the device most of the time."""
     random = np.random.default_rng(seed)
     arrival = np.cumsum(random.gamma(0.5, 2 / rate, requests))
     sizes = random.integers(1, longest + 1, (requests, 2))
     chosen = random.integers(0, adapters, requests)
     none = random.random(requests) < 1 / 8
+    shared = random.integers(0, sizes[:, 0])
+    text = random.integers(0, 4, requests)
     return [
-        SimulatedRequest(float(t), None if n else int(a), int(p), int(o))
-        for t, n, a, (p, o) in zip(arrival, none, chosen, sizes, strict=True)
+        SimulatedRequest(
+            float(t), None if n else int(a), int(p), int(o), prefix=(int(x), int(s)) if s and x < 2 else None
+        )
+        for t, n, a, (p, o), s, x in zip(arrival, none, chosen, sizes, shared, text, strict=True)
     ]

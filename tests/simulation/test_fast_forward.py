@@ -65,7 +65,9 @@ def test_every_system(name: str, seed: int) -> None:
     changes=st.fixed_dictionaries(
         {
             "overlap": st.booleans(),
-            "prefetch": st.booleans(),
+            "prefetch": st.sampled_from([0, 2, 8]),
+            "upload_pages": st.sampled_from([1, 32]),
+            "prefix_cache": st.booleans(),
             "mixed": st.booleans(),
             "admit_every": st.sampled_from([1, 3, 10]),
             "admission": st.sampled_from(["optimistic", "reserve"]),

@@ -151,6 +151,26 @@ def test_every_request_ends_once_and_the_same_run_gives_the_same_result(system, 
     assert result.counters.tokens_computed == computed or result.counters.preemptions
 
 
+def test_equal_beginnings_are_computed_once_under_each_adapter() -> None:
+    """By hand: 20 of 24 tokens are shared, so 2 pages of 8; each request comes when the one before has ended."""
+    system, text = replace(OURS, prefix_cache=True), (0, 20)
+    workload = [SimulatedRequest(float(i), i // 2, 24, 4, prefix=text) for i in range(4)]
+    workload += [SimulatedRequest(4.0, 1, 24, 4, prefix=(1, 20)), SimulatedRequest(5.0, 1, 24, 4)]
+    counters = simulate(workload, system, SHAPE, device(), [2, 2]).counters
+    assert (counters.prompt_tokens, counters.prefix_hit_tokens) == (6 * 24, 2 * 16)
+    assert counters.tokens_computed == 6 * (24 + 3) - 2 * 16
+    without = simulate(workload, OURS, SHAPE, device(), [2, 2]).counters
+    assert (without.tokens_computed, without.prefix_hit_tokens) == (6 * (24 + 3), 0)
+
+
+def test_a_prefix_cache_changes_nothing_for_prompts_that_share_nothing_in_a_pool_with_room() -> None:
+    workload = [replace(request, prefix=None) for request in random_workload(8)]
+    roomy = replace(OURS, num_tokens=20_000)
+    cached, plain = (simulate(workload, system, SHAPE, device(), RANKS) for system in
+                     (replace(roomy, prefix_cache=True), roomy))  # fmt: skip
+    assert cached.records == plain.records
+
+
 def test_records_and_samples_are_what_the_metrics_read() -> None:
     result = simulate(random_workload(3), OURS, SHAPE, device(), RANKS, sample_seconds=0.05)
     metrics = serving_metrics(result.records, start=0.0)
@@ -198,6 +218,7 @@ def test_the_same_requests_in_less_time_wait_longer_for_their_first_token(system
         ([SimulatedRequest(0.0, 1, 1, 1)], [8], r"workload\[0\].adapter=1: there are 1 adapters"),
         ([SimulatedRequest(1.0, None, 1, 1), SimulatedRequest(0.5, None, 1, 1)], [], r"workload\[1\].arrival=0.5"),
         ([SimulatedRequest(0.0, None, 1, 0)], [], "output_tokens=0"),
+        ([SimulatedRequest(0.0, None, 4, 1, prefix=(0, 4))], [], r"prefix=\(0, 4\): must share 1 to 3 of the 4"),
         ([SimulatedRequest(0.0, None, 400, 400)], [], "the request can never fit"),
     ],
 )

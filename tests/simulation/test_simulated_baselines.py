@@ -85,7 +85,7 @@ def test_packed_replicas_that_do_not_fit_are_refused_with_the_arithmetic() -> No
 
 def unified_and_split(admission: str):
     """Systems of 500 tokens: unified, and with 100 to 300 of them for adapters."""
-    settings = {"page_size": 1, "max_tokens": 1000, "admission": admission, "prefetch": False, "max_seqs": 100}
+    settings = {"page_size": 1, "max_tokens": 1000, "admission": admission, "prefetch": 0, "max_seqs": 100}
     yield make_system("slora", num_tokens=500, **settings)
     for adapters in (100, 200, 300):
         split = {"num_tokens": 500 - adapters, "adapter_tokens": adapters, "gathers_on_load": False}
@@ -124,9 +124,11 @@ def test_split_memory_holds_no_more_adapters_than_their_part() -> None:
     assert {sample.pages.total for sample in result.pool} == {340}
 
 
-def test_gathering_copies_all_resident_adapters_on_each_load() -> None:
+@pytest.mark.parametrize("prefetch", [0, 8])
+def test_gathering_copies_all_resident_adapters_on_each_load(prefetch) -> None:
     workload = [SimulatedRequest(0.0, 0, 2, 40), SimulatedRequest(0.02, 1, 2, 2)]
-    system = make_system("no-unify-mem-paper", num_tokens=300, adapter_tokens=100, max_tokens=100, admit_every=1)
+    settings = {"num_tokens": 300, "adapter_tokens": 100, "max_tokens": 100, "admit_every": 1, "eviction": "lru"}
+    system = make_system("no-unify-mem-paper", prefetch=prefetch, **settings)
     seconds = [
         simulate(workload, replace(system, gathers_on_load=gathers), SHAPE, device(), [8, 4]).counters.device_seconds
         for gathers in (True, False)

@@ -35,6 +35,9 @@ def test_the_published_system_has_the_codes_numbers() -> None:
         ("bmm", {"num_token": 1}, "no setting 'num_token' .did you mean 'num_tokens'"),
         ("bmm", {"num_tokens": 0}, "num_tokens=0"),
         ("bmm", {"page_size": 1.5}, "page_size=1.5"),
+        ("slora", {"prefetch": -1}, "prefetch=-1: must be an integer of at least 0"),
+        ("slora", {"prefetch": True}, "prefetch=True"),
+        ("slora", {"upload_pages": 0}, "upload_pages=0"),
         ("slora", {"eviction": "fifo"}, "eviction='fifo': must be one of lru, immediate, cost_aware"),
         ("slora", {"lora": "magic"}, "lora='magic'"),
         ("slora", {"software": "java"}, "software='java'"),
@@ -50,9 +53,11 @@ def test_what_is_wrong_is_named(name, settings, message) -> None:
 
 def test_the_pool_is_what_the_weights_leave() -> None:
     left = 0.5 * device().memory_bytes - SHAPE.weight_bytes
-    assert SystemConfig(memory_fraction=0.5).pool_tokens(SHAPE, device()) == int(left / SHAPE.kv_bytes)
-    split = SystemConfig(memory_fraction=0.5, adapter_tokens=1000).pool_tokens(SHAPE, device())
-    assert split == int(left / SHAPE.kv_bytes - 1000)
+    system = SystemConfig(memory_fraction=0.5, prefetch=0)
+    assert system.pool_tokens(SHAPE, device()) == int(left / SHAPE.kv_bytes)
+    assert replace(system, adapter_tokens=1000).pool_tokens(SHAPE, device()) == int(left / SHAPE.kv_bytes - 1000)
+    staged = replace(system, prefetch=8, upload_pages=4, page_size=8).pool_tokens(SHAPE, device())
+    assert staged == int(left / SHAPE.kv_bytes - 2 * 4 * 8)
 
 
 def test_there_are_the_papers_devices_and_later_ones() -> None:
