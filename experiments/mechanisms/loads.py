@@ -12,25 +12,28 @@ from experiments.systems import Workload, WorkloadRequest
 HOT = 4
 """Adapters of most requests in `mostly_cold`."""
 COLD_SHARE = 0.3
+BURST = 1.5
+"""In `mostly_cold`: the share of requests with an adapter of their own, and how many come at once, of `max_seqs`."""
 INSTRUCTIONS = 96
 """Tokens with which all prompts of an adapter begin, in `instructed`."""
-CONVERSATIONS, TURN, TURNS = 120, 24, 6
+CONVERSATIONS, TURN, TURNS = 64, 24, 6
 """In `conversations`: how many there are, tokens that a turn adds to the prompt, and turns until one starts anew."""
 ZIPF = 0.9
 
 
 def mostly_cold(scale: Scale, number: int, rate: float | None) -> Workload:
     """A share of the requests each bring another adapter, in a cycle through all: by its turn it is long out of the
-    pool and out of a small host memory. The others use the first few. Poisson arrivals."""
+    pool and out of a small host memory. The others use the first few. They come in bursts of more than can run at once,
+    at regular times: only what waits can be brought ahead."""
     rng = np.random.default_rng((scale.seed, 1, number))
-    cold = rng.random(scale.requests) < COLD_SHARE
-    others = scale.adapters - HOT
-    turn = number * round(COLD_SHARE * scale.requests) + np.cumsum(cold)
-    adapters = np.where(cold, HOT + turn % others, rng.integers(0, HOT, scale.requests))
-    arrivals = np.zeros(scale.requests) if rate is None else np.cumsum(rng.exponential(1 / rate, scale.requests))
+    count, others = round(COLD_SHARE * scale.requests), scale.adapters - HOT
+    cold = rng.permutation(scale.requests) < count
+    turn = number * count + np.cumsum(cold)
+    adapters = np.where(cold, HOT + turn % others, rng.integers(0, HOT, scale.requests)).tolist()
+    burst = round(BURST * scale.engine.max_seqs)
     return [
-        _request(rng, scale, adapter, rng.integers(24, 49), 16, arrival)
-        for adapter, arrival in zip(adapters.tolist(), arrivals.tolist(), strict=True)
+        _request(rng, scale, adapter, rng.integers(24, 49), 16, 0.0 if rate is None else i // burst * burst / rate)
+        for i, adapter in enumerate(adapters)
     ]
 
 
@@ -65,9 +68,9 @@ def instructed(scale: Scale, number: int, rate: float | None = None) -> Workload
 
 
 def conversations(scale: Scale, number: int, rate: float | None = None) -> Workload:
-    """Conversations of Zipf-distributed popularity, each under its adapter. A turn's prompt is that of the turn before
-    and some more; what was answered is no part of it, so that all sides get the same requests. After `TURNS` the
-    conversation starts anew. They go on from round to round."""
+    """Conversations of Zipf-distributed popularity, two of them under each adapter. A turn's prompt is that of the
+    turn before and some more; what was answered is no part of it, so that all sides get the same requests. After
+    `TURNS` the conversation starts anew. They go on from round to round."""
     rng = np.random.default_rng((scale.seed, 5))
     popularity = 1 / np.arange(1, CONVERSATIONS + 1) ** ZIPF
     chosen = rng.choice(CONVERSATIONS, (scale.rounds + 1, scale.requests), p=popularity / popularity.sum())
@@ -79,7 +82,7 @@ def conversations(scale: Scale, number: int, rate: float | None = None) -> Workl
         if place >= number * scale.requests:
             words = np.random.default_rng((scale.seed, 6, conversation, generation))
             prompt = words.integers(0, scale.model.vocab_size, TURN * TURNS)[: TURN * (turn + 1)].tolist()
-            requests.append(WorkloadRequest(0.0, tuple(prompt), f"{conversation % scale.adapters}", 12))
+            requests.append(WorkloadRequest(0.0, tuple(prompt), f"{conversation // 2}", 12))
     return requests
 
 

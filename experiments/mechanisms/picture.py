@@ -76,8 +76,8 @@ def _bars(
     factor: float = 1.0,
     named: bool = False,
 ) -> None:
-    """A group of bars for each load, a bar for each side: the median of its rounds, and the rounds as dots. named: sides
-    are named below their bars, as they differ from group to group; else in a legend."""
+    """A group of bars for each load, a bar for each side: the median of its rounds, and the rounds as dots. named:
+    sides are named below their bars, as they differ from group to group; else in a legend."""
     most = max(map(len, groups.values()))
     width = 0.8 / most
     ticks: list[tuple[float, str]] = []
@@ -95,16 +95,7 @@ def _bars(
             if named:
                 ticks.append((x, side.replace(" ", "\n").replace("-", "-\n")))
         if named:
-            axes.annotate(
-                group,
-                (place, 1.0),
-                (0, -2),
-                ("data", "axes fraction"),
-                "offset points",
-                ha="center",
-                va="top",
-                fontsize=9,
-            )
+            axes.text(place, 0.98, group, transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=9)
     if named:
         axes.set_xticks([x for x, _ in ticks], [name for _, name in ticks], fontsize=8)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slora_jax import EngineConfig
 from slora_jax.models import ModelConfig, RopeConfig
@@ -48,7 +48,11 @@ ENGINE = EngineConfig(
 FULL = Scale(model=_model(128, 2), engine=ENGINE)
 
 QUICK = Scale(
-    model=_model(32, 1), engine=ENGINE, adapters=100, small_memory=1 << 17, requests=24, rounds=1, splits=(0.5,),
-    simulated_seconds=20.0,
+    model=_model(32, 1),
+    engine=replace(
+        ENGINE, num_pages=97, max_seqs=4, max_tokens_per_step=32, adapter_slots=40, decode_buckets=(4,),
+        mixed_buckets=(32,),
+    ),
+    adapters=60, small_memory=1 << 17, requests=24, rounds=1, splits=(0.5,), disk_seconds=0.005, simulated_seconds=20.0,
 )  # fmt: skip
 """The same in half a minute, to see that it runs; its numbers mean nothing."""

@@ -34,8 +34,10 @@ def test_every_side_generates_the_same_tokens(results):
 def test_the_counters_show_which_mechanism_was_on(results):
     for _, side, figures in rounds(results, "prefetch"):
         assert figures["adapter_loads"] > 0 == figures["prefix_hit_tokens"]
-        assert (figures["prefetch_hits"] > 0) == (side == "prefetch 8")
         assert figures["prefetch_hits"] + figures["prefetches_wasted"] <= figures["adapter_loads"]
+        assert side == "prefetch 8" or figures["prefetch_hits"] == figures["prefetches_wasted"] == 0
+    hits = [figures["prefetch_hits"] for _, side, figures in rounds(results, "prefetch") if side == "prefetch 8"]
+    assert sum(hits) > 0
     for _, side, figures in rounds(results, "prefix"):
         assert (figures["prefix_hit_tokens"] > 0) == (side == "prefix cache")
         assert figures["tokens_computed"] >= figures["prompt_tokens"] - figures["prefix_hit_tokens"]
