@@ -35,36 +35,24 @@ def draw(results: Mapping[str, Any], output: Path) -> None:
         {_short(name): load["rounds"] for name, load in engine["memory"]["loads"].items()},
         "requests_per_second",
         "CPU: one pool or a fixed split",
-        "requests/s",
+        "requests/s, over unified",
+        relative=True,
     )
     cached = {
         "shared\ninstructions": engine["prefix"]["loads"]["shared instructions"]["rounds"],
         "conversations,\nmany adapters": engine["eviction"]["loads"]["conversations"]["rounds"],
     }
-    _bars(
-        axes[0, 2], cached, "requests_per_second", "CPU: prefix cache; what is evicted first", "requests/s", named=True
-    )
-    _simulated(axes[1, 0], simulator["prefetch"], "first_token_mean", "Simulated: prefetch", "first token, mean, s")
-    _simulated(
-        axes[1, 1],
-        simulator["prefetch, most adapters on disk"],
-        "first_token_mean",
-        "Simulated: prefetch, 90% of adapters on disk",
-        "first token, mean, s",
-    )
-    _simulated(
-        axes[1, 2], simulator["memory"], "requests_per_second", "Simulated: one pool or a fixed split", "requests/s"
-    )
+    title, label = "CPU: prefix cache, eviction", "requests/s, over the first"
+    _bars(axes[0, 2], cached, "requests_per_second", title, label, named=True, relative=True)
+    for place, comparison in enumerate(("prefetch", "prefetch, most adapters on disk")):
+        cases = {_short_case(name): _one_round(case) for name, case in simulator[comparison].items()}
+        label = "first token, mean, over prefetch 8"
+        _bars(axes[1, place], cases, "first_token_mean", f"Simulated: {comparison}", label, relative=True)
+    memory = {_short_case(name): _one_round(case) for name, case in simulator["memory"].items()}
+    title, label = "Simulated: one pool or a fixed split", "requests/s, over unified"
+    _bars(axes[1, 2], memory, "requests_per_second", title, label, relative=True)
     figure.savefig(output, dpi=100)
     plt.close(figure)
-
-
-def _simulated(axes: Axes, cases: Mapping[str, Any], key: str, title: str, label: str) -> None:
-    groups = {
-        name.replace(" ", "\n", 1): {side: [figures] for side, figures in case["figures"].items()}
-        for name, case in cases.items()
-    }
-    _bars(axes, groups, key, title, label)
 
 
 def _bars(
@@ -75,16 +63,20 @@ def _bars(
     label: str,
     factor: float = 1.0,
     named: bool = False,
+    relative: bool = False,
 ) -> None:
     """A group of bars for each load, a bar for each side: the median of its rounds, and the rounds as dots. named:
-    sides are named below their bars, as they differ from group to group; else in a legend."""
+    sides are named below their bars, as they differ from group to group; else in a legend. relative: over the first side in
+    the same round."""
     most = max(map(len, groups.values()))
     width = 0.8 / most
     ticks: list[tuple[float, str]] = []
     top = 0.0
     for place, (group, sides) in enumerate(groups.items()):
+        first = next(iter(sides.values()))
         for i, (side, rounds) in enumerate(sides.items()):
-            values = sorted(factor * figures[key] for figures in rounds)
+            over = [figures[key] for figures in first] if relative else [1.0] * len(rounds)
+            values = sorted(factor * figures[key] / one for figures, one in zip(rounds, over, strict=True))
             median = (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
             x = place + (i - (len(sides) - 1) / 2) * width
             axes.bar(x, median, 0.9 * width, color=COLOURS[i], label=None if place or named else side)
@@ -108,3 +100,11 @@ def _bars(
 
 def _short(load: str) -> str:
     return load.replace(", ", ",\n")
+
+
+def _short_case(case: str) -> str:
+    return case.replace(" ", "\n", 1)
+
+
+def _one_round(case: Mapping[str, Any]) -> dict[str, list[dict[str, float]]]:
+    return {side: [figures] for side, figures in case["figures"].items()}
