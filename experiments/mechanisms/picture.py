@@ -66,8 +66,8 @@ def _bars(
     relative: bool = False,
 ) -> None:
     """A group of bars for each load, a bar for each side: the median of its rounds, and the rounds as dots. named:
-    sides are named below their bars, as they differ from group to group; else in a legend. relative: over the first side in
-    the same round."""
+    sides are named below their bars, as they differ from group to group; else in a legend. relative: over the
+    first side in the same round."""
     most = max(map(len, groups.values()))
     width = 0.8 / most
     ticks: list[tuple[float, str]] = []
@@ -83,7 +83,7 @@ def _bars(
             if len(values) > 1:
                 axes.plot([x] * len(values), values, ".", color="#333333", markersize=4)
             top = max(top, values[-1])
-            axes.annotate(f"{median:.3g}", (x, values[-1]), (0, 4), textcoords="offset points", ha="center", fontsize=8)
+            axes.annotate(f"{median:.3g}", (x, values[-1]), (0, 4), textcoords="offset points", ha="center", fontsize=7)
             if named:
                 ticks.append((x, side.replace(" ", "\n").replace("-", "-\n")))
         if named:
