@@ -43,7 +43,8 @@ class Side:
 @dataclass(frozen=True)
 class Load:
     """requests(round, rate): of a round; rate in requests per second, None: all there at the start. timed: whether they
-    arrive over time. around: what holds meanwhile. groups: name -> adapters, whose requests are also measured apart."""
+    arrive over time. around: what holds meanwhile. groups: name -> adapters, whose requests are also measured apart;
+    of "cold" and "hot" ones, by how many seconds the first token of the cold comes later, in the mean."""
 
     name: str
     requests: Callable[[int, float | None], Workload]
@@ -153,6 +154,8 @@ def measure(engine: Engine, load: Load, workload: Workload) -> tuple[Figures, Ru
     }
     for group, adapters in load.groups.items():
         figures |= _latencies(f"{group}_", [record for record in run.records if record.adapter in adapters])
+    if {"cold", "hot"} <= load.groups.keys():
+        figures["cold_waits_longer"] = figures["cold_first_token_mean"] - figures["hot_first_token_mean"]
     for counter in COUNTED:
         figures[counter] = getattr(after, counter) - getattr(before, counter)
     return figures, run

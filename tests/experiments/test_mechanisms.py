@@ -76,7 +76,7 @@ def test_the_results_are_json_and_a_table(results):
 
 def test_a_cycle_of_cold_adapters_repeats_none_within_a_round():
     seen = [request.adapter for request in loads.mostly_cold(FULL, 3, 10.0) if int(request.adapter) >= loads.HOT]
-    assert len(set(seen)) == len(seen) > 0.2 * FULL.requests
+    assert len(set(seen)) == len(seen) > 0.1 * FULL.requests
 
 
 def test_a_conversation_goes_on_from_round_to_round():
