@@ -7,7 +7,7 @@ from functools import cached_property
 
 from pallas_kernels.lora.layout import PROJECTIONS, LoraLayout
 from slora_jax.errors import ConfigError
-from slora_jax.parallel.layout import Shards
+from slora_jax.parallel.layout import ONE_DEVICE, Shards
 
 MODULES = {
     "q": "self_attn.q_proj",
@@ -30,8 +30,8 @@ def module_name(layer: int, projection: str) -> str:
 class BaseGeometry:
     """Widths of a Llama-like base model, in elements, and the pool's `page_size`, in tokens (= rows of a tile).
 
-    `q_width` is `num_heads * head_dim` and `kv_width` is `num_kv_heads * head_dim`, the pool's W on one device. `shards`
-    tells how adapters are cut.
+    `q_width` is `num_heads * head_dim` and `kv_width` is `num_kv_heads * head_dim`, the pool's W on one device.
+    `shards` tells how adapters are cut.
     """
 
     num_layers: int
@@ -40,7 +40,7 @@ class BaseGeometry:
     kv_width: int
     intermediate_size: int
     page_size: int
-    shards: Shards = Shards()
+    shards: Shards = ONE_DEVICE
 
     def __post_init__(self) -> None:
         for field, value in vars(self).items():

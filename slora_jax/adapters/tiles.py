@@ -21,8 +21,8 @@ class AdapterTiles:
     """An adapter ready to upload. `ranks [7]` int32 is the largest rank of each projection over the layers.
 
     `pages [num_layers, num_pages, 2, page_size, W]` is float32 or bfloat16; page `p` of every layer goes to the same
-    page of the pool. Of N shards (`parallel.layout`), shard s has columns `s * W / N` to `(s + 1) * W / N`. Rows beyond a
-    layer's own rank, columns beyond a matrix and an odd last tile are zero.
+    page of the pool. Of N shards (`parallel.layout`), shard s has columns `s * W / N` to `(s + 1) * W / N`. Rows beyond
+    a layer's own rank, columns beyond a matrix and an odd last tile are zero.
     """
 
     digest: str
@@ -97,8 +97,8 @@ def _stack_rows(
     dtype: np.dtype,
     shard: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A shard's A rows and scaled, transposed B rows of the stack in every layer, zero-padded to whole tiles, as bits of
-    `dtype`: NumPy transposes and cuts integers several times faster than bfloat16."""
+    """A shard's A rows and scaled, transposed B rows of the stack in every layer, zero-padded to whole tiles, as bits
+    of `dtype`: NumPy transposes and cuts integers several times faster than bfloat16."""
     bits = _BITS[dtype.name][0]
     layout, page_size, width, shards = geometry.layout, geometry.page_size, geometry.layout.width, geometry.shards
     a_rows, rows = (ceil_div(int(n), page_size) * page_size for n in (place.a_rows, place.rows))

@@ -313,7 +313,7 @@ def _compile(spec: StepSpec, target: Target, bucket: Bucket, with_lora: bool) ->
 
 def _compile_sampler(spec: StepSpec, target: Target, seqs: int, logprobs: bool) -> ProgramReport:
     start = time.perf_counter()
-    compiled = compile_for(target, make_sampler(seqs, logprobs), *sampler_shapes(spec, seqs))
+    compiled = compile_for(target, make_sampler(spec, seqs, logprobs), *sampler_shapes(spec, seqs))
     memory = compiled.memory_analysis()
     return ProgramReport(
         name=sampler_name(seqs, logprobs),

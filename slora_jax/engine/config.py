@@ -9,6 +9,7 @@ from typing import Any
 from pallas_kernels.lora.api import IMPLEMENTATIONS
 from slora_jax.engine.batch import Bucket
 from slora_jax.errors import ConfigError
+from slora_jax.parallel.layout import LORA_SHARDINGS, LoraSharding
 from slora_jax.scheduling import ADMISSIONS
 
 DEFAULT_COMPILATION_CACHE = "~/.cache/slora-jax/xla"
@@ -37,6 +38,9 @@ class EngineConfig:
       token, and for steps with prefill; None: chosen from max_seqs and max_tokens_per_step.
     kernels: "auto" (what the plan tables name for the device), "xla", "triton" or "mosaic_gpu", of LoRA and attention
       (without a GPU, the last two run by their interpreters: slow, for study and tests).
+    tp: devices that the model, the pool and the adapters are cut over (`parallel.layout`); 1: no collectives at all.
+    tp_lora: how adapters are cut: "slora" (the paper's), "replicated" (A of q,k,v,gate,up and B of o,down on every
+      device; LoRA sends nothing) or "sharded_in" (A of all by input).
     keep_logits: outputs carry each generated token's float32 logits (for research; costs a copy of [seqs, vocab]).
     compilation_cache_dir: JAX's persistent compilation cache, for your own account only (who can write there can run
       code as you). A cache that JAX is configured with already is left alone; None: none.
@@ -60,6 +64,8 @@ class EngineConfig:
     decode_buckets: tuple[int, ...] | None = None
     mixed_buckets: tuple[int, ...] | None = None
     kernels: str = "auto"
+    tp: int = 1
+    tp_lora: LoraSharding = "slora"
     keep_logits: bool = False
     compilation_cache_dir: str | Path | None = DEFAULT_COMPILATION_CACHE
     model_cache_dir: str | Path | None = None
@@ -68,7 +74,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, '"float32" or "bfloat16"')
         _require(self.page_size in (8, 16, 32), "page_size", self.page_size, "8, 16 or 32")
-        for name in ("max_seqs", "max_tokens_per_step", "host_adapter_bytes"):
+        for name in ("max_seqs", "max_tokens_per_step", "host_adapter_bytes", "tp"):
             value = getattr(self, name)
             _require(_is_int(value) and value >= 1, name, value, "a positive integer")
         for name in ("num_pages", "max_model_len", "adapter_slots"):
@@ -80,6 +86,7 @@ class EngineConfig:
         _require(
             self.kernels in ("auto", *IMPLEMENTATIONS), "kernels", self.kernels, f"'auto' or one of {IMPLEMENTATIONS}"
         )
+        _require(self.tp_lora in LORA_SHARDINGS, "tp_lora", self.tp_lora, f"one of {LORA_SHARDINGS}")
         _require(self.admission in ADMISSIONS, "admission", self.admission, f"one of {ADMISSIONS}")
         fraction = self.memory_fraction
         _require(isinstance(fraction, float) and 0 < fraction <= 1, "memory_fraction", fraction, "a float in (0, 1]")

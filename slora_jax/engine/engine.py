@@ -26,6 +26,7 @@ from slora_jax.engine.trace import NoTrace, Trace
 from slora_jax.errors import AdapterError, RequestError
 from slora_jax.memory import AdapterResidency, PageAllocator, PageKind
 from slora_jax.models import ModelConfig, Params, load_model
+from slora_jax.parallel.mesh import cut, tensor_parallel
 from slora_jax.scheduling import (
     AdapterState,
     AdapterUse,
@@ -76,7 +77,7 @@ class Engine:
         spill_dir = None if config.spill_dir is None else Path(config.spill_dir)
         self.allocator = PageAllocator(self._runner.shape.num_pages)
         self.store = AdapterStore(
-            adapter_geometry(model, config.page_size),
+            adapter_geometry(model, config.page_size, cut(model, config.tp, config.tp_lora)),
             config.dtype,
             config.host_adapter_bytes,
             spill_dir,
@@ -106,7 +107,8 @@ class Engine:
           UnsupportedModelError, CheckpointError: see `models.load_model`.
         """
         config = config or EngineConfig()
-        graphdef, params, model = load_model(model_dir, config.dtype, config.model_cache_dir, config.progress)
+        parallel = tensor_parallel(ModelConfig.from_directory(model_dir), config.tp, config.tp_lora)
+        graphdef, params, model = load_model(model_dir, config.dtype, config.model_cache_dir, config.progress, parallel)
         return cls(model, graphdef, params, config, tokenizer=_load_tokenizer(Path(model_dir)), policy=policy)
 
     # Adapters
@@ -189,7 +191,7 @@ class Engine:
         if use is not None:
             self.store.pin(use.digest)
         self._arrivals += 1
-        self._progress[request_id] = Progress(request, self.tokenizer, self.model.eos_token_ids)
+        self._progress[request_id] = Progress(request, self.tokenizer, self.model)
         self.scheduler.add(request)
         return request_id
 

@@ -21,7 +21,7 @@ UPLOAD_PAGES = (4, 32)
 
 @dataclass(frozen=True)
 class PoolShape:
-    """Shape of the pool and of the adapter table beside it."""
+    """Shape of the pool and of the adapter table beside it. width: W, over all shards."""
 
     num_layers: int
     num_pages: int
@@ -33,7 +33,7 @@ class PoolShape:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page over all layers."""
+        """Bytes of one page over all layers and shards."""
         return self.num_layers * 2 * self.page_size * self.width * jnp.dtype(self.dtype).itemsize
 
     def pool_struct(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -46,11 +46,11 @@ class PoolShape:
             ranks=jax.ShapeDtypeStruct((self.adapter_slots, 7), jnp.int32),  # type: ignore[arg-type]
         )
 
-    def make_pool(self) -> Pool:
-        return tuple(jnp.zeros(s.shape, s.dtype) for s in self.pool_struct())
+    def make_pool(self, sharding: jax.sharding.Sharding | None = None) -> Pool:
+        return tuple(jnp.zeros(s.shape, s.dtype, device=sharding) for s in self.pool_struct())
 
-    def make_table(self) -> AdapterTable:
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.table_struct())
+    def make_table(self, sharding: jax.sharding.Sharding | None = None) -> AdapterTable:
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=sharding), self.table_struct())
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -65,11 +65,25 @@ def set_table_row(table: AdapterTable, slot: jax.Array, pages: jax.Array, ranks:
     return AdapterTable(pages=table.pages.at[slot].set(pages), ranks=table.ranks.at[slot].set(ranks))
 
 
+def put_pages(contents: np.ndarray, sharding: jax.sharding.Sharding | None) -> np.ndarray | jax.Array:
+    """`contents` for `upload_pages`: each device of `sharding` is sent its own part (None: there is one device)."""
+    if sharding is None:
+        return contents
+    return jax.make_array_from_callback(contents.shape, sharding, lambda part: contents[part])
+
+
 def upload_adapter(
-    pool: Pool, table: AdapterTable, slot: int, pages: np.ndarray, ranks: np.ndarray, contents: np.ndarray
+    pool: Pool,
+    table: AdapterTable,
+    slot: int,
+    pages: np.ndarray,
+    ranks: np.ndarray,
+    contents: np.ndarray,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> tuple[Pool, AdapterTable]:
     """Puts an adapter's pages `contents [num_layers, n, 2, page_size, W]` at ids `pages [n]` and its table row at
-    `slot`. Pool and table are donated. Dispatches and returns; the next step waits for the data on the device."""
+    `slot`. Pool and table are donated. sharding: of such contents, where the pool lies on several devices. Dispatches
+    and returns; the next step waits for the data on the device."""
     num_pages = pool[0].shape[0]
     done = 0
     while done < pages.size:
@@ -81,7 +95,7 @@ def upload_adapter(
         part = contents[:, done : done + count]
         if count < size:
             part = np.concatenate([part, np.zeros((part.shape[0], size - count, *part.shape[2:]), part.dtype)], axis=1)
-        pool = upload_pages(pool, ids, part)
+        pool = upload_pages(pool, ids, put_pages(part, sharding))
         done += count
     row = np.zeros(table.pages.shape[1], np.int32)
     row[: pages.size] = pages

@@ -1,17 +1,17 @@
 """How parameters, pool and adapters are cut into N shards (paper section 6, figure 4).
 
-**The base** is cut as Megatron does: q,k,v and gate,up by output columns, o and down by input rows, embedding and head by
-vocabulary; norms are everywhere. So a shard's program is that of a smaller model (`Shards.of_model`) with sums over the
-shards in two places of a layer.
+**The base** is cut as Megatron does: q,k,v and gate,up by output columns, o and down by input rows, embedding and head
+by vocabulary; norms are everywhere. So a shard's program is that of a smaller model (`Shards.of_model`) with sums over
+the shards in two places of a layer.
 
 **The pool** is cut along W: a page id names the same page on all shards, of which each holds the keys and values of its
-own heads, `W_s = W / N` columns. With fewer KV heads than shards, neighbouring shards hold the same head, and W_s is its
+own heads, `W_s = W / N` columns. With fewer KV heads than shards, neighbouring shards hold the same head: W_s is its
 width.
 
-**Adapters** lie in the same pages: of a page, each shard holds tiles `[page_size, W_s]` of its own part of the adapter, in
-the order that `pallas_kernels.lora.layout` gives to the shard's stacks. Where the base is cut by columns, A1 `[r, d]` is
-cut by rank and B1 `[r, d_out]` by output; where it is cut by rows, A2 `[r, d_in]` is cut by input and B2 `[r, d]` by
-output:
+**Adapters** lie in the same pages: of a page, each shard holds tiles `[page_size, W_s]` of its own part of the adapter,
+in the order that `pallas_kernels.lora.layout` gives to the shard's stacks. Where the base is cut by columns,
+A1 `[r, d]` is cut by rank and B1 `[r, d_out]` by output; where it is cut by rows, A2 `[r, d_in]` is cut by input and
+B2 `[r, d]` by output:
 
     stack      A rows a shard      A columns     B rows     B columns
     q,k,v      ceil(r / N) each    d             r          d_out / N
@@ -19,18 +19,18 @@ output:
     gate,up    ceil(r / N) each    d             r          d_out / N
     down       r                   d_in / N      r          d / N
 
-A shard's tile is N times narrower, so a row of A1 takes N times as many tiles, of which a shard has one Nth of the rows: a
-shard's part of an adapter takes as many pages as the whole adapter on one device, give or take the last row block of
-each stack. A1's rows are dealt one by one: rank j of a projection goes to shard `j % N`, and is its row `j // N`. All
-shards lay out `ceil(r / N)` rows, the largest share; where N does not divide r the last row of some is zero. So all
-shards have the same tiles, page ids, tables and work lists, and at most one row of each projection, hence at most one row
-block of each stack, is waste. What an all-gather of the shards' `x A1` brings has rank j at `[shard j % N, row j // N]`:
-transposed, it is in the order of B's rows, whatever the adapter's rank is.
+A shard's tile is N times narrower, so a row of A1 takes N times as many tiles, of which a shard has one Nth of the
+rows: a shard's part of an adapter takes as many pages as the whole adapter on one device, give or take the last row
+block of each stack. A1's rows are dealt one by one: rank j of a projection goes to shard `j % N`, as its row
+`j // N`. All shards lay out `ceil(r / N)` rows, the largest share; where N does not divide r, some end in zeros. So
+all shards have the same tiles, page ids, tables and work lists, and at most one row of each projection, hence at most
+one row block of each stack, is waste. What an all-gather of the shards' `x A1` brings has rank j at shard `j % N`,
+row `j // N`: transposed, it is in the order of B's rows, whatever the adapter's rank is.
 
 Two other layouts, for comparison:
 
-- "replicated", vLLM's default: A1 and B2 are whole on every shard. LoRA sends nothing; every shard does all of `x A1` and
-  of `h B2`, and holds all of both.
+- "replicated", vLLM's default: A1 and B2 are whole on every shard. LoRA sends nothing; every shard does all of `x A1`
+  and of `h B2`, and holds all of both.
 - "sharded_in": A1 is cut by input, as A2: each shard's `x A1` is a partial sum `[T, r]`, and is summed over the shards.
 """
 
@@ -53,8 +53,8 @@ ROW_PARALLEL = ("o", "down")
 
 @dataclass(frozen=True)
 class Shards:
-    """count: N. kv_parts: parts that the KV heads are cut into: N, or the number of KV heads where that is less. lora: how
-    adapters are cut."""
+    """count: N. kv_parts: parts that the KV heads are cut into: N, or the number of KV heads where that is less. lora:
+    how adapters are cut."""
 
     count: int = 1
     kv_parts: int = 1
@@ -121,6 +121,10 @@ class Shards:
         """Tokens whose embedding and logits a shard has; the last shards may have fewer, or none."""
         size = -(-vocab_size // self.count)
         return slice(min(vocab_size, shard * size), min(vocab_size, (shard + 1) * size))
+
+
+ONE_DEVICE = Shards()
+"""Nothing is cut."""
 
 
 def _size(part: slice) -> int:

@@ -62,7 +62,9 @@ class TensorParallel:
 
     def struct(self, leaf: Any, spec: P) -> jax.ShapeDtypeStruct:
         """The whole array of which a shard has one shaped like `leaf`, cut by `spec`."""
-        return jax.ShapeDtypeStruct(whole_shape(leaf.shape, spec, self.shards), leaf.dtype, sharding=self.sharding(spec))
+        return jax.ShapeDtypeStruct(
+            whole_shape(leaf.shape, spec, self.shards), leaf.dtype, sharding=self.sharding(spec)
+        )
 
 
 def parameter_spec(path: tuple[str | int, ...]) -> P:
@@ -87,8 +89,8 @@ def make_mesh(count: int) -> Mesh:
     devices = jax.devices()
     if count > len(devices):
         raise ConfigError(
-            f"EngineConfig.tp={count}: there are {len(devices)} {devices[0].platform} devices; use tp<={len(devices)}, or "
-            "on a CPU make more with XLA_FLAGS=--xla_force_host_platform_device_count=N"
+            f"EngineConfig.tp={count}: there are {len(devices)} {devices[0].platform} devices; use at most so many, "
+            "or on a CPU make more with XLA_FLAGS=--xla_force_host_platform_device_count=N"
         )
     return Mesh(np.array(devices[:count]), (AXIS,), axis_types=(AxisType.Auto,))
 
