@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -139,6 +139,11 @@ class StepSpec:
     def shard_model(self) -> ModelConfig:
         """The model whose step each shard runs."""
         return self.shards.of_model(self.model)
+
+    @property
+    def shard_pool(self) -> PoolShape:
+        """What each shard holds of the pool."""
+        return replace(self.pool, width=self.pool.width // self.shards.count)
 
     @property
     def interpret(self) -> bool:
