@@ -86,9 +86,9 @@ class ProgramReport:
 
 @dataclass(frozen=True)
 class PoolReport:
-    """The pool that the devices would hold (all bytes are one device's, of a tensor-parallel group), by the engine's own rule: `memory_fraction` of what JAX's share of its
-    memory (`gpu_memory_fraction`) leaves beside weights, the largest program's temporaries and results, and the other
-    arguments (adapter table, sequence state).
+    """The pool that the devices would hold (all bytes are one device's, of a tensor-parallel group), by the engine's
+    own rule: `memory_fraction` of what JAX's share of its memory (`gpu_memory_fraction`) leaves beside weights, the
+    largest program's temporaries and results, and the other arguments (adapter table, sequence state).
 
     num_pages includes the dummy page. fits: there is room for one sequence of the greatest length. tokens: of KV, if
     there were no adapters. adapters: of rank `adapter_rank` on every projection, if there were no KV.
@@ -113,7 +113,8 @@ class PoolReport:
 
 @dataclass(frozen=True)
 class CompileReport:
-    """tp, tp_lora: see `EngineConfig`. layers: of the model. compiled_layers: of the programs, whose bytes are for so many; the pool is for them all."""
+    """tp, tp_lora: see `EngineConfig`. layers: of the model. compiled_layers: of the programs, whose bytes are for so
+    many; the pool is for them all."""
 
     target: str
     tp: int
@@ -232,8 +233,8 @@ def compile_report(
 
 @dataclass(frozen=True)
 class _Budget:
-    """Of one device. memory_bytes: JAX's. memory_fraction: the pool's share of what is left of it. weight_bytes and page_bytes: of the
-    model with all its layers."""
+    """Of one device. memory_bytes: JAX's. memory_fraction: the pool's share of what is left of it. weight_bytes and
+    page_bytes: of the model with all its layers."""
 
     memory_bytes: int
     memory_fraction: float

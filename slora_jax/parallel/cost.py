@@ -31,7 +31,8 @@ class Message:
     bytes: int
 
     def sent(self, count: int) -> Fraction:
-        """Bytes that each of `count` shards sends in a ring: a gather passes on every part but one; a sum does so twice."""
+        """Bytes that each of `count` shards sends in a ring: a gather passes on every part but one; a sum does so
+        twice."""
         rounds = 2 if self.kind == "all-reduce" else 1
         return Fraction(rounds * (count - 1) * self.bytes, count)
 
