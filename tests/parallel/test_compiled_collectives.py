@@ -7,6 +7,7 @@ compiling adds none.
 from collections import Counter
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import pytest
 
@@ -76,7 +77,7 @@ def traced(spec, bucket, with_lora=True) -> Counter:
             kind = {"psum": "all-reduce", "all_gather": "all-gather"}.get(equation.primitive.name)
             if kind:
                 found[kind, sum(out.aval.size * out.aval.dtype.itemsize for out in equation.outvars)] += 1
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
                 walk(inner)
 
     walk(make_step(spec, layout, with_lora).trace(*step_shapes(spec, layout)).jaxpr)
