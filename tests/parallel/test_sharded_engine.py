@@ -3,6 +3,7 @@ evictions, with ranks that the devices do not divide."""
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from slora_jax import Engine, EngineConfig, RequestOutput, SamplingParams
 from slora_jax.adapters import LoraAdapter, random_adapter
 from slora_jax.engine import adapter_geometry
+from slora_jax.memory import PageKind
 from slora_jax.models import ModelConfig, init_random
 
 VOCAB, PAGE_SIZE, NEW_TOKENS = 259, 8, 24  # the vocabulary is no multiple of any degree
@@ -83,6 +85,15 @@ class Served:
         return engine.generate(self.prompts, params, list(ADAPTERS))
 
 
+@contextmanager
+def squeezed(engine: Engine, pages: int) -> Iterator[None]:
+    """Leaves the engine only so many free pages, so that running sequences collide."""
+    engine.residency.make_room(engine.allocator.capacity)
+    held = engine.allocator.allocate(engine.allocator.num_free - pages, PageKind.KV)
+    yield
+    engine.allocator.free(held)
+
+
 @pytest.fixture(scope="module")
 def served() -> Served:
     return Served()
@@ -103,8 +114,11 @@ def engine(request: pytest.FixtureRequest, served: Served) -> Iterator[Engine]:
 def test_logits_and_greedy_tokens_are_those_of_one_device(engine: Engine, served: Served, on_one_device) -> None:
     rng = np.random.default_rng(1)
     before = engine.stats()
+    largest = max(info.num_pages for info in engine.adapters())
     for order in (np.arange(len(PROMPTS)), rng.permutation(len(PROMPTS))):
-        for output, expected in zip(served.greedy(engine, order), on_one_device["greedy"], strict=True):
+        with squeezed(engine, largest + 11):  # the longest sequence has 8
+            outputs = served.greedy(engine, order)
+        for output, expected in zip(outputs, on_one_device["greedy"], strict=True):
             assert output.token_ids == expected.token_ids, output.adapter
             assert output.logits.shape == expected.logits.shape == (NEW_TOKENS, VOCAB)
             error = np.abs(output.logits - expected.logits).max() / np.abs(expected.logits).max()
