@@ -41,6 +41,8 @@ class EngineConfig:
     tp: devices that the model, the pool and the adapters are cut over (`parallel.layout`); 1: no collectives at all.
     tp_lora: how adapters are cut: "slora" (the paper's), "replicated" (A of q,k,v,gate,up and B of o,down on every
       device; LoRA sends nothing) or "sharded_in" (A of all by input).
+    tp_first_device: the first of the `tp` devices, which follow one another in `jax.devices()`: several engines can
+      each have a group (data parallelism).
     keep_logits: outputs carry each generated token's float32 logits (for research; costs a copy of [seqs, vocab]).
     compilation_cache_dir: JAX's persistent compilation cache, for your own account only (who can write there can run
       code as you). A cache that JAX is configured with already is left alone; None: none.
@@ -66,6 +68,7 @@ class EngineConfig:
     kernels: str = "auto"
     tp: int = 1
     tp_lora: LoraSharding = "slora"
+    tp_first_device: int = 0
     keep_logits: bool = False
     compilation_cache_dir: str | Path | None = DEFAULT_COMPILATION_CACHE
     model_cache_dir: str | Path | None = None
@@ -85,6 +88,13 @@ class EngineConfig:
         _require(_is_int(self.seed) and 0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
         _require(
             self.kernels in ("auto", *IMPLEMENTATIONS), "kernels", self.kernels, f"'auto' or one of {IMPLEMENTATIONS}"
+        )
+        first = self.tp_first_device
+        _require(
+            _is_int(first) and (first == 0 or (first > 0 and self.tp > 1)),
+            "tp_first_device",
+            first,
+            "0, or with tp > 1 a positive integer",
         )
         _require(self.tp_lora in LORA_SHARDINGS, "tp_lora", self.tp_lora, f"one of {LORA_SHARDINGS}")
         _require(self.admission in ADMISSIONS, "admission", self.admission, f"one of {ADMISSIONS}")

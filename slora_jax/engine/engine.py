@@ -107,7 +107,9 @@ class Engine:
           UnsupportedModelError, CheckpointError: see `models.load_model`.
         """
         config = config or EngineConfig()
-        parallel = tensor_parallel(ModelConfig.from_directory(model_dir), config.tp, config.tp_lora)
+        parallel = tensor_parallel(
+            ModelConfig.from_directory(model_dir), config.tp, config.tp_lora, config.tp_first_device
+        )
         graphdef, params, model = load_model(model_dir, config.dtype, config.model_cache_dir, config.progress, parallel)
         return cls(model, graphdef, params, config, tokenizer=_load_tokenizer(Path(model_dir)), policy=policy)
 

@@ -48,7 +48,7 @@ class Runner:
     """Owns every device array: parameters, pool, adapter table, sequence state."""
 
     def __init__(self, model: ModelConfig, graphdef: nnx.GraphDef, params: Params, config: EngineConfig) -> None:
-        parallel = tensor_parallel(model, config.tp, config.tp_lora)
+        parallel = tensor_parallel(model, config.tp, config.tp_lora, config.tp_first_device)
         if parallel is not None:
             graphdef, params = shard_params(model, params, parallel)
         self._params = params

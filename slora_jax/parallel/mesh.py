@@ -80,19 +80,20 @@ def whole_shape(shape: Sequence[int], spec: P, shards: Shards) -> tuple[int, ...
     return tuple(size * shards.count if axis else size for size, axis in zip(shape, axes, strict=True))
 
 
-def make_mesh(count: int) -> Mesh:
-    """The first `count` devices.
+def make_mesh(count: int, first: int = 0) -> Mesh:
+    """`count` devices from number `first` on.
 
     Raises:
       ConfigError: there are fewer.
     """
     devices = jax.devices()
-    if count > len(devices):
+    if first + count > len(devices):
+        have = f"there are {len(devices)} {devices[0].platform} devices"
         raise ConfigError(
-            f"EngineConfig.tp={count}: there are {len(devices)} {devices[0].platform} devices; use at most so many, "
-            "or on a CPU make more with XLA_FLAGS=--xla_force_host_platform_device_count=N"
+            f"EngineConfig.tp={count}, tp_first_device={first}: {have}; use no more, or on a CPU make more with "
+            "XLA_FLAGS=--xla_force_host_platform_device_count=N"
         )
-    return Mesh(np.array(devices[:count]), (AXIS,), axis_types=(AxisType.Auto,))
+    return Mesh(np.array(devices[first : first + count]), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def cut(model: ModelConfig, count: int, lora: LoraSharding = "slora") -> Shards:
@@ -116,10 +117,12 @@ def cut(model: ModelConfig, count: int, lora: LoraSharding = "slora") -> Shards:
     return Shards(count, min(count, heads), lora)
 
 
-def tensor_parallel(model: ModelConfig, count: int, lora: LoraSharding = "slora") -> TensorParallel | None:
-    """`model` on the first `count` devices; None on one.
+def tensor_parallel(
+    model: ModelConfig, count: int, lora: LoraSharding = "slora", first: int = 0
+) -> TensorParallel | None:
+    """`model` on `count` devices from number `first` on; None on one device.
 
     Raises:
       ConfigError: there are fewer, or the model cannot be cut so.
     """
-    return None if count == 1 else TensorParallel(cut(model, count, lora), make_mesh(count))
+    return None if count == 1 else TensorParallel(cut(model, count, lora), make_mesh(count, first))

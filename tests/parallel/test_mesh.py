@@ -52,8 +52,14 @@ def test_a_model_that_cannot_be_cut_is_refused_by_field(changes, count, message)
 
 
 def test_more_shards_than_devices_are_refused():
-    with pytest.raises(ConfigError, match=r"EngineConfig.tp=64: there are 8 cpu devices"):
+    with pytest.raises(ConfigError, match=r"EngineConfig.tp=64, tp_first_device=0: there are 8 cpu devices"):
         make_mesh(64)
+    with pytest.raises(ConfigError, match=r"EngineConfig.tp=4, tp_first_device=6: there are 8"):
+        make_mesh(4, first=6)
+    with pytest.raises(
+        ConfigError, match=r"EngineConfig.tp_first_device=1: must be 0, or a positive integer with tp > 1"
+    ):
+        EngineConfig(tp_first_device=1)
     with pytest.raises(ConfigError, match=r"EngineConfig.tp=0: must be a positive integer"):
         EngineConfig(tp=0)
     with pytest.raises(ConfigError, match=r"EngineConfig.tp_lora='vllm': must be one of"):

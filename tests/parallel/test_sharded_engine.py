@@ -65,8 +65,9 @@ class Served:
         rng = np.random.default_rng(0)
         self.prompts = [rng.integers(0, VOCAB, length).tolist() for length in PROMPTS]
 
-    def engine(self, tp: int) -> Engine:
-        engine = Engine(self.model, self.graphdef, self.params, replace(CONFIG, tp=tp))
+    def engine(self, tp: int, first_device: int = 0) -> Engine:
+        config = replace(CONFIG, tp=tp, tp_first_device=first_device)
+        engine = Engine(self.model, self.graphdef, self.params, config)
         for name, adapter in self.adapters.items():
             engine.load_adapter(name, adapter)
         return engine
@@ -149,6 +150,21 @@ def test_adapters_come_and_go_without_a_trace(engine: Engine, served: Served, on
     for output, expected in zip(served.greedy(engine, np.arange(len(PROMPTS))), on_one_device["greedy"], strict=True):
         assert output.token_ids == expected.token_ids, output.adapter
     engine.check()
+
+
+def test_two_groups_of_devices_serve_side_by_side(served: Served, on_one_device) -> None:
+    """Data parallelism: two engines, each on two devices, take turns step by step."""
+    params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
+    with served.engine(2) as one, served.engine(2, first_device=2) as other:
+        for i, prompt in enumerate(served.prompts):
+            (one, other)[i % 2].add_request(prompt, params, ADAPTERS[i], request_id=str(i))
+        found = {}
+        while one.has_work() or other.has_work():
+            found |= {delta.request_id: delta.output for delta in one.step() + other.step() if delta.output}
+        for i, expected in enumerate(on_one_device["greedy"]):
+            assert found[str(i)].token_ids == expected.token_ids
+        groups = [{shard.device for shard in engine._runner.pool[0].addressable_shards} for engine in (one, other)]
+        assert not groups[0] & groups[1]
 
 
 def test_each_device_holds_its_part_and_no_more(engine: Engine, served: Served) -> None:
