@@ -169,6 +169,8 @@ def pool_shape(model: ModelConfig, config: EngineConfig) -> PoolShape:
     layout = geometry.layout
     page_bytes = model.num_layers * 2 * config.page_size * layout.width * jnp.dtype(config.dtype).itemsize  # a device's
     num_pages = config.num_pages
+    if num_pages is None and jax.process_count() > 1:
+        raise ConfigError("EngineConfig.num_pages=None: with several processes, give one number to all")
     if num_pages is None:
         free, where = _free_memory(shards.of_model(model), config)
         num_pages = free // page_bytes
