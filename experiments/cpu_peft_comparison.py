@@ -4,8 +4,8 @@ One model of about 100M parameters in float32, rank-16 adapters on q, k, v, o, t
 there at the start. Systems:
 
 - `slora/N`: this engine with N adapters; `slora/base`: the same requests without adapters.
-- `peft-grouped/N`: the PEFT library as S-LoRA's paper drove it: requests grouped by adapter, one `generate` per group.
-- `peft-mixed/N`: PEFT's own mixed batches (`adapter_names`), all requests in one `generate`.
+- `peft-grouped/N`: the PEFT library as S-LoRA's paper drove it: requests grouped by adapter, one batch per group.
+- `peft-mixed/N`: PEFT's own mixed batches (`adapter_names`), all requests in one batch.
 
 Every round runs every system once, in turn, so that a noisy machine disturbs all alike; medians over rounds and the
 ratios within rounds are written to a JSON file, and whether the tokens of both libraries are the same.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -28,6 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.machine import provenance
+from experiments.systems.peft import PeftModel
 from slora_jax import Engine, EngineConfig, SamplingParams
 from slora_jax.adapters import LoraAdapter, random_adapter, write_peft
 
@@ -118,6 +118,7 @@ class Slora:
                 max_tokens_per_step=4 * settings.max_seqs,
                 max_model_len=512,
                 max_rank=64,
+                prefix_cache=False,  # every round has the same prompts, and each is to be computed
                 host_adapter_bytes=12 << 30,
             ),
         )
@@ -143,45 +144,28 @@ class Peft:
     """The real library over the same checkpoint and adapters, left-padded batches, greedy, with its KV cache."""
 
     def __init__(self, settings: Settings, model_dir: Path, adapter_dirs: list[Path]) -> None:
-        import torch
-        from peft import PeftModel
-        from transformers import AutoModelForCausalLM
-
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        self._torch = torch
         self.settings = settings
-        base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-        self.model = PeftModel.from_pretrained(base, str(adapter_dirs[0]), adapter_name="adapter-0")
-        for i, directory in enumerate(adapter_dirs[1:], start=1):
-            self.model.load_adapter(str(directory), adapter_name=f"adapter-{i}")
-        self.model.eval()
+        self.model = PeftModel(model_dir, {f"adapter-{i}": path for i, path in enumerate(adapter_dirs)})
 
     def run_grouped(self, load: Workload) -> list[list[int]]:
         """One batch per adapter, one after the other."""
         outputs: list[list[int]] = [[] for _ in load.prompts]
         for name in dict.fromkeys(load.adapters):
             members = [i for i, adapter in enumerate(load.adapters) if adapter == name]
-            self.model.set_adapter(name)
-            for i, tokens in zip(members, self._generate([load.prompts[i] for i in members]), strict=True):
+            for i, tokens in zip(members, self._generate([load.prompts[i] for i in members], name), strict=True):
                 outputs[i] = tokens
         return outputs
 
     def run_mixed(self, load: Workload) -> list[list[int]]:
         """All requests in one batch, each with its adapter."""
-        return self._generate(load.prompts, adapter_names=load.adapters)
+        return self._generate(load.prompts, load.adapters)
 
-    def _generate(self, prompts: list[list[int]], **kwargs: Any) -> list[list[int]]:
-        torch = self._torch
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        n = self.settings.output
-        with torch.inference_mode():
-            out = self.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=n, min_new_tokens=n, do_sample=False,
-                pad_token_id=0, eos_token_id=None, **kwargs,
-            )  # fmt: skip
-        return out[:, longest:].tolist()
+    def _generate(self, prompts: list[list[int]], adapters: str | list[str | None] | None) -> list[list[int]]:
+        outputs: list[list[int]] = [[] for _ in prompts]
+        for step in self.model.decode(prompts, [self.settings.output] * len(prompts), adapters):
+            for row, token in step.items():
+                outputs[row].append(token)
+        return outputs
 
 
 def compare(settings: Settings, scratch: Path) -> dict[str, Any]:
@@ -231,7 +215,7 @@ def compare(settings: Settings, scratch: Path) -> dict[str, Any]:
         "provenance": provenance(("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "peft")),
         "tokens_agree": _agreement(tokens, settings),
         "output_tokens_per_second": {
-            name: {"median": round(statistics.median(r), 1), "rounds": [round(x, 1) for x in r]}
+            name: {"median": round(statistics.median(r), 3), "rounds": [round(x, 3) for x in r]}
             for name, r in rates.items()
         },
         "ratios_median_over_rounds": ratios,

@@ -21,19 +21,23 @@ from matplotlib.patches import Patch
 
 from slora_jax import Delta, Engine, EngineConfig, SamplingParams
 from slora_jax.adapters import random_adapter
+from slora_jax.memory import PageKind
 from slora_jax.models import ModelConfig, RopeConfig, init_random
 
-KINDS = ("free", "KV cache", "adapter in use", "adapter idle", "dummy page")
-COLOURS = ("#eef0f2", "#3b7dd8", "#e8743b", "#f3c9a5", "#444444")
-FREE, KV, IN_USE, IDLE, DUMMY = range(5)
+KINDS = ("free", "KV of one request", "prefix in use", "prefix idle", "adapter in use", "adapter idle", "dummy page")
+COLOURS = ("#eef0f2", "#3b7dd8", "#2b9c8f", "#a9dcd3", "#e8743b", "#f3c9a5", "#444444")
+FREE, KV, PREFIX_IN_USE, PREFIX_IDLE, IN_USE, IDLE, DUMMY = range(7)
+STACKED = (KV, PREFIX_IN_USE, IN_USE, PREFIX_IDLE, IDLE, FREE)
 
 
 def page_kinds(engine: Engine) -> np.ndarray:
     """What each page holds now: indices into `KINDS`, `[num_pages]`."""
     kinds = np.full(engine.allocator.num_pages, FREE)
     kinds[0] = DUMMY
+    kinds[engine.allocator.kinds == PageKind.PREFIX] = PREFIX_IDLE
     for request in engine.scheduler.running:
-        kinds[request.pages] = KV
+        kinds[request.pages[: request.num_shared]] = PREFIX_IN_USE
+        kinds[request.pages[request.num_shared :]] = KV
     for resident in engine.residency.residents:
         kinds[resident.pages] = IN_USE if resident.users else IDLE
     return kinds
@@ -59,16 +63,19 @@ def tiny_engine(seed: int = 0, **settings: Any) -> Engine:
 
 
 def serve(engine: Engine, seed: int = 0) -> Iterator[list[Delta]]:
-    """Serves 160 requests over the adapters, which arrive over 400 steps; yields what each step brings."""
+    """Serves 160 requests over the adapters, which arrive over 400 steps; yields what each step brings. All prompts for
+    an adapter begin with the same 32 tokens, its instructions."""
     rng = np.random.default_rng(seed)
+    instructions = rng.integers(0, 256, (60, 32)).tolist()
     arrivals = sorted(rng.integers(0, 400, 160).tolist())
     step = 0
     while arrivals or engine.has_work():
         while arrivals and arrivals[0] <= step:
             arrivals.pop(0)
-            prompt = rng.integers(0, 256, rng.integers(8, 120)).tolist()
-            adapter = f"adapter-{int(60 * rng.power(0.5))}"
-            engine.add_request(prompt, SamplingParams(max_tokens=int(rng.integers(16, 96)), ignore_eos=True), adapter)
+            adapter = int(60 * rng.power(0.5))
+            prompt = instructions[adapter] + rng.integers(0, 256, rng.integers(8, 88)).tolist()
+            params = SamplingParams(max_tokens=int(rng.integers(16, 96)), ignore_eos=True)
+            engine.add_request(prompt, params, f"adapter-{adapter}")
         yield engine.step()
         step += 1
 
@@ -82,24 +89,24 @@ def run(seed: int = 0) -> Iterator[np.ndarray]:
 
 def draw(history: list[np.ndarray], output: Path) -> None:
     """Writes the picture: the fullest moment of `history`, and all of it over time."""
-    busiest = max(history, key=lambda kinds: np.isin(kinds, (KV, IN_USE)).sum())
+    busiest = max(history, key=lambda kinds: np.isin(kinds, (KV, PREFIX_IN_USE, IN_USE)).sum())
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1, 1.25), layout="constrained")
     columns = 25
     grid = np.full(-(-busiest.size // columns) * columns, FREE)
     grid[: busiest.size] = busiest
     left.pcolormesh(
-        grid.reshape(-1, columns)[::-1], cmap=ListedColormap(COLOURS), vmin=-0.5, vmax=4.5, edgecolors="white", lw=0.8
+        grid.reshape(-1, columns)[::-1], cmap=ListedColormap(COLOURS), vmin=-0.5, vmax=6.5, edgecolors="white", lw=0.8
     )
     left.set_aspect("equal")
     left.axis("off")
     left.set_title("Every page at one busy moment")
-    counts = np.stack([[(kinds == kind).sum() for kinds in history] for kind in (KV, IN_USE, IDLE, FREE)])
-    right.stackplot(range(len(history)), counts, colors=[COLOURS[k] for k in (KV, IN_USE, IDLE, FREE)])
+    counts = np.stack([[(kinds == kind).sum() for kinds in history] for kind in STACKED])
+    right.stackplot(range(len(history)), counts, colors=[COLOURS[k] for k in STACKED])
     right.set(xlabel="step", ylabel="pages", xlim=(0, len(history) - 1), ylim=(0, busiest.size - 1))
     right.set_title("The same pool over time")
     right.spines[["top", "right"]].set_visible(False)
     handles = [Patch(color=colour, label=kind) for kind, colour in zip(KINDS, COLOURS, strict=True)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(KINDS), frameon=False)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=110)
     plt.close(figure)

@@ -1,7 +1,8 @@
 """Traces a running engine and draws the trace: `python -m experiments.run_trace [--picture docs/trace.png]`.
 
 Open the trace in https://ui.perfetto.dev or chrome://tracing. The engine is tiny, its host memory holds a few of its
-adapters, and each read from disk takes 20 ms longer than it would, so that it can be seen.
+adapters, each read from disk takes 20 ms longer than it would, and four pages of adapters are copied to the device
+beside a step, so that both can be seen.
 """
 
 from __future__ import annotations
@@ -20,15 +21,33 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.pool_picture import COLOURS, FREE, IDLE, IN_USE, KV, serve, tiny_engine
+from experiments.pool_picture import (
+    COLOURS,
+    FREE,
+    IDLE,
+    IN_USE,
+    KINDS,
+    KV,
+    PREFIX_IDLE,
+    PREFIX_IN_USE,
+    serve,
+    tiny_engine,
+)
 from experiments.slow_disk import slow_disk
 from slora_jax import RequestOutput
 from slora_jax.engine import Trace
 from slora_jax.metrics import RequestRecord, ServingMetrics, adapter_metrics, pool_use, serving_metrics
 
 Event = dict[str, Any]
-PAGES = {"kv": KV, "adapter_in_use": IN_USE, "adapter_idle": IDLE, "free": FREE}
-LABELS = {"kv": "KV cache", "adapter_in_use": "adapter in use", "adapter_idle": "adapter idle", "free": "free"}
+PAGES = {  # in the order of the stack, from below
+    "kv": KV,
+    "prefix_in_use": PREFIX_IN_USE,
+    "adapter_in_use": IN_USE,
+    "prefix_idle": PREFIX_IDLE,
+    "adapter_idle": IDLE,
+    "free": FREE,
+}
+LABELS = {name: KINDS[kind] for name, kind in PAGES.items()}
 LANES = {  # lane: (how the track's name begins, names of its events or all, colour)
     "host works": ("host", {"schedule", "dispatch", "hand out tokens"}, "#59636f"),
     "host waits": ("host", {"wait for device"}, "#c3cad3"),
@@ -43,7 +62,11 @@ ZOOM_MS = 60.0
 def run(path: Path, disk_seconds: float, seed: int = 0) -> tuple[Trace, list[RequestOutput]]:
     """Serves `pool_picture`'s traffic, traced to `path`. Returns the trace and the finished requests."""
     outputs = []
-    with tiny_engine(seed, host_adapter_bytes=1 << 20) as engine, slow_disk(disk_seconds), engine.trace(path) as trace:
+    with (
+        tiny_engine(seed, host_adapter_bytes=1 << 20, upload_pages_per_step=4) as engine,
+        slow_disk(disk_seconds),
+        engine.trace(path) as trace,
+    ):
         for deltas in serve(engine, seed):
             outputs += [delta.output for delta in deltas if delta.output is not None]
     return trace, outputs
@@ -74,10 +97,15 @@ def draw(events: Sequence[Event], output: Path) -> None:
     zoom, lanes, pool, queues = axes
     by_track = tracks(events)
     end = max(e["ts"] + e.get("dur", 0) for e in events if "ts" in e) / 1e3
+    uploads = [e for name, track in by_track.items() if name.startswith("adapter uploads") for e in track]
     reads = [e for name, track in by_track.items() if name.startswith("disk") for e in track if e["name"] == "read"]
-    middle = reads[len(reads) // 3]["ts"] / 1e3 if reads else end / 2
+    middle = max(
+        (e["ts"] / 1e3 for e in uploads), key=lambda ms: _happens(by_track, uploads, reads, ms), default=end / 2
+    )
     _draw_lanes(zoom, by_track, middle - ZOOM_MS / 6, middle + ZOOM_MS * 5 / 6)
-    zoom.set_title(f"Steps go on while an adapter is read from disk: {ZOOM_MS:.0f} ms of the run")
+    zoom.set_title(
+        f"Steps go on while adapters are read from disk and copied to the device: {ZOOM_MS:.0f} ms of the run"
+    )
     _draw_lanes(lanes, by_track, 0, end)
     lanes.axvspan(middle - ZOOM_MS / 6, middle + ZOOM_MS * 5 / 6, color="#00000014", lw=0)
     lanes.set_title("The whole run")
@@ -101,6 +129,14 @@ def draw(events: Sequence[Event], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=110)
     plt.close(figure)
+
+
+def _happens(by_track: dict[str, list[Event]], uploads: list[Event], reads: list[Event], ms: float) -> int:
+    """How much the zoom around a time would show: steps dispatched, times uploads and reads begun."""
+    dispatches = [e for e in by_track["host"] if e["name"] == "dispatch"]
+    first, last = (ms - ZOOM_MS / 6) * 1e3, (ms + ZOOM_MS * 5 / 6) * 1e3
+    counts = [sum(first <= e["ts"] < last for e in events) for events in (dispatches, uploads, reads)]
+    return counts[0] * counts[1] * (1 + counts[2])
 
 
 def _draw_lanes(axis: Axes, by_track: dict[str, list[Event]], first: float, last: float) -> None:
@@ -133,6 +169,8 @@ def report(trace: Trace, outputs: Sequence[RequestOutput]) -> list[str]:
         f"longest {gap.maximum * 1e3:.1f} ms",
         f"adapters: {sum(a.loads for a in adapters.values())} loads, {sum(a.evictions for a in adapters.values())} "
         f"evictions; longest mean queue: {worst}, {adapters[worst].queue_time.mean:.3f} s",
+        f"prompt tokens found in the prefix cache: {sum(r.cached_tokens for r in records)} of "
+        f"{sum(r.prompt_tokens for r in records)}",
         f"pool, mean over time: {shares}",
     ]
 

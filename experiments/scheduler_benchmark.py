@@ -1,9 +1,11 @@
 """Host time of planning one step: `python -m experiments.scheduler_benchmark [--output FILE]`.
 
 A steady state of R running and W waiting requests over 100 adapters: each step, some running requests end, as many new
-ones arrive, and the freed slots are filled from the queue. Timed: `Scheduler.schedule` alone, and the whole turn with
-the arrivals and the ends; CPU time of the thread, as `EngineStats.host_seconds`. Also at twice the size, as the cost
-should grow no faster than the queues.
+ones arrive, and the freed slots are filled from the queue, along which adapters are prefetched. Timed:
+`Scheduler.schedule` alone, and the whole turn with the arrivals and the ends; CPU time of the thread, as
+`EngineStats.host_seconds`. Also at twice the size, as the cost should grow no faster than the queues. With the prefix
+cache, all prompts of an adapter begin with the same 128 tokens, and the pool is full of what earlier requests left, so
+that every new page is taken from that.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from experiments.machine import provenance
-from slora_jax.memory import AdapterResidency, PageAllocator
+from slora_jax.memory import AdapterResidency, Evictor, Lru, PageAllocator, PageKind, PrefixCache
 from slora_jax.scheduling import (
     AdapterUse,
     Ageing,
@@ -52,21 +54,25 @@ CASES: dict[str, tuple[Callable[[], Policy], str]] = {
     "ageing of fcfs, young": (lambda: Ageing(Fcfs(), bound=1e6), "optimistic"),
     "ageing of lcfs, aged": (lambda: Ageing(Lcfs(), bound=1.0), "optimistic"),
     "fcfs, reserve": (Fcfs, "reserve"),
+    "fcfs, prefix cache": (Fcfs, "optimistic"),
+    "fcfs, reserve, prefix cache": (Fcfs, "reserve"),
 }
 
 
 class Load:
     """A scheduler in the steady state, on page arithmetic alone."""
 
-    def __init__(self, policy: Policy, admission: str, scale: int, seed: int = 0) -> None:
+    def __init__(self, policy: Policy, admission: str, prefix_cache: bool, scale: int, seed: int = 0) -> None:
         self.rng = np.random.default_rng(seed)
         self.churn = CHURN * scale
         self.now = 0.0
         running, waiting = RUNNING * scale, WAITING * scale
-        allocator = PageAllocator(running * 80)
-        residency = AdapterResidency(allocator, 2 * ADAPTERS)
-        limits = SchedulerLimits(running, 64 * running, page_size=16, admission=admission)
-        self.scheduler = Scheduler(allocator, residency, policy, limits)
+        evictor = Evictor(PageAllocator(running * (48 if prefix_cache else 80)), Lru())
+        residency = AdapterResidency(evictor, 2 * ADAPTERS)
+        limits = SchedulerLimits(running, 64 * running, page_size=16, admission=admission, prefetch=8)
+        prefixes = PrefixCache(evictor, 16) if prefix_cache else None
+        self.scheduler = Scheduler(residency, policy, limits, prefixes=prefixes)
+        self.instructions = self.rng.integers(1, 30_000, (ADAPTERS, 128)).tolist()
         self.arrivals = 0
         self.uses = [AdapterUse(f"a{i}", f"a{i}", np.full(7, 8, np.int32), 16) for i in range(ADAPTERS)]
         for _ in range(running):
@@ -75,17 +81,20 @@ class Load:
             self.plan()
         for _ in range(waiting):
             self.arrive()
+        while prefix_cache and evictor.allocator.available(PageKind.KV) > running:
+            self.turn()
 
     def arrive(self, adapters: int = ADAPTERS) -> None:
         """A request for one of the first so many adapters."""
         prompt, new = self.rng.integers(8, 512, 2).tolist()
         number, self.arrivals = self.arrivals, self.arrivals + 1
         metrics = RequestMetrics(arrival=self.now)
-        use = self.uses[int(self.rng.integers(adapters))]
+        adapter = int(self.rng.integers(adapters))
+        use, tokens = self.uses[adapter], [0] * prompt
+        if self.scheduler.prefixes is not None:
+            tokens = (self.instructions[adapter] + self.rng.integers(1, 30_000, prompt).tolist())[:prompt]
         self.scheduler.add(
-            Request(
-                str(number), number, [0] * prompt, SamplingParams(), 0, max_new=new + 512, adapter=use, metrics=metrics
-            )
+            Request(str(number), number, tokens, SamplingParams(), 0, max_new=new + 512, adapter=use, metrics=metrics)
         )
 
     def plan(self) -> float:
@@ -94,6 +103,8 @@ class Load:
         start = time.thread_time()
         plan = self.scheduler.schedule(self.now)
         seconds = time.thread_time() - start
+        for upload in plan.uploads:
+            self.scheduler.residency.land(upload)
         for sequence in plan.sequences:
             if sequence.samples:
                 sequence.request.output.append(0)
@@ -116,10 +127,10 @@ class Load:
         return planning, finishing + arriving + planning
 
 
-def measure(make: Callable[[], Policy], admission: str, turns: int) -> dict[str, Any]:
+def measure(make: Callable[[], Policy], admission: str, prefix_cache: bool, turns: int) -> dict[str, Any]:
     """Milliseconds of planning over `turns` steps at the size of the goal and at twice that, step by step in turn, so
     that a busy machine slows both and neither finds its own data in the caches; and the median of their ratio."""
-    loads = {f"{scale}x": Load(make(), admission, scale) for scale in (1, 2)}
+    loads = {f"{scale}x": Load(make(), admission, prefix_cache, scale) for scale in (1, 2)}
     gc.collect()
     rounds = [[load.turn() for load in loads.values()] for _ in range(10 + turns)][10:]
     times = {size: 1e3 * np.array([r[i] for r in rounds]) for i, size in enumerate(loads)}
@@ -139,10 +150,10 @@ def benchmark(turns: int) -> dict[str, Any]:
     """Every case."""
     cases = {}
     for name, (make, admission) in CASES.items():
-        cases[name] = measure(make, admission, turns)
+        cases[name] = measure(make, admission, "prefix cache" in name, turns)
         one, ratio = cases[name]["1x"], cases[name]["ratio_at_twice_the_size"]
         print(
-            f"{name:22}{one['schedule_ms']:7.3f} ms (p10 {one['schedule_p10_ms']:.3f}, "
+            f"{name:28}{one['schedule_ms']:7.3f} ms (p10 {one['schedule_p10_ms']:.3f}, "
             f"p95 {one['schedule_p95_ms']:.3f}), "
             f"with arrivals and ends {one['turn_ms']:.3f} ms; at twice the size x{ratio:.2f}",
             flush=True,

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import devices, plans
-from pallas_kernels.lora import xla
+from pallas_kernels.lora import bmm, xla
 from pallas_kernels.lora.layout import LoraLayout, Stack, ceil_div
 from pallas_kernels.lora.plan import MIN_BLOCK, ExpandPlan, ShrinkPlan, expand_plan, shrink_plan, tile_rows
 from pallas_kernels.lora.work import stack_work
 
-Implementation = Literal["xla", "triton", "mosaic_gpu"]
+Implementation = Literal["xla", "bmm", "triton", "mosaic_gpu"]
 IMPLEMENTATIONS = get_args(Implementation)
 
 
@@ -62,7 +62,8 @@ class LoraProduct:
 
     dtype: of the pool, the rows and the outputs. decode: no adapter is dense: the step's rows are sequences' single
     tokens (static). tile_rows: height of the tiles. max_rank: bound of any projection's rank. implementation: None
-    takes what the plan table names for the current trace's device; float32 and CPUs have the reference, "xla".
+    takes what the plan table names for the current trace's device; float32 and CPUs have the reference, "xla". "bmm" is
+    the paper's padded baseline, and padding its shape, which must hold the step; None: one that holds any.
     interpret: run GPU kernels on the CPU by their interpreters. shrink, expand: block shapes; None: the plan table's.
 
     Raises:
@@ -83,6 +84,7 @@ class LoraProduct:
         interpret: bool = False,
         shrink: ShrinkPlan | None = None,
         expand: ExpandPlan | None = None,
+        padding: bmm.Padding | None = None,
     ) -> None:
         self._layout = layout
         self._tiles = tiles
@@ -90,18 +92,23 @@ class LoraProduct:
         self._decode = decode
         self._tile_rows = tile_rows
         self._options: LoraOptions | None = None
+        self._padded: bmm.PaddedWork | None = None
         backend = resolve(implementation, dtype)
         if implementation is None and backend != "xla" and layout.width % MIN_BLOCK:
             reason = f"the pool's width {layout.width} is no multiple of {MIN_BLOCK}"
             warnings.warn(f"LoRA by the XLA reference, which is slow on a GPU: {reason}", stacklevel=2)
             backend = "xla"
-        if backend == "xla":
-            pages, ranks = table.pages, table.ranks
+        pages, ranks = table.pages, table.ranks
+        if backend == "bmm":
+            shape = tiles.row_slot.shape[0], pages.shape[0]
+            padding = padding or bmm.paddings(*shape, decode=decode, tile_rows=tile_rows)[-1]
+            self._padded = bmm.prepare(layout, pages, ranks, tiles.row_slot, tiles.lora_rows, max_rank, padding)
+        elif backend == "xla":
             self._rows = xla.prepare(layout, pages, ranks, tiles.row_slot, tiles.lora_rows, max_rank)
             self._dense = () if decode else xla.prepare(layout, pages, ranks, tiles.slot, tiles.num_dense, max_rank)
         else:
             self._options = LoraOptions(decode, tile_rows, max_rank, backend, interpret, shrink, expand)
-            self._work = stack_work(layout, table.ranks, tiles.slot, tiles.first_row, tiles.rows, tiles.num_tiles)
+            self._work = stack_work(layout, ranks, tiles.slot, tiles.first_row, tiles.rows, tiles.num_tiles)
 
     def __call__(self, x: jax.Array, y: jax.Array, pool: jax.Array, stack: Stack) -> jax.Array:
         """Adds each row's `x A B` (B carries the scale) to the fused base product of a stack.
@@ -115,6 +122,8 @@ class LoraProduct:
           `[T, stack.d_out]` in y's dtype; products accumulate in float32.
         """
         layout, tiles, number = self._layout, self._tiles, self._layout.stacks.index(stack)
+        if self._padded is not None:
+            return bmm.add(x, y, pool, stack, layout, self._padded, self._padded.stacks[number])
         if self._options is None:
             if not self._decode:
                 dense = self._dense[number]
@@ -217,7 +226,7 @@ def resolve(implementation: str | None, dtype: Any) -> str:
     if implementation not in IMPLEMENTATIONS:
         available = ", ".join(map(repr, IMPLEMENTATIONS))
         raise NotImplementedError(f"LoraProduct: no implementation named {implementation!r}; available: {available}")
-    if implementation != "xla" and jnp.dtype(dtype).itemsize != 2:
+    if implementation not in ("xla", "bmm") and jnp.dtype(dtype).itemsize != 2:
         raise NotImplementedError(
             f"LoraProduct: {implementation!r} takes bfloat16 and float16, not {dtype}; use 'xla' or another dtype"
         )

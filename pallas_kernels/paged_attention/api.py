@@ -15,6 +15,7 @@ from pallas_kernels.paged_attention import plan, xla
 from pallas_kernels.paged_attention.plan import AttentionShape
 
 Implementation = Literal["xla", "triton", "mosaic_gpu"]
+IMPLEMENTATIONS = get_args(Implementation)
 
 
 @jax.tree_util.register_dataclass
@@ -115,7 +116,7 @@ def _made(
         from pallas_kernels.paged_attention import mosaic_gpu
 
         return mosaic_gpu.Attention(tiles, shape, tile_rows, interpret=interpret)
-    available = ", ".join(map(repr, get_args(Implementation)))
+    available = ", ".join(map(repr, IMPLEMENTATIONS))
     raise NotImplementedError(f"paged_attention: no implementation named {name!r}; available: {available}")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from slora_jax.adapters.spill import SpilledTiles, SpillFiles
+from slora_jax.adapters.spill import SpillDamagedError, SpilledTiles, SpillFiles
 from slora_jax.adapters.tiles import AdapterTiles
 from slora_jax.errors import AdapterError
 
@@ -47,6 +47,9 @@ class HostCache:
     One lock guards all state and is never held during disk I/O. The least recently used content is spilled first,
     content pinned by requests only when there is no other. The budget is exceeded while content arrives, while callers
     block in `wait`, and when the disk refuses a spill. `reread(directory)` packs an adapter anew from its source.
+
+    Content that cannot be read back keeps the error until it is inserted again, or until the next `pin` if anything is
+    left that may be readable by then: its source, or a spill file that is not known to be damaged.
     """
 
     def __init__(self, host_bytes: int, spill_dir: Path | None, reread: Callable[[Path], AdapterTiles]) -> None:
@@ -61,6 +64,7 @@ class HostCache:
         self._resident_bytes = self._spilling_bytes = 0
         self._queue: deque[_Content] = deque()
         self._worker: threading.Thread | None = None
+        self._disk_refuses = False
         self._closed = False
 
     @property
@@ -91,8 +95,13 @@ class HostCache:
             content = self._contents.get(digest)
             return content is not None and content.names > 0
 
+    def holds(self, digest: str) -> bool:
+        """Whether this content is in memory or on disk."""
+        with self._changed:
+            return digest in self._contents
+
     def insert(self, tiles: AdapterTiles, source: Path | None) -> None:
-        """Adds content with one name (spilled or lost content is restored), then spills until the budget holds."""
+        """Adds content with one name (spilled or lost content is restored). `keep_budget` is the caller's next call."""
         with self._changed:
             self._check_open()
             content = self._contents.get(tiles.digest)
@@ -101,6 +110,11 @@ class HostCache:
             content.names += 1
             content.source = source or content.source
             self._make_resident(content, tiles)
+
+    def keep_budget(self, digest: str) -> None:
+        """Spills until the budget holds, but not `digest`, which has just arrived."""
+        with self._changed:
+            content = self._contents.get(digest)
         self._enforce_budget(keep=content)
 
     def release(self, digest: str) -> None:
@@ -110,7 +124,10 @@ class HostCache:
     def pin(self, digest: str) -> None:
         """Keeps content alive (in memory or on disk) until `unpin`; pins are counted."""
         with self._changed:
-            self._content(digest).pins += 1
+            content = self._content(digest)
+            content.pins += 1
+            if content.spilled is not None or content.source is not None:
+                content.error = None
 
     def unpin(self, digest: str) -> None:
         """Undoes one `pin`; content without names and pins is dropped."""
@@ -210,7 +227,7 @@ class HostCache:
             self._worker.start()
         self._changed.notify_all()
 
-    def _victim(self, keep: _Content) -> _Content | None:
+    def _victim(self, keep: _Content | None) -> _Content | None:
         if self._resident_bytes - self._spilling_bytes <= self.host_bytes:
             return None
         pinned = None
@@ -238,38 +255,48 @@ class HostCache:
         if unused:
             self._files.discard(content.spilled)
 
-    def _enforce_budget(self, keep: _Content) -> None:
+    def _enforce_budget(self, keep: _Content | None) -> None:
         """Spills until the budget holds; `keep` has just arrived and stays."""
         while True:
             with self._changed:
                 victim = self._victim(keep)
                 if victim is None or victim.tiles is None:
                     return
-                tiles, spilled = victim.tiles, victim.spilled
+                tiles, written = victim.tiles, victim.spilled
                 victim.spilling = True
                 self._spilling_bytes += victim.nbytes
-            error = None
+            spilled = error = None
             try:
-                spilled = spilled or self._write(tiles)
-            except OSError as os_error:
-                error = os_error
-            with self._changed:
-                victim.spilling = False
-                self._spilling_bytes -= victim.nbytes
-                alive = self._contents.get(victim.digest) is victim
-                if error is None and alive:
-                    self.spill_writes += victim.spilled is None
-                    victim.spilled = spilled
-                    self._leave_memory(victim)
+                spilled = written if written and self._files.is_there(written) else self._write(tiles)
+            except Exception as refusal:  # noqa: BLE001  whatever the disk says, the adapter is in memory
+                error = refusal
+            finally:
+                with self._changed:
+                    victim.spilling = False
+                    self._spilling_bytes -= victim.nbytes
+                    alive = self._contents.get(victim.digest) is victim
+                    left = spilled is not None and alive and victim.spilled is written
+                    if left:
+                        self.spill_writes += spilled is not written
+                        victim.spilled = spilled
+                        self._leave_memory(victim)
             del tiles
             if error is not None:
-                logger.warning(
-                    "host_adapter_bytes=%d is exceeded: an adapter of %d bytes stays in memory because it cannot be "
-                    "spilled: %s", self.host_bytes, victim.nbytes, error,
-                )  # fmt: skip
+                self._spill_refused(victim, error)
                 return
-            if not alive:
+            self._disk_refuses = False
+            if not left:
                 self._files.discard(spilled)
+
+    def _spill_refused(self, content: _Content, error: Exception) -> None:
+        """Warns, once until spilling works again."""
+        if not self._disk_refuses:
+            logger.warning(
+                "host_adapter_bytes=%d is exceeded: an adapter of %d bytes stays in memory because it cannot be "
+                "spilled: %s; make room in spill_dir, or raise host_adapter_bytes",
+                self.host_bytes, content.nbytes, _text(error),
+            )  # fmt: skip
+        self._disk_refuses = True
 
     def _read_back_queue(self) -> None:
         """The worker: brings queued content back into memory, one after another, until the cache is closed."""
@@ -282,7 +309,10 @@ class HostCache:
                 content = self._queue.popleft()
                 if self._contents.get(content.digest) is not content:
                     continue
-            result = content.tiles or self._read_back(content)
+            try:
+                result = content.tiles or self._read_back(content)
+            except BaseException as error:  # noqa: BLE001  one adapter must not end the worker
+                result = AdapterError(f"content {content.digest[:12]} was lost: {_text(error)}; load the adapter again")
             with self._changed:
                 content.loading = False
                 if self._contents.get(content.digest) is content:
@@ -296,25 +326,42 @@ class HostCache:
             del content
 
     def _read_back(self, content: _Content) -> AdapterTiles | AdapterError:
-        try:
-            assert content.spilled is not None
-            start = time.perf_counter()
-            tiles = self._files.read(content.spilled)
-            self.spill_reads += 1
-            self._observed("read", tiles, start)
-            return tiles
-        except Exception as error:  # noqa: BLE001  one adapter must not end the worker
-            lost = AdapterError(f"adapter {content.digest[:12]} was lost: {error}")
-        with self._changed:
-            damaged, content.spilled = content.spilled, None
-        self._files.discard(damaged)
-        try:
-            if content.source is not None and (tiles := self._reread(content.source)).digest == content.digest:
-                logger.warning("%s; its source %s was read again", lost, content.source)
+        """From the spill file; if that fails from the source, unless that has become another adapter."""
+        digest, spilled, reasons = content.digest, content.spilled, []
+        if spilled is None:
+            reasons.append("its spill file was found lost before")
+        else:
+            try:
+                start = time.perf_counter()
+                tiles = self._files.read(spilled)
+                self.spill_reads += 1
+                self._observed("read", tiles, start)
                 return tiles
-        except Exception as error:  # noqa: BLE001
-            logger.warning("%s; nor can its source be read again: %s", lost, error)
-        return lost
+            except Exception as error:  # noqa: BLE001  one adapter must not end the worker
+                reasons.append(_text(error))
+                if isinstance(error, SpillDamagedError):
+                    self._forget_file(content)
+        if self._contents.get(digest) is not content:
+            return AdapterError(f"content {digest[:12]} was removed while it was read")
+        if content.source is None:
+            reasons.append("it was loaded from memory, so there is no directory to read it from")
+        else:
+            try:
+                tiles = self._reread(content.source)
+                if tiles.digest == digest:
+                    self._forget_file(content)
+                    logger.warning("content %s: %s; its source %s was read again",
+                                   digest[:12], "; ".join(reasons), content.source)  # fmt: skip
+                    return tiles
+                reasons.append(f"its source {content.source} now has other weights (digest {tiles.digest[:12]})")
+            except Exception as error:  # noqa: BLE001
+                reasons.append(f"nor can its source be read: {_text(error)}")
+        return AdapterError(f"content {digest[:12]} was lost: {'; '.join(reasons)}; load the adapter again")
+
+    def _forget_file(self, content: _Content) -> None:
+        with self._changed:
+            spilled, content.spilled = content.spilled, None
+        self._files.discard(spilled)
 
     def _write(self, tiles: AdapterTiles) -> SpilledTiles:
         start = time.perf_counter()
@@ -326,3 +373,8 @@ class HostCache:
         observer = self.on_disk
         if observer is not None:
             observer(access, tiles.digest, tiles.nbytes, start)
+
+
+def _text(error: BaseException) -> str:
+    """Of an error for the user: its message if we wrote it or the system did, else with its type."""
+    return str(error) if isinstance(error, (AdapterError, OSError)) else repr(error)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy for safetensors)
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from pallas_kernels.lora.layout import PROJECTIONS
@@ -19,14 +17,13 @@ from slora_jax.adapters.adapter import LoraAdapter
 from slora_jax.adapters.config import LoraConfig
 from slora_jax.adapters.geometry import MODULES, BaseGeometry, module_name
 from slora_jax.adapters.targets import Target, resolve_targets
+from slora_jax.adapters.tensor_file import DTYPES, TensorFile
 from slora_jax.errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
-DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-"""Accepted element types: safetensors' names and NumPy's."""
 
 _WEIGHT = re.compile(
     r"base_model\.model\.model\.layers\.(?P<layer>0|[1-9]\d{0,5})\.(?P<module>[a-z_]+\.[a-z_]+)"
@@ -50,9 +47,18 @@ def read_peft(directory: str | Path, geometry: BaseGeometry) -> LoraAdapter:
     """Reads an adapter that PEFT saved for a base model of this geometry; weights become float32.
 
     Raises AdapterError naming file, tensor, what was expected and what was found. Shapes and element types are checked
-    against `geometry` from the file's header, before any weight is read.
+    against `geometry` from the file's header, before any weight is read. Files that are written meanwhile are refused:
+    the config of one adapter must not meet the weights of another.
     """
     directory = Path(directory)
+    before = _versions(directory)
+    adapter = _read_peft(directory, geometry)
+    if _versions(directory) != before:
+        raise AdapterError(f"{directory}: its files changed while they were read; load it again when they are complete")
+    return adapter
+
+
+def _read_peft(directory: Path, geometry: BaseGeometry) -> LoraAdapter:
     config = LoraConfig.from_file(directory / CONFIG_FILE)
     try:
         targets = resolve_targets(config, geometry.num_layers)
@@ -66,18 +72,13 @@ def read_peft(directory: str | Path, geometry: BaseGeometry) -> LoraAdapter:
                 f"save the adapter as {WEIGHTS_FILE} (PEFT: safe_serialization=True)"
             )
         raise AdapterError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="np") as file:
-            tensors = _Tensors(path, file, _tensor_names(path, list(file.keys()), targets, geometry))
-            tensors.check_complete(targets)
-            for key, target in targets.items():
-                tensors.check_shapes(key, target, geometry)
-            a = {key: tensors.read(key, "A") for key in targets}
-            b = {key: tensors.read(key, "B") for key in targets}
-    except SafetensorError as error:
-        raise AdapterError(f"{path}: not a valid safetensors file: {error}") from None
-    except OSError as error:
-        raise AdapterError(f"{path}: cannot be read: {error}") from error
+    with TensorFile(path) as file:
+        tensors = _Tensors(file, _tensor_names(path, list(file.entries), targets, geometry))
+        tensors.check_complete(targets)
+        for key, target in targets.items():
+            tensors.check_shapes(key, target, geometry)
+        a = {key: tensors.read(key, "A") for key in targets}
+        b = {key: tensors.read(key, "B") for key in targets}
     return adapter_of(config, targets, a, b, geometry.num_layers)
 
 
@@ -127,6 +128,18 @@ def write_peft(
     return directory
 
 
+def _versions(directory: Path) -> list[tuple[int, int] | None]:
+    """What changes when another process writes or replaces the adapter's files."""
+    versions: list[tuple[int, int] | None] = []
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        try:
+            stat = os.stat(directory / file)
+            versions.append((stat.st_size, stat.st_mtime_ns))
+        except OSError:
+            versions.append(None)
+    return versions
+
+
 def _tensor_names(
     path: Path, names: list[str], targets: Mapping[Key, Target], geometry: BaseGeometry
 ) -> dict[tuple[Key, str], str]:
@@ -157,8 +170,7 @@ def _tensor_names(
 class _Tensors:
     """An open safetensors file and the names of its LoRA weights."""
 
-    path: Path
-    file: Any
+    file: TensorFile
     names: Mapping[tuple[Key, str], str]
 
     def check_complete(self, targets: Mapping[Key, Target]) -> None:
@@ -166,27 +178,26 @@ class _Tensors:
             for side in "AB":
                 if (key, side) not in self.names:
                     name = f"{PREFIX}{module_name(*key)}.lora_{side}.weight"
-                    raise AdapterError(f"{self.path}: missing tensor {name!r}, which {CONFIG_FILE} targets")
+                    raise AdapterError(f"{self.file.path}: missing tensor {name!r}, which {CONFIG_FILE} targets")
 
     def check_shapes(self, key: Key, target: Target, geometry: BaseGeometry) -> None:
         d_in, d_out = geometry.dims(key[1])
         for side, rank_axis, expected in (("A", 0, [target.rank, d_in]), ("B", 1, [d_out, target.rank])):
             name = self.names[key, side]
-            header = self.file.get_slice(name)
-            shape, dtype = header.get_shape(), header.get_dtype()
+            shape, dtype = self.file.entries[name].shape, self.file.entries[name].dtype
             if dtype not in DTYPES:
-                raise AdapterError(f"{self.path}: tensor {name!r}: expected {', '.join(DTYPES)}, found {dtype}")
+                raise AdapterError(f"{self.file.path}: tensor {name!r}: expected {', '.join(DTYPES)}, found {dtype}")
             if shape == expected:
                 continue
             if len(shape) == 2 and shape[1 - rank_axis] == expected[1 - rank_axis]:
                 reason = f"{CONFIG_FILE} says rank {target.rank}, the tensor has rank {shape[rank_axis]}"
             else:
                 reason = "the adapter was probably trained on another base model"
-            raise AdapterError(f"{self.path}: tensor {name!r}: expected shape {expected}, found {shape}: {reason}")
+            raise AdapterError(f"{self.file.path}: tensor {name!r}: expected shape {expected}, found {shape}: {reason}")
 
     def read(self, key: Key, side: str) -> np.ndarray:
         name = self.names[key, side]
-        matrix = np.asarray(self.file.get_tensor(name), np.float32)
+        matrix = np.asarray(self.file.read(name), np.float32)
         if not np.isfinite(matrix).all():
-            raise AdapterError(f"{self.path}: tensor {name!r}: expected finite values, found NaN or infinity")
+            raise AdapterError(f"{self.file.path}: tensor {name!r}: expected finite values, found NaN or infinity")
         return matrix

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from slora_jax.adapters.tiles import AdapterTiles
-from slora_jax.errors import AdapterError
+from slora_jax.errors import AdapterError, ConfigError
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,18 +36,32 @@ class SpilledTiles:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
+class SpillDamagedError(AdapterError):
+    """A spill file is gone or not what was written: reading it again cannot help."""
+
+
 class SpillFiles:
     """Writes and reads spill files in a fresh directory under `parent` (None: the system's temporary directory).
 
-    The directory is made at the first write and removed by `close`, or when the process ends. Thread-safe.
+    The directory is made at the first write (under a `parent` of the caller's, at once), again if someone removes it,
+    and removed by `close`, or when the process ends. Thread-safe.
     """
 
     def __init__(self, parent: Path | None) -> None:
+        """Raises ConfigError when no directory can be made under `parent`."""
         self._parent = parent
         self._lock = threading.Lock()
         self._directory: Path | None = None
         self._numbers = itertools.count()
         self._remove: weakref.finalize | None = None
+        self._closed = False
+        if parent is not None:
+            try:
+                self._ensure_directory()
+            except OSError as error:
+                raise ConfigError(
+                    f"spill_dir={str(parent)!r}: must be a directory that can be written: {error}"
+                ) from None
 
     def write(self, tiles: AdapterTiles) -> SpilledTiles:
         """Writes `tiles.pages`; no two files share a name. Raises OSError (disk full), leaving nothing."""
@@ -58,25 +72,37 @@ class SpillFiles:
             with partial.open("wb") as file:
                 file.write(content)
             os.replace(partial, path)
-        except OSError:
+        except BaseException:
             partial.unlink(missing_ok=True)
             raise
         pages = tiles.pages
         return SpilledTiles(path, tiles.digest, tiles.ranks, pages.shape, pages.dtype, zlib.crc32(content))
 
     def read(self, spilled: SpilledTiles) -> AdapterTiles:
-        """Reads an adapter back. Raises AdapterError when the file is missing, unreadable or damaged."""
+        """Reads an adapter back. Raises SpillDamagedError when the file is missing or not what was written, another
+        AdapterError when it cannot be read."""
         content = np.empty(spilled.nbytes, np.uint8)
         try:
             with spilled.path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size != spilled.nbytes or file.readinto(content.data) != size:
-                    raise AdapterError(f"{spilled.path}: spill file is damaged: {size} bytes, not {spilled.nbytes}")
+                    raise SpillDamagedError(
+                        f"{spilled.path}: spill file is damaged: {size} bytes, not {spilled.nbytes}"
+                    )
+        except FileNotFoundError:
+            raise SpillDamagedError(f"{spilled.path}: spill file is missing") from None
         except OSError as error:
             raise AdapterError(f"{spilled.path}: spill file cannot be read: {error}") from error
         if zlib.crc32(content.data) != spilled.crc32:
-            raise AdapterError(f"{spilled.path}: spill file is damaged: its checksum changed")
+            raise SpillDamagedError(f"{spilled.path}: spill file is damaged: its checksum changed")
         return AdapterTiles(spilled.digest, spilled.ranks, content.view(spilled.dtype).reshape(spilled.shape))
+
+    def is_there(self, spilled: SpilledTiles) -> bool:
+        """Whether the file exists with its size; its content is checked when it is read."""
+        try:
+            return spilled.path.stat().st_size == spilled.nbytes
+        except OSError:
+            return False
 
     def discard(self, spilled: SpilledTiles | None) -> None:
         """Removes a spill file; a file that is already gone or cannot be removed is left to `close`."""
@@ -87,12 +113,15 @@ class SpillFiles:
     def close(self) -> None:
         """Removes the directory and all files in it."""
         with self._lock:
+            self._closed = True
             if self._remove is not None:
                 self._remove()
 
     def _ensure_directory(self) -> Path:
         with self._lock:
-            if self._directory is None:
+            if self._closed:
+                raise OSError("the spill directory was removed with its store")
+            if self._directory is None or not self._directory.is_dir():
                 if self._parent is not None:
                     self._parent.mkdir(parents=True, exist_ok=True)
                 self._directory = Path(tempfile.mkdtemp(prefix="slora-spill-", dir=self._parent))

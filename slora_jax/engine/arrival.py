@@ -9,6 +9,7 @@ import numpy as np
 
 from slora_jax.engine.outputs import Prompt
 from slora_jax.errors import RequestError
+from slora_jax.memory import PageAllocator, PageKind
 from slora_jax.scheduling import AdapterUse
 
 
@@ -40,19 +41,25 @@ def prompt_ids(prompt: Prompt, tokenizer: Any, vocab_size: int, max_model_len: i
     return ids
 
 
-def check_fits(prompt: int, new: int, page_size: int, adapter: AdapterUse | None, capacity: int) -> None:
-    """Whether a request of `prompt` and at most `new` tokens could run alone in a pool of `capacity` pages.
+def check_fits(prompt: int, new: int, page_size: int, adapter: AdapterUse | None, allocator: PageAllocator) -> None:
+    """Whether a request of `prompt` and at most `new` tokens could run alone in the pool.
 
     Raises:
       RequestError: it could not; the message has the arithmetic.
     """
     kv_pages = -(-(prompt + new - 1) // page_size)  # the last token's keys and values are never needed
-    adapter_pages = 0 if adapter is None else adapter.num_pages
-    if kv_pages + adapter_pages > capacity:
+    need = f"({prompt} prompt + {new} new - 1) tokens / {page_size} per page = {kv_pages} KV pages"
+    if allocator.adapter_pages is None:
+        adapter_pages = 0 if adapter is None else adapter.num_pages
+        if kv_pages + adapter_pages > allocator.capacity:
+            raise RequestError(
+                f"the request can never fit: {need}, plus {adapter_pages} pages of the adapter, is more than the "
+                f"pool's {allocator.capacity}; lower max_tokens or raise num_pages"
+            )
+    elif kv_pages > allocator.capacity_for(PageKind.KV):
         raise RequestError(
-            f"the request can never fit: ({prompt} prompt + {new} new - 1) tokens / {page_size} per page = {kv_pages} "
-            f"KV pages, plus {adapter_pages} pages of the adapter, is more than the pool's {capacity}; lower "
-            "max_tokens or raise num_pages"
+            f"the request can never fit: {need} is more than the {allocator.capacity_for(PageKind.KV)} that "
+            f"adapter_pages={allocator.adapter_pages} leaves of the pool; lower max_tokens or raise num_pages"
         )
 
 

@@ -6,8 +6,9 @@ contiguous: adapters with many rows first (dense), then the others, then rows wi
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,27 @@ class SequenceState:
 
 
 jax.tree_util.register_dataclass(SequenceState, data_fields=["page_table", "last_token"], meta_fields=[])
+
+
+TABLE_ROWS = 8
+"""Rows of the page table that one call of `set_table_rows` writes."""
+
+
+@partial(jax.jit, donate_argnums=0)
+def set_table_rows(page_table: jax.Array, slot: jax.Array, pages: jax.Array) -> jax.Array:
+    """Writes rows `pages [TABLE_ROWS, max_pages]` of sequences `slot [TABLE_ROWS]`, in place: requests that begin with
+    pages of the prefix cache, far more than a step's metadata has room for."""
+    return page_table.at[slot].set(pages)
+
+
+def shared_rows(requests: Sequence[Request], page_table: jax.Array) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`slot` and `pages` of as many calls of `set_table_rows` as it takes to tell of the requests' shared pages."""
+    padding, max_pages = page_table.shape[0] - 1, page_table.shape[1]
+    for first in range(0, len(requests), TABLE_ROWS):
+        slot, pages = np.full(TABLE_ROWS, padding, np.int32), np.zeros((TABLE_ROWS, max_pages), np.int32)
+        for row, request in enumerate(requests[first : first + TABLE_ROWS]):
+            slot[row], pages[row, : request.num_shared] = request.slot, request.pages[: request.num_shared]
+        yield slot, pages
 
 
 SAMPLER_FIELDS = ("slot", "temperature", "top_k", "top_p", "min_p", "seed", "output_index")
@@ -180,7 +202,7 @@ def _put_tokens(view: dict[str, np.ndarray], sequences: list, first_row: np.ndar
 
 
 def _put_page_deltas(view: dict[str, np.ndarray], sequences: list, layout: BatchLayout) -> None:
-    """Page-table entries that this step is the first to touch."""
+    """Page-table entries that this step is the first to write to; shared ones are there (`shared_rows`)."""
     size, at = layout.page_size, 0
     slot, column, page = view["delta_slot"], view["delta_column"], view["delta_page"]
     for sequence in sequences:

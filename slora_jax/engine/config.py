@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels.lora.api import IMPLEMENTATIONS
+from pallas_kernels.paged_attention.api import IMPLEMENTATIONS
 from slora_jax.engine.batch import Bucket
 from slora_jax.errors import ConfigError
 from slora_jax.parallel.layout import LORA_SHARDINGS, LoraSharding
 from slora_jax.scheduling import ADMISSIONS
+
+LORA = ("paged", "bmm", "merge", "off")
+"""Ways to serve adapters: the system's own, and the baselines that it is compared with."""
 
 DEFAULT_COMPILATION_CACHE = "~/.cache/slora-jax/xla"
 
@@ -29,9 +32,19 @@ class EngineConfig:
     max_model_len: most tokens of prompt and output together; None: the model's own limit.
     admission: "optimistic" (what fits now; preempts when pages run out) or "reserve" (what fits with all output that it
       may still have, as in the paper).
+    adapter_pages: pages set aside for adapters, as in the baseline `no-unify-mem`; None: one pool for adapters and KV.
+    prefix_cache: whether requests share the pages of equal beginnings, prompts and earlier answers, under the same
+      adapter. A prompt that is found is not computed again, so it falls into other chunks: the last bits of the logits
+      may differ from those without.
     adapter_slots: adapters resident in the pool at once; None: as many as could fit, at most 4096.
+    prefetch: adapters brought ahead of the requests that wait for them, and not used yet: read from disk and copied to
+      the pool while others run. 0: each is uploaded before the step that admits its request, which waits
+      for the copy (S-LoRA's scripts).
+    upload_pages_per_step: pages of adapters that start their copy to the device beside one step; twice as many may be
+      on their way, so `2 * upload_pages_per_step` pages of device memory are taken up beside the pool.
     max_rank: largest rank accepted of one projection (1 to 256); bounds a device table, reserves nothing else.
-    host_adapter_bytes: budget of the host store; beyond it adapters spill to `spill_dir`.
+    host_adapter_bytes: budget of the host store; beyond it adapters spill to `spill_dir`. Adapters on their way to the
+      device (about `prefetch`) stay in memory beside it.
     spill_dir: where spilled adapters go; None: a temporary directory, removed at the end.
     seed: of the random streams of requests that bring none.
     decode_buckets, mixed_buckets: rows of the compiled step programs: for steps in which every sequence decodes one
@@ -43,6 +56,10 @@ class EngineConfig:
       device; LoRA sends nothing) or "sharded_in" (A of all by input).
     tp_first_device: the first of the `tp` devices, which follow one another in `jax.devices()`: several engines can
       each have a group (data parallelism).
+    lora: how adapters are served. "paged": gathered from the unified pool, any mix of them in a step. The others are
+      baselines of the paper's evaluation. "bmm": by batched products over zero-padded weights and rows
+      (`pallas_kernels.lora.bmm`). "merge": merged into the base weights, one adapter at a time (`engine.merge`), under
+      the policy `OneAdapter`. "off": requests name adapters, but the base model answers; nothing is loaded or computed.
     keep_logits: outputs carry each generated token's float32 logits (for research; costs a copy of [seqs, vocab]).
     compilation_cache_dir: JAX's persistent compilation cache, for your own account only (who can write there can run
       code as you). A cache that JAX is configured with already is left alone; None: none.
@@ -58,7 +75,11 @@ class EngineConfig:
     max_tokens_per_step: int = 256
     max_model_len: int | None = None
     admission: str = "optimistic"
+    adapter_pages: int | None = None
+    prefix_cache: bool = True
     adapter_slots: int | None = None
+    prefetch: int = 8
+    upload_pages_per_step: int = 32
     max_rank: int = 256
     host_adapter_bytes: int = 8 << 30
     spill_dir: str | Path | None = None
@@ -69,6 +90,7 @@ class EngineConfig:
     tp: int = 1
     tp_lora: LoraSharding = "slora"
     tp_first_device: int = 0
+    lora: str = "paged"
     keep_logits: bool = False
     compilation_cache_dir: str | Path | None = DEFAULT_COMPILATION_CACHE
     model_cache_dir: str | Path | None = None
@@ -77,12 +99,13 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, '"float32" or "bfloat16"')
         _require(self.page_size in (8, 16, 32), "page_size", self.page_size, "8, 16 or 32")
-        for name in ("max_seqs", "max_tokens_per_step", "host_adapter_bytes", "tp"):
+        _require(_is_int(self.prefetch) and self.prefetch >= 0, "prefetch", self.prefetch, "an integer >= 0")
+        for name in ("max_seqs", "max_tokens_per_step", "host_adapter_bytes", "upload_pages_per_step", "tp"):
             value = getattr(self, name)
             _require(_is_int(value) and value >= 1, name, value, "a positive integer")
-        for name in ("num_pages", "max_model_len", "adapter_slots"):
+        for name in ("num_pages", "max_model_len", "adapter_slots", "adapter_pages"):
             value = getattr(self, name)
-            low = 2 if name != "adapter_slots" else 1
+            low = 1 if name.startswith("adapter") else 2
             _require(value is None or (_is_int(value) and value >= low), name, value, f"None or an integer >= {low}")
         _require(_is_int(self.max_rank) and 1 <= self.max_rank <= 256, "max_rank", self.max_rank, "in 1..256")
         _require(_is_int(self.seed) and 0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
@@ -97,6 +120,14 @@ class EngineConfig:
             "0, or with tp > 1 a positive integer",
         )
         _require(self.tp_lora in LORA_SHARDINGS, "tp_lora", self.tp_lora, f"one of {LORA_SHARDINGS}")
+        _require(isinstance(self.prefix_cache, bool), "prefix_cache", self.prefix_cache, "True or False")
+        _require(self.lora in LORA, "lora", self.lora, f"one of {LORA}")
+        _require(
+            self.tp == 1 or self.lora in ("paged", "off"),
+            "lora",
+            self.lora,
+            "'paged' or 'off' over several devices (tp)",
+        )
         _require(self.admission in ADMISSIONS, "admission", self.admission, f"one of {ADMISSIONS}")
         fraction = self.memory_fraction
         _require(isinstance(fraction, float) and 0 < fraction <= 1, "memory_fraction", fraction, "a float in (0, 1]")

@@ -17,14 +17,24 @@ from tqdm import tqdm
 from slora_jax.adapters import AdapterInfo, AdapterStore, AdapterTiles, LoraAdapter
 from slora_jax.engine.arrival import check_fits, is_ids, one_each, prompt_ids
 from slora_jax.engine.config import EngineConfig
-from slora_jax.engine.interrupts import InterruptHeld
+from slora_jax.engine.interrupts import InterruptHeld, uninterrupted
 from slora_jax.engine.outputs import Delta, EngineStats, Prompt, RequestOutput
 from slora_jax.engine.programs import keep_compiled_programs
 from slora_jax.engine.progress import Progress
 from slora_jax.engine.runner import InFlight, Runner, adapter_geometry, longest_sequence
 from slora_jax.engine.trace import NoTrace, Trace
-from slora_jax.errors import AdapterError, RequestError
-from slora_jax.memory import AdapterResidency, PageAllocator, PageKind
+from slora_jax.errors import AdapterError, ConfigError, RequestError
+from slora_jax.memory import (
+    AdapterResidency,
+    EvictionPolicy,
+    Evictor,
+    Lru,
+    PageAllocator,
+    PageKind,
+    PrefixCache,
+    Upload,
+)
+from slora_jax.memory.prefix import PrefixCounters
 from slora_jax.models import ModelConfig, Params, load_model
 from slora_jax.parallel.mesh import cut, tensor_parallel
 from slora_jax.scheduling import (
@@ -32,6 +42,7 @@ from slora_jax.scheduling import (
     AdapterUse,
     Fcfs,
     FinishReason,
+    OneAdapter,
     Policy,
     Request,
     RequestMetrics,
@@ -59,15 +70,24 @@ class Engine:
         *,
         tokenizer: Any = None,
         policy: Policy | None = None,
+        eviction: EvictionPolicy | None = None,
     ) -> None:
         """Compiles every step program (with a progress bar) and allocates the pool.
 
-        params: as `models.load_model` or `models.init_random` return them. tokenizer: a fast Hugging Face tokenizer;
-        without one, prompts are token ids and outputs have no text.
+        params: as `models.load_model` or `models.init_random` return them; under `lora="merge"` they are the engine's
+        from now on, who changes them in place. tokenizer: a fast Hugging Face tokenizer; without one, prompts are token
+        ids and outputs have no text. policy: who comes first (None: `Fcfs`; under `lora="merge"` `OneAdapter`).
+        eviction: what idle content leaves the pool first (None: `Lru`).
 
         Raises:
-          ConfigError: settings and model do not fit together.
+          ConfigError: settings and model, or policy, do not fit together.
         """
+        policy = policy or (OneAdapter() if config.lora == "merge" else Fcfs())
+        if config.lora == "merge" and not isinstance(policy, OneAdapter):
+            raise ConfigError(
+                f"EngineConfig.lora='merge' serves one adapter at a time, but the policy {type(policy).__name__} may "
+                "mix them; use OneAdapter"
+            )
         keep_compiled_programs(config.compilation_cache_dir)
         self.model = model
         self.config = config
@@ -75,20 +95,29 @@ class Engine:
         self.max_model_len = longest_sequence(model, config)
         self._runner = Runner(model, graphdef, params, config)
         spill_dir = None if config.spill_dir is None else Path(config.spill_dir)
-        self.allocator = PageAllocator(self._runner.shape.num_pages)
+        self.allocator = PageAllocator(self._runner.shape.num_pages, config.adapter_pages)
         self.store = AdapterStore(
             adapter_geometry(model, config.page_size, cut(model, config.tp, config.tp_lora)),
             config.dtype,
             config.host_adapter_bytes,
             spill_dir,
             max_rank=config.max_rank,
-            max_pages=self.allocator.capacity - 1,
+            max_pages=min(self.allocator.capacity_for(PageKind.ADAPTER), self.allocator.capacity - 1),
         )
-        self.residency = AdapterResidency(self.allocator, self._runner.shape.adapter_slots)
-        limits = SchedulerLimits(config.max_seqs, config.max_tokens_per_step, config.page_size, config.admission)
-        self.scheduler = Scheduler(self.allocator, self.residency, policy or Fcfs(), limits, self._adapter_state)
+        evictor = Evictor(self.allocator, eviction or Lru())
+        self.residency = AdapterResidency(evictor, self._runner.shape.adapter_slots)
+        self.prefixes = PrefixCache(evictor, config.page_size) if config.prefix_cache else None
+        limits = SchedulerLimits(
+            config.max_seqs,
+            config.max_tokens_per_step,
+            config.page_size,
+            config.admission,
+            config.prefetch,
+            config.upload_pages_per_step,
+        )
+        self.scheduler = Scheduler(self.residency, policy, limits, self._adapter_state, self.prefixes)
         self._progress: dict[str, Progress] = {}
-        self._staged: dict[str, AdapterTiles] = {}  # found in memory while planning; uploaded right after
+        self._tiles: dict[str, AdapterTiles] = {}  # found in memory while planning; kept until all is uploaded
         self._lost: dict[str, AdapterError] = {}  # digests that could not be brought back from disk
         self._unread: list[Delta] = []  # for the next step to return: cancelled, lost adapter, or another stream's
         self._in_flight: InFlight | None = None
@@ -99,7 +128,12 @@ class Engine:
 
     @classmethod
     def from_pretrained(
-        cls, model_dir: str | Path, config: EngineConfig | None = None, *, policy: Policy | None = None
+        cls,
+        model_dir: str | Path,
+        config: EngineConfig | None = None,
+        *,
+        policy: Policy | None = None,
+        eviction: EvictionPolicy | None = None,
     ) -> Engine:
         """Loads a Hugging Face directory: weights, and the tokenizer if one is there.
 
@@ -111,10 +145,12 @@ class Engine:
             ModelConfig.from_directory(model_dir), config.tp, config.tp_lora, config.tp_first_device
         )
         graphdef, params, model = load_model(model_dir, config.dtype, config.model_cache_dir, config.progress, parallel)
-        return cls(model, graphdef, params, config, tokenizer=_load_tokenizer(Path(model_dir)), policy=policy)
+        tokenizer = _load_tokenizer(Path(model_dir))
+        return cls(model, graphdef, params, config, tokenizer=tokenizer, policy=policy, eviction=eviction)
 
     # Adapters
 
+    @uninterrupted
     def load_adapter(self, name: str, adapter: str | Path | LoraAdapter) -> AdapterInfo:
         """Registers a PEFT directory (or an adapter in memory) under `name`, in host memory. A name that is in use gets
         the new content; requests under way keep the old.
@@ -130,21 +166,26 @@ class Engine:
     def load_adapters(self, root: str | Path) -> list[AdapterInfo]:
         """Registers every PEFT directory in `root` under its folder's name, with a progress bar. A bad one is reported
         by a warning and skipped."""
+        old = {info.digest for info in self.store.infos()}
         report = self.store.load_directory(root, progress=self.config.progress)
         for name, error in report.errors:
-            warnings.warn(f"adapter {name} skipped: {error}", stacklevel=2)
+            warnings.warn(f"adapter {name!r} skipped: {error}", stacklevel=2)
+        for digest in old:
+            self._drop_if_unnamed(digest)
         return report.infos
 
+    @uninterrupted
     def unload_adapter(self, name: str) -> bool:
         """Forgets a name. Its content leaves host memory and the pool at once, unless another name points to it or
-        requests under way use it; then it goes with the last of these. Returns whether it is gone.
+        requests under way use it; then it goes with the last of these, and with it the prefixes computed under it.
+        Returns whether it is gone.
 
         Raises:
           AdapterError: no adapter has this name.
         """
         digest = self.store.resolve(name)
         self.store.remove(name)
-        return self._drop_if_unnamed(digest)
+        return self._drop_if_unnamed(digest) and not self.store.holds(digest)
 
     def adapters(self) -> list[AdapterInfo]:
         """All registered adapters."""
@@ -152,6 +193,7 @@ class Engine:
 
     # Requests
 
+    @uninterrupted
     def add_request(
         self,
         prompt: Prompt,
@@ -178,7 +220,7 @@ class Engine:
         room = self.max_model_len - len(ids)
         max_new = room if params.max_tokens is None else min(params.max_tokens, room)
         use = self._use(adapter)
-        check_fits(len(ids), max_new, self.config.page_size, use, self.allocator.capacity)
+        check_fits(len(ids), max_new, self.config.page_size, use, self.allocator)
         request = Request(
             id=request_id,
             number=self._arrivals,
@@ -188,15 +230,16 @@ class Engine:
             max_new=max_new,
             adapter=use,
             metrics=RequestMetrics(arrival=time.perf_counter()),
-            tenant=tenant,
+            tenant=tenant or adapter or "",
         )
         if use is not None:
             self.store.pin(use.digest)
         self._arrivals += 1
-        self._progress[request_id] = Progress(request, self.tokenizer, self.model)
+        self._progress[request_id] = Progress(request, adapter, self.tokenizer, self.model)
         self.scheduler.add(request)
         return request_id
 
+    @uninterrupted
     def cancel(self, request_id: str) -> bool:
         """Ends a request now; its pages are free when this returns, and the next `step` reports it. Returns whether
         there was such a request."""
@@ -224,11 +267,11 @@ class Engine:
 
     def _step(self) -> list[Delta]:
         cpu_start = time.thread_time()
-        with self._trace.span("schedule"):
-            plan = self.scheduler.schedule(time.perf_counter())
-            self._trace.planned(plan, self)
-        self._end_aborted(plan)
-        self._end_lost()
+        self._land()
+        plan = self._plan()
+        while not plan.sequences and self._in_flight is None and self._runner.has_staged:
+            self._land(wait=True)  # no step is disturbed, and someone waits for just this
+            plan = self._plan()
         dispatched = self._dispatch(plan) if plan.sequences else None
         before, self._in_flight = self._in_flight, dispatched
         if before is None and self._in_flight is None and self.scheduler.waiting and not self._unread:
@@ -276,7 +319,7 @@ class Engine:
                             outputs[delta.request_id] = delta.output
                             bar.update()
         except BaseException:
-            for request_id in ids:
+            for request_id in list(self._progress):  # also one whose id Ctrl-C kept from us
                 self.cancel(request_id)
             self._drain()
             raise
@@ -298,16 +341,25 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counters and the state now."""
-        counters = self.residency.counters
+        counters, evictor = self.residency.counters, self.residency.evictor
+        prefixes = PrefixCounters() if self.prefixes is None else self.prefixes.counters
         return EngineStats(
             steps=self._steps,
             tokens_computed=self._computed,
             tokens_generated=self._generated,
             preemptions=self.scheduler.preemptions,
             aborts=self.scheduler.aborts,
+            prompt_tokens=self.scheduler.prompt_tokens,
+            prefix_hit_tokens=prefixes.hits * self.config.page_size,
+            prefix_evictions=prefixes.evictions,
             adapter_loads=counters.loads,
             adapter_evictions=counters.evictions,
             adapter_hits=counters.hits,
+            prefetch_hits=counters.prefetch_hits,
+            prefetches_wasted=counters.wasted,
+            uploads_in_flight=len(self.residency.arriving),
+            upload_bytes_in_flight=self.residency.pages_in_flight * self._runner.shape.page_bytes,
+            adapter_merges=self._runner.merges,
             resident_adapters=len(self.residency),
             registered_adapters=self.store.stats().registered,
             running=len(self.scheduler.running),
@@ -315,9 +367,11 @@ class Engine:
             pages={
                 "free": self.allocator.num_free,
                 "kv": self.allocator.count(PageKind.KV),
+                "prefix": self.allocator.count(PageKind.PREFIX),
                 "adapter": self.allocator.count(PageKind.ADAPTER),
             },
-            idle_adapter_pages=self.residency.evictable_pages,
+            idle_prefix_pages=evictor.pages(PageKind.PREFIX),
+            idle_adapter_pages=evictor.pages(PageKind.ADAPTER),
             host_seconds=self._host_seconds - self._runner.launch_seconds,
             launch_seconds=self._runner.launch_seconds,
         )
@@ -361,8 +415,55 @@ class Engine:
 
     # Inside a step
 
+    def _plan(self) -> StepPlan:
+        """Plans a step, begins the copies that go beside it, and reports whom it gave up."""
+        with self._trace.span("schedule"):
+            plan = self.scheduler.schedule(time.perf_counter())
+            self._trace.planned(plan, self)
+        try:
+            while plan.uploads:
+                self._stage(plan.uploads[0])
+                plan.uploads.pop(0)
+        except BaseException as error:
+            self._abandon(plan, f"the step failed: {error!r}")
+            raise
+        kept = self.residency.arriving.keys() | {resident.digest for resident in plan.loads}
+        for digest in self._tiles.keys() - kept:
+            del self._tiles[digest]
+        self._end_aborted(plan)
+        self._end_lost()
+        return plan
+
+    def _stage(self, upload: Upload) -> None:
+        resident = upload.resident
+        if not resident.present:  # given up a moment ago, as an earlier part of it failed
+            self.residency.land(upload)
+            return
+        tiles = self._tiles[resident.digest]
+        try:
+            self._runner.stage(upload, tiles.pages)
+        except Exception as error:  # noqa: BLE001  one adapter must not disturb the others
+            self.residency.land(upload)
+            self._end_uncopied(upload, repr(error))
+            return
+        self._trace.staged(upload, tiles)
+
+    def _land(self, wait: bool = False) -> None:
+        """Takes note of the copies that have arrived."""
+        for landing in self._runner.land(wait):
+            self.residency.land(landing.upload)
+            self._trace.landed(landing.upload)
+            if landing.error is not None:
+                self._end_uncopied(landing.upload, landing.error)
+
+    def _end_uncopied(self, upload: Upload, error: str) -> None:
+        """Ends the requests that wait for an adapter that cannot be copied to the device; others are not affected."""
+        digest = upload.resident.digest
+        self._end_waiting(digest, f"content {digest[:12]} could not be copied to the device: {error}")
+        self.residency.drop(digest)
+
     def _adapter_state(self, digest: str) -> AdapterState:
-        """The scheduler's question; what is found in memory is held for the upload of this very step."""
+        """The scheduler's question; what is found in memory is held for its upload."""
         try:
             tiles = self.store.request(digest)
         except AdapterError as error:
@@ -370,13 +471,13 @@ class Engine:
             return AdapterState.FAILED
         if tiles is None:
             return AdapterState.LOADING
-        self._staged[digest] = tiles
+        self._tiles[digest] = tiles
         return AdapterState.READY
 
     def _dispatch(self, plan: StepPlan) -> InFlight:
         try:
             for resident in plan.loads:
-                tiles = self._staged[resident.digest]
+                tiles = self._tiles[resident.digest]
                 with self._trace.upload(resident, tiles):
                     self._runner.upload(resident, tiles.pages)
             with self._trace.span("dispatch"):
@@ -385,20 +486,23 @@ class Engine:
         except BaseException as error:
             self._abandon(plan, f"the step failed: {error!r}")
             raise
-        finally:
-            self._staged.clear()
         self._steps += 1
         self._computed += plan.num_tokens
         return step
 
     def _abandon(self, plan: StepPlan, error: str) -> None:
-        """After a failed dispatch: ends the plan's requests; forgets adapters that may not have reached the pool."""
+        """After a failure: ends the plan's requests; forgets what may not have reached the pool."""
         now = time.perf_counter()
-        for sequence in plan.sequences:
-            progress = self._progress[sequence.request.id]
-            self._unread.append(self._end(progress, FinishReason.ERROR, [], now, error))
+
+        def end(request: Request) -> None:
+            self._unread.append(self._end(self._progress[request.id], FinishReason.ERROR, [], now, error))
+
+        self.scheduler.abandon(plan, end)
         for resident in plan.loads:
             self.residency.drop(resident.digest)
+        for upload in plan.uploads:
+            self.residency.land(upload)
+            self.residency.drop(upload.resident.digest)
 
     def _read(self, step: InFlight, tokens: np.ndarray, now: float) -> list[Delta]:
         """Hands out a step's tokens. Requests that ended meanwhile get none: their surplus token is dropped."""
@@ -433,14 +537,17 @@ class Engine:
 
     def _end_lost(self) -> None:
         """Ends the requests whose adapter is lost; others are not affected."""
-        if not self._lost:
-            return
+        lost, self._lost = self._lost, {}
+        for digest, error in lost.items():
+            self._end_waiting(digest, str(error))
+
+    def _end_waiting(self, digest: str, error: str) -> None:
+        """Ends the waiting requests of an adapter."""
         now = time.perf_counter()
-        for request in list(self.scheduler.waiting):
-            if request.adapter is not None and request.adapter.digest in self._lost:
-                error = str(self._lost[request.adapter.digest])
-                self._unread.append(self._end(self._progress[request.id], FinishReason.ERROR, [], now, error))
-        self._lost.clear()
+        for request in list(self.scheduler.waiting.by_adapter.get(digest, ())):
+            assert request.adapter is not None
+            named = f"adapter {request.adapter.name!r}: {error}"
+            self._unread.append(self._end(self._progress[request.id], FinishReason.ERROR, [], now, named))
 
     def _wait_for_disk(self) -> None:
         """Nothing runs, and the first waiting request's adapter is on its way from disk: give it a moment."""
@@ -471,12 +578,17 @@ class Engine:
         if adapter is None:
             return None
         info = self.store.info(adapter)
+        if self.config.lora == "off":
+            return None
         return AdapterUse(adapter, info.digest, np.asarray(info.ranks, np.int32), info.num_pages)
 
     def _drop_if_unnamed(self, digest: str | None) -> bool:
-        """Frees the pool pages of content that no name points to any more, unless it is in use. Whether it is gone."""
-        if digest is None or self.store.is_named(digest):
+        """Frees the pool pages of content that no name points to any more, and those of prefixes computed under it,
+        unless requests use them or wait for them; then they go with the last of these. Whether the adapter is gone."""
+        if digest is None or self.store.is_named(digest) or digest in self.scheduler.waiting.by_adapter:
             return False
+        if self.prefixes is not None:
+            self.prefixes.drop(digest)
         return self.residency.drop(digest)
 
 

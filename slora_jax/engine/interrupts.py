@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
+from functools import wraps
 from types import FrameType, TracebackType
 
 
@@ -35,3 +37,17 @@ class InterruptHeld:
         if self.came:
             signal.default_int_handler(number, frame)
         self.came = True
+
+
+def uninterrupted[**P, R](method: Callable[P, R]) -> Callable[P, R]:
+    """`method`, in which Ctrl-C takes effect at the end."""
+
+    @wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with InterruptHeld() as interrupt:
+            result = method(*args, **kwargs)
+        if interrupt.came:
+            raise KeyboardInterrupt
+        return result
+
+    return run

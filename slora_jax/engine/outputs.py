@@ -66,7 +66,15 @@ class EngineStats:
     """Counters since the engine was made, and the state now.
 
     aborts: requests that the policy gave up before their first token.
-    pages: pool pages by kind ("free", "kv", "adapter"); of the adapter pages, `idle_adapter_pages` may be evicted.
+    adapter_loads: adapters given pages in the pool. adapter_hits: uses that found theirs still there from before.
+    prefetch_hits: adapters brought ahead that had landed by the time their first request could start.
+    prefetches_wasted: brought ahead, and evicted or wanted by nobody any more before any use.
+    uploads_in_flight: adapters whose copy to the device is under way; upload_bytes_in_flight: begun and not landed.
+    adapter_merges: times that an adapter was merged into the weights (`lora="merge"`).
+    prompt_tokens: known of requests when they were admitted (their prompts; after a preemption, their output too);
+    `prefix_hit_tokens` of them were in the prefix cache, the others are among `tokens_computed`.
+    pages: pool pages by kind: "free", "kv" (running requests' own), "prefix" (the prefix cache's, whether requests use
+    them or not), "adapter"; `idle_prefix_pages` and `idle_adapter_pages` of these may be evicted.
     host_seconds: CPU time of the calling thread for planning, packing and handing out tokens, over all steps.
     launch_seconds: its CPU time in the calls that hand uploads and steps to the device.
     """
@@ -76,14 +84,23 @@ class EngineStats:
     tokens_generated: int
     preemptions: int
     aborts: int
+    prompt_tokens: int
+    prefix_hit_tokens: int
+    prefix_evictions: int
     adapter_loads: int
     adapter_evictions: int
     adapter_hits: int
+    prefetch_hits: int
+    prefetches_wasted: int
+    uploads_in_flight: int
+    upload_bytes_in_flight: int
+    adapter_merges: int
     resident_adapters: int
     registered_adapters: int
     running: int
     waiting: int
     pages: dict[str, int]
+    idle_prefix_pages: int
     idle_adapter_pages: int
     host_seconds: float
     launch_seconds: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from pallas_kernels.lora.bmm import smallest
 from slora_jax.engine.batch import BatchLayout, Bucket
 from slora_jax.engine.step import StepSpec, make_sampler, make_step, sampler_shapes, step_shapes
 
@@ -32,7 +33,7 @@ class Program:
 
 
 class StepPrograms:
-    """The compiled steps of an engine, by bucket, with and without LoRA; and its samplers, by number of sequences, with
+    """The compiled steps of an engine, by bucket and LoRA work; and its samplers, by number of sequences, with
     and without log-probabilities."""
 
     def __init__(self, spec: StepSpec, buckets: tuple[Bucket, ...], *, threads: int = 2, progress: bool = True) -> None:
@@ -40,9 +41,11 @@ class StepPrograms:
         self.buckets = buckets
         self.layouts = {bucket: spec.layout(bucket) for bucket in buckets}
         jobs: dict[Any, Callable[[], Program]] = {}
-        for bucket, with_lora in itertools.product(reversed(buckets), (True, False)):
+        self._lora = {bucket: spec.lora_programs(layout) for bucket, layout in self.layouts.items()}
+        for bucket in reversed(buckets):
             layout = self.layouts[bucket]
-            jobs[bucket, with_lora] = partial(_compile, make_step(spec, layout, with_lora), *step_shapes(spec, layout))
+            for lora in reversed(self._lora[bucket]):
+                jobs[bucket, lora] = partial(_compile, make_step(spec, layout, lora), *step_shapes(spec, layout))
         for seqs, logprobs in itertools.product({bucket.seqs for bucket in buckets}, (False, True)):
             jobs[seqs, logprobs] = partial(_compile, make_sampler(spec, seqs, logprobs), *sampler_shapes(spec, seqs))
         self._programs: dict[Any, Program] = {}
@@ -54,12 +57,15 @@ class StepPrograms:
                 self._programs[futures[future]] = future.result()
                 bar.update()
 
-    def select(self, tokens: int, seqs: int, with_lora: bool) -> tuple[Program, BatchLayout]:
+    def select(
+        self, tokens: int, seqs: int, with_lora: bool, segments: Sequence[int] = ()
+    ) -> tuple[Program, BatchLayout]:
         """The program of the smallest bucket that holds `tokens` rows of `seqs` sequences, of the right kind, and how
-        its metadata lies in its buffer."""
+        its metadata lies in its buffer. segments: rows of each adapter, where programs differ by their padding."""
         decode = tokens == seqs
         bucket = next(b for b in self.buckets if b.decode == decode and b.tokens >= tokens and b.seqs >= seqs)
-        return self._programs[bucket, with_lora], self.layouts[bucket]
+        lora = smallest(self._lora[bucket][1:], segments) if segments else with_lora  # type: ignore[arg-type]
+        return self._programs[bucket, lora], self.layouts[bucket]
 
     def sampler(self, seqs: int, logprobs: bool) -> Program:
         """The sampler for a bucket of `seqs` sequences."""

@@ -17,9 +17,11 @@ from slora_jax.scheduling import FinishReason, Request
 class Progress:
     """One request's way from sampled tokens to its output."""
 
-    def __init__(self, request: Request, tokenizer: Any, model: ModelConfig) -> None:
+    def __init__(self, request: Request, adapter: str | None, tokenizer: Any, model: ModelConfig) -> None:
+        """adapter: the name that the request asked for."""
         params = request.params
         eos_token_ids, self._vocab_size = model.eos_token_ids, model.vocab_size
+        self._adapter = adapter
         self.request = request
         self._has_text = tokenizer is not None
         self._text = TextStream(tokenizer, tuple(params.stop))
@@ -57,7 +59,7 @@ class Progress:
         assert request.finish_reason is not None
         output = RequestOutput(
             request_id=request.id,
-            adapter=None if request.adapter is None else request.adapter.name,
+            adapter=self._adapter,
             prompt_token_ids=request.prompt,
             text=self._text.text if self._has_text else None,
             token_ids=request.output,

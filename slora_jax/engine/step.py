@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,9 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import devices
-from pallas_kernels.lora import AdapterTable, Implementation, LoraLayout, LoraProduct, lora_tile_rows
+from pallas_kernels.lora import AdapterTable, LoraLayout, LoraProduct, lora_tile_rows
+from pallas_kernels.lora.api import Implementation as LoraImplementation
+from pallas_kernels.lora.bmm import Padding, paddings
 from pallas_kernels.lora.halves import LoraHalves
 from pallas_kernels.paged_attention import PagedAttention
+from pallas_kernels.paged_attention.api import Implementation
 from pallas_kernels.pool_write import write_kv
 from slora_jax.engine.batch import (
     SAMPLER_FIELDS,
@@ -32,6 +36,9 @@ from slora_jax.parallel.layout import ONE_DEVICE, Shards
 from slora_jax.parallel.lora import add_lora
 from slora_jax.parallel.mesh import AXIS, LOGITS, POOL, REPLICATED, TensorParallel
 
+Lora = bool | Padding
+"""The LoRA work that a step program is compiled for: none, any (gathered), or padded to a shape (`bmm`)."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class PagedContext:
     shard's part of it, with the collectives."""
 
     def __init__(
-        self, pool: Pool, table: AdapterTable, batch: StepBatch, spec: StepSpec, layout: BatchLayout, with_lora: bool
+        self, pool: Pool, table: AdapterTable, batch: StepBatch, spec: StepSpec, layout: BatchLayout, with_lora: Lora
     ) -> None:
         model, bucket = spec.shard_model, layout.bucket
         self.pool = list(pool)
@@ -70,7 +77,9 @@ class PagedContext:
         self._stacks = {stack.name: stack for stack in spec.lora_layout.stacks}
         self._lora: LoraProduct | LoraHalves | None = None
         if with_lora:
-            product = LoraProduct if self._shards.count == 1 else LoraHalves
+            product: Any = LoraHalves
+            if self._shards.count == 1:
+                product = partial(LoraProduct, padding=with_lora if isinstance(with_lora, Padding) else None)
             with jax.named_scope("lora_prepare"):
                 self._lora = product(
                     spec.lora_layout,
@@ -80,7 +89,7 @@ class PagedContext:
                     decode=bucket.decode,
                     tile_rows=layout.lora_tile_rows,
                     max_rank=spec.max_rank,
-                    implementation=spec.kernels,
+                    implementation=spec.lora_kernels,
                     interpret=spec.interpret,
                 )
 
@@ -130,6 +139,7 @@ class StepSpec:
     max_rank: int
     kernels: Implementation | None = None  # None: what the plan tables name for the device
     parallel: TensorParallel | None = None  # None: one device
+    lora: str = "paged"  # see `EngineConfig`
 
     @property
     def shards(self) -> Shards:
@@ -151,6 +161,20 @@ class StepSpec:
         return self.kernels not in (None, "xla") and devices.target() is None
 
     @property
+    def lora_kernels(self) -> LoraImplementation | None:
+        """The implementation of LoRA products."""
+        return "bmm" if self.lora == "bmm" else self.kernels
+
+    def lora_programs(self, layout: BatchLayout) -> tuple[Lora, ...]:
+        """The LoRA work that a bucket's programs are compiled for, the least first."""
+        if self.lora == "paged":
+            return False, True
+        if self.lora != "bmm":
+            return (False,)
+        bucket, adapters = layout.bucket, min(layout.bucket.seqs, self.pool.adapter_slots)
+        return False, *paddings(bucket.tokens, adapters, decode=bucket.decode, tile_rows=layout.lora_tile_rows)
+
+    @property
     def lora_layout(self) -> LoraLayout:
         model = self.model
         whole = LoraLayout.of_decoder(
@@ -160,7 +184,7 @@ class StepSpec:
 
     def layout(self, bucket: Bucket) -> BatchLayout:
         """How a bucket's metadata lies in its buffer."""
-        rows = lora_tile_rows(self.pool.dtype, decode=bucket.decode, implementation=self.kernels)
+        rows = lora_tile_rows(self.pool.dtype, decode=bucket.decode, implementation=self.lora_kernels)
         return BatchLayout(
             bucket, self.pool.page_size, self.max_seqs, self.pool.adapter_slots, min(bucket.tokens, rows)
         )
@@ -177,7 +201,7 @@ class StepSpec:
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=device), self.state_struct())
 
 
-def make_step(spec: StepSpec, layout: BatchLayout, with_lora: bool) -> Any:
+def make_step(spec: StepSpec, layout: BatchLayout, with_lora: Lora) -> Any:
     """The jitted step of one bucket: `(params, pool, table, state, metadata int32 [layout.size]) -> (pool, state,
     StepOutput)`. Pool and state are donated. `with_lora=False` contains no LoRA work at all."""
 
@@ -193,7 +217,6 @@ def make_step(spec: StepSpec, layout: BatchLayout, with_lora: bool) -> Any:
         state = SequenceState(page_table=state.page_table, last_token=state.last_token.at[batch.slot].set(token))
         return tuple(context.pool), state, StepOutput(token, logits)
 
-    name = layout.bucket.name + ("_lora" if with_lora else "")
     if spec.parallel is not None:
         pool = (POOL,) * spec.pool.num_layers
         params = jax.tree.map(lambda leaf: leaf.sharding.spec, spec.params)
@@ -204,8 +227,14 @@ def make_step(spec: StepSpec, layout: BatchLayout, with_lora: bool) -> Any:
             out_specs=(pool, REPLICATED, StepOutput(REPLICATED, LOGITS)),  # type: ignore[arg-type]
             check_vma=False,
         )
-    step.__name__ = name
+    step.__name__ = step_name(layout.bucket, with_lora)
     return jax.jit(step, donate_argnums=(1, 3))
+
+
+def step_name(bucket: Bucket, with_lora: Lora) -> str:
+    """Of `make_step`'s program."""
+    padding = f"_{with_lora.segments}x{with_lora.rows}" if isinstance(with_lora, Padding) else ""
+    return bucket.name + ("_lora" if with_lora else "") + padding
 
 
 def step_shapes(spec: StepSpec, layout: BatchLayout) -> tuple[Any, ...]:

@@ -1,16 +1,19 @@
 """A recording of an engine at work, for the Chrome trace viewer or Perfetto, and for `slora_jax.metrics`.
 
-Tracks of complete events: the host's steps (schedule, upload, dispatch, read), uploads with their bytes, device steps
-from dispatch until their tokens are read, and disk reads and writes by thread. Counter tracks: queues, pages by kind.
+Tracks of complete events: the host's steps (schedule, dispatch, read), adapters' uploads from the begin of their copy
+until their last page is in the pool, device steps from dispatch until their tokens are read, and disk reads and writes
+by thread. Counter tracks: queues, pages by kind, bytes on their way to the device.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +23,24 @@ if TYPE_CHECKING:
     from slora_jax.adapters import AdapterTiles
     from slora_jax.engine.engine import Engine
     from slora_jax.engine.runner import InFlight
-    from slora_jax.memory import Resident
+    from slora_jax.memory import Resident, Upload
     from slora_jax.scheduling import StepPlan
 
 HOST, UPLOADS, DEVICE = "host", "adapter uploads", ("device, even steps", "device, odd steps")
 """Names of tracks. At most two steps are in flight, the newer one dispatched before the older is read: two tracks."""
+
+
+@dataclass
+class _Copy:
+    """An adapter on its way to the pool. lane: the lowest that no other copy has. steps: the numbers of those before
+    which some of its pages landed."""
+
+    resident: Resident
+    adapter: str
+    nbytes: int
+    lane: int
+    start: float
+    steps: list[int] = field(default_factory=list)
 
 
 class NoTrace:
@@ -43,6 +59,12 @@ class NoTrace:
     def upload(self, resident: Resident, tiles: AdapterTiles) -> AbstractContextManager[None]:
         """Spans the call that hands an adapter's tiles to the device. The copy itself may run on after it."""
         return self._NOTHING
+
+    def staged(self, upload: Upload, tiles: AdapterTiles) -> None:
+        """The copy of some pages of an adapter has begun, beside the steps."""
+
+    def landed(self, upload: Upload) -> None:
+        """These pages are in the pool for the next step; or their adapter was evicted meanwhile."""
 
     def planned(self, plan: StepPlan, engine: Engine) -> None:
         """Notes which adapters the plan brought to the pool and which had to leave."""
@@ -66,6 +88,8 @@ class Trace(NoTrace):
         self._events: list[dict[str, Any]] = []
         self._in_flight: dict[int, tuple[float, int, dict[str, int]]] = {}  # by id: dispatched, number, about it
         self._steps = 0
+        self._copies: dict[int, _Copy] = {}  # by id of the resident
+        self._landed = 0  # adapters since the last dispatch
         self._ended: list[PoolStay] = []
         names = {info.digest: info.name for info in engine.adapters()}
         self._resident = {r.digest: (r, _stay(r, names, None)) for r in engine.residency.residents}
@@ -96,8 +120,28 @@ class Trace(NoTrace):
         adapter = self._resident[resident.digest][1].adapter
         self._complete(UPLOADS, adapter, start, bytes=tiles.nbytes, pages=tiles.num_pages, slot=resident.slot)
 
+    def staged(self, upload: Upload, tiles: AdapterTiles) -> None:
+        resident = upload.resident
+        if id(resident) not in self._copies:
+            lanes = {copy.lane for copy in self._copies.values()}
+            lane = next(n for n in itertools.count() if n not in lanes)
+            name = self._resident[resident.digest][1].adapter
+            self._copies[id(resident)] = _Copy(resident, name, tiles.nbytes, lane, time.perf_counter())
+
+    def landed(self, upload: Upload) -> None:
+        resident = upload.resident
+        if id(resident) not in self._copies or not resident.present:  # begun before the recording; or given up
+            return
+        self._copies[id(resident)].steps.append(self._steps)
+        if resident.has_landed:
+            self._landed += 1
+            self._copied(self._copies.pop(id(resident)))
+
     def planned(self, plan: StepPlan, engine: Engine) -> None:
         now = time.perf_counter()
+        for key, copy in list(self._copies.items()):
+            if not copy.resident.present:
+                self._copied(self._copies.pop(key))
         names = {use.digest: use.name for s in plan.sequences if (use := s.request.adapter) is not None}
         residents = {r.digest: r for r in engine.residency.residents}
         for digest, (resident, stay) in list(self._resident.items()):
@@ -106,10 +150,14 @@ class Trace(NoTrace):
                 del self._resident[digest]
         for digest, resident in residents.items():
             if digest not in self._resident:
+                waiting = engine.scheduler.waiting.by_adapter.get(digest)
+                if waiting and (use := waiting[0].adapter) is not None:  # it was brought for this one
+                    names[digest] = use.name
                 self._resident[digest] = (resident, _stay(resident, names, now))
 
     def dispatched(self, step: InFlight, plan: StepPlan) -> None:
-        about = {"tokens": plan.num_tokens, "sequences": len(plan.sequences), "uploads": len(plan.loads)}
+        uploads, self._landed = self._landed + len(plan.loads), 0
+        about = {"tokens": plan.num_tokens, "sequences": len(plan.sequences), "uploads": uploads}
         self._in_flight[id(step)] = (time.perf_counter(), self._steps, about)
         self._steps += 1
 
@@ -125,9 +173,18 @@ class Trace(NoTrace):
     def sample(self, engine: Engine) -> None:
         """Takes down queues and pool as they are now."""
         stats = engine.stats()
-        idle = stats.idle_adapter_pages
-        pages = PoolPages(stats.pages["free"], stats.pages["kv"], stats.pages["adapter"] - idle, idle)
-        self.samples.append(PoolSample(time.perf_counter(), pages, stats.running, stats.waiting))
+        idle, idle_prefix = stats.idle_adapter_pages, stats.idle_prefix_pages
+        pages = PoolPages(
+            free=stats.pages["free"],
+            kv=stats.pages["kv"],
+            prefix_in_use=stats.pages["prefix"] - idle_prefix,
+            prefix_idle=idle_prefix,
+            adapter_in_use=stats.pages["adapter"] - idle,
+            adapter_idle=idle,
+        )
+        self.samples.append(
+            PoolSample(time.perf_counter(), pages, stats.running, stats.waiting, stats.upload_bytes_in_flight)
+        )
 
     def events(self) -> list[dict[str, Any]]:
         """Everything so far in the Trace Event Format: names of tracks, then events by time."""
@@ -142,7 +199,12 @@ class Trace(NoTrace):
         timed = [event | {"tid": number[event["tid"]]} for event in events]
         for sample in self.samples:
             queues = {"running": sample.running, "waiting": sample.waiting}
-            for name, values in (("queues (requests)", queues), ("pool (pages)", vars(sample.pages))):
+            uploading = {"bytes": sample.uploading}
+            for name, values in (
+                ("queues (requests)", queues),
+                ("pool (pages)", vars(sample.pages)),
+                ("uploads in flight (bytes)", uploading),
+            ):
                 timed.append({"name": name, "ph": "C", "pid": 0, "ts": self._micros(sample.time), "args": values})
         timed.sort(key=lambda event: (event["ts"], -event.get("dur", 0)))
         return named + timed
@@ -152,6 +214,13 @@ class Trace(NoTrace):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"traceEvents": self.events(), "displayTimeUnit": "ms"}))
+
+    def _copied(self, copy: _Copy) -> None:
+        resident = copy.resident
+        self._complete(
+            UPLOADS if not copy.lane else f"{UPLOADS} {copy.lane + 1}", copy.adapter, copy.start, bytes=copy.nbytes,
+            pages=resident.num_pages, slot=resident.slot, before_steps=copy.steps, given_up=not resident.present,
+        )  # fmt: skip
 
     def _complete(self, track: str, name: str, start: float, **args: object) -> None:
         """One event on a track from `start` (or the recording's) until now."""

@@ -1,16 +1,27 @@
-"""The unified pool: device arrays and pure updates, the page allocator, adapter residency."""
+"""The unified pool: device arrays and pure updates, the page allocator, adapter residency, the prefix cache."""
 
 from slora_jax.memory.allocator import DUMMY_PAGE, PageAllocator, PageKind
+from slora_jax.memory.eviction import CostAware, EvictionPolicy, Evictor, Immediate, Lru, RestoreCosts
 from slora_jax.memory.pool import Pool, PoolShape, upload_adapter
-from slora_jax.memory.residency import AdapterResidency, Resident
+from slora_jax.memory.prefix import PrefixCache, PrefixNode
+from slora_jax.memory.residency import AdapterResidency, Resident, Upload
 
 __all__ = [
     "DUMMY_PAGE",
     "AdapterResidency",
+    "CostAware",
+    "EvictionPolicy",
+    "Evictor",
+    "Immediate",
+    "Lru",
     "PageAllocator",
     "PageKind",
     "Pool",
     "PoolShape",
+    "PrefixCache",
+    "PrefixNode",
     "Resident",
+    "RestoreCosts",
+    "Upload",
     "upload_adapter",
 ]

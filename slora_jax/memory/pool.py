@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,8 +16,8 @@ from pallas_kernels.pool_write import write_pages
 Pool = tuple[jax.Array, ...]
 """One array per layer, each `[num_pages, 2, page_size, W]`; a page id names the same row in every layer."""
 
-UPLOAD_PAGES = (4, 32)
-"""Pages that one upload call carries: as many large calls as an adapter fills, then small ones."""
+UPLOAD_PAGES = (1, 4, 32)
+"""Pages that one upload call carries: as many large calls as there is work for, then small ones."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,22 @@ def put_pages(contents: np.ndarray, sharding: jax.sharding.Sharding | None) -> n
     return jax.make_array_from_callback(contents.shape, sharding, lambda part: contents[part])
 
 
+def pieces(first: int, count: int) -> Iterator[slice]:
+    """Pages `first .. first + count` of an adapter, cut into pieces that `upload_pages` is compiled for."""
+    last = first + count
+    while first < last:
+        size = max(size for size in UPLOAD_PAGES if size <= last - first)
+        yield slice(first, first + size)
+        first += size
+
+
+def describe(table: AdapterTable, slot: int, pages: np.ndarray, ranks: np.ndarray) -> AdapterTable:
+    """Points the table's row `slot` to the pages of an adapter, int32 `[n]`. The table is donated."""
+    row = np.zeros(table.pages.shape[1], np.int32)
+    row[: pages.size] = pages
+    return set_table_row(table, np.int32(slot), row, np.asarray(ranks, np.int32))
+
+
 def upload_adapter(
     pool: Pool,
     table: AdapterTable,
@@ -84,19 +101,6 @@ def upload_adapter(
     """Puts an adapter's pages `contents [num_layers, n, 2, page_size, W]` at ids `pages [n]` and its table row at
     `slot`. Pool and table are donated. sharding: of such contents, where the pool lies on several devices. Dispatches
     and returns; the next step waits for the data on the device."""
-    num_pages = pool[0].shape[0]
-    done = 0
-    while done < pages.size:
-        left = pages.size - done
-        size = next((s for s in reversed(UPLOAD_PAGES) if s <= left), UPLOAD_PAGES[0])
-        count = min(size, left)
-        ids = np.full(size, num_pages, np.int32)  # past the end: dropped
-        ids[:count] = pages[done : done + count]
-        part = contents[:, done : done + count]
-        if count < size:
-            part = np.concatenate([part, np.zeros((part.shape[0], size - count, *part.shape[2:]), part.dtype)], axis=1)
-        pool = upload_pages(pool, ids, put_pages(part, sharding))
-        done += count
-    row = np.zeros(table.pages.shape[1], np.int32)
-    row[: pages.size] = pages
-    return pool, set_table_row(table, np.int32(slot), row, np.asarray(ranks, np.int32))
+    for piece in pieces(0, pages.size):
+        pool = upload_pages(pool, pages[piece], put_pages(contents[:, piece], sharding))
+    return pool, describe(table, slot, pages, ranks)

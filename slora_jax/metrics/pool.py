@@ -12,16 +12,19 @@ from slora_jax.errors import MetricsError
 
 @dataclass(frozen=True)
 class PoolPages:
-    """Pages of the pool by what they hold; together they are all but the dummy page."""
+    """Pages of the pool by what they hold; together they are all but the dummy page. kv: running requests' own.
+    prefix: the prefix cache's, of which running requests use some."""
 
     free: int
     kv: int
+    prefix_in_use: int
+    prefix_idle: int
     adapter_in_use: int
     adapter_idle: int
 
     @property
     def total(self) -> int:
-        return self.free + self.kv + self.adapter_in_use + self.adapter_idle
+        return sum(getattr(self, kind) for kind in PAGE_KINDS)
 
 
 PAGE_KINDS = tuple(field.name for field in fields(PoolPages))
@@ -30,12 +33,14 @@ PAGE_KINDS = tuple(field.name for field in fields(PoolPages))
 
 @dataclass(frozen=True)
 class PoolSample:
-    """The pool and the queues at one moment. time: seconds on the engine's clock."""
+    """The pool and the queues at one moment. time: seconds on the engine's clock. uploading: bytes on their way to the
+    pool."""
 
     time: float
     pages: PoolPages
     running: int
     waiting: int
+    uploading: int = 0
 
 
 @dataclass(frozen=True)

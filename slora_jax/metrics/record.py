@@ -22,7 +22,8 @@ class RequestRecord:
     """A request that has ended. Times are seconds on one clock, any origin.
 
     admitted: when it first left the queue; first_token: when the host had its first token; None if that never was.
-    token_times: when the host had each token, in order; empty if not recorded. The paper measures at the HTTP client,
+    token_times: when the host had each token, in order; empty if not recorded. cached_tokens: of the prompt, found in
+    the prefix cache. The paper measures at the HTTP client,
     these are the engine's times.
     """
 
@@ -36,6 +37,7 @@ class RequestRecord:
     admitted: float | None = None
     first_token: float | None = None
     token_times: tuple[float, ...] = ()
+    cached_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.completed and self.first_token is None:
@@ -57,6 +59,7 @@ class RequestRecord:
             admitted=metrics.admitted,
             first_token=metrics.first_token,
             token_times=tuple(output.token_times),
+            cached_tokens=metrics.cached_tokens,
         )
 
     @property

@@ -24,7 +24,8 @@ class Ageing(Policy):
       (1) no step takes longer than t seconds,
       (2) no request of D needs more than s steps when it alone decides (it has the first claim on tokens and pages:
           s = ceil(tokens / max_tokens) prefill steps, one step per output token, two until its end is read),
-      (3) every request fits into the pool alone (checked on arrival), and the adapters of D and r are in memory,
+      (3) every request fits into the pool alone (checked on arrival), and the adapters of D and r are in memory (with
+          prefetch, in the pool: while one is on its way there, others go ahead),
       (4) `inner` lets someone in when nothing runs,
     then r is admitted (or given up by `inner`, or cancelled) within bound + (2 |D| + 1) * s * t seconds of its arrival,
     whatever arrives after it.
@@ -62,6 +63,12 @@ class Ageing(Policy):
                 return
             yield request
         for request in self.inner.select(waiting, batch, now):
+            if not self._is_aged(request, now):
+                yield request
+
+    def upcoming(self, waiting: RequestQueue, batch: Batch, now: float) -> Iterator[Request]:
+        yield from self._aged(waiting, now)
+        for request in self.inner.upcoming(waiting, batch, now):
             if not self._is_aged(request, now):
                 yield request
 

@@ -45,6 +45,12 @@ class Clustering(Policy):
         else:
             yield from waiting
 
+    def upcoming(self, waiting: RequestQueue, batch: Batch, now: float) -> Iterator[Request]:
+        """Those that a full batch holds back come when an adapter leaves it."""
+        yield from self.select(waiting, batch, now)
+        if self.hard:
+            yield from waiting
+
 
 def _clustered(waiting: RequestQueue, batch: Batch) -> Iterable[Request]:
     """Waiting requests for the adapters of the batch and for the base model, in order of arrival."""

@@ -100,6 +100,7 @@ class EarlyAbort(Policy):
         if self.rule == "code" and self._admitted:
             self._left = self._queue - self._admitted
             self._size = max(int(0.7 * self._admitted + 0.3 * self._size), 1)
+            self._admitted = 0
 
     def _measure(self, waiting: RequestQueue, now: float) -> None:
         """Admissions of the last step and the time since count only if they left someone waiting."""

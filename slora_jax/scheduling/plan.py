@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from slora_jax.memory import Resident
+from slora_jax.memory import PrefixNode, Resident, Upload
 from slora_jax.scheduling.request import Request
 
 
@@ -21,10 +21,19 @@ class ScheduledSequence:
 
 @dataclass
 class StepPlan:
-    """What one step computes, the adapters to upload before it, and the requests given up, each with the reason."""
+    """What one step computes, and the requests given up, each with the reason.
+
+    loads: adapters to upload before the step. uploads: pages of adapters to copy beside it; each is answered by
+    `AdapterResidency.land` when it is there. A plan has the one or the other, by `SchedulerLimits.prefetch`.
+    hits: requests admitted with pages of the prefix cache, of which the device's page table does not know yet.
+    registered: what it brings to the prefix cache: deepest new node of a request, and pages before the first new one.
+    """
 
     sequences: list[ScheduledSequence] = field(default_factory=list)
     loads: list[Resident] = field(default_factory=list)
+    uploads: list[Upload] = field(default_factory=list)
     num_tokens: int = 0
     preempted: int = 0
     aborted: list[tuple[Request, str]] = field(default_factory=list)
+    hits: list[Request] = field(default_factory=list)
+    registered: list[tuple[PrefixNode, int]] = field(default_factory=list)

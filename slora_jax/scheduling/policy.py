@@ -47,6 +47,11 @@ class Policy:
         """
         return self.order(waiting, now)
 
+    def upcoming(self, waiting: RequestQueue, batch: Batch, now: float) -> Iterable[Request]:
+        """The waiting requests in the order in which they are likely to be admitted, now and later: whose adapters are
+        brought ahead. Consumed lazily, from the first on and never far. It changes no state either."""
+        return self.select(waiting, batch, now)
+
     def aborts(self, waiting: RequestQueue, batch: Batch, now: float) -> Iterable[tuple[Request, str]]:
         """Waiting requests to give up now, each with the reason for its user. Asked first in every step. Requests that
         have a token already go on nevertheless."""

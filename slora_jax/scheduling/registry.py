@@ -11,6 +11,7 @@ from slora_jax.errors import ConfigError
 from slora_jax.scheduling.ageing import Ageing
 from slora_jax.scheduling.clustering import Clustering
 from slora_jax.scheduling.early_abort import EarlyAbort
+from slora_jax.scheduling.merge import OneAdapter
 from slora_jax.scheduling.policy import Fcfs, Lcfs, Policy
 from slora_jax.scheduling.vtc import Vtc
 
@@ -20,6 +21,7 @@ POLICIES: dict[str, type[Policy]] = {
     "early_abort": EarlyAbort,
     "clustering": Clustering,
     "vtc": Vtc,
+    "one_adapter": OneAdapter,
     "ageing": Ageing,
 }
 

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from slora_jax.memory import PrefixNode
 from slora_jax.scheduling.sampling_params import SamplingParams
 
 
@@ -50,13 +51,15 @@ class AdapterUse:
 
 @dataclass
 class RequestMetrics:
-    """Seconds on the engine's clock. `first_token` and `finished` are None until then."""
+    """Seconds on the engine's clock. `first_token` and `finished` are None until then. cached_tokens: of the prompt,
+    how many the prefix cache held when the request was first admitted."""
 
     arrival: float
     admitted: float | None = None
     first_token: float | None = None
     finished: float | None = None
     preemptions: int = 0
+    cached_tokens: int = 0
 
     @property
     def first_token_latency(self) -> float | None:
@@ -73,8 +76,9 @@ class Request:
 
     `output` holds the tokens that the host has read; `num_sampled` counts those that the device has sampled or is
     sampling, so it is ahead of `output` by the steps in flight. `num_computed` tokens have (or, once the dispatched
-    steps ran, will have) their keys and values in `pages`. `tenant` is who is charged for it under fair share: by
-    default the name of its adapter, "" for the base model.
+    steps ran, will have) their keys and values in `pages`, the first of which, as many as `prefix` is deep, are the
+    prefix cache's and may be shared; the others are the request's own. `tenant` is who is charged for it under fair
+    share: by default the name of its adapter, "" for the base model.
     """
 
     id: str
@@ -93,7 +97,9 @@ class Request:
     slot: int = -1  # row of the device's sequence state while running
     adapter_slot: int = -1  # row of the device's adapter table while running
     pages: list[int] = field(default_factory=list)
+    prefix: PrefixNode | None = None  # the deepest that it holds while running
     tenant: str = ""
+    _token_bytes: bytes = field(default=b"", init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.tenant and self.adapter is not None:
@@ -118,6 +124,18 @@ class Request:
     def all_sampled(self) -> bool:
         """Whether the last token that it may have is sampled or being sampled."""
         return self.num_sampled >= self.max_new
+
+    @property
+    def num_shared(self) -> int:
+        """How many of its pages, from the first on, are the prefix cache's."""
+        return 0 if self.prefix is None else self.prefix.depth
+
+    def token_bytes(self) -> bytes:
+        """Ids of all tokens that the host knows, of prompt and output, int32."""
+        done, known = len(self._token_bytes) // 4, len(self.prompt) + len(self.output)
+        if done < known:
+            self._token_bytes += np.array(self.tokens(done, known - done), np.int32).tobytes()
+        return self._token_bytes
 
     def tokens(self, start: int, count: int) -> list[int]:
         """Known token ids at positions `start .. start + count` of prompt and output."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from slora_jax.memory import PrefixNode
 from slora_jax.scheduling.request import Request
 
 READ_LATE = 1
@@ -26,34 +27,62 @@ class Reservation:
     every step; chunks of long prompts can delay some, so preemption stays as the way out. A request that runs alone is
     always admitted: it was checked on arrival.
 
-    pages: those that the running requests hold, are free, or can be freed by eviction.
+    Prefixes that several running requests share (trees with more than one user, for speed) are not theirs: `u_j` are
+    the tokens beyond them, and their pages are taken from the pool for good. They may become free earlier, so this
+    errs on the safe side.
+
+    pages: those that are free, or can be freed by eviction.
     """
 
     def __init__(self, running: Sequence[Request], pages: int, page_size: int) -> None:
-        self._tokens = pages * page_size
         self._page_size = page_size
+        self._requests = list(running)
+        self._shared = [0 if r.prefix is None or r.prefix.top.users < 2 else r.prefix.depth for r in running]
+        self._tokens = (pages + sum([len(r.pages) for r in running]) - sum(self._shared)) * page_size
         prompt = np.array([len(r.prompt) for r in running], np.int64)
         sampled = np.array([r.num_sampled for r in running], np.int64)
         used = prompt + np.maximum(sampled - 1, 0)
         final = prompt + np.array([r.max_new for r in running], np.int64) - 1
         remaining = np.maximum(final - used, 0)
-        order = np.argsort(-remaining, kind="stable")
-        self._remaining = remaining[order] + READ_LATE
-        self._used = used[order] + page_size - 1
+        used -= np.array(self._shared, np.int64) * page_size
+        self._order = np.argsort(-remaining, kind="stable")  # indices into `_requests`
+        self._remaining = remaining[self._order] + READ_LATE
+        self._used = used[self._order] + page_size - 1
 
-    def take(self, request: Request, adapter_pages: int) -> bool:
+    def take(
+        self, request: Request, adapter_pages: int = 0, prefix: PrefixNode | None = None, idle_pages: int = 0
+    ) -> bool:
         """Whether the request fits with the others, and with `adapter_pages` more for its adapter; if so, it is one of
-        them from now on."""
-        used = request.num_tokens
+        them from now on. prefix: what it will find in the cache; `idle_pages` of that nobody holds."""
+        used, shared = request.num_tokens, 0
         remaining = max(len(request.prompt) + request.max_new - 1 - used, 0) + READ_LATE
+        if prefix is not None and prefix.top.users:
+            self._share(prefix.top)
+            shared = prefix.depth  # of these, the idle pages leave the pool too
+        else:
+            idle_pages = 0  # of a tree of its own: among `used`
+        available = self._tokens - (adapter_pages + idle_pages) * self._page_size
         at = int(np.searchsorted(-self._remaining, -remaining, side="right"))
         all_remaining = np.insert(self._remaining, at, remaining)
-        all_used = np.insert(self._used, at, used + self._page_size - 1)
-        available = self._tokens - adapter_pages * self._page_size
+        all_used = np.insert(self._used, at, used - shared * self._page_size + self._page_size - 1)
         if self._remaining.size and peak(all_used, all_remaining) > available:
             return False
+        self._order = np.insert(self._order, at, len(self._requests))
+        self._requests.append(request)
+        self._shared.append(shared)
         self._used, self._remaining, self._tokens = all_used, all_remaining, available
         return True
+
+    def _share(self, top: PrefixNode) -> None:
+        """What the requests hold of this tree, among it what they brought to it in this step, is theirs no more."""
+        for index, request in enumerate(self._requests):
+            if request.prefix is not None and request.prefix.top is top:
+                more = request.prefix.depth - self._shared[index]
+                if not more:
+                    continue
+                self._shared[index] += more
+                self._used[self._order == index] -= more * self._page_size
+                self._tokens -= more * self._page_size
 
 
 def peak(used: np.ndarray, remaining: np.ndarray) -> int:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 import numpy as np
 
-from slora_jax.errors import ConfigError
-from slora_jax.memory import AdapterResidency, PageAllocator, PageKind
+from slora_jax.errors import ConfigError, RequestError
+from slora_jax.memory import AdapterResidency, PageKind, PrefixCache, PrefixNode
 from slora_jax.scheduling.plan import ScheduledSequence, StepPlan
 from slora_jax.scheduling.policy import Batch, Policy
+from slora_jax.scheduling.prefetch import AdapterState, Prefetch
 from slora_jax.scheduling.queue import RequestQueue, by_number, remove_sorted
 from slora_jax.scheduling.request import FinishReason, Request, Status
 from slora_jax.scheduling.reservation import Reservation
@@ -20,63 +20,101 @@ from slora_jax.scheduling.reservation import Reservation
 ADMISSIONS = ("optimistic", "reserve")
 
 
-class AdapterState(Enum):
-    """Where an adapter's tiles are on the host."""
-
-    READY = "ready"
-    LOADING = "loading"
-    FAILED = "failed"
-
-
 @dataclass(frozen=True)
 class SchedulerLimits:
     """max_seqs: sequences running at once. max_tokens: rows of one step. page_size: tokens of a page.
     admission: "optimistic" admits what fits now; "reserve" what fits with all output it may still have (`Reservation`,
-    the paper's)."""
+    the paper's).
+    prefetch: adapters brought to the pool ahead of their requests' admission, and not used yet; 0: none, each is
+    uploaded before the step that admits its request. upload_pages: copied to the device beside one step.
+    admit_every: 1 tries to admit (and asks for the policy's aborts) in every step; n > 1 lets n steps decode after an
+    admission, then tries in every step until one admits, and whenever nothing runs. The paper's code has 10.
+    mixed: prefill and decode share steps, prompts in chunks. False, as in the paper's code: admitted requests prefill
+    in a step of their own, whole, while the others pause; max_tokens then bounds the prompts of one admission."""
 
     max_seqs: int
     max_tokens: int
     page_size: int
     admission: str = "optimistic"
+    prefetch: int = 0
+    upload_pages: int = 32
+    admit_every: int = 1
+    mixed: bool = True
 
     def __post_init__(self) -> None:
+        for name, least in (("prefetch", 0), ("upload_pages", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"SchedulerLimits.{name}={getattr(self, name)!r}: must be at least {least}")
         if self.admission not in ADMISSIONS:
             raise ConfigError(f"SchedulerLimits.admission={self.admission!r}: must be one of {ADMISSIONS}")
+        every = self.admit_every
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ConfigError(f"SchedulerLimits.admit_every={every!r}: must be an integer of at least 1")
 
 
 class Scheduler:
     """Owns the queues. Every step: the policy's aborts; then running sequences (one token each, or their next prefill
     chunk); then as many waiting requests as the policy's selection, the pages, the slots and the token budget allow.
 
+    With prefetch, adapters come to the pool beside the steps (`Prefetch`), and a request whose adapter is still on its
+    way does not start. Others go ahead of it meanwhile, though never with the pages of an adapter that is awaited, nor
+    with those that it needs itself; once its adapter has landed it is first in line again, as the policy says. If the
+    adapter is lost to running sequences before that, it is brought once more, and nobody goes ahead: no request is
+    overtaken without end.
+
     Admission needs pages for all tokens known so far, and for the adapter if it is not resident; under "reserve" for
-    all tokens to come as well. When a running sequence needs a page and none is free, idle adapters go first; then the
+    all tokens to come as well. When a running sequence needs a page and none is free, what is idle goes first; then the
     policy's last running request is preempted: its pages are freed and its tokens recomputed when it is admitted again.
+
+    With a prefix cache, a request is admitted with the pages that hold the beginning of its tokens, and computes the
+    rest, at least its last token. Full pages of prompts are shared from the plan on that computes them: the device runs
+    the steps in order, and writes a layer's keys and values before it attends, so that even requests of the same step
+    may read them. Full pages of output follow when the request ends or is preempted.
     """
 
     def __init__(
         self,
-        allocator: PageAllocator,
         residency: AdapterResidency,
         policy: Policy,
         limits: SchedulerLimits,
         adapter_state: Callable[[str], AdapterState] = lambda digest: AdapterState.READY,
+        prefixes: PrefixCache | None = None,
     ) -> None:
-        self.allocator = allocator
         self.residency = residency
+        self.evictor = residency.evictor
+        self.allocator = residency.evictor.allocator
         self.policy = policy
         self.limits = limits
+        self.prefixes = prefixes
         self.waiting = RequestQueue()
         self.running: list[Request] = []  # in order of arrival
         self.preemptions = 0
         self.aborts = 0
+        self.prompt_tokens = 0  # known when admitted: prompts, and output of those that were preempted
         self._adapter_state = adapter_state
+        self._prefetch = Prefetch(residency, limits.prefetch, limits.page_size, adapter_state)
         self._adapters: dict[str, int] = {}  # digest -> running requests
         self._batch = Batch(self.running, self._adapters)
         self._free_slots = list(range(limits.max_seqs - 1, -1, -1))
+        self._decoded = 0  # steps since the last admission
 
     def add(self, request: Request) -> None:
+        """Queues a request that fits into the pool alone.
+
+        Raises:
+          RequestError: prompts run whole (`mixed=False`), and with its output, as after a preemption, this one never
+            would.
+        """
+        longest = len(request.prompt) + request.max_new - 1
+        if not self.limits.mixed and longest > self.limits.max_tokens:
+            raise RequestError(
+                f"request {request.id!r}: its {longest} tokens of prompt and output may have to be prefilled in one "
+                f"step, which has at most max_tokens={self.limits.max_tokens}; raise that, or set mixed=True"
+            )
         self.policy.arrived(request, self.waiting)
         self.waiting.add(request)
+        if self.prefixes is not None:
+            request.token_bytes()  # made now, rather than within a step
 
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
@@ -87,12 +125,30 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan:
         """Plans the next step and commits to it: pages are taken, progress counters advance."""
         plan = StepPlan()
-        self._abort(plan, now)
-        self._extend_running(plan, now)
-        if not plan.preempted:
-            self._admit(plan, now)
+        due = self.admission_due
+        if due:
+            self._abort(plan, now)
+        if self.limits.mixed:
+            self._extend_running(plan, now)
+        admitted = due and not plan.preempted and self._admit(plan, now)
+        if not self.limits.mixed and not admitted:
+            self._extend_running(plan, now)
+        self._decoded = 0 if admitted else self._decoded + 1
+        if self.limits.prefetch:
+            if not plan.preempted:
+                self._look_ahead(now)
+            plan.uploads = self.residency.uploads(self.limits.upload_pages)
         self.policy.stepped(plan.sequences)
         return plan
+
+    def schedule_decode(self, sequences: Sequence[ScheduledSequence], now: float) -> None:
+        """As `schedule` in a step that admits nobody, as nobody waits or admission is not due, and gives each running
+        sequence its next token: tells the policy and counts the step. The caller, a simulation of many such steps at
+        once, brings the requests up to date."""
+        if self.admission_due:
+            self._abort(StepPlan(), now)
+        self._decoded += 1
+        self.policy.stepped(sequences)
 
     def finish(self, request: Request, reason: FinishReason, now: float) -> None:
         """Ends a request in any state and frees what it holds. A no-op on a finished one."""
@@ -107,14 +163,33 @@ class Scheduler:
         request.finish_reason = reason
         request.metrics.finished = now
 
+    def abandon(self, plan: StepPlan, finish: Callable[[Request], None]) -> None:
+        """Takes a plan back that did not reach the device: ends its requests by `finish`, and forgets the prefixes that
+        it was to compute."""
+        for sequence in plan.sequences:
+            sequence.request.num_computed = sequence.start
+            finish(sequence.request)
+        for node, before in reversed(plan.registered):
+            assert self.prefixes is not None
+            self.prefixes.forget(node, before)
+
     def check(self) -> None:
         """Compares page ownership with the allocator's books; raises `PoolError` on any leak."""
+        prefixes = self.prefixes
         self.allocator.check_owned(
             {
-                PageKind.KV: [np.asarray(r.pages, np.int32) for r in self.running],
+                PageKind.KV: [np.asarray(r.pages[r.num_shared :], np.int32) for r in self.running],
                 PageKind.ADAPTER: [r.pages for r in self.residency.residents],
+                PageKind.PREFIX: [] if prefixes is None else [prefixes.pages()],
             }
         )
+        if prefixes is not None:
+            prefixes.check([r.prefix for r in self.running if r.prefix is not None])
+
+    @property
+    def admission_due(self) -> bool:
+        """Whether the next step tries to admit."""
+        return self.limits.admit_every == 1 or self._decoded >= self.limits.admit_every or not self.running
 
     def _abort(self, plan: StepPlan, now: float) -> None:
         for request, reason in list(self.policy.aborts(self.waiting, self._batch, now)):
@@ -129,7 +204,7 @@ class Scheduler:
         last = len(order)  # order[last:] is preempted
         budget, page_size, sequences = self.limits.max_tokens, self.limits.page_size, plan.sequences
         growing: list[tuple[Request, int]] = []  # and the pages that each gets at the end
-        taken = 0
+        taken, free = 0, self.allocator.available(PageKind.KV)
         for position, request in enumerate(order):
             if budget == 0 or position >= last:
                 break
@@ -141,12 +216,14 @@ class Scheduler:
             end = min(known, start + budget)
             if end > len(request.pages) * page_size:
                 needed = -(-end // page_size) - len(request.pages)
-                while not self._has_pages(taken + needed) and last > position:
-                    last -= 1
-                    self._preempt(order[last])
-                    plan.preempted += 1
-                if position >= last:
-                    break
+                if taken + needed > free:
+                    while not self.evictor.make_room(taken + needed, PageKind.KV) and last > position:
+                        last -= 1
+                        self._preempt(order[last])
+                        plan.preempted += 1
+                    if position >= last:
+                        break
+                    free = self.allocator.available(PageKind.KV)
                 growing.append((request, needed))
                 taken += needed
             request.num_computed = end
@@ -159,15 +236,21 @@ class Scheduler:
         for request, needed in growing:
             taken -= needed
             request.pages += pages[taken : taken + needed]
+        if plan.num_tokens > len(sequences):  # prompts are among them
+            for sequence in sequences:
+                if sequence.start < len(sequence.request.prompt):
+                    self._register(sequence.request, plan)
 
-    def _admit(self, plan: StepPlan, now: float) -> None:
+    def _admit(self, plan: StepPlan, now: float) -> bool:
+        """Whether anyone was admitted."""
         if not self.waiting or not self._free_slots or plan.num_tokens == self.limits.max_tokens:
-            return
+            return False
         reservation = self._reservation() if self.limits.admission == "reserve" else None
         absent: set[str] = set()  # adapters that are not in memory
+        kept: int | None = None  # pages left to those ahead whose adapters are on their way, if there are any
         started: list[Request] = []
         try:
-            for request in self.policy.select(self.waiting, self._batch, now):
+            for position, request in enumerate(self.policy.select(self.waiting, self._batch, now), 1):
                 budget = self.limits.max_tokens - plan.num_tokens
                 if budget == 0 or not self._free_slots:
                     break
@@ -175,20 +258,50 @@ class Scheduler:
                     continue  # preempted a moment ago, its newest token is not read yet; or admitted already
                 if not self._on_host(request.digest, absent):
                     continue  # on its way from disk (or failed: the engine ends it); others go ahead
-                if not self._fits(request, reservation):
+                if self.limits.prefetch and not self._has_landed(request):
+                    if not self._bring(request, position - len(started), kept):
+                        break
+                    if request.digest in self.residency:
+                        kept = (kept or 0) + self.pages_for(request.num_tokens)
+                    continue
+                if not self.limits.mixed and request.num_tokens > budget:
+                    break
+                prefix = self._match(request)
+                if not self._fits(request, prefix, reservation, kept):
                     break
                 started.append(request)
-                self._start(plan, request, now)
-                count = min(request.num_tokens, budget)
-                self._schedule_tokens(plan, request, count, self.pages_for(request.num_tokens))
+                self._start(plan, request, prefix, now)
+                count = min(request.num_tokens - request.num_computed, budget)
+                self._schedule_tokens(plan, request, count, self.pages_for(request.num_tokens) - len(request.pages))
+                self._register(request, plan)
         finally:
             for request in started:
                 self.waiting.remove(request)
+        return bool(started)
 
     def _reservation(self) -> Reservation:
-        held = sum(len(request.pages) for request in self.running)
-        pages = self.allocator.num_free + self.residency.evictable_pages + held
-        return Reservation(self.running, pages, self.limits.page_size)
+        return Reservation(self.running, self.evictor.within_reach(PageKind.KV), self.limits.page_size)
+
+    def _match(self, request: Request) -> PrefixNode | None:
+        """What the prefix cache has of a request's tokens: never all of them, as computing the last one samples."""
+        if self.prefixes is None:
+            return None
+        most = (request.num_tokens - 1) // self.limits.page_size
+        return self.prefixes.match(request.digest, request.token_bytes(), most)
+
+    def _register(self, request: Request, plan: StepPlan | None = None) -> None:
+        """Brings a request's full pages to the prefix cache, as far as the host knows their tokens; those that `plan`
+        is to compute, or, None, those that dispatched steps have computed."""
+        if self.prefixes is None:
+            return
+        before = request.num_shared
+        full = min(request.num_computed, len(request.prompt) + len(request.output)) // self.limits.page_size
+        if full <= before:
+            return
+        pages = request.pages[before:full]
+        request.prefix = self.prefixes.extend(request.prefix, request.digest, request.token_bytes(), pages)
+        if plan is not None and request.prefix is not None and request.prefix.depth > before:
+            plan.registered.append((request.prefix, before))
 
     def _on_host(self, digest: str | None, absent: set[str]) -> bool:
         if digest is None or digest in self.residency:
@@ -200,22 +313,67 @@ class Scheduler:
         absent.add(digest)
         return False
 
-    def _fits(self, request: Request, reservation: Reservation | None) -> bool:
-        adapter_pages = 0
+    def _fits(
+        self, request: Request, prefix: PrefixNode | None, reservation: Reservation | None, kept: int | None
+    ) -> bool:
+        """Whether there is room: for one that overtakes others, beside what they need and a page for each that runs,
+        and without evicting what anyone waits for."""
+        overtakes = kept is not None
+        adapter_pages = taken = 0
         if request.adapter is not None:
-            if not self.residency.can_acquire(request.adapter.digest):
+            digest, num_pages = request.adapter.digest, request.adapter.num_pages
+            if not self.residency.can_acquire(digest, overtakes):
                 return False
-            adapter_pages = self.residency.pages_to_admit(request.adapter.digest, request.adapter.num_pages)
-        needed = self.pages_for(request.num_tokens) + adapter_pages
-        if needed > self.allocator.num_free + self.residency.evictable_pages:
+            adapter_pages = self.residency.pages_to_admit(digest, num_pages)
+            taken = self.residency.pages_to_admit(digest, num_pages, overtakes)
+        kv_pages, idle_pages = self.pages_for(request.num_tokens), 0
+        if prefix is not None and self.prefixes is not None:
+            idle_pages = self.prefixes.idle_pages(prefix)  # in use from now on, so no room for anything else
+            kv_pages += idle_pages - prefix.depth
+        if kept is not None:
+            kv_pages += kept + len(self.running)
+        if not self.evictor.can_make_room(kv_pages, taken, overtakes):
             return False
-        return reservation is None or reservation.take(request, adapter_pages)
+        shared = self.allocator.shares_room(PageKind.KV, PageKind.ADAPTER)
+        return reservation is None or reservation.take(request, adapter_pages if shared else 0, prefix, idle_pages)
 
-    def _has_pages(self, count: int) -> bool:
-        self.residency.make_room(count)
-        return self.allocator.can_allocate(count)
+    def _has_landed(self, request: Request) -> bool:
+        resident = None if request.digest is None else self.residency.find(request.digest)
+        return request.digest is None or (resident is not None and resident.has_landed)
 
-    def _start(self, plan: StepPlan, request: Request, now: float) -> None:
+    def _bring(self, request: Request, position: int, kept: int | None) -> bool:
+        """Puts the adapter of the `position`th waiting request on its way, if it is not. Whether others may go ahead
+        meanwhile: not if there is no room for request and adapter, nor if this adapter was lost once.
+
+        As the order may change with every arrival, each new first one could bring another adapter for the same slot
+        and evict the one before. So no more are on their way than there are slots for, and those that were brought are
+        used first."""
+        use, residency = request.adapter, self.residency
+        assert use is not None
+        resident = residency.find(use.digest)
+        if resident is None:
+            if len(residency.arriving) >= len(self._free_slots):
+                return True
+            kv_pages = self.pages_for(request.num_tokens) + (kept or 0) + len(self.running)
+            spare = kept is not None or residency.num_unused > 0
+            if not residency.can_acquire(use.digest, spare) or not (
+                self.evictor.can_make_room(kv_pages, use.num_pages, spare)
+            ):
+                return residency.num_unused > 0
+            resident = residency.bring(use.digest, use.ranks, use.num_pages, position, spare)
+        resident.kept_waiting |= position <= len(self._free_slots)
+        return use.digest not in residency.bereft
+
+    def _look_ahead(self, now: float) -> None:
+        upcoming = self.policy.upcoming(self.waiting, self._batch, now)
+        self._prefetch.look_ahead(upcoming, self.waiting.by_adapter, len(self.running))
+
+    def _start(self, plan: StepPlan, request: Request, prefix: PrefixNode | None, now: float) -> None:
+        self.prompt_tokens += request.num_tokens
+        if prefix is not None and self.prefixes is not None:
+            request.prefix, request.pages = prefix, self.prefixes.acquire(prefix)  # before anything is evicted
+            request.num_computed = prefix.depth * self.limits.page_size
+            plan.hits.append(request)
         if request.adapter is not None:
             digest = request.adapter.digest
             resident, new = self.residency.acquire(digest, request.adapter.ranks, request.adapter.num_pages)
@@ -227,11 +385,12 @@ class Scheduler:
         request.status = Status.RUNNING
         if request.metrics.admitted is None:
             request.metrics.admitted = now
+            request.metrics.cached_tokens = request.num_computed
         insort(self.running, request, key=by_number)
         self.policy.admitted(request)
 
     def _schedule_tokens(self, plan: StepPlan, request: Request, count: int, num_new_pages: int) -> None:
-        self.residency.make_room(num_new_pages)
+        self.evictor.make_room(num_new_pages, PageKind.KV)
         request.pages += self.allocator.allocate(num_new_pages, PageKind.KV).tolist()
         start = request.num_computed
         request.num_computed += count
@@ -250,8 +409,12 @@ class Scheduler:
         self.waiting.add(request)
 
     def _release(self, request: Request) -> None:
-        self.allocator.free(np.asarray(request.pages, np.int32))
+        self._register(request)
+        self.allocator.free(np.asarray(request.pages[request.num_shared :], np.int32))
         request.pages = []
+        if request.prefix is not None and self.prefixes is not None:
+            self.prefixes.release(request.prefix)
+            request.prefix = None
         self._free_slots.append(request.slot)
         request.slot = -1
         if request.adapter is not None:

@@ -50,9 +50,20 @@ class Vtc(Policy):
 
     def select(self, waiting: RequestQueue, batch: Batch, now: float) -> Iterator[Request]:
         """Ties go to the tenant whose request came first. O(tenants) to begin with, O(log tenants) each."""
+        return self._by_service(waiting, self.counters)
+
+    def upcoming(self, waiting: RequestQueue, batch: Batch, now: float) -> Iterator[Request]:
+        """As if each one's prompt were charged when it is yielded."""
+        counters = {tenant: self.counters[tenant] for tenant in waiting.by_tenant}
+        for request in self._by_service(waiting, counters):
+            yield request
+            if not request.metrics.preemptions:
+                counters[request.tenant] += self._price(request.tenant, self.input_price * len(request.prompt))
+
+    def _by_service(self, waiting: RequestQueue, counters: Mapping[str, float]) -> Iterator[Request]:
         groups = {tenant: iter(group) for tenant, group in waiting.by_tenant.items()}
         heads = {tenant: next(group) for tenant, group in groups.items()}
-        least = [(self.counters[tenant], head.number, tenant) for tenant, head in heads.items()]
+        least = [(counters[tenant], head.number, tenant) for tenant, head in heads.items()]
         heapify(least)
         while least:
             tenant = least[0][2]
@@ -62,7 +73,7 @@ class Vtc(Policy):
                 heappop(least)
             else:
                 heads[tenant] = following
-                heapreplace(least, (self.counters[tenant], following.number, tenant))
+                heapreplace(least, (counters[tenant], following.number, tenant))
 
     def arrived(self, request: Request, waiting: RequestQueue) -> None:
         tenant, queued = request.tenant, waiting.by_tenant
@@ -80,9 +91,14 @@ class Vtc(Policy):
             self._charge(request.tenant, self.input_price * len(request.prompt))
 
     def stepped(self, sequences: Sequence[ScheduledSequence]) -> None:
+        counters, weights, price = self.counters, self.weights, self.output_price
         for sequence in sequences:
             if sequence.samples:
-                self._charge(sequence.request.tenant, self.output_price)
+                tenant = sequence.request.tenant
+                counters[tenant] += price / weights.get(tenant, 1.0)
 
     def _charge(self, tenant: str, service: float) -> None:
-        self.counters[tenant] += service / self.weights.get(tenant, 1.0)
+        self.counters[tenant] += self._price(tenant, service)
+
+    def _price(self, tenant: str, service: float) -> float:
+        return service / self.weights.get(tenant, 1.0)

@@ -181,7 +181,6 @@ ONE = {"dtype": "F32", "shape": [4, 24], "data_offsets": [0, 384]}
         ({Q0_A: ONE | {"shape": [-4, -24]}}, bytes(384), None),
         ({Q0_A: ONE | {"data_offsets": [0, 1 << 50]}}, bytes(384), None),
         ({Q0_A: ONE | {"data_offsets": [384, 0]}}, bytes(384), None),
-        ({Q0_A: ONE | {"dtype": "OBJECT"}}, bytes(384), None),
         ({Q0_A: ONE, Q0_B: ONE}, bytes(384), None),
         ({Q0_A: ONE}, bytes(383), None),
         ({Q0_A: ONE}, bytes(385), None),

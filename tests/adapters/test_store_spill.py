@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from slora_jax.adapters import pack_tiles, write_peft
-from slora_jax.errors import AdapterError
+from slora_jax.adapters import AdapterStore, pack_tiles, write_peft
+from slora_jax.errors import AdapterError, ConfigError
 
 TIMEOUT = 20.0  # seconds; only a failing test waits that long
 
@@ -179,6 +179,13 @@ def test_full_disk_keeps_the_adapter_in_memory_and_warns(open_store, adapters, g
     assert same(store.wait(adapters[0].digest, TIMEOUT), adapters[0], geometry)
 
 
+def test_spill_directory_that_cannot_be_made_is_refused_at_once(geometry, tmp_path):
+    (tmp_path / "file").write_text("")
+    for parent in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=r"spill_dir='.*/file.*': must be a directory that can be written: "):
+            AdapterStore(geometry, "float32", 10**9, parent)
+
+
 def test_failed_write_leaves_no_file(open_store, adapters, size, tmp_path, monkeypatch):
     store = open_store(size)
 
@@ -212,7 +219,7 @@ def test_lost_spill_file_is_that_adapters_error_alone(open_store, adapters, geom
         store.add(str(i), adapters[i])
     lost = next(path for path in spill_files(tmp_path) if path.name.startswith(adapters[0].digest[:16]))
     damage(lost)
-    with pytest.raises(AdapterError, match=r"was lost: .*spill file (is damaged|cannot be read)"):
+    with pytest.raises(AdapterError, match=r"was lost: .*spill file is (damaged|missing)"):
         store.wait(adapters[0].digest, TIMEOUT)
     for method in (store.get, store.request, store.wait):  # the error is kept
         with pytest.raises(AdapterError, match="was lost"):

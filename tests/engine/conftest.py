@@ -1,8 +1,10 @@
 """A tiny model whose greedy outputs vary, a dense float64 reference that shares no code with the engine, counters."""
 
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,8 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
 from pallas_kernels.lora.layout import PROJECTIONS
-from slora_jax import Engine, EngineConfig
-from slora_jax.adapters import BaseGeometry, LoraAdapter
+from slora_jax import Engine, EngineConfig, RequestOutput, SamplingParams
+from slora_jax.adapters import BaseGeometry, LoraAdapter, random_adapter, write_peft
 from slora_jax.memory import PageKind
 from slora_jax.models import ModelConfig, Params, init_random
 from slora_jax.models.hf import tensor_placements
@@ -46,10 +48,22 @@ SMALL = {
     "mixed_buckets": (16,),
 }
 """One engine shape for all tests that need no other: compiled once."""
+MEDIUM = SMALL | {
+    "num_pages": 160,
+    "max_seqs": 16,
+    "max_tokens_per_step": 32,
+    "max_rank": 24,
+    "decode_buckets": (16,),
+    "mixed_buckets": (32,),
+}
+"""The shape for tests of many adapters."""
 
 
 class TinyModel:
-    """Two layers of width 32, grouped-query attention: `config`, `graphdef`, `params`, and the adapters' geometry."""
+    """Two layers of width 32, grouped-query attention: `config`, `graphdef`, `params`, and the adapters' geometry.
+    `medium` are settings of an engine for many adapters."""
+
+    medium = MEDIUM
 
     def __init__(self) -> None:
         self.config = ModelConfig.from_dict(HF_CONFIG)
@@ -187,18 +201,19 @@ def compilations() -> Iterator[list[str]]:
 
 
 def assert_idle(engine: Engine) -> None:
-    """Nothing is under way, no page leaked, and what adapters hold may be evicted."""
+    """Nothing is under way, no page leaked, and what adapters and prefixes hold may be evicted."""
     assert not engine.has_work()
     engine.check()
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.pages["kv"]) == (0, 0, 0)
-    assert stats.pages["free"] + stats.idle_adapter_pages == engine.allocator.capacity
+    idle = stats.idle_adapter_pages + stats.idle_prefix_pages
+    assert stats.pages["free"] + idle == engine.allocator.capacity
 
 
 @contextmanager
 def squeezed(engine: Engine, pages: int) -> Iterator[None]:
-    """Leaves the engine only so many free pages (idle adapters are evicted), so that running sequences collide."""
-    engine.residency.make_room(engine.allocator.capacity)
+    """Leaves the engine only so many free pages (what is idle is evicted), so that running sequences collide."""
+    engine.residency.evictor.make_room(engine.allocator.capacity, PageKind.KV)
     held = engine.allocator.allocate(engine.allocator.num_free - pages, PageKind.KV)
     yield
     engine.allocator.free(held)
@@ -215,18 +230,114 @@ def shared_engine(model_dir: Path, tiny: TinyModel) -> Iterator[Engine]:
         yield engine
 
 
+def assert_clean(engine: Engine) -> None:
+    """Ends and unloads what a test left; nothing may remain, and no request may have been unfinished."""
+    engine.step()  # a surplus step may be in flight
+    unfinished = engine.has_work()
+    for request in list(engine._progress):
+        engine.cancel(request)
+    while engine.has_work():
+        engine.step()
+    assert_idle(engine)
+    for info in engine.adapters():
+        assert engine.unload_adapter(info.name)
+    if engine.prefixes is not None:
+        engine.prefixes.drop(None)
+    assert engine.allocator.num_free == engine.allocator.capacity
+    store = engine.store.stats()
+    assert (store.registered, store.resident_bytes, store.spilled) == (0, 0, 0)
+    assert not unfinished, "the test left requests behind"
+
+
 @pytest.fixture
 def engine(shared_engine: Engine) -> Iterator[Engine]:
     """The shared engine; afterwards nothing may be left of the test's requests and adapters."""
     yield shared_engine
-    shared_engine.step()  # a surplus step may be in flight
-    unfinished = shared_engine.has_work()
-    for request in list(shared_engine._progress):
-        shared_engine.cancel(request)
-    while shared_engine.has_work():
-        shared_engine.step()
-    assert_idle(shared_engine)
-    for info in shared_engine.adapters():
-        assert shared_engine.unload_adapter(info.name)
-    assert shared_engine.allocator.num_free == shared_engine.allocator.capacity
-    assert not unfinished, "the test left requests behind"
+    assert_clean(shared_engine)
+
+
+class SixAdapters:
+    """Adapters "a" to "f" on an engine whose host memory holds one of them, "f" once all are registered; the others lie
+    in spill files. `expected` has each one's greedy tokens after `prompt` ("base": the base model's), from a run
+    without a fault, which agree with merged weights."""
+
+    names = "abcdef"
+    prompt = tuple(range(30, 60))  # two chunks of prefill
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    nbytes = 10240
+
+    def __init__(self, engine: Engine, tiny: TinyModel, spill_dir: Path, greedy_margin: Callable[..., float]) -> None:
+        self.engine, self.geometry, self.spill_dir = engine, tiny.geometry, spill_dir
+        self.load(self.names)
+        self.expected = {name: output.token_ids for name, output in self.serve([*self.names, None]).items()}
+        for name, tokens in self.expected.items():
+            adapter = None if name == "base" else self.weights(name)
+            assert greedy_margin(list(self.prompt), tokens, adapter) < 1e-5
+        assert len({tuple(tokens) for tokens in self.expected.values()}) == 7
+
+    def weights(self, name: str) -> LoraAdapter:
+        """An adapter of `nbytes`, known by its one letter."""
+        return random_adapter(self.geometry, {"q": 4, "down": 4}, seed=ord(name))
+
+    def load(self, names: Iterable[str], sources: Path | None = None) -> None:
+        """From directories `sources / name` that are written first, or from memory."""
+        for name in names:
+            adapter = self.weights(name)
+            info = self.engine.load_adapter(name, write_peft(sources / name, adapter) if sources else adapter)
+            assert info.nbytes == self.nbytes
+
+    def digest(self, name: str) -> str:
+        return self.weights(name).digest
+
+    def file(self, name: str) -> Path:
+        """Its spill file."""
+        (path,) = self.spill_dir.glob(f"*/{self.digest(name)[:16]}*.tiles")
+        return path
+
+    def add(self, adapters: Iterable[str | None]) -> dict[str, str]:
+        """Queues a request of each; request id -> name ("base" for None)."""
+        return {self.engine.add_request(self.prompt, self.params, name): name or "base" for name in adapters}
+
+    def serve(
+        self, adapters: Iterable[str | None], fault: Callable[[], object] | None = None, late: Iterable[str | None] = ()
+    ) -> dict[str, RequestOutput]:
+        """Serves `adapters`; `fault` happens after a few steps, then come `late` ones. Name -> output."""
+        requests, outputs = self.add(adapters), {}
+        for step in itertools.count():
+            if step == 5:
+                if fault is not None:
+                    fault()
+                requests |= self.add(late)
+            if step >= 5 and not self.engine.has_work():
+                break
+            outputs |= {requests[d.request_id]: d.output for d in self.engine.step() if d.output is not None}
+        self.engine.check()
+        assert self.engine.stats().pages["kv"] == 0
+        return outputs
+
+    def assert_right(self, outputs: dict[str, RequestOutput], names: Iterable[str]) -> None:
+        """Exactly these were served, each with the tokens of a run without a fault."""
+        assert {n: o.token_ids for n, o in outputs.items() if o.finish_reason == "length"} == {
+            n: self.expected[n] for n in names
+        }
+
+
+@pytest.fixture(scope="session")
+def shared_six(
+    tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory, greedy_margin: Callable[..., float]
+) -> Iterator[SixAdapters]:
+    spill_dir = tmp_path_factory.mktemp("spill")
+    with tiny.engine(host_adapter_bytes=SixAdapters.nbytes, spill_dir=spill_dir) as engine:
+        yield SixAdapters(engine, tiny, spill_dir, greedy_margin)
+
+
+@pytest.fixture
+def six(shared_six: SixAdapters) -> Iterator[SixAdapters]:
+    """No adapter is registered yet; afterwards nothing may be left, no file either."""
+    assert_clean(shared_six.engine)
+    yield shared_six
+    assert_clean(shared_six.engine)
+    deadline = time.monotonic() + 20  # the store's thread may be finishing what it had begun
+    while (files := [p for p in shared_six.spill_dir.rglob("*") if p.is_file()]) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert files == []

@@ -19,9 +19,12 @@ from slora_jax.engine.batch import (
     SequenceState,
     StepBatch,
     build_metadata,
+    set_table_rows,
+    shared_rows,
     unpack,
     unpack_sampling,
 )
+from slora_jax.memory import Evictor, Lru, PageAllocator, PageKind, PrefixCache
 from slora_jax.scheduling import AdapterUse, Request, RequestMetrics, SamplingParams, ScheduledSequence, StepPlan
 
 MAX_SEQS, MAX_PAGES, ADAPTER_SLOTS = 9, 14, 4
@@ -302,3 +305,29 @@ def test_the_newest_token_comes_from_the_device_while_the_host_does_not_know_it(
     assert step.batch.token[0] == step.last_token[3] and step.batch.position[0] == 3
     plan.sequences[0].start = 2
     assert Step(plan, DECODE).batch.token[0] == 9
+
+
+@pytest.mark.parametrize("count", [0, 1, 8, 9])
+def test_rows_of_shared_pages_are_written_whole_however_many_requests_have_them(count):
+    rng = np.random.default_rng(count)
+    table = rng.integers(1, 500, (MAX_SEQS + 1, MAX_PAGES)).astype(np.int32)  # stale
+    cache = PrefixCache(Evictor(PageAllocator(500), Lru()), 8)
+    expected, requests = table.copy(), []
+    for slot in rng.permutation(MAX_SEQS)[:count].tolist():
+        shared = int(rng.integers(1, MAX_PAGES + 1))
+        pages = cache.evictor.allocator.allocate(shared + 2, PageKind.KV).tolist()
+        tokens = rng.integers(0, 1000, 8 * shared).astype(np.int32).tobytes()
+        request = plan_of([1], [-1], 8).sequences[0].request
+        request.slot, request.pages = slot, pages
+        request.prefix = cache.extend(None, None, tokens, pages[:shared])
+        expected[slot, :shared] = pages[:shared]
+        requests.append(request)
+    found, calls = jnp.asarray(table), 0
+    for slot, rows in shared_rows(requests, found):
+        found, calls = set_table_rows(found, slot, rows), calls + 1
+    assert calls == -(-count // 8)
+    for request in requests:
+        n = request.num_shared
+        np.testing.assert_array_equal(found[request.slot, :n], expected[request.slot, :n])
+    others = sorted(set(range(MAX_SEQS)) - {request.slot for request in requests})
+    np.testing.assert_array_equal(found[np.array(others, int)], table[others])

@@ -14,7 +14,7 @@ from slora_jax.engine.trace import NoTrace
 from slora_jax.metrics import RequestRecord, adapter_metrics, serving_metrics
 
 NUM_ADAPTERS = 12
-KINDS = {"free", "kv", "adapter_in_use", "adapter_idle"}
+KINDS = {"free", "kv", "prefix_in_use", "prefix_idle", "adapter_in_use", "adapter_idle"}
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +101,10 @@ def test_every_step_is_in_flight_from_its_dispatch_until_the_next_one_is_dispatc
 
 
 def test_every_load_is_an_upload_with_its_bytes(run) -> None:
-    uploads = complete_events(run["events"])["adapter uploads"]
+    tracks = complete_events(run["events"])
+    uploads = [event for name, track in tracks.items() if name.startswith("adapter uploads") for event in track]
     assert len(uploads) == run["loads"] > NUM_ADAPTERS
+    assert not any(e["args"]["given_up"] for e in uploads)
     assert all(e["args"]["bytes"] == run["nbytes"][e["name"]] for e in uploads)
 
 

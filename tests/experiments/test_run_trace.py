@@ -4,7 +4,7 @@ import pytest
 
 from experiments.run_trace import counters, draw, tracks
 
-PAGES = ("free", "kv", "adapter_in_use", "adapter_idle")
+PAGES = ("free", "kv", "prefix_in_use", "prefix_idle", "adapter_in_use", "adapter_idle")
 TRACKS = ("host", "adapter uploads", "device, even steps", "device, odd steps", "disk: worker")
 
 
@@ -13,7 +13,7 @@ def events(steps=20):
     made = []
     for i in range(steps):
         ts = 1000.0 * i
-        pages = dict(zip(PAGES, (10 - i % 5, i % 5, 3, 2), strict=True))
+        pages = dict(zip(PAGES, (8 - i % 4, i % 4, 1, 1, 3, 2), strict=True))
         made += [
             {"name": "pool (pages)", "ph": "C", "pid": 0, "ts": ts, "args": pages},
             {"name": "queues (requests)", "ph": "C", "pid": 0, "ts": ts, "args": {"running": i, "waiting": 3}},

@@ -15,11 +15,20 @@ KINDS = st.sampled_from([PageKind.KV, PageKind.ADAPTER])
 class AllocatorMachine(RuleBasedStateMachine):
     """Model: `free` is the set of free pages, `holders` the allocations and what they hold."""
 
-    @initialize(num_pages=st.integers(2, 40))
-    def start(self, num_pages):
-        self.allocator = PageAllocator(num_pages)
+    @initialize(num_pages=st.integers(2, 40), split=st.none() | st.floats(0, 1))
+    def start(self, num_pages, split):
+        self.adapter_pages = None if split is None or num_pages == 2 else int(split * (num_pages - 3))
+        self.allocator = PageAllocator(num_pages, self.adapter_pages)
         self.free = set(range(1, num_pages))
         self.holders: list[tuple[PageKind, np.ndarray]] = []
+
+    def room(self, kind) -> int:
+        """Pages that may go to this kind: all free ones, or what is left of its own side."""
+        if self.adapter_pages is None:
+            return len(self.free)
+        held = sum(pages.size for k, pages in self.holders if k == kind)
+        side = self.adapter_pages if kind == PageKind.ADAPTER else self.allocator.capacity - self.adapter_pages
+        return side - held
 
     def refuse(self, call, *args):
         """The call raises and changes nothing."""
@@ -30,8 +39,8 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), kind=KINDS)
     def allocate(self, data, kind):
-        count = data.draw(st.integers(0, len(self.free)), "count")
-        assert self.allocator.can_allocate(count)
+        count = data.draw(st.integers(0, self.room(kind)), "count")
+        assert self.allocator.can_allocate(count, kind)
         pages = self.allocator.allocate(count, kind)
         assert pages.dtype == np.int32 and pages.shape == (count,)
         taken = set(pages.tolist())
@@ -41,8 +50,8 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     @rule(excess=st.integers(1, 50), kind=KINDS)
     def allocate_too_many(self, excess, kind):
-        assert not self.allocator.can_allocate(len(self.free) + excess)
-        self.refuse(self.allocator.allocate, len(self.free) + excess, kind)
+        assert not self.allocator.can_allocate(self.room(kind) + excess, kind)
+        self.refuse(self.allocator.allocate, self.room(kind) + excess, kind)
 
     @rule(kind=KINDS)
     def allocate_a_negative_number(self, kind):
@@ -105,6 +114,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         allocator = self.allocator
         assert allocator.num_free == len(self.free) == allocator.count(PageKind.FREE)
         assert allocator.capacity == allocator.num_pages - 1
+        assert all(allocator.available(kind) == self.room(kind) for kind in (PageKind.KV, PageKind.ADAPTER))
         assert allocator.kinds[DUMMY_PAGE] == PageKind.DUMMY and allocator.count(PageKind.DUMMY) == 1
         for kind, lists in self.owned().items():
             assert allocator.count(kind) == sum(pages.size for pages in lists)
@@ -121,6 +131,12 @@ def test_a_pool_without_a_page_to_allocate_is_refused():
     for num_pages in (0, 1):
         with pytest.raises(PoolError, match=f"num_pages={num_pages}: a pool needs at least 2 pages"):
             PageAllocator(num_pages)
+
+
+@pytest.mark.parametrize("adapter_pages", [-1, 9, 10])
+def test_a_split_that_leaves_no_page_for_keys_and_values_is_refused(adapter_pages):
+    with pytest.raises(PoolError, match=f"adapter_pages={adapter_pages}: must be in 0..8"):
+        PageAllocator(10, adapter_pages)
 
 
 def test_what_the_caller_does_with_the_ids_does_not_reach_the_books():

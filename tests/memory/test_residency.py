@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from slora_jax.errors import PoolError
-from slora_jax.memory import AdapterResidency, PageAllocator, PageKind
+from slora_jax.memory import AdapterResidency, Evictor, Lru, PageAllocator, PageKind
 
 PAGES = {"a": 1, "b": 1, "c": 2, "d": 3, "e": 5, "f": 8, "g": 13, "h": 40}
 """Digest -> pages of the adapter; `h` is larger than most of the pools."""
@@ -24,7 +24,8 @@ class ResidencyMachine(RuleBasedStateMachine):
     @initialize(capacity=st.integers(1, 24), num_slots=st.integers(1, 6))
     def start(self, capacity, num_slots):
         self.allocator = PageAllocator(capacity + 1)
-        self.residency = AdapterResidency(self.allocator, num_slots)
+        self.evictor = Evictor(self.allocator, Lru())
+        self.residency = AdapterResidency(self.evictor, num_slots)
         self.capacity, self.num_slots = capacity, num_slots
         self.users: dict[str, int] = {}
         self.idle: list[str] = []  # least recently used first
@@ -53,7 +54,7 @@ class ResidencyMachine(RuleBasedStateMachine):
     def acquire(self, digest):
         residency, pages = self.residency, PAGES[digest]
         fits = residency.can_acquire(digest) and (
-            residency.pages_to_admit(digest, pages) <= self.allocator.num_free + residency.evictable_pages
+            self.evictor.can_make_room(0, residency.pages_to_admit(digest, pages))
         )
         if digest in self.users:
             assert fits and residency.pages_to_admit(digest, pages) == (0 if self.users[digest] else pages)
@@ -105,7 +106,7 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(0, 26))
     def make_room(self, count):
-        self.residency.make_room(count)
+        self.evictor.make_room(count, PageKind.KV)
         victims = self.victims(count, 0)
         self.forget(list(self.idle) if victims is None else victims)
 
@@ -124,7 +125,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         residency, residents = self.residency, self.residency.residents
         assert {r.digest: r.users for r in residents} == self.users and len(residency) == len(self.users)
         assert all((d in residency) == (d in self.users) for d in PAGES)
-        assert residency.evictable_pages == sum(PAGES[d] for d in self.idle)
+        assert self.evictor.pages(PageKind.ADAPTER) == sum(PAGES[d] for d in self.idle)
         slots = [r.slot for r in residents]
         assert len(set(slots)) == len(slots) and set(slots) <= set(range(self.num_slots))
         assert self.allocator.num_free == self.free
@@ -141,7 +142,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         for digest, users in self.users.items():
             for _ in range(users):
                 self.residency.release(digest)
-        self.residency.make_room(self.capacity)
+        self.evictor.make_room(self.capacity, PageKind.KV)
         assert self.allocator.num_free == self.capacity and not len(self.residency)
         count = min(self.num_slots, self.capacity)
         slots = {self.residency.acquire(f"new {n}", np.ones(7, np.int32), 1)[0].slot for n in range(count)}
@@ -153,7 +154,7 @@ TestResidency.settings = settings(max_examples=120, stateful_step_count=30, dead
 
 
 def test_the_least_recently_used_idle_adapter_goes_first():
-    residency = AdapterResidency(PageAllocator(9), num_slots=8)
+    residency = AdapterResidency(Evictor(PageAllocator(9), Lru()), num_slots=8)
     for digest in ("c", "d", "b"):  # 2 + 3 + 1 of 8 pages
         residency.acquire(digest, ranks_of(digest), PAGES[digest])
     for digest in ("d", "c", "b"):
@@ -165,16 +166,16 @@ def test_the_least_recently_used_idle_adapter_goes_first():
 
 
 def test_an_adapter_in_use_outlives_every_demand_for_pages():
-    residency = AdapterResidency(PageAllocator(9), num_slots=2)
+    residency = AdapterResidency(Evictor(PageAllocator(9), Lru()), num_slots=2)
     resident, _ = residency.acquire("e", ranks_of("e"), 5)
     with pytest.raises(PoolError, match="8 pages asked for, 3 of 8 free"):
         residency.acquire("f", ranks_of("f"), 8)
-    residency.make_room(8)
+    residency.evictor.make_room(8, PageKind.KV)
     assert not residency.drop("e") and residency.residents == [resident]
 
 
 def test_a_failed_acquire_takes_no_slot():
-    residency = AdapterResidency(PageAllocator(4), num_slots=1)
+    residency = AdapterResidency(Evictor(PageAllocator(4), Lru()), num_slots=1)
     with pytest.raises(PoolError, match="8 pages asked for, 3 of 3 free"):
         residency.acquire("f", ranks_of("f"), 8)
     assert residency.can_acquire("d")
@@ -182,7 +183,7 @@ def test_a_failed_acquire_takes_no_slot():
 
 
 def test_slots_run_out_before_pages():
-    residency = AdapterResidency(PageAllocator(9), num_slots=1)
+    residency = AdapterResidency(Evictor(PageAllocator(9), Lru()), num_slots=1)
     residency.acquire("a", ranks_of("a"), 1)
     assert not residency.can_acquire("b") and residency.can_acquire("a")
     with pytest.raises(PoolError, match="all 1 adapter slots are in use"):
@@ -191,3 +192,48 @@ def test_slots_run_out_before_pages():
     assert residency.can_acquire("b")
     resident, new = residency.acquire("b", ranks_of("b"), 1)
     assert new and resident.slot == 0 and "a" not in residency
+
+
+def brought(num_pages=6, capacity=20):
+    residency = AdapterResidency(Evictor(PageAllocator(capacity + 1), Lru()), num_slots=2)
+    return residency, residency.bring("x", np.ones(7, np.int32), num_pages, position=1, spare=True)
+
+
+def test_a_brought_adapter_is_usable_when_all_its_pages_have_landed():
+    residency, resident = brought()
+    uploads = [upload for _ in range(3) for upload in residency.uploads(2)]
+    assert [(u.first, u.count) for u in uploads] == [(0, 2), (2, 2)]  # no more than twice a step's are in flight
+    for upload in uploads:
+        residency.land(upload)
+        with pytest.raises(PoolError, match="of 6 pages have landed"):
+            residency.acquire("x", resident.ranks, 6)
+    (last,) = residency.uploads(2)
+    residency.land(last)
+    assert resident.has_landed and not residency.arriving and residency.num_unused == 1
+    assert residency.acquire("x", resident.ranks, 6) == (resident, False)
+    assert residency.num_unused == 0 and residency.counters.prefetch_hits == 1 and residency.counters.hits == 0
+    residency.release("x")
+    residency.acquire("x", resident.ranks, 6)
+    assert residency.counters.hits == 1
+
+
+def test_pages_in_flight_of_an_evicted_adapter_count_until_they_land():
+    residency, resident = brought()
+    (upload,) = residency.uploads(4)
+    assert residency.drop("x") and not resident.present and residency.evictor.allocator.num_free == 20
+    assert residency.bereft == {"x"} and residency.counters.wasted == 1 and residency.pages_in_flight == 4
+    again = residency.bring("x", resident.ranks, 6, position=1, spare=True)
+    residency.land(upload)
+    assert again.landed == 0 and residency.pages_in_flight == 0 and not again.has_landed
+
+
+def test_who_is_wanted_by_nobody_any_more_is_given_up_unless_it_has_landed():
+    residency, resident = brought()
+    other = residency.bring("y", np.ones(7, np.int32), 3, position=2, spare=True)
+    while not resident.has_landed:
+        residency.land(residency.uploads(6)[0])
+    residency.await_only({"y": 1}, {"x", "y"})
+    assert other.awaited < resident.awaited
+    residency.await_only({}, set())
+    assert residency.residents == [resident] and resident.idle and not resident.awaited
+    assert residency.counters.wasted == 2 and not residency.bereft

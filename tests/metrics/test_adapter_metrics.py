@@ -52,13 +52,17 @@ def test_time_in_the_pool_agrees_with_counting_moments(rng) -> None:
 
 
 def sample(time, free, kv, in_use, idle):
-    return PoolSample(time, PoolPages(free, kv, in_use, idle), running=0, waiting=0)
+    """Half of the pages of keys and values are the prefix cache's, a fifth of these idle."""
+    pages = PoolPages(free, kv // 2, kv // 2 - kv // 10, kv // 10, in_use, idle)
+    return PoolSample(time, pages, running=0, waiting=0)
 
 
 def test_pool_use_weighs_samples_by_how_long_they_last() -> None:
-    use = pool_use([sample(0, 10, 0, 0, 0), sample(1, 0, 5, 3, 2), sample(4, 2, 8, 0, 0)])
-    assert use.mean == pytest.approx({"free": 0.25, "kv": 0.375, "adapter_in_use": 0.225, "adapter_idle": 0.15})
-    assert use.peak == pytest.approx({"free": 1.0, "kv": 0.8, "adapter_in_use": 0.3, "adapter_idle": 0.2})
+    use = pool_use([sample(0, 20, 0, 0, 0), sample(1, 0, 10, 6, 4), sample(4, 0, 20, 0, 0)])
+    mean = {"free": 0.25, "kv": 0.1875, "prefix_in_use": 0.15, "prefix_idle": 0.0375}
+    assert use.mean == pytest.approx(mean | {"adapter_in_use": 0.225, "adapter_idle": 0.15})
+    peak = {"free": 1.0, "kv": 0.5, "prefix_in_use": 0.4, "prefix_idle": 0.1}
+    assert use.peak == pytest.approx(peak | {"adapter_in_use": 0.3, "adapter_idle": 0.2})
     assert sum(use.mean.values()) == pytest.approx(1)
 
 

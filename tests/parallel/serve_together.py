@@ -47,6 +47,7 @@ def main(process: int, processes: int, port: int) -> None:
         max_rank=8,
         decode_buckets=(4,),
         mixed_buckets=(16,),
+        prefetch=0,
         tp=processes,
         compilation_cache_dir=None,
         progress=False,

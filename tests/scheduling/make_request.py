@@ -8,7 +8,7 @@ from slora_jax.scheduling import AdapterUse, Request, RequestMetrics, SamplingPa
 def make_request(
     number: int,
     arrival: float = 0.0,
-    prompt: int = 4,
+    prompt: int | list[int] = 4,
     new: int = 4,
     adapter: str | None = None,
     adapter_pages: int = 1,
@@ -18,7 +18,7 @@ def make_request(
     return Request(
         id=str(number),
         number=number,
-        prompt=[0] * prompt,
+        prompt=[0] * prompt if isinstance(prompt, int) else prompt,
         params=SamplingParams(),
         seed=0,
         max_new=new,

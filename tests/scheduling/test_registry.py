@@ -3,7 +3,7 @@
 import pytest
 
 from slora_jax.errors import ConfigError
-from slora_jax.scheduling import POLICIES, Ageing, Clustering, EarlyAbort, Fcfs, Lcfs, Vtc, make_policy
+from slora_jax.scheduling import POLICIES, Ageing, Clustering, EarlyAbort, Fcfs, Lcfs, OneAdapter, Vtc, make_policy
 
 
 @pytest.mark.parametrize(
@@ -12,6 +12,7 @@ from slora_jax.scheduling import POLICIES, Ageing, Clustering, EarlyAbort, Fcfs,
         ("early_abort", {"slo": 3.0, "rule": "code"}, EarlyAbort(3.0, "code")),
         ("clustering", {"max_adapters_in_batch": 4, "hard": True}, Clustering(4, hard=True)),
         ("vtc", {"weights": {"a": 2.0}}, Vtc({"a": 2.0})),
+        ("one_adapter", {"max_overtaken": 8}, OneAdapter(8)),
         ("ageing", {"inner": {"name": "clustering", "max_adapters_in_batch": 2}, "bound": 5}, Ageing(Clustering(2), 5)),
     ],
 )
@@ -39,6 +40,7 @@ def test_every_name_makes_its_class() -> None:
         ("early_abort", {"rule": "text"}, "EarlyAbort.rule='text'.*paper"),
         ("clustering", {}, "max_adapters_in_batch"),
         ("clustering", {"max_adapters_in_batch": 0}, "max_adapters_in_batch=0"),
+        ("one_adapter", {"max_overtaken": -1}, "max_overtaken=-1"),
         ("vtc", {"weights": {"a": 0}}, "weights.'a'.=0"),
         ("vtc", {"output_price": -1}, "output_price=-1"),
         ("ageing", {"bound": 1}, "inner"),

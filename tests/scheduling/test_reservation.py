@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make_request import make_request
 
 from slora_jax.errors import ConfigError
-from slora_jax.scheduling import FinishReason, SchedulerLimits
+from slora_jax.memory import AdapterResidency, Evictor, Immediate, PageAllocator
+from slora_jax.scheduling import Fcfs, FinishReason, Scheduler, SchedulerLimits
 from slora_jax.scheduling.reservation import peak
 
 sequences = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), min_size=1, max_size=8)
@@ -66,3 +68,54 @@ def test_short_requests_make_room_for_long_ones(simulate) -> None:
 def test_unknown_admission_is_refused() -> None:
     with pytest.raises(ConfigError, match="admission='eager'.*optimistic.*reserve"):
         SchedulerLimits(1, 1, 1, "eager")
+
+
+def code_admits(running, candidate, total: int) -> bool:
+    """`ReqQueue._can_add_new_req`: (prompt, tokens so far, all tokens, adapter, its slots) of each; `total` tokens."""
+    cache = [(prompt + done, new - done - 1) for prompt, done, new, _, _ in running]
+    cache.append((candidate[0] + 1, candidate[2] - 1))
+    adapters = {name: slots for *_, name, slots in [*running, candidate] if name is not None}
+    cache.sort(key=lambda pair: -pair[1])
+    has, left = np.array(cache).T
+    needed = (left * np.arange(1, len(cache) + 1) + np.cumsum(has)).max()
+    return needed < total - sum(adapters.values())
+
+
+SLOTS = {None: 0, "a": 32, "b": 64}
+jobs = st.tuples(st.integers(1, 60), st.integers(2, 60), st.sampled_from([None, "a", "b"]))
+
+
+@settings(max_examples=150)
+@given(st.lists(jobs, min_size=1, max_size=10), jobs, st.integers(1, 20), st.integers(200, 1500))
+def test_with_pages_of_one_token_it_decides_as_the_code_does_up_to_a_token_for_each_sequence(
+    requests, candidate, steps, pages
+) -> None:
+    """Ours keeps pages a step longer, for the end that is read late; the code counts a token before it is computed."""
+    residency = AdapterResidency(Evictor(PageAllocator(pages + 1), Immediate()), 64)
+    sched = Scheduler(residency, Fcfs(), SchedulerLimits(64, 10_000, 1, "reserve", mixed=False))
+
+    def add(number, job):
+        prompt, new, adapter = job
+        sched.add(make_request(number, prompt=prompt, new=new, adapter=adapter, adapter_pages=SLOTS[adapter]))
+
+    for number, job in enumerate(requests):
+        if job[0] + job[1] + SLOTS[job[2]] < pages:
+            add(number, job)
+    for step in range(steps):
+        for s in sched.schedule(float(step)).sequences:
+            s.request.output.append(0)
+            if len(s.request.output) == s.request.max_new:
+                sched.finish(s.request, FinishReason.LENGTH, float(step))
+    if sched.waiting or not sched.running:
+        return
+    running = [(len(r.prompt), len(r.output), r.max_new, r.digest, SLOTS[r.digest]) for r in sched.running]
+    prompt, new, adapter = candidate
+    add(99, candidate)
+    sched.schedule(99.0)
+    admitted = not sched.waiting
+    asked = (prompt, 0, new, adapter, SLOTS[adapter])
+    spare = len(running) + 2
+    if admitted:
+        assert code_admits(running, asked, pages + 1)
+    else:
+        assert not code_admits(running, asked, pages - spare)

@@ -219,3 +219,27 @@ def test_every_request_finishes_whatever_the_sizes(
         else:
             assert request.finish_reason is FinishReason.CANCELLED
     sim.assert_idle()
+
+
+def test_a_fixed_split_keeps_each_kind_to_its_side(simulate):
+    """What fits a unified pool waits in a split one: three adapters of 4 pages, of which only two are set aside."""
+    started = {}
+    for adapter_pages in (None, 8):
+        sim = simulate(num_pages=40, max_seqs=8, max_tokens=64, adapter_pages=adapter_pages)
+        for name in "abc":
+            sim.add(4, 8, name, 4)
+        sim.step()
+        started[adapter_pages] = len(sim.scheduler.running)
+        sim.run(60)
+        sim.assert_idle()
+    assert started == {None: 3, 8: 2}
+
+
+def test_idle_adapters_of_a_split_pool_do_not_go_for_keys(simulate):
+    sim = simulate(num_pages=16, max_seqs=2, max_tokens=64, adapter_pages=8)
+    sim.add(4, 2, "a", 8)
+    sim.run(20)
+    sim.add(30, 2)  # all 8 pages of the other side
+    sim.run(20)
+    assert "a" in sim.residency
+    sim.assert_idle()

@@ -1,0 +1,114 @@
+"""Safetensors files by plain reads. Under a memory map, a file that someone truncates ends the process (SIGBUS)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
+import numpy as np
+
+from slora_jax.errors import AdapterError
+
+DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+"""Element types that are read: safetensors' names and NumPy's."""
+
+MAX_HEADER = 100_000_000
+"""Bytes; the format's own limit."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """What the header says of a tensor. `begin` and `end` are bytes of the file."""
+
+    dtype: str
+    shape: list[int]
+    begin: int
+    end: int
+
+
+class TensorFile:
+    """An open safetensors file whose header was checked: `entries` by name cover the file without gap or overlap."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises AdapterError when the file cannot be opened or its header is not valid."""
+        self.path = path
+        try:
+            self._file = path.open("rb")
+        except OSError as error:
+            raise AdapterError(f"{path}: cannot be read: {error}") from error
+        try:
+            self.entries = self._read_header()
+        except (OSError, ValueError, RecursionError) as error:
+            self._file.close()
+            raise AdapterError(f"{path}: not a valid safetensors file: {error}") from None
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, of a dtype among `DTYPES`. Raises AdapterError when the file has become shorter or unreadable."""
+        entry = self.entries[name]
+        array = np.empty(entry.shape, DTYPES[entry.dtype])
+        try:
+            self._file.seek(entry.begin)
+            count = self._file.readinto(array.reshape(-1).view(np.uint8).data) if array.size else 0
+        except OSError as error:
+            raise AdapterError(f"{self.path}: cannot be read: {error}") from error
+        if count != array.nbytes:
+            raise AdapterError(f"{self.path}: tensor {name!r}: the file was truncated while it was read")
+        return array
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def _read_header(self) -> dict[str, TensorEntry]:
+        size = os.fstat(self._file.fileno()).st_size
+        length = int.from_bytes(self._file.read(8), "little")
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        header = json.loads(self._file.read(length).decode(), object_pairs_hook=_without_duplicates)
+        if not isinstance(header, dict):
+            raise ValueError(f"the header is {type(header).__name__}, not an object")
+        header.pop("__metadata__", None)
+        entries = {name: _entry(name, fields, 8 + length) for name, fields in header.items()}
+        end = 8 + length
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+            if entry.begin != end:
+                raise ValueError(f"tensor {name!r} begins at byte {entry.begin}, not {end}")
+            end = entry.end
+        if end != size:
+            raise ValueError(f"the tensors end at byte {end} of {size}")
+        return entries
+
+
+def _entry(name: str, fields: Any, first: int) -> TensorEntry:
+    """Raises ValueError unless the fields describe a tensor whose bytes its shape and dtype need."""
+    if not isinstance(fields, Mapping) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {name!r} has not the fields dtype, shape, data_offsets")
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"tensor {name!r} has a malformed dtype, shape or data_offsets")
+    begin, end = offsets
+    if begin > end or (dtype in DTYPES and math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize != end - begin):
+        raise ValueError(f"tensor {name!r} of shape {shape} and dtype {dtype} in bytes {begin} to {end}")
+    return TensorEntry(dtype, shape, first + begin, first + end)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= 8 and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return result

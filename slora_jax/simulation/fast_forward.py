@@ -1,0 +1,209 @@
+"""Many decode steps at once, where nothing but decoding can happen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from slora_jax.memory import PageKind
+from slora_jax.scheduling import Lcfs, Policy, Request, ScheduledSequence, Scheduler
+from slora_jax.simulation.work import StepWork, step_work
+
+if TYPE_CHECKING:
+    from slora_jax.simulation.server import Server
+
+LEAST_STEPS = 2
+"""Fewer steps are not worth it."""
+
+STATIC_ORDERS = (Policy.order, Lcfs.order)
+"""Precedence that does not change with time, so that the order of the batch does not either."""
+
+
+def fast_forward(server: Server, until: float) -> bool:
+    """Runs as many steps as are certain to admit and preempt nobody, all sequences decoding, with the same arithmetic
+    of time as `Server.step` for each; requests that end leave. Stops before a step that would be planned at `until` or
+    later, or that may admit. Returns whether any ran.
+
+    Each step: the clock, the sums of the work, the policy's hooks. Once for all of them: the requests' progress, their
+    tokens, their pages.
+    """
+    scheduler = server.scheduler
+    if server.awaits_admission() or type(scheduler.policy).order not in STATIC_ORDERS:
+        return False
+    batch = _decoding(scheduler, server.now)
+    most = 0 if batch is None else batch.steps_with_pages(scheduler)
+    if batch is None or most < LEAST_STEPS:
+        return False
+    steps, reads = _run(server, batch, most, until)
+    _bring_up_to_date(server, batch, steps, reads)
+    return True
+
+
+@dataclass(slots=True)
+class Decoding:
+    """Requests that will decode a token in every step, in the order of the plan. remaining: tokens to come of each."""
+
+    requests: list[Request] = field(default_factory=list)
+    computed: list[int] = field(default_factory=list)
+    remaining: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+
+    def steps_with_pages(self, scheduler: Scheduler) -> int:
+        """Steps for which the free pages suffice, whoever leaves meanwhile; at most the longest output."""
+        computed, remaining = np.array(self.computed), np.array(self.remaining)
+        free, page_size = scheduler.allocator.available(PageKind.KV) + sum(self.pages), scheduler.limits.page_size
+
+        def suffice(steps: int) -> bool:
+            return int((-(-(computed + np.minimum(steps, remaining)) // page_size)).sum()) <= free
+
+        low, high = 0, max(self.remaining)
+        if suffice(high):
+            return high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if suffice(middle) else (low, middle)
+        return low
+
+
+def _decoding(scheduler: Scheduler, now: float) -> Decoding | None:
+    """The running requests without those whose last token is on its way; None if there are none, if one has a prompt to
+    compute, or if not all fit into a step."""
+    batch = Decoding()
+    for request in scheduler.policy.order(scheduler.running, now):
+        sampled, computed = request.num_sampled, request.num_computed
+        remaining = request.max_new - sampled
+        if remaining <= 0:
+            continue
+        if not sampled or len(request.prompt) + sampled - computed != 1:
+            return None
+        batch.requests.append(request)
+        batch.computed.append(computed)
+        batch.remaining.append(remaining)
+        batch.pages.append(len(request.pages))
+    return batch if 0 < len(batch.requests) <= scheduler.limits.max_tokens else None
+
+
+class DecodingWork:
+    """The work of a step of a `Decoding`, kept up to date as steps pass and requests leave."""
+
+    def __init__(self, batch: Decoding, ranks: Mapping[str, int], with_segments: bool) -> None:
+        """ranks: by adapter digest. with_segments: whether the fields of runs are wanted; they cost a pass for each
+        step that somebody leaves."""
+        self.requests = batch.requests
+        self._ranks = ranks
+        self._with_segments = with_segments
+        self._steps = 0
+        self._users: dict[str, int] = {}
+        for request in batch.requests:
+            if request.adapter is not None:
+                digest = request.adapter.digest
+                self._users[digest] = self._users.get(digest, 0) + 1
+        self.work = self._counted() if with_segments else self._summed(sum(batch.computed))
+
+    def sequences(self) -> list[ScheduledSequence]:
+        """As the scheduler would plan them."""
+        return [ScheduledSequence(r, r.num_computed + self._steps, 1, True) for r in self.requests]
+
+    def next_step(self, leaving: Sequence[Request]) -> None:
+        """Everyone has one more token, and `leaving` have their last."""
+        self._steps += 1
+        self.work.decode_context += self.work.decode_rows
+        if not leaving:
+            return
+        gone = {request.number for request in leaving}
+        self.requests = [request for request in self.requests if request.number not in gone]
+        for request in leaving:
+            if request.adapter is not None:
+                self._users[request.adapter.digest] -= 1
+                if not self._users[request.adapter.digest]:
+                    del self._users[request.adapter.digest]
+        if self._with_segments:
+            self.work = self._counted()
+        else:
+            left = sum(request.num_computed + self._steps for request in leaving)
+            self.work = self._summed(self.work.decode_context - left - self.work.decode_rows)
+
+    def _counted(self) -> StepWork:
+        return step_work(self.sequences(), self._ranks)
+
+    def _summed(self, computed: int) -> StepWork:
+        """All but the fields of runs. computed: tokens before those of this step, of all."""
+        rows = len(self.requests)
+        work = StepWork(decode_rows=rows, decode_context=computed + rows, sampled=rows)
+        for digest, users in self._users.items():
+            rank = self._ranks[digest]
+            work.lora_rows += users
+            work.row_ranks += users * rank
+            work.adapter_ranks += rank
+            if rank > work.max_rank:
+                work.max_rank = rank
+        work.sequence_ranks, work.adapters = work.row_ranks, len(self._users)
+        return work
+
+
+def _run(server: Server, batch: Decoding, most: int, until: float) -> tuple[int, list[float]]:
+    """Steps that ran, and when the tokens of each were read: of all but the last one, if steps overlap."""
+    leaving: dict[int, list[Request]] = {}
+    for request, remaining in zip(batch.requests, batch.remaining, strict=True):
+        leaving.setdefault(remaining, []).append(request)
+    current = DecodingWork(batch, server.ranks, server.cost.lora.pads)
+    tells_policy = type(server.scheduler.policy).stepped is not Policy.stepped
+    reads: list[float] = []
+    steps = 0
+    while steps < most and current.requests:
+        if steps:
+            if server.now >= until:
+                break
+            server.deliver()
+            if server.awaits_admission():
+                break
+        server.scheduler.schedule_decode(current.sequences() if tells_policy else (), server.now)
+        read = server.run_decode(current.work)
+        steps += 1
+        current.next_step(leaving.get(steps, ()))
+        if read is not None:
+            reads.append(read)
+            server.end(_completed(leaving.get(len(reads), ()), reads))
+    return steps, reads
+
+
+def _completed(requests: Sequence[Request], reads: Sequence[float]) -> Sequence[Request]:
+    """The same requests, with all of their output."""
+    for request in requests:
+        request.num_computed += len(reads)
+        request.num_sampled += len(reads)
+        request.output += cast(Sequence[int], reads)
+    return requests
+
+
+def _bring_up_to_date(server: Server, batch: Decoding, steps: int, reads: Sequence[float]) -> None:
+    """Progress and pages of those that go on, or whose last token is on its way."""
+    allocator, page_size = server.scheduler.allocator, server.scheduler.limits.page_size
+    tokens, ended = cast(Sequence[int], reads), len(reads)
+    in_last: list[ScheduledSequence] = []
+    growing: list[tuple[Request, int]] = []
+    total = 0
+    for request, computed, remaining, held in zip(
+        batch.requests, batch.computed, batch.remaining, batch.pages, strict=True
+    ):
+        if remaining <= ended:
+            continue
+        done = steps if steps < remaining else remaining
+        computed += done
+        request.num_computed = computed
+        request.num_sampled += done
+        request.output += tokens
+        needed = -(-computed // page_size) - held
+        if needed:
+            growing.append((request, needed))
+            total += needed
+        if steps > ended and done == steps:
+            in_last.append(ScheduledSequence(request, computed - 1, 1, True))
+    pages = allocator.allocate(total, PageKind.KV).tolist()
+    for request, needed in growing:
+        total -= needed
+        request.pages += pages[total : total + needed]
+    server.leave_in_flight(in_last)

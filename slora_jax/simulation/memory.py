@@ -1,0 +1,59 @@
+"""The pool of a simulated replica: the one place that builds the allocator and the residency."""
+
+from __future__ import annotations
+
+from slora_jax.memory import (
+    AdapterResidency,
+    CostAware,
+    EvictionPolicy,
+    Evictor,
+    Immediate,
+    Lru,
+    PageAllocator,
+    PageKind,
+    RestoreCosts,
+)
+from slora_jax.metrics import PoolPages
+from slora_jax.simulation.cost import CostModel
+from slora_jax.simulation.system import SystemConfig
+
+
+def make_residency(system: SystemConfig, num_tokens: int, cost: CostModel) -> AdapterResidency:
+    """Residency, evictor and allocator of one replica, whose pool has `num_tokens`; a split one has the adapters' part
+    beside them."""
+    pages = num_tokens // system.page_size
+    adapter_pages = None if system.adapter_tokens is None else system.adapter_tokens // system.page_size
+    allocator = PageAllocator(1 + pages + (adapter_pages or 0), adapter_pages)
+    return AdapterResidency(Evictor(allocator, _eviction(system, cost)), system.adapter_slots)
+
+
+def pool_pages(residency: AdapterResidency) -> PoolPages:
+    """The pool by what it holds now."""
+    allocator, idle = residency.evictor.allocator, residency.evictor.pages(PageKind.ADAPTER)
+    adapters = allocator.count(PageKind.ADAPTER)
+    return PoolPages(
+        free=allocator.num_free,
+        kv=allocator.capacity - allocator.num_free - adapters,
+        prefix_in_use=0,
+        prefix_idle=0,
+        adapter_in_use=adapters - idle,
+        adapter_idle=idle,
+    )
+
+
+def _eviction(system: SystemConfig, cost: CostModel) -> EvictionPolicy:
+    if system.eviction == "immediate":
+        return Immediate()
+    if system.eviction == "lru":
+        return Lru()
+    device, efficiency, shape = cost.device, cost.efficiency, cost.shape
+    return CostAware(
+        RestoreCosts.of(
+            parameters=shape.params,
+            page_size=system.page_size,
+            page_bytes=system.page_size * shape.kv_bytes,
+            flops=efficiency.matmul * device.matmul_flops,
+            host_to_device=efficiency.host_to_device * device.host_to_device_bandwidth,
+            load=efficiency.adapter_load_seconds,
+        )
+    )

@@ -1,0 +1,116 @@
+"""The paper's loop around Hugging Face PEFT (`run_exp_peft.py`): no server, static batches of one adapter each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from slora_jax.errors import ConfigError
+from slora_jax.metrics import RequestRecord
+from slora_jax.scheduling import FinishReason
+from slora_jax.simulation.cost import CostModel
+from slora_jax.simulation.request import SimulatedRequest, SimulationCounters, SimulationResult
+from slora_jax.simulation.system import SystemConfig
+from slora_jax.simulation.work import StepWork
+
+Numbered = tuple[int, SimulatedRequest]
+
+CACHE_COPIES = 2
+"""Copies of the whole KV cache in a decode step: the new tokens are concatenated, and the rows that go on picked."""
+
+
+def simulate_offline(
+    workload: Sequence[SimulatedRequest], system: SystemConfig, cost: CostModel, ranks: Sequence[int]
+) -> SimulationResult:
+    """Again and again: collect what has arrived, group it by adapter, wrap the base model in the adapter, and run the
+    group in batches of `system.offline_batch`. A batch pads its prompts to the longest, drops rows as they end, and
+    admits nobody. While a collection runs, arrivals wait for the next one."""
+    if system.offline_batch is None:
+        raise ConfigError(f"system {system.name!r}: offline_batch=None; it must be given")
+    loop = OfflineLoop(cost, ranks)
+    waiting = list(enumerate(workload))
+    while waiting:
+        loop.now = max(loop.now, waiting[0][1].arrival)
+        arrived = [(number, request) for number, request in waiting if request.arrival <= loop.now]
+        waiting = waiting[len(arrived) :]
+        groups: dict[int | None, list[Numbered]] = {}
+        for number, request in arrived:
+            groups.setdefault(request.adapter, []).append((number, request))
+        for adapter, group in groups.items():
+            loop.wrap(adapter)
+            for first in range(0, len(group), system.offline_batch):
+                loop.run(group[first : first + system.offline_batch], adapter)
+    records = [loop.records[number] for number in sorted(loop.records)]
+    return SimulationResult(records, (), loop.counters, max(record.finished for record in records))
+
+
+class OfflineLoop:
+    """The clock of the loop, and what it has done. Host and device take turns."""
+
+    def __init__(self, cost: CostModel, ranks: Sequence[int]) -> None:
+        self.now = 0.0
+        self.records: dict[int, RequestRecord] = {}
+        self.counters = SimulationCounters()
+        self._cost, self._ranks = cost, ranks
+
+    def wrap(self, adapter: int | None) -> None:
+        """`get_peft_model`, for an adapter."""
+        if adapter is not None:
+            self.now += self._cost.efficiency.adapter_wrap_seconds
+            self.counters.host_seconds += self._cost.efficiency.adapter_wrap_seconds
+            self.counters.loads += 1
+
+    def run(self, batch: Sequence[Numbered], adapter: int | None) -> None:
+        """One batch, to its last token."""
+        rank = 0 if adapter is None else self._ranks[adapter]
+        admitted, times = self.now, []
+        padded = max(request.prompt_tokens for _, request in batch)
+        longest = max(request.output_tokens for _, request in batch)
+        for step in range(longest):
+            rows = sum(request.output_tokens > step for _, request in batch)
+            self._step(_padded_work(rows, padded, step, rank), rows * (padded + step) if step else 0)
+            times.append(self.now)
+        for number, request in batch:
+            own = tuple(times[: request.output_tokens])
+            self.records[number] = RequestRecord(
+                request_id=str(number),
+                adapter=None if adapter is None else str(adapter),
+                prompt_tokens=request.prompt_tokens,
+                output_tokens=request.output_tokens,
+                finish_reason=FinishReason.LENGTH,
+                arrival=request.arrival,
+                finished=own[-1],
+                admitted=admitted,
+                first_token=own[0],
+                token_times=own,
+            )
+
+    def _step(self, work: StepWork, cached_tokens: int) -> None:
+        cost, counters = self._cost, self.counters
+        host = cost.host_seconds(work)
+        copies = CACHE_COPIES * cost.move_seconds(cached_tokens * cost.shape.kv_bytes)
+        seconds = cost.step_seconds(work) + copies
+        self.now += host + seconds
+        counters.host_seconds += host
+        counters.device_seconds += cost.busy_seconds(work) + copies
+        counters.steps += 1
+        counters.tokens_computed += work.rows
+
+
+def _padded_work(rows: int, padded: int, step: int, rank: int) -> StepWork:
+    """`rows` prompts of `padded` tokens (step 0, whose logits are all computed), or a token after these for each."""
+    if step:
+        work = StepWork(decode_rows=rows, decode_context=rows * (padded + step), sampled=rows)
+    else:
+        work = StepWork(
+            prefill_rows=rows * padded,
+            prefill_pairs=rows * padded * (padded + 1) // 2,
+            prefill_context=rows * padded,
+            prompts=rows,
+            longest_prompt=padded,
+            sampled=rows * padded,
+        )
+    if rank:
+        work.lora_rows, work.row_ranks, work.sequence_ranks = work.rows, work.rows * rank, rows * rank
+        work.segments, work.longest_segment = 1, work.rows
+        work.adapters, work.adapter_ranks, work.max_rank = 1, rank, rank
+    return work

@@ -1,0 +1,128 @@
+"""What a cost model must know of a base model: sizes, bytes and operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import numpy as np
+
+from pallas_kernels.lora.layout import PROJECTIONS, LoraLayout
+from slora_jax.errors import ConfigError
+from slora_jax.models import ModelConfig
+
+ATTENTION = ("q", "k", "v", "o")
+"""The projections that the paper's adapters have."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a Llama-like decoder, in elements. `dtype_bytes` is that of weights, KV and adapters.
+
+    lora_targets: projections that every adapter has, each at the adapter's rank.
+    """
+
+    num_layers: int
+    hidden_size: int
+    q_width: int
+    kv_width: int
+    intermediate_size: int
+    vocab_size: int
+    tie_word_embeddings: bool = False
+    dtype_bytes: int = 2
+    lora_targets: tuple[str, ...] = ATTENTION
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"ModelShape.{field.name}={value!r}: must be a positive integer")
+        unknown = [name for name in self.lora_targets if name not in PROJECTIONS]
+        if unknown or not self.lora_targets:
+            raise ConfigError(
+                f"ModelShape.lora_targets={self.lora_targets!r}: must be some of {', '.join(PROJECTIONS)}"
+            )
+
+    @classmethod
+    def of(cls, model: ModelConfig, dtype_bytes: int = 2, lora_targets: Sequence[str] = ATTENTION) -> ModelShape:
+        """The shape of a checkpoint's configuration."""
+        return cls(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            q_width=model.q_width,
+            kv_width=model.kv_width,
+            intermediate_size=model.intermediate_size,
+            vocab_size=model.vocab_size,
+            tie_word_embeddings=model.tie_word_embeddings,
+            dtype_bytes=dtype_bytes,
+            lora_targets=tuple(lora_targets),
+        )
+
+    @cached_property
+    def layer_params(self) -> int:
+        """Matrix elements of one layer."""
+        hidden = self.hidden_size
+        attention = hidden * (self.q_width + 2 * self.kv_width) + self.q_width * hidden
+        return attention + 3 * hidden * self.intermediate_size
+
+    @cached_property
+    def head_params(self) -> int:
+        """Elements of the output head (and of the embedding)."""
+        return self.vocab_size * self.hidden_size
+
+    @cached_property
+    def params(self) -> int:
+        """Matrix elements of the model; norms are left out."""
+        return self.num_layers * self.layer_params + self.head_params * (1 if self.tie_word_embeddings else 2)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the base weights."""
+        return self.params * self.dtype_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the keys and values of one token, over all layers: also of one token of pool."""
+        return 2 * self.num_layers * self.kv_width * self.dtype_bytes
+
+    @cached_property
+    def lora_params(self) -> int:
+        """Elements of an adapter per rank: A's and B's, over its projections and all layers."""
+        dims = {
+            "q": self.hidden_size + self.q_width,
+            "k": self.hidden_size + self.kv_width,
+            "v": self.hidden_size + self.kv_width,
+            "o": self.q_width + self.hidden_size,
+            "gate": self.hidden_size + self.intermediate_size,
+            "up": self.hidden_size + self.intermediate_size,
+            "down": self.intermediate_size + self.hidden_size,
+        }
+        return self.num_layers * sum(dims[name] for name in self.lora_targets)
+
+    @property
+    def lora_bytes(self) -> int:
+        """Bytes of an adapter per rank."""
+        return self.lora_params * self.dtype_bytes
+
+    @cached_property
+    def merged_params(self) -> int:
+        """Elements of the base matrices that an adapter changes when merged."""
+        size = {
+            "q": self.hidden_size * self.q_width,
+            "k": self.hidden_size * self.kv_width,
+            "v": self.hidden_size * self.kv_width,
+            "o": self.q_width * self.hidden_size,
+        }
+        mlp = self.hidden_size * self.intermediate_size
+        return self.num_layers * sum(size.get(name, mlp) for name in self.lora_targets)
+
+    def ranks(self, rank: int) -> np.ndarray:
+        """int32 `[7]`: an adapter's rank in every projection."""
+        return np.array([rank if name in self.lora_targets else 0 for name in PROJECTIONS], np.int32)
+
+    def adapter_pages(self, rank: int, page_size: int) -> int:
+        """Pages of the pool that an adapter takes, as `LoraLayout` places it. With page_size 1 and the paper's
+        projections of a model without grouped queries that is 4 * rank, S-LoRA's rule."""
+        layout = LoraLayout.of_decoder(self.hidden_size, self.q_width, self.kv_width, self.intermediate_size, page_size)
+        return int(layout.num_pages(self.ranks(rank)))

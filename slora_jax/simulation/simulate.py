@@ -1,0 +1,138 @@
+"""The simulation of a workload."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+
+from slora_jax.errors import ConfigError, RequestError
+from slora_jax.metrics import PAGE_KINDS, PoolPages, PoolSample
+from slora_jax.scheduling import Policy, make_policy
+from slora_jax.simulation.cost import CostModel
+from slora_jax.simulation.device import DeviceModel
+from slora_jax.simulation.loading import Lane
+from slora_jax.simulation.memory import pool_pages
+from slora_jax.simulation.offline import simulate_offline
+from slora_jax.simulation.request import SimulatedRequest, SimulationCounters, SimulationResult
+from slora_jax.simulation.server import Server
+from slora_jax.simulation.shape import ModelShape
+from slora_jax.simulation.system import SystemConfig
+
+
+def simulate(
+    workload: Sequence[SimulatedRequest],
+    system: SystemConfig,
+    model: ModelShape,
+    device: DeviceModel,
+    adapters: Sequence[int],
+    *,
+    policy: Policy | None = None,
+    sample_seconds: float = 1.0,
+    fast_forward: bool = True,
+) -> SimulationResult:
+    """Serves `workload`, in order of arrival, to its last token. Deterministic.
+
+    adapters: the rank of each. policy: instead of the system's; copied for every replica, so that it can be used again
+    (an offline loop has none). sample_seconds: between samples of the pool, all replicas together. fast_forward=False
+    runs every step by itself, with the same results.
+
+    Raises:
+      ConfigError: system, model and device do not fit together. RequestError: a request that can never run.
+    """
+    _check(workload, adapters)
+    cost = CostModel(model, device, system.software, system.lora)
+    if system.offline_batch is not None:
+        return simulate_offline(workload, system, cost, adapters)
+    num_tokens = system.pool_tokens(model, device)
+    ranks = {str(i): rank for i, rank in enumerate(adapters)}
+    counters = SimulationCounters()
+    lane = Lane()
+    servers = []
+    shares = _shares(workload, system, len(adapters))
+    for requests in shares:
+        own = deepcopy(policy) if policy is not None else make_policy(system.policy)
+        fast = fast_forward and len(shares) == 1
+        servers.append(Server(system, cost, num_tokens, ranks, lane, counters, own, requests, fast))
+    samples: list[PoolSample] = []
+    next_sample = 0.0
+    while working := [server for server in servers if server.has_work]:
+        server = min(working, key=lambda server: server.next_turn)
+        if server.next_turn >= next_sample:
+            samples.append(_sample(servers, server.next_turn))
+            next_sample = server.next_turn + sample_seconds
+        server.step(next_sample)
+    for server in servers:
+        server.check()
+    return _result(servers, counters, lane, samples)
+
+
+def _check(workload: Sequence[SimulatedRequest], adapters: Sequence[int]) -> None:
+    if not workload:
+        raise RequestError("workload: there are no requests")
+    for index, rank in enumerate(adapters):
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ConfigError(f"adapters[{index}]={rank!r}: must be a rank, a positive integer")
+    last = 0.0
+    for number, request in enumerate(workload):
+        if not request.arrival >= last:
+            raise RequestError(f"workload[{number}].arrival={request.arrival!r}: must ascend from 0")
+        last = request.arrival
+        if request.adapter is not None and not 0 <= request.adapter < len(adapters):
+            raise RequestError(f"workload[{number}].adapter={request.adapter!r}: there are {len(adapters)} adapters")
+        if request.prompt_tokens < 1 or request.output_tokens < 1:
+            raise RequestError(
+                f"workload[{number}]: prompt_tokens={request.prompt_tokens}, output_tokens={request.output_tokens}: "
+                "must be at least 1"
+            )
+
+
+def _shares(
+    workload: Sequence[SimulatedRequest], system: SystemConfig, num_adapters: int
+) -> list[list[tuple[int, SimulatedRequest]]]:
+    """Requests by replica, with their numbers.
+
+    Raises:
+      ConfigError: with merged weights in every replica, there are more adapters than replicas.
+    """
+    if system.replicas > 1 and num_adapters > system.replicas:
+        raise ConfigError(
+            f"system {system.name!r}: {num_adapters} adapters need as many replicas, not {system.replicas}"
+        )
+    shares: list[list[tuple[int, SimulatedRequest]]] = [[] for _ in range(system.replicas)]
+    for number, request in enumerate(workload):
+        shares[(request.adapter or 0) % system.replicas].append((number, request))
+    return shares
+
+
+def _sample(servers: Sequence[Server], now: float) -> PoolSample:
+    pages = [pool_pages(server.residency) for server in servers]
+    return PoolSample(
+        time=now,
+        pages=PoolPages(*(sum(getattr(p, kind) for p in pages) for kind in PAGE_KINDS)),
+        running=sum(len(server.scheduler.running) for server in servers),
+        waiting=sum(len(server.scheduler.waiting) for server in servers),
+    )
+
+
+def _result(
+    servers: Sequence[Server], counters: SimulationCounters, lane: Lane, samples: Sequence[PoolSample]
+) -> SimulationResult:
+    records = {number: record for server in servers for number, record in server.records.items()}
+    for server in servers:
+        residency = server.residency.counters
+        counters.loads += residency.loads
+        counters.evictions += residency.evictions
+        counters.hits += residency.hits
+        counters.preemptions += server.scheduler.preemptions
+        counters.aborts += server.scheduler.aborts
+        counters.disk_reads += server.loading.store.reads
+        counters.copy_seconds += server.loading.copies.busy
+    counters.device_seconds = lane.busy
+    ordered = [records[number] for number in sorted(records)]
+    return SimulationResult(
+        records=ordered,
+        pool=samples,
+        counters=counters,
+        seconds=max(record.finished for record in ordered),
+        abort_reasons={name: reason for server in servers for name, reason in server.abort_reasons.items()},
+    )

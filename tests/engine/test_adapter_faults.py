@@ -1,0 +1,187 @@
+"""Adapters that change, break or blow up while others are served: nobody else's tokens change."""
+
+import math
+import os
+import warnings
+
+import numpy as np
+import pytest
+
+from slora_jax import AdapterError, SamplingParams
+from slora_jax.adapters import LoraAdapter, random_adapter, write_peft
+from slora_jax.adapters.peft_format import adapter_of
+from slora_jax.adapters.targets import Target
+from slora_jax.adapters.tensor_file import TensorFile
+
+WEIGHTS = "adapter_model.safetensors"
+LONG = SamplingParams(max_tokens=24, ignore_eos=True)
+
+# Directories that change
+
+
+def test_what_was_registered_is_served_whatever_becomes_of_its_directory(six, tmp_path) -> None:
+    """The content is that of the registration, not of the first use."""
+    six.load(six.names, tmp_path)
+    for name in "abf":  # "f" is in memory, the others are spilled
+        write_peft(tmp_path / name, six.weights("x"))
+    os.truncate(tmp_path / "c" / WEIGHTS, 100)
+    (tmp_path / "d" / "adapter_config.json").unlink()
+    six.assert_right(six.serve([*six.names, None]), six.expected)
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_name_registered_anew_while_the_old_weights_run(six, tmp_path, steps) -> None:
+    """Old requests end with the old weights, although these were spilled; new ones have the new."""
+    six.load("abc", tmp_path)
+    requests = six.add("ac")
+    outputs = {}
+
+    def step() -> None:
+        outputs.update({requests[d.request_id]: d.output for d in six.engine.step() if d.output is not None})
+
+    for _ in range(steps):
+        step()
+    info = six.engine.load_adapter("a", write_peft(tmp_path / "a", six.weights("d")))
+    assert info.digest == six.digest("d")
+    six.engine.load_adapter("b", six.weights("e"))  # the one adapter that host memory holds
+    requests[six.engine.add_request(six.prompt, six.params, "a")] = "d"
+    requests[six.engine.add_request(six.prompt, six.params, "b")] = "e"
+    while six.engine.has_work():
+        step()
+    six.assert_right(outputs, "acde")
+
+
+def test_same_directory_loaded_again_after_a_change_and_back(six, tmp_path) -> None:
+    for name in "aba":
+        write_peft(tmp_path / "x", six.weights(name))
+        six.engine.load_adapter("x", tmp_path / "x")
+        assert six.serve("x")["x"].token_ids == six.expected[name]
+
+
+def test_file_truncated_while_it_is_loaded_ends_the_load_and_not_the_process(six, tmp_path, monkeypatch) -> None:
+    six.load("ac")
+    file = write_peft(tmp_path / "b", random_adapter(six.geometry, 16)) / WEIGHTS
+    read = TensorFile.read
+
+    def truncate_and_read(tensors, name):
+        if file.stat().st_size > 4096:
+            os.truncate(file, 4096)
+        return read(tensors, name)
+
+    def load() -> None:
+        with monkeypatch.context() as patch, pytest.raises(AdapterError) as caught:
+            patch.setattr(TensorFile, "read", truncate_and_read)
+            six.engine.load_adapter("b", tmp_path / "b")
+        assert f"{file}: tensor " in str(caught.value) and "truncated while it was read" in str(caught.value)
+
+    six.assert_right(six.serve(["a", None], load, "c"), ["a", "base", "c"])
+
+
+# Bad adapters among good ones
+
+
+def test_bad_adapters_in_a_folder_are_named_and_skipped(six, tmp_path) -> None:
+    for name in "abcdef":
+        write_peft(tmp_path / name, six.weights(name))
+    os.truncate(tmp_path / "b" / WEIGHTS, 1000)
+    (tmp_path / "d" / "adapter_config.json").unlink()
+    content = bytearray((tmp_path / "e" / WEIGHTS).read_bytes())
+    content[-4:] = np.float32(np.nan).tobytes()
+    (tmp_path / "e" / WEIGHTS).write_bytes(content)
+    (tmp_path / "f" / WEIGHTS).unlink()
+    (tmp_path / "f" / WEIGHTS).mkdir()
+
+    def load() -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            infos = six.engine.load_adapters(tmp_path)
+        assert [info.name for info in infos] == ["a", "c"]
+        messages = [str(warning.message) for warning in caught]
+        reasons = {"b": "not a valid safetensors file", "d": "adapter_config.json: no such file", "e": "found NaN"}
+        reasons["f"] = f"{WEIGHTS}: no such file"
+        assert len(messages) == 4
+        for message, (name, reason) in zip(messages, reasons.items(), strict=True):
+            assert f"adapter {name!r} skipped: {tmp_path / name}" in message and reason in message
+
+    six.load("a")  # and loaded again, from the folder, while it runs
+    six.assert_right(six.serve(["a", None], load, "c"), ["a", "base", "c"])
+
+
+def test_folder_loaded_again_frees_the_pages_of_what_it_replaces(engine, tiny, tmp_path) -> None:
+    for seed in (1, 2):
+        write_peft(tmp_path / "x", random_adapter(tiny.geometry, 4, seed=seed))
+        engine.load_adapters(tmp_path)
+        assert engine.stats().pages["adapter"] == 0
+        engine.generate([[5, 6]], LONG, "x")
+
+
+def test_adapter_that_is_not_finite_is_refused(six, tmp_path) -> None:
+    """NaN and infinity, in a file or in memory, and what becomes infinite with its scale."""
+    adapter = six.weights("a")
+    key = next(iter(adapter.a))
+    for value in (np.nan, np.inf, 3e38):
+        b = {k: v.copy() for k, v in adapter.b.items()}
+        b[key][0, 0] = value
+        scales = dict.fromkeys(adapter.scales, 4.0)
+        bad = LoraAdapter(adapter.config, adapter.a, b, scales, adapter.ranks)
+        with pytest.raises(ValueError, match="not finite"):
+            six.engine.load_adapter("bad", bad)
+    assert six.engine.adapters() == []
+
+
+# Numbers that overflow
+
+
+def exploding(adapter: LoraAdapter) -> LoraAdapter:
+    """Finite weights that give infinities and NaN after a layer or two."""
+    targets = {key: Target(len(a), adapter.scales[key]) for key, a in adapter.a.items()}
+    b = {key: matrix * np.float32(1e30) for key, matrix in adapter.b.items()}
+    return adapter_of(adapter.config, targets, adapter.a, b, len(adapter.ranks))
+
+
+@pytest.fixture
+def explosive(engine, tiny):
+    """Three good adapters, and "nan", whose requests' hidden states are NaN. Returns a function that serves requests
+    for the good ones and the base model, with or without others for "nan" before, among and after them."""
+    for name, rank in (("a", 4), ("b", 7), ("c", 16)):
+        engine.load_adapter(name, random_adapter(tiny.geometry, rank, seed=rank))
+    engine.load_adapter("nan", exploding(random_adapter(tiny.geometry, 5, seed=5)))
+
+    def serve(rng: np.random.Generator, bad: bool) -> tuple[dict, dict]:
+        wanted, unwanted = {}, {}
+        for number in range(40):
+            prompt = rng.integers(2, 300, rng.choice([1, 7, 8, 30])).tolist()
+            temperature = float(rng.choice([0.0, 0.8]))
+            params = SamplingParams(max_tokens=6, temperature=temperature, seed=number, ignore_eos=True, logprobs=1)
+            good, adapter = number % 3 != 1, [None, "a", "b", "c"][rng.integers(4)]
+            if good or bad:
+                request = engine.add_request(prompt, params, adapter if good else "nan", request_id=str(number))
+                (wanted if good else unwanted)[request] = None
+            for _ in range(rng.integers(3)):
+                step(wanted, unwanted)
+        while engine.has_work():
+            step(wanted, unwanted)
+        return wanted, unwanted
+
+    def step(*outputs: dict) -> None:
+        for delta in engine.step():
+            for some in outputs:
+                if delta.request_id in some and delta.output is not None:
+                    some[delta.request_id] = delta.output
+
+    return serve
+
+
+def test_overflow_in_one_adapters_requests_is_not_seen_by_others(explosive, tiny, seed) -> None:
+    """Their rows stand in the same products, their pages go to others afterwards, and 0 * NaN is NaN."""
+    expected, _ = explosive(np.random.default_rng(seed), bad=False)
+    found, exploded = explosive(np.random.default_rng(seed), bad=True)
+    assert len(exploded) == 13 and any(math.isnan(o.logprobs[0].logprob) for o in exploded.values())
+    for output in exploded.values():
+        assert output.finish_reason == "length"
+        assert all(0 <= token < tiny.config.vocab_size for token in output.token_ids)
+    assert {r: o.token_ids for r, o in found.items()} == {r: o.token_ids for r, o in expected.items()}
+    for request, output in found.items():
+        np.testing.assert_allclose(
+            [p.logprob for p in output.logprobs], [p.logprob for p in expected[request].logprobs], rtol=1e-4, atol=1e-4
+        )

@@ -1,0 +1,211 @@
+"""Requests that begin alike share pages: the same tokens as without, from fewer computed rows."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from slora_jax import Engine, SamplingParams
+from slora_jax.adapters import random_adapter
+from slora_jax.errors import ConfigError
+from slora_jax.memory import PageKind
+from slora_jax.models import init_random
+
+PAGE = 8
+INSTRUCTIONS = np.random.default_rng(1).integers(2, 300, 40).tolist()
+ANSWER = SamplingParams(max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny):
+    """An engine without."""
+    with tiny.engine(prefix_cache=False) as engine:
+        yield engine
+        assert engine.prefixes is None
+        stats = engine.stats()
+        assert (stats.pages["prefix"], stats.prefix_hit_tokens, stats.idle_prefix_pages) == (0, 0, 0)
+
+
+@pytest.fixture
+def both(engine, plain, tiny):
+    """With and without, and the same adapters in both."""
+    for seed, name in enumerate("abc"):
+        for each in (engine, plain):
+            each.load_adapter(name, random_adapter(tiny.geometry, 8, seed=seed))
+    yield engine, plain
+    for info in plain.adapters():
+        plain.unload_adapter(info.name)
+
+
+def tokens(outputs):
+    return [output.token_ids for output in outputs]
+
+
+def drain(engine: Engine) -> dict:
+    outputs = {}
+    while engine.has_work():
+        outputs |= {delta.request_id: delta.output for delta in engine.step() if delta.output is not None}
+    return outputs
+
+
+def questions(rng, count):
+    """Prompts that begin with more or less of the instructions."""
+    lengths = rng.integers((0, 1), (41, 9), (count, 2)).tolist()
+    return [INSTRUCTIONS[:shared] + rng.integers(2, 300, own).tolist() for shared, own in lengths]
+
+
+def test_shared_beginnings_give_the_same_tokens_and_every_hit_is_a_row_saved(both, rng) -> None:
+    prompts = questions(rng, 24)
+    names = rng.choice(["a", "b", None], 24).tolist()
+    computed, results = [], []
+    for each in both:
+        before = each.stats()
+        results.append(each.generate(prompts, ANSWER, names))
+        computed.append(each.stats().tokens_computed - before.tokens_computed)
+    assert tokens(results[0]) == tokens(results[1])
+    cached = [output.metrics.cached_tokens for output in results[0]]
+    assert computed[1] - computed[0] == sum(cached) > 8 * PAGE
+    assert all(n % PAGE == 0 and n < len(p) for n, p in zip(cached, prompts, strict=True))
+    assert not any(output.metrics.cached_tokens for output in results[1])
+
+
+def test_requests_that_arrive_together_share_from_their_first_step_on(both) -> None:
+    """All four are admitted in one step, in which the first computes what the others read."""
+    prompts = [[*INSTRUCTIONS[:8], n] for n in (5, 6, 7, 8)]
+    with_cache, without = (each.generate(prompts, ANSWER, "a") for each in both)
+    assert tokens(with_cache) == tokens(without)
+    assert [output.metrics.cached_tokens for output in with_cache] == [0, 8, 8, 8]
+
+
+def test_every_turn_of_a_conversation_finds_the_ones_before(both) -> None:
+    engine, plain = both
+    prompt = INSTRUCTIONS[:13]
+    for turn in range(4):
+        (answer,) = engine.generate([prompt], ANSWER, "b")
+        assert answer.token_ids == plain.generate([prompt], ANSWER, "b")[0].token_ids
+        history = len(prompt) - 3  # what the last turn knew; the token it ended with was never computed
+        assert answer.metrics.cached_tokens == (0 if turn == 0 else (history - 1) // PAGE * PAGE)
+        prompt = [*prompt, *answer.token_ids, 9, 9, 9]
+
+
+def test_equal_tokens_under_different_adapters_keep_their_own_keys(both) -> None:
+    engine, plain = both
+    names = ["a", None, "b", "c"]
+    for _ in range(2):  # the second time, each finds its own
+        outputs = [engine.generate([INSTRUCTIONS], ANSWER, name)[0] for name in names]
+        assert tokens(outputs) == tokens([plain.generate([INSTRUCTIONS], ANSWER, name)[0] for name in names])
+    assert {output.metrics.cached_tokens for output in outputs} == {len(INSTRUCTIONS) - PAGE}
+    assert len(set(map(tuple, tokens(outputs)))) == 4
+
+
+@pytest.mark.parametrize("steps", [0, 2, 9])
+def test_a_name_with_new_weights_never_meets_the_old_ones_keys(both, tiny, steps) -> None:
+    """Reloaded while a request with the old weights is waiting, in prefill, decoding."""
+    engine, plain = both
+    old, new = (random_adapter(tiny.geometry, 8, seed=seed) for seed in (50, 51))
+    expected = {}
+    for adapter in (old, new):
+        plain.load_adapter("x", adapter)
+        expected[id(adapter)] = plain.generate([INSTRUCTIONS], ANSWER, "x")[0].token_ids
+    assert expected[id(old)] != expected[id(new)]
+    engine.load_adapter("x", old)
+    engine.generate([INSTRUCTIONS], ANSWER, "x")
+    before = engine.add_request(INSTRUCTIONS, ANSWER, "x")
+    for _ in range(steps):
+        engine.step()
+    engine.load_adapter("x", new)
+    after = engine.add_request(INSTRUCTIONS, ANSWER, "x")
+    outputs = drain(engine)
+    assert outputs[before].token_ids == expected[id(old)] and outputs[after].token_ids == expected[id(new)]
+    assert outputs[after].metrics.cached_tokens == 0
+    held = engine.stats().pages["prefix"]
+    engine.unload_adapter("x")
+    assert engine.stats().pages["prefix"] < held, "its prefixes went with it"
+    assert engine.allocator.num_free == engine.allocator.capacity
+
+
+def test_preempted_requests_go_on_from_their_pages_with_the_same_tokens(both, squeeze) -> None:
+    engine, plain = both
+    prompts, params = [[*INSTRUCTIONS[:17], n] for n in range(2, 6)], SamplingParams(max_tokens=40, ignore_eos=True)
+    expected = tokens(plain.generate(prompts, params, ["a", "a", "b", None]))
+    before = engine.stats()
+    with squeeze(engine, 26):
+        outputs = engine.generate(prompts, params, ["a", "a", "b", None])
+        after = engine.stats()
+        engine.residency.evictor.make_room(26, PageKind.KV)
+    assert tokens(outputs) == expected
+    assert after.preemptions > before.preemptions
+    first = sum(output.metrics.cached_tokens for output in outputs)
+    assert after.prefix_hit_tokens - before.prefix_hit_tokens > first, "and at their return"
+
+
+@pytest.mark.parametrize("steps", range(7))
+def test_who_computed_a_shared_beginning_may_be_cancelled_at_any_moment(both, steps) -> None:
+    engine, plain = both
+    expected = tokens(plain.generate([INSTRUCTIONS, [*INSTRUCTIONS[:20], 5]], ANSWER, "a"))
+    donor = engine.add_request(INSTRUCTIONS, ANSWER, "a")
+    engine.step()
+    others = [engine.add_request(prompt, ANSWER, "a") for prompt in (INSTRUCTIONS, [*INSTRUCTIONS[:20], 5])]
+    for _ in range(steps):
+        engine.step()
+    engine.cancel(donor)
+    engine.check()
+    outputs = drain(engine)
+    assert [outputs[request].token_ids for request in others] == expected
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_what_a_failed_step_was_to_compute_is_not_taken_for_computed(both, monkeypatch, call) -> None:
+    engine, plain = both
+    prompts = [[*INSTRUCTIONS, 5], [*INSTRUCTIONS[:25], 6], INSTRUCTIONS[:18]]
+    expected = tokens(plain.generate(prompts, ANSWER, "a"))
+    dispatch, calls = engine._runner.dispatch, iter(range(100))
+
+    def failing(plan):
+        if next(calls) == call:
+            raise RuntimeError("no memory")
+        return dispatch(plan)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no memory"):
+        patch.setattr(engine._runner, "dispatch", failing)
+        engine.generate(prompts, ANSWER, "a")
+    engine.check()
+    assert engine.stats().pages["kv"] == 0
+    assert tokens(engine.generate(prompts, ANSWER, "a")) == expected
+
+
+def test_hits_compile_nothing_and_the_counters_tell_of_them(both, compilations) -> None:
+    engine, _ = both
+    before = engine.stats()
+    engine.generate([INSTRUCTIONS] * 6, ANSWER, "a")
+    stats = engine.stats()
+    assert not compilations
+    assert stats.prompt_tokens - before.prompt_tokens == 6 * len(INSTRUCTIONS)
+    assert stats.prefix_hit_tokens - before.prefix_hit_tokens >= 5 * 8
+    assert stats.pages["kv"] == 0 and stats.pages["prefix"] == stats.idle_prefix_pages > 0
+    engine.residency.evictor.make_room(engine.allocator.capacity, PageKind.KV)
+    assert engine.stats().prefix_evictions - stats.prefix_evictions == stats.pages["prefix"]
+
+
+def test_a_sliding_window_attends_over_shared_pages(tiny) -> None:
+    """A window of 11 tokens, so that it ends within pages."""
+    config = replace(tiny.config, sliding_window=11)
+    graphdef, _ = init_random(config, "float32", seed=0)
+    settings = tiny.settings(mixed_buckets=(16,), decode_buckets=(4,))
+    with Engine(config, graphdef, tiny.params, settings) as engine:
+        prompts = [[*INSTRUCTIONS[:n], 5] for n in (40, 33, 24, 11)]
+        alone = []
+        for prompt in prompts:
+            alone += engine.generate([prompt], ANSWER)
+            engine.prefixes.drop(None)
+        assert not any(output.metrics.cached_tokens for output in alone)
+        for _ in range(2):
+            together = engine.generate(prompts, ANSWER)
+            assert tokens(together) == tokens(alone)
+        assert [output.metrics.cached_tokens for output in together] == [40, 32, 24, 8]
+        engine.check()
+
+
+def test_the_setting_is_checked(tiny) -> None:
+    with pytest.raises(ConfigError, match="prefix_cache='yes'"):
+        tiny.settings(prefix_cache="yes")

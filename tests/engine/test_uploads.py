@@ -1,0 +1,293 @@
+"""Adapters on their way to the pool on the real engine: nobody's tokens change, nobody's step waits, nothing leaks."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.slow_disk import slow_disk
+from slora_jax import ConfigError, Engine, SamplingParams
+from slora_jax.adapters import random_adapter
+from slora_jax.memory import PageKind, Upload
+from slora_jax.metrics import RequestRecord, serving_metrics
+
+NUM_ADAPTERS = 10
+LONG = SamplingParams(max_tokens=40, ignore_eos=True)
+SHORT = SamplingParams(max_tokens=6, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def shared(tiny) -> Iterator[Engine]:
+    """Ten adapters of 6 to 14 pages in a pool of 80, uploaded four pages at a time."""
+    with tiny.engine(prefetch=4, upload_pages_per_step=4) as engine:
+        for i in range(NUM_ADAPTERS):
+            engine.load_adapter(f"a{i}", random_adapter(tiny.geometry, rank=8 + 8 * (i % 2), seed=i))
+        yield engine
+
+
+@pytest.fixture
+def engine(shared: Engine) -> Iterator[Engine]:
+    shared.residency.evictor.make_room(shared.allocator.capacity, PageKind.KV)
+    yield shared
+    for request in list(shared._progress):
+        shared.cancel(request)
+    while shared.has_work():
+        shared.step()
+    shared.check()
+    stats = shared.stats()
+    assert (stats.running, stats.waiting, stats.pages["kv"], stats.uploads_in_flight) == (0, 0, 0, 0)
+
+
+def drain(engine: Engine) -> dict:
+    outputs = {}
+    while engine.has_work():
+        outputs |= {delta.request_id: delta.output for delta in engine.step() if delta.output is not None}
+    return outputs
+
+
+def slow_copies(monkeypatch, engine: Engine, steps: int) -> None:
+    """A copy is there `steps` steps after its begin, as far as `land` can see without waiting for it."""
+    runner = engine._runner
+    begun: dict[int, int] = {}
+    stage, land, now = runner.stage, runner.land, itertools.count()
+    clock = [0]
+
+    def slow_stage(upload, contents):
+        stage(upload, contents)
+        begun.update((id(array), clock[0]) for _, array in runner._staged[-1][1])
+
+    def slow_land(wait=False):
+        clock[0] = next(now)
+        return land(wait)
+
+    monkeypatch.setattr(runner, "stage", slow_stage)
+    monkeypatch.setattr(runner, "land", slow_land)
+    monkeypatch.setattr(runner, "_is_there", lambda array: clock[0] >= begun[id(array)] + steps)
+
+
+def traffic(rng: np.random.Generator, requests: int = 40):
+    names = [None if i % 6 == 0 else f"a{rng.integers(NUM_ADAPTERS)}" for i in range(requests)]
+    prompts = [rng.integers(2, 250, rng.integers(3, 30)).tolist() for _ in names]
+    return prompts, [replace(SHORT, max_tokens=int(rng.integers(2, 14))) for _ in names], names
+
+
+@pytest.mark.parametrize("copy_steps", [0, 1, 6])
+def test_tokens_are_the_same_with_and_without_prefetch_and_nothing_compiles(
+    engine, rng, monkeypatch, compilations, copy_steps
+) -> None:
+    batch = traffic(rng)
+    before = engine.stats()
+    slow_copies(monkeypatch, engine, copy_steps)
+    engine.step()
+    compilations.clear()
+    ahead = engine.generate(*batch)
+    assert not compilations
+    after = engine.stats()
+    assert after.adapter_loads - before.adapter_loads >= NUM_ADAPTERS
+    assert after.prefetches_wasted - before.prefetches_wasted <= 2
+    limits = engine.scheduler.limits
+    monkeypatch.setattr(engine.scheduler, "limits", replace(limits, prefetch=0))
+    engine.residency.evictor.make_room(engine.allocator.capacity, PageKind.KV)
+    assert [o.token_ids for o in engine.generate(*batch)] == [o.token_ids for o in ahead]
+    assert engine.stats().prefetch_hits == after.prefetch_hits
+
+
+def test_an_adapter_brought_ahead_is_there_when_a_slot_becomes_free(engine) -> None:
+    running = [engine.add_request([5, 6, 7], LONG) for _ in range(4)]
+    engine.step()
+    before = engine.stats()
+    waiting = engine.add_request([5, 6, 7], SHORT, "a0")
+    engine.step()
+    during = engine.stats()
+    assert during.uploads_in_flight == 1
+    assert during.upload_bytes_in_flight == 4 * engine._runner.shape.page_bytes  # one step's pages
+    for _ in range(8):
+        engine.step()
+    assert engine.stats().uploads_in_flight == engine.stats().upload_bytes_in_flight == 0
+    engine.cancel(running[0])
+    engine.step()
+    assert engine._progress[waiting].request.status == "running"
+    assert engine.stats().prefetch_hits == before.prefetch_hits + 1
+
+
+def test_tokens_are_the_adapters_own(engine, tiny, greedy_margin, monkeypatch) -> None:
+    """Against merged weights, with pages landing in pieces while other adapters come and go."""
+    slow_copies(monkeypatch, engine, 3)
+    prompts = [[7 + i, 8, 9] * 3 for i in range(NUM_ADAPTERS)]
+    outputs = engine.generate(prompts, LONG, [f"a{i}" for i in range(NUM_ADAPTERS)])
+    for i, output in enumerate(outputs):
+        adapter = random_adapter(tiny.geometry, rank=8 + 8 * (i % 2), seed=i)
+        assert greedy_margin(prompts[i], output.token_ids, adapter) < 1e-5
+
+
+def test_steps_go_on_while_a_copy_takes_twenty_of_them(engine, monkeypatch) -> None:
+    """The running request gets a token with every step, and the one that waits starts when its copy is there."""
+    slow_copies(monkeypatch, engine, 20)
+    running = engine.add_request([5, 6, 7], SamplingParams(max_tokens=80, ignore_eos=True))
+    engine.step()
+    engine.step()
+    waiting = engine.add_request([5, 6, 7], SHORT, "a0")
+    tokens: dict[str, list[int]] = {running: [], waiting: []}
+    for step in itertools.count():
+        for delta in engine.step():
+            tokens[delta.request_id].append(step)
+        if len(tokens[waiting]) == 1:
+            break
+    assert tokens[running] == list(range(step + 1))
+    assert step >= 20
+    assert len(drain(engine)) == 2
+
+
+def test_a_slow_disk_and_slow_copies_leave_the_others_their_tokens(tiny, monkeypatch) -> None:
+    """Every adapter takes 200 ms from disk and eight steps to the device; the others' tokens come as without."""
+    with tiny.engine(host_adapter_bytes=30_000, prefetch=2, upload_pages_per_step=4) as engine:
+        for i in range(5):
+            engine.load_adapter(f"a{i}", random_adapter(tiny.geometry, rank=8, targets=("q", "v"), seed=i))
+        slow_copies(monkeypatch, engine, 8)
+        on_disk = [i.name for i in engine.adapters() if engine.store.get(i.digest) is None]
+        assert len(on_disk) >= 2
+        numbers, outputs = itertools.count(), []
+
+        def step() -> None:
+            while sum(p.request.adapter is None for p in engine._progress.values()) < 3:
+                engine.add_request([2 + next(numbers) % 200, 7, 11], LONG)
+            outputs.extend(delta.output for delta in engine.step() if delta.output is not None)
+
+        for _ in range(200):
+            step()
+        gaps = {"undisturbed": serving_metrics([RequestRecord.of(o) for o in outputs]).inter_token_latency}
+        outputs.clear()
+        with slow_disk(0.2), engine.trace() as trace:
+            for name in on_disk:
+                engine.add_request([5, 6, 7], SHORT, name)
+            while any(p.request.adapter is not None for p in engine._progress.values()):
+                step()
+        base = [RequestRecord.of(o) for o in outputs if o.adapter is None]
+        gaps["loading"] = serving_metrics(base).inter_token_latency
+        print(gaps)
+        assert gaps["loading"].p99 < max(0.1, 3 * gaps["undisturbed"].p99), gaps
+        adapters = [o for o in outputs if o.adapter is not None]
+        assert sorted(o.adapter for o in adapters) == sorted(on_disk)
+        assert all(o.finish_reason == "length" for o in adapters)
+        names = {e["tid"]: e["args"]["name"] for e in trace.events() if e["name"] == "thread_name"}
+        uploads = [
+            e for e in trace.events() if e["ph"] == "X" and names[e["tid"]].startswith("adapter uploads")
+        ]  # fmt: skip
+        steps = [e for e in trace.events() if e["ph"] == "X" and e["name"] == "step"]
+        assert sorted(e["name"] for e in uploads) == sorted(on_disk)
+        for upload in uploads:
+            start, end = upload["ts"], upload["ts"] + upload["dur"]
+            overlapped = sum(start < s["ts"] and s["ts"] + s["dur"] < end for s in steps)
+            assert overlapped >= 7, "whole steps ran while it was on its way"
+            assert upload["args"]["before_steps"] == sorted(upload["args"]["before_steps"])
+        flying = [e["args"]["bytes"] for e in trace.events() if e["name"].startswith("uploads in flight")]
+        assert max(flying) > 0 and flying[-1] == 0
+
+
+@pytest.mark.parametrize("where", ["stage", "copy"])
+def test_a_copy_that_fails_ends_its_own_requests_only(engine, monkeypatch, where) -> None:
+    prompts, names = [[5, 6, 7]] * 4, ["a1", "a2", None, "a3"]
+    expected = engine.generate(prompts, LONG, names)
+    engine.residency.evictor.make_room(engine.allocator.capacity, PageKind.KV)
+    bad = engine.store.resolve("a2")
+    with monkeypatch.context() as patch:
+        if where == "stage":
+            stage = engine._runner.stage
+
+            def failing(upload, contents):
+                if upload.resident.digest == bad and upload.first:  # its first pages went well
+                    raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+                stage(upload, contents)
+
+            patch.setattr(engine._runner, "stage", failing)
+        else:
+            move = engine._runner._move
+
+            def failing(upload, parts):
+                return "RESOURCE_EXHAUSTED: out of memory" if upload.resident.digest == bad else move(upload, parts)
+
+            patch.setattr(engine._runner, "_move", failing)
+        outputs = engine.generate(prompts, LONG, names)
+    for name, output, good in zip(names, outputs, expected, strict=True):
+        if name == "a2":
+            assert (output.finish_reason, output.token_ids) == ("error", [])
+            assert f"content {bad[:12]} could not be copied to the device" in output.error
+            assert "RESOURCE_EXHAUSTED" in output.error
+        else:
+            assert output.token_ids == good.token_ids
+    assert bad not in engine.residency
+    assert engine.generate([[5, 6, 7]], LONG, "a2")[0].token_ids == expected[1].token_ids
+
+
+def test_a_failed_array_is_noticed_before_the_pool_is_touched(engine) -> None:
+    class Failed:
+        def block_until_ready(self):
+            raise RuntimeError("INTERNAL: the copy failed")
+
+    engine.add_request([5], SHORT, "a0")
+    upload = None
+    stage = engine._runner.stage
+    pool = engine._runner.pool
+    try:
+        engine._runner.stage = lambda u, contents: stage(u, contents) or seen.append(u)
+        seen: list = []
+        engine._plan()
+        upload = seen[0]
+    finally:
+        del engine._runner.stage
+    assert "INTERNAL" in engine._runner._move(upload, [(slice(0, 1), Failed())])
+    assert engine._runner.pool is pool
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_unload_or_cancel_while_in_flight(engine, tiny, monkeypatch, after) -> None:
+    slow_copies(monkeypatch, engine, 2)
+    engine.load_adapter("x", random_adapter(tiny.geometry, 16, seed=77))
+    digest = engine.store.resolve("x")
+    running = engine.add_request([5, 6, 7], LONG)
+    engine.step()
+    waiting = engine.add_request([5, 6, 7], SHORT, "x")
+    for _ in range(after):
+        engine.step()
+    assert not engine.unload_adapter("x"), "a request waits for it"
+    free = engine.allocator.num_free
+    held = engine.residency.find(digest)
+    engine.cancel(waiting)
+    assert digest not in engine.residency
+    assert held is None or engine.allocator.num_free >= free + held.num_pages
+    outputs = drain(engine)
+    assert (outputs[waiting].finish_reason, outputs[running].finish_reason) == ("cancelled", "length")
+    assert engine.residency.pages_in_flight == 0 and not engine._tiles
+
+
+def test_staged_pages_are_not_the_stores_memory_any_more(engine) -> None:
+    """What is staged is JAX's; an adapter evicted and pages given to others in between are never written."""
+    running = engine.add_request([5, 6, 7], LONG)
+    engine.step()
+    engine.add_request([9], SHORT, "a1")
+    engine.step()
+    resident = engine.residency.find(engine.store.resolve("a1"))
+    assert resident.staged > resident.landed and engine._runner.has_staged
+    engine.residency.drop(resident.digest)
+    taken = engine.allocator.allocate(engine.allocator.num_free, PageKind.KV)
+    before = [np.asarray(layer)[taken] for layer in engine._runner.pool]
+    assert [landing.error for landing in engine._runner.land(wait=True)] == [None]
+    engine.residency.land(Upload(resident, 0, resident.staged))
+    for layer, old in zip(engine._runner.pool, before, strict=True):
+        np.testing.assert_array_equal(np.asarray(layer)[taken], old)
+    engine.allocator.free(taken)
+    assert engine.cancel(running)
+
+
+def test_settings_are_checked(tiny) -> None:
+    for name, value in (("prefetch", -1), ("prefetch", 1.5), ("upload_pages_per_step", 0)):
+        with pytest.raises(ConfigError, match=f"EngineConfig.{name}={value}"):
+            tiny.settings(**{name: value})
+
+
+def test_jax_arrays_know_whether_they_are_there() -> None:
+    """`is_ready` is not in JAX's documentation: if it goes, this says so."""
+    assert jax.block_until_ready(jax.device_put(np.ones(3))).is_ready() is True

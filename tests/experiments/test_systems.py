@@ -1,0 +1,265 @@
+"""The systems of the comparison: the same tokens from all, and each one's own rule."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from experiments.cpu_peft_comparison import QUICK, make_model
+from experiments.systems import (
+    SYSTEMS,
+    OutOfMemory,
+    Packed,
+    System,
+    SystemSettings,
+    WorkloadRequest,
+    make_system,
+    peft,
+    settings_of,
+)
+from experiments.systems.packed import pages_per_replica
+from experiments.systems.peft import PeftModel, serve_by_sweeps, sweep
+from slora_jax import ConfigError, EngineConfig, RequestError
+from slora_jax.adapters import random_adapter, write_peft
+from slora_jax.engine.runner import adapter_geometry
+from slora_jax.models import ModelConfig, load_model
+
+ADAPTERS = {"a": 4, "b": 8, "c": 3}
+SETTINGS = SystemSettings(
+    engine=EngineConfig(
+        dtype="float32", num_pages=120, max_seqs=4, max_tokens_per_step=16, max_model_len=96, max_rank=8,
+        decode_buckets=(4,), mixed_buckets=(16,), progress=False,
+    ),
+    peft_batch=2,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base model and its adapters on disk."""
+
+    model_dir: Path
+    adapters: dict[str, Path]
+
+    def make(self, name: str, settings: SystemSettings = SETTINGS) -> System:
+        return make_system(name, self.model_dir, self.adapters, settings)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Checkpoint:
+    root = tmp_path_factory.mktemp("systems")
+    make_model(QUICK, root / "model")
+    geometry = adapter_geometry(ModelConfig.from_directory(root / "model"), SETTINGS.engine.page_size)
+    adapters = {
+        name: write_peft(root / name, random_adapter(geometry, rank, ("q", "k", "v", "o", "down"), seed=rank))
+        for name, rank in ADAPTERS.items()
+    }
+    return Checkpoint(root / "model", adapters)
+
+
+def workload(count: int = 9, seconds: float = 0.2) -> list[WorkloadRequest]:
+    """Requests over the three adapters in random order, of different lengths."""
+    rng = np.random.default_rng(0)
+    return [
+        WorkloadRequest(
+            arrival, tuple(rng.integers(3, QUICK.vocab, rng.integers(2, 40)).tolist()), str(rng.choice(list(ADAPTERS))),
+            int(rng.integers(1, 12)),
+        )
+        for arrival in np.sort(rng.random(count) * seconds).tolist()
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def slora(checkpoint) -> Iterator[System]:
+    with checkpoint.make("slora") as system:
+        yield system
+
+
+@pytest.fixture(scope="module")
+def expected(slora) -> list[list[int]]:
+    return slora.run_with_tokens(workload()).tokens
+
+
+@pytest.mark.parametrize("name", [name for name in SYSTEMS if name not in ("slora", "base")])
+def test_every_system_gives_the_same_tokens(checkpoint, expected, name):
+    requests = workload()
+    with checkpoint.make(name) as system:
+        run = system.run_with_tokens(requests)
+        assert run.tokens == expected
+        for number, (record, request) in enumerate(zip(run.records, requests, strict=True)):
+            assert (record.request_id, record.adapter, record.finish_reason) == (f"{number}", request.adapter, "length")
+            assert (record.prompt_tokens, record.output_tokens) == (len(request.prompt), request.output)
+            assert record.arrival <= record.admitted <= record.first_token <= record.finished
+            assert len(record.token_times) == request.output
+            gap = record.arrival - run.records[0].arrival
+            assert gap == pytest.approx(request.arrival - requests[0].arrival, abs=1e-6)
+
+
+def test_base_answers_for_every_adapter_without_lora(checkpoint, expected):
+    requests = workload()
+    with checkpoint.make("base") as base:
+        run = base.run_with_tokens(requests)
+        for_base = base.run_with_tokens([replace(request, adapter=None) for request in requests])
+    assert run.tokens == for_base.tokens != expected
+    assert [record.adapter for record in run.records] == [request.adapter for request in requests]
+
+
+def test_peft_serves_the_base_model_too(checkpoint, slora):
+    requests = [replace(r, adapter=None if i % 2 else r.adapter) for i, r in enumerate(workload(6, 0))]
+    wanted = slora.run_with_tokens(requests).tokens
+    for name in ("peft", "peft-mixed"):
+        assert checkpoint.make(name).run_with_tokens(requests).tokens == wanted, name
+
+
+def test_an_interruption_leaves_the_engine_idle_and_usable(slora, expected, monkeypatch):
+    from experiments.systems import system
+
+    class Bar:
+        def __init__(self, **_: object) -> None:
+            self.n = 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def update(self) -> None:
+            self.n += 1
+            if self.n == 3:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(system, "tqdm", Bar)
+        with pytest.raises(KeyboardInterrupt):
+            slora.run(workload())
+    assert not slora.server.has_work()
+    slora.server.check()
+    assert slora.run_with_tokens(workload()).tokens == expected
+
+
+# Settings
+
+
+def test_each_system_changes_one_thing():
+    for name in SYSTEMS:
+        settings = settings_of(name, SETTINGS)
+        changed = [f.name for f in fields(settings) if getattr(settings, f.name) != getattr(SETTINGS, f.name)]
+        both = asdict(settings.engine), asdict(SETTINGS.engine)
+        engine = [field for field in both[0] if both[0][field] != both[1][field]]
+        assert len(changed) <= (2 if name == "peft-mixed" else 1) and len(engine) <= 1, (name, changed, engine)
+    assert len({repr(settings_of(name, SETTINGS)) for name in SYSTEMS}) == len(SYSTEMS)
+
+
+def test_an_unknown_system_and_settings_out_of_range_are_refused(checkpoint):
+    with pytest.raises(ConfigError, match=r"system 'packd' is unknown \(did you mean 'packed'\?\)"):
+        checkpoint.make("packd")
+    with pytest.raises(ConfigError, match="SystemSettings.software='vllm'"):
+        SystemSettings(software="vllm")
+    with pytest.raises(ConfigError, match="SystemSettings.peft_batch=0"):
+        SystemSettings(peft_batch=0)
+    with pytest.raises(ConfigError, match="SystemSettings.split=1.0"):
+        SystemSettings(split=1.0)
+
+
+# Packed
+
+
+def test_the_replicas_share_the_memory_of_the_one_engine(checkpoint):
+    """By hand: 2 layers of 64 x (192 + 64 + 256) + 128 x 64 weights, 512 x 64 embeddings, norms 5 x 64, in float32;
+    a page is 2 layers x 2 x 16 x 64 x 4 bytes."""
+    model = ModelConfig.from_directory(checkpoint.model_dir)
+    weights = 4 * (2 * (64 * (192 + 64 + 256) + 128 * 64) + 512 * 64 + 5 * 64)
+    page = 2 * 2 * 16 * 64 * 4
+    config = SETTINGS.engine
+    assert pages_per_replica(model, config, 1) == config.num_pages
+    for replicas in (2, 3):
+        share = (weights + config.num_pages * page) / replicas
+        assert pages_per_replica(model, config, replicas) == int((share - weights) // page)
+    with pytest.raises(OutOfMemory, match=r"out of memory: 5 replicas.*leave each 1 pages.*max_model_len=96 .*needs 7"):
+        pages_per_replica(model, config, 5)
+    with pytest.raises(OutOfMemory, match="out of memory: 100 replicas"):
+        Packed.from_pretrained(checkpoint.model_dir, {f"{i}": checkpoint.adapters["a"] for i in range(100)}, config)
+
+
+def test_packed_routes_by_adapter_and_counts_over_its_replicas(checkpoint, slora):
+    graphdef, params, model = load_model(checkpoint.model_dir, "float32", progress=False)
+    with pytest.raises(ConfigError, match="packed: adapters="):
+        Packed(model, graphdef, params, {}, SETTINGS.engine)
+    packed = Packed.from_pretrained(checkpoint.model_dir, {None: None, "a": checkpoint.adapters["a"]}, SETTINGS.engine)
+    requests = [replace(r, adapter="a" if i % 2 else None) for i, r in enumerate(workload(6, 0))]
+    wanted = slora.run_with_tokens(requests)
+    got = System("packed", SETTINGS, packed).run_with_tokens(requests)
+    assert got.tokens == wanted.tokens
+    assert [r.adapter for r in got.records] == [r.adapter for r in wanted.records]
+    stats = packed.stats()
+    assert stats.tokens_generated == sum(request.output for request in requests)
+    assert stats.pages["free"] == sum(engine.allocator.capacity for engine in packed.replicas.values())
+    with pytest.raises(RequestError, match="adapter='b' has no replica; there are None, 'a'"):
+        packed.add_request([1], None, "b")
+    packed.add_request([1], None, "a", "x")
+    with pytest.raises(RequestError, match="request_id='x' is in use"):
+        packed.add_request([1], None, None, "x")
+    assert packed.cancel("x") and not packed.cancel("y")
+    packed.close()
+
+
+# PEFT's loop
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_sweep_is_the_arrived_in_order_cut_at_changes_of_adapter_and_full_batches(mixed, rng):
+    for _ in range(200):
+        names = rng.choice(list("abcd"), rng.integers(1, 30)).tolist()
+        requests = [WorkloadRequest(0.0, (1,), name, 1) for name in names]
+        arrived = np.flatnonzero(rng.random(len(names)) < 0.7).tolist()
+        most = int(rng.integers(1, 6))
+        heard = [names[i] for i in arrived]
+        order = arrived if mixed else sorted(arrived, key=lambda i: (heard.index(names[i]), i))
+        batches: list[list[int]] = []
+        for i in order:
+            joins = batches and len(batches[-1]) < most and (mixed or names[batches[-1][0]] == names[i])
+            batches[-1].append(i) if joins else batches.append([i])
+        assert sweep(arrived, requests, most, mixed) == batches
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_nothing_joins_a_sweep_that_runs(monkeypatch, rng, mixed):
+    """On a virtual clock on which every step takes a second, against the rule in a few lines."""
+    clock = [0.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += 1.0  # whole seconds, as all times here
+
+    class OneSecondSteps:
+        def decode(self, prompts, outputs, adapters):
+            for made in range(max(outputs)):
+                clock[0] += 1.0
+                yield {row: 7 for row, output in enumerate(outputs) if output > made}
+
+    monkeypatch.setattr(peft, "time", SimpleNamespace(perf_counter=lambda: clock[0], sleep=sleep))
+    for _ in range(20):
+        arrivals = np.sort(rng.integers(0, 60, 25)).astype(float).tolist()
+        load = [WorkloadRequest(t, (1,), str(rng.choice(list("abc"))), int(rng.integers(1, 9))) for t in arrivals]
+        clock[0] = 0.0
+        run = serve_by_sweeps(OneSecondSteps(), load, 4, mixed, lambda: None)
+
+        now, waiting, times = 0.0, list(range(len(load))), {}
+        while waiting:
+            arrived = [i for i in waiting if load[i].arrival <= now]
+            waiting = [i for i in waiting if i not in arrived]
+            now += not arrived
+            for batch in sweep(arrived, load, 4, mixed):
+                times |= {i: (now + 1, now + load[i].output) for i in batch}
+                now += max(load[i].output for i in batch)
+        assert [(r.first_token, r.finished) for r in run.records] == [times[i] for i in range(len(load))]
+        assert [len(tokens) for tokens in run.tokens] == [request.output for request in load]
+
+
+def test_without_torch_peft_says_what_to_install(checkpoint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ConfigError, match=r"needs torch: pip install 'slora-jax\[parity\]'"):
+        PeftModel(checkpoint.model_dir, checkpoint.adapters)

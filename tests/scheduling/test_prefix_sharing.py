@@ -1,0 +1,404 @@
+"""Prefix sharing on the scheduler: a model of the pool that knows what every token's keys were computed from."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slora_jax.memory import CostAware, Immediate, Lru, PageKind, RestoreCosts
+from slora_jax.scheduling import FinishReason, Status
+
+SIZE = 4
+
+
+@pytest.fixture(scope="session")
+def shared(simulate):
+    """A `Simulation` with a prefix cache, over a pool in which the keys of a token are its adapter and all tokens up to
+    it. Tokens are few, and the next one follows from the last ones, so that many requests go alike."""
+
+    class Shared(simulate):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{"prefix_cache": True} | kwargs)
+            self.keys: dict[tuple[int, int], tuple] = {}  # (page, offset) -> what lies there
+            self.computed = 0
+
+        def tokens(self, request):
+            """All that are settled, those that only the device knows too."""
+            tokens = request.prompt + request.output
+            while len(tokens) < request.num_tokens:
+                tokens = [*tokens, self.following(tokens)]
+            return tuple(tokens)
+
+        @staticmethod
+        def following(tokens):
+            return (3 * tokens[-1] + len(tokens)) % 2
+
+        def sample(self, request):
+            return self.following(request.prompt + request.output)
+
+        def dispatch(self, plan):
+            """As every layer does: all keys of the step are written, then each token reads those up to it."""
+            for s in plan.sequences:
+                tokens = self.tokens(s.request)
+                for at in range(s.start, s.start + s.count):
+                    place = s.request.pages[at // SIZE], at % SIZE
+                    self.keys[place] = (s.request.digest, tokens[: at + 1])
+            for s in plan.sequences:
+                tokens = self.tokens(s.request)
+                for at in range(s.start + s.count):
+                    found = self.keys.get((s.request.pages[at // SIZE], at % SIZE))
+                    assert found == (s.request.digest, tokens[: at + 1]), (s.request.number, at)
+            self.computed += plan.num_tokens
+
+        def serve(self, *args):
+            """One request to its end."""
+            request = self.add(*args)
+            self.run(most_steps=100)
+            return request
+
+    return Shared
+
+
+def prompt_of(*lengths, seed=0):
+    """Prompts of so many tokens that begin alike: each is a beginning of the longest."""
+    longest = np.random.default_rng(seed).integers(2, 100, max(lengths)).tolist()
+    return [longest[:n] for n in lengths]
+
+
+def first_chunk(plans, request):
+    return next((s.start, s.count) for plan in plans for s in plan.sequences if s.request is request)
+
+
+@pytest.mark.parametrize(("length", "cached"), [(17, 16), (16, 12), (15, 12), (5, 4), (4, 0)])
+def test_a_prompt_is_found_up_to_its_last_full_page_but_one_token_is_always_computed(shared, length, cached) -> None:
+    sim = shared(num_pages=20, max_seqs=4, max_tokens=64)
+    prompt, longer = prompt_of(length, 30)
+    sim.serve(longer, 1)
+    request = sim.add(prompt, 1)
+    assert first_chunk([sim.step()], request) == (cached, length - cached)
+    assert request.metrics.cached_tokens == cached
+    sim.run(most_steps=5)
+    sim.assert_idle()
+
+
+def test_requests_of_one_step_share_what_the_first_computes_in_it(shared) -> None:
+    sim = shared(num_pages=20, max_seqs=4, max_tokens=64)
+    first, second = (sim.add(p, 2) for p in prompt_of(18, 18))
+    plan = sim.step()
+    assert [(s.start, s.count) for s in plan.sequences] == [(0, 18), (16, 2)]
+    assert plan.hits == [second]
+    assert first.pages[:4] == second.pages[:4] and first.pages[4] != second.pages[4]
+    assert (sim.allocator.count(PageKind.PREFIX), sim.allocator.count(PageKind.KV)) == (4, 2)
+    sim.run(most_steps=5)
+    sim.assert_idle()
+
+
+def test_chunks_of_a_long_prompt_are_shared_as_they_are_computed(shared) -> None:
+    sim = shared(num_pages=30, max_seqs=4, max_tokens=12)
+    sim.add(prompt_of(40)[0], 1)
+    sim.step()
+    later = sim.add(prompt_of(40)[0], 1)
+    plans = [sim.step() for _ in range(4)]
+    assert first_chunk(plans, later) == (36, 4)  # it waited for the budget; all but the last page was there
+    sim.run(most_steps=10)
+    sim.assert_idle()
+
+
+def test_a_preempted_request_finds_its_pages_again(shared, simulate) -> None:
+    """When the first one has ended, the second one's first pages are still there: the last ones went to the first."""
+    again = {}
+    for make in (shared, simulate):
+        sim = make(num_pages=8, max_seqs=2, max_tokens=32)
+        first, second = (sim.add(prompt_of(8, seed=i)[0], 17) for i in range(2))
+        plans = sim.run(most_steps=60)
+        assert (first.metrics.preemptions, second.metrics.preemptions, second.metrics.cached_tokens) == (0, 1, 0)
+        starts = [s.start for plan in plans for s in plan.sequences if s.request is second]
+        again[make] = next(b for a, b in itertools.pairwise(starts) if b != a + 1 and a)
+        sim.assert_idle()
+    assert again == {shared: 8, simulate: 0}
+
+
+def test_the_next_turn_of_a_conversation_finds_prompt_and_answer(shared) -> None:
+    sim = shared(num_pages=30, max_seqs=4, max_tokens=64)
+    first = sim.serve(prompt_of(10)[0], 9)
+    turn = sim.add(first.prompt + first.output + [7, 7, 7], 2)
+    # 19 tokens, of which the last was sampled but never computed
+    assert first_chunk([sim.step()], turn) == (16, 6)
+    sim.run(most_steps=5)
+    sim.assert_idle()
+
+
+def test_equal_tokens_under_other_adapters_are_not_shared(shared) -> None:
+    sim = shared(num_pages=60, max_seqs=4, max_tokens=64)
+    for adapter in (None, "a", "b"):
+        assert sim.serve(prompt_of(20)[0], 3, adapter, 2).metrics.cached_tokens == 0
+    for adapter in (None, "a", "b"):
+        assert sim.serve(prompt_of(20)[0], 3, adapter, 2).metrics.cached_tokens == 16
+    sim.assert_idle()
+
+
+@pytest.mark.parametrize(("pages", "admitted"), [(8, True), (7, False)])
+def test_idle_pages_that_are_found_are_no_room_for_the_rest(shared, pages, admitted) -> None:
+    """5 found pages that were idle, 2 new ones, one page of another request: 8."""
+    sim = shared(num_pages=pages, max_seqs=4, max_tokens=64)
+    sim.serve(prompt_of(20)[0], 2)
+    sim.add([1], 3)
+    sim.step()
+    request = sim.add(prompt_of(28)[0], 1)
+    sim.step()
+    assert (request.status is Status.RUNNING) == admitted
+    sim.run(most_steps=20)
+    assert len(request.output) == 1
+    sim.assert_idle()
+
+
+def test_a_new_adapters_pages_do_not_displace_the_prefix_found_with_it(shared) -> None:
+    sim = shared(num_pages=12, max_seqs=4, max_tokens=64)
+    sim.serve(prompt_of(20)[0], 2, "a", 4)  # 5 pages stay, and the adapter
+    sim.evictor.evict_one(PageKind.ADAPTER)
+    sim.serve([1] * 9, 2)  # another prefix, newer: 2 pages
+    request = sim.add(prompt_of(24)[0], 1, "a", 6)
+    assert first_chunk([sim.step()], request) == (20, 4)
+    sim.run(most_steps=5)
+    sim.assert_idle()
+
+
+def test_immediate_eviction_shares_among_running_requests_only(shared) -> None:
+    sim = shared(num_pages=20, max_seqs=4, max_tokens=64, eviction=Immediate())
+    sim.add(prompt_of(18)[0], 4)
+    sim.step()
+    request = sim.add(prompt_of(18)[0], 9)
+    assert first_chunk([sim.step()], request) == (16, 2)
+    sim.run(most_steps=20)
+    assert sim.allocator.num_free == 20
+    assert sim.serve(prompt_of(18)[0], 2).metrics.cached_tokens == 0
+
+
+def test_a_plan_that_never_ran_leaves_no_prefix_but_those_of_earlier_steps(shared) -> None:
+    sim = shared(num_pages=30, max_seqs=4, max_tokens=12)
+    sim.add(prompt_of(30)[0], 1)
+    sim.step()  # 12 tokens are computed
+    sim.add(prompt_of(30)[0], 1)
+    plan = sim.scheduler.schedule(1.0)
+    assert len(plan.registered) == 1
+    sim.scheduler.abandon(plan, lambda request: sim.scheduler.finish(request, FinishReason.ERROR, 1.0))
+    for request in list(sim.scheduler.waiting):
+        sim.scheduler.finish(request, FinishReason.CANCELLED, 1.0)
+    sim.scheduler.check()
+    assert sim.allocator.count(PageKind.PREFIX) == 3
+    assert sim.serve(prompt_of(30)[0], 2).metrics.cached_tokens == 12
+
+
+def test_output_that_was_to_be_recomputed_is_not_taken_for_computed(shared) -> None:
+    sim = shared(num_pages=30, max_seqs=2, max_tokens=8)
+    request = sim.add([5] * 4, 30)
+    while len(request.output) < 20:
+        sim.step()
+    sim.scheduler._preempt(request)
+    sim.prefixes.drop(None)
+    while request.status is Status.WAITING:
+        sim.step()
+    assert request.num_computed == 8 and request.num_shared == 2
+    plan = sim.scheduler.schedule(99.0)
+    assert (plan.sequences[0].start, plan.sequences[0].count) == (8, 8)
+    sim.scheduler.abandon(plan, lambda request: sim.scheduler.finish(request, FinishReason.ERROR, 99.0))
+    sim.scheduler.check()
+    assert sim.allocator.count(PageKind.PREFIX) == 2
+
+
+def test_a_plan_with_hits_that_never_ran_leaves_nothing(shared) -> None:
+    sim = shared(num_pages=30, max_seqs=4, max_tokens=64)
+    for n in (10, 18, 26, 9):
+        sim.add(prompt_of(n)[0], 5)
+    plan = sim.scheduler.schedule(0.0)
+    assert len(plan.hits) == 3 and len(plan.registered) == 3
+    sim.scheduler.abandon(plan, lambda request: sim.scheduler.finish(request, FinishReason.ERROR, 1.0))
+    sim.scheduler.check()
+    assert sim.allocator.num_free == 30
+
+
+# Prefixes and adapters compete
+
+
+COSTS = {"prefix is dear": RestoreCosts(0.0, 0.1, 3.0), "adapter is dear": RestoreCosts(9.0, 3.0, 0.1)}
+
+
+@pytest.mark.parametrize("dear", sorted(COSTS))
+def test_what_is_dear_and_popular_outlives_what_is_used_once(shared, dear) -> None:
+    """By turns: a popular prefix and adapters that come once; a popular adapter and prompts that come once. Least
+    recently used first would have none of them survive the flood."""
+    sim = shared(num_pages=20, max_seqs=2, max_tokens=64, eviction=CostAware(COSTS[dear]))
+    for _ in range(4):
+        sim.serve(prompt_of(17)[0], 1, None if dear == "prefix is dear" else "popular", 4)
+    loads = sim.residency.counters.loads
+    for i in range(12):
+        if dear == "prefix is dear":
+            sim.serve([1], 1, f"once-{i}", 4)
+        else:
+            sim.serve(prompt_of(17, seed=1 + i)[0], 1)
+    if dear == "prefix is dear":
+        assert sim.residency.counters.evictions >= 8 and sim.prefixes.counters.evictions == 0
+        assert sim.serve(prompt_of(17)[0], 1).metrics.cached_tokens == 16
+    else:
+        assert sim.prefixes.counters.evictions >= 30 and sim.residency.counters.evictions == 0
+        sim.serve([1], 1, "popular", 4)
+        assert sim.residency.counters.loads == loads
+    sim.assert_idle()
+
+
+def test_least_recently_used_takes_no_side(shared) -> None:
+    sim = shared(num_pages=12, max_seqs=2, max_tokens=64, eviction=Lru())
+    sim.serve(prompt_of(17)[0], 1)
+    sim.serve([1], 1, "a", 4)
+    sim.serve([1], 1, "b", 6)  # of 12 pages, the prefix's 4 are idle for longest
+    assert "a" in sim.residency and sim.prefixes.counters.evictions >= 2
+    sim.serve(prompt_of(25, seed=3)[0], 1)
+    assert "a" not in sim.residency
+    sim.assert_idle()
+
+
+# Reserve-all-output admission
+
+
+def test_reservation_counts_shared_pages_once(shared) -> None:
+    """8 pages of instructions for all, 1 page for each, and one of rounding: 6 run at once in 20 pages. If each
+    counted the instructions, it would be 2."""
+    sim = shared(num_pages=20, max_seqs=8, max_tokens=64, admission="reserve")
+    instructions = prompt_of(32)[0]
+    sim.serve([*instructions, 1], 1)
+    for i in range(8):
+        sim.add([*instructions, 100 + i], 4)
+    sim.step()
+    assert len(sim.scheduler.running) == 6
+    sim.run(most_steps=40)
+    assert sim.scheduler.preemptions == 0
+    sim.assert_idle()
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2])
+@pytest.mark.parametrize(("found", "idle"), [(5, 0), (8, 3)])
+def test_a_shared_beginning_outlives_who_brought_it(shared, found, idle, delay) -> None:
+    """Who holds 5 pages of it ends soon; who finds these, and idle ones below them, keeps all to the end, beside a
+    third: the found pages, and 4 for each of the two. In less room, they must not run together."""
+    together, needed = {}, found + 4 + 4
+    for pages in range(needed - 3, needed + 5):
+        sim = shared(pages, max_seqs=8, max_tokens=64, admission="reserve")
+        sim.serve(prompt_of(33)[0][: 4 * found + 1], 1)
+        other, _ = sim.add([1, 2, 3, 4], 13), sim.add(prompt_of(33)[0][:21], 2)
+        for _ in range(delay):
+            sim.step()
+        heir = sim.add(prompt_of(33)[0][: 4 * found + 1], 13)
+        assert sim.evictor.pages(PageKind.PREFIX) == (idle if delay else found)
+        sim.step()
+        together[pages] = heir.status is Status.RUNNING and other.status is Status.RUNNING
+        sim.run(most_steps=60)
+        assert sim.scheduler.preemptions == 0
+        sim.assert_idle()
+    assert [together[n] for n in (needed - 3, needed - 2, needed - 1, needed + 4)] == [False, False, False, True]
+
+
+def test_pages_that_running_requests_share_are_no_room_for_a_third(shared) -> None:
+    """Two share 8 pages and take 4 each; the third wants 4: 20, and rounding."""
+    together = {}
+    for pages in range(15, 25):
+        sim = shared(pages, max_seqs=8, max_tokens=64, admission="reserve")
+        sim.serve(prompt_of(33)[0], 1)
+        for _ in range(2):
+            sim.add(prompt_of(33)[0], 13)
+        sim.step()
+        sim.step()
+        third = sim.add([1, 2, 3, 4], 13)
+        sim.step()
+        together[pages] = len(sim.scheduler.running) == 3
+        sim.run(most_steps=80)
+        assert sim.scheduler.preemptions == 0 and len(third.output) == 13
+        sim.assert_idle()
+    assert not together[17] and together[24]
+
+
+ADAPTERS = {None: 0, "a": 2, "b": 5}
+beginnings = st.sampled_from([0, 3, 4, 8, 13])
+requests = st.tuples(beginnings, st.integers(0, 2), st.integers(1, 9), st.integers(1, 20), st.sampled_from([*ADAPTERS]))
+
+
+def tokens_of(beginning, kind, rest):
+    """A prompt: some of one of three texts, then a little of its own that others may have too."""
+    return [10 + kind] * beginning + [i % 2 for i in range(rest)]
+
+
+def pages_alone(request):
+    beginning, _, rest, new, adapter = request
+    return -(-(beginning + rest + new - 1) // SIZE) + ADAPTERS[adapter]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(requests, max_size=16), st.integers(0, 20), st.integers(1, 8), st.lists(st.integers(0, 4), min_size=16))
+def test_nobody_is_preempted_under_reserve_whatever_is_shared(shared, sizes, spare, max_seqs, gaps) -> None:
+    """Prompts take one step, all generate all they may: if admission counted anything twice the wrong way, pages would
+    run out."""
+    pages = max(map(pages_alone, sizes), default=1) + spare
+    sim = shared(pages, max_seqs, max_tokens=1000, admission="reserve")
+    for (beginning, kind, rest, new, adapter), gap in zip(sizes, gaps, strict=False):
+        sim.add(tokens_of(beginning, kind, rest), new, adapter, ADAPTERS[adapter])
+        for _ in range(gap):
+            sim.step()
+    sim.run(most_steps=1000)
+    sim.assert_idle()
+    assert sim.scheduler.preemptions == 0
+    assert all(len(r.output) == r.max_new for r in sim.requests)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(requests, min_size=1, max_size=16),
+    spare=st.integers(0, 16),
+    max_seqs=st.integers(1, 6),
+    budget=st.integers(0, 20),
+    gaps=st.lists(st.integers(0, 5), min_size=16, max_size=16),
+    events=st.dictionaries(st.integers(0, 80), st.tuples(st.sampled_from(["cancel", "drop"]), st.integers(0, 15))),
+    stops=st.dictionaries(st.integers(0, 15), st.integers(1, 10)),
+    policy=st.sampled_from(["lru", "cost_aware", "immediate"]),
+    admission=st.sampled_from(["optimistic", "reserve"]),
+    split=st.booleans(),
+)
+def test_random_traffic_reads_only_what_was_computed_for_it_and_all_ends(
+    shared, sizes, spare, max_seqs, budget, gaps, events, stops, policy, admission, split
+) -> None:
+    """`dispatch` checks every token's context; `step` the books."""
+    eviction = {"lru": Lru, "immediate": Immediate, "cost_aware": lambda: CostAware(RestoreCosts(1.0, 0.1, 1.0))}
+    pages = max(map(pages_alone, sizes)) + spare
+    sim = shared(
+        pages + 5 * split, max_seqs, max_seqs + budget, 3, admission=admission, eviction=eviction[policy](),
+        adapter_pages=5 if split else None,
+    )  # fmt: skip
+    sim.stop_early = {number: stop for number, stop in stops.items() if number < len(sizes) and stop < sizes[number][3]}
+    waiting, pause, steps = list(zip(sizes, gaps, strict=False)), 0, 0
+    while waiting or sim.scheduler.has_work():
+        while waiting and pause <= 0:
+            (beginning, kind, rest, new, adapter), pause = waiting.pop(0)
+            sim.add(tokens_of(beginning, kind, rest), new, adapter, ADAPTERS[adapter])
+        pause -= 1
+        event, number = events.get(steps, (None, 0))
+        if event == "cancel" and number < len(sim.requests):
+            sim.scheduler.finish(sim.requests[number], FinishReason.CANCELLED, 0.0)
+        elif event == "drop":
+            sim.prefixes.drop([None, "a", "b"][number % 3])
+        sim.step()
+        steps += 1
+        assert steps < 5000, "the scheduler does not get its work done"
+    sim.step()
+    for request in sim.requests:
+        if request.finish_reason is FinishReason.STOP:
+            assert len(request.output) == sim.stop_early.get(request.number, request.max_new)
+            tokens = list(request.prompt)
+            for _ in request.output:
+                tokens.append(sim.following(tokens))
+            assert tokens == request.prompt + request.output
+        else:
+            assert request.finish_reason is FinishReason.CANCELLED
+    sim.assert_idle()
+    for digest in (None, "a", "b"):
+        sim.prefixes.drop(digest)
+    assert sim.allocator.count(PageKind.PREFIX) == 0

@@ -1,0 +1,111 @@
+"""Fast forward changes nothing: against the same run step by step, bit by bit."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulated import SHAPE, device, random_workload
+
+from slora_jax.metrics import serving_metrics
+from slora_jax.scheduling import Ageing, Clustering, EarlyAbort, Fcfs, Lcfs, OneAdapter, Policy, Vtc
+from slora_jax.simulation import SystemConfig, make_system, simulate
+from slora_jax.simulation import server as server_module
+
+RANKS = [2, 4, 8, 2, 4, 8]
+POLICIES: dict[str, Policy] = {
+    "fcfs": Fcfs(),
+    "lcfs": Lcfs(),
+    "early_abort, code": EarlyAbort(slo=0.3, margin=0.02, rule="code"),
+    "early_abort, paper": EarlyAbort(slo=0.3, margin=0.02),
+    "clustering, soft": Clustering(2),
+    "clustering, hard": Clustering(2, hard=True),
+    "vtc": Vtc(weights={"0": 2.0}),
+    "one_adapter": OneAdapter(3),
+    "ageing of lcfs": Ageing(Lcfs(), bound=0.2),
+}
+SYSTEMS = {
+    "slora": {"page_size": 8, "num_tokens": 400, "max_seqs": 12, "max_tokens": 64},
+    "slora-paper": {"num_tokens": 400, "max_tokens": 100},
+    "no-unify-mem-paper": {"num_tokens": 300, "adapter_tokens": 100, "max_tokens": 100},
+    "bmm-paper": {"num_tokens": 300, "max_tokens": 100},
+    "merge-paper": {"num_tokens": 400, "max_tokens": 100},
+    "base": {"page_size": 8, "num_tokens": 400, "max_seqs": 12, "max_tokens": 64},
+}
+
+
+def assert_same(system: SystemConfig, policy: Policy | None, seed: int, **settings) -> None:
+    workload = random_workload(seed)
+    run = [
+        simulate(workload, system, SHAPE, device(), RANKS, policy=policy, sample_seconds=0.05, fast_forward=fast)
+        for fast in (True, False)
+    ]
+    assert run[0].records == run[1].records, f"seed {seed}"  # times included
+    assert run[0].counters == run[1].counters, f"seed {seed}"
+    assert run[0].pool == run[1].pool, f"seed {seed}"
+    assert run[0].abort_reasons == run[1].abort_reasons, f"seed {seed}"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", ["slora", "slora-paper"])
+@settings(max_examples=6)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_every_policy(name: str, policy: str, seed: int) -> None:
+    assert_same(make_system(name, **SYSTEMS[name]), POLICIES[policy], seed)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+@settings(max_examples=6)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_every_system(name: str, seed: int) -> None:
+    assert_same(make_system(name, **SYSTEMS[name]), None, seed)
+
+
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    changes=st.fixed_dictionaries(
+        {
+            "overlap": st.booleans(),
+            "prefetch": st.booleans(),
+            "mixed": st.booleans(),
+            "admit_every": st.sampled_from([1, 3, 10]),
+            "admission": st.sampled_from(["optimistic", "reserve"]),
+            "eviction": st.sampled_from(["lru", "immediate", "cost_aware"]),
+            "page_size": st.sampled_from([1, 8]),
+            "max_seqs": st.sampled_from([3, 12]),
+            "num_tokens": st.sampled_from([250, 900]),
+            "host_bytes": st.sampled_from([None, 40_000]),
+        }
+    ),
+)
+def test_every_mixture_of_settings(seed: int, changes: dict) -> None:
+    assert_same(make_system("slora", max_tokens=100, disk_bandwidth=1e6, **changes), None, seed)
+
+
+def test_most_steps_are_fast_forwarded(monkeypatch) -> None:
+    """So the tests above compare two different ways."""
+    planned = 0
+
+    class Counting(server_module.Scheduler):
+        def schedule(self, now):
+            nonlocal planned
+            planned += 1
+            return super().schedule(now)
+
+    monkeypatch.setattr(server_module, "Scheduler", Counting)
+    for name in ("slora", "slora-paper"):
+        planned = 0
+        result = simulate(
+            random_workload(1, rate=10), make_system(name, **SYSTEMS[name]), SHAPE, device(), RANKS, sample_seconds=10
+        )
+        assert planned < result.counters.steps / 2, name
+        assert serving_metrics(result.records).completed == 60
+
+
+def test_the_workloads_above_queue_preempt_evict_and_abort() -> None:
+    """So the tests above compare more than a quiet server."""
+    ours, workload = make_system("slora", **SYSTEMS["slora"]), random_workload(1)
+    aborting = simulate(workload, ours, SHAPE, device(), RANKS, policy=POLICIES["early_abort, code"])
+    assert aborting.counters.aborts > 0
+    result = simulate(workload, ours, SHAPE, device(), RANKS, sample_seconds=0.05)
+    assert max(sample.waiting for sample in result.pool) > 5
+    assert result.counters.preemptions > 0 and result.counters.evictions > 0 and result.counters.copy_seconds > 0

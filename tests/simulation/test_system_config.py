@@ -1,0 +1,98 @@
+"""Systems and devices by name."""
+
+import json
+from dataclasses import fields, replace
+from importlib.resources import files
+
+import pytest
+from simulated import SHAPE, device
+
+from slora_jax.errors import ConfigError
+from slora_jax.simulation import SYSTEMS, DeviceModel, Efficiency, SystemConfig, devices, load_device, make_system
+from slora_jax.simulation.device import SOFTWARE, read_device
+from slora_jax.simulation.system import CHANGES
+
+DEVICES = files("slora_jax.simulation") / "devices"
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_baseline_is_its_base_with_what_it_names_changed(name) -> None:
+    base = "slora-paper" if name.endswith("-paper") else "slora"
+    changed = {"name": name, **CHANGES[name.removesuffix("-paper")]}
+    assert make_system(name) == replace(make_system(base), **changed)
+
+
+def test_the_published_system_has_the_codes_numbers() -> None:
+    system = make_system("slora-paper", num_tokens=14500)
+    assert (system.step_tokens(14500), system.step_tokens(125000)) == (3072, 20833)
+    assert (system.max_seqs, system.admit_every, system.page_size) == (1000, 10, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("slora_paper", {}, "'slora_paper' is unknown .did you mean 'slora-paper'.*there are"),
+        ("bmm", {"num_token": 1}, "no setting 'num_token' .did you mean 'num_tokens'"),
+        ("bmm", {"num_tokens": 0}, "num_tokens=0"),
+        ("bmm", {"page_size": 1.5}, "page_size=1.5"),
+        ("slora", {"eviction": "fifo"}, "eviction='fifo': must be one of lru, immediate, cost_aware"),
+        ("slora", {"lora": "magic"}, "lora='magic'"),
+        ("slora", {"software": "java"}, "software='java'"),
+        ("slora", {"policy": "random"}, "policy='random'"),
+        ("slora", {"memory_fraction": 0.0}, "memory_fraction=0.0"),
+        ("slora", {"disk_bandwidth": 0}, "disk_bandwidth=0"),
+    ],
+)
+def test_what_is_wrong_is_named(name, settings, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_system(name, **settings)
+
+
+def test_the_pool_is_what_the_weights_leave() -> None:
+    left = 0.5 * device().memory_bytes - SHAPE.weight_bytes
+    assert SystemConfig(memory_fraction=0.5).pool_tokens(SHAPE, device()) == int(left / SHAPE.kv_bytes)
+    split = SystemConfig(memory_fraction=0.5, adapter_tokens=1000).pool_tokens(SHAPE, device())
+    assert split == int(left / SHAPE.kv_bytes - 1000)
+
+
+def test_there_are_the_papers_devices_and_later_ones() -> None:
+    assert devices() == ["a100-40", "a100-80", "a10g", "h100", "h200"]
+
+
+@pytest.mark.parametrize("name", devices())
+def test_a_device_file_has_its_data_sheet_with_sources_and_all_efficiencies(name) -> None:
+    content = json.loads((DEVICES / f"{name}.json").read_text())
+    ceilings = [field.name for field in fields(DeviceModel)][1:-1]
+    assert list(content["data_sheet"]) == ceilings
+    assert all("NVIDIA" in entry["source"] for entry in content["data_sheet"].values())
+    assert set(content["efficiency"]) == set(SOFTWARE)
+    loaded = load_device(name)
+    assert loaded.memory_bandwidth == content["data_sheet"]["memory_bandwidth"]["value"]
+    assert 1e11 < loaded.memory_bandwidth < 1e13 < loaded.matmul_flops < 1e16
+    assert 1e10 < loaded.host_to_device_bandwidth < 1e11 < loaded.vector_flops < loaded.matmul_flops
+
+
+def test_efficiencies_are_changed_by_name() -> None:
+    changed = device().fitted("jax", matmul=0.9)
+    assert changed.efficiency["jax"].matmul == 0.9 and changed.efficiency["vllm"].matmul == 0.5
+    for software, change, message in (
+        ("java", {}, "software='java'"),
+        ("jax", {"speed": 1.0}, "speed"),
+        ("jax", {"matmul": 1.5}, "matmul=1.5: must be a share"),
+        ("jax", {"layer_seconds": -1.0}, "layer_seconds=-1.0: must be at least 0 seconds"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            device().fitted(software, **change)
+
+
+def test_an_unknown_or_incomplete_device_is_refused() -> None:
+    with pytest.raises(ConfigError, match="device 'tpu' is unknown; there are a100-40"):
+        load_device("tpu")
+    content = json.loads((DEVICES / "a10g.json").read_text())
+    del content["data_sheet"]["memory_bytes"]
+    with pytest.raises(ConfigError, match="'mine'.*memory_bytes"):
+        read_device("mine", content)
+    assert {field.name for field in fields(Efficiency)} == set(content["efficiency"]["jax"])
+    del content["efficiency"]["jax"]["matmul"]
+    with pytest.raises(ConfigError, match="matmul"):
+        read_device("mine", content)
