@@ -89,7 +89,7 @@ class Served:
 @contextmanager
 def squeezed(engine: Engine, pages: int) -> Iterator[None]:
     """Leaves the engine only so many free pages, so that running sequences collide."""
-    engine.residency.make_room(engine.allocator.capacity)
+    engine.residency.evictor.make_room(engine.allocator.capacity, PageKind.KV)
     held = engine.allocator.allocate(engine.allocator.num_free - pages, PageKind.KV)
     yield
     engine.allocator.free(held)
