@@ -39,7 +39,13 @@ def report_table(report: CompileReport) -> str:
     else:
         lines += ["", "no custom kernels"]
     sent = [
-        (p.name, c.kind, f"{c.count}", _size(c.bytes), _size(c.count * c.bytes))
+        (
+            p.name,
+            f"{c.kind} ({c.purpose})" if c.purpose else c.kind,
+            f"{c.count}",
+            _size(c.bytes),
+            _size(c.count * c.bytes),
+        )
         for p in report.programs
         for c in p.collectives
     ]

@@ -108,6 +108,17 @@ def test_the_step_holds_the_papers_collectives_to_the_byte(target, count, bucket
     rounded = -(-RANK // count) * count
     assert counted(compiled)["all-gather", bucket.tokens * 3 * rounded * 2] == LAYERS
 
+    purposes = Counter()
+    for collective in collectives_in(compiled):
+        purposes[collective.kind, collective.purpose] += collective.count
+    assert purposes == {
+        ("all-reduce", "base"): 2 * LAYERS,
+        ("all-reduce", "lora"): 2 * LAYERS,
+        ("all-gather", "lora"): 2 * LAYERS,
+        ("all-reduce", "embedding"): 1,
+        ("all-gather", "greedy"): 1,
+    }
+
     use = pool_use(compiled, spec.shard_pool)
     assert use.copies == ()
     assert use.aliased_bytes >= use.pool_bytes
