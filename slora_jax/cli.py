@@ -21,6 +21,7 @@ from slora_jax.engine import Engine, EngineConfig, adapter_geometry
 from slora_jax.errors import ConfigError, SloraError
 from slora_jax.models import ModelConfig
 from slora_jax.models.config import read_json
+from slora_jax.parallel.layout import LORA_SHARDINGS
 from slora_jax.scheduling import SamplingParams
 
 
@@ -97,6 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     option("--model-config", metavar="FILE", type=Path, required=True, help="a Hugging Face config.json")
     option("--target", choices=tuple(DEVICES), required=True, help="the GPU")
     option("--tp", metavar="N", type=int, default=1, help="GPUs the model is spread over (default: %(default)s)")
+    option(
+        "--tp-lora",
+        choices=LORA_SHARDINGS,
+        default=EngineConfig.tp_lora,
+        help="how adapters are cut: as S-LoRA does (the default), A and B as vLLM's default, or A by input everywhere",
+    )
     option("--max-tokens", metavar="T", type=int, required=True, help="rows of the largest step")
     option("--max-seqs", metavar="S", type=int, required=True, help="sequences running at once")
     option("--json", metavar="FILE", type=Path, help="write the report there too")
@@ -184,8 +191,6 @@ def _compile_report(args: argparse.Namespace) -> int:
     from slora_jax.analysis.report_table import report_table
     from slora_jax.analysis.targets import TARGETS
 
-    if args.tp != 1:
-        raise ConfigError(f"--tp={args.tp}: the engine has no tensor parallelism yet (issue 5 builds it); use --tp 1")
     if not args.model_config.is_file():
         raise ConfigError(f"--model-config={args.model_config}: no such file; give a Hugging Face config.json")
     if args.json is not None and not args.json.parent.is_dir():
@@ -200,6 +205,8 @@ def _compile_report(args: argparse.Namespace) -> int:
         max_model_len=args.max_model_len,
         adapter_slots=args.adapter_slots,
         max_rank=args.max_rank,
+        tp=args.tp,
+        tp_lora=args.tp_lora,
     )
     report = compile_report(
         ModelConfig.from_dict(read_json(args.model_config)),

@@ -25,7 +25,9 @@ hypothesis.settings.load_profile("slora")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Programs compiled once are kept for the next run, and shared by engines of the same shape."""
+    """Eight CPU devices, for tests of tensor parallelism; one is what all others use. Programs compiled once are kept
+    for the next run, and shared by engines of the same shape."""
+    jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -29,12 +29,17 @@ def ceil_div(a: Any, b: int) -> Any:
 @dataclass(frozen=True)
 class Stack:
     """Projections that read the same input. `d_outs` are in the order of the fused base output; the first is the widest
-    and the others are equal, so that only blocks holding rows of the first need its number of column chunks."""
+    and the others are equal, so that only blocks holding rows of the first need its number of column chunks.
+
+    rank_shards: how many shards the rows of A are dealt to, one by one: each holds `ceil(r / rank_shards)` rows of a
+    projection of rank r (the last may be zero), and all r rows of B.
+    """
 
     name: str
     projections: tuple[str, ...]
     d_in: int
     d_outs: tuple[int, ...]
+    rank_shards: int = 1
 
     def __post_init__(self) -> None:
         if len(set(self.d_outs[1:])) > 1 or max(self.d_outs) != self.d_outs[0]:
@@ -55,17 +60,23 @@ class Stack:
         """Where this stack's projections stand in a rank vector `[..., 7]`."""
         return tuple(PROJECTIONS.index(p) for p in self.projections)
 
+    def a_ranks(self, rank: Any) -> Any:
+        """Rows of A that a shard holds of a projection of rank `rank`."""
+        return rank if self.rank_shards == 1 else ceil_div(rank, self.rank_shards)
+
 
 @dataclass(frozen=True)
 class StackTiles:
     """Tile numbers of one stack within one adapter (or, with arrays, within many adapters at once).
 
     `a_base`, `b_base`: first A and first B tile, counted from the adapter's first tile.
-    `rows`: R, the stack's total rank; `wide_blocks`: blocks that hold a row of the widest projection.
+    `a_rows`, `rows`: rows of A, and of B: R, the stack's total rank. They differ only where A's are dealt to shards.
+    `wide_blocks`: blocks of B that hold a row of the widest projection.
     """
 
     a_base: Any
     b_base: Any
+    a_rows: Any
     rows: Any
     wide_blocks: Any
 
@@ -106,11 +117,15 @@ class LoraLayout:
         tiles, base = [], 0 * ranks[..., 0]
         for stack in self.stacks:
             rows = sum(ranks[..., i] for i in stack.rank_index)
-            blocks = ceil_div(rows, self.page_size)
+            blocks = a_blocks = ceil_div(rows, self.page_size)
+            a_rows = rows
+            if stack.rank_shards > 1:
+                a_rows = sum(stack.a_ranks(ranks[..., i]) for i in stack.rank_index)
+                a_blocks = ceil_div(a_rows, self.page_size)
             wide_blocks = ceil_div(ranks[..., stack.rank_index[0]], self.page_size)
             wide, narrow = self.b_chunks(stack)
-            b_base = base + blocks * self.a_chunks(stack)
-            tiles.append(StackTiles(a_base=base, b_base=b_base, rows=rows, wide_blocks=wide_blocks))
+            b_base = base + a_blocks * self.a_chunks(stack)
+            tiles.append(StackTiles(base, b_base, a_rows, rows, wide_blocks))
             base = b_base + wide_blocks * wide + (blocks - wide_blocks) * narrow
         return tuple(tiles), base
 

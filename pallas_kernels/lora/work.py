@@ -9,19 +9,27 @@ from pallas_kernels.lora.layout import LoraLayout, Stack
 
 FIELDS = ("first_row", "rows", "slot", "a_base", "b_base", "wide_blocks", "end0", "end1", "end2")
 """Columns of a work table. `first_row`, `rows`: the tile's rows of the step (0 rows where the list has ended). `slot`:
-row of the adapter table. `a_base`, `b_base`, `wide_blocks`: see `layout.StackTiles`. `end0..2`: rows of the A stack up
+row of the adapter table. `a_base`, `b_base`, `wide_blocks`: see `layout.StackTiles`. `end0..2`: rows of the stack up
 to and including each projection (the last, repeated, where a stack has fewer): projection p owns rows `end[p-1]` to
-`end[p]`, and `end2` is the stack's rank."""
+`end[p]`, and `end2` is the stack's rank. They are rows of A and of B alike, unless A's are dealt to shards."""
 
 
 def stack_work(
-    layout: LoraLayout, ranks: jax.Array, slot: jax.Array, first_row: jax.Array, rows: jax.Array, num_tiles: jax.Array
+    layout: LoraLayout,
+    ranks: jax.Array,
+    slot: jax.Array,
+    first_row: jax.Array,
+    rows: jax.Array,
+    num_tiles: jax.Array,
+    *,
+    of_a: bool = False,
 ) -> tuple[jax.Array, ...]:
     """The work table of every stack: int32 `[NT, len(FIELDS)]`.
 
     Args:
       ranks: int32 `[slots, 7]`.
       slot, first_row, rows: int32 `[NT]`, the tile list, valid up to `num_tiles` (int32 scalar).
+      of_a: `end0..2` count rows of A, where these are dealt to shards.
     """
     live = jnp.arange(slot.shape[0]) < num_tiles
     rows = jnp.where(live, rows, 0)
@@ -33,7 +41,8 @@ def stack_work(
         end = jnp.zeros_like(slot)
         for position in range(3):
             if position < len(stack.projections):
-                end = end + ranks[:, stack.rank_index[position]]
+                rank = ranks[:, stack.rank_index[position]]
+                end = end + (stack.a_ranks(rank) if of_a else rank)
             ends.append(end)
         t = tiles[number]
         return jnp.stack([first_row, rows, slot, t.a_base, t.b_base, t.wide_blocks, *ends], axis=1).astype(jnp.int32)

@@ -38,9 +38,11 @@ class StackRows:
 
     groups: int32 `[M]`, live groups. a_row: int32 `[G, M, projections, GROUP, A chunks]`; b_row: int32 `[G, M, B chunks
     of all projections, GROUP]`; b_live: bool, same shape. Dead entries name row 0 of the dummy page; b_live masks them.
+    Where A's rows are dealt to shards, a_groups and a_row's G count the rows of a shard.
     """
 
     groups: jax.Array
+    a_groups: jax.Array
     a_row: jax.Array
     b_row: jax.Array
     b_live: jax.Array
@@ -53,7 +55,7 @@ def prepare(
     `live` (int32 scalar) on have rank 0: their slot's pages may have a new owner."""
     ranks = jnp.where(jnp.arange(slot.shape[0])[:, None] < live, ranks[slot], 0)  # [M, 7]
     tiles, _ = layout.stack_tiles(ranks)
-    index = jnp.arange(ceil_div(max_rank, GROUP) * GROUP)  # rank within a projection
+    index = jnp.arange(_whole_groups(max_rank))  # rank within a projection
     return tuple(
         _stack_rows(layout, s, t, pages, ranks, slot, index) for s, t in zip(layout.stacks, tiles, strict=True)
     )
@@ -75,17 +77,30 @@ def _stack_rows(
         page = pages.at[slot[:, None, None], tile // 2].get(mode="clip")
         return jnp.where(live, (2 * page + tile % 2) * size + within, 0)
 
+    def places(row: jax.Array, rank: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of a projection's ranks at `row [M, R]` of the stack: row block `[M, R]`, row within it and whether the rank
+        is there, both `[M, R, 1]`."""
+        live = (index[None, : row.shape[1]] < rank[:, None])[..., None]
+        return row // size, (row % size)[..., None], live
+
     a_rows, b_rows, b_live = [], [], []
-    first = jnp.zeros_like(slot)
+    first = a_first = jnp.zeros_like(slot)
     for position in range(len(stack.projections)):
         rank = ranks[:, stack.rank_index[position]]
         row = first[:, None] + index[None]  # [M, R] row of the stack
         first = first + rank
-        live = (index[None] < rank[:, None])[..., None]
-        block, within = row // size, (row % size)[..., None]
-        wide = StackTiles(*(field[:, None] for field in (tiles.a_base, tiles.b_base, tiles.rows, tiles.wide_blocks)))
-        a_tile = layout.a_tile(stack, wide, block)[..., None] + jnp.arange(chunks)
-        a_rows.append(pool_row(a_tile, within, live))  # [M, R, chunks]
+        block, within, live = places(row, rank)
+        wide = StackTiles(
+            *(f[:, None] for f in (tiles.a_base, tiles.b_base, tiles.a_rows, tiles.rows, tiles.wide_blocks))
+        )
+        a_block, a_within, a_live = block, within, live
+        if stack.rank_shards > 1:
+            a_rank = stack.a_ranks(rank)
+            a_row = a_first[:, None] + index[None, : _whole_groups(stack.a_ranks(index.size))]
+            a_first = a_first + a_rank
+            a_block, a_within, a_live = places(a_row, a_rank)
+        a_tile = layout.a_tile(stack, wide, a_block)[..., None] + jnp.arange(chunks)
+        a_rows.append(pool_row(a_tile, a_within, a_live))  # [M, R, chunks]
         b_tile = layout.b_tile(stack, wide, block)[..., None] + jnp.arange(
             ceil_div(stack.d_outs[position], layout.width)
         )
@@ -96,8 +111,11 @@ def _stack_rows(
         m, n, r, *rest = rows.shape
         return jnp.moveaxis(rows.reshape(m, n, r // GROUP, GROUP, *rest), 2, 0)
 
+    largest = ranks[:, jnp.array(stack.rank_index)].max(-1)
+    groups = ceil_div(largest, GROUP)
     return StackRows(
-        groups=ceil_div(ranks[:, jnp.array(stack.rank_index)].max(-1), GROUP),
+        groups=groups,
+        a_groups=groups if stack.rank_shards == 1 else ceil_div(stack.a_ranks(largest), GROUP),
         a_row=by_group(jnp.stack(a_rows, 1)),
         b_row=by_group(jnp.moveaxis(jnp.concatenate(b_rows, -1), -1, 1)),
         b_live=by_group(jnp.moveaxis(jnp.concatenate(b_live, -1), -1, 1)),
@@ -189,6 +207,81 @@ def add_tiles(
         return lax.dynamic_update_slice_in_dim(acc, _join_outputs(new, stack, layout), start, 0)
 
     return lax.fori_loop(0, num_tiles, tile, y.astype(jnp.float32)).astype(y.dtype)
+
+
+def shrink_tiles(
+    x: jax.Array,
+    pool: jax.Array,
+    stack: Stack,
+    layout: LoraLayout,
+    rows: StackRows,
+    first_row: jax.Array,
+    num_rows: jax.Array,
+    num_tiles: jax.Array,
+    tile_rows: int,
+) -> jax.Array:
+    """The first half of `add_tiles`: `x A` of every tile, float32 `[T, projections, ranks]`, zero in rows of no tile.
+    Ranks that an adapter lacks hold anything finite."""
+    flat = pool.reshape(-1, layout.width)
+    x = _split_columns(x, stack.d_in, layout.width)  # [T, A chunks, W]
+    exact = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+    def tile(i: jax.Array, h: jax.Array) -> jax.Array:
+        start = jnp.clip(first_row[i], 0, x.shape[0] - tile_rows)
+        row = start + jnp.arange(tile_rows)
+        own = (row >= first_row[i]) & (row < first_row[i] + num_rows[i])
+        x_rows = lax.dynamic_slice_in_dim(x, start, tile_rows)  # [M, A chunks, W]
+
+        def group(g: jax.Array, h: jax.Array) -> jax.Array:
+            a = flat.at[rows.a_row[g, i]].get(mode="clip")  # [p, GROUP, A chunks, W]
+            new = jnp.einsum("mcw,pjcw->mpj", x_rows, a, precision=exact, preferred_element_type=jnp.float32)
+            old = lax.dynamic_slice(h, (start, 0, g * GROUP), new.shape)
+            return lax.dynamic_update_slice(h, jnp.where(own[:, None, None], new, old), (start, 0, g * GROUP))
+
+        return lax.fori_loop(0, rows.a_groups[i], group, h)
+
+    ranks = rows.a_row.shape[0] * GROUP
+    return lax.fori_loop(0, num_tiles, tile, jnp.zeros((x.shape[0], len(stack.projections), ranks), jnp.float32))
+
+
+def expand_tiles(
+    h: jax.Array,
+    y: jax.Array,
+    pool: jax.Array,
+    stack: Stack,
+    layout: LoraLayout,
+    rows: StackRows,
+    first_row: jax.Array,
+    num_rows: jax.Array,
+    num_tiles: jax.Array,
+    tile_rows: int,
+) -> jax.Array:
+    """The second half of `add_tiles`: adds `h B` to `y [T, d_out]`; h float32 `[T, projections, ranks]`, whole groups
+    of ranks."""
+    flat = pool.reshape(-1, layout.width)
+    projection = _projection_of_chunk(stack, layout)
+
+    def tile(i: jax.Array, acc: jax.Array) -> jax.Array:
+        start = jnp.clip(first_row[i], 0, y.shape[0] - tile_rows)
+        row = start + jnp.arange(tile_rows)
+        own = (row >= first_row[i]) & (row < first_row[i] + num_rows[i])
+
+        def group(g: jax.Array, delta: jax.Array) -> jax.Array:
+            part = lax.dynamic_slice(h, (start, 0, g * GROUP), (tile_rows, h.shape[1], GROUP)).swapaxes(0, 1)
+            live = rows.b_live[g, i][:, None] & own[None, :, None]  # [B chunks, M, GROUP]
+            b = flat.at[rows.b_row[g, i]].get(mode="clip").astype(jnp.float32)  # [B chunks, GROUP, W]
+            part = jnp.where(live, part[projection], 0.0)
+            return delta + jnp.einsum("nmj,njw->mnw", part, b, precision=lax.Precision.HIGHEST)
+
+        old = lax.dynamic_slice_in_dim(acc, start, tile_rows)
+        new = lax.fori_loop(0, rows.groups[i], group, _split_outputs(old, stack, layout))
+        return lax.dynamic_update_slice_in_dim(acc, _join_outputs(new, stack, layout), start, 0)
+
+    return lax.fori_loop(0, num_tiles, tile, y.astype(jnp.float32)).astype(y.dtype)
+
+
+def _whole_groups(ranks: int) -> int:
+    return ceil_div(ranks, GROUP) * GROUP
 
 
 def _projection_of_chunk(stack: Stack, layout: LoraLayout) -> jax.Array:

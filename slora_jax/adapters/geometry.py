@@ -7,6 +7,7 @@ from functools import cached_property
 
 from pallas_kernels.lora.layout import PROJECTIONS, LoraLayout
 from slora_jax.errors import ConfigError
+from slora_jax.parallel.layout import ONE_DEVICE, Shards
 
 MODULES = {
     "q": "self_attn.q_proj",
@@ -29,7 +30,8 @@ def module_name(layer: int, projection: str) -> str:
 class BaseGeometry:
     """Widths of a Llama-like base model, in elements, and the pool's `page_size`, in tokens (= rows of a tile).
 
-    `q_width` is `num_heads * head_dim` and `kv_width` is `num_kv_heads * head_dim`, the pool's W.
+    `q_width` is `num_heads * head_dim` and `kv_width` is `num_kv_heads * head_dim`, the pool's W on one device.
+    `shards` tells how adapters are cut.
     """
 
     num_layers: int
@@ -38,15 +40,18 @@ class BaseGeometry:
     kv_width: int
     intermediate_size: int
     page_size: int
+    shards: Shards = ONE_DEVICE
 
     def __post_init__(self) -> None:
         for field, value in vars(self).items():
+            if field == "shards":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"BaseGeometry.{field} must be a positive integer, found {value!r}")
 
     @cached_property
-    def layout(self) -> LoraLayout:
-        """Where every row of an adapter of this base model lies in its tiles."""
+    def whole(self) -> LoraLayout:
+        """The layout of the whole model's adapters on one device."""
         return LoraLayout.of_decoder(
             hidden_size=self.hidden_size,
             q_width=self.q_width,
@@ -56,8 +61,18 @@ class BaseGeometry:
         )
 
     @cached_property
+    def layout(self) -> LoraLayout:
+        """Where every row of an adapter of this base model lies in a shard's tiles."""
+        return self.shards.of_layout(self.whole)
+
+    @property
+    def pool_width(self) -> int:
+        """Columns of a page over all shards."""
+        return self.shards.count * self.layout.width
+
+    @cached_property
     def _dims(self) -> dict[str, tuple[int, int]]:
-        return {p: (s.d_in, d) for s in self.layout.stacks for p, d in zip(s.projections, s.d_outs, strict=True)}
+        return {p: (s.d_in, d) for s in self.whole.stacks for p, d in zip(s.projections, s.d_outs, strict=True)}
 
     def dims(self, projection: str) -> tuple[int, int]:
         """`(d_in, d_out)` of a projection's base weight."""

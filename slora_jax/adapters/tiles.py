@@ -21,7 +21,8 @@ class AdapterTiles:
     """An adapter ready to upload. `ranks [7]` int32 is the largest rank of each projection over the layers.
 
     `pages [num_layers, num_pages, 2, page_size, W]` is float32 or bfloat16; page `p` of every layer goes to the same
-    page of the pool. Rows beyond a layer's own rank, columns beyond a matrix and an odd last tile are zero.
+    page of the pool. Of N shards (`parallel.layout`), shard s has columns `s * W / N` to `(s + 1) * W / N`. Rows beyond
+    a layer's own rank, columns beyond a matrix and an odd last tile are zero.
     """
 
     digest: str
@@ -50,7 +51,7 @@ def tile_dtype(dtype: str | np.dtype) -> np.dtype:
 def tile_shape(ranks: np.ndarray, geometry: BaseGeometry) -> tuple[int, int, int, int, int]:
     """Shape of `AdapterTiles.pages` for `ranks [num_layers, 7]`."""
     num_pages = int(geometry.layout.num_pages(ranks.max(axis=0)))
-    return geometry.num_layers, num_pages, 2, geometry.page_size, geometry.layout.width
+    return geometry.num_layers, num_pages, 2, geometry.page_size, geometry.pool_width
 
 
 def pack_tiles(adapter: LoraAdapter, geometry: BaseGeometry, dtype: str | np.dtype) -> AdapterTiles:
@@ -63,44 +64,66 @@ def pack_tiles(adapter: LoraAdapter, geometry: BaseGeometry, dtype: str | np.dty
     ranks = adapter.ranks.max(axis=0)  # [7]
     pages = np.zeros(tile_shape(adapter.ranks, geometry), dtype)
     bits, exponent = _BITS[dtype.name]
-    layout, page_size, width = geometry.layout, geometry.page_size, geometry.layout.width
-    tiles = pages.view(bits).reshape(geometry.num_layers, -1, page_size, width)  # [L, tiles, page_size, W]
+    by_shard = _tiles_by_shard(pages.view(bits), geometry)
+    layout, page_size = geometry.layout, geometry.page_size
     for stack, place in zip(layout.stacks, layout.stack_tiles(ranks)[0], strict=True):
         if not place.rows:
             continue
-        a, b = _stack_rows(adapter, geometry, stack, place, ranks, dtype)  # [L, blocks * page_size, columns]
         wide_rows = int(place.wide_blocks) * page_size
-        narrow = layout.b_chunks(stack)[1] * width
-        _cut(a, tiles, int(layout.a_tile(stack, place, 0)))
-        _cut(b[:, :wide_rows], tiles, int(layout.b_tile(stack, place, 0)))
-        _cut(b[:, wide_rows:, :narrow], tiles, int(layout.b_tile(stack, place, place.wide_blocks)))
-    if any((layer & exponent).max() == exponent for layer in tiles):
+        narrow = layout.b_chunks(stack)[1] * layout.width
+        for shard in range(geometry.shards.count):
+            tiles = by_shard[..., shard, :]
+            a, b = _stack_rows(adapter, geometry, stack, place, ranks, dtype, shard)  # [L, blocks * page_size, columns]
+            _cut(a, tiles, int(layout.a_tile(stack, place, 0)))
+            _cut(b[:, :wide_rows], tiles, int(layout.b_tile(stack, place, 0)))
+            _cut(b[:, wide_rows:, :narrow], tiles, int(layout.b_tile(stack, place, place.wide_blocks)))
+    if any((layer & exponent).max() == exponent for layer in by_shard):
         raise AdapterError(f"a weight is not finite in {dtype.name} after multiplication by its scale")
     return AdapterTiles(digest=adapter.digest, ranks=ranks, pages=pages)
 
 
+def _tiles_by_shard(pages: np.ndarray, geometry: BaseGeometry) -> np.ndarray:
+    """A view of `pages` as `[num_layers, tiles, page_size, shards, W / shards]`."""
+    width = geometry.layout.width
+    return pages.reshape(geometry.num_layers, -1, geometry.page_size, geometry.shards.count, width)
+
+
 def _stack_rows(
-    adapter: LoraAdapter, geometry: BaseGeometry, stack: Stack, place: StackTiles, ranks: np.ndarray, dtype: np.dtype
+    adapter: LoraAdapter,
+    geometry: BaseGeometry,
+    stack: Stack,
+    place: StackTiles,
+    ranks: np.ndarray,
+    dtype: np.dtype,
+    shard: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The stack's A rows and scaled, transposed B rows in every layer, zero-padded to whole tiles, as bits of `dtype`:
-    NumPy transposes and cuts integers several times faster than bfloat16."""
+    """A shard's A rows and scaled, transposed B rows of the stack in every layer, zero-padded to whole tiles, as bits
+    of `dtype`: NumPy transposes and cuts integers several times faster than bfloat16."""
     bits = _BITS[dtype.name][0]
-    layout, page_size, width = geometry.layout, geometry.page_size, geometry.layout.width
-    rows = ceil_div(int(place.rows), page_size) * page_size
-    a = np.zeros((geometry.num_layers, rows, layout.a_chunks(stack) * width), bits)
+    layout, page_size, width, shards = geometry.layout, geometry.page_size, geometry.layout.width, geometry.shards
+    a_rows, rows = (ceil_div(int(n), page_size) * page_size for n in (place.a_rows, place.rows))
+    a = np.zeros((geometry.num_layers, a_rows, layout.a_chunks(stack) * width), bits)
     b = np.zeros((geometry.num_layers, rows, layout.b_chunks(stack)[0] * width), bits)
-    first = 0
+    a_first = first = 0
     with np.errstate(over="ignore"):
-        for projection, d_out, index in zip(stack.projections, stack.d_outs, stack.rank_index, strict=True):
+        for projection, index in zip(stack.projections, stack.rank_index, strict=True):
+            d_in, d_out = geometry.dims(projection)
+            inputs, outputs = shards.inputs(projection, d_in, shard), shards.outputs(projection, d_out, shard)
             for layer in range(geometry.num_layers):
                 key = (layer, projection)
                 if key in adapter.a:
-                    here = slice(first, first + len(adapter.a[key]))
-                    scaled = adapter.b[key].astype(np.float32, copy=False) * np.float32(adapter.scales[key])
-                    a[layer, here, : stack.d_in] = adapter.a[key].astype(dtype, copy=False).view(bits)
-                    b[layer, here, :d_out] = scaled.astype(dtype, copy=False).view(bits).T
+                    own_a = adapter.a[key][shards.ranks(stack, shard), inputs]
+                    own_b = adapter.b[key][outputs]
+                    scaled = own_b.astype(np.float32, copy=False) * np.float32(adapter.scales[key])
+                    a[layer, a_first : a_first + len(own_a), : own_a.shape[1]] = _bits(own_a, dtype)
+                    b[layer, first : first + scaled.shape[1], : len(scaled)] = _bits(scaled, dtype).T
+            a_first += int(stack.a_ranks(ranks[index]))
             first += int(ranks[index])
     return a, b
+
+
+def _bits(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    return np.ascontiguousarray(values.astype(dtype, copy=False)).view(_BITS[dtype.name][0])
 
 
 def _cut(rows: np.ndarray, tiles: np.ndarray, first: int) -> None:
@@ -112,24 +135,29 @@ def _cut(rows: np.ndarray, tiles: np.ndarray, first: int) -> None:
     place[...] = rows.reshape(layers, blocks, page_size, chunks, width).swapaxes(2, 3)
 
 
-def unpack_tiles(tiles: AdapterTiles, geometry: BaseGeometry) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]:
+def unpack_tiles(
+    tiles: AdapterTiles, geometry: BaseGeometry, shard: int = 0
+) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]:
     """`(layer, projection) -> (A [r, d_in], scaled B transposed [r, d_out])`, row by row as a kernel would find them.
 
-    `r` is the projection's largest rank over the layers. Slow; for tests and debugging.
+    `r` is the projection's largest rank over the layers; of several shards, rows and columns are the shard's. Slow; for
+    tests and debugging.
     """
     layout, page_size = geometry.layout, geometry.page_size
-    flat = tiles.pages.reshape(geometry.num_layers, -1, page_size, layout.width)  # [L, tiles, page_size, W]
+    own = _tiles_by_shard(tiles.pages, geometry)[..., shard, :]  # [L, tiles, page_size, W / shards]
     matrices = {}
     for stack, place in zip(layout.stacks, layout.stack_tiles(tiles.ranks)[0], strict=True):
-        first = 0
+        a_first = first = 0
         for projection, d_out, index in zip(stack.projections, stack.d_outs, stack.rank_index, strict=True):
-            stop = first + int(tiles.ranks[index])
+            rank = int(tiles.ranks[index])
+            a_stop, stop = a_first + int(stack.a_ranks(rank)), first + rank
+            a_places = [divmod(row, page_size) for row in range(a_first, a_stop)]
             places = [divmod(row, page_size) for row in range(first, stop)]
-            for layer in range(geometry.num_layers if places else 0):
-                a = [_row(flat[layer], layout.a_tile(stack, place, blk), row, stack.d_in) for blk, row in places]
-                b = [_row(flat[layer], layout.b_tile(stack, place, blk), row, d_out) for blk, row in places]
+            for layer in range(geometry.num_layers if rank else 0):
+                a = [_row(own[layer], layout.a_tile(stack, place, blk), row, stack.d_in) for blk, row in a_places]
+                b = [_row(own[layer], layout.b_tile(stack, place, blk), row, d_out) for blk, row in places]
                 matrices[layer, projection] = (np.stack(a), np.stack(b))
-            first = stop
+            a_first, first = a_stop, stop
     return matrices
 
 

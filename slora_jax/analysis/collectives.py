@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -10,33 +11,39 @@ from slora_jax.analysis.hlo import Instruction, array_bytes, instructions
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
+_PURPOSE = re.compile(r'op_name="[^"]*\ball_(?:reduce|gather)_([a-z]+)')
+
 
 @dataclass(frozen=True)
 class Collective:
     """kind: the HLO opcode. count: how often a run of the program does it. bytes: of one, on one device: of what goes
-    in or of what comes out, whichever is more."""
+    in or of what comes out, whichever is more. purpose: what the program calls it, by a scope `all_reduce_<purpose>` or
+    `all_gather_<purpose>` ("" if it does not)."""
 
     kind: str
     count: int
     bytes: int
+    purpose: str = ""
 
 
 def collectives_in(compiled: Any) -> list[Collective]:
-    """The collectives of a compiled program, by kind and size, largest first within a kind. A loop's body counts once
-    where the compiler does not know its trip count."""
+    """The collectives of a compiled program, by kind, size and purpose, largest first within a kind. A loop's body
+    counts once where the compiler does not know its trip count."""
     program = instructions(compiled.as_text())
     types = {i.name: i.type for i in program}
     for instruction in program:  # of a started one, the result is what its end yields
         if instruction.opcode.endswith("-done"):
             types[_operands(instruction)[0]] = instruction.type
-    found = Counter[tuple[str, int]]()
+    found = Counter[tuple[str, int, str]]()
     for instruction in program:
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
             taken = sum(array_bytes(types[name]) for name in _operands(instruction))
-            found[kind, max(taken, array_bytes(types[instruction.name]))] += instruction.times
-    order = sorted(found, key=lambda key: (KINDS.index(key[0]), -key[1]))
-    return [Collective(kind, found[kind, size], size) for kind, size in order]
+            purpose = _PURPOSE.search(instruction.rest)
+            size = max(taken, array_bytes(types[instruction.name]))
+            found[kind, size, purpose[1] if purpose else ""] += instruction.times
+    order = sorted(found, key=lambda key: (KINDS.index(key[0]), -key[1], key[2]))
+    return [Collective(kind, found[kind, size, purpose], size, purpose) for kind, size, purpose in order]
 
 
 def _operands(instruction: Instruction) -> list[str]:

@@ -20,7 +20,7 @@ from slora_jax.analysis.collectives import Collective, collectives_in
 from slora_jax.analysis.compiled import pool_use
 from slora_jax.analysis.kernels import KernelUse, kernels_in
 from slora_jax.analysis.ptxas import ptxas
-from slora_jax.analysis.targets import Target, compile_for
+from slora_jax.analysis.targets import Target, compile_for, deviceless_mesh
 from slora_jax.engine import EngineConfig
 from slora_jax.engine.batch import Bucket
 from slora_jax.engine.runner import longest_sequence, pool_shape, step_spec
@@ -34,6 +34,8 @@ from slora_jax.engine.step import (
 )
 from slora_jax.errors import ConfigError
 from slora_jax.models import ModelConfig, Params, abstract_decoder
+from slora_jax.models.init import abstract_shards
+from slora_jax.parallel.mesh import TensorParallel, cut
 
 SIZING_LAYERS = 2
 """Layers of the program by which the pool is sized: more of them hardly need more temporaries..."""
@@ -43,7 +45,8 @@ SIZING_MARGIN = (1.05, 2**20)
 
 @dataclass(frozen=True)
 class ProgramReport:
-    """One program: a step, or a sampler. tokens, seqs: its bucket. argument_bytes: weights, pool and the rest.
+    """One program: a step, or a sampler; all bytes are one device's. tokens, seqs: its bucket. argument_bytes: weights,
+    pool and the rest.
     output_bytes: of results with memory of their own (a step's logits). aliased_bytes: of arguments that are updated in
     place. copies: HLO lines that copy a layer's pool."""
 
@@ -83,9 +86,9 @@ class ProgramReport:
 
 @dataclass(frozen=True)
 class PoolReport:
-    """The pool that the device would hold, by the engine's own rule: `memory_fraction` of what JAX's share of its
-    memory (`gpu_memory_fraction`) leaves beside weights, the largest program's temporaries and results, and the other
-    arguments (adapter table, sequence state).
+    """The pool that the devices would hold (all bytes are one device's, of a tensor-parallel group), by the engine's
+    own rule: `memory_fraction` of what JAX's share of its memory (`gpu_memory_fraction`) leaves beside weights, the
+    largest program's temporaries and results, and the other arguments (adapter table, sequence state).
 
     num_pages includes the dummy page. fits: there is room for one sequence of the greatest length. tokens: of KV, if
     there were no adapters. adapters: of rank `adapter_rank` on every projection, if there were no KV.
@@ -110,10 +113,12 @@ class PoolReport:
 
 @dataclass(frozen=True)
 class CompileReport:
-    """layers: of the model. compiled_layers: of the programs, whose bytes are for so many; the pool is for them all."""
+    """tp, tp_lora: see `EngineConfig`. layers: of the model. compiled_layers: of the programs, whose bytes are for so
+    many; the pool is for them all."""
 
     target: str
     tp: int
+    tp_lora: str
     dtype: str
     layers: int
     compiled_layers: int
@@ -162,7 +167,8 @@ def compile_report(
 
     num_layers = layers or model.num_layers
     least = 1 + ceil_div(longest, config.page_size)
-    budget = _Budget.of(model, target, config, gpu_memory_fraction)
+    parallel = _parallel(model, target, config)
+    budget = _Budget.of(model, target, config, gpu_memory_fraction, parallel)
     bar = tqdm(
         total=1 + len(jobs) + len(samplers),
         desc="sizing the pool",
@@ -172,13 +178,14 @@ def compile_report(
     )
     with bar:
         largest = max(jobs, key=lambda job: (job[0].tokens, job[1]))
-        guess = _spec(model, min(SIZING_LAYERS, num_layers), config, max(least, budget.pages(0, 0) * 9 // 10))
+        pages = max(least, budget.pages(0, 0) * 9 // 10)
+        guess = _spec(model, min(SIZING_LAYERS, num_layers), config, pages, parallel)
         sizing = _compile(guess, target, *largest)
         other = sizing.argument_bytes - sizing.pool_bytes - _bytes(guess.params)
         step_bytes = sizing.temp_bytes + sizing.output_bytes
         num_pages = budget.pages(int(step_bytes * SIZING_MARGIN[0]) + SIZING_MARGIN[1], other)
         bar.update()
-        spec = _spec(model, num_layers, config, max(least, num_pages))
+        spec = _spec(model, num_layers, config, max(least, num_pages), parallel)
         done = []
         for bucket, with_lora in jobs:
             bar.set_description(f"compiling {_name(bucket, with_lora)}")
@@ -213,7 +220,8 @@ def compile_report(
     )
     return CompileReport(
         target=target.name,
-        tp=1,
+        tp=config.tp,
+        tp_lora=config.tp_lora,
         dtype=config.dtype,
         layers=model.num_layers,
         compiled_layers=num_layers,
@@ -225,8 +233,8 @@ def compile_report(
 
 @dataclass(frozen=True)
 class _Budget:
-    """memory_bytes: JAX's. memory_fraction: the pool's share of what is left of it. weight_bytes and page_bytes: of the
-    model with all its layers."""
+    """Of one device. memory_bytes: JAX's. memory_fraction: the pool's share of what is left of it. weight_bytes and
+    page_bytes: of the model with all its layers."""
 
     memory_bytes: int
     memory_fraction: float
@@ -234,10 +242,17 @@ class _Budget:
     page_bytes: int
 
     @classmethod
-    def of(cls, model: ModelConfig, target: Target, config: EngineConfig, gpu_memory_fraction: float) -> _Budget:
-        spec = _spec(model, model.num_layers, config, num_pages=2)
+    def of(
+        cls,
+        model: ModelConfig,
+        target: Target,
+        config: EngineConfig,
+        gpu_memory_fraction: float,
+        parallel: TensorParallel | None,
+    ) -> _Budget:
+        spec = _spec(model, model.num_layers, config, 2, parallel)
         memory = int(target.device.memory_bytes * gpu_memory_fraction)
-        return cls(memory, config.memory_fraction, _bytes(spec.params), spec.pool.page_bytes)
+        return cls(memory, config.memory_fraction, _bytes(spec.params), spec.shard_pool.page_bytes)
 
     def pages(self, temp_bytes: int, other_bytes: int) -> int:
         """Pages there is room for; none or less where the rest takes it all."""
@@ -279,11 +294,23 @@ def _require_compilers() -> None:
     ptxas()
 
 
-def _spec(model: ModelConfig, num_layers: int, config: EngineConfig, num_pages: int) -> StepSpec:
+def _parallel(model: ModelConfig, target: Target, config: EngineConfig) -> TensorParallel | None:
+    """The model on `config.tp` absent devices."""
+    if config.tp == 1:
+        return None
+    return TensorParallel(cut(model, config.tp, config.tp_lora), deviceless_mesh(target, config.tp))
+
+
+def _spec(
+    model: ModelConfig, num_layers: int, config: EngineConfig, num_pages: int, parallel: TensorParallel | None
+) -> StepSpec:
     model = dataclasses.replace(model, num_layers=num_layers)
-    graphdef, params = abstract_decoder(model, config.dtype)
+    if parallel is None:
+        graphdef, params = abstract_decoder(model, config.dtype)
+    else:
+        graphdef, params = abstract_shards(model, config.dtype, parallel)
     shape = pool_shape(model, dataclasses.replace(config, num_pages=num_pages))
-    return step_spec(model, graphdef, params, config, shape)
+    return step_spec(model, graphdef, params, config, shape, parallel)
 
 
 def _compile(spec: StepSpec, target: Target, bucket: Bucket, with_lora: bool) -> ProgramReport:
@@ -292,7 +319,7 @@ def _compile(spec: StepSpec, target: Target, bucket: Bucket, with_lora: bool) ->
     start = time.perf_counter()
     compiled = compile_for(target, make_step(spec, layout, with_lora), *step_shapes(spec, layout))
     seconds = time.perf_counter() - start
-    use = pool_use(compiled, spec.pool)
+    use = pool_use(compiled, spec.shard_pool)
     memory = compiled.memory_analysis()
     return ProgramReport(
         name=_name(bucket, with_lora),
@@ -313,7 +340,7 @@ def _compile(spec: StepSpec, target: Target, bucket: Bucket, with_lora: bool) ->
 
 def _compile_sampler(spec: StepSpec, target: Target, seqs: int, logprobs: bool) -> ProgramReport:
     start = time.perf_counter()
-    compiled = compile_for(target, make_sampler(seqs, logprobs), *sampler_shapes(spec, seqs))
+    compiled = compile_for(target, make_sampler(spec, seqs, logprobs), *sampler_shapes(spec, seqs))
     memory = compiled.memory_analysis()
     return ProgramReport(
         name=sampler_name(seqs, logprobs),
@@ -333,4 +360,8 @@ def _compile_sampler(spec: StepSpec, target: Target, seqs: int, logprobs: bool) 
 
 
 def _bytes(params: Params) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    """Of one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(params)
+    )

@@ -12,7 +12,10 @@ def report_table(report: CompileReport) -> str:
     layers = f"{report.layers} layers"
     if report.compiled_layers != report.layers:
         layers = f"ONLY {report.compiled_layers} of {layers} compiled; programs' bytes are for these"
-    lines = [f"{report.target}, {report.dtype}, ranks up to {report.max_rank}, {layers}", *_pool(report.pool), ""]
+    target = report.target
+    if report.tp > 1:
+        target = f"{report.tp} x {target} (bytes are one device's), adapters cut as {report.tp_lora!r}"
+    lines = [f"{target}, {report.dtype}, ranks up to {report.max_rank}, {layers}", *_pool(report.pool), ""]
     lines += _columns(
         ("program", "tokens", "seqs", "compile s", "arguments", "temporaries", "outputs", "in place", "pool"),
         [
@@ -36,7 +39,13 @@ def report_table(report: CompileReport) -> str:
     else:
         lines += ["", "no custom kernels"]
     sent = [
-        (p.name, c.kind, f"{c.count}", _size(c.bytes), _size(c.count * c.bytes))
+        (
+            p.name,
+            f"{c.kind} ({c.purpose})" if c.purpose else c.kind,
+            f"{c.count}",
+            _size(c.bytes),
+            _size(c.count * c.bytes),
+        )
         for p in report.programs
         for c in p.collectives
     ]

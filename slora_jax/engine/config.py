@@ -9,6 +9,7 @@ from typing import Any
 from pallas_kernels.paged_attention.api import IMPLEMENTATIONS
 from slora_jax.engine.batch import Bucket
 from slora_jax.errors import ConfigError
+from slora_jax.parallel.layout import LORA_SHARDINGS, LoraSharding
 from slora_jax.scheduling import ADMISSIONS
 
 LORA = ("paged", "bmm", "merge", "off")
@@ -50,6 +51,11 @@ class EngineConfig:
       token, and for steps with prefill; None: chosen from max_seqs and max_tokens_per_step.
     kernels: "auto" (what the plan tables name for the device), "xla", "triton" or "mosaic_gpu", of LoRA and attention
       (without a GPU, the last two run by their interpreters: slow, for study and tests).
+    tp: devices that the model, the pool and the adapters are cut over (`parallel.layout`); 1: no collectives at all.
+    tp_lora: how adapters are cut: "slora" (the paper's), "replicated" (A of q,k,v,gate,up and B of o,down on every
+      device; LoRA sends nothing) or "sharded_in" (A of all by input).
+    tp_first_device: the first of the `tp` devices, which follow one another in `jax.devices()`: several engines can
+      each have a group (data parallelism).
     lora: how adapters are served. "paged": gathered from the unified pool, any mix of them in a step. The others are
       baselines of the paper's evaluation. "bmm": by batched products over zero-padded weights and rows
       (`pallas_kernels.lora.bmm`). "merge": merged into the base weights, one adapter at a time (`engine.merge`), under
@@ -81,6 +87,9 @@ class EngineConfig:
     decode_buckets: tuple[int, ...] | None = None
     mixed_buckets: tuple[int, ...] | None = None
     kernels: str = "auto"
+    tp: int = 1
+    tp_lora: LoraSharding = "slora"
+    tp_first_device: int = 0
     lora: str = "paged"
     keep_logits: bool = False
     compilation_cache_dir: str | Path | None = DEFAULT_COMPILATION_CACHE
@@ -91,7 +100,7 @@ class EngineConfig:
         _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, '"float32" or "bfloat16"')
         _require(self.page_size in (8, 16, 32), "page_size", self.page_size, "8, 16 or 32")
         _require(_is_int(self.prefetch) and self.prefetch >= 0, "prefetch", self.prefetch, "an integer >= 0")
-        for name in ("max_seqs", "max_tokens_per_step", "host_adapter_bytes", "upload_pages_per_step"):
+        for name in ("max_seqs", "max_tokens_per_step", "host_adapter_bytes", "upload_pages_per_step", "tp"):
             value = getattr(self, name)
             _require(_is_int(value) and value >= 1, name, value, "a positive integer")
         for name in ("num_pages", "max_model_len", "adapter_slots", "adapter_pages"):
@@ -103,8 +112,22 @@ class EngineConfig:
         _require(
             self.kernels in ("auto", *IMPLEMENTATIONS), "kernels", self.kernels, f"'auto' or one of {IMPLEMENTATIONS}"
         )
+        first = self.tp_first_device
+        _require(
+            _is_int(first) and (first == 0 or (first > 0 and self.tp > 1)),
+            "tp_first_device",
+            first,
+            "0, or with tp > 1 a positive integer",
+        )
+        _require(self.tp_lora in LORA_SHARDINGS, "tp_lora", self.tp_lora, f"one of {LORA_SHARDINGS}")
         _require(isinstance(self.prefix_cache, bool), "prefix_cache", self.prefix_cache, "True or False")
         _require(self.lora in LORA, "lora", self.lora, f"one of {LORA}")
+        _require(
+            self.tp == 1 or self.lora in ("paged", "off"),
+            "lora",
+            self.lora,
+            "'paged' or 'off' over several devices (tp)",
+        )
         _require(self.admission in ADMISSIONS, "admission", self.admission, f"one of {ADMISSIONS}")
         fraction = self.memory_fraction
         _require(isinstance(fraction, float) and 0 < fraction <= 1, "memory_fraction", fraction, "a float in (0, 1]")

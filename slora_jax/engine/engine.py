@@ -36,6 +36,7 @@ from slora_jax.memory import (
 )
 from slora_jax.memory.prefix import PrefixCounters
 from slora_jax.models import ModelConfig, Params, load_model
+from slora_jax.parallel.mesh import cut, tensor_parallel
 from slora_jax.scheduling import (
     AdapterState,
     AdapterUse,
@@ -96,7 +97,7 @@ class Engine:
         spill_dir = None if config.spill_dir is None else Path(config.spill_dir)
         self.allocator = PageAllocator(self._runner.shape.num_pages, config.adapter_pages)
         self.store = AdapterStore(
-            adapter_geometry(model, config.page_size),
+            adapter_geometry(model, config.page_size, cut(model, config.tp, config.tp_lora)),
             config.dtype,
             config.host_adapter_bytes,
             spill_dir,
@@ -140,7 +141,10 @@ class Engine:
           UnsupportedModelError, CheckpointError: see `models.load_model`.
         """
         config = config or EngineConfig()
-        graphdef, params, model = load_model(model_dir, config.dtype, config.model_cache_dir, config.progress)
+        parallel = tensor_parallel(
+            ModelConfig.from_directory(model_dir), config.tp, config.tp_lora, config.tp_first_device
+        )
+        graphdef, params, model = load_model(model_dir, config.dtype, config.model_cache_dir, config.progress, parallel)
         tokenizer = _load_tokenizer(Path(model_dir))
         return cls(model, graphdef, params, config, tokenizer=tokenizer, policy=policy, eviction=eviction)
 
@@ -231,7 +235,7 @@ class Engine:
         if use is not None:
             self.store.pin(use.digest)
         self._arrivals += 1
-        self._progress[request_id] = Progress(request, adapter, self.tokenizer, self.model.eos_token_ids)
+        self._progress[request_id] = Progress(request, adapter, self.tokenizer, self.model)
         self.scheduler.add(request)
         return request_id
 

@@ -47,7 +47,7 @@ class StepPrograms:
             for lora in reversed(self._lora[bucket]):
                 jobs[bucket, lora] = partial(_compile, make_step(spec, layout, lora), *step_shapes(spec, layout))
         for seqs, logprobs in itertools.product({bucket.seqs for bucket in buckets}, (False, True)):
-            jobs[seqs, logprobs] = partial(_compile, make_sampler(seqs, logprobs), *sampler_shapes(spec, seqs))
+            jobs[seqs, logprobs] = partial(_compile, make_sampler(spec, seqs, logprobs), *sampler_shapes(spec, seqs))
         self._programs: dict[Any, Program] = {}
         bar = tqdm(total=len(jobs), desc="compiling steps", unit="program", disable=not progress, leave=False)
         with bar, ThreadPoolExecutor(threads) as executor:

@@ -10,15 +10,17 @@ from slora_jax.engine.outputs import Delta, RequestOutput, TokenLogprobs
 from slora_jax.engine.runner import InFlight
 from slora_jax.engine.sampling import Sampled
 from slora_jax.engine.text import TextStream
+from slora_jax.models import ModelConfig
 from slora_jax.scheduling import FinishReason, Request
 
 
 class Progress:
     """One request's way from sampled tokens to its output."""
 
-    def __init__(self, request: Request, adapter: str | None, tokenizer: Any, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, request: Request, adapter: str | None, tokenizer: Any, model: ModelConfig) -> None:
         """adapter: the name that the request asked for."""
         params = request.params
+        eos_token_ids, self._vocab_size = model.eos_token_ids, model.vocab_size
         self._adapter = adapter
         self.request = request
         self._has_text = tokenizer is not None
@@ -37,7 +39,7 @@ class Progress:
         if request.params.logprobs is not None:
             self._logprobs.append(_logprobs(step.sampled, row, request.params.logprobs))
         if step.logits is not None:
-            self._logits.append(np.asarray(step.logits)[row])
+            self._logits.append(np.asarray(step.logits)[row, : self._vocab_size])
         if token in self._ends or self._text.push(token):
             return FinishReason.STOP
         return FinishReason.LENGTH if len(request.output) >= request.max_new else None

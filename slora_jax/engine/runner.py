@@ -25,8 +25,11 @@ from slora_jax.engine.sampling import Sampled
 from slora_jax.engine.step import StepSpec
 from slora_jax.errors import ConfigError
 from slora_jax.memory import PoolShape, Resident, Upload, upload_adapter
-from slora_jax.memory.pool import UPLOAD_PAGES, describe, pieces, upload_pages
+from slora_jax.memory.pool import UPLOAD_PAGES, describe, pieces, put_pages, upload_pages
 from slora_jax.models import ModelConfig, Params
+from slora_jax.models.shards import shard_params
+from slora_jax.parallel.layout import ONE_DEVICE, Shards
+from slora_jax.parallel.mesh import PAGES, POOL, TensorParallel, cut, tensor_parallel
 from slora_jax.scheduling import Request, StepPlan
 
 logger = logging.getLogger("slora_jax")
@@ -35,7 +38,7 @@ logger = logging.getLogger("slora_jax")
 @dataclass(frozen=True)
 class InFlight:
     """A dispatched step: its requests in the order of its sequences, whether each sampled, and what will come; logits
-    float32 `[S, vocab]`, or None unless the engine keeps them."""
+    float32 `[S, vocab]` (several shards round the vocabulary up), or None unless the engine keeps them."""
 
     requests: list[Request]
     samples: list[bool]
@@ -62,14 +65,20 @@ class Runner:
     """
 
     def __init__(self, model: ModelConfig, graphdef: nnx.GraphDef, params: Params, config: EngineConfig) -> None:
+        _check_processes(config)
+        parallel = tensor_parallel(model, config.tp, config.tp_lora, config.tp_first_device)
+        if parallel is not None:
+            graphdef, params = shard_params(model, params, parallel)
         self._params = params
         self._keep_logits = config.keep_logits
         self.shape = pool_shape(model, config)
-        struct = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-        self.spec = step_spec(model, graphdef, struct, config, self.shape)
+        struct = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=None if parallel is None else x.sharding), params
+        )
+        self.spec = step_spec(model, graphdef, struct, config, self.shape, parallel)
         self.programs = StepPrograms(self.spec, config.buckets(), progress=config.progress)
-        self.pool = self.shape.make_pool()
-        self.table = self.shape.make_table()
+        self.pool = self.shape.make_pool(None if parallel is None else parallel.sharding(POOL))
+        self.table = self.shape.make_table(None if parallel is None else parallel.replicated)
         self.state = self.spec.make_state()
         self._merge = AdapterMerge(self.spec) if config.lora == "merge" else None
         self.launch_seconds = 0.0
@@ -77,12 +86,13 @@ class Runner:
         self._warm_up()
 
     def upload(self, resident: Resident, contents: np.ndarray) -> None:
-        """Dispatches an adapter's upload: `contents [num_layers, n, 2, page_size, W]` to its pages."""
+        """Dispatches an adapter's upload: `contents [num_layers, n, 2, page_size, W]` to its pages; of several devices,
+        each is sent its own columns."""
         start = time.thread_time()
         if self._merge is not None:
             self._params = self._merge.before_upload(self._params, self.pool, self.table, resident)
         self.pool, self.table = upload_adapter(
-            self.pool, self.table, resident.slot, resident.pages, resident.ranks, contents
+            self.pool, self.table, resident.slot, resident.pages, resident.ranks, contents, self._page_sharding
         )
         self.launch_seconds += time.thread_time() - start
 
@@ -98,7 +108,7 @@ class Runner:
           Whatever the device answers, memory above all. Nothing is staged then.
         """
         start = time.thread_time()
-        parts = [(piece, jax.device_put(contents[:, piece])) for piece in pieces(upload.first, upload.count)]
+        parts = [(piece, self._put(contents[:, piece])) for piece in pieces(upload.first, upload.count)]
         self._staged.append((upload, parts))
         self.launch_seconds += time.thread_time() - start
 
@@ -141,6 +151,16 @@ class Runner:
             leaf.copy_to_host_async()
         return InFlight(requests, samples, sampled, logits)
 
+    @property
+    def _page_sharding(self) -> jax.sharding.NamedSharding | None:
+        parallel = self.spec.parallel
+        return None if parallel is None else parallel.sharding(PAGES)
+
+    def _put(self, contents: np.ndarray) -> jax.Array:
+        """Begins the copy of an adapter's pages to the device, or of each device's part."""
+        sharding = self._page_sharding
+        return jax.device_put(contents) if sharding is None else put_pages(contents, sharding)  # type: ignore[return-value]
+
     @staticmethod
     def _is_there(array: jax.Array) -> bool:
         return bool(array.is_ready())  # type: ignore[attr-defined]  # not in the annotations of jax.Array
@@ -174,12 +194,22 @@ class Runner:
         for size in UPLOAD_PAGES:
             nowhere = np.full(size, self.shape.num_pages, np.int32)
             contents = np.zeros((self.shape.num_layers, size, *self.pool[0].shape[1:]), self.pool[0].dtype)
-            for staged in (contents, jax.device_put(contents)):
+            for staged in (put_pages(contents, self._page_sharding), self._put(contents)):
                 self.pool = upload_pages(self.pool, nowhere, staged)
         self.table = describe(self.table, 0, np.empty(0, np.int32), np.zeros(7, np.int32))
         nobody = np.full(TABLE_ROWS, self.state.page_table.shape[0] - 1, np.int32)
         rows = np.zeros((TABLE_ROWS, self.state.page_table.shape[1]), np.int32)
         self.state = replace(self.state, page_table=set_table_rows(self.state.page_table, nobody, rows))
+
+
+def _check_processes(config: EngineConfig) -> None:
+    """Processes that serve one model plan each for itself, and must come to the same plans: from the same calls, and
+    from nothing that only one of them sees. Raises ConfigError for settings by which they would not."""
+    if jax.process_count() > 1 and config.tp > 1:
+        if config.num_pages is None:
+            raise ConfigError("EngineConfig.num_pages=None: free memory differs; with several processes give a number")
+        if config.prefetch:
+            raise ConfigError(f"EngineConfig.prefetch={config.prefetch}: must be 0 with several processes")
 
 
 def _segments(plan: StepPlan) -> list[int]:
@@ -190,8 +220,8 @@ def _segments(plan: StepPlan) -> list[int]:
     return [count for slot, count in rows.items() if slot >= 0]
 
 
-def adapter_geometry(model: ModelConfig, page_size: int) -> BaseGeometry:
-    """What adapters must know of a base model."""
+def adapter_geometry(model: ModelConfig, page_size: int, shards: Shards = ONE_DEVICE) -> BaseGeometry:
+    """What adapters must know of a base model, and how it is cut."""
     return BaseGeometry(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -199,6 +229,7 @@ def adapter_geometry(model: ModelConfig, page_size: int) -> BaseGeometry:
         kv_width=model.kv_width,
         intermediate_size=model.intermediate_size,
         page_size=page_size,
+        shards=shards,
     )
 
 
@@ -215,9 +246,15 @@ def longest_sequence(model: ModelConfig, config: EngineConfig) -> int:
 
 
 def step_spec(
-    model: ModelConfig, graphdef: nnx.GraphDef, params: Params, config: EngineConfig, shape: PoolShape
+    model: ModelConfig,
+    graphdef: nnx.GraphDef,
+    params: Params,
+    config: EngineConfig,
+    shape: PoolShape,
+    parallel: TensorParallel | None = None,
 ) -> StepSpec:
-    """What an engine's step programs depend on. params: `jax.ShapeDtypeStruct` leaves."""
+    """What an engine's step programs depend on. params: `jax.ShapeDtypeStruct` leaves; with `parallel`, graphdef and
+    params are those of `models.init.abstract_shards`."""
     return StepSpec(
         model=model,
         graphdef=graphdef,
@@ -227,21 +264,25 @@ def step_spec(
         max_pages_per_seq=ceil_div(longest_sequence(model, config), config.page_size),
         max_rank=config.max_rank,
         kernels=None if config.kernels == "auto" else config.kernels,  # type: ignore[arg-type]
+        parallel=parallel,
         lora=config.lora,
     )
 
 
 def pool_shape(model: ModelConfig, config: EngineConfig) -> PoolShape:
-    """The pool of an engine; `num_pages=None` is decided here, from free memory, and logged.
+    """The pool of an engine, over all its devices; `num_pages=None` is decided here, from a device's free memory, and
+    logged.
 
     Raises:
-      ConfigError: free memory holds no pool.
+      ConfigError: free memory holds no pool, or the model cannot be cut into `config.tp` shards.
     """
-    layout = adapter_geometry(model, config.page_size).layout
-    page_bytes = model.num_layers * 2 * config.page_size * model.kv_width * jnp.dtype(config.dtype).itemsize
+    shards = cut(model, config.tp, config.tp_lora)
+    geometry = adapter_geometry(model, config.page_size, shards)
+    layout = geometry.layout
+    page_bytes = model.num_layers * 2 * config.page_size * layout.width * jnp.dtype(config.dtype).itemsize  # a device's
     num_pages = config.num_pages
     if num_pages is None:
-        free, where = _free_memory(model, config)
+        free, where = _free_memory(shards.of_model(model), config)
         num_pages = free // page_bytes
         size = f"{page_bytes / 2**20:.2f} MiB each over all layers, {num_pages * page_bytes / 2**30:.2f} GiB of {where}"
         message = f"pool: {num_pages} pages of {config.page_size} tokens ({size})"
@@ -262,7 +303,7 @@ def pool_shape(model: ModelConfig, config: EngineConfig) -> PoolShape:
         num_layers=model.num_layers,
         num_pages=num_pages,
         page_size=config.page_size,
-        width=model.kv_width,
+        width=geometry.pool_width,
         dtype=config.dtype,
         adapter_slots=config.adapter_slots or min(num_pages - 1, 4096),
         max_adapter_pages=min(largest, num_pages - 1),
@@ -270,11 +311,11 @@ def pool_shape(model: ModelConfig, config: EngineConfig) -> PoolShape:
 
 
 def _free_memory(model: ModelConfig, config: EngineConfig) -> tuple[int, str]:
-    """Bytes the pool may take, and a word on where they are."""
+    """Bytes the pool may take of a device that runs `model`, and a word on where they are."""
     stats = jax.devices()[0].memory_stats()
     if stats is None:  # a CPU: leave most of the host's memory to the host
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return int(free * config.memory_fraction / 4), "host memory"
+        return int(free * config.memory_fraction / 4 / config.tp), "host memory"
     widest = model.q_width + 2 * model.kv_width + 2 * model.hidden_size + 3 * model.intermediate_size
     activations = config.max_tokens_per_step * widest * 4 * 2 + config.max_seqs * model.vocab_size * 4 * 6
     layer_page = 2 * config.page_size * model.kv_width * jnp.dtype(config.dtype).itemsize

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from pallas_kernels import devices
 from pallas_kernels.lora import AdapterTable, LoraLayout, LoraProduct, lora_tile_rows
 from pallas_kernels.lora.api import Implementation as LoraImplementation
 from pallas_kernels.lora.bmm import Padding, paddings
+from pallas_kernels.lora.halves import LoraHalves
 from pallas_kernels.paged_attention import PagedAttention
 from pallas_kernels.paged_attention.api import Implementation
 from pallas_kernels.pool_write import write_kv
@@ -28,6 +30,11 @@ from slora_jax.engine.batch import (
 from slora_jax.engine.sampling import Sampled, greedy, sample
 from slora_jax.memory import Pool, PoolShape
 from slora_jax.models import ModelConfig, Params
+from slora_jax.models.decoder import Embedding
+from slora_jax.parallel import vocabulary
+from slora_jax.parallel.layout import ONE_DEVICE, Shards
+from slora_jax.parallel.lora import add_lora
+from slora_jax.parallel.mesh import AXIS, LOGITS, POOL, REPLICATED, TensorParallel
 
 Lora = bool | Padding
 """The LoRA work that a step program is compiled for: none, any (gathered), or padded to a shape (`bmm`)."""
@@ -36,20 +43,23 @@ Lora = bool | Padding
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepOutput:
-    """token int32 `[S]`: each sequence's likeliest next token. logits float32 `[S, vocab]`."""
+    """token int32 `[S]`: each sequence's likeliest next token. logits float32 `[S, vocab]`; over several shards, cut by
+    the vocabulary, which is rounded up."""
 
     token: jax.Array
     logits: jax.Array
 
 
 class PagedContext:
-    """A model's view of the unified pool while one step is traced: a `models.StepContext`."""
+    """A model's view of the unified pool while one step is traced: a `models.StepContext`. Over several shards, of one
+    shard's part of it, with the collectives."""
 
     def __init__(
         self, pool: Pool, table: AdapterTable, batch: StepBatch, spec: StepSpec, layout: BatchLayout, with_lora: Lora
     ) -> None:
-        model, bucket = spec.model, layout.bucket
+        model, bucket = spec.shard_model, layout.bucket
         self.pool = list(pool)
+        self._shards = spec.shards
         self._batch = batch
         self._attention = PagedAttention(
             batch.attention,
@@ -65,11 +75,13 @@ class PagedContext:
             interpret=spec.interpret,
         )
         self._stacks = {stack.name: stack for stack in spec.lora_layout.stacks}
-        self._lora: LoraProduct | None = None
+        self._lora: LoraProduct | LoraHalves | None = None
         if with_lora:
-            padding = with_lora if isinstance(with_lora, Padding) else None
+            product: Any = LoraHalves
+            if self._shards.count == 1:
+                product = partial(LoraProduct, padding=with_lora if isinstance(with_lora, Padding) else None)
             with jax.named_scope("lora_prepare"):
-                self._lora = LoraProduct(
+                self._lora = product(
                     spec.lora_layout,
                     table,
                     batch.lora,
@@ -79,7 +91,6 @@ class PagedContext:
                     max_rank=spec.max_rank,
                     implementation=spec.lora_kernels,
                     interpret=spec.interpret,
-                    padding=padding,
                 )
 
     def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -96,22 +107,53 @@ class PagedContext:
         if self._lora is None:
             return y
         with jax.named_scope("lora"):
+            if isinstance(self._lora, LoraHalves):
+                return add_lora(self._lora, self._shards, x, y, self.pool[layer], self._stacks[stack])
             return self._lora(x, y, self.pool[layer], self._stacks[stack])
+
+    def lookup(self, embedding: Embedding, tokens: jax.Array) -> jax.Array:
+        """The embeddings of `tokens`, summed over the shards' parts of the vocabulary."""
+        if self._shards.count == 1:
+            return embedding(tokens)
+        return vocabulary.embed(embedding, tokens, embedding.embedding[...].shape[0])
+
+    def reduce(self, y: jax.Array) -> jax.Array:
+        """The sum over the shards of what row-parallel products and their adapters gave."""
+        if self._shards.count == 1:
+            return y
+        with jax.named_scope("all_reduce_base"):
+            return jax.lax.psum(y, AXIS)
 
 
 @dataclass(frozen=True)
 class StepSpec:
-    """All that a step program depends on beside its bucket: shapes and structure, no arrays."""
+    """All that a step program depends on beside its bucket: shapes and structure, no arrays. With `parallel`, graphdef
+    is of a shard's decoder; model, params and pool are of the whole."""
 
     model: ModelConfig
     graphdef: Any
-    params: Params  # `jax.ShapeDtypeStruct` leaves
+    params: Params  # `jax.ShapeDtypeStruct` leaves, placed if there are several shards
     pool: PoolShape
     max_seqs: int
     max_pages_per_seq: int
     max_rank: int
     kernels: Implementation | None = None  # None: what the plan tables name for the device
+    parallel: TensorParallel | None = None  # None: one device
     lora: str = "paged"  # see `EngineConfig`
+
+    @property
+    def shards(self) -> Shards:
+        return ONE_DEVICE if self.parallel is None else self.parallel.shards
+
+    @property
+    def shard_model(self) -> ModelConfig:
+        """The model whose step each shard runs."""
+        return self.shards.of_model(self.model)
+
+    @property
+    def shard_pool(self) -> PoolShape:
+        """What each shard holds of the pool."""
+        return replace(self.pool, width=self.pool.width // self.shards.count)
 
     @property
     def interpret(self) -> bool:
@@ -135,9 +177,10 @@ class StepSpec:
     @property
     def lora_layout(self) -> LoraLayout:
         model = self.model
-        return LoraLayout.of_decoder(
+        whole = LoraLayout.of_decoder(
             model.hidden_size, model.q_width, model.kv_width, model.intermediate_size, self.pool.page_size
         )
+        return self.shards.of_layout(whole)
 
     def layout(self, bucket: Bucket) -> BatchLayout:
         """How a bucket's metadata lies in its buffer."""
@@ -154,7 +197,8 @@ class StepSpec:
         )
 
     def make_state(self) -> SequenceState:
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.state_struct())
+        device = None if self.parallel is None else self.parallel.replicated
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=device), self.state_struct())
 
 
 def make_step(spec: StepSpec, layout: BatchLayout, with_lora: Lora) -> Any:
@@ -169,10 +213,20 @@ def make_step(spec: StepSpec, layout: BatchLayout, with_lora: Lora) -> Any:
         context = PagedContext(pool, table, batch, spec, layout, with_lora)
         hidden = model(batch.token, batch.position, context)  # [T, d]
         logits = model.logits(hidden[batch.last_row])  # [S, vocab]
-        token = greedy(logits)
+        token = greedy(logits) if spec.parallel is None else vocabulary.greedy(logits, spec.model.vocab_size)
         state = SequenceState(page_table=state.page_table, last_token=state.last_token.at[batch.slot].set(token))
         return tuple(context.pool), state, StepOutput(token, logits)
 
+    if spec.parallel is not None:
+        pool = (POOL,) * spec.pool.num_layers
+        params = jax.tree.map(lambda leaf: leaf.sharding.spec, spec.params)
+        step = jax.shard_map(
+            step,
+            mesh=spec.parallel.mesh,
+            in_specs=(params, pool, REPLICATED, REPLICATED, REPLICATED),
+            out_specs=(pool, REPLICATED, StepOutput(REPLICATED, LOGITS)),  # type: ignore[arg-type]
+            check_vma=False,
+        )
     step.__name__ = step_name(layout.bucket, with_lora)
     return jax.jit(step, donate_argnums=(1, 3))
 
@@ -186,20 +240,33 @@ def step_name(bucket: Bucket, with_lora: Lora) -> str:
 def step_shapes(spec: StepSpec, layout: BatchLayout) -> tuple[Any, ...]:
     """`jax.ShapeDtypeStruct`s of the step's arguments, for lowering without arrays (or without a device)."""
     metadata = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-    return spec.params, spec.pool.pool_struct(), spec.pool.table_struct(), spec.state_struct(), metadata
+    pool, table, state = spec.pool.pool_struct(), spec.pool.table_struct(), spec.state_struct()
+    if spec.parallel is not None:
+        pool = tuple(jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=spec.parallel.sharding(POOL)) for s in pool)
+        table, state, metadata = _replicated(spec.parallel, (table, state, metadata))
+    return spec.params, pool, table, state, metadata
 
 
-def make_sampler(seqs: int, logprobs: bool) -> Any:
+def _replicated(parallel: TensorParallel, structs: Any) -> Any:
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=parallel.replicated), structs)
+
+
+def make_sampler(spec: StepSpec, seqs: int, logprobs: bool) -> Any:
     """What follows a step in which a sequence does not simply take its likeliest token, or asks for log-probabilities:
     `(last_token, logits float32 [seqs, vocab], metadata int32 [7 seqs]) -> (last_token, Sampled)`, jitted; last_token,
     of the sequence state, is donated. A program of its own: on a GPU, a branch inside the step would stop the host
-    until the device knows which way to go."""
+    until the device knows which way to go. Over several shards, each gathers the whole logits and samples all."""
 
     def sampler(last_token: jax.Array, logits: jax.Array, metadata: jax.Array) -> tuple[jax.Array, Sampled]:
         slot, inputs = unpack_sampling(metadata, seqs)
+        if spec.parallel is not None:
+            logits = vocabulary.gather_logits(logits, spec.model.vocab_size)
         sampled = sample(logits, inputs, logprobs=logprobs)
         return last_token.at[slot].set(sampled.token), sampled
 
+    if spec.parallel is not None:
+        specs = (REPLICATED, LOGITS, REPLICATED)
+        sampler = jax.shard_map(sampler, mesh=spec.parallel.mesh, in_specs=specs, out_specs=REPLICATED, check_vma=False)
     sampler.__name__ = sampler_name(seqs, logprobs)
     return jax.jit(sampler, donate_argnums=0)
 
@@ -211,6 +278,10 @@ def sampler_name(seqs: int, logprobs: bool) -> str:
 
 def sampler_shapes(spec: StepSpec, seqs: int) -> tuple[Any, ...]:
     """As `step_shapes`, of a sampler's arguments."""
-    logits = jax.ShapeDtypeStruct((seqs, spec.model.vocab_size), jnp.float32)
+    logits = jax.ShapeDtypeStruct((seqs, spec.shard_model.vocab_size), jnp.float32)
     metadata = jax.ShapeDtypeStruct((len(SAMPLER_FIELDS) * seqs,), jnp.int32)
-    return spec.state_struct().last_token, logits, metadata
+    last_token = spec.state_struct().last_token
+    if spec.parallel is not None:
+        logits = spec.parallel.struct(logits, LOGITS)
+        last_token, metadata = _replicated(spec.parallel, (last_token, metadata))
+    return last_token, logits, metadata

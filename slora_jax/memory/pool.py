@@ -22,7 +22,7 @@ UPLOAD_PAGES = (1, 4, 32)
 
 @dataclass(frozen=True)
 class PoolShape:
-    """Shape of the pool and of the adapter table beside it."""
+    """Shape of the pool and of the adapter table beside it. width: W, over all shards."""
 
     num_layers: int
     num_pages: int
@@ -34,7 +34,7 @@ class PoolShape:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page over all layers."""
+        """Bytes of one page over all layers and shards."""
         return self.num_layers * 2 * self.page_size * self.width * jnp.dtype(self.dtype).itemsize
 
     def pool_struct(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -47,11 +47,11 @@ class PoolShape:
             ranks=jax.ShapeDtypeStruct((self.adapter_slots, 7), jnp.int32),  # type: ignore[arg-type]
         )
 
-    def make_pool(self) -> Pool:
-        return tuple(jnp.zeros(s.shape, s.dtype) for s in self.pool_struct())
+    def make_pool(self, sharding: jax.sharding.Sharding | None = None) -> Pool:
+        return tuple(jnp.zeros(s.shape, s.dtype, device=sharding) for s in self.pool_struct())
 
-    def make_table(self) -> AdapterTable:
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.table_struct())
+    def make_table(self, sharding: jax.sharding.Sharding | None = None) -> AdapterTable:
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=sharding), self.table_struct())
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -64,6 +64,13 @@ def upload_pages(pool: Pool, page: jax.Array, contents: jax.Array) -> Pool:
 def set_table_row(table: AdapterTable, slot: jax.Array, pages: jax.Array, ranks: jax.Array) -> AdapterTable:
     """Describes a newly resident adapter: `pages [max_adapter_pages]`, `ranks [7]`, at row `slot`."""
     return AdapterTable(pages=table.pages.at[slot].set(pages), ranks=table.ranks.at[slot].set(ranks))
+
+
+def put_pages(contents: np.ndarray, sharding: jax.sharding.Sharding | None) -> np.ndarray | jax.Array:
+    """`contents` for `upload_pages`: each device of `sharding` is sent its own part (None: there is one device)."""
+    if sharding is None:
+        return contents
+    return jax.make_array_from_callback(contents.shape, sharding, lambda part: contents[part])
 
 
 def pieces(first: int, count: int) -> Iterator[slice]:
@@ -83,10 +90,17 @@ def describe(table: AdapterTable, slot: int, pages: np.ndarray, ranks: np.ndarra
 
 
 def upload_adapter(
-    pool: Pool, table: AdapterTable, slot: int, pages: np.ndarray, ranks: np.ndarray, contents: np.ndarray
+    pool: Pool,
+    table: AdapterTable,
+    slot: int,
+    pages: np.ndarray,
+    ranks: np.ndarray,
+    contents: np.ndarray,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> tuple[Pool, AdapterTable]:
     """Puts an adapter's pages `contents [num_layers, n, 2, page_size, W]` at ids `pages [n]` and its table row at
-    `slot`. Pool and table are donated. Dispatches and returns; the next step waits for the data on the device."""
+    `slot`. Pool and table are donated. sharding: of such contents, where the pool lies on several devices. Dispatches
+    and returns; the next step waits for the data on the device."""
     for piece in pieces(0, pages.size):
-        pool = upload_pages(pool, pages[piece], contents[:, piece])
+        pool = upload_pages(pool, pages[piece], put_pages(contents[:, piece], sharding))
     return pool, describe(table, slot, pages, ranks)

@@ -1,8 +1,9 @@
 """Orbax cache of converted weights, so that a checkpoint is converted once.
 
-One entry per (model directory, dtype): `<cache_dir>/<model>-<dtype>-<path digest>/` with the Orbax tree in `params/`
-and `manifest.json`, which holds the key of the source checkpoint and the CRC-32 of every file. An entry is written
-beside its place and renamed into it, so a partial write never counts. The entry of a changed checkpoint is replaced.
+One entry per (model directory, dtype, shards): `<cache_dir>/<model>-<dtype>[-tp<N>]-<path digest>/` with the Orbax tree
+in `params/` and `manifest.json`, which holds the key of the source checkpoint and the CRC-32 of every file. An entry is
+written beside its place and renamed into it, so a partial write never counts. The entry of a changed checkpoint is
+replaced.
 """
 
 import concurrent.futures
@@ -49,15 +50,16 @@ def checkpoint_key(model_dir: str | Path, config: ModelConfig, dtype: np.dtype) 
     return digest.hexdigest()
 
 
-def entry_path(cache_dir: str | Path, model_dir: str | Path, dtype: np.dtype) -> Path:
-    """The directory of the entry for a model directory and dtype, whether or not it exists."""
+def entry_path(cache_dir: str | Path, model_dir: str | Path, dtype: np.dtype, shards: int = 1) -> Path:
+    """The directory of the entry for a model directory, dtype and number of shards, whether or not it exists."""
     resolved = Path(model_dir).resolve()
     path_digest = hashlib.sha256(str(resolved).encode()).hexdigest()[:12]
-    return Path(cache_dir).resolve() / f"{resolved.name}-{dtype.name}-{path_digest}"
+    kind = dtype.name if shards == 1 else f"{dtype.name}-tp{shards}"
+    return Path(cache_dir).resolve() / f"{resolved.name}-{kind}-{path_digest}"
 
 
 def read_entry(entry: Path, key: str, shapes: Params) -> Params | None:
-    """The cached parameters (`shapes` is their abstract tree), or None if absent, stale or damaged.
+    """The cached parameters (`shapes` is their abstract tree, placed or not), or None if absent, stale or damaged.
 
     The last two are logged as warnings; nothing is raised for them.
     """
@@ -106,10 +108,10 @@ def _save(path: Path, params: Params) -> None:
 
 def _restore(path: Path, shapes: Params) -> Params:
     flat = traverse_util.flatten_dict(shapes)
-    sharding = jax.sharding.SingleDeviceSharding(load_device())
+    here = jax.sharding.SingleDeviceSharding(load_device())
     tree = {
-        name: jax.ShapeDtypeStruct(flat[param_path].shape, flat[param_path].dtype, sharding=sharding)
-        for name, param_path in _names(shapes).items()
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here)
+        for name, leaf in ((name, flat[param_path]) for name, param_path in _names(shapes).items())
     }
     with _checkpointer(tree) as checkpointer:
         restore_args = ocp.checkpoint_utils.construct_restore_args(tree)

@@ -36,6 +36,13 @@ class StepContext(Protocol):
         is: q|k|v for "qkv", gate|up for "gate_up". Both are in the model's dtype, and so is the result.
         """
 
+    def lookup(self, embedding: "Embedding", tokens: jax.Array) -> jax.Array:
+        """The embeddings `[T, d]` of `tokens` int32 `[T]`. A shard's `embedding` has a part of the vocabulary."""
+
+    def reduce(self, y: jax.Array) -> jax.Array:
+        """The sum over all shards of `y [T, d]`, the product (and adapters' part) of "o" or "down"; on one device,
+        y."""
+
 
 def model_dtype(dtype: Any) -> np.dtype:
     """The NumPy dtype of "float32" or "bfloat16" (name or dtype); others raise `UnsupportedModelError`."""
@@ -116,7 +123,7 @@ class DecoderLayer(nnx.Module):
         with jax.named_scope("attention"):
             mixed = context.attend(self.index, q, k, v).reshape(-1, config.q_width)  # [T, q_width]
         with jax.named_scope("o"):
-            return context.lora(self.index, "o", mixed, self.o(mixed))  # [T, d]
+            return context.reduce(context.lora(self.index, "o", mixed, self.o(mixed)))  # [T, d]
 
     def _feed_forward(self, x: jax.Array, context: StepContext) -> jax.Array:
         with jax.named_scope("gate_up"):
@@ -124,7 +131,7 @@ class DecoderLayer(nnx.Module):
             gate, up = jnp.split(fused.astype(jnp.float32), 2, axis=-1)
             hidden = (jax.nn.silu(gate) * up).astype(x.dtype)  # [T, ffn]
         with jax.named_scope("down"):
-            return context.lora(self.index, "down", hidden, self.down(hidden))  # [T, d]
+            return context.reduce(context.lora(self.index, "down", hidden, self.down(hidden)))  # [T, d]
 
 
 class Embedding(nnx.Module):
@@ -139,7 +146,8 @@ class Embedding(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The whole model. Constructing it allocates zeros; see `abstract_decoder`, `init_random` and `load_model`."""
+    """The whole model, or that of one shard (a smaller one, see `parallel.layout`). Constructing it allocates zeros;
+    see `abstract_decoder`, `init_random` and `load_model`."""
 
     def __init__(self, config: ModelConfig, dtype: Any):
         dtype = model_dtype(dtype)
@@ -157,7 +165,7 @@ class Decoder(nnx.Module):
         in its own sequence. Which tokens belong together is known to `context` only.
         """
         with jax.named_scope("embed"):
-            x = self.embed(tokens)  # [T, d]
+            x = context.lookup(self.embed, tokens)  # [T, d]
             cos, sin = rotary_tables(positions, inverse_frequencies(self.config.rope, self.config.head_dim))
         for layer in self.layers:
             with jax.named_scope(f"layer{layer.index}"):

@@ -3,10 +3,13 @@
 Every header is checked against the config before the first weight is read. Tensors are then read in blocks of rows and
 written straight into their place in the fused parameter, which becomes a device array once its last part has arrived.
 Host memory beyond the parameters themselves (on the CPU backend the buffers *are* the device arrays) is one block.
+For several shards, each shard's part of a tensor is read into the shard's own parameter, which goes to its device: no
+device ever holds more, and a process reads what its devices hold.
 """
 
 import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +25,8 @@ from slora_jax.errors import CheckpointError
 from slora_jax.models.config import ModelConfig, read_json
 from slora_jax.models.decoder import Params, model_dtype
 from slora_jax.models.init import abstract_decoder
+from slora_jax.parallel.layout import ONE_DEVICE, ROW_PARALLEL, Shards
+from slora_jax.parallel.mesh import TensorParallel, parameter_spec, whole_shape
 
 _BLOCK_BYTES = 1 << 20
 _ALIGNMENT = 64  # bytes; the CPU backend adopts a buffer so aligned instead of copying it
@@ -35,30 +40,50 @@ ParamPath = tuple[str | int, ...]
 class Placement:
     """Where a checkpoint tensor goes: columns from `column` on of the parameter at `path`, transposed if a kernel.
 
-    `shape` is the tensor's shape in the checkpoint.
+    `shape` is the tensor's shape in the checkpoint, `part` what goes there: rows, and columns if it has any.
     """
 
     path: ParamPath
     shape: tuple[int, ...]
     column: int = 0
     transposed: bool = False
+    part: tuple[slice, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.part:
+            object.__setattr__(self, "part", tuple(slice(0, size) for size in self.shape))
+
+    @property
+    def size(self) -> int:
+        """Elements of the part."""
+        return math.prod(axis.stop - axis.start for axis in self.part)
 
 
-def tensor_placements(config: ModelConfig) -> dict[str, Placement]:
-    """Every tensor that a checkpoint of this config must hold, by its Hugging Face name."""
+def tensor_placements(config: ModelConfig, shards: Shards = ONE_DEVICE, shard: int = 0) -> dict[str, Placement]:
+    """Every tensor that a checkpoint of this config must hold, by its Hugging Face name, and what a shard takes of
+    it."""
     d, ffn, q, kv = config.hidden_size, config.intermediate_size, config.q_width, config.kv_width
+    whole, vocabulary = slice(0, d), shards.vocabulary(config.vocab_size, shard)
     placements = {
-        "model.embed_tokens.weight": Placement(("embed", "embedding"), (config.vocab_size, d)),
+        "model.embed_tokens.weight": Placement(
+            ("embed", "embedding"), (config.vocab_size, d), part=(vocabulary, whole)
+        ),
         "model.norm.weight": Placement(("norm", "scale"), (d,)),
     }
     if not config.tie_word_embeddings:
-        placements["lm_head.weight"] = Placement(("lm_head", "kernel"), (config.vocab_size, d), transposed=True)
+        placements["lm_head.weight"] = Placement(
+            ("lm_head", "kernel"), (config.vocab_size, d), transposed=True, part=(vocabulary, whole)
+        )
+    by_q, by_kv, by_ffn = shards.part(q, shard), shards.kv_part(kv, shard), shards.part(ffn, shard)
+    # Parts by output rows and input columns; of o's and down's bias, the first shard takes all.
+    bias_of_sum = slice(0, d if shard == 0 else 0)
     stacks = (
-        ("qkv", "self_attn", (("q_proj", q), ("k_proj", kv), ("v_proj", kv)), d, config.qkv_bias),
-        ("o", "self_attn", (("o_proj", d),), q, config.o_bias),
-        ("gate_up", "mlp", (("gate_proj", ffn), ("up_proj", ffn)), d, config.mlp_bias),
-        ("down", "mlp", (("down_proj", d),), ffn, config.mlp_bias),
+        ("qkv", "self_attn", (("q_proj", q, by_q), ("k_proj", kv, by_kv), ("v_proj", kv, by_kv)), d, whole),
+        ("o", "self_attn", (("o_proj", d, whole),), q, by_q),
+        ("gate_up", "mlp", (("gate_proj", ffn, by_ffn), ("up_proj", ffn, by_ffn)), d, whole),
+        ("down", "mlp", (("down_proj", d, whole),), ffn, by_ffn),
     )
+    biases = {"qkv": config.qkv_bias, "o": config.o_bias, "gate_up": config.mlp_bias, "down": config.mlp_bias}
     norms = [("input_norm", "input_layernorm", d), ("post_attention_norm", "post_attention_layernorm", d)]
     if config.qk_norm:
         norms += [("q_norm", "self_attn.q_norm", config.head_dim), ("k_norm", "self_attn.k_norm", config.head_dim)]
@@ -66,14 +91,17 @@ def tensor_placements(config: ModelConfig) -> dict[str, Placement]:
         prefix, layer = f"model.layers.{index}", ("layers", index)
         for ours, theirs, features in norms:
             placements[f"{prefix}.{theirs}.weight"] = Placement((*layer, ours, "scale"), (features,))
-        for stack, block, parts, d_in, bias in stacks:
+        for stack, block, parts, d_in, inputs in stacks:
             column = 0
-            for part, d_out in parts:
+            for part, d_out, outputs in parts:
                 name = f"{prefix}.{block}.{part}"
-                placements[f"{name}.weight"] = Placement((*layer, stack, "kernel"), (d_out, d_in), column, True)
-                if bias:
-                    placements[f"{name}.bias"] = Placement((*layer, stack, "bias"), (d_out,), column)
-                column += d_out
+                placements[f"{name}.weight"] = Placement(
+                    (*layer, stack, "kernel"), (d_out, d_in), column, True, (outputs, inputs)
+                )
+                if biases[stack]:
+                    own = bias_of_sum if stack in ROW_PARALLEL else outputs
+                    placements[f"{name}.bias"] = Placement((*layer, stack, "bias"), (d_out,), column, part=(own,))
+                column += outputs.stop - outputs.start
     return placements
 
 
@@ -102,26 +130,40 @@ def checkpoint_files(model_dir: str | Path) -> list[Path]:
     raise CheckpointError(f"{model_dir}: neither {single.name} nor {index.name} is there")
 
 
-def load_weights(model_dir: str | Path, config: ModelConfig, dtype: Any, progress: bool = True) -> Params:
-    """Reads the checkpoint into the decoder's parameter tree on this process's first (or the default) device.
+def load_weights(
+    model_dir: str | Path,
+    config: ModelConfig,
+    dtype: Any,
+    progress: bool = True,
+    parallel: TensorParallel | None = None,
+) -> Params:
+    """Reads the checkpoint into the decoder's parameter tree on this process's first (or the default) device; or, with
+    `parallel`, each of its devices' part onto that device: arrays cut by `parallel.mesh.parameter_spec`.
 
     dtype is "float32" or "bfloat16"; norm scales are float32 in both. `progress` shows bytes read, on stderr.
 
     Raises `CheckpointError` for missing, unexpected or misshapen tensors and damaged files, before reading weights.
     """
-    placements = tensor_placements(config)
     files = checkpoint_files(model_dir)
-    total_bytes = _check_headers(files, placements, config)
-    builder = _ParamBuilder(config, dtype, placements)
+    builders = _builders(config, dtype, parallel)
+    total_bytes = _check_headers(files, tensor_placements(config), [b.placements for b in builders], config)
     with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar:
         for file in files:
             with _open(file) as tensors:
                 for name in tensors.offset_keys():
-                    if name in placements:
-                        for block_bytes in _read_into(builder, tensors.get_slice(name), placements[name]):
-                            bar.update(block_bytes)
-                        builder.part_done(placements[name].path)
-    return builder.params()
+                    for builder in builders:
+                        if name in builder.placements:
+                            for block_bytes in builder.read(tensors.get_slice(name), builder.placements[name]):
+                                bar.update(block_bytes)
+    if parallel is None:
+        return traverse_util.unflatten_dict(builders[0].arrays)
+    joined = {}
+    for path, leaf in builders[0].arrays.items():
+        spec = parameter_spec(path)
+        shape = whole_shape(leaf.shape, spec, parallel.shards)
+        parts = [builder.arrays[path] for builder in builders]
+        joined[path] = jax.make_array_from_single_device_arrays(shape, parallel.sharding(spec), parts)
+    return traverse_util.unflatten_dict(joined)
 
 
 def load_device() -> jax.Device:
@@ -131,46 +173,67 @@ def load_device() -> jax.Device:
 
 
 class _ParamBuilder:
-    """Fused parameters being filled on the host, each moved to the device when its last part is in."""
+    """Fused parameters of one shard being filled on the host, each moved to the device when its last part is in."""
 
-    def __init__(self, config: ModelConfig, dtype: Any, placements: dict[str, Placement]):
+    def __init__(self, config: ModelConfig, dtype: Any, placements: dict[str, Placement], device: jax.Device):
+        self.placements = placements
+        self._device = device
         self._shapes = traverse_util.flatten_dict(abstract_decoder(config, model_dtype(dtype))[1])
         self._missing_parts = dict.fromkeys(self._shapes, 0)
+        self._elements = dict.fromkeys(self._shapes, 0)
         for placement in placements.values():
             self._missing_parts[placement.path] += 1
+            self._elements[placement.path] += placement.size
         self._buffers: dict[ParamPath, np.ndarray] = {}
         self._arrays: dict[ParamPath, jax.Array] = {}
-        self._device = load_device()
 
-    def buffer(self, path: ParamPath) -> np.ndarray:
+    @property
+    def arrays(self) -> dict[ParamPath, jax.Array]:
+        return {path: self._arrays[path] for path in self._shapes}
+
+    def read(self, tensor: Any, placement: Placement) -> Iterator[int]:
+        """Copies a tensor's part into its parameter block by block, casting; yields the bytes of each block."""
+        rows, *columns = placement.part
+        row_bytes = _READABLE_DTYPES[tensor.get_dtype()] * math.prod(axis.stop - axis.start for axis in columns)
+        step = max(1, _BLOCK_BYTES // row_bytes)
+        buffer = self._buffer(placement.path)
+        for start in range(rows.start, rows.stop, step):
+            block = tensor[(slice(start, min(start + step, rows.stop)), *columns)]  # [step, d_in] or [step]
+            first = placement.column + start - rows.start
+            place = slice(first, first + len(block))
+            target = buffer[:, place].T if placement.transposed else buffer[place]  # [step, d_in] or [step]
+            if target.dtype == block.dtype:  # bytes move faster than ml_dtypes elements
+                target, block = target.view(f"u{target.itemsize}"), block.view(f"u{block.itemsize}")
+            target[...] = block
+            yield len(block) * row_bytes
+        self._part_done(placement.path)
+
+    def _buffer(self, path: ParamPath) -> np.ndarray:
         if path not in self._buffers:
-            self._buffers[path] = _aligned_empty(self._shapes[path].shape, self._shapes[path].dtype)
+            shape = self._shapes[path].shape
+            self._buffers[path] = _aligned_empty(shape, self._shapes[path].dtype)
+            if self._elements[path] < math.prod(shape):  # of a shard: a vocabulary rounded up, a bias that another has
+                self._buffers[path][...] = 0
         return self._buffers[path]
 
-    def part_done(self, path: ParamPath) -> None:
+    def _part_done(self, path: ParamPath) -> None:
         self._missing_parts[path] -= 1
         if not self._missing_parts[path]:
             # Waiting keeps at most one finished buffer beside its device copy.
             self._arrays[path] = jax.device_put(self._buffers.pop(path), self._device).block_until_ready()
 
-    def params(self) -> Params:
-        return traverse_util.unflatten_dict({path: self._arrays[path] for path in self._shapes})
 
-
-def _read_into(builder: _ParamBuilder, tensor: Any, placement: Placement) -> Iterator[int]:
-    """Copies one tensor into its parameter block by block, casting; yields the bytes of each block."""
-    rows = placement.shape[0]
-    row_bytes = _READABLE_DTYPES[tensor.get_dtype()] * int(np.prod(placement.shape[1:]))
-    step = max(1, _BLOCK_BYTES // row_bytes)
-    buffer = builder.buffer(placement.path)
-    for start in range(0, rows, step):
-        block = tensor[start : min(start + step, rows)]  # [step, d_in] or [step]
-        columns = slice(placement.column + start, placement.column + start + len(block))
-        target = buffer[:, columns].T if placement.transposed else buffer[columns]  # [step, d_in] or [step]
-        if target.dtype == block.dtype:  # bytes move faster than ml_dtypes elements
-            target, block = target.view(f"u{target.itemsize}"), block.view(f"u{block.itemsize}")
-        target[...] = block
-        yield len(block) * row_bytes
+def _builders(config: ModelConfig, dtype: Any, parallel: TensorParallel | None) -> list[_ParamBuilder]:
+    """One for each shard on a device of this process."""
+    if parallel is None:
+        return [_ParamBuilder(config, dtype, tensor_placements(config), load_device())]
+    return [
+        _ParamBuilder(
+            parallel.shards.of_model(config), dtype, tensor_placements(config, parallel.shards, shard), device
+        )
+        for shard, device in enumerate(parallel.devices)
+        if device.process_index == jax.process_index()
+    ]
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -180,8 +243,10 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def _check_headers(files: list[Path], placements: dict[str, Placement], config: ModelConfig) -> int:
-    """Checks names, shapes and dtypes of all files against the config; returns the bytes to be read."""
+def _check_headers(
+    files: list[Path], placements: dict[str, Placement], shards: list[dict[str, Placement]], config: ModelConfig
+) -> int:
+    """Checks names, shapes and dtypes of all files against the config; returns the bytes that `shards` are to read."""
     found: dict[str, Path] = {}
     total_bytes = 0
     for file in files:
@@ -202,7 +267,7 @@ def _check_headers(files: list[Path], placements: dict[str, Placement], config: 
                     raise CheckpointError(
                         f"{file}: tensor {name}: dtype {dtype} is not supported; supported: {sorted(_READABLE_DTYPES)}"
                     )
-                total_bytes += int(np.prod(shape)) * _READABLE_DTYPES[dtype]
+                total_bytes += sum(own[name].size for own in shards) * _READABLE_DTYPES[dtype]
     if missing := sorted(placements.keys() - found.keys()):
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise CheckpointError(f"{files[0].parent}: missing tensors in {', '.join(f.name for f in files)}: {shown}")

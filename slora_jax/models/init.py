@@ -10,6 +10,7 @@ from flax import nnx, traverse_util
 
 from slora_jax.models.config import ModelConfig
 from slora_jax.models.decoder import Decoder, Params
+from slora_jax.parallel.mesh import TensorParallel, parameter_spec
 
 
 def abstract_decoder(config: ModelConfig, dtype: Any) -> tuple[nnx.GraphDef, Params]:
@@ -20,6 +21,14 @@ def abstract_decoder(config: ModelConfig, dtype: Any) -> tuple[nnx.GraphDef, Par
     """
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype)))
     return graphdef, nnx.to_pure_dict(state)
+
+
+def abstract_shards(config: ModelConfig, dtype: Any, parallel: TensorParallel) -> tuple[nnx.GraphDef, Params]:
+    """The graph definition of a shard's decoder, and the whole parameters, as placed on the devices."""
+    graphdef, shard = abstract_decoder(parallel.shards.of_model(config), dtype)
+    leaves = traverse_util.flatten_dict(shard)
+    whole = {path: parallel.struct(leaf, parameter_spec(path)) for path, leaf in leaves.items()}
+    return graphdef, traverse_util.unflatten_dict(whole)
 
 
 def init_random(config: ModelConfig, dtype: Any, seed: int) -> tuple[nnx.GraphDef, Params]:

@@ -3,33 +3,45 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
 
 from slora_jax.models.cache import checkpoint_key, entry_path, read_entry, write_entry
 from slora_jax.models.config import ModelConfig
 from slora_jax.models.decoder import Params, model_dtype
 from slora_jax.models.hf import load_weights
-from slora_jax.models.init import abstract_decoder
+from slora_jax.models.init import abstract_decoder, abstract_shards
+from slora_jax.parallel.mesh import TensorParallel
 
 
 def load_model(
-    model_dir: str | Path, dtype: Any, cache_dir: str | Path | None = None, progress: bool = True
+    model_dir: str | Path,
+    dtype: Any,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+    parallel: TensorParallel | None = None,
 ) -> tuple[nnx.GraphDef, Params, ModelConfig]:
     """Loads a Hugging Face checkpoint (safetensors) as graph definition, parameters and config.
 
     dtype is "float32" or "bfloat16", whatever the checkpoint's. With `cache_dir`, converted weights are kept there and
-    used while the checkpoint stays the same; an unusable entry is converted again with a logged warning.
+    used while the checkpoint stays the same; an unusable entry is converted again with a logged warning. With
+    `parallel`, the parameters are cut over its devices, and graph definition and config are those of a shard and of the
+    whole.
 
     Raises `CheckpointError` for missing or damaged files, `UnsupportedModelError` for a model that is not supported.
     """
     config = ModelConfig.from_directory(model_dir)
     dtype = model_dtype(dtype)
-    graphdef, shapes = abstract_decoder(config, dtype)
-    if cache_dir is None:
-        return graphdef, load_weights(model_dir, config, dtype, progress), config
-    entry, key = entry_path(cache_dir, model_dir, dtype), checkpoint_key(model_dir, config, dtype)
+    if parallel is None:
+        graphdef, shapes = abstract_decoder(config, dtype)
+    else:
+        graphdef, shapes = abstract_shards(config, dtype, parallel)
+    if cache_dir is None or jax.process_count() > 1:  # an entry is written by one process, which has no whole arrays
+        return graphdef, load_weights(model_dir, config, dtype, progress, parallel), config
+    entry = entry_path(cache_dir, model_dir, dtype, 1 if parallel is None else parallel.shards.count)
+    key = checkpoint_key(model_dir, config, dtype)
     params = read_entry(entry, key, shapes)
     if params is None:
-        params = load_weights(model_dir, config, dtype, progress)
+        params = load_weights(model_dir, config, dtype, progress, parallel)
         write_entry(entry, key, params)
     return graphdef, params, config

@@ -36,6 +36,19 @@ def test_a_sum_and_a_gather_with_their_bytes() -> None:
     ]
 
 
+def test_a_scope_tells_what_a_collective_is_for() -> None:
+    def summed(x, y):
+        with jax.named_scope("layer0/all_reduce_base"):
+            x = jax.lax.psum(x, "tp")
+        with jax.named_scope("all_gather_lora"):
+            return x, jax.lax.all_gather(y, "tp")
+
+    assert collectives_in(compiled(summed, X, Y)) == [
+        Collective("all-reduce", 1, 32 * 128 * 2, "base"),
+        Collective("all-gather", 1, 64 * 256 * 4, "lora"),
+    ]
+
+
 def test_of_a_scatter_the_bytes_are_those_that_go_in() -> None:
     program = compiled(lambda y: jax.lax.psum_scatter(y, "tp", tiled=True), Y, out=ROWS)
     assert collectives_in(program) == [Collective("reduce-scatter", 1, 32 * 256 * 4)]

@@ -35,6 +35,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen3": ("qwen3", {"head_dim": 32}),
 }
+ON_TWO_DEVICES = "qwen2-on-two-devices"
+FAMILIES[ON_TWO_DEVICES] = FAMILIES["qwen2"]
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all-linear": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
     "q-and-v-rank-3": {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "v_proj"]},
@@ -162,6 +164,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         max_rank=64,
         decode_buckets=(8,),
         mixed_buckets=(64,),
+        tp=2 if request.param == ON_TWO_DEVICES else 1,
         keep_logits=True,
         progress=False,
     )

@@ -50,6 +50,12 @@ class DenseContext:
     def lora(self, layer: int, stack: str, x: jax.Array, y: jax.Array) -> jax.Array:
         return y
 
+    def lookup(self, embedding: Callable[[jax.Array], jax.Array], tokens: jax.Array) -> jax.Array:
+        return embedding(tokens)
+
+    def reduce(self, y: jax.Array) -> jax.Array:
+        return y
+
 
 @jax.jit(static_argnums=0)
 def _logits(graphdef, params, tokens, positions, sequences):

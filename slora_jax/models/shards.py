@@ -1,0 +1,52 @@
+"""Parameters in memory, cut into shards."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from flax import nnx, traverse_util
+
+from slora_jax.models.config import ModelConfig
+from slora_jax.models.decoder import Params
+from slora_jax.models.hf import ParamPath, Placement, tensor_placements
+from slora_jax.models.init import abstract_shards
+from slora_jax.parallel.mesh import TensorParallel
+
+
+def shard_params(config: ModelConfig, params: Params, parallel: TensorParallel) -> tuple[nnx.GraphDef, Params]:
+    """The graph definition of a shard's decoder, and `params` on the devices of `parallel`: as they are if they lie
+    there already (`load_model`), else cut on the host, one at a time."""
+    leaf = jax.tree.leaves(params)[0]
+    dtype = params["embed"]["embedding"].dtype
+    graphdef, shapes = abstract_shards(config, dtype, parallel)
+    if isinstance(leaf.sharding, jax.sharding.NamedSharding) and leaf.sharding.mesh == parallel.mesh:
+        return graphdef, params
+    whole = traverse_util.flatten_dict(params)
+    placements = tensor_placements(config)
+    own = [tensor_placements(config, parallel.shards, shard) for shard in range(parallel.shards.count)]
+    names: dict[ParamPath, list[str]] = {}
+    for name, placement in placements.items():
+        names.setdefault(placement.path, []).append(name)
+
+    def place(path: ParamPath, struct: jax.ShapeDtypeStruct) -> jax.Array:
+        assert struct.sharding is not None
+        source, shape = np.asarray(whole[path]), struct.sharding.shard_shape(struct.shape)
+        shards = []
+        for parts, device in zip(own, parallel.devices, strict=True):
+            if device.process_index == jax.process_index():
+                shard = np.zeros(shape, source.dtype)
+                for name in names[path]:
+                    _copy_part(source, shard, placements[name], parts[name])
+                shards.append(jax.device_put(shard, device))
+        return jax.make_array_from_single_device_arrays(struct.shape, struct.sharding, shards)
+
+    placed = {path: place(path, struct) for path, struct in traverse_util.flatten_dict(shapes).items()}
+    return graphdef, traverse_util.unflatten_dict(placed)
+
+
+def _copy_part(whole: np.ndarray, shard: np.ndarray, of_whole: Placement, of_shard: Placement) -> None:
+    """Copies what a shard takes of a checkpoint tensor from the whole parameter to the shard's."""
+    rows, *columns = of_shard.part
+    source, target = (array.T if of_shard.transposed else array for array in (whole, shard))
+    first, count = of_whole.column + rows.start, rows.stop - rows.start
+    target[of_shard.column : of_shard.column + count] = source[(slice(first, first + count), *columns)]

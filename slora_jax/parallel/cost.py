@@ -1,0 +1,66 @@
+"""What shards send each other: the paper's formulas (section 6), extended to the feed-forward and to the other layouts.
+
+With N shards, B rows, hidden size h and rank r, in elements a layer, sent by each shard in ring collectives:
+
+                base                LoRA: q,k,v,o       gate,up,down        together
+    slora       4 (N - 1) B h / N   5 (N - 1) B r / N   4 (N - 1) B r / N   9 (N - 1) B r / N
+    replicated  same                0                   0                   0
+    sharded_in  same                8 (N - 1) B r / N   6 (N - 1) B r / N   14 (N - 1) B r / N
+
+The paper counts attention only: 2 (N - 1) B h / N beside 5 (N - 1) B r / N. r is the engine's `max_rank`: a program's
+shapes do not depend on what adapters are in the batch. Where "slora" gathers, r is rounded up to a multiple of N.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Literal
+
+from slora_jax.parallel.layout import Shards
+
+if TYPE_CHECKING:
+    from slora_jax.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Message:
+    """One collective. kind: its HLO opcode. bytes: of the result, which every shard has whole in the end."""
+
+    kind: Literal["all-reduce", "all-gather"]
+    bytes: int
+
+    def sent(self, count: int) -> Fraction:
+        """Bytes that each of `count` shards sends in a ring: a gather passes on every part but one; a sum does so
+        twice."""
+        rounds = 2 if self.kind == "all-reduce" else 1
+        return Fraction(rounds * (count - 1) * self.bytes, count)
+
+
+def base_messages(model: ModelConfig, rows: int, itemsize: int) -> list[Message]:
+    """Of the base in one layer: after o and after down. itemsize: bytes of an element."""
+    return [Message("all-reduce", rows * model.hidden_size * itemsize)] * 2
+
+
+def lora_messages(shards: Shards, rows: int, max_rank: int, itemsize: int) -> list[Message]:
+    """Of the adapters in one layer: for q,k,v together, o, gate and up together, down."""
+    if shards.lora == "replicated":
+        return []
+    row = rows * itemsize
+
+    def column_stack(projections: int) -> Message:
+        if shards.lora == "sharded_in":
+            return Message("all-reduce", projections * max_rank * row)
+        return Message("all-gather", projections * -(-max_rank // shards.count) * shards.count * row)
+
+    reduce = Message("all-reduce", max_rank * row)
+    return [column_stack(3), reduce, column_stack(2), reduce]
+
+
+def vocabulary_messages(model: ModelConfig, shards: Shards, rows: int, seqs: int, itemsize: int) -> list[Message]:
+    """Of a step, beside its layers: the embeddings of its rows, and each sequence's best token (4 bytes) with its logit
+    (4 bytes) of every shard."""
+    return [
+        Message("all-reduce", rows * model.hidden_size * itemsize),
+        Message("all-gather", shards.count * seqs * 8),
+    ]

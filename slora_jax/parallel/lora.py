@@ -1,0 +1,40 @@
+"""The adapters' products over shards, with the paper's collectives (section 6). Called inside `shard_map`."""
+
+from __future__ import annotations
+
+import jax
+from jax import lax
+
+from pallas_kernels.lora.halves import LoraHalves
+from pallas_kernels.lora.layout import Stack
+from slora_jax.parallel.layout import ROW_PARALLEL, Shards
+from slora_jax.parallel.mesh import AXIS
+
+
+def add_lora(lora: LoraHalves, shards: Shards, x: jax.Array, y: jax.Array, pool: jax.Array, stack: Stack) -> jax.Array:
+    """Adds a stack's adapters to a shard's base product.
+
+    x `[T, d]`, the same on all shards, and y a shard's columns; or, for o and down, x a shard's columns and y `[T, d]`
+    a partial sum: there the adapters' part goes into the shard's slice of y, so that the base's own sum over the shards
+    (the caller's) finishes both.
+    """
+    if shards.lora == "sharded_in" and stack.name not in ROW_PARALLEL:
+        x = lax.dynamic_slice_in_dim(x, lax.axis_index(AXIS) * stack.d_in, stack.d_in, axis=1)
+    h = _exchange(lora.shrink(x, pool, stack), shards, stack)  # [T, projections, max_rank]
+    if stack.d_out == y.shape[1]:
+        return lora.expand(h, y, pool, stack)
+    first = lax.axis_index(AXIS) * stack.d_out
+    own = lora.expand(h, lax.dynamic_slice_in_dim(y, first, stack.d_out, axis=1), pool, stack)
+    return lax.dynamic_update_slice_in_dim(y, own, first, axis=1)
+
+
+def _exchange(h: jax.Array, shards: Shards, stack: Stack) -> jax.Array:
+    """What `expand` needs of the shards' `x A`: `[T, projections, ranks]`, one collective for the whole stack."""
+    if stack.rank_shards > 1:
+        with jax.named_scope("all_gather_lora"):
+            dealt = lax.all_gather(h, AXIS, axis=3)  # [T, projections, ceil(ranks / N), N]: rank j at (j // N, j % N)
+        return dealt.reshape(*h.shape[:2], -1)
+    if shards.lora == "replicated":
+        return h
+    with jax.named_scope("all_reduce_lora"):
+        return lax.psum(h, AXIS)

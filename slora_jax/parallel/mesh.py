@@ -1,0 +1,128 @@
+"""The mesh of tensor-parallel devices, and where arrays lie on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from slora_jax.errors import ConfigError
+from slora_jax.parallel.layout import LoraSharding, Shards
+
+if TYPE_CHECKING:
+    from slora_jax.models.config import ModelConfig
+
+AXIS = "tp"
+"""The mesh axis of all tensor-parallel collectives."""
+
+REPLICATED = P()
+POOL = P(None, None, None, AXIS)
+"""Of one layer's pool `[num_pages, 2, page_size, W]`."""
+PAGES = P(None, None, None, None, AXIS)
+"""Of an adapter's pages `[num_layers, n, 2, page_size, W]`."""
+LOGITS = P(None, AXIS)
+"""Of logits `[S, vocab]`, the vocabulary rounded up to a multiple of the shards."""
+
+_COLUMNS, _ROWS = P(None, AXIS), P(AXIS, None)
+_PARAMETERS = {
+    ("embed", "embedding"): _ROWS,
+    ("lm_head", "kernel"): _COLUMNS,
+    ("qkv", "kernel"): _COLUMNS,
+    ("gate_up", "kernel"): _COLUMNS,
+    ("o", "kernel"): _ROWS,
+    ("down", "kernel"): _ROWS,
+    **{(stack, "bias"): P(AXIS) for stack in ("qkv", "o", "gate_up", "down")},
+}
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """How a model is cut, and the devices of its shards in order, on the one axis of `mesh`."""
+
+    shards: Shards
+    mesh: Mesh
+
+    def sharding(self, spec: P) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
+
+    @cached_property
+    def replicated(self) -> NamedSharding:
+        return self.sharding(REPLICATED)
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        """The device of each shard."""
+        return list(self.mesh.devices.flat)
+
+    def struct(self, leaf: Any, spec: P) -> jax.ShapeDtypeStruct:
+        """The whole array of which a shard has one shaped like `leaf`, cut by `spec`."""
+        return jax.ShapeDtypeStruct(
+            whole_shape(leaf.shape, spec, self.shards), leaf.dtype, sharding=self.sharding(spec)
+        )
+
+
+def parameter_spec(path: tuple[str | int, ...]) -> P:
+    """How the parameter at `path` of the decoder's tree is cut: a fused kernel's columns are the shards' fused columns,
+    one shard after the other. Of the bias of o and down, shard 0 has the values and the others zeros: their products
+    are summed."""
+    return _PARAMETERS.get((str(path[-2]), str(path[-1])), REPLICATED)
+
+
+def whole_shape(shape: Sequence[int], spec: P, shards: Shards) -> tuple[int, ...]:
+    """The shape of an array of which every shard has `shape`."""
+    axes = tuple(spec) + (None,) * (len(shape) - len(spec))
+    return tuple(size * shards.count if axis else size for size, axis in zip(shape, axes, strict=True))
+
+
+def make_mesh(count: int, first: int = 0) -> Mesh:
+    """`count` devices from number `first` on.
+
+    Raises:
+      ConfigError: there are fewer.
+    """
+    devices = jax.devices()
+    if first + count > len(devices):
+        have = f"there are {len(devices)} {devices[0].platform} devices"
+        raise ConfigError(
+            f"EngineConfig.tp={count}, tp_first_device={first}: {have}; use no more, or on a CPU make more with "
+            "XLA_FLAGS=--xla_force_host_platform_device_count=N"
+        )
+    return Mesh(np.array(devices[first : first + count]), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def cut(model: ModelConfig, count: int, lora: LoraSharding = "slora") -> Shards:
+    """How `model` is cut into `count` shards.
+
+    Raises:
+      ConfigError: a width of the model cannot be cut so; the message names it.
+    """
+    if count == 1:
+        return Shards()
+    for field in ("num_heads", "intermediate_size", "hidden_size"):
+        size = getattr(model, field)
+        if size % count:
+            raise ConfigError(f"EngineConfig.tp={count}: the model's {field}={size} must be a multiple of it")
+    heads = model.num_kv_heads
+    if heads % count and count % heads:
+        raise ConfigError(
+            f"EngineConfig.tp={count}: the model's num_kv_heads={heads} must be a multiple of it, or divide it (then "
+            "neighbouring shards hold the same head)"
+        )
+    return Shards(count, min(count, heads), lora)
+
+
+def tensor_parallel(
+    model: ModelConfig, count: int, lora: LoraSharding = "slora", first: int = 0
+) -> TensorParallel | None:
+    """`model` on `count` devices from number `first` on; None on one device.
+
+    Raises:
+      ConfigError: there are fewer, or the model cannot be cut so.
+    """
+    return None if count == 1 else TensorParallel(cut(model, count, lora), make_mesh(count, first))
