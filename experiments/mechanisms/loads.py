@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +88,12 @@ def conversations(scale: Scale, number: int, rate: float | None = None) -> Workl
 
 
 def _request(
-    rng: np.random.Generator, scale: Scale, adapter: int, prompt: int, output: int, arrival: float = 0.0
+    rng: np.random.Generator,
+    scale: Scale,
+    adapter: int,
+    prompt: int | np.integer[Any],
+    output: int,
+    arrival: float = 0.0,
 ) -> WorkloadRequest:
     tokens = rng.integers(0, scale.model.vocab_size, int(prompt)).tolist()
     return WorkloadRequest(arrival, tuple(tokens), f"{adapter}", output)
