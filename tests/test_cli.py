@@ -82,7 +82,7 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(model_dir, options, messag
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tp=3"], "EngineConfig.tp=3: the model's num_heads=4 must be a multiple of it"),
+        (["--tp=3"], "EngineConfig.tp=3: the model's num_heads=8 must be a multiple of it"),
         (["--max-seqs=0"], "EngineConfig.max_seqs=0: must be a positive integer"),
         (["--max-tokens=2"], "EngineConfig.max_tokens_per_step=2: must be at least max_seqs=4"),
         (["--page-size=12"], "EngineConfig.page_size=12: must be 8, 16 or 32"),

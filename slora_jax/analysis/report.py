@@ -118,13 +118,13 @@ class CompileReport:
 
     target: str
     tp: int
-    tp_lora: str
     dtype: str
     layers: int
     compiled_layers: int
     max_rank: int
     pool: PoolReport
     programs: tuple[ProgramReport, ...]
+    tp_lora: str = "slora"
 
     def problems(self) -> list[str]:
         return [problem for program in self.programs for problem in program.problems()]
@@ -163,6 +163,7 @@ def compile_report(
     if layers is not None and not 1 <= layers <= model.num_layers:
         raise ConfigError(f"layers={layers}: must be in 1..{model.num_layers}, the model's number of layers")
     longest = longest_sequence(model, config)
+    cut(model, config.tp, config.tp_lora)  # says what cannot be cut
     _require_compilers()
 
     num_layers = layers or model.num_layers
