@@ -205,7 +205,7 @@ class Scheduler:
         last = len(order)  # order[last:] is preempted
         budget, page_size, sequences = self.limits.max_tokens, self.limits.page_size, plan.sequences
         growing: list[tuple[Request, int]] = []  # and the pages that each gets at the end
-        taken, free = 0, self.allocator.available(PageKind.KV)
+        taken, within_reach = 0, self.evictor.within_reach(PageKind.KV)
         for position, request in enumerate(order):
             if budget == 0 or position >= last:
                 break
@@ -217,14 +217,13 @@ class Scheduler:
             end = min(known, start + budget)
             if end > len(request.pages) * page_size:
                 needed = -(-end // page_size) - len(request.pages)
-                if taken + needed > free:
-                    while not self.evictor.make_room(taken + needed, PageKind.KV) and last > position:
-                        last -= 1
-                        self._preempt(order[last])
-                        plan.preempted += 1
-                    if position >= last:
-                        break
-                    free = self.allocator.available(PageKind.KV)
+                while taken + needed > within_reach and last > position:
+                    last -= 1
+                    self._preempt(order[last])
+                    plan.preempted += 1
+                    within_reach = self.evictor.within_reach(PageKind.KV)
+                if position >= last:
+                    break
                 growing.append((request, needed))
                 taken += needed
             request.num_computed = end
@@ -233,6 +232,7 @@ class Scheduler:
             sequences.append(ScheduledSequence(request, start, end - start, end == known))
             budget -= end - start
         plan.num_tokens = self.limits.max_tokens - budget
+        self.evictor.make_room(taken, PageKind.KV)
         pages = self.allocator.allocate(taken, PageKind.KV).tolist()
         for request, needed in growing:
             taken -= needed
