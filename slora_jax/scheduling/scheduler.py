@@ -19,6 +19,10 @@ from slora_jax.scheduling.reservation import Reservation
 
 ADMISSIONS = ("optimistic", "reserve")
 
+MOST_PASSED_OVER = 128
+"""Waiting requests whose adapters are not there yet that others may overtake in one step: what a step looks at must not
+grow with the queue."""
+
 
 @dataclass(frozen=True)
 class SchedulerLimits:
@@ -253,7 +257,8 @@ class Scheduler:
         try:
             for position, request in enumerate(self.policy.select(self.waiting, self._batch, now), 1):
                 budget = self.limits.max_tokens - plan.num_tokens
-                if budget == 0 or not self._free_slots:
+                passed_over = position - 1 - len(started)
+                if budget == 0 or not self._free_slots or passed_over > MOST_PASSED_OVER:
                     break
                 if request.in_flight or request.status is not Status.WAITING:
                     continue  # preempted a moment ago, its newest token is not read yet; or admitted already

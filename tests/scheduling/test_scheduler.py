@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from slora_jax.errors import PoolError
 from slora_jax.memory import PageKind
 from slora_jax.scheduling import AdapterState, FinishReason, Lcfs, Request, Status, StepPlan
+from slora_jax.scheduling.scheduler import MOST_PASSED_OVER
 
 
 def counts(plan: StepPlan) -> dict[int, int]:
@@ -242,4 +243,19 @@ def test_idle_adapters_of_a_split_pool_do_not_go_for_keys(simulate):
     sim.add(30, 2)  # all 8 pages of the other side
     sim.run(20)
     assert "a" in sim.residency
+    sim.assert_idle()
+
+
+@pytest.mark.parametrize("ahead, started", [(MOST_PASSED_OVER, True), (MOST_PASSED_OVER + 1, False)])
+def test_what_a_step_looks_at_does_not_grow_with_the_queue(simulate, ahead, started):
+    """Requests whose adapter is on its way from disk are overtaken, but not by those far behind."""
+    states = {"slow": AdapterState.LOADING, "ready": AdapterState.READY}
+    sim = simulate(num_pages=64, max_seqs=4, max_tokens=64, adapter_state=states.__getitem__)
+    for _ in range(ahead):
+        sim.add(4, 4, "slow", 1)
+    behind = sim.add(4, 4, "ready", 1)
+    sim.step()
+    assert (behind in sim.scheduler.running) == started
+    states["slow"] = AdapterState.READY
+    sim.run(1000)
     sim.assert_idle()
