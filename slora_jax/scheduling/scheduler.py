@@ -218,7 +218,7 @@ class Scheduler:
                 continue  # its last token is in flight
             start = request.num_computed
             known = len(request.prompt) + sampled
-            end = min(known, start + budget)
+            end = known if known - start <= budget else start + budget
             if end > len(request.pages) * page_size:
                 needed = -(-end // page_size) - len(request.pages)
                 while taken + needed > within_reach and last > position:
