@@ -1,6 +1,6 @@
 """The paper's figures as configs: each run is the published one, and none is left out."""
 
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ def test_every_point_is_the_published_run(file) -> None:
         assert replace(system, memory_fraction=published.memory_fraction) == published, row.label
         policy = row_policy(row)
         own = None if run.config.system.policy is None else make_policy(**run.config.system.policy)
-        assert repr(own) == repr(policy) and type(own) is type(policy), row.label
+        assert type(own) is type(policy) and (not is_dataclass(own) or repr(own) == repr(policy)), row.label
     assert compared
 
 
