@@ -9,7 +9,7 @@ from experiments.figure_pictures import draw
 from experiments.paper.exclusions import exclusion
 from experiments.paper.figures import Curve, Figure, Panel
 from experiments.paper.results import PaperRow
-from experiments.simulated_rows import SimulatedRow, requests, row_workload, simulate_row
+from experiments.simulated_rows import SimulatedRow, simulate_row
 from experiments.simulator_fit import STAGES, Parameter, Stage, fit, fitting_labels, stage_rows
 from experiments.simulator_validation import (
     QUICK_ROWS,
@@ -21,7 +21,6 @@ from experiments.simulator_validation import (
     report,
     summary,
 )
-from experiments.workloads import synthetic
 from slora_jax.simulation import load_device
 
 ROW = PaperRow(
@@ -55,12 +54,6 @@ OURS = SimulatedRow(
     aborts=0,
     simulated_seconds=40.0,
 )
-
-
-def test_base_model_requests_have_no_adapter() -> None:
-    assert [r.adapter for r in requests(synthetic(0, 1.0, 3.0, (8,)))] == [None] * 3
-    workload = row_workload(ROW)
-    assert [r.adapter for r in requests(workload)] == workload.adapter.tolist()
 
 
 def test_a_row_is_simulated_the_same_every_time() -> None:
