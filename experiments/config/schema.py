@@ -200,6 +200,9 @@ def _check(run: RunConfig) -> None:
     refuse_unknown([run.workload.kind], WORKLOADS, "workload.kind=")
     own = _parameters(WORKLOADS[run.workload.kind])
     refuse_unknown(run.workload.parameters, own, f"workload (kind: {run.workload.kind}): ")
+    for name, parameter in inspect.signature(WORKLOADS[run.workload.kind]).parameters.items():
+        if name in own and parameter.default is parameter.empty and name not in run.workload.parameters:
+            raise ConfigError(f"workload.{name}: must be given for kind: {run.workload.kind}")
     for name, least in (
         ("adapters.count", 0), ("client.users", 1), ("client.think_seconds", 0), ("engine.batch", 1),
     ):  # fmt: skip

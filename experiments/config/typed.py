@@ -23,8 +23,7 @@ def typed(value: Any, kind: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and types.NoneType in inner:
             return None
-        (kind,) = [one for one in inner if one is not types.NoneType]
-        return typed(value, kind, where)
+        return typed(value, next(one for one in inner if one is not types.NoneType), where)
     if origin is Literal:
         if value not in inner:
             raise ConfigError(f"{where}={value!r}: must be {_listed(inner)}{nearest(value, inner)}")
