@@ -80,7 +80,7 @@ def above(metric: str, name: str, *others: str, slack: float = 0.03, at_least: f
             ratios = {at: own[at] / theirs[at] for at in shared}
             low, high = min(ratios, key=lambda at: ratios[at]), max(ratios, key=lambda at: ratios[at])
             holds &= ratios[low] >= 1 - slack and ratios[high] >= at_least
-            texts.append(f"{metric} {ratios[low]:.2f} (at {low}) to {ratios[high]:.2f} (at {high}) times {other}'s")
+            texts.append(f"{metric} {_range(ratios, low, high)} times {other}'s")
         return (holds, "; ".join(texts)) if texts else None
 
     return check
@@ -112,6 +112,11 @@ def neutral(metric: str, spread: float) -> Check:
         return ratios[worst] <= 1 + spread, f"{metric} differs by a factor of {ratios[worst]:.2f} at most (at {worst})"
 
     return check
+
+
+def _range(ratios: Mapping[Any, float], low: Any, high: Any) -> str:
+    ends = [f"{ratios[at]:.2f} (at {at})" for at in dict.fromkeys((low, high))]
+    return " to ".join(ends)
 
 
 def _values(curve: Curve | None, metric: str, value: Value) -> dict[Any, float]:
