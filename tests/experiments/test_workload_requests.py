@@ -49,8 +49,8 @@ def test_both_runners_get_the_same_requests() -> None:
 
 def test_prompts_share_as_many_tokens_in_both_runners() -> None:
     """Pairwise: equal beginnings of the engine's prompts are as long as those of the simulator's, up to chance."""
-    work = shared_prefix(**COMMON | {"duration": 10.0}, prefix_tokens=30, texts=2, input_range=(1, 20))
-    shorter = work.prefix_tokens - np.arange(len(work)) % 5 * 3  # some share less of their text
+    work = shared_prefix(**COMMON | {"duration": 10.0}, prefix_tokens=28, texts=2, input_range=(1, 20))
+    shorter = work.prefix_tokens - np.arange(len(work)) % 5 * 7  # some share less of their text, some nothing
     for load in (work, replace(work, prefix_tokens=shorter), conversations(**COMMON | {"duration": 10.0})):
         simulated = [request.prompt(i) for i, request in enumerate(simulated_requests(load))]
         real = [request.prompt for request in engine_requests(load, 2**31)]
