@@ -42,7 +42,7 @@ def engine_requests(workload: Workload, vocab_size: int, seed: int = 42) -> list
     return [
         WorkloadRequest(
             arrival,
-            (*tokens_of[text][:length], *_tokens((seed, OF_REQUESTS, number), prompt, vocab_size)[length:]),
+            (*tokens_of[text][:length], *_tokens((seed, OF_REQUESTS, number), prompt - length, vocab_size)),
             None if adapter == BASE else f"{adapter}",
             output,
             after=None if after == NOBODY else after,
