@@ -6,6 +6,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from experiments.report.collect import Collected, Panel
 from experiments.runners.figures import AXIS_LABELS
 
@@ -72,6 +74,8 @@ _STYLES = {"simulated": ("x", "--"), "real": ("s", "-.")}
 
 
 def _plot(axes: Any, panel: Panel, metric: str, colors: dict[str, str]) -> None:
+    from matplotlib.ticker import LogLocator
+
     if not panel.is_numeric:
         _bars(axes, panel, metric, colors)
         return
@@ -80,20 +84,22 @@ def _plot(axes: Any, panel: Panel, metric: str, colors: dict[str, str]) -> None:
         points = sorted(curve.points, key=lambda point: point.at)
         published = [(p.at, y) for p in points if (y := p.theirs(metric)) is not None]
         if published:
-            axes.plot(*zip(*published, strict=True), "o-", ms=4, color=color)
+            axes.plot(*np.transpose(published), "o-", ms=4, color=color)
         ours = [(p.at, y) for p in points if (y := p.ours(metric)) is not None]
         if ours:
             marker, line = _STYLES[points[0].run.config.mode]
-            axes.plot(*zip(*ours, strict=True), marker=marker, ls=line, ms=5, color=color)
+            axes.plot(*np.transpose(ours), marker=marker, ls=line, ms=5, color=color)
     values = {point.at for curve in panel.curves for point in curve.points}
     if min(values) >= 0 and max(values) > 20 * max(min(values - {0}, default=1), 1):
         axes.set_xscale("symlog", linthresh=1)
     axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)], fontsize=8)
     axes.minorticks_off()
     if metric in LOGARITHMIC:
-        axes.set_yscale("log")
+        axes.set_yscale("log", subs=[])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.06 * max((line.get_ydata().max() for line in axes.lines), default=1) or 1)
     axes.grid(alpha=0.3)
 
 

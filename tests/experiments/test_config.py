@@ -1,9 +1,12 @@
 """Config files: cases and sweeps spelled out, YAML and gin alike, wrong names and values refused."""
 
+from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 
+import experiments
 from experiments.config import load_experiment, make_experiment
 from slora_jax import ConfigError
 
@@ -158,3 +161,10 @@ def test_a_wrong_override_is_named(write) -> None:
         load_experiment(file, ["workload.rte=1"])
     with pytest.raises(ConfigError, match=r"nothing\.yaml: no such file; there are .*both\.yaml"):
         load_experiment(file.with_name("nothing.yaml"))
+
+
+def test_the_examples_are_one_experiment() -> None:
+    folder = Path(experiments.__file__).parent / "configs"
+    made = load_experiment(folder / "example.yaml")
+    assert made == replace(load_experiment(folder / "example.gin"), name=made.name)
+    assert [run.curve for run in made.runs] == ["fcfs"] * 4 + ["early_abort"] * 4

@@ -5,9 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.figure_pictures import draw
 from experiments.paper.exclusions import exclusion
-from experiments.paper.figures import Curve, Figure, Panel
 from experiments.paper.results import PaperRow
 from experiments.simulated_rows import SimulatedRow, simulate_row
 from experiments.simulator_fit import STAGES, Parameter, Stage, fit, fitting_labels, stage_rows
@@ -117,11 +115,3 @@ def test_a_quick_validation_of_two_rows_says_everything(paper_rows) -> None:
     assert set(content["virtual_seconds_per_cpu_second"]) == set(SPEED_LABELS)
     assert sum(part["rows"] for part in content["left_out"]) == 602
     assert "slora" in summary(content)
-
-
-def test_a_figure_is_drawn_with_what_was_simulated(tmp_path) -> None:
-    other = replace(ROW, system="bmm", rate=2.0)
-    panel = Panel("a10g S1", "rate", (Curve("slora", (ROW,)), Curve("bmm", (replace(ROW, system="bmm"), other))))
-    figure = Figure("figure_6", "Figure 6", ("throughput", "first_token_latency"), (panel,))
-    draw(figure, {ROW: OURS, other: OURS}, {ROW}, tmp_path / "new" / "figure.png")
-    assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
