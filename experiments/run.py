@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,13 @@ def run_experiment(experiment: Experiment, results: ResultsFile, workers: int = 
 def _metrics(configs: Sequence[RunConfig], workers: int) -> Iterator[tuple[RunConfig, dict[str, Any]]]:
     simulated = [config for config in configs if config.mode == "simulated"]
     if workers > 1 and len(simulated) > 1:
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, get_context("spawn"), _leave_interrupts_to_the_parent) as pool:
             try:
                 yield from zip(simulated, pool.map(_simulated, simulated), strict=True)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                for child in active_children():  # a run that is under way may take a minute
+                    child.terminate()
                 raise
     else:
         yield from ((config, _simulated(config)) for config in simulated)
@@ -61,6 +64,10 @@ def _metrics(configs: Sequence[RunConfig], workers: int) -> Iterator[tuple[RunCo
                     yield config, runner.run(config)
                 except SloraError as error:
                     yield config, {"error": str(error)}
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _simulated(config: RunConfig) -> dict[str, Any]:
