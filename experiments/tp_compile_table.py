@@ -116,8 +116,8 @@ def compile_row(name: str, tp: int, target: str = "h200", layers: int | None = N
 def _program(program: ProgramReport, model: ModelConfig, config: EngineConfig, report: CompileReport) -> Program:
     shards, itemsize = cut(model, report.tp), jnp.dtype(config.dtype).itemsize
     rows = program.tokens
-    layer = base_messages(model, rows, itemsize) + lora_messages(shards, rows, config.max_rank, itemsize)
-    once = vocabulary_messages(model, shards, rows, program.seqs, itemsize)
+    layer = base_messages(model.hidden_size, rows, itemsize) + lora_messages(shards, rows, config.max_rank, itemsize)
+    once = vocabulary_messages(model.hidden_size, shards, rows, program.seqs, itemsize)
     published = Counter((m.kind, m.bytes) for m in layer * report.compiled_layers + once)
     found: Counter[tuple[str, int]] = Counter()
     of_layer: Counter[tuple[str, int]] = Counter()
@@ -175,7 +175,7 @@ def main() -> int:
     parser.add_argument("--degrees", nargs="*", type=int, default=DEGREES, help="devices")
     parser.add_argument("--target", default="h200", choices=sorted(TARGETS))
     parser.add_argument("--layers", type=int, help="compile so many only: faster, and labelled so")
-    parser.add_argument("--out", type=Path, default=OUT, help="JSON file (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=OUT, help="JSON file")
     args = parser.parse_args()
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}  # the compiler runs on the host
     jax.config.update("jax_platforms", "cpu")

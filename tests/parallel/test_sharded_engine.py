@@ -15,7 +15,7 @@ from slora_jax import SamplingParams
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")
-from peft_families import ADAPTERS, PROMPT_LENGTHS, assert_close  # noqa: E402
+from peft_families import ADAPTERS, PROMPT_LENGTHS, assert_close
 
 NEW_TOKENS = 20
 GQA = "llama-gqa-tied-biased-llama3-rope"
