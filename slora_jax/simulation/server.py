@@ -86,7 +86,8 @@ class Server:
                 f"system {system.name!r}: an adapter of {max(pages.values())} pages does not "
                 f"fit into the {most} that adapters can have; raise adapter_tokens or num_tokens"
             )
-        store = HostStore(nbytes, system.host_bytes, system.disk_bandwidth)
+        whole = {digest: rank * shape.whole.lora_bytes for digest, rank in ranks.items()}
+        store = HostStore(whole, system.host_bytes, system.disk_bandwidth)
         self.loading = Loading(store, cost, nbytes)
         limits = SchedulerLimits(
             max_seqs=system.max_seqs,

@@ -17,6 +17,7 @@ from slora_jax.simulation.offline import simulate_offline
 from slora_jax.simulation.request import SimulatedRequest, SimulationCounters, SimulationResult
 from slora_jax.simulation.server import Server
 from slora_jax.simulation.shape import ModelShape
+from slora_jax.simulation.shard import shard_shape
 from slora_jax.simulation.system import SystemConfig
 
 
@@ -42,7 +43,8 @@ def simulate(
       ConfigError: system, model and device do not fit together. RequestError: a request that can never run.
     """
     _check(workload, adapters)
-    cost = CostModel(model, device, system.software, system.lora)
+    shape = shard_shape(model, system.tp, system.tp_lora)
+    cost = CostModel(shape, device, system.software, system.lora, system.lora_collectives)
     if system.offline_batch is not None:
         return simulate_offline(workload, system, cost, adapters)
     num_tokens = system.pool_tokens(model, device)
