@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.config import Experiment, Run
-from experiments.paper.published import published_row
+from experiments.paper.published import Bar, published_row
 from experiments.paper.results import PaperRow
 
 SHARES = ("attainment", "satisfaction")
@@ -25,7 +25,7 @@ class Point:
     run: Run
     at: Any
     metrics: Mapping[str, Any]
-    published: PaperRow | None
+    published: PaperRow | Bar | None
 
     @property
     def error(self) -> str | None:
