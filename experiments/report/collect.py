@@ -69,9 +69,15 @@ class Panel:
         return next((curve for curve in self.curves if curve.name == name), None)
 
     @property
-    def is_numeric(self) -> bool:
-        """Whether the axis has numbers, not names."""
-        return all(isinstance(point.at, int | float) for curve in self.curves for point in curve.points)
+    def places(self) -> list[Any]:
+        """Of the axis: ascending numbers, or names in the order of the runs."""
+        found = dict.fromkeys(point.at for curve in self.curves for point in curve.points)
+        return sorted(found) if all(isinstance(at, int | float) for at in found) else list(map(str, found))
+
+    @property
+    def is_line(self) -> bool:
+        """Whether the axis has three numbers at least; else bars are drawn."""
+        return len(self.places) > 2 and not isinstance(self.places[0], str)
 
 
 @dataclass(frozen=True)

@@ -84,18 +84,18 @@ def _panel(one: Collected, panel: Panel) -> dict[str, Any]:
 
 
 def _table(panel: Panel, metric: str, published: bool) -> dict[str, Any]:
-    places = list(dict.fromkeys(point.at for curve in panel.curves for point in curve.points))
-    if panel.is_numeric:
-        places.sort()
-    by_place = {(curve.name, point.at): point for curve in panel.curves for point in curve.points}
+    named = panel.places and isinstance(panel.places[0], str)
+    by_place = {
+        (curve.name, str(point.at) if named else point.at): point for curve in panel.curves for point in curve.points
+    }
     curves = [curve.name for curve in panel.curves]
     return {
         "label": AXIS_LABELS.get(metric, metric.replace("_", " ")),
         "x": X_LABELS.get(panel.x, panel.x),
         "curves": curves,
         "rows": [
-            (f"{at:g}" if panel.is_numeric else str(at), [_cell(by_place.get((name, at)), metric) for name in curves])
-            for at in places
+            (at if isinstance(at, str) else f"{at:g}", [_cell(by_place.get((name, at)), metric) for name in curves])
+            for at in panel.places
         ],
         "published": published,
     }  # fmt: skip

@@ -40,6 +40,7 @@ def picture(collected: Collected, panels: Sequence[Panel] | None = None) -> byte
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     shown = collected.panels if panels is None else panels
     metrics = collected.experiment.metrics
@@ -54,17 +55,22 @@ def picture(collected: Collected, panels: Sequence[Panel] | None = None) -> byte
         axes[0][j].set_title(panel.title, fontsize=10)
         axes[-1][j].set_xlabel(X_LABELS.get(panel.x, panel.x))
     points = [point for panel in shown for curve in panel.curves for point in curve.points]
-    handles = [Line2D([], [], color=color, lw=2, label=name) for name, color in colors.items()]
+    handles: list[Any] = [Line2D([], [], color=color, lw=2, label=name) for name, color in colors.items()]
+    lines = any(panel.is_line for panel in shown)
     if any(point.published for point in points):
-        handles.append(Line2D([], [], color="black", marker="o", ms=4, label="published"))
+        handles.append(
+            Line2D([], [], color="black", marker="o", ms=4, label="published")
+            if lines
+            else Patch(fill=False, edgecolor="black", label="published")
+        )
     for mode, (marker, line) in _STYLES.items():
-        if any(point.run.config.mode == mode for point in points):
+        if lines and any(point.run.config.mode == mode for point in points):
             label = {"simulated": "simulated", "real": "measured"}[mode]
             handles.append(Line2D([], [], color="black", marker=marker, ls=line, ms=5, label=label))
     per_line = max(2, min(len(handles), round(size[0] / 1.4)))
     fig.legend(handles=handles, ncols=per_line, loc="lower center", frameon=False, fontsize=8)
-    lines = -(-len(handles) // per_line)
-    fig.tight_layout(rect=(0, (0.1 + 0.2 * lines) / size[1], 1, 1))
+    height = 0.1 + 0.2 * -(-len(handles) // per_line)
+    fig.tight_layout(rect=(0, height / size[1], 1, 1))
     content = io.BytesIO()
     fig.savefig(content, dpi=110, metadata={"Software": None})
     plt.close(fig)
@@ -77,7 +83,7 @@ _STYLES = {"simulated": ("x", "--"), "real": ("s", "-.")}
 def _plot(axes: Any, panel: Panel, metric: str, colors: dict[str, str]) -> None:
     from matplotlib.ticker import LogLocator
 
-    if not panel.is_numeric:
+    if not panel.is_line:
         _bars(axes, panel, metric, colors)
         return
     for curve in panel.curves:
@@ -105,14 +111,18 @@ def _plot(axes: Any, panel: Panel, metric: str, colors: dict[str, str]) -> None:
 
 
 def _bars(axes: Any, panel: Panel, metric: str, colors: dict[str, str]) -> None:
-    """Where the axis has names: a group of bars for each, a bar per curve."""
-    names = list(dict.fromkeys(str(point.at) for curve in panel.curves for point in curve.points))
+    """A group of bars for each place, one per curve; published values are outlined beside ours."""
     width = 0.8 / len(panel.curves)
     for index, curve in enumerate(panel.curves):
         color = colors.setdefault(curve.name, COLORS.get(curve.name, f"C{len(colors) % 10}"))
         for point in curve.points:
-            if (value := point.ours(metric)) is not None:
-                at = names.index(str(point.at)) + (index - (len(panel.curves) - 1) / 2) * width
-                axes.bar(at, value, width, color=color)
-    axes.set_xticks(range(len(names)), names, fontsize=8)
+            place = panel.places.index(point.at if point.at in panel.places else str(point.at))
+            at = place + (index - (len(panel.curves) - 1) / 2) * width
+            ours, theirs = point.ours(metric), point.theirs(metric)
+            if ours is not None:
+                axes.bar(at, ours, 0.9 * width, color=color, alpha=0.7)
+            if theirs is not None:
+                axes.bar(at, theirs, 0.9 * width, fill=False, edgecolor="black", lw=1.2)
+    axes.set_xticks(range(len(panel.places)), [f"{p:g}" if isinstance(p, int | float) else p for p in panel.places])
+    axes.tick_params(axis="x", labelsize=8)
     axes.grid(alpha=0.3, axis="y")
