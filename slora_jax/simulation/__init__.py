@@ -5,6 +5,7 @@ system, and the baselines of both), a `ModelShape` and a `DeviceModel` (`load_de
 `slora_jax.metrics` measures. The cost model is a roofline with fitted efficiencies: to be validated, not trusted.
 """
 
+from slora_jax.simulation.arrivals import Arrivals
 from slora_jax.simulation.cost import CostModel
 from slora_jax.simulation.device import DeviceModel, Efficiency, devices, load_device
 from slora_jax.simulation.request import SimulatedRequest, SimulationCounters, SimulationResult
@@ -16,6 +17,7 @@ from slora_jax.simulation.work import StepWork
 
 __all__ = [
     "SYSTEMS",
+    "Arrivals",
     "CostModel",
     "DeviceModel",
     "Efficiency",
