@@ -21,7 +21,7 @@ from slora_jax.engine.interrupts import InterruptHeld, uninterrupted
 from slora_jax.engine.outputs import Delta, EngineStats, Prompt, RequestOutput
 from slora_jax.engine.programs import keep_compiled_programs
 from slora_jax.engine.progress import Progress
-from slora_jax.engine.runner import InFlight, Runner, adapter_geometry, longest_sequence
+from slora_jax.engine.runner import InFlight, Runner, adapter_geometry, load, longest_sequence
 from slora_jax.engine.trace import NoTrace, Trace
 from slora_jax.errors import AdapterError, ConfigError, RequestError
 from slora_jax.memory import (
@@ -35,8 +35,9 @@ from slora_jax.memory import (
     Upload,
 )
 from slora_jax.memory.prefix import PrefixCounters
-from slora_jax.models import ModelConfig, Params, load_model
-from slora_jax.parallel.mesh import cut, tensor_parallel
+from slora_jax.models import ModelConfig, Params
+from slora_jax.parallel.mesh import cut
+from slora_jax.parallel.processes import ProcessGroup
 from slora_jax.scheduling import (
     AdapterState,
     AdapterUse,
@@ -71,16 +72,18 @@ class Engine:
         tokenizer: Any = None,
         policy: Policy | None = None,
         eviction: EvictionPolicy | None = None,
+        processes: ProcessGroup | None = None,
     ) -> None:
         """Compiles every step program (with a progress bar) and allocates the pool.
 
         params: as `models.load_model` or `models.init_random` return them; under `lora="merge"` they are the engine's
         from now on, who changes them in place. tokenizer: a fast Hugging Face tokenizer; without one, prompts are token
         ids and outputs have no text. policy: who comes first (None: `Fcfs`; under `lora="merge"` `OneAdapter`).
-        eviction: what idle content leaves the pool first (None: `Lru`).
+        eviction: what idle content leaves the pool first (None: `Lru`). processes: those that serve the model together
+        (`join_processes`); the engine is process 0's, the others each run a `Follower`.
 
         Raises:
-          ConfigError: settings and model, or policy, do not fit together.
+          ConfigError: settings and model, or policy, do not fit together; or the processes' settings differ.
         """
         policy = policy or (OneAdapter() if config.lora == "merge" else Fcfs())
         if config.lora == "merge" and not isinstance(policy, OneAdapter):
@@ -93,7 +96,7 @@ class Engine:
         self.config = config
         self.tokenizer = tokenizer
         self.max_model_len = longest_sequence(model, config)
-        self._runner = Runner(model, graphdef, params, config)
+        self._runner = Runner(model, graphdef, params, config, processes)
         spill_dir = None if config.spill_dir is None else Path(config.spill_dir)
         self.allocator = PageAllocator(self._runner.shape.num_pages, config.adapter_pages)
         self.store = AdapterStore(
@@ -134,6 +137,7 @@ class Engine:
         *,
         policy: Policy | None = None,
         eviction: EvictionPolicy | None = None,
+        processes: ProcessGroup | None = None,
     ) -> Engine:
         """Loads a Hugging Face directory: weights, and the tokenizer if one is there.
 
@@ -141,12 +145,11 @@ class Engine:
           UnsupportedModelError, CheckpointError: see `models.load_model`.
         """
         config = config or EngineConfig()
-        parallel = tensor_parallel(
-            ModelConfig.from_directory(model_dir), config.tp, config.tp_lora, config.tp_first_device
-        )
-        graphdef, params, model = load_model(model_dir, config.dtype, config.model_cache_dir, config.progress, parallel)
         tokenizer = _load_tokenizer(Path(model_dir))
-        return cls(model, graphdef, params, config, tokenizer=tokenizer, policy=policy, eviction=eviction)
+        model, graphdef, params = load(model_dir, config)
+        return cls(
+            model, graphdef, params, config, tokenizer=tokenizer, policy=policy, eviction=eviction, processes=processes
+        )
 
     # Adapters
 
@@ -279,7 +282,7 @@ class Engine:
         deltas, self._unread = self._unread, []
         if before is not None:
             with self._trace.span("wait for device"):
-                tokens = np.asarray(before.sampled.token)
+                tokens = self._runner.read(before)
             self._trace.tokens_read(before)
             with self._trace.span("hand out tokens"):
                 deltas += self._read(before, tokens, time.perf_counter())
@@ -401,11 +404,15 @@ class Engine:
         self.scheduler.check()
 
     def close(self) -> None:
-        """Cancels what runs, stops the store's thread and removes its temporary files."""
+        """Cancels what runs, stops the store's thread and removes its temporary files; other processes' followers
+        return."""
         for request_id in list(self._progress):
             self.cancel(request_id)
-        self._drain()
-        self.store.close()
+        try:
+            self._drain()
+        finally:
+            self.store.close()
+            self._runner.worker.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -559,7 +566,7 @@ class Engine:
                 pass  # not there yet; or lost, which the next plan reports
 
     def _drain(self) -> None:
-        while self.has_work():
+        while self.has_work() and not self._runner.worker.is_lost:
             self.step()
 
     def _stream(self, request_id: str) -> Iterator[Delta]:

@@ -57,7 +57,7 @@ def slow_copies(monkeypatch, engine: Engine, steps: int) -> None:
 
     def slow_stage(upload, contents):
         stage(upload, contents)
-        begun.update((id(array), clock[0]) for _, array in runner._staged[-1][1])
+        begun.update((id(array), clock[0]) for array in runner.worker._staged[-1])
 
     def slow_land(wait=False):
         clock[0] = next(now)
@@ -65,7 +65,7 @@ def slow_copies(monkeypatch, engine: Engine, steps: int) -> None:
 
     monkeypatch.setattr(runner, "stage", slow_stage)
     monkeypatch.setattr(runner, "land", slow_land)
-    monkeypatch.setattr(runner, "_is_there", lambda array: clock[0] >= begun[id(array)] + steps)
+    monkeypatch.setattr(runner.worker, "_is_there", lambda array: clock[0] >= begun[id(array)] + steps)
 
 
 def traffic(rng: np.random.Generator, requests: int = 40):
@@ -206,8 +206,11 @@ def test_a_copy_that_fails_ends_its_own_requests_only(engine, monkeypatch, where
         else:
             move = engine._runner._move
 
-            def failing(upload, parts):
-                return "RESOURCE_EXHAUSTED: out of memory" if upload.resident.digest == bad else move(upload, parts)
+            def failing(upload):
+                if upload.resident.digest != bad:
+                    return move(upload)
+                engine._runner.worker.discard()
+                return "RESOURCE_EXHAUSTED: out of memory"
 
             patch.setattr(engine._runner, "_move", failing)
         outputs = engine.generate(prompts, LONG, names)
@@ -230,7 +233,8 @@ def test_a_failed_array_is_noticed_before_the_pool_is_touched(engine) -> None:
     engine.add_request([5], SHORT, "a0")
     upload = None
     stage = engine._runner.stage
-    pool = engine._runner.pool
+    worker = engine._runner.worker
+    pool = worker.pool
     try:
         engine._runner.stage = lambda u, contents: stage(u, contents) or seen.append(u)
         seen: list = []
@@ -238,8 +242,10 @@ def test_a_failed_array_is_noticed_before_the_pool_is_touched(engine) -> None:
         upload = seen[0]
     finally:
         del engine._runner.stage
-    assert "INTERNAL" in engine._runner._move(upload, [(slice(0, 1), Failed())])
-    assert engine._runner.pool is pool
+    staged = list(worker._staged)
+    worker._staged.appendleft([Failed()])
+    assert "INTERNAL" in engine._runner._move(upload)
+    assert worker.pool is pool and list(worker._staged) == staged
 
 
 @pytest.mark.parametrize("after", range(4))
@@ -273,10 +279,10 @@ def test_staged_pages_are_not_the_stores_memory_any_more(engine) -> None:
     assert resident.staged > resident.landed and engine._runner.has_staged
     engine.residency.drop(resident.digest)
     taken = engine.allocator.allocate(engine.allocator.num_free, PageKind.KV)
-    before = [np.asarray(layer)[taken] for layer in engine._runner.pool]
+    before = [np.asarray(layer)[taken] for layer in engine._runner.worker.pool]
     assert [landing.error for landing in engine._runner.land(wait=True)] == [None]
     engine.residency.land(Upload(resident, 0, resident.staged))
-    for layer, old in zip(engine._runner.pool, before, strict=True):
+    for layer, old in zip(engine._runner.worker.pool, before, strict=True):
         np.testing.assert_array_equal(np.asarray(layer)[taken], old)
     engine.allocator.free(taken)
     assert engine.cancel(running)

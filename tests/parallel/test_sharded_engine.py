@@ -163,16 +163,18 @@ def test_two_groups_of_devices_serve_side_by_side(served: Served, on_one_device)
             found |= {delta.request_id: delta.output for delta in one.step() + other.step() if delta.output}
         for i, expected in enumerate(on_one_device["greedy"]):
             assert found[str(i)].token_ids == expected.token_ids
-        groups = [{shard.device for shard in engine._runner.pool[0].addressable_shards} for engine in (one, other)]
+        groups = [
+            {shard.device for shard in engine._runner.worker.pool[0].addressable_shards} for engine in (one, other)
+        ]
         assert not groups[0] & groups[1]
 
 
 def test_each_device_holds_its_part_and_no_more(engine: Engine, served: Served) -> None:
     runner, tp = engine._runner, engine.config.tp
-    for layer in runner.pool:
+    for layer in runner.worker.pool:
         assert {shard.data.shape for shard in layer.addressable_shards} == {(*layer.shape[:3], layer.shape[3] // tp)}
-    assert runner.pool[0].shape[3] == 8 * max(tp, 4)  # eight shards: each KV head is on two
-    matrices = [leaf for leaf in jax.tree.leaves(runner._params) if leaf.ndim == 2]
+    assert runner.worker.pool[0].shape[3] == 8 * max(tp, 4)  # eight shards: each KV head is on two
+    matrices = [leaf for leaf in jax.tree.leaves(runner.worker.params) if leaf.ndim == 2]
     for leaf in matrices:
         assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // tp}
     assert len({shard.device for shard in matrices[0].addressable_shards}) == tp
