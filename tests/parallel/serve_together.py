@@ -15,6 +15,7 @@ os.environ.setdefault("PJRT_NPROC", "8")
 
 import jax
 import numpy as np
+from jax._src import distributed
 
 from slora_jax import Engine, EngineConfig, Follower, ProcessGroup, SamplingParams, join_processes
 from slora_jax.adapters import random_adapter
@@ -74,7 +75,9 @@ def serve(engine: Engine) -> list[list[int]]:
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 101, length).tolist() for length in PROMPTS]
     sampling = [
-        SamplingParams(max_tokens=14, ignore_eos=True, temperature=0.5 * (i % 2), seed=i, logprobs=2 if i == 4 else None)
+        SamplingParams(
+            max_tokens=14, ignore_eos=True, temperature=0.5 * (i % 2), seed=i, logprobs=2 if i == 4 else None
+        )
         for i in range(len(PROMPTS))
     ]
     return [output.token_ids for output in engine.generate(prompts, sampling, list(ADAPTERS))]
@@ -113,6 +116,7 @@ def main(mode: str, process: int, processes: int, port: int) -> None:
         fail_in_tenth_step()
     runner.pages_that_fit = lambda *_: PAGES - process
     with join_processes(f"127.0.0.1:{port}", processes, process, timeout=100) as group:
+        distributed.global_state.process_id = 0  # JAX's, by which it decides who may write the compilation cache
         if group.is_leader:
             lead(mode, config, group)
         else:
