@@ -13,7 +13,8 @@ from slora_jax.errors import (
     SloraError,
     UnsupportedModelError,
 )
-from slora_jax.parallel.processes import ProcessGroup, join_processes
+from slora_jax.parallel.join import join_processes
+from slora_jax.parallel.processes import ProcessGroup
 from slora_jax.scheduling import SamplingParams
 
 __all__ = [

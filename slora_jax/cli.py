@@ -23,9 +23,10 @@ from slora_jax.engine import Engine, EngineConfig, Follower, adapter_geometry
 from slora_jax.errors import ConfigError, ProcessLostError, SloraError
 from slora_jax.models import ModelConfig
 from slora_jax.models.config import read_json
+from slora_jax.parallel.join import join_processes
 from slora_jax.parallel.layout import LORA_SHARDINGS
 from slora_jax.parallel.mesh import cut
-from slora_jax.parallel.processes import EXIT_LOST, ProcessGroup, join_processes
+from slora_jax.parallel.processes import EXIT_LOST, ProcessGroup
 from slora_jax.scheduling import SamplingParams
 
 

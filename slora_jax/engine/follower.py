@@ -19,7 +19,7 @@ from slora_jax.parallel.processes import LEADER, ProcessGroup
 
 
 class Follower:
-    """One process's part of a model that is served by several (`parallel.processes.join_processes`): made as the
+    """One process's part of a model that is served by several (`join_processes`): made as the
     leader's `Engine` is, from the same model and settings. Requests, adapters, policies and clocks are the leader's.
 
     Of the settings, those that only scheduling or the store read are ignored, and so is `num_pages` where the leader

@@ -36,6 +36,10 @@ class Requests:
         self.progress[request.id] = progress
         self._scheduler.add(request)
 
+    def has(self, request_id: str) -> bool:
+        """Whether a request is unfinished, or something of it is to be read."""
+        return request_id in self.progress or any(delta.request_id == request_id for delta in self.unread)
+
     def take(self) -> list[Delta]:
         """What was to be read."""
         deltas, self.unread = self.unread, []

@@ -32,7 +32,7 @@ def shared(tiny) -> Iterator[Engine]:
 def engine(shared: Engine) -> Iterator[Engine]:
     shared.residency.evictor.make_room(shared.allocator.capacity, PageKind.KV)
     yield shared
-    for request in list(shared._progress):
+    for request in list(shared._requests.progress):
         shared.cancel(request)
     while shared.has_work():
         shared.step()
@@ -109,7 +109,7 @@ def test_an_adapter_brought_ahead_is_there_when_a_slot_becomes_free(engine) -> N
     assert engine.stats().uploads_in_flight == engine.stats().upload_bytes_in_flight == 0
     engine.cancel(running[0])
     engine.step()
-    assert engine._progress[waiting].request.status == "running"
+    assert engine._requests.progress[waiting].request.status == "running"
     assert engine.stats().prefetch_hits == before.prefetch_hits + 1
 
 
@@ -152,7 +152,7 @@ def test_a_slow_disk_and_slow_copies_leave_the_others_their_tokens(tiny, monkeyp
         numbers, outputs = itertools.count(), []
 
         def step() -> None:
-            while sum(p.request.adapter is None for p in engine._progress.values()) < 3:
+            while sum(p.request.adapter is None for p in engine._requests.progress.values()) < 3:
                 engine.add_request([2 + next(numbers) % 200, 7, 11], LONG)
             outputs.extend(delta.output for delta in engine.step() if delta.output is not None)
 
@@ -163,7 +163,7 @@ def test_a_slow_disk_and_slow_copies_leave_the_others_their_tokens(tiny, monkeyp
         with slow_disk(0.2), engine.trace() as trace:
             for name in on_disk:
                 engine.add_request([5, 6, 7], SHORT, name)
-            while any(p.request.adapter is not None for p in engine._progress.values()):
+            while any(p.request.adapter is not None for p in engine._requests.progress.values()):
                 step()
         base = [RequestRecord.of(o) for o in outputs if o.adapter is None]
         gaps["loading"] = serving_metrics(base).inter_token_latency
@@ -266,7 +266,7 @@ def test_unload_or_cancel_while_in_flight(engine, tiny, monkeypatch, after) -> N
     assert held is None or engine.allocator.num_free >= free + held.num_pages
     outputs = drain(engine)
     assert (outputs[waiting].finish_reason, outputs[running].finish_reason) == ("cancelled", "length")
-    assert engine.residency.pages_in_flight == 0 and not engine._tiles
+    assert engine.residency.pages_in_flight == 0 and not engine._uploads.tiles
 
 
 def test_staged_pages_are_not_the_stores_memory_any_more(engine) -> None:

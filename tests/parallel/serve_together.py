@@ -116,7 +116,8 @@ def main(mode: str, process: int, processes: int, port: int) -> None:
         fail_in_tenth_step()
     runner.pages_that_fit = lambda *_: PAGES - process
     with join_processes(f"127.0.0.1:{port}", processes, process, timeout=100) as group:
-        distributed.global_state.process_id = 0  # JAX's, by which it decides who may write the compilation cache
+        jax.devices()
+        distributed.global_state.process_id = 0  # JAX's, by which it now decides who may write the compilation cache
         if group.is_leader:
             lead(mode, config, group)
         else:

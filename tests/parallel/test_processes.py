@@ -16,7 +16,11 @@ import jax
 import pytest
 import serve_together
 
-from slora_jax import Engine
+from slora_jax import Engine, cli
+from slora_jax.adapters import random_adapter, write_peft
+from slora_jax.demo.checkpoint import write_checkpoint
+from slora_jax.engine import adapter_geometry
+from slora_jax.models import ModelConfig
 from slora_jax.parallel.processes import EXIT_LOST
 
 SECONDS_TO_END = 20
@@ -82,14 +86,11 @@ def free_port() -> int:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator:
-    """`start(mode, processes)` runs `serve_together.py`; `start(commands)` runs these."""
+    """`start(commands)` starts a process for each of them."""
     started = []
 
-    def start(mode: str, count: int) -> Processes:
-        port = free_port()
-        started.append(
-            Processes(tmp_path, [[serve_together.__file__, mode, str(i), str(count), str(port)] for i in range(count)])
-        )
+    def start(commands: list[list[str]]) -> Processes:
+        started.append(Processes(tmp_path, commands))
         return started[-1]
 
     yield start
@@ -107,6 +108,12 @@ def tokens_of_one_device() -> list[list[int]]:
     return tokens
 
 
+def together(mode: str, count: int) -> list[list[str]]:
+    """The commands of `serve_together.py`."""
+    port = free_port()
+    return [[serve_together.__file__, mode, str(i), str(count), str(port)] for i in range(count)]
+
+
 def check_served(served: dict, expected: list[list[int]], processes: int) -> None:
     assert served["tokens"] == expected
     assert served["again"] == expected
@@ -116,13 +123,13 @@ def check_served(served: dict, expected: list[list[int]], processes: int) -> Non
 
 
 def test_two_processes_give_the_tokens_of_one_and_end_together(start, tokens_of_one_device) -> None:
-    processes = start("serve", 2)
+    processes = start(together("serve", 2))
     check_served(processes.served(), tokens_of_one_device, 2)
     assert processes.statuses(60) == [0, 0], processes.errors(0) + processes.errors(1)
 
 
 def test_four_processes_give_the_tokens_of_one_and_all_end_when_one_is_killed(start, tokens_of_one_device) -> None:
-    processes = start("endless", 4)
+    processes = start(together("endless", 4))
     check_served(processes.served(), tokens_of_one_device, 4)
     processes.processes[2].kill()
     assert processes.statuses(SECONDS_TO_END) == [EXIT_LOST, EXIT_LOST, -signal.SIGKILL, EXIT_LOST]
@@ -131,7 +138,7 @@ def test_four_processes_give_the_tokens_of_one_and_all_end_when_one_is_killed(st
 
 
 def test_a_follower_ends_when_the_leader_is_killed(start) -> None:
-    processes = start("endless", 2)
+    processes = start(together("endless", 2))
     processes.served()
     processes.processes[0].kill()
     assert processes.statuses(SECONDS_TO_END) == [-signal.SIGKILL, EXIT_LOST]
@@ -139,7 +146,7 @@ def test_a_follower_ends_when_the_leader_is_killed(start) -> None:
 
 
 def test_all_end_with_the_reason_when_a_follower_fails(start) -> None:
-    processes = start("fault", 2)
+    processes = start(together("fault", 2))
     assert processes.statuses(120) == [EXIT_LOST, EXIT_LOST]
     for i in range(2):
         assert "process 1 failed: RuntimeError('the device is on fire')" in processes.errors(i), i
@@ -147,8 +154,34 @@ def test_all_end_with_the_reason_when_a_follower_fails(start) -> None:
 
 
 def test_settings_that_differ_are_named_in_both_processes(start) -> None:
-    processes = start("differ", 2)
+    processes = start(together("differ", 2))
     assert processes.statuses(120) == [1, 1]
     for i in range(2):
         message = "EngineConfig.max_rank: process 0 has 8, process 1 has 16; give all processes the same"
         assert f"ConfigError: {message}" in processes.errors(i)
+
+
+def test_the_command_answers_as_one_process_does(tmp_path, capfd, start) -> None:
+    """`slora generate` with an adapter that only process 0 has."""
+    model_dir, adapter_dir = tmp_path / "model", tmp_path / "adapter"
+    write_checkpoint(model_dir, num_layers=1, seed=1)
+    write_peft(adapter_dir, random_adapter(adapter_geometry(ModelConfig.from_directory(model_dir), 16), 8, seed=0))
+    command = ["generate", str(model_dir), "--prompt", "A language model", "--max-tokens", "8", "--dtype", "float32"]
+    command += ["--max-model-len", "32"]
+    assert cli.main([*command, f"--adapter=a={adapter_dir}"]) == 0
+    expected = capfd.readouterr().out
+    run = "import sys; from slora_jax.cli import main; sys.exit(main())"
+    together = ["--tp=2", f"--coordinator=127.0.0.1:{free_port()}", "--num-processes=2"]
+    processes = start(
+        [
+            ["-c", run, *command, *together, "--process-id=0", f"--adapter=a={adapter_dir}"],
+            ["-c", run, *command, *together, "--process-id=1", "--adapter=a=/not/here"],
+        ]
+    )
+    assert processes.statuses(200) == [0, 0], processes.errors(0) + processes.errors(1)
+    assert [answer(processes.out(i)) for i in range(2)] == [expected, ""]
+
+
+def answer(out: str) -> str:
+    """Without what gloo, which carries the collectives of CPUs, writes there."""
+    return "".join(line for line in out.splitlines(keepends=True) if not line.startswith("[Gloo]"))
