@@ -52,8 +52,8 @@ class EngineConfig:
       token, and for steps with prefill; None: chosen from max_seqs and max_tokens_per_step.
     kernels: "auto" (what the plan tables name for the device), "xla", "triton" or "mosaic_gpu", of LoRA and attention
       (without a GPU, the last two run by their interpreters: slow, for study and tests).
-    tp: devices that the model, the pool and the adapters are cut over (`parallel.layout`); 1: no collectives at all. With
-      several processes (`join_processes`), all of their devices together.
+    tp: devices that the model, the pool and the adapters are cut over (`parallel.layout`); 1: no collectives at all. Of
+      several processes (`join_processes`), all devices together.
     tp_lora: how adapters are cut: "slora" (the paper's), "replicated" (A of q,k,v,gate,up and B of o,down on every
       device; LoRA sends nothing) or "sharded_in" (A of all by input).
     tp_first_device: the first of the `tp` devices, which follow one another in `jax.devices()`: several engines can
