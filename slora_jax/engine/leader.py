@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from queue import SimpleQueue
 
 import jax
@@ -46,25 +47,19 @@ class Leader(Worker):
     ) -> tuple[Sampled, jax.Array]:
         arrays = [metadata, *(array for row in rows for array in row)]
         self._group.tell("step", {"key": key, "logprobs": logprobs}, arrays)
-        try:
+        with self._explained():
             return super().step(key, metadata, rows, logprobs)
-        except BaseException as error:
-            raise self._group.explained(error) from error
 
     def read(self, array: jax.Array) -> np.ndarray:
         self._group.check()
-        try:
+        with self._explained():
             return super().read(array)
-        except Exception as error:
-            raise self._group.explained(error) from error
 
     def upload(self, slot: int, pages: np.ndarray, ranks: np.ndarray, contents: np.ndarray) -> None:
         for peer, columns in self._columns_of.items():
-            self._group.send(peer, encode("upload", {"slot": slot}, (pages, ranks, contents[..., columns])))
-        try:
+            self._group.tell("upload", {"slot": slot}, (pages, ranks, contents[..., columns]), to=peer)
+        with self._explained():
             super().upload(slot, pages, ranks, contents[..., self._columns])
-        except BaseException as error:
-            raise self._group.explained(error) from error
 
     def stage(self, contents: np.ndarray) -> None:
         self._group.check()
@@ -82,7 +77,8 @@ class Leader(Worker):
     def move(self, pages: np.ndarray) -> None:
         self._group.tell("move", {}, (pages,))
         self._taken += 1
-        super().move(pages)
+        with self._explained():
+            super().move(pages)
 
     def discard(self) -> None:
         self._wait_until_sent()
@@ -92,7 +88,8 @@ class Leader(Worker):
 
     def describe(self, slot: int, pages: np.ndarray, ranks: np.ndarray) -> None:
         self._group.tell("describe", {"slot": slot}, (pages, ranks))
-        super().describe(slot, pages, ranks)
+        with self._explained():
+            super().describe(slot, pages, ranks)
 
     @property
     def is_lost(self) -> bool:
@@ -103,6 +100,14 @@ class Leader(Worker):
         for feed in self._feeds:
             feed.close()
         self._group.leave()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Of this process's part of a call that the others were told of."""
+        try:
+            yield
+        except BaseException as error:
+            raise self._group.explained(error) from error
 
     def _is_sent(self) -> bool:
         """Whether the oldest staged copy is on its way to every follower, so that they have it before what is told

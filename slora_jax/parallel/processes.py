@@ -62,23 +62,34 @@ class ProcessGroup:
     # What is said
 
     def send(self, process: int, frame: bytes) -> None:
-        """Sends a call (`parallel.channel.encode`). For any thread; waits while the network takes no more.
+        """Sends a call (`parallel.channel.encode`) from any thread; waits while the network takes no more.
 
         Raises:
-          ProcessLostError: it, or another process, is lost.
+          ProcessLostError: it, or another process, is lost. The main thread has yet to notice.
         """
-        self.check()
-        try:
-            self._connections[process].send(frame)
-        except OSError as error:
-            self._lose(f"the connection to process {process} is lost: {error}")
-            raise self.explained(error) from error
+        if self.lost is None:
+            try:
+                self._connections[process].send(frame)
+            except OSError as error:
+                self._lose(f"process {process} is lost: {error}")
+        if self.lost is not None:
+            raise ProcessLostError(self.lost)
 
-    def tell(self, name: str, arguments: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
-        """Sends a call to all at the other ends. Raises as `send`."""
+    def tell(
+        self, name: str, arguments: dict[str, Any], arrays: Sequence[np.ndarray] = (), to: int | None = None
+    ) -> None:
+        """Sends a call to a process at the other ends, or to all. For the main thread.
+
+        Raises:
+          ProcessLostError: a process is lost.
+        """
         frame = encode(name, arguments, arrays)
-        for peer in self._connections:
-            self.send(peer, frame)
+        try:
+            for peer in self._connections if to is None else (to,):
+                self.send(peer, frame)
+        except ProcessLostError:
+            self._is_noticed.set()
+            raise
 
     def next(self, process: int) -> Call:
         """Waits for the next call from a process.
@@ -155,7 +166,7 @@ class ProcessGroup:
     # When a process is lost
 
     def check(self) -> None:
-        """Raises ProcessLostError if a process is lost."""
+        """Raises ProcessLostError if a process is lost. For the main thread."""
         if self.lost is not None:
             self._is_noticed.set()
             raise ProcessLostError(self.lost)

@@ -97,11 +97,14 @@ def fail_in_tenth_step() -> None:
 def lead(mode: str, config: EngineConfig, group: ProcessGroup) -> None:
     with Engine(*make_model(), config, processes=group) as engine:
         load_adapters(engine)
+        staged = []
+        stage = engine._runner.stage
+        engine._runner.stage = lambda upload, contents: stage(upload, contents) or staged.append(upload)
         tokens = serve(engine)
         engine.scheduler.limits = replace(engine.scheduler.limits, prefetch=0)  # uploads before the step, now
         again = serve(engine)
         stats = engine.stats()
-        counts = {name: getattr(stats, name) for name in ("preemptions", "adapter_evictions", "prefetch_hits")}
+        counts = {name: getattr(stats, name) for name in ("preemptions", "adapter_evictions")} | {"staged": len(staged)}
         pages = engine.allocator.num_pages
         print(json.dumps({"tokens": tokens, "again": again, "num_pages": pages, **counts}), flush=True)
         while mode == "endless":

@@ -118,7 +118,7 @@ def check_served(served: dict, expected: list[list[int]], processes: int) -> Non
     assert served["tokens"] == expected
     assert served["again"] == expected
     assert served["num_pages"] == serve_together.PAGES - (processes - 1), "the least of all processes"
-    for count in ("preemptions", "adapter_evictions", "prefetch_hits"):
+    for count in ("preemptions", "adapter_evictions", "staged"):
         assert served[count] > 0, f"the traffic is too light: no {count}"
 
 
