@@ -11,7 +11,7 @@ export JAX_PLATFORMS := cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-gpu clean distclean
+.PHONY: help demo test lint format bench bench-gpu paper miniature clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
@@ -30,6 +30,14 @@ lint: $(VENV)/installed-lint ## check style and types
 format: $(VENV)/installed-lint ## repair style where that is automatic
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
+
+paper: $(VENV)/installed-experiments ## every table and figure of the paper, simulated, as one HTML page (~10 minutes)
+	$(PYTHON) -m experiments.report --output build/paper
+
+miniature: $(VENV)/installed-parity $(VENV)/installed-experiments ## measure the paper's figures in miniature on this machine's CPU
+	for config in experiments/configs/miniature/*.yaml; do \
+	  $(PYTHON) -m experiments.run $$config --fresh --output experiments/results/miniature/$$(basename $$config .yaml).jsonl || exit; \
+	done
 
 bench: $(VENV)/installed-parity ## compare with Hugging Face PEFT on this machine's CPU
 	$(PYTHON) -m experiments.cpu_peft_comparison

@@ -30,8 +30,14 @@ def provenance(packages: tuple[str, ...] = ("jax", "jaxlib", "flax", "numpy")) -
         },
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "git": _git("describe", "--always", "--dirty"),
+        "git": _revision(),
     }
+
+
+def _revision() -> str:
+    """The commit, and "-dirty" if more than results differs from it."""
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)experiments/results")
+    return _git("describe", "--always") + ("-dirty" if changed else "")
 
 
 def _git(*args: str) -> str:

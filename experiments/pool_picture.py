@@ -6,17 +6,15 @@ Left: every page at one busy moment, coloured by what it holds. Right: pages by 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from slora_jax import Delta, Engine, EngineConfig, SamplingParams
@@ -87,26 +85,39 @@ def run(seed: int = 0) -> Iterator[np.ndarray]:
             yield page_kinds(engine)
 
 
+def draw_pages(axes: Axes, kinds: np.ndarray, columns: int = 25) -> None:
+    """Every page as a square, row by row from page 0 at the top left. kinds: of `page_kinds`."""
+    grid = np.full(-(-kinds.size // columns) * columns, FREE)
+    grid[: kinds.size] = kinds
+    colours = ListedColormap(COLOURS)
+    axes.pcolormesh(grid.reshape(-1, columns), cmap=colours, vmin=-0.5, vmax=6.5, edgecolors="white", lw=0.8)
+    axes.invert_yaxis()
+    axes.set_aspect("equal")
+    axes.axis("off")
+
+
+def draw_history(axes: Axes, history: Sequence[np.ndarray]) -> None:
+    """Pages by kind, stacked, step by step. history: `page_kinds` after each step."""
+    counts = np.stack([[(kinds == kind).sum() for kinds in history] for kind in STACKED])
+    axes.stackplot(range(len(history)), counts, colors=[COLOURS[k] for k in STACKED])
+    axes.set(xlabel="step", ylabel="pages", xlim=(0, len(history) - 1), ylim=(0, history[0].size - 1))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_legend(figure: Figure, ncols: int = len(KINDS)) -> None:
+    """What each colour means, below everything."""
+    handles = [Patch(color=colour, label=kind) for kind, colour in zip(KINDS, COLOURS, strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False)
+
+
 def draw(history: list[np.ndarray], output: Path) -> None:
     """Writes the picture: the fullest moment of `history`, and all of it over time."""
-    busiest = max(history, key=lambda kinds: np.isin(kinds, (KV, PREFIX_IN_USE, IN_USE)).sum())
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1, 1.25), layout="constrained")
-    columns = 25
-    grid = np.full(-(-busiest.size // columns) * columns, FREE)
-    grid[: busiest.size] = busiest
-    left.pcolormesh(
-        grid.reshape(-1, columns)[::-1], cmap=ListedColormap(COLOURS), vmin=-0.5, vmax=6.5, edgecolors="white", lw=0.8
-    )
-    left.set_aspect("equal")
-    left.axis("off")
+    draw_pages(left, max(history, key=lambda kinds: np.isin(kinds, (KV, PREFIX_IN_USE, IN_USE)).sum()))
     left.set_title("Every page at one busy moment")
-    counts = np.stack([[(kinds == kind).sum() for kinds in history] for kind in STACKED])
-    right.stackplot(range(len(history)), counts, colors=[COLOURS[k] for k in STACKED])
-    right.set(xlabel="step", ylabel="pages", xlim=(0, len(history) - 1), ylim=(0, busiest.size - 1))
+    draw_history(right, history)
     right.set_title("The same pool over time")
-    right.spines[["top", "right"]].set_visible(False)
-    handles = [Patch(color=colour, label=kind) for kind, colour in zip(KINDS, COLOURS, strict=True)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(KINDS), frameon=False)
+    draw_legend(figure)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=110)
     plt.close(figure)
@@ -116,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("docs/pool.png"))
     args = parser.parse_args()
+    plt.switch_backend("Agg")
     draw(list(run()), args.output)
     print(f"written to {args.output}")
 

@@ -12,14 +12,13 @@ from multiprocessing import get_context
 from experiments.paper.arguments import row_arguments
 from experiments.paper.results import PaperRow
 from experiments.paper.settings import SETTINGS
-from experiments.workloads import BASE, Workload, arena_like, synthetic
+from experiments.workloads import Workload, arena_like, simulated_requests, synthetic
 from slora_jax.metrics import serving_metrics
 from slora_jax.models import ModelConfig
 from slora_jax.scheduling import Clustering, EarlyAbort, Lcfs, Policy
 from slora_jax.simulation import (
     DeviceModel,
     ModelShape,
-    SimulatedRequest,
     SystemConfig,
     load_device,
     make_system,
@@ -64,7 +63,9 @@ def simulate_row(row: PaperRow, device: DeviceModel | None = None) -> SimulatedR
     """
     device = load_device(row.device) if device is None else device
     work = row_workload(row)
-    result = simulate(requests(work), row_system(row), row_model(row), device, work.ranks, policy=row_policy(row))
+    result = simulate(
+        simulated_requests(work), row_system(row), row_model(row), device, work.ranks, policy=row_policy(row)
+    )
     metrics = serving_metrics(result.records, start=0.0)
     latency, first = metrics.latency.mean, metrics.first_token_latency.mean
     return SimulatedRow(
@@ -98,27 +99,18 @@ def row_workload(row: PaperRow) -> Workload:
     """The requests of a row's run; a stand-in where the workload was real."""
     ranks = SETTINGS[row.setting].ranks
     if row.workload == "real":
-        return arena_like(row.rate, row.duration, ranks)
+        return arena_like(ranks=ranks, rate=row.rate, duration=row.duration)
     assert row.num_adapters is not None and row.alpha is not None and row.cv is not None
     return synthetic(
-        row.num_adapters,
-        row.rate,
-        row.duration,
-        ranks,
+        num_adapters=row.num_adapters,
+        ranks=ranks,
+        rate=row.rate,
+        duration=row.duration,
         alpha=row.alpha,
         cv=row.cv,
         input_range=row.input_range,
         output_range=row.output_range,
     )
-
-
-def requests(workload: Workload) -> list[SimulatedRequest]:
-    """A workload as the simulator takes it."""
-    columns = (workload.arrival, workload.adapter, workload.prompt_tokens, workload.output_tokens)
-    return [
-        SimulatedRequest(arrival, None if adapter == BASE else adapter, prompt, output)
-        for arrival, adapter, prompt, output in zip(*(column.tolist() for column in columns), strict=True)
-    ]
 
 
 @cache

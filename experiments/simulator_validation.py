@@ -2,7 +2,7 @@
 
 Every used row of the paper's raw results is simulated with its own workload and arguments. Rows that the efficiencies
 were fitted to are marked and count in no error. Written: `validation.json` (every row; per system the errors; the order
-of systems in every figure; the knees; speed), and a picture per figure, published beside simulated.
+of systems in every figure; the knees; speed). Pictures of the figures are the report's (`make paper`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from experiments.figure_pictures import draw
 from experiments.machine import provenance
 from experiments.paper import PaperRow, load_rows
 from experiments.paper.exclusions import exclusion
@@ -234,7 +233,7 @@ def _rounded(value: float) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="directory")
-    parser.add_argument("--quick", action="store_true", help="two rows, no pictures")
+    parser.add_argument("--quick", action="store_true", help="two rows")
     parser.add_argument("--systems", nargs="*", help="only rows of these")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     args = parser.parse_args()
@@ -246,10 +245,6 @@ def main() -> None:
     content = report(compared, all_rows)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "validation.json").write_text(json.dumps(content, indent=1) + "\n")
-    if not args.quick:
-        ours = {c.row: c.ours for c in compared}
-        for figure in figures(rows):
-            draw(figure, ours, {c.row for c in compared if c.fitted}, args.output / f"{figure.name}.png")
     print(summary(content))
     print(f"wrote {args.output}")
 

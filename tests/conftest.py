@@ -2,7 +2,9 @@
 
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # compiling for GPUs that are not there
@@ -56,3 +58,13 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 def rng(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session")
+def peft_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """`PeftServers`: models with PEFT's adapters, and their engines on one device and on several."""
+    from peft_families import PeftServers
+
+    servers = PeftServers(tmp_path_factory.mktemp("peft"))
+    yield servers
+    servers.close()

@@ -10,8 +10,7 @@ from tqdm import tqdm
 
 from experiments.mechanisms.scale import Scale
 from experiments.paper.settings import SETTINGS
-from experiments.simulated_rows import requests
-from experiments.workloads import synthetic
+from experiments.workloads import simulated_requests, synthetic
 from slora_jax.metrics import serving_metrics
 from slora_jax.models import ModelConfig
 from slora_jax.simulation import ModelShape, SimulationResult, SystemConfig, load_device, make_system, simulate
@@ -42,13 +41,19 @@ def simulated(scale: Scale) -> dict[str, Any]:
     """By comparison, case and system: figures of the run, and those over the first system's."""
     results: dict[str, Any] = {}
     for case in CASES:
-        work = synthetic(case.num_adapters, case.rate, scale.simulated_seconds, SETTINGS[case.setting].ranks)
+        work = synthetic(
+            num_adapters=case.num_adapters,
+            ranks=SETTINGS[case.setting].ranks,
+            rate=case.rate,
+            duration=scale.simulated_seconds,
+        )
+        load = simulated_requests(work)
         config = ModelConfig.from_dict(json.loads(SETTINGS[case.setting].model_file.read_text()))
         shape = ModelShape.of(config)
         host_bytes = int(DISK_SHARE * sum(work.ranks) * shape.lora_bytes)
         for comparison, systems in _systems(case, scale, host_bytes).items():
             figures = {
-                name: _figures(simulate(requests(work), system, shape, load_device(case.device), work.ranks))
+                name: _figures(simulate(load, system, shape, load_device(case.device), work.ranks))
                 for name, system in tqdm(systems.items(), desc=f"{case.name}: {comparison}", unit="run")
             }
             first = next(iter(figures.values()))

@@ -89,6 +89,15 @@ def row_arguments(row: PaperRow) -> RowArguments:
     return RowArguments(num_token=num_token, batch_max_tokens=max(num_token // 6, 3072))
 
 
+def pool_tokens(device: str, setting: str) -> int:
+    """`--num-token` of S-LoRA's own runs.
+
+    Raises:
+      KeyError: it was never run on this device and setting.
+    """
+    return _POOL_TOKENS[device, setting]
+
+
 def _num_token(row: PaperRow) -> int:
     if row.workload == "real":
         return _at(_REAL[row.system], row.rate)

@@ -1,20 +1,14 @@
-"""The paper's raw results, typed: every run of its repository's `benchmarks/paper` as one CSV row.
-
-The file is no part of this project. It is looked for as `shared/data/slora_paper_results.csv` in the current directory
-and above, or where the environment variable says.
-"""
+"""The paper's raw results, typed: every run of its repository's `benchmarks/paper` as one row of `results.csv`."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-RESULTS_FILE = Path("shared", "data", "slora_paper_results.csv")
-RESULTS_VARIABLE = "SLORA_PAPER_RESULTS"
+RESULTS_FILE = Path(__file__).with_name("results.csv")
 
 _FOLDERS = {
     "slora": "slora",
@@ -78,33 +72,13 @@ class PaperRow:
         return " ".join(parts)
 
 
-def find_results(start: Path | None = None) -> Path:
-    """The CSV file of raw results.
+def load_rows(file: Path = RESULTS_FILE) -> list[PaperRow]:
+    """All rows in the file's order, the other scheduler's (pets) included.
 
     Raises:
-      FileNotFoundError: it is not there; the message says where to put it.
+      ValueError: a row whose file name is of no known kind.
     """
-    if named := os.environ.get(RESULTS_VARIABLE):
-        if not Path(named).is_file():
-            raise FileNotFoundError(f"{RESULTS_VARIABLE}={named}: no such file")
-        return Path(named)
-    here = (start or Path.cwd()).resolve()
-    for folder in (here, *here.parents, *Path(__file__).resolve().parents):
-        if (folder / RESULTS_FILE).is_file():
-            return folder / RESULTS_FILE
-    raise FileNotFoundError(
-        f"the paper's raw results are not here: put them at {RESULTS_FILE} in {here} or above it, or name the file by "
-        f"the environment variable {RESULTS_VARIABLE}"
-    )
-
-
-def load_rows(file: Path | None = None) -> list[PaperRow]:
-    """All rows in the file's order (`find_results()` if None), the other scheduler's (pets) included.
-
-    Raises:
-      FileNotFoundError: no such file. ValueError: a row whose file name is of no known kind.
-    """
-    with (file or find_results()).open() as table:
+    with file.open() as table:
         return [_typed(row) for row in csv.DictReader(table)]
 
 

@@ -19,6 +19,7 @@ from experiments.systems.workload import Done, Run, Workload, WorkloadRequest
 from slora_jax import ConfigError
 from slora_jax.metrics import RequestRecord
 from slora_jax.scheduling import FinishReason
+from slora_jax.simulation import Arrivals
 
 NAP = 0.01
 """Seconds between looks at the clock while nothing has arrived."""
@@ -112,16 +113,12 @@ def serve_by_sweeps(model: PeftModel, workload: Workload, most: int, mixed: bool
     start = time.perf_counter()
     tokens: list[list[int]] = [[] for _ in workload]
     records: dict[int, RequestRecord] = {}
-    next_to_come = 0
-    while next_to_come < len(workload):
-        now = time.perf_counter() - start
-        arrived = []
-        while next_to_come < len(workload) and workload[next_to_come].arrival <= now:
-            arrived.append(next_to_come)
-            next_to_come += 1
+    arrivals = Arrivals(workload)
+    while arrivals:
+        arrived = dict(arrivals.until(time.perf_counter() - start))
         if not arrived:
             time.sleep(NAP)
-        for batch in sweep(arrived, workload, most, mixed):
+        for batch in sweep(list(arrived), workload, most, mixed):
             requests = [workload[number] for number in batch]
             names = [request.adapter for request in requests]
             times: list[float] = [time.perf_counter()]
@@ -133,20 +130,21 @@ def serve_by_sweeps(model: PeftModel, workload: Workload, most: int, mixed: bool
                     number, request = batch[row], requests[row]
                     tokens[number].append(token)
                     if len(tokens[number]) == request.output:
-                        records[number] = _record(number, request, start, times)
+                        records[number] = _record(number, request, start + arrived[number], times)
+                        arrivals.ended(number, times[-1] - start)
                         done()
     return Run([records[number] for number in range(len(workload))], tokens)
 
 
-def _record(number: int, request: WorkloadRequest, start: float, times: list[float]) -> RequestRecord:
-    """times: of the batch's beginning, and of each of its tokens."""
+def _record(number: int, request: WorkloadRequest, arrival: float, times: list[float]) -> RequestRecord:
+    """times: of the batch's beginning, and of each of its tokens; as arrival, on the clock."""
     return RequestRecord(
         request_id=f"{number}",
         adapter=request.adapter,
         prompt_tokens=len(request.prompt),
         output_tokens=request.output,
         finish_reason=FinishReason.LENGTH,
-        arrival=start + request.arrival,
+        arrival=arrival,
         finished=times[-1],
         admitted=times[0],
         first_token=times[1],

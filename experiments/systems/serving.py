@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from dataclasses import replace
 from typing import Protocol
 
 from experiments.systems.workload import Done, Run, Workload
 from slora_jax import Delta, RequestOutput, SamplingParams
 from slora_jax.metrics import RequestRecord
+from slora_jax.simulation import Arrivals
 
 LONGEST_NAP = 0.05
 """Seconds of sleep at once, so that Ctrl-C is heard."""
@@ -32,25 +32,30 @@ class Serving(Protocol):
 def serve(engine: Serving, workload: Workload, done: Done) -> Run:
     """Submits each request when its time has come and steps the engine until all are answered.
 
-    Latencies count from the time at which a request was to arrive, even if a step was under way then. An interruption
+    Latencies count from the time at which a request was to arrive, even if a step was under way then; that of one that
+    follows another counts from the other's last token (or its abort) on the engine's clock. An interruption
     (Ctrl-C) cancels what is unfinished, leaves the engine idle, and is raised.
     """
     start = time.perf_counter()
-    to_come = deque(enumerate(workload))
+    arrivals = Arrivals(workload)
     outputs: dict[int, RequestOutput] = {}
+    arrived: dict[int, float] = {}
     try:
-        while to_come or engine.has_work():
+        while arrivals or engine.has_work():
             now = time.perf_counter() - start
-            while to_come and to_come[0][1].arrival <= now:
-                number, request = to_come.popleft()
+            for number, arrival in arrivals.until(now):
+                arrived[number], request = arrival, workload[number]
                 params = SamplingParams(max_tokens=request.output, ignore_eos=True)
                 engine.add_request(list(request.prompt), params, request.adapter, f"{number}")
             if not engine.has_work():
-                time.sleep(min(LONGEST_NAP, max(0.0, to_come[0][1].arrival - now)))
+                time.sleep(min(LONGEST_NAP, max(0.0, arrivals.next - now)))
                 continue
             for delta in engine.step():
                 if delta.output is not None:
-                    outputs[int(delta.request_id)] = delta.output
+                    number, finished = int(delta.request_id), delta.output.metrics.finished
+                    assert finished is not None
+                    outputs[number] = delta.output
+                    arrivals.ended(number, finished - start)
                     done()
     except BaseException:
         for number in range(len(workload)):
@@ -58,9 +63,6 @@ def serve(engine: Serving, workload: Workload, done: Done) -> Run:
         while engine.has_work():
             engine.step()
         raise
-    ordered = [outputs[number] for number in range(len(workload))]
-    records = [
-        replace(RequestRecord.of(output), arrival=start + request.arrival)
-        for output, request in zip(ordered, workload, strict=True)
-    ]
-    return Run(records, [output.token_ids for output in ordered])
+    numbers = range(len(workload))
+    records = [replace(RequestRecord.of(outputs[number]), arrival=start + arrived[number]) for number in numbers]
+    return Run(records, [outputs[number].token_ids for number in numbers])

@@ -13,7 +13,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.workloads.workload import Workload
+from experiments.workloads.arguments import check_arguments, ranks_in_turn
+from experiments.workloads.popularity import zipf_shares
+from experiments.workloads.workload import BASE, Workload
+from slora_jax import ConfigError
 
 MODELS = 26
 MEAN_PROMPT, MEAN_OUTPUT, CUT = 85, 165, 512
@@ -25,18 +28,28 @@ RHYTHM = 0.5
 """How far the rate swings about its mean within a day, of that mean."""
 
 
-def arena_like(rate: float, duration: float, ranks: Sequence[int], *, models: int = MODELS, seed: int = 42) -> Workload:
-    """`int(rate * duration)` requests, the first at 0 and the last at `duration` seconds; adapters take `ranks` in
-    turn."""
+def arena_like(
+    *, num_adapters: int = MODELS, ranks: Sequence[int], rate: float, duration: float, seed: int = 42
+) -> Workload:
+    """`int(rate * duration)` requests, the first at 0 and the last at `duration` seconds; each model has an adapter,
+    which take `ranks` in turn. num_adapters: 0 sends all to the base model.
+
+    Raises:
+      ConfigError: a field is out of range.
+    """
+    check_arguments("arena_like", num_adapters=num_adapters, ranks=ranks, rate=rate, duration=duration)
     random = np.random.default_rng(seed)
     requests = int(rate * duration)
-    popularity = 1 / np.arange(1, models + 1) ** ZIPF
+    if requests < 2:
+        raise ConfigError(f"arena_like: rate={rate}, duration={duration}: {requests} requests span no time")
     return Workload(
         arrival=_arrivals(random, requests, duration),
-        adapter=random.choice(models, requests, p=popularity / popularity.sum()),
+        adapter=random.choice(num_adapters, requests, p=zipf_shares(num_adapters, ZIPF))
+        if num_adapters
+        else np.full(requests, BASE),
         prompt_tokens=_lengths(random, requests, MEAN_PROMPT, SIGMA_PROMPT),
         output_tokens=_lengths(random, requests, MEAN_OUTPUT, SIGMA_OUTPUT),
-        ranks=tuple(ranks[i % len(ranks)] for i in range(models)),
+        ranks=ranks_in_turn(num_adapters, ranks),
     )
 
 

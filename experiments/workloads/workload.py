@@ -9,26 +9,52 @@ import numpy as np
 BASE = -1
 """The adapter of a request for the base model."""
 
+NOBODY = -1
+"""What a request follows that arrives at a time of its own."""
+
 
 @dataclass(frozen=True)
 class Workload:
-    """N requests in order of arrival. arrival: seconds from the start, float64 `[N]`. adapter: index into `ranks`, or
-    `BASE`, int `[N]`. prompt_tokens, output_tokens: int `[N]`. ranks: of every registered adapter."""
+    """N requests. arrival: seconds from the start, float64 `[N]`, ascending; of one that follows another: seconds from
+    the other's end. adapter: index into `ranks`, or `BASE`, int `[N]`. prompt_tokens, output_tokens: int `[N]`. ranks:
+    of every registered adapter.
+
+    prefix_text, prefix_tokens: int `[N]`, both or neither. The prompt begins with the first `prefix_tokens` tokens of
+    text `prefix_text`, a number from 0; the rest is its own. 0 tokens: all of it is. after: int `[N]`, of each request
+    the number of an earlier one that it follows (a closed loop), or `NOBODY`; None: nobody follows another (an open
+    loop)."""
 
     arrival: np.ndarray
     adapter: np.ndarray
     prompt_tokens: np.ndarray
     output_tokens: np.ndarray
     ranks: tuple[int, ...]
+    prefix_text: np.ndarray | None = None
+    prefix_tokens: np.ndarray | None = None
+    after: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        sizes = {len(a) for a in (self.arrival, self.adapter, self.prompt_tokens, self.output_tokens)}
+        optional = (self.prefix_text, self.prefix_tokens, self.after)
+        arrays = [self.arrival, self.adapter, self.prompt_tokens, self.output_tokens]
+        sizes = {len(array) for array in arrays + [array for array in optional if array is not None]}
         if len(sizes) != 1:
             raise ValueError(f"Workload: arrays of {sorted(sizes)} requests; all must have one per request")
-        if np.any(np.diff(self.arrival) < 0):
+        follows = np.zeros(len(self), bool) if self.after is None else self.after != NOBODY
+        if self.after is not None and np.any(follows & ((self.after < 0) | (self.after >= np.arange(len(self))))):
+            raise ValueError(f"Workload.after: must be {NOBODY} or the number of an earlier request")
+        if np.any(np.diff(self.arrival[~follows]) < 0):
             raise ValueError("Workload.arrival: must not decrease")
+        if not np.all(self.arrival >= 0):
+            raise ValueError("Workload.arrival: must be at least 0")
         if np.any((self.adapter < BASE) | (self.adapter >= len(self.ranks))):
             raise ValueError(f"Workload.adapter: must be {BASE} (the base model) or below {len(self.ranks)}")
+        if (self.prefix_text is None) != (self.prefix_tokens is None):
+            raise ValueError("Workload.prefix_text, prefix_tokens: must both be given, or neither")
+        if self.prefix_text is not None and self.prefix_tokens is not None:
+            if np.any(self.prefix_text < 0):
+                raise ValueError("Workload.prefix_text: must be at least 0")
+            if np.any((self.prefix_tokens < 0) | (self.prefix_tokens > self.prompt_tokens)):
+                raise ValueError("Workload.prefix_tokens: must be 0 to prompt_tokens")
 
     def __len__(self) -> int:
         return len(self.arrival)

@@ -9,18 +9,21 @@ With N shards, B rows, hidden size h and rank r, in elements a layer, sent by ea
 
 The paper counts attention only: 2 (N - 1) B h / N beside 5 (N - 1) B r / N. r is the engine's `max_rank`: a program's
 shapes do not depend on what adapters are in the batch. Where "slora" gathers, r is rounded up to a multiple of N.
+The engine's programs always send for all projections, with one collective a stack (`STACKS`); the paper's code has
+adapters on q, k, v, o only, and one collective for each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from slora_jax.parallel.layout import Shards
+from slora_jax.parallel.layout import ROW_PARALLEL, Shards
 
-if TYPE_CHECKING:
-    from slora_jax.models.config import ModelConfig
+STACKS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+"""Projections whose adapters share a collective."""
 
 
 @dataclass(frozen=True)
@@ -37,30 +40,31 @@ class Message:
         return Fraction(rounds * (count - 1) * self.bytes, count)
 
 
-def base_messages(model: ModelConfig, rows: int, itemsize: int) -> list[Message]:
+def base_messages(hidden_size: int, rows: int, itemsize: int) -> list[Message]:
     """Of the base in one layer: after o and after down. itemsize: bytes of an element."""
-    return [Message("all-reduce", rows * model.hidden_size * itemsize)] * 2
+    return [Message("all-reduce", rows * hidden_size * itemsize)] * 2
 
 
-def lora_messages(shards: Shards, rows: int, max_rank: int, itemsize: int) -> list[Message]:
-    """Of the adapters in one layer: for q,k,v together, o, gate and up together, down."""
+def lora_messages(
+    shards: Shards, rows: int, max_rank: int, itemsize: int, stacks: Sequence[tuple[str, ...]] = STACKS
+) -> list[Message]:
+    """Of the adapters in one layer, one for each of `stacks`."""
     if shards.lora == "replicated":
         return []
     row = rows * itemsize
+    dealt = -(-max_rank // shards.count) * shards.count
+    return [
+        Message("all-reduce", len(stack) * max_rank * row)
+        if stack[0] in ROW_PARALLEL or shards.lora == "sharded_in"
+        else Message("all-gather", len(stack) * dealt * row)
+        for stack in stacks
+    ]
 
-    def column_stack(projections: int) -> Message:
-        if shards.lora == "sharded_in":
-            return Message("all-reduce", projections * max_rank * row)
-        return Message("all-gather", projections * -(-max_rank // shards.count) * shards.count * row)
 
-    reduce = Message("all-reduce", max_rank * row)
-    return [column_stack(3), reduce, column_stack(2), reduce]
-
-
-def vocabulary_messages(model: ModelConfig, shards: Shards, rows: int, seqs: int, itemsize: int) -> list[Message]:
+def vocabulary_messages(hidden_size: int, shards: Shards, rows: int, seqs: int, itemsize: int) -> list[Message]:
     """Of a step, beside its layers: the embeddings of its rows, and each sequence's best token (4 bytes) with its logit
     (4 bytes) of every shard."""
     return [
-        Message("all-reduce", rows * model.hidden_size * itemsize),
+        Message("all-reduce", rows * hidden_size * itemsize),
         Message("all-gather", shards.count * seqs * 8),
     ]

@@ -5,16 +5,19 @@ system, and the baselines of both), a `ModelShape` and a `DeviceModel` (`load_de
 `slora_jax.metrics` measures. The cost model is a roofline with fitted efficiencies: to be validated, not trusted.
 """
 
+from slora_jax.simulation.arrivals import Arrivals
 from slora_jax.simulation.cost import CostModel
 from slora_jax.simulation.device import DeviceModel, Efficiency, devices, load_device
 from slora_jax.simulation.request import SimulatedRequest, SimulationCounters, SimulationResult
 from slora_jax.simulation.shape import ModelShape
+from slora_jax.simulation.shard import shard_shape
 from slora_jax.simulation.simulate import simulate
 from slora_jax.simulation.system import SYSTEMS, SystemConfig, make_system
 from slora_jax.simulation.work import StepWork
 
 __all__ = [
     "SYSTEMS",
+    "Arrivals",
     "CostModel",
     "DeviceModel",
     "Efficiency",
@@ -27,5 +30,6 @@ __all__ = [
     "devices",
     "load_device",
     "make_system",
+    "shard_shape",
     "simulate",
 ]

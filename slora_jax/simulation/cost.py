@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from slora_jax.errors import ConfigError
+from slora_jax.simulation.collective_cost import CollectiveCost
 from slora_jax.simulation.device import DeviceModel
 from slora_jax.simulation.lora_cost import LORA_COSTS
 from slora_jax.simulation.shape import ModelShape
@@ -12,17 +13,22 @@ from slora_jax.simulation.work import StepWork
 class CostModel:
     """Seconds on the device, of one model on one device under one software.
 
-    step = step_seconds + max(base + attention + adapters, launches) + adapters' overhead, with
+    step = step_seconds + max(base + attention + adapters, launches) + adapters' overhead + collectives, with
       base      = max(bytes of all layers' weights (and of the head, if a row is sampled), 2 * elements * rows)
       attention = bytes of KV that decoding sequences read
                   + max(4 * q_width * layers * pairs of prompts, bytes of KV that prompts read)
       adapters  = see `LoraCost`
       launches  = layers * (layer_seconds + lora_layer_seconds, if a row has an adapter)
-    each over its ceiling times the share of it that the software reaches.
+      collectives: see `CollectiveCost`; none on one device
+    each over its ceiling times the share of it that the software reaches. Of a model over several devices
+    (`shard_shape`) all of this is one device's: they do the same at the same time, and each copies its part of the
+    adapters over a link of its own to the host.
     """
 
-    def __init__(self, shape: ModelShape, device: DeviceModel, software: str, lora: str) -> None:
-        """`lora`: a name of `LORA_COSTS`.
+    def __init__(
+        self, shape: ModelShape, device: DeviceModel, software: str, lora: str, lora_collectives: bool = True
+    ) -> None:
+        """`lora`: a name of `LORA_COSTS`. lora_collectives=False: what adapters send between devices takes no time.
 
         Raises:
           ConfigError: unknown software or lora.
@@ -35,6 +41,10 @@ class CostModel:
         self.device = device
         self.efficiency = efficiency = device.efficiency[software]
         self.lora = LORA_COSTS[lora](shape, device, efficiency)
+        self.collectives: CollectiveCost | None = None
+        if shape.shards.count > 1:
+            stacks = self.lora.stacks if lora_collectives else ()
+            self.collectives = CollectiveCost(shape, device, efficiency, stacks)
         bandwidth, flops = device.memory_bandwidth, device.matmul_flops
         layers, head = shape.num_layers * shape.layer_params, shape.head_params
         weights = shape.dtype_bytes / (efficiency.bandwidth * bandwidth)
@@ -65,6 +75,13 @@ class CostModel:
 
     def busy_seconds(self, work: StepWork) -> float:
         """The part of a step in which the device computes, and nobody else can use it."""
+        return self._computing(work) + self.collective_seconds(work)
+
+    def collective_seconds(self, work: StepWork) -> float:
+        """What the devices of a group wait for each other."""
+        return 0.0 if self.collectives is None else self.collectives.seconds(work)
+
+    def _computing(self, work: StepWork) -> float:
         computing = self.base_seconds(work) + self.attention_seconds(work)
         return computing + self.lora.compute(work) if work.lora_rows else computing
 
@@ -73,7 +90,7 @@ class CostModel:
         overhead = self.efficiency.step_seconds
         if work.lora_rows:
             overhead += self.lora.overhead(work)
-        return overhead + max(self.busy_seconds(work), self.launch_seconds(work))
+        return overhead + max(self._computing(work), self.launch_seconds(work)) + self.collective_seconds(work)
 
     def host_seconds(self, work: StepWork) -> float:
         """The host's work for a step."""

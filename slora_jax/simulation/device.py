@@ -23,12 +23,14 @@ class Efficiency:
     copying. attention: of memory_bandwidth, reading KV. prefill_attention: of matmul_flops, scores and values of
     prompts. lora: of memory_bandwidth, reading adapters; lora_reread: what another sequence's reading of the
     same adapter costs in a step, of the first (the cache serves it). lora_flops: of vector_flops. host_to_device: of
-    host_to_device_bandwidth.
+    host_to_device_bandwidth. link: of link_bandwidth, in collectives.
 
     step_seconds: once a step, on the device lane. layer_seconds: least time of a layer, however little it computes (its
     kernels' launches). lora_layer_seconds: as much more with adapters. launch_seconds: one more small kernel or copy.
     allocation_seconds: of a step that gives its memory back to the driver and allocates anew. adapter_load_seconds:
-    per adapter loaded, on the copy lane (the host's calls). adapter_wrap_seconds: to put another adapter around the
+    per adapter loaded, on the copy lane (the host's calls). collective_seconds: of a collective, however little it
+    sends (set, as is link: no run of the paper tells them; PyTorch's as one more kernel's).
+    adapter_wrap_seconds: to put another adapter around the
     base model (`get_peft_model`). host_step_seconds, host_sequence_seconds: the host's work in a step, and per sequence
     in it.
     """
@@ -50,6 +52,8 @@ class Efficiency:
     host_step_seconds: float
     host_sequence_seconds: float
     adapter_wrap_seconds: float = 0.0
+    link: float = 1.0
+    collective_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -70,7 +74,7 @@ class DeviceModel:
 
     memory_bytes; memory_bandwidth in bytes per second; matmul_flops: dense float16 (or bfloat16) operations per second
     of the matrix units; vector_flops: float32 operations per second of the others; host_to_device_bandwidth in bytes
-    per second, one way. efficiency: by software.
+    per second, one way; link_bandwidth, to the other devices of a group, likewise. efficiency: by software.
     """
 
     name: str
@@ -79,6 +83,7 @@ class DeviceModel:
     matmul_flops: float
     vector_flops: float
     host_to_device_bandwidth: float
+    link_bandwidth: float
     efficiency: Mapping[str, Efficiency]
 
     def __post_init__(self) -> None:

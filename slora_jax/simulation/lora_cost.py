@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slora_jax.parallel.cost import STACKS
 from slora_jax.simulation.device import DeviceModel, Efficiency
 from slora_jax.simulation.shape import ModelShape
 from slora_jax.simulation.work import StepWork
@@ -26,6 +27,11 @@ class LoraCost:
     pads = False
     """Whether the cost depends on runs of equal adapters in the batch (`StepWork.segments`, `longest_segment`)."""
 
+    @property
+    def stacks(self) -> tuple[tuple[str, ...], ...]:
+        """Projections whose adapters share a collective, on several devices."""
+        return ()
+
     def compute(self, work: StepWork) -> float:
         """Time on the device, in a row with the base model's."""
         return 0.0
@@ -47,6 +53,11 @@ class Segmented(LoraCost):
 
     launches = True
 
+    @property
+    def stacks(self) -> tuple[tuple[str, ...], ...]:
+        """All of them: a program does not depend on what adapters have."""
+        return STACKS
+
     def compute(self, work: StepWork) -> float:
         operations = 2 * work.row_ranks * self.shape.lora_params
         return max(self._read(work.adapter_ranks), operations / (self.efficiency.matmul * self.device.matmul_flops))
@@ -57,18 +68,25 @@ class Mbgmv(LoraCost):
 
     MBGMV, on the vector units, each sequence reading its adapter, from memory once and from the cache after that:
       max(r * w / b, 2 * row_ranks * p / v),  r = adapter_ranks + lora_reread * (sequence_ranks - adapter_ranks)
-    MBGMM, in steps of 2 or more prompts, the longest of at least 200 rows and the largest rank at least 64: tiles over
-    all rows and the largest rank, in Triton like the attention over prompts, whose share of the matrix units `a` it
-    gets:  max(r * w / b, 2 * lora_rows * max_rank * p / a)
+    MBGMM, on one device, in steps of 2 or more prompts, the longest of at least 200 rows and the largest rank at least
+    64: tiles over all rows and the largest rank, in Triton like the attention over prompts, whose share of the matrix
+    units `a` it gets:
+      max(r * w / b, 2 * lora_rows * max_rank * p / a)
     """
 
     launches = True
+
+    @property
+    def stacks(self) -> tuple[tuple[str, ...], ...]:
+        """Each projection by itself."""
+        return tuple((projection,) for projection in self.shape.lora_targets)
 
     def compute(self, work: StepWork) -> float:
         device, efficiency = self.device, self.efficiency
         again = work.sequence_ranks - work.adapter_ranks
         read = self._read(work.adapter_ranks + efficiency.lora_reread * again)
-        if work.prompts >= 2 and work.longest_prompt >= 200 and work.max_rank >= 64:
+        is_alone = self.shape.shards.count == 1
+        if is_alone and work.prompts >= 2 and work.longest_prompt >= 200 and work.max_rank >= 64:
             operations = 2 * work.lora_rows * work.max_rank * self.shape.lora_params
             return max(read, operations / (efficiency.prefill_attention * device.matmul_flops))
         operations = 2 * work.row_ranks * self.shape.lora_params

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from slora_jax.errors import ConfigError
 from slora_jax.metrics import RequestRecord
 from slora_jax.scheduling import FinishReason
+from slora_jax.simulation.arrivals import Arrivals
 from slora_jax.simulation.cost import CostModel
 from slora_jax.simulation.request import SimulatedRequest, SimulationCounters, SimulationResult
 from slora_jax.simulation.system import SystemConfig
 from slora_jax.simulation.work import StepWork
 
-Numbered = tuple[int, SimulatedRequest]
+Arrived = tuple[int, float, SimulatedRequest]
+"""A request with its number and when it arrived."""
 
 CACHE_COPIES = 2
 """Copies of the whole KV cache in a decode step: the new tokens are concatenated, and the rows that go on picked."""
@@ -27,18 +29,20 @@ def simulate_offline(
     if system.offline_batch is None:
         raise ConfigError(f"system {system.name!r}: offline_batch=None; it must be given")
     loop = OfflineLoop(cost, ranks)
-    waiting = list(enumerate(workload))
-    while waiting:
-        loop.now = max(loop.now, waiting[0][1].arrival)
-        arrived = [(number, request) for number, request in waiting if request.arrival <= loop.now]
-        waiting = waiting[len(arrived) :]
-        groups: dict[int | None, list[Numbered]] = {}
-        for number, request in arrived:
-            groups.setdefault(request.adapter, []).append((number, request))
+    arrivals = Arrivals(workload)
+    while arrivals:
+        loop.now = max(loop.now, arrivals.next)
+        groups: dict[int | None, list[Arrived]] = {}
+        for number, time in arrivals.until(loop.now):
+            request = workload[number]
+            groups.setdefault(request.adapter, []).append((number, time, request))
         for adapter, group in groups.items():
             loop.wrap(adapter)
             for first in range(0, len(group), system.offline_batch):
-                loop.run(group[first : first + system.offline_batch], adapter)
+                batch = group[first : first + system.offline_batch]
+                loop.run(batch, adapter)
+                for number, _, _ in batch:
+                    arrivals.ended(number, loop.records[number].finished)
     records = [loop.records[number] for number in sorted(loop.records)]
     return SimulationResult(records, (), loop.counters, max(record.finished for record in records))
 
@@ -59,17 +63,17 @@ class OfflineLoop:
             self.counters.host_seconds += self._cost.efficiency.adapter_wrap_seconds
             self.counters.loads += 1
 
-    def run(self, batch: Sequence[Numbered], adapter: int | None) -> None:
+    def run(self, batch: Sequence[Arrived], adapter: int | None) -> None:
         """One batch, to its last token."""
         rank = 0 if adapter is None else self._ranks[adapter]
         admitted, times = self.now, []
-        padded = max(request.prompt_tokens for _, request in batch)
-        longest = max(request.output_tokens for _, request in batch)
+        padded = max(request.prompt_tokens for _, _, request in batch)
+        longest = max(request.output_tokens for _, _, request in batch)
         for step in range(longest):
-            rows = sum(request.output_tokens > step for _, request in batch)
+            rows = sum(request.output_tokens > step for _, _, request in batch)
             self._step(_padded_work(rows, padded, step, rank), rows * (padded + step) if step else 0)
             times.append(self.now)
-        for number, request in batch:
+        for number, arrival, request in batch:
             own = tuple(times[: request.output_tokens])
             self.records[number] = RequestRecord(
                 request_id=str(number),
@@ -77,7 +81,7 @@ class OfflineLoop:
                 prompt_tokens=request.prompt_tokens,
                 output_tokens=request.output_tokens,
                 finish_reason=FinishReason.LENGTH,
-                arrival=request.arrival,
+                arrival=arrival,
                 finished=own[-1],
                 admitted=admitted,
                 first_token=own[0],

@@ -13,7 +13,8 @@ class SimulatedRequest:
     """A request of the workload. arrival: seconds from the start, at least 0. adapter: index into the simulation's
     adapters, None for the base model. It always generates `output_tokens`. tenant: who is charged under fair share; ""
     is its adapter. prefix: (text, length) of a beginning that is the same in all prompts that name this text, a number
-    from 0; only a prefix cache minds it. Of two lengths, the shorter one is shared."""
+    from 0; only a prefix cache minds it. Of two lengths, the shorter one is shared. after: for a closed loop, the
+    number of an earlier request; this one arrives `arrival` seconds after that one ended, answered or aborted."""
 
     arrival: float
     adapter: int | None
@@ -21,6 +22,7 @@ class SimulatedRequest:
     output_tokens: int
     tenant: str = ""
     prefix: tuple[int, int] | None = None
+    after: int | None = None
 
     def prompt(self, number: int) -> list[int]:
         """Token ids: of the shared beginning, then, to its end, of request `number` alone."""

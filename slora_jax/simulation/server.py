@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -24,6 +23,7 @@ from slora_jax.scheduling import (
     SchedulerLimits,
     StepPlan,
 )
+from slora_jax.simulation.arrivals import Arrivals
 from slora_jax.simulation.cost import CostModel
 from slora_jax.simulation.fast_forward import fast_forward
 from slora_jax.simulation.loading import HostStore, Lane, Loading
@@ -60,10 +60,12 @@ class Server:
         device: Lane,
         counters: SimulationCounters,
         policy: Policy,
-        requests: Sequence[tuple[int, SimulatedRequest]],
+        workload: Sequence[SimulatedRequest],
+        arrivals: Arrivals,
         fast: bool,
     ) -> None:
-        """ranks: by adapter digest. requests: with their numbers, in order of arrival. fast: may `fast_forward`."""
+        """ranks: by adapter digest. workload: of all replicas. arrivals: of it, at this one. fast: may
+        `fast_forward`."""
         shape = cost.shape
         self.now = 0.0
         self.records: dict[int, RequestRecord] = {}
@@ -84,7 +86,8 @@ class Server:
                 f"system {system.name!r}: an adapter of {max(pages.values())} pages does not "
                 f"fit into the {most} that adapters can have; raise adapter_tokens or num_tokens"
             )
-        store = HostStore(nbytes, system.host_bytes, system.disk_bandwidth)
+        whole = {digest: rank * shape.whole.lora_bytes for digest, rank in ranks.items()}
+        store = HostStore(whole, system.host_bytes, system.disk_bandwidth)
         self.loading = Loading(store, cost, nbytes)
         limits = SchedulerLimits(
             max_seqs=system.max_seqs,
@@ -100,7 +103,8 @@ class Server:
         self.scheduler = Scheduler(
             self.residency, policy, limits, lambda digest: self.loading.state(digest, self.now), self.prefixes
         )
-        self._arrivals = deque(requests)
+        self._workload, self._arrivals = workload, arrivals
+        self._arrived = 0
         self._in_flight: InFlight | None = None
         self._last_end = 0.0  # of this replica's last step, in whose launches others may have the device
         self._merged: str | None = None
@@ -115,7 +119,7 @@ class Server:
         """When the loop goes on: now, or with the next arrival if nothing is to do."""
         if self.scheduler.has_work() or self._in_flight is not None:
             return self.now
-        return max(self.now, self._arrivals[0][1].arrival)
+        return max(self.now, self._arrivals.next)
 
     def step(self, until: float = math.inf) -> None:
         """One turn of the loop, or as many as can be run at once before `until`; `now` advances."""
@@ -174,11 +178,12 @@ class Server:
 
     def deliver(self) -> None:
         """Queues what has arrived by now."""
-        while self._arrivals and self._arrivals[0][1].arrival <= self.now:
-            number, simulated = self._arrivals.popleft()
-            self.scheduler.add(self._request(number, simulated))
+        for number, arrival in self._arrivals.until(self.now):
+            self.scheduler.add(self._request(number, arrival))
+            self._arrived += 1
 
-    def _request(self, number: int, simulated: SimulatedRequest) -> Request:
+    def _request(self, number: int, arrival: float) -> Request:
+        simulated = self._workload[number]
         uses_adapter = simulated.adapter is not None and self._system.serves_adapters
         use = self._uses[str(simulated.adapter)] if uses_adapter else None
         check_fits(
@@ -186,13 +191,13 @@ class Server:
         )
         return Request(
             id=str(number),
-            number=number,
+            number=self._arrived,
             prompt=simulated.prompt(number),
             params=GREEDY,
             seed=0,
             max_new=simulated.output_tokens,
             adapter=use,
-            metrics=RequestMetrics(arrival=simulated.arrival),
+            metrics=RequestMetrics(arrival=arrival),
             tenant=simulated.tenant,
         )
 
@@ -260,7 +265,9 @@ class Server:
     def _record(self, request: Request) -> None:
         metrics = request.metrics
         assert metrics.finished is not None and request.finish_reason is not None
-        self.records[request.number] = RequestRecord(
+        number = int(request.id)
+        self._arrivals.ended(number, metrics.finished)
+        self.records[number] = RequestRecord(
             request_id=request.id,
             adapter=None if request.adapter is None else request.adapter.name,
             prompt_tokens=len(request.prompt),
@@ -276,8 +283,7 @@ class Server:
     def _wait(self) -> None:
         """Nothing can run: until something arrives, from a user or from disk or over the copy lane. With a copy under
         way the device stalls for it."""
-        arrival = self._arrivals[0][1].arrival if self._arrivals else math.inf  # later than now: `deliver` was called
-        event = min(arrival, self.loading.next_event(self.now))
+        event = min(self._arrivals.next, self.loading.next_event(self.now))
         if event == math.inf:
             raise RequestError(f"{len(self.scheduler.waiting)} requests wait, and nothing will ever let them run")
         if self.loading.next_landing(self.now) < math.inf:

@@ -11,6 +11,7 @@ import numpy as np
 from pallas_kernels.lora.layout import PROJECTIONS, LoraLayout
 from slora_jax.errors import ConfigError
 from slora_jax.models import ModelConfig
+from slora_jax.parallel.layout import ONE_DEVICE, Shards
 
 ATTENTION = ("q", "k", "v", "o")
 """The projections that the paper's adapters have."""
@@ -20,7 +21,8 @@ ATTENTION = ("q", "k", "v", "o")
 class ModelShape:
     """Sizes of a Llama-like decoder, in elements. `dtype_bytes` is that of weights, KV and adapters.
 
-    lora_targets: projections that every adapter has, each at the adapter's rank.
+    lora_targets: projections that every adapter has, each at the adapter's rank. head_dim: of q and kv, by which they
+    are cut over devices.
     """
 
     num_layers: int
@@ -32,6 +34,7 @@ class ModelShape:
     tie_word_embeddings: bool = False
     dtype_bytes: int = 2
     lora_targets: tuple[str, ...] = ATTENTION
+    head_dim: int = 128
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -57,7 +60,26 @@ class ModelShape:
             tie_word_embeddings=model.tie_word_embeddings,
             dtype_bytes=dtype_bytes,
             lora_targets=tuple(lora_targets),
+            head_dim=model.head_dim,
         )
+
+    @property
+    def whole(self) -> ModelShape:
+        """The whole model, of which this may be a part (`shard_shape`)."""
+        return self
+
+    @property
+    def shards(self) -> Shards:
+        """How `whole` is cut."""
+        return ONE_DEVICE
+
+    @property
+    def num_heads(self) -> int:
+        return self.q_width // self.head_dim
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_width // self.head_dim
 
     @cached_property
     def layer_params(self) -> int:
@@ -124,5 +146,8 @@ class ModelShape:
     def adapter_pages(self, rank: int, page_size: int) -> int:
         """Pages of the pool that an adapter takes, as `LoraLayout` places it. With page_size 1 and the paper's
         projections of a model without grouped queries that is 4 * rank, S-LoRA's rule."""
-        layout = LoraLayout.of_decoder(self.hidden_size, self.q_width, self.kv_width, self.intermediate_size, page_size)
-        return int(layout.num_pages(self.ranks(rank)))
+        return int(self.lora_layout(page_size).num_pages(self.ranks(rank)))
+
+    def lora_layout(self, page_size: int) -> LoraLayout:
+        """Where adapters lie in their pages."""
+        return LoraLayout.of_decoder(self.hidden_size, self.q_width, self.kv_width, self.intermediate_size, page_size)

@@ -8,6 +8,7 @@ from copy import deepcopy
 from slora_jax.errors import ConfigError, RequestError
 from slora_jax.metrics import PAGE_KINDS, PoolPages, PoolSample
 from slora_jax.scheduling import Policy, make_policy
+from slora_jax.simulation.arrivals import Arrivals
 from slora_jax.simulation.cost import CostModel
 from slora_jax.simulation.device import DeviceModel
 from slora_jax.simulation.loading import Lane
@@ -16,6 +17,7 @@ from slora_jax.simulation.offline import simulate_offline
 from slora_jax.simulation.request import SimulatedRequest, SimulationCounters, SimulationResult
 from slora_jax.simulation.server import Server
 from slora_jax.simulation.shape import ModelShape
+from slora_jax.simulation.shard import shard_shape
 from slora_jax.simulation.system import SystemConfig
 
 
@@ -30,7 +32,8 @@ def simulate(
     sample_seconds: float = 1.0,
     fast_forward: bool = True,
 ) -> SimulationResult:
-    """Serves `workload`, in order of arrival, to its last token. Deterministic.
+    """Serves `workload`, in order of arrival but for what follows other requests (`SimulatedRequest.after`), to its
+    last token. Deterministic.
 
     adapters: the rank of each. policy: instead of the system's; copied for every replica, so that it can be used again
     (an offline loop has none). sample_seconds: between samples of the pool, all replicas together. fast_forward=False
@@ -40,7 +43,8 @@ def simulate(
       ConfigError: system, model and device do not fit together. RequestError: a request that can never run.
     """
     _check(workload, adapters)
-    cost = CostModel(model, device, system.software, system.lora)
+    shape = shard_shape(model, system.tp, system.tp_lora)
+    cost = CostModel(shape, device, system.software, system.lora, system.lora_collectives)
     if system.offline_batch is not None:
         return simulate_offline(workload, system, cost, adapters)
     num_tokens = system.pool_tokens(model, device)
@@ -48,11 +52,10 @@ def simulate(
     counters = SimulationCounters()
     lane = Lane()
     servers = []
-    shares = _shares(workload, system, len(adapters))
-    for requests in shares:
+    for arrivals in _arrivals(workload, system, len(adapters)):
         own = deepcopy(policy) if policy is not None else make_policy(system.policy)
-        fast = fast_forward and len(shares) == 1
-        servers.append(Server(system, cost, num_tokens, ranks, lane, counters, own, requests, fast))
+        fast = fast_forward and system.replicas == 1
+        servers.append(Server(system, cost, num_tokens, ranks, lane, counters, own, workload, arrivals, fast))
     samples: list[PoolSample] = []
     next_sample = 0.0
     while working := [server for server in servers if server.has_work]:
@@ -74,9 +77,14 @@ def _check(workload: Sequence[SimulatedRequest], adapters: Sequence[int]) -> Non
             raise ConfigError(f"adapters[{index}]={rank!r}: must be a rank, a positive integer")
     last = 0.0
     for number, request in enumerate(workload):
-        if not request.arrival >= last:
-            raise RequestError(f"workload[{number}].arrival={request.arrival!r}: must ascend from 0")
-        last = request.arrival
+        if request.after is None:
+            if not request.arrival >= last:
+                raise RequestError(f"workload[{number}].arrival={request.arrival!r}: must ascend from 0")
+            last = request.arrival
+        elif not 0 <= request.after < number:
+            raise RequestError(f"workload[{number}].after={request.after!r}: must be the number of an earlier request")
+        elif not request.arrival >= 0:
+            raise RequestError(f"workload[{number}].arrival={request.arrival!r}: must be seconds from 0 after another")
         if request.adapter is not None and not 0 <= request.adapter < len(adapters):
             raise RequestError(f"workload[{number}].adapter={request.adapter!r}: there are {len(adapters)} adapters")
         if request.prompt_tokens < 1 or request.output_tokens < 1:
@@ -84,17 +92,14 @@ def _check(workload: Sequence[SimulatedRequest], adapters: Sequence[int]) -> Non
                 f"workload[{number}]: prompt_tokens={request.prompt_tokens}, output_tokens={request.output_tokens}: "
                 "must be at least 1"
             )
-        if request.prefix is not None and not 0 < request.prefix[1] < request.prompt_tokens:
+        if request.prefix is not None and not 0 < request.prefix[1] <= request.prompt_tokens:
             raise RequestError(
-                f"workload[{number}].prefix={request.prefix!r}: must share 1 to {request.prompt_tokens - 1} of the "
-                f"{request.prompt_tokens} prompt tokens"
+                f"workload[{number}].prefix={request.prefix!r}: must share 1 to {request.prompt_tokens} prompt tokens"
             )
 
 
-def _shares(
-    workload: Sequence[SimulatedRequest], system: SystemConfig, num_adapters: int
-) -> list[list[tuple[int, SimulatedRequest]]]:
-    """Requests by replica, with their numbers.
+def _arrivals(workload: Sequence[SimulatedRequest], system: SystemConfig, num_adapters: int) -> list[Arrivals]:
+    """At each replica.
 
     Raises:
       ConfigError: with merged weights in every replica, there are more adapters than replicas.
@@ -103,10 +108,8 @@ def _shares(
         raise ConfigError(
             f"system {system.name!r}: {num_adapters} adapters need as many replicas, not {system.replicas}"
         )
-    shares: list[list[tuple[int, SimulatedRequest]]] = [[] for _ in range(system.replicas)]
-    for number, request in enumerate(workload):
-        shares[(request.adapter or 0) % system.replicas].append((number, request))
-    return shares
+    replica_of = [(request.adapter or 0) % system.replicas for request in workload]
+    return Arrivals.of_each(workload, replica_of, system.replicas)
 
 
 def _sample(servers: Sequence[Server], now: float) -> PoolSample:

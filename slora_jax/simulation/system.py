@@ -8,10 +8,12 @@ from difflib import get_close_matches
 from typing import Any
 
 from slora_jax.errors import ConfigError
+from slora_jax.parallel.layout import LORA_SHARDINGS, LoraSharding
 from slora_jax.scheduling import ADMISSIONS, POLICIES
 from slora_jax.simulation.device import SOFTWARE, DeviceModel
 from slora_jax.simulation.lora_cost import LORA_COSTS
 from slora_jax.simulation.shape import ModelShape
+from slora_jax.simulation.shard import shard_shape
 
 EVICTIONS = ("lru", "immediate", "cost_aware")
 
@@ -24,7 +26,9 @@ class SystemConfig:
     serves_adapters: False ignores the requests' adapters (base model only, or merged weights per replica).
     merged: one adapter at a time lies in the base weights; switching merges and unmerges. replicas: copies of the
     system on one device, which they share in time, each with its weights and an equal part of the memory; adapter i
-    belongs to replica i. offline_batch: not a server but the paper's loop around PEFT, with batches of at most so many.
+    belongs to replica i. tp, tp_lora: devices that the model is cut over, and how adapters are (`parallel.layout`); all
+    memory is one device's. lora_collectives=False: what adapters send between devices takes no time (the paper's
+    ablation). offline_batch: not a server but the paper's loop around PEFT, with batches of at most so many.
 
     num_tokens: capacity of the pool in tokens, of each replica; None: what memory_fraction of the device's memory
     leaves after the weights, and after the pages that are on their way beside the steps. adapter_tokens: None for a
@@ -48,6 +52,9 @@ class SystemConfig:
     serves_adapters: bool = True
     merged: bool = False
     replicas: int = 1
+    tp: int = 1
+    tp_lora: LoraSharding = "slora"
+    lora_collectives: bool = True
     offline_batch: int | None = None
     num_tokens: int | None = None
     memory_fraction: float = 0.9
@@ -76,10 +83,11 @@ class SystemConfig:
             ("admission", ADMISSIONS),
             ("policy", tuple(POLICIES)),
             ("eviction", EVICTIONS),
+            ("tp_lora", LORA_SHARDINGS),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"SystemConfig.{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
-        for name in ("replicas", "page_size", "max_seqs", "admit_every", "adapter_slots", "upload_pages"):
+        for name in ("tp", "replicas", "page_size", "max_seqs", "admit_every", "adapter_slots", "upload_pages"):
             self._check_integer(name, getattr(self, name))
         self._check_integer("prefetch", self.prefetch, least=0)
         for name in ("num_tokens", "adapter_tokens", "max_tokens", "offline_batch", "host_bytes"):
@@ -89,19 +97,31 @@ class SystemConfig:
             raise ConfigError(f"SystemConfig.memory_fraction={self.memory_fraction!r}: must be in (0, 1]")
         if not self.disk_bandwidth > 0:
             raise ConfigError(f"SystemConfig.disk_bandwidth={self.disk_bandwidth!r}: must be positive")
+        if self.tp > 1:
+            for name, allowed in (("replicas", (1,)), ("merged", (False,)), ("offline_batch", (None,))):
+                self._check_alone(name, allowed)
+            self._check_alone("lora", ("none", "segmented", "mbgmv"))
+
+    def _check_alone(self, name: str, allowed: tuple[Any, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            raise ConfigError(
+                f"SystemConfig.{name}={getattr(self, name)!r}: must be {' or '.join(map(repr, allowed))} over several "
+                f"devices (tp={self.tp})"
+            )
 
     def _check_integer(self, name: str, value: Any, least: int = 1) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"SystemConfig.{name}={value!r}: must be an integer of at least {least}")
 
     def pool_tokens(self, shape: ModelShape, device: DeviceModel) -> int:
-        """Tokens that the pool of one replica holds.
+        """Tokens that the pool of one replica holds, of a whole model `shape`.
 
         Raises:
           ConfigError: the device's memory does not hold the replicas' weights and a page each.
         """
         if self.num_tokens is not None:
             return self.num_tokens
+        shape = shard_shape(shape, self.tp, self.tp_lora)
         memory = self.memory_fraction * device.memory_bytes / self.replicas
         beside = (self.adapter_tokens or 0) + self._staged_tokens
         left = memory - shape.weight_bytes - beside * shape.kv_bytes

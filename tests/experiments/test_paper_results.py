@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.paper import DEVICES, RESULTS_VARIABLE, SETTINGS, find_results, load_rows
+from experiments.paper import DEVICES, SETTINGS, load_rows
 from experiments.paper.arguments import row_arguments
 from experiments.paper.exclusions import exclusion
 from experiments.paper.figures import METRICS, figures
@@ -51,12 +51,6 @@ def test_a_file_name_says_what_was_run(tmp_path, name, system, device, setting, 
 def test_an_unknown_file_name_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"other/x.jsonl: its name has no known device and setting"):
         rows_of(tmp_path, "other/x.jsonl,5,1,2,1,300")
-
-
-def test_a_missing_results_file_is_named_with_the_remedy(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv(RESULTS_VARIABLE, str(tmp_path / "gone.csv"))
-    with pytest.raises(FileNotFoundError, match=r"gone.csv: no such file"):
-        find_results()
 
 
 def test_every_published_row_has_a_known_device_setting_and_arguments(paper_rows) -> None:

@@ -5,11 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.figure_pictures import draw
 from experiments.paper.exclusions import exclusion
-from experiments.paper.figures import Curve, Figure, Panel
 from experiments.paper.results import PaperRow
-from experiments.simulated_rows import SimulatedRow, requests, row_workload, simulate_row
+from experiments.simulated_rows import SimulatedRow, simulate_row
 from experiments.simulator_fit import STAGES, Parameter, Stage, fit, fitting_labels, stage_rows
 from experiments.simulator_validation import (
     QUICK_ROWS,
@@ -21,7 +19,6 @@ from experiments.simulator_validation import (
     report,
     summary,
 )
-from experiments.workloads import synthetic
 from slora_jax.simulation import load_device
 
 ROW = PaperRow(
@@ -55,12 +52,6 @@ OURS = SimulatedRow(
     aborts=0,
     simulated_seconds=40.0,
 )
-
-
-def test_base_model_requests_have_no_adapter() -> None:
-    assert [r.adapter for r in requests(synthetic(0, 1.0, 3.0, (8,)))] == [None] * 3
-    workload = row_workload(ROW)
-    assert [r.adapter for r in requests(workload)] == workload.adapter.tolist()
 
 
 def test_a_row_is_simulated_the_same_every_time() -> None:
@@ -124,11 +115,3 @@ def test_a_quick_validation_of_two_rows_says_everything(paper_rows) -> None:
     assert set(content["virtual_seconds_per_cpu_second"]) == set(SPEED_LABELS)
     assert sum(part["rows"] for part in content["left_out"]) == 602
     assert "slora" in summary(content)
-
-
-def test_a_figure_is_drawn_with_what_was_simulated(tmp_path) -> None:
-    other = replace(ROW, system="bmm", rate=2.0)
-    panel = Panel("a10g S1", "rate", (Curve("slora", (ROW,)), Curve("bmm", (replace(ROW, system="bmm"), other))))
-    figure = Figure("figure_6", "Figure 6", ("throughput", "first_token_latency"), (panel,))
-    draw(figure, {ROW: OURS, other: OURS}, {ROW}, tmp_path / "new" / "figure.png")
-    assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")

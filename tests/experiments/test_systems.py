@@ -73,6 +73,14 @@ def workload(count: int = 9, seconds: float = 0.2) -> list[WorkloadRequest]:
     ]  # fmt: skip
 
 
+def in_a_loop(requests: list[WorkloadRequest], users: int, think: float) -> list[WorkloadRequest]:
+    """Each user sends every `users`-th of them."""
+    return [
+        replace(r, arrival=0.0 if i < users else think, after=None if i < users else i - users)
+        for i, r in enumerate(requests)
+    ]
+
+
 @pytest.fixture(scope="module")
 def slora(checkpoint) -> Iterator[System]:
     with checkpoint.make("slora") as system:
@@ -97,6 +105,23 @@ def test_every_system_gives_the_same_tokens(checkpoint, expected, name):
             assert len(record.token_times) == request.output
             gap = record.arrival - run.records[0].arrival
             assert gap == pytest.approx(request.arrival - requests[0].arrival, abs=1e-6)
+        closed = system.run_with_tokens(in_a_loop(requests, 2, 0.01))
+        assert closed.tokens == expected
+        for before, record in zip(closed.records, closed.records[2:], strict=False):
+            assert record.arrival == pytest.approx(before.finished + 0.01, abs=1e-6)
+
+
+@pytest.mark.parametrize(("users", "think"), [(1, 0.0), (3, 0.02), (9, 0.0)])
+def test_the_users_of_a_loop_send_when_they_have_their_answers(slora, expected, users, think):
+    run = slora.run_with_tokens(in_a_loop(workload(), users, think))
+    assert run.tokens == expected
+    start = run.records[0].arrival
+    assert [record.arrival for record in run.records[:users]] == [start] * users
+    for before, record in zip(run.records, run.records[users:], strict=False):
+        assert record.arrival == pytest.approx(before.finished + think, abs=1e-6)
+        assert record.admitted >= record.arrival - 1e-6
+    changes = sorted([(r.arrival + 1e-6, 1) for r in run.records] + [(r.finished, -1) for r in run.records])
+    assert max(np.cumsum([change for _, change in changes])) <= users
 
 
 def test_base_answers_for_every_adapter_without_lora(checkpoint, expected):
@@ -258,6 +283,18 @@ def test_nothing_joins_a_sweep_that_runs(monkeypatch, rng, mixed):
                 now += max(load[i].output for i in batch)
         assert [(r.first_token, r.finished) for r in run.records] == [times[i] for i in range(len(load))]
         assert [len(tokens) for tokens in run.tokens] == [request.output for request in load]
+
+        users, think = int(rng.integers(1, 8)), float(rng.integers(0, 9))
+        clock[0] = 100.0
+        run = serve_by_sweeps(OneSecondSteps(), in_a_loop(load, users, think), 4, mixed, lambda: None)
+        for before, record in zip(run.records, run.records[users:], strict=False):
+            assert record.arrival == before.finished + think
+        arrivals = [record.arrival for record in run.records]
+        as_they_came = sorted(range(len(load)), key=lambda i: (arrivals[i], i))
+        opened = [replace(load[i], arrival=arrivals[i] - 100.0) for i in as_they_came]
+        clock[0] = 100.0
+        again = serve_by_sweeps(OneSecondSteps(), opened, 4, mixed, lambda: None)
+        assert [r.token_times for r in again.records] == [run.records[i].token_times for i in as_they_came]
 
 
 def test_without_torch_peft_says_what_to_install(checkpoint, monkeypatch):

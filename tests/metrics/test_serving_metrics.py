@@ -2,7 +2,6 @@
 
 import csv
 import math
-import os
 from dataclasses import astuple
 from pathlib import Path
 
@@ -21,8 +20,7 @@ from slora_jax.metrics import (
 )
 from slora_jax.scheduling import FinishReason
 
-RESULTS_FILE = Path("shared", "data", "slora_paper_results.csv")
-"""The paper's raw results, in the checkout or in a directory above it; or where SLORA_PAPER_RESULTS says."""
+RESULTS_FILE = Path(__file__).parents[2] / "experiments" / "paper" / "results.csv"
 EXTRAPOLATED = "synthetic/bmm/synthetic_req_rate_a100-80_S4_bmm.jsonl"
 """Five rows whose latency, satisfaction and attainment were put in by hand (reference, Fig 6)."""
 
@@ -146,12 +144,7 @@ def test_no_requests_no_time_and_a_completed_request_without_first_token_are_ref
 
 @pytest.fixture(scope="module")
 def paper_rows() -> list[dict[str, str]]:
-    named = os.environ.get("SLORA_PAPER_RESULTS")
-    places = [Path(named)] if named else [above / RESULTS_FILE for above in Path(__file__).parents]
-    found = next((place for place in places if place.exists()), None)
-    if found is None:
-        pytest.skip(f"{named or RESULTS_FILE}: the paper's raw results are not here")
-    with found.open() as file:
+    with RESULTS_FILE.open() as file:
         return list(csv.DictReader(file))
 
 

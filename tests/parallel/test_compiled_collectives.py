@@ -86,8 +86,8 @@ def traced(spec, bucket, with_lora=True) -> Counter:
 
 def expected(shards, rows, seqs, with_lora=True) -> Counter:
     itemsize = jnp.dtype(CONFIG.dtype).itemsize
-    layer = base_messages(MODEL, rows, itemsize) + (lora_messages(shards, rows, RANK, itemsize) if with_lora else [])
-    messages = layer * LAYERS + vocabulary_messages(MODEL, shards, rows, seqs, itemsize)
+    layer = base_messages(HIDDEN, rows, itemsize) + (lora_messages(shards, rows, RANK, itemsize) if with_lora else [])
+    messages = layer * LAYERS + vocabulary_messages(HIDDEN, shards, rows, seqs, itemsize)
     return Counter((message.kind, message.bytes) for message in messages)
 
 
@@ -131,7 +131,7 @@ def test_what_is_counted_is_the_published_formula(count):
     """5 (N - 1) B r / N beside 2 (N - 1) B h / N of attention, 4 and 2 more of the feed-forward."""
     n, b, r = count, ROWS, 24
     lora = lora_messages(cut(MODEL, count), ROWS, r, itemsize=2)
-    base = base_messages(MODEL, ROWS, itemsize=2)
+    base = base_messages(HIDDEN, ROWS, itemsize=2)
     assert sum(m.sent(n) for m in lora[:2]) == 2 * 5 * (n - 1) * b * r / n
     assert sum(m.sent(n) for m in lora[2:]) == 2 * 4 * (n - 1) * b * r / n
     assert base[0].sent(n) == 2 * 2 * (n - 1) * b * HIDDEN / n

@@ -24,6 +24,7 @@ def device(**changes: float) -> DeviceModel:
         "matmul_flops": 2e9,
         "vector_flops": 5e8,
         "host_to_device_bandwidth": 2e7,
+        "link_bandwidth": 4e7,
     }
     software = dict.fromkeys(("pytorch", "vllm", "peft", "jax"), EFFICIENCY)
     return DeviceModel("small", **(ceilings | changes), efficiency=software)

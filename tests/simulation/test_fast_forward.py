@@ -1,5 +1,8 @@
 """Fast forward changes nothing: against the same run step by step, bit by bit."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,7 +10,7 @@ from simulated import SHAPE, device, random_workload
 
 from slora_jax.metrics import serving_metrics
 from slora_jax.scheduling import Ageing, Clustering, EarlyAbort, Fcfs, Lcfs, OneAdapter, Policy, Vtc
-from slora_jax.simulation import SystemConfig, make_system, simulate
+from slora_jax.simulation import SimulatedRequest, SystemConfig, make_system, simulate
 from slora_jax.simulation import server as server_module
 
 RANKS = [2, 4, 8, 2, 4, 8]
@@ -32,8 +35,21 @@ SYSTEMS = {
 }
 
 
-def assert_same(system: SystemConfig, policy: Policy | None, seed: int, **settings) -> None:
+def partly_closed(seed: int) -> list[SimulatedRequest]:
+    """A random workload in which most requests follow another one, at once or soon after."""
+    random = np.random.default_rng(seed)
     workload = random_workload(seed)
+    think = random.choice([0.0, 0.01, 0.1], len(workload))
+    return [
+        replace(request, arrival=float(think[i]), after=int(random.integers(max(0, i - 15), i)))
+        if i and random.random() < 0.8
+        else request
+        for i, request in enumerate(workload)
+    ]
+
+
+def assert_same(system: SystemConfig, policy: Policy | None, seed: int, closed: bool = False) -> None:
+    workload = partly_closed(seed) if closed else random_workload(seed)
     run = [
         simulate(workload, system, SHAPE, device(), RANKS, policy=policy, sample_seconds=0.05, fast_forward=fast)
         for fast in (True, False)
@@ -47,21 +63,22 @@ def assert_same(system: SystemConfig, policy: Policy | None, seed: int, **settin
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", ["slora", "slora-paper"])
 @settings(max_examples=6)
-@given(seed=st.integers(0, 2**32 - 1))
-def test_every_policy(name: str, policy: str, seed: int) -> None:
-    assert_same(make_system(name, **SYSTEMS[name]), POLICIES[policy], seed)
+@given(seed=st.integers(0, 2**32 - 1), closed=st.booleans())
+def test_every_policy(name: str, policy: str, seed: int, closed: bool) -> None:
+    assert_same(make_system(name, **SYSTEMS[name]), POLICIES[policy], seed, closed)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
 @settings(max_examples=6)
-@given(seed=st.integers(0, 2**32 - 1))
-def test_every_system(name: str, seed: int) -> None:
-    assert_same(make_system(name, **SYSTEMS[name]), None, seed)
+@given(seed=st.integers(0, 2**32 - 1), closed=st.booleans())
+def test_every_system(name: str, seed: int, closed: bool) -> None:
+    assert_same(make_system(name, **SYSTEMS[name]), None, seed, closed)
 
 
 @settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**32 - 1),
+    closed=st.booleans(),
     changes=st.fixed_dictionaries(
         {
             "overlap": st.booleans(),
@@ -79,8 +96,8 @@ def test_every_system(name: str, seed: int) -> None:
         }
     ),
 )
-def test_every_mixture_of_settings(seed: int, changes: dict) -> None:
-    assert_same(make_system("slora", max_tokens=100, disk_bandwidth=1e6, **changes), None, seed)
+def test_every_mixture_of_settings(seed: int, closed: bool, changes: dict) -> None:
+    assert_same(make_system("slora", max_tokens=100, disk_bandwidth=1e6, **changes), None, seed, closed)
 
 
 def test_most_steps_are_fast_forwarded(monkeypatch) -> None:

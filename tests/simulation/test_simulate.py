@@ -218,7 +218,7 @@ def test_the_same_requests_in_less_time_wait_longer_for_their_first_token(system
         ([SimulatedRequest(0.0, 1, 1, 1)], [8], r"workload\[0\].adapter=1: there are 1 adapters"),
         ([SimulatedRequest(1.0, None, 1, 1), SimulatedRequest(0.5, None, 1, 1)], [], r"workload\[1\].arrival=0.5"),
         ([SimulatedRequest(0.0, None, 1, 0)], [], "output_tokens=0"),
-        ([SimulatedRequest(0.0, None, 4, 1, prefix=(0, 4))], [], r"prefix=\(0, 4\): must share 1 to 3 of the 4"),
+        ([SimulatedRequest(0.0, None, 4, 1, prefix=(0, 5))], [], r"prefix=\(0, 5\): must share 1 to 4 prompt"),
         ([SimulatedRequest(0.0, None, 400, 400)], [], "the request can never fit"),
     ],
 )

@@ -1,0 +1,226 @@
+"""What a run is: plain values, each in the section of what it configures."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from experiments.config.typed import nearest, refuse_unknown, typed
+from experiments.workloads import WORKLOADS
+from slora_jax import ConfigError
+from slora_jax.scheduling import make_policy
+from slora_jax.simulation import SYSTEMS, SystemConfig, devices
+
+MODELS = Path(__file__).parents[1] / "models"
+
+Mode = Literal["simulated", "real"]
+Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+
+@dataclass(frozen=True)
+class AdaptersConfig:
+    """count: registered; 0: all requests are for the base model. ranks: which they take in turn. targets: the
+    projections that each has."""
+
+    count: int = 1
+    ranks: tuple[int, ...] = (8,)
+    targets: tuple[Target, ...] = ("q", "k", "v", "o")
+
+
+@dataclass(frozen=True)
+class WorkloadConfig:
+    """kind: a name of `WORKLOADS`. rate: requests per second. duration: of the arrivals, seconds. parameters: further
+    ones of the generator, by name; in a file they stand beside the others."""
+
+    kind: str = "synthetic"
+    rate: float = 1.0
+    duration: float = 60.0
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """kind: "open" sends each request at its time; "closed" is `users` clients, of whom each sends its next request
+    `think_seconds` after it got the last answer."""
+
+    kind: Literal["open", "closed"] = "open"
+    users: int = 1
+    think_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class SystemSection:
+    """name: of `slora_jax.simulation.SYSTEMS`; the real runner has the same. policy: by name, or a mapping with the
+    name and its settings; None: the system's own. settings: further fields of `SystemConfig`, by name; in a file they
+    stand beside the others."""
+
+    name: str = "slora"
+    policy: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EngineSection:
+    """What only the real runner minds. dtype, kernels, decode_buckets and mixed_buckets: as in `EngineConfig`.
+    max_model_len: tokens; None: the longest of the workload, rounded up to a multiple of 128. batch: requests of one of
+    PEFT's batches."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    kernels: str = "auto"
+    max_model_len: int | None = None
+    decode_buckets: tuple[int, ...] | None = None
+    mixed_buckets: tuple[int, ...] | None = None
+    batch: int = 8
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run. model: a file of `experiments/models`, without its suffix; the real runner gives it random weights.
+    device: of the simulator. seed: of workload and weights. slo_seconds: for the first token."""
+
+    mode: Mode = "simulated"
+    model: str = "llama-7b"
+    device: str = "a10g"
+    seed: int = 42
+    slo_seconds: float = 6.0
+    adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    client: ClientConfig = field(default_factory=ClientConfig)
+    system: SystemSection = field(default_factory=SystemSection)
+    engine: EngineSection = field(default_factory=EngineSection)
+
+    @property
+    def model_file(self) -> Path:
+        return MODELS / f"{self.model}.json"
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self), default=str))  # type: ignore[no-any-return]
+
+    @property
+    def key(self) -> str:
+        """What tells two runs apart: a digest of all fields."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def value(self, path: str) -> Any:
+        """A field by its dotted name, as a file would have it: `workload.cv`, `system.num_tokens`."""
+        at: Any = self
+        for name in path.split("."):
+            open_part = next((getattr(at, p) for p in ("parameters", "settings") if hasattr(at, p)), {})
+            if isinstance(at, Mapping):
+                at = at.get(name)
+            elif hasattr(at, name):
+                at = getattr(at, name)
+            else:
+                at = open_part.get(name)
+        return at
+
+
+SECTIONS: dict[str, type] = {
+    "adapters": AdaptersConfig,
+    "workload": WorkloadConfig,
+    "client": ClientConfig,
+    "system": SystemSection,
+    "engine": EngineSection,
+}
+
+_OPEN = {"workload": "parameters", "system": "settings"}
+"""Sections with names of their own beside their fields, and where these are kept."""
+
+_GIVEN = ("num_adapters", "ranks", "rate", "duration", "seed")
+"""Parameters of a generator that other fields are for."""
+
+
+@cache
+def known_fields(section: str) -> dict[str, Any]:
+    """The names that a section of a file may have ("": the run itself), with their types."""
+    kind = SECTIONS.get(section, RunConfig)
+    hints = get_type_hints(kind)
+    known = {f.name: hints[f.name] for f in fields(kind) if f.name not in (_OPEN.get(section), *SECTIONS)}
+    if section == "workload":
+        for generator in WORKLOADS.values():
+            known |= _parameters(generator)
+    if section == "system":
+        hints = get_type_hints(SystemConfig)
+        known |= {f.name: hints[f.name] for f in fields(SystemConfig) if f.name not in ("name", "policy")}
+    return known
+
+
+def run_config(content: Mapping[str, Any]) -> RunConfig:
+    """A run from the content of a file, without cases and sweeps.
+
+    Raises:
+      ConfigError: an unknown name (the nearest known one is given), or a value of a wrong type or out of range.
+    """
+    values: dict[str, Any] = {}
+    for name, value in content.items():
+        if name in SECTIONS:
+            values[name] = _section(name, value)
+        else:
+            refuse_unknown([name], [*known_fields(""), *SECTIONS], "")
+            values[name] = typed(value, known_fields("")[name], name)
+    run = RunConfig(**values)
+    _check(run)
+    return run
+
+
+def _section(section: str, content: Any) -> Any:
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{section}={content!r}: must be a section with fields {', '.join(known_fields(section))}")
+    known = known_fields(section)
+    refuse_unknown(content, known, f"{section}.")
+    own = {f.name for f in fields(SECTIONS[section])}
+    values: dict[str, Any] = {}
+    others: dict[str, Any] = {}
+    for name, value in content.items():
+        if (section, name) == ("system", "policy"):
+            values["policy"] = None if value is None else {"name": value} if isinstance(value, str) else dict(value)
+            continue
+        (values if name in own else others)[name] = typed(value, known[name], f"{section}.{name}")
+    if section in _OPEN:
+        values[_OPEN[section]] = others
+    return SECTIONS[section](**values)
+
+
+def _check(run: RunConfig) -> None:
+    """Raises ConfigError for a value that no runner can take."""
+    if not run.model_file.is_file():
+        models = sorted(file.stem for file in MODELS.glob("*.json"))
+        raise ConfigError(f"model={run.model!r}: no such file{nearest(run.model, models)}; there are {models}")
+    if run.mode == "simulated" and run.device not in devices():
+        raise ConfigError(
+            f"device={run.device!r} is unknown{nearest(run.device, devices())}; there are {', '.join(devices())}"
+        )
+    refuse_unknown([run.system.name], SYSTEMS, "system.name=")
+    refuse_unknown([run.workload.kind], WORKLOADS, "workload.kind=")
+    own = _parameters(WORKLOADS[run.workload.kind])
+    refuse_unknown(run.workload.parameters, own, f"workload (kind: {run.workload.kind}): ")
+    for name, parameter in inspect.signature(WORKLOADS[run.workload.kind]).parameters.items():
+        if name in own and parameter.default is parameter.empty and name not in run.workload.parameters:
+            raise ConfigError(f"workload.{name}: must be given for kind: {run.workload.kind}")
+    for name, least in (
+        ("adapters.count", 0), ("client.users", 1), ("client.think_seconds", 0), ("engine.batch", 1),
+    ):  # fmt: skip
+        if run.value(name) < least:
+            raise ConfigError(f"{name}={run.value(name)}: must be at least {least}")
+    for name in ("workload.rate", "workload.duration", "slo_seconds"):
+        if not run.value(name) > 0:
+            raise ConfigError(f"{name}={run.value(name)}: must be positive")
+    if not run.adapters.ranks or min(run.adapters.ranks) < 1:
+        raise ConfigError(f"adapters.ranks={list(run.adapters.ranks)}: must be positive integers, one at least")
+    if not run.adapters.targets:
+        raise ConfigError("adapters.targets=[]: must name one projection at least")
+    if run.system.policy is not None:
+        if "name" not in run.system.policy:
+            raise ConfigError(f"system.policy={dict(run.system.policy)}: must have a name")
+        make_policy(**run.system.policy)
+
+
+def _parameters(generator: Any) -> dict[str, Any]:
+    hints = get_type_hints(generator)
+    return {name: hints[name] for name in inspect.signature(generator).parameters if name not in _GIVEN}

@@ -1,0 +1,80 @@
+"""Values from a file, checked against the annotation of the field that they are for."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from slora_jax import ConfigError
+
+
+def typed(value: Any, kind: Any, where: str) -> Any:
+    """`value` as an instance of the annotation `kind`: lists become tuples, integers floats, text paths.
+
+    where: the field's dotted name, for the error.
+
+    Raises:
+      ConfigError: it is of another type, or none of a `Literal`'s values.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None and types.NoneType in inner:
+            return None
+        return typed(value, next(one for one in inner if one is not types.NoneType), where)
+    if origin is Literal:
+        if value not in inner:
+            raise ConfigError(f"{where}={value!r}: must be {_listed(inner)}{nearest(value, inner)}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}={value!r}: must be a list")
+        if inner[-1] is not Ellipsis and len(value) != len(inner):
+            raise ConfigError(f"{where}={list(value)!r}: must have {len(inner)} values")
+        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
+        return tuple(typed(one, k, f"{where}[{i}]") for i, (one, k) in enumerate(zip(value, kinds, strict=True)))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}={value!r}: must be a mapping")
+        return dict(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{where}={value!r}: must be {_NAMES.get(kind, kind.__name__)}")
+    return value
+
+
+def is_sweep(value: Any, kind: Any) -> bool:
+    """Whether a list given for a field is one of values to try in turn: any list, unless the field itself takes a list;
+    then a list of lists."""
+    return isinstance(value, list) and (not _takes_list(kind) or any(isinstance(one, list) for one in value))
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raises ConfigError for the first name that is not known, with the nearest one that is."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"{where}{name} is unknown{nearest(name, known)}; there are {', '.join(known)}")
+
+
+def nearest(name: Any, known: Iterable[Any]) -> str:
+    near = get_close_matches(str(name), [str(one) for one in known], n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+_NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false", Path: "a path"}
+
+
+def _takes_list(kind: Any) -> bool:
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(_takes_list(one) for one in get_args(kind))
+    return get_origin(kind) is tuple
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return " or ".join(map(repr, values))

@@ -1,0 +1,1 @@
+"""Results of experiments as pictures, checks and one HTML page."""

@@ -1,0 +1,123 @@
+"""The results of an experiment in the order of its figure: panels, curves, points, beside the published ones."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.config import Experiment, Run
+from experiments.paper.published import Bar, published_row
+from experiments.paper.results import PaperRow
+
+SHARES = ("attainment", "satisfaction")
+"""Figures between 0 and 1: compared by their difference."""
+
+SHORT = 1.0
+"""Seconds. Published first-token latencies below this are a prefill or two: compared by their difference."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run at its place of the axis. metrics: ours; without "error" unless the run could not be."""
+
+    run: Run
+    at: Any
+    metrics: Mapping[str, Any]
+    published: PaperRow | Bar | None
+
+    @property
+    def error(self) -> str | None:
+        return self.metrics.get("error")
+
+    def ours(self, metric: str) -> float | None:
+        return self.metrics.get(metric)
+
+    def theirs(self, metric: str) -> float | None:
+        return None if self.published is None else getattr(self.published, metric, None)
+
+    def deviation(self, metric: str) -> float | None:
+        """Ours from the published value: relative, or (`is_difference`) the difference."""
+        ours, theirs = self.ours(metric), self.theirs(metric)
+        if ours is None or theirs is None:
+            return None
+        return ours - theirs if self.is_difference(metric) else ours / theirs - 1
+
+    def is_difference(self, metric: str) -> bool:
+        theirs = self.theirs(metric)
+        return metric in SHARES or (metric == "first_token_latency" and theirs is not None and theirs < SHORT)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One system, or one setting of it."""
+
+    name: str
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """title: "" in an experiment of one panel. x: the field on the axis, by its dotted name."""
+
+    title: str
+    x: str
+    curves: tuple[Curve, ...]
+
+    def curve(self, name: str) -> Curve | None:
+        return next((curve for curve in self.curves if curve.name == name), None)
+
+    @property
+    def is_numeric(self) -> bool:
+        """Whether the axis has numbers, not names."""
+        return all(isinstance(point.at, int | float) for curve in self.curves for point in curve.points)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """An experiment with its results. where: commits, machines and versions of its lines, each once."""
+
+    experiment: Experiment
+    panels: tuple[Panel, ...]
+    where: tuple[Mapping[str, Any], ...]
+
+    def points(self) -> Iterator[Point]:
+        for panel in self.panels:
+            for curve in panel.curves:
+                yield from curve.points
+
+    def median_deviation(self, metric: str, curve: str | None = None) -> tuple[float, int] | None:
+        """The median of the absolute relative deviations, and of how many points; of one curve, or of all."""
+        found = [
+            abs(deviation)
+            for panel in self.panels
+            for one in panel.curves
+            if curve in (None, one.name)
+            for point in one.points
+            if not point.is_difference(metric) and (deviation := point.deviation(metric)) is not None
+        ]
+        return (statistics.median(found), len(found)) if found else None
+
+
+def collect(experiment: Experiment, lines: Mapping[str, Mapping[str, Any]]) -> Collected:
+    """lines: as `read_results` returns them; what they lack is left out."""
+    panels: dict[tuple[str, str], dict[str, list[Point]]] = {}
+    where: list[Mapping[str, Any]] = []
+    for run in experiment.runs:
+        line = lines.get(run.config.key)
+        if line is None:
+            continue
+        point = Point(run, run.config.value(run.x), line["metrics"], published_row(run))
+        panels.setdefault((run.panel, run.x), {}).setdefault(run.curve, []).append(point)
+        place = {key: line[key] for key in ("git", "python", "versions", "machine", "date") if key in line}
+        if place not in where:
+            where.append(place)
+    return Collected(
+        experiment,
+        tuple(
+            Panel(title, x, tuple(Curve(name, tuple(points)) for name, points in curves.items()))
+            for (title, x), curves in panels.items()
+        ),
+        tuple(where),
+    )

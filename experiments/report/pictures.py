@@ -1,0 +1,118 @@
+"""Pictures of an experiment: ours, and beside it what was published."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.report.collect import Collected, Panel
+from experiments.runners.figures import AXIS_LABELS
+
+COLORS = {
+    "slora": "tab:blue",
+    "no-unify-mem": "tab:orange",
+    "bmm": "tab:green",
+    "merge": "tab:red",
+    "lcfs": "tab:purple",
+    "abort": "tab:brown",
+    "vllm-packed": "tab:olive",
+    "peft": "tab:gray",
+    "base model only": "black",
+}
+X_LABELS = {
+    "adapters.count": "number of adapters",
+    "workload.rate": "request rate (1/s)",
+    "system.tp": "devices",
+    "workload.cv": "cv of the arrivals",
+    "workload.alpha": "alpha (1: even, less: skewed)",
+}
+LOGARITHMIC = ("latency", "first_token_latency", "first_token_latency_p99", "queue_time")
+
+
+def picture(collected: Collected, panels: Sequence[Panel] | None = None) -> bytes:
+    """A PNG: a column of plots per panel, a row per metric. Ours are crosses on dashed lines (simulated) or squares
+    (measured on the engine); published values are circles on solid lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+
+    shown = collected.panels if panels is None else panels
+    metrics = collected.experiment.metrics
+    size = (3.5 * len(shown) + 0.7, 2.5 * len(metrics) + 1.0)
+    fig, axes = plt.subplots(len(metrics), len(shown), figsize=size, squeeze=False)
+    colors: dict[str, str] = {}
+    for j, panel in enumerate(shown):
+        for i, metric in enumerate(metrics):
+            _plot(axes[i][j], panel, metric, colors)
+            if j == 0:
+                axes[i][j].set_ylabel(AXIS_LABELS.get(metric, metric.replace("_", " ")), fontsize=9)
+        axes[0][j].set_title(panel.title, fontsize=10)
+        axes[-1][j].set_xlabel(X_LABELS.get(panel.x, panel.x))
+    points = [point for panel in shown for curve in panel.curves for point in curve.points]
+    handles = [Line2D([], [], color=color, lw=2, label=name) for name, color in colors.items()]
+    if any(point.published for point in points):
+        handles.append(Line2D([], [], color="black", marker="o", ms=4, label="published"))
+    for mode, (marker, line) in _STYLES.items():
+        if any(point.run.config.mode == mode for point in points):
+            label = {"simulated": "simulated", "real": "measured"}[mode]
+            handles.append(Line2D([], [], color="black", marker=marker, ls=line, ms=5, label=label))
+    per_line = max(2, min(len(handles), round(size[0] / 1.4)))
+    fig.legend(handles=handles, ncols=per_line, loc="lower center", frameon=False, fontsize=8)
+    lines = -(-len(handles) // per_line)
+    fig.tight_layout(rect=(0, (0.1 + 0.2 * lines) / size[1], 1, 1))
+    content = io.BytesIO()
+    fig.savefig(content, dpi=110, metadata={"Software": None})
+    plt.close(fig)
+    return content.getvalue()
+
+
+_STYLES = {"simulated": ("x", "--"), "real": ("s", "-.")}
+
+
+def _plot(axes: Any, panel: Panel, metric: str, colors: dict[str, str]) -> None:
+    from matplotlib.ticker import LogLocator
+
+    if not panel.is_numeric:
+        _bars(axes, panel, metric, colors)
+        return
+    for curve in panel.curves:
+        color = colors.setdefault(curve.name, COLORS.get(curve.name, f"C{len(colors) % 10}"))
+        points = sorted(curve.points, key=lambda point: point.at)
+        published = [(p.at, y) for p in points if (y := p.theirs(metric)) is not None]
+        if published:
+            axes.plot(*np.transpose(published), "o-", ms=4, color=color)
+        ours = [(p.at, y) for p in points if (y := p.ours(metric)) is not None]
+        if ours:
+            marker, line = _STYLES[points[0].run.config.mode]
+            axes.plot(*np.transpose(ours), marker=marker, ls=line, ms=5, color=color)
+    values = {point.at for curve in panel.curves for point in curve.points}
+    if min(values) >= 0 and max(values) > 20 * max(min(values - {0}, default=1), 1):
+        axes.set_xscale("symlog", linthresh=1)
+    axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)], fontsize=8)
+    axes.minorticks_off()
+    if metric in LOGARITHMIC:
+        axes.set_yscale("log", subs=[])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(0, 1.06 * max((line.get_ydata().max() for line in axes.lines), default=1) or 1)
+    axes.grid(alpha=0.3)
+
+
+def _bars(axes: Any, panel: Panel, metric: str, colors: dict[str, str]) -> None:
+    """Where the axis has names: a group of bars for each, a bar per curve."""
+    names = list(dict.fromkeys(str(point.at) for curve in panel.curves for point in curve.points))
+    width = 0.8 / len(panel.curves)
+    for index, curve in enumerate(panel.curves):
+        color = colors.setdefault(curve.name, COLORS.get(curve.name, f"C{len(colors) % 10}"))
+        for point in curve.points:
+            if (value := point.ours(metric)) is not None:
+                at = names.index(str(point.at)) + (index - (len(panel.curves) - 1) / 2) * width
+                axes.bar(at, value, width, color=color)
+    axes.set_xticks(range(len(names)), names, fontsize=8)
+    axes.grid(alpha=0.3, axis="y")

@@ -1,0 +1,205 @@
+"""A run on this machine: the engine (or PEFT) with random weights, in real time."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from experiments.config.schema import RunConfig
+from experiments.runners.figures import run_figures
+from experiments.runners.workload import run_workload
+from experiments.systems import Packed, System, SystemSettings, settings_of
+from experiments.systems.peft import PeftModel
+from experiments.workloads import Workload, engine_requests
+from slora_jax import ConfigError, Engine, EngineConfig
+from slora_jax.adapters import LoraAdapter, random_adapter, write_peft
+from slora_jax.engine.runner import adapter_geometry
+from slora_jax.memory import CostAware, EvictionPolicy, Immediate, Lru
+from slora_jax.models import ModelConfig, init_random
+from slora_jax.scheduling import make_policy
+
+RENAMED = {
+    "max_tokens": "max_tokens_per_step",
+    "upload_pages": "upload_pages_per_step",
+    "host_bytes": "host_adapter_bytes",
+}
+SAME = ("page_size", "max_seqs", "admission", "prefetch", "prefix_cache", "adapter_slots", "tp", "tp_lora")
+CONVERTED = ("num_tokens", "adapter_tokens", "eviction")
+"""Settings of `SystemConfig` that the engine has: under another name, the same one, or in other units."""
+
+PAPER = {"admission": "reserve", "prefetch": 0, "eviction": "immediate"}
+"""What the engine has of S-LoRA's scheduling, for systems whose name ends in "-paper"."""
+
+
+class RealRunner:
+    """Keeps the last system for the next run, if that differs in its requests and adapters only."""
+
+    def __init__(self, progress: bool = True) -> None:
+        self._progress = progress
+        self._key: str | None = None
+        self._system: System | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def run(self, run: RunConfig) -> dict[str, Any]:
+        """The figures of a run.
+
+        Raises:
+          ConfigError: a setting that only the simulator has. SloraError: the system cannot serve the run.
+        """
+        work = run_workload(run)
+        system = self._prepare(run, work)
+        server = system.server
+        model = _model(run)
+        requests = engine_requests(work, model.vocab_size, run.seed)
+        before = {} if isinstance(server, PeftModel) else _counters(server)
+        start = time.perf_counter()
+        records = system.run(requests)
+        after = {} if isinstance(server, PeftModel) else _counters(server)
+        figures = run_figures(records, start, run.slo_seconds)
+        return figures | {name: after[name] - before[name] for name in after}
+
+    def close(self) -> None:
+        if self._system is not None:
+            self._system.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+        self._system = self._scratch = self._key = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _prepare(self, run: RunConfig, work: Workload) -> System:
+        longest = int((work.prompt_tokens + work.output_tokens).max())
+        settings = system_settings(run, max_model_len=run.engine.max_model_len or -(-longest // 128) * 128)
+        model = _model(run)
+        adapters = {f"{i}": _Adapter(model, settings.engine.page_size, rank, run) for i, rank in enumerate(work.ranks)}
+        engine = settings.software == "engine"
+        key = json.dumps([str(settings), run.model, run.system.policy, run.seed, engine or work.ranks], default=str)
+        if key != self._key or settings.engine.prefix_cache:
+            self.close()
+            self._system = self._make(run, settings, adapters)
+            self._key = key
+        assert self._system is not None
+        if isinstance(self._system.server, Engine):
+            server = self._system.server
+            for info in server.adapters():
+                server.unload_adapter(info.name)
+            for name, adapter in adapters.items():
+                server.load_adapter(name, adapter.make(int(name)))
+        return self._system
+
+    def _make(self, run: RunConfig, settings: SystemSettings, adapters: Mapping[str, _Adapter]) -> System:
+        model = _model(run)
+        if settings.software == "peft":
+            return System(run.system.name, settings, self._peft(run, adapters))
+        graphdef, params = init_random(model, settings.engine.dtype, run.seed)
+        if settings.software == "packed":
+            made = {name: adapter.make(int(name)) for name, adapter in adapters.items()}
+            return System(run.system.name, settings, Packed(model, graphdef, params, made, settings.engine))
+        policy = None if run.system.policy is None else make_policy(**run.system.policy)
+        engine = Engine(model, graphdef, params, settings.engine, policy=policy, eviction=_eviction(run))
+        return System(run.system.name, settings, engine)
+
+    def _peft(self, run: RunConfig, adapters: Mapping[str, _Adapter]) -> PeftModel:
+        """A checkpoint of the same shape, and the same adapters, as PEFT reads them."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self._scratch = tempfile.TemporaryDirectory()
+        root = Path(self._scratch.name)
+        torch.manual_seed(run.seed)
+        config = AutoConfig.for_model(**json.loads(run.model_file.read_text()))
+        AutoModelForCausalLM.from_config(config).save_pretrained(root / "model")
+        directories = {n: write_peft(root / f"adapter-{n}", a.make(int(n))) for n, a in adapters.items()}
+        return PeftModel(root / "model", directories, run.engine.dtype)
+
+
+class _Adapter:
+    """A random adapter, made when it is wanted."""
+
+    def __init__(self, model: ModelConfig, page_size: int, rank: int, run: RunConfig) -> None:
+        self._geometry, self._rank, self._run = adapter_geometry(model, page_size), rank, run
+
+    def make(self, number: int) -> LoraAdapter:
+        return random_adapter(self._geometry, self._rank, self._run.adapters.targets, seed=self._run.seed + number)
+
+
+def system_settings(run: RunConfig, max_model_len: int) -> SystemSettings:
+    """The engine's settings for a run.
+
+    Raises:
+      ConfigError: a setting that only the simulator has, or one that the real system needs.
+    """
+    name = run.system.name.removesuffix("-paper")
+    settings = dict(PAPER if run.system.name.endswith("-paper") else {}) | dict(run.system.settings)
+    for setting in settings:
+        if setting not in (*RENAMED, *SAME, *CONVERTED):
+            raise ConfigError(
+                f"system.{setting}: is of the simulator only; leave it out, or use mode=simulated. The engine has "
+                f"{', '.join((*RENAMED, *SAME, *CONVERTED))}"
+            )
+    if settings.get("num_tokens") is None:
+        raise ConfigError("system.num_tokens: must be given in real mode")
+    page_size = settings.get("page_size", EngineConfig.page_size)
+    adapter_tokens = settings.get("adapter_tokens") or 0
+    if name == "no-unify-mem" and not adapter_tokens:
+        raise ConfigError("system.adapter_tokens: must be given for no-unify-mem in real mode")
+    fields = {RENAMED.get(key, key): value for key, value in settings.items() if key not in CONVERTED}
+    pages = (settings["num_tokens"] + adapter_tokens) // page_size
+    engine = EngineConfig(
+        **({"prefix_cache": False} | fields),
+        dtype=run.engine.dtype,
+        kernels=run.engine.kernels,
+        num_pages=pages + 1,
+        adapter_pages=adapter_tokens // page_size or None,
+        max_model_len=max_model_len,
+        max_rank=max(run.adapters.ranks),
+        decode_buckets=run.engine.decode_buckets,
+        mixed_buckets=run.engine.mixed_buckets,
+        progress=False,
+    )
+    base = SystemSettings(engine=engine, peft_batch=run.engine.batch)
+    made = settings_of(name, base)
+    return replace(made, split_memory=False) if name == "no-unify-mem" else made
+
+
+def _eviction(run: RunConfig) -> EvictionPolicy:
+    default = PAPER["eviction"] if run.system.name.endswith("-paper") else "lru"
+    name = run.system.settings.get("eviction", default)
+    return {"lru": Lru, "immediate": Immediate, "cost_aware": CostAware}[name]()
+
+
+def _model(run: RunConfig) -> ModelConfig:
+    return ModelConfig.from_dict(json.loads(run.model_file.read_text()))
+
+
+def _counters(server: Engine | Packed) -> dict[str, int]:
+    """Of the server's life so far, by the names of the simulator's."""
+    stats = asdict(server.stats())
+    names = {
+        "steps": "steps",
+        "tokens_computed": "tokens_computed",
+        "loads": "adapter_loads",
+        "evictions": "adapter_evictions",
+        "hits": "adapter_hits",
+        "prefetch_hits": "prefetch_hits",
+        "prefetches_wasted": "prefetches_wasted",
+        "preemptions": "preemptions",
+        "aborts": "aborts",
+        "switches": "adapter_merges",
+        "prompt_tokens": "prompt_tokens",
+        "prefix_hit_tokens": "prefix_hit_tokens",
+        "prefix_evictions": "prefix_evictions",
+    }
+    return {ours: stats[theirs] for ours, theirs in names.items()}

@@ -1,0 +1,43 @@
+"""A run in the simulator."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from functools import cache
+from typing import Any
+
+from experiments.config.schema import RunConfig
+from experiments.runners.figures import run_figures
+from experiments.runners.workload import run_workload
+from experiments.workloads import simulated_requests
+from slora_jax.models import ModelConfig
+from slora_jax.scheduling import make_policy
+from slora_jax.simulation import ModelShape, load_device, make_system, simulate
+
+
+def run_simulated(run: RunConfig) -> dict[str, Any]:
+    """The figures of a run; the same for the same config, to the last bit.
+
+    Raises:
+      SloraError: the run does not fit into the device's memory, or its parts do not fit together.
+    """
+    work = run_workload(run)
+    result = simulate(
+        simulated_requests(work),
+        make_system(run.system.name, **run.system.settings),
+        _shape(run),
+        load_device(run.device),
+        work.ranks,
+        policy=None if run.system.policy is None else make_policy(**run.system.policy),
+    )
+    return run_figures(result.records, 0.0, run.slo_seconds) | asdict(result.counters)
+
+
+@cache
+def _config(model_file: Any) -> ModelConfig:
+    return ModelConfig.from_dict(json.loads(model_file.read_text()))
+
+
+def _shape(run: RunConfig) -> ModelShape:
+    return ModelShape.of(_config(run.model_file), lora_targets=run.adapters.targets)

@@ -1,0 +1,118 @@
+"""The runner: one line a run, the same bytes for the same seed, resumed where it stopped."""
+
+import json
+import multiprocessing
+
+import pytest
+
+from experiments import run as runner
+from experiments.config import make_experiment
+from experiments.results_file import ResultsFile, read_results
+from slora_jax import ConfigError
+
+CONTENT = {
+    "workload": {"rate": [1, 3], "duration": 4, "output_range": [8, 16]},
+    "adapters": {"count": 3},
+    "system": {"name": ["slora", "slora-paper"], "num_tokens": 4000},
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    file = tmp_path / "small.yaml"
+    file.write_text(json.dumps(CONTENT))
+    return file
+
+
+def test_a_simulated_experiment_gives_the_same_bytes_again(config, tmp_path) -> None:
+    outputs = [tmp_path / name for name in ("one.jsonl", "other.jsonl")]
+    for output, workers in zip(outputs, ("1", "2"), strict=True):
+        assert runner.main([str(config), "--output", str(output), "--workers", workers]) == 0
+    first, second = (output.read_bytes() for output in outputs)
+    assert first == second
+    lines = [json.loads(line) for line in first.splitlines()]
+    assert [(x["run"]["workload"]["rate"], x["run"]["system"]["name"]) for x in lines] == [
+        (1.0, "slora"), (1.0, "slora-paper"), (3.0, "slora"), (3.0, "slora-paper"),
+    ]  # fmt: skip
+    assert all(line["metrics"]["completed"] == line["metrics"]["requests"] > 0 for line in lines)
+    assert lines[0].keys() == {"key", "run", "metrics", "machine", "python", "versions", "git"}
+
+
+def test_another_seed_gives_other_results(config, tmp_path) -> None:
+    for seed in (1, 2):
+        runner.main([str(config), f"seed={seed}", "--output", str(tmp_path / f"{seed}.jsonl"), "--workers", "1"])
+    one, two = (read_results(tmp_path / f"{seed}.jsonl") for seed in (1, 2))
+    assert not one.keys() & two.keys()
+    assert [x["metrics"]["latency"] for x in one.values()] != [x["metrics"]["latency"] for x in two.values()]
+
+
+def test_a_stopped_experiment_goes_on_where_it_was(tmp_path, monkeypatch) -> None:
+    experiment = make_experiment("small", CONTENT)
+    real, made = runner._simulated, []
+
+    def simulated(config):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(config.key)
+        return real(config)
+
+    monkeypatch.setattr(runner, "_simulated", simulated)
+    with ResultsFile(tmp_path / "x.jsonl") as results, pytest.raises(KeyboardInterrupt):
+        runner.run_experiment(experiment, results, progress=False)
+    with (tmp_path / "x.jsonl").open("ab") as file:
+        file.write(b'{"key": "torn')  # what a killed process leaves
+    made.clear()
+    with ResultsFile(tmp_path / "x.jsonl") as results:
+        assert len(results) == 2
+        runner.run_experiment(experiment, results, progress=False)
+    assert made == [run.config.key for run in experiment.runs[2:]]
+    assert list(read_results(tmp_path / "x.jsonl")) == [run.config.key for run in experiment.runs]
+    with ResultsFile(tmp_path / "x.jsonl", fresh=True) as results:
+        assert not results and (tmp_path / "x.jsonl").read_bytes() == b""
+
+
+def _try_to_open(path, answer) -> None:
+    try:
+        ResultsFile(path)
+    except ConfigError as error:
+        answer.put(str(error))
+    else:
+        answer.put("opened")
+
+
+def test_two_processes_do_not_write_one_file(tmp_path) -> None:
+    context = multiprocessing.get_context("spawn")
+    with ResultsFile(tmp_path / "x.jsonl"):
+        answer = context.Queue()
+        other = context.Process(target=_try_to_open, args=(tmp_path / "x.jsonl", answer))
+        other.start()
+        assert "is open in another process" in answer.get(timeout=120)
+        other.join()
+
+
+def test_a_foreign_line_is_refused_with_its_number(tmp_path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"key": "a", "metrics": {}}\n{"other": 1}\n{"key": "b"}\n')
+    with pytest.raises(ConfigError, match=r"x\.jsonl, line 2: is not the line of a run"):
+        ResultsFile(file)
+    assert file.read_text().count("\n") == 3
+
+
+def test_what_does_not_fit_is_a_result_and_the_exit_status_says_so(config, tmp_path, capsys) -> None:
+    arguments = [str(config), "system.num_tokens=300", "workload.rate=1", "--output", str(tmp_path / "x.jsonl")]
+    assert runner.main([*arguments, "--workers", "1"]) == 1
+    lines = read_results(tmp_path / "x.jsonl").values()
+    assert all("error" in line["metrics"] for line in lines)
+    assert "2 with an error" in capsys.readouterr().out
+
+
+def test_a_dry_run_prints_every_run_and_makes_none(config, tmp_path, capsys) -> None:
+    assert runner.main([str(config), "--dry-run", "--output", str(tmp_path / "x.jsonl")]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("# small: 4 points, 4 runs\n") and out.count("num_tokens: 4000") == 4
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_a_wrong_config_is_one_line_and_status_2(config, capsys) -> None:
+    assert runner.main([str(config), "workload.rte=3"]) == 2
+    assert "workload.rte is unknown (did you mean 'rate'?)" in capsys.readouterr().err
