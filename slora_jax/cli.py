@@ -169,7 +169,7 @@ def _processes(args: argparse.Namespace) -> ProcessGroup | None:
     for name, value in given.items():
         if value is None:
             raise ConfigError(f"--{name.replace('_', '-')} is missing: it goes with {', '.join(_options(given))}")
-    if args.tp < args.num_processes or args.tp % args.num_processes:
+    if args.num_processes > 1 and (args.tp < 1 or args.tp % args.num_processes):
         raise ConfigError(f"--tp={args.tp}: must be a multiple of --num-processes={args.num_processes}")
     return join_processes(**given, timeout=args.join_timeout)
 
