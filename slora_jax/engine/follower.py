@@ -57,8 +57,8 @@ class Follower:
         """Makes the leader's calls until its engine is closed.
 
         Raises:
-          ProcessLostError: the leader left before that.
-          Whatever a call raises here: the leader is told, and all processes end.
+          ProcessLostError: the leader left before that; or a call failed here, of which the leader is told, and all
+            processes end.
         """
         try:
             while (call := self._group.next(LEADER)).name != "stop":
@@ -66,8 +66,7 @@ class Follower:
         except ProcessLostError:
             raise
         except BaseException as error:
-            self._group.fail(error)
-            raise
+            raise self._group.explained(error) from error
 
     def _make(self, call: Call) -> None:
         worker, arguments = self._worker, call.arguments

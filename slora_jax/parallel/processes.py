@@ -88,7 +88,7 @@ class ProcessGroup:
             for peer in self._connections if to is None else (to,):
                 self.send(peer, frame)
         except ProcessLostError:
-            self._is_noticed.set()
+            self._notice()
             raise
 
     def next(self, process: int) -> Call:
@@ -168,7 +168,7 @@ class ProcessGroup:
     def check(self) -> None:
         """Raises ProcessLostError if a process is lost. For the main thread."""
         if self.lost is not None:
-            self._is_noticed.set()
+            self._notice()
             raise ProcessLostError(self.lost)
 
     def explained(self, error: BaseException) -> ProcessLostError:
@@ -176,13 +176,19 @@ class ProcessGroup:
         the failure of this one, which the others are told."""
         if not self._has_lost.wait(1.0):  # the error of a collective may come before the end of a connection is seen
             self.fail(error)
-        self._is_noticed.set()
+        self._notice()
         return ProcessLostError(self.lost)
 
     def fail(self, error: BaseException) -> None:
         """This process cannot go on, and tells the others why. They end."""
         self._is_noticed.set()
         self._lose(f"process {self.process_id} failed: {error!r}")
+
+    def _notice(self) -> None:
+        """The main thread has the error. A follower's is ended all the same: there is nothing it could do but end, and
+        JAX would soon do it with a message of its own."""
+        if self.is_leader:
+            self._is_noticed.set()
 
     def _lose(self, why: str) -> None:
         with self._losing:

@@ -142,7 +142,7 @@ def test_a_follower_ends_when_the_leader_is_killed(start) -> None:
     processes.served()
     processes.processes[0].kill()
     assert processes.statuses(SECONDS_TO_END) == [-signal.SIGKILL, EXIT_LOST]
-    assert processes.errors(1).splitlines()[-1].startswith("slora: error: process 0 is lost")
+    assert "slora: error: process 0 is lost" in processes.errors(1)
 
 
 def test_all_end_with_the_reason_when_a_follower_fails(start) -> None:
@@ -150,7 +150,6 @@ def test_all_end_with_the_reason_when_a_follower_fails(start) -> None:
     assert processes.statuses(120) == [EXIT_LOST, EXIT_LOST]
     for i in range(2):
         assert "process 1 failed: RuntimeError('the device is on fire')" in processes.errors(i), i
-    assert "ProcessLostError" in processes.errors(0) or "slora: error" in processes.errors(0)
 
 
 def test_settings_that_differ_are_named_in_both_processes(start) -> None:
