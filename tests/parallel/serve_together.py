@@ -1,4 +1,5 @@
-"""One of several processes that serve one model together: `serve_together.py MODE PROCESS PROCESSES PORT`.
+"""One of several processes that serve one model together: `serve_together.py MODE PROCESS PROCESSES PORT`, or
+`serve_together.py slora ARGUMENTS` for the command.
 
 The leader prints what it served as JSON. Modes: "serve" ends then; "endless" goes on with the same traffic until it is
 killed; in "differ" process 1 has another setting; in "fault" process 1 fails in its tenth step.
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from jax._src import distributed
 
-from slora_jax import Engine, EngineConfig, Follower, ProcessGroup, SamplingParams, join_processes
+from slora_jax import Engine, EngineConfig, Follower, ProcessGroup, SamplingParams, cli, join_processes
 from slora_jax.adapters import random_adapter
 from slora_jax.engine import adapter_geometry, runner
 from slora_jax.engine.worker import Worker
@@ -111,6 +112,13 @@ def lead(mode: str, config: EngineConfig, group: ProcessGroup) -> None:
             serve(engine)
 
 
+def all_write_cache(group: ProcessGroup) -> ProcessGroup:
+    """Lets a follower keep what it compiles: JAX lets process 0 only, and on CPUs each has keys of its own."""
+    jax.devices()
+    distributed.global_state.process_id = 0
+    return group
+
+
 def main(mode: str, process: int, processes: int, port: int) -> None:
     config = replace(CONFIG, tp=processes)
     if process == 1 and mode == "differ":
@@ -118,9 +126,7 @@ def main(mode: str, process: int, processes: int, port: int) -> None:
     if process == 1 and mode == "fault":
         fail_in_tenth_step()
     runner.pages_that_fit = lambda *_: PAGES - process
-    with join_processes(f"127.0.0.1:{port}", processes, process, timeout=100) as group:
-        jax.devices()
-        distributed.global_state.process_id = 0  # JAX's, by which it now decides who may write the compilation cache
+    with all_write_cache(join_processes(f"127.0.0.1:{port}", processes, process, timeout=100)) as group:
         if group.is_leader:
             lead(mode, config, group)
         else:
@@ -128,4 +134,8 @@ def main(mode: str, process: int, processes: int, port: int) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "slora":
+        join = cli.join_processes
+        cli.join_processes = lambda *args, **options: all_write_cache(join(*args, **options))
+        sys.exit(cli.main(sys.argv[2:]))
     main(sys.argv[1], *map(int, sys.argv[2:]))

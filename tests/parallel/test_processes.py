@@ -169,12 +169,12 @@ def test_the_command_answers_as_one_process_does(tmp_path, capfd, start) -> None
     command += ["--max-model-len", "32"]
     assert cli.main([*command, f"--adapter=a={adapter_dir}"]) == 0
     expected = capfd.readouterr().out
-    run = "import sys; from slora_jax.cli import main; sys.exit(main())"
+    run = [serve_together.__file__, "slora"]
     together = ["--tp=2", f"--coordinator=127.0.0.1:{free_port()}", "--num-processes=2"]
     processes = start(
         [
-            ["-c", run, *command, *together, "--process-id=0", f"--adapter=a={adapter_dir}"],
-            ["-c", run, *command, *together, "--process-id=1", "--adapter=a=/not/here"],
+            [*run, *command, *together, "--process-id=0", f"--adapter=a={adapter_dir}"],
+            [*run, *command, *together, "--process-id=1", "--adapter=a=/not/here"],
         ]
     )
     assert processes.statuses(200) == [0, 0], processes.errors(0) + processes.errors(1)
