@@ -22,7 +22,7 @@ from slora_jax.errors import ConfigError
 from slora_jax.parallel.channel import Connection, FrameError, encode
 from slora_jax.parallel.processes import LEADER, ProcessGroup, difference
 
-_HEARTBEAT_SECONDS = 30  # JAX's: of a process that hangs
+_HEARTBEAT_SECONDS = 30  # JAX's: of a process that hangs; JAX then aborts the others with a message of its own
 _HELLO_SECONDS = 10.0
 _LOG = logging.getLogger(__name__)
 

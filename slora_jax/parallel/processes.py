@@ -34,7 +34,7 @@ class ProcessGroup:
     Process 0 makes an `Engine` with it, the others a `Follower`. Every follower has a connection to the leader, and
     none to another follower. lost: why the processes cannot go on; then whoever waits gets a `ProcessLostError`.
     A follower ends with exit status 3 as soon as it is lost; the leader does if nobody has asked for the error within 3
-    seconds, and at its exit.
+    seconds, and at its exit. A process that hangs, with its connections open, is JAX's to notice (`join_processes`).
     """
 
     def __init__(self, process_id: int, num_processes: int, connections: Mapping[int, Connection]) -> None:
