@@ -8,6 +8,8 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,17 +19,21 @@ from pallas_kernels.devices import DEVICES
 from pallas_kernels.lora.layout import ceil_div
 from slora_jax.adapters import read_peft
 from slora_jax.demo import DemoSettings, run_demo
-from slora_jax.engine import Engine, EngineConfig, adapter_geometry
-from slora_jax.errors import ConfigError, SloraError
+from slora_jax.engine import Engine, EngineConfig, Follower, adapter_geometry
+from slora_jax.errors import ConfigError, ProcessLostError, SloraError
 from slora_jax.models import ModelConfig
 from slora_jax.models.config import read_json
+from slora_jax.parallel.join import join_processes
 from slora_jax.parallel.layout import LORA_SHARDINGS
+from slora_jax.parallel.mesh import cut
+from slora_jax.parallel.processes import EXIT_LOST, ProcessGroup
 from slora_jax.scheduling import SamplingParams
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 1 (the demo's check failed, or a compile report has a spill or a
-    copy of the pool), 2 (an error of the user's making, one line on stderr), 130 (Ctrl-C)."""
+    copy of the pool), 2 (an error of the user's making, one line on stderr), 3 (another process of those that serve
+    together is lost, one line on stderr), 130 (Ctrl-C)."""
     args = _parser().parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not needed
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -36,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except SloraError as error:
         print("slora: error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return EXIT_LOST if isinstance(error, ProcessLostError) else 2
     except KeyboardInterrupt:
         print("slora: interrupted", file=sys.stderr)
         return 130
@@ -86,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--temperature", metavar="T", type=float, default=0.0, help="0, the default, takes the likeliest token")
     option("--seed", metavar="N", type=int, default=0, help="of sampling (default: %(default)s)")
     option("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of weights (default: %(default)s)")
+    _add_parallel_options(generate)
     generate.set_defaults(run=_generate)
 
     report = commands.add_parser(
@@ -133,6 +140,44 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_parallel_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `_processes`, for every command that serves a model."""
+    option = parser.add_argument_group("several devices, several processes").add_argument
+    option("--tp", metavar="N", type=int, default=1, help="devices the model is cut over, of all processes together")
+    option(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of process 0, where the processes meet (it uses PORT and PORT + 1); each is started with the "
+        "same command and its own --process-id, and all but process 0 write nothing",
+    )
+    option("--num-processes", metavar="N", type=int, help="how many there are")
+    option("--process-id", metavar="I", type=int, help="which one this is, from 0")
+    option(
+        "--join-timeout", metavar="SECONDS", type=float, default=300.0, help="for all to come (default: %(default)s)"
+    )
+
+
+def _processes(args: argparse.Namespace) -> ProcessGroup | None:
+    """The processes that serve the model together; None: this one alone.
+
+    Raises:
+      ConfigError: the options are incomplete or out of range, or the others cannot be met.
+    """
+    given = {name: getattr(args, name) for name in ("coordinator", "num_processes", "process_id")}
+    if all(value is None for value in given.values()):
+        return None
+    for name, value in given.items():
+        if value is None:
+            raise ConfigError(f"--{name.replace('_', '-')} is missing: it goes with {', '.join(_options(given))}")
+    if args.num_processes > 1 and (args.tp < 1 or args.tp % args.num_processes):
+        raise ConfigError(f"--tp={args.tp}: must be a multiple of --num-processes={args.num_processes}")
+    return join_processes(**given, timeout=args.join_timeout)
+
+
+def _options(given: dict[str, object]) -> list[str]:
+    return [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+
+
 def _named_directory(text: str) -> tuple[str, Path]:
     name, _, directory = text.partition("=")
     if not name or not directory:
@@ -153,20 +198,24 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    with _processes(args) or nullcontext() as processes:
+        if processes is None or processes.is_leader:
+            return _answer(args, processes)
+        longest = min(args.max_model_len, ModelConfig.from_directory(args.model_dir).max_position_embeddings)
+        Follower.from_pretrained(args.model_dir, _generate_config(args, longest), processes).run()
+    return 0
+
+
+def _answer(args: argparse.Namespace, processes: ProcessGroup | None) -> int:
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
     model = ModelConfig.from_directory(args.model_dir)
-    geometry = adapter_geometry(model, EngineConfig.page_size)
+    geometry = adapter_geometry(model, EngineConfig.page_size, cut(model, args.tp))
     adapters = {name: read_peft(directory, geometry) for name, directory in args.adapter}
     longest = min(args.max_model_len, model.max_position_embeddings)
     adapter_pages = [int(geometry.layout.num_pages(adapter.ranks.max(0))) for adapter in adapters.values()]
-    config = EngineConfig(
-        dtype=args.dtype,
-        num_pages=1 + ceil_div(longest, EngineConfig.page_size) + max(adapter_pages, default=0),
-        max_seqs=1,
-        max_model_len=longest,
-        mixed_buckets=(EngineConfig.max_tokens_per_step,),
-    )
-    with Engine.from_pretrained(args.model_dir, config) as engine:
+    num_pages = 1 + ceil_div(longest, EngineConfig.page_size) + max(adapter_pages, default=0)
+    config = replace(_generate_config(args, longest), num_pages=num_pages)
+    with Engine.from_pretrained(args.model_dir, config, processes=processes) as engine:
         for name, adapter in adapters.items():
             engine.load_adapter(name, adapter)
         for name in adapters or [None]:
@@ -176,6 +225,17 @@ def _generate(args: argparse.Namespace) -> int:
                 print(delta.text, end="", flush=True)
             print(flush=True)
     return 0
+
+
+def _generate_config(args: argparse.Namespace, longest: int) -> EngineConfig:
+    """But for the number of pages."""
+    return EngineConfig(
+        dtype=args.dtype,
+        max_seqs=1,
+        max_model_len=longest,
+        mixed_buckets=(EngineConfig.max_tokens_per_step,),
+        tp=args.tp,
+    )
 
 
 def _compile_report(args: argparse.Namespace) -> int:

@@ -29,5 +29,9 @@ class PoolError(SloraError, RuntimeError):
     """The pool's bookkeeping was violated (double free, leak, use after free): always a defect of the caller."""
 
 
+class ProcessLostError(SloraError, RuntimeError):
+    """One of several processes that serve a model together failed or is gone; the others cannot go on without it."""
+
+
 class MetricsError(SloraError, ValueError):
     """A metric is not defined for what was recorded: no requests, or a window that is too short."""

@@ -149,3 +149,32 @@ def test_version(capsys):
         cli.main(["--version"])
     assert exit_.value.code == 0
     assert capsys.readouterr().out == "slora-jax 0.1.0\n"
+
+
+MEET = "--coordinator=127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([MEET], "--num-processes is missing: it goes with --coordinator"),
+        (
+            ["--num-processes=2", "--process-id=0"],
+            "--coordinator is missing: it goes with --num-processes, --process-id",
+        ),
+        ([MEET, "--num-processes=2", "--process-id=2", "--tp=2"], "process_id=2: must be in 0..1"),
+        ([MEET, "--num-processes=0", "--process-id=0"], "num_processes=0: must be at least 2"),
+        ([MEET, "--num-processes=2", "--process-id=0", "--tp=3"], "--tp=3: must be a multiple of --num-processes=2"),
+        ([MEET, "--num-processes=2", "--process-id=0"], "--tp=1: must be a multiple of --num-processes=2"),
+        (["--coordinator=nowhere", "--num-processes=2", "--process-id=1", "--tp=2"], "must be HOST:PORT"),
+        (
+            [MEET, "--num-processes=2", "--process-id=1", "--tp=2", "--join-timeout=0.2"],
+            "process 0 cannot be reached at 127.0.0.1:2",
+        ),
+        (["--tp=1000"], "EngineConfig.tp=1000"),
+    ],
+)
+def test_wrong_options_of_several_processes_are_told_in_one_line(model_dir, capsys, options, message):
+    assert generate(model_dir, *options) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("slora: error: ") and errors.count("\n") == 1 and message in errors

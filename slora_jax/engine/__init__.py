@@ -2,6 +2,7 @@
 
 from slora_jax.engine.config import EngineConfig
 from slora_jax.engine.engine import Engine
+from slora_jax.engine.follower import Follower
 from slora_jax.engine.outputs import Delta, EngineStats, RequestOutput, TokenLogprobs
 from slora_jax.engine.runner import adapter_geometry
 from slora_jax.engine.trace import Trace
@@ -11,6 +12,7 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "EngineStats",
+    "Follower",
     "RequestOutput",
     "TokenLogprobs",
     "Trace",

@@ -23,7 +23,8 @@ class EngineConfig:
     """Settings of an `Engine`.
 
     dtype: "float32" or "bfloat16", of weights, KV and adapters.
-    num_pages: pages of the unified pool, the dummy page included; None sizes it from free device memory.
+    num_pages: pages of the unified pool, the dummy page included; None sizes it from free device memory (of several
+      processes, that of the one with the least).
     memory_fraction: share of the free device memory that `num_pages=None` may fill (of free host memory, on a CPU,
       a quarter of it).
     page_size: tokens of a KV page, rows of an adapter tile: 8, 16 or 32.
@@ -51,7 +52,8 @@ class EngineConfig:
       token, and for steps with prefill; None: chosen from max_seqs and max_tokens_per_step.
     kernels: "auto" (what the plan tables name for the device), "xla", "triton" or "mosaic_gpu", of LoRA and attention
       (without a GPU, the last two run by their interpreters: slow, for study and tests).
-    tp: devices that the model, the pool and the adapters are cut over (`parallel.layout`); 1: no collectives at all.
+    tp: devices that the model, the pool and the adapters are cut over (`parallel.layout`); 1: no collectives at all. Of
+      several processes (`join_processes`), all devices together.
     tp_lora: how adapters are cut: "slora" (the paper's), "replicated" (A of q,k,v,gate,up and B of o,down on every
       device; LoRA sends nothing) or "sharded_in" (A of all by input).
     tp_first_device: the first of the `tp` devices, which follow one another in `jax.devices()`: several engines can
@@ -63,7 +65,8 @@ class EngineConfig:
     keep_logits: outputs carry each generated token's float32 logits (for research; costs a copy of [seqs, vocab]).
     compilation_cache_dir: JAX's persistent compilation cache, for your own account only (who can write there can run
       code as you). A cache that JAX is configured with already is left alone; None: none.
-    model_cache_dir: Orbax cache of converted weights; None: none.
+    model_cache_dir: Orbax cache of converted weights; None: none. Several processes do without: each reads its own part
+      of the checkpoint.
     progress: progress bars on stderr for loading and compiling.
     """
 

@@ -14,15 +14,17 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from slora_jax.adapters import AdapterInfo, AdapterStore, AdapterTiles, LoraAdapter
+from slora_jax.adapters import AdapterInfo, AdapterStore, LoraAdapter
 from slora_jax.engine.arrival import check_fits, is_ids, one_each, prompt_ids
 from slora_jax.engine.config import EngineConfig
 from slora_jax.engine.interrupts import InterruptHeld, uninterrupted
 from slora_jax.engine.outputs import Delta, EngineStats, Prompt, RequestOutput
 from slora_jax.engine.programs import keep_compiled_programs
 from slora_jax.engine.progress import Progress
-from slora_jax.engine.runner import InFlight, Runner, adapter_geometry, longest_sequence
+from slora_jax.engine.requests import Requests
+from slora_jax.engine.runner import InFlight, Runner, adapter_geometry, load, longest_sequence
 from slora_jax.engine.trace import NoTrace, Trace
+from slora_jax.engine.uploads import AdapterUploads
 from slora_jax.errors import AdapterError, ConfigError, RequestError
 from slora_jax.memory import (
     AdapterResidency,
@@ -32,16 +34,14 @@ from slora_jax.memory import (
     PageAllocator,
     PageKind,
     PrefixCache,
-    Upload,
 )
 from slora_jax.memory.prefix import PrefixCounters
-from slora_jax.models import ModelConfig, Params, load_model
-from slora_jax.parallel.mesh import cut, tensor_parallel
+from slora_jax.models import ModelConfig, Params
+from slora_jax.parallel.mesh import cut
+from slora_jax.parallel.processes import ProcessGroup
 from slora_jax.scheduling import (
-    AdapterState,
     AdapterUse,
     Fcfs,
-    FinishReason,
     OneAdapter,
     Policy,
     Request,
@@ -71,16 +71,18 @@ class Engine:
         tokenizer: Any = None,
         policy: Policy | None = None,
         eviction: EvictionPolicy | None = None,
+        processes: ProcessGroup | None = None,
     ) -> None:
         """Compiles every step program (with a progress bar) and allocates the pool.
 
         params: as `models.load_model` or `models.init_random` return them; under `lora="merge"` they are the engine's
         from now on, who changes them in place. tokenizer: a fast Hugging Face tokenizer; without one, prompts are token
         ids and outputs have no text. policy: who comes first (None: `Fcfs`; under `lora="merge"` `OneAdapter`).
-        eviction: what idle content leaves the pool first (None: `Lru`).
+        eviction: what idle content leaves the pool first (None: `Lru`). processes: those that serve the model together
+        (`join_processes`); the engine is process 0's, the others each run a `Follower`.
 
         Raises:
-          ConfigError: settings and model, or policy, do not fit together.
+          ConfigError: settings and model, or policy, do not fit together; or the processes' settings differ.
         """
         policy = policy or (OneAdapter() if config.lora == "merge" else Fcfs())
         if config.lora == "merge" and not isinstance(policy, OneAdapter):
@@ -93,7 +95,7 @@ class Engine:
         self.config = config
         self.tokenizer = tokenizer
         self.max_model_len = longest_sequence(model, config)
-        self._runner = Runner(model, graphdef, params, config)
+        self._runner = Runner(model, graphdef, params, config, processes)
         spill_dir = None if config.spill_dir is None else Path(config.spill_dir)
         self.allocator = PageAllocator(self._runner.shape.num_pages, config.adapter_pages)
         self.store = AdapterStore(
@@ -115,15 +117,15 @@ class Engine:
             prefetch=config.prefetch,
             upload_pages=config.upload_pages_per_step,
         )
-        self.scheduler = Scheduler(self.residency, policy, limits, self._adapter_state, self.prefixes)
-        self._progress: dict[str, Progress] = {}
-        self._tiles: dict[str, AdapterTiles] = {}  # found in memory while planning; kept until all is uploaded
-        self._lost: dict[str, AdapterError] = {}  # digests that could not be brought back from disk
-        self._unread: list[Delta] = []  # for the next step to return: cancelled, lost adapter, or another stream's
+        self._uploads = AdapterUploads(
+            self.store, self.residency, self._runner, lambda digest, why: self._requests.end_waiting(digest, why)
+        )
+        self.scheduler = Scheduler(self.residency, policy, limits, self._uploads.state, self.prefixes)
+        self._requests = Requests(self.scheduler, self.store, self._drop_if_unnamed)
         self._in_flight: InFlight | None = None
         self._trace = NO_TRACE
         self._arrivals = 0
-        self._steps = self._computed = self._generated = 0
+        self._steps = self._computed = 0
         self._host_seconds = 0.0
 
     @classmethod
@@ -134,6 +136,7 @@ class Engine:
         *,
         policy: Policy | None = None,
         eviction: EvictionPolicy | None = None,
+        processes: ProcessGroup | None = None,
     ) -> Engine:
         """Loads a Hugging Face directory: weights, and the tokenizer if one is there.
 
@@ -141,12 +144,11 @@ class Engine:
           UnsupportedModelError, CheckpointError: see `models.load_model`.
         """
         config = config or EngineConfig()
-        parallel = tensor_parallel(
-            ModelConfig.from_directory(model_dir), config.tp, config.tp_lora, config.tp_first_device
-        )
-        graphdef, params, model = load_model(model_dir, config.dtype, config.model_cache_dir, config.progress, parallel)
         tokenizer = _load_tokenizer(Path(model_dir))
-        return cls(model, graphdef, params, config, tokenizer=tokenizer, policy=policy, eviction=eviction)
+        model, graphdef, params = load(model_dir, config)
+        return cls(
+            model, graphdef, params, config, tokenizer=tokenizer, policy=policy, eviction=eviction, processes=processes
+        )
 
     # Adapters
 
@@ -214,8 +216,8 @@ class Engine:
         ids = prompt_ids(prompt, self.tokenizer, self.model.vocab_size, self.max_model_len)
         if request_id is None:
             numbers = itertools.count(self._arrivals)
-            request_id = next(name for n in numbers if (name := f"request-{n}") not in self._progress)
-        if request_id in self._progress:
+            request_id = next(name for n in numbers if (name := f"request-{n}") not in self._requests.progress)
+        if request_id in self._requests.progress:
             raise RequestError(f"request_id={request_id!r} is in use by an unfinished request")
         room = self.max_model_len - len(ids)
         max_new = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -232,26 +234,19 @@ class Engine:
             metrics=RequestMetrics(arrival=time.perf_counter()),
             tenant=tenant or adapter or "",
         )
-        if use is not None:
-            self.store.pin(use.digest)
         self._arrivals += 1
-        self._progress[request_id] = Progress(request, adapter, self.tokenizer, self.model)
-        self.scheduler.add(request)
+        self._requests.add(Progress(request, adapter, self.tokenizer, self.model))
         return request_id
 
     @uninterrupted
     def cancel(self, request_id: str) -> bool:
         """Ends a request now; its pages are free when this returns, and the next `step` reports it. Returns whether
         there was such a request."""
-        progress = self._progress.get(request_id)
-        if progress is None:
-            return False
-        self._unread.append(self._end(progress, FinishReason.CANCELLED, [], time.perf_counter()))
-        return True
+        return self._requests.cancel(request_id)
 
     def has_work(self) -> bool:
         """Whether `step` has anything left to do or to report."""
-        return self.scheduler.has_work() or self._in_flight is not None or bool(self._unread)
+        return self.scheduler.has_work() or self._in_flight is not None or bool(self._requests.unread)
 
     def step(self) -> list[Delta]:
         """Plans and dispatches one step, then reads the results of the step before. Returns what came, per request.
@@ -261,28 +256,28 @@ class Engine:
         with InterruptHeld() as interrupt, self._trace.step(self):
             deltas = self._step()
         if interrupt.came:
-            self._unread = deltas + self._unread
+            self._requests.unread = deltas + self._requests.unread
             raise KeyboardInterrupt
         return deltas
 
     def _step(self) -> list[Delta]:
         cpu_start = time.thread_time()
-        self._land()
+        self._uploads.land(self._trace)
         plan = self._plan()
         while not plan.sequences and self._in_flight is None and self._runner.has_staged:
-            self._land(wait=True)  # no step is disturbed, and someone waits for just this
+            self._uploads.land(self._trace, wait=True)  # no step is disturbed, and someone waits for just this
             plan = self._plan()
         dispatched = self._dispatch(plan) if plan.sequences else None
         before, self._in_flight = self._in_flight, dispatched
-        if before is None and self._in_flight is None and self.scheduler.waiting and not self._unread:
+        if before is None and self._in_flight is None and self.scheduler.waiting and not self._requests.unread:
             self._wait_for_disk()
-        deltas, self._unread = self._unread, []
+        deltas = self._requests.take()
         if before is not None:
             with self._trace.span("wait for device"):
-                tokens = np.asarray(before.sampled.token)
+                tokens = self._runner.read(before)
             self._trace.tokens_read(before)
             with self._trace.span("hand out tokens"):
-                deltas += self._read(before, tokens, time.perf_counter())
+                deltas += self._requests.read(before, tokens, time.perf_counter())
         self._host_seconds += time.thread_time() - cpu_start
         return deltas
 
@@ -300,7 +295,7 @@ class Engine:
         Raises:
           RequestError, AdapterError: as `add_request`, before anything runs.
         """
-        if self._progress:
+        if self._requests.progress:
             raise RequestError("generate: requests of add_request are unfinished; drain them with step() first")
         many = prompts if not isinstance(prompts, str) and not is_ids(prompts) else [prompts]
         all_params = one_each("params", params, SamplingParams, len(many))
@@ -319,7 +314,7 @@ class Engine:
                             outputs[delta.request_id] = delta.output
                             bar.update()
         except BaseException:
-            for request_id in list(self._progress):  # also one whose id Ctrl-C kept from us
+            for request_id in list(self._requests.progress):  # also one whose id Ctrl-C kept from us
                 self.cancel(request_id)
             self._drain()
             raise
@@ -346,7 +341,7 @@ class Engine:
         return EngineStats(
             steps=self._steps,
             tokens_computed=self._computed,
-            tokens_generated=self._generated,
+            tokens_generated=self._requests.generated,
             preemptions=self.scheduler.preemptions,
             aborts=self.scheduler.aborts,
             prompt_tokens=self.scheduler.prompt_tokens,
@@ -401,11 +396,15 @@ class Engine:
         self.scheduler.check()
 
     def close(self) -> None:
-        """Cancels what runs, stops the store's thread and removes its temporary files."""
-        for request_id in list(self._progress):
+        """Cancels what runs, stops the store's thread and removes its temporary files; other processes' followers
+        return."""
+        for request_id in list(self._requests.progress):
             self.cancel(request_id)
-        self._drain()
-        self.store.close()
+        try:
+            self._drain()
+        finally:
+            self.store.close()
+            self._runner.worker.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -421,65 +420,17 @@ class Engine:
             plan = self.scheduler.schedule(time.perf_counter())
             self._trace.planned(plan, self)
         try:
-            while plan.uploads:
-                self._stage(plan.uploads[0])
-                plan.uploads.pop(0)
+            self._uploads.stage(plan, self._trace)
         except BaseException as error:
             self._abandon(plan, f"the step failed: {error!r}")
             raise
-        kept = self.residency.arriving.keys() | {resident.digest for resident in plan.loads}
-        for digest in self._tiles.keys() - kept:
-            del self._tiles[digest]
-        self._end_aborted(plan)
-        self._end_lost()
+        self._requests.end_aborted(plan)
+        self._uploads.end_lost()
         return plan
-
-    def _stage(self, upload: Upload) -> None:
-        resident = upload.resident
-        if not resident.present:  # given up a moment ago, as an earlier part of it failed
-            self.residency.land(upload)
-            return
-        tiles = self._tiles[resident.digest]
-        try:
-            self._runner.stage(upload, tiles.pages)
-        except Exception as error:  # noqa: BLE001  one adapter must not disturb the others
-            self.residency.land(upload)
-            self._end_uncopied(upload, repr(error))
-            return
-        self._trace.staged(upload, tiles)
-
-    def _land(self, wait: bool = False) -> None:
-        """Takes note of the copies that have arrived."""
-        for landing in self._runner.land(wait):
-            self.residency.land(landing.upload)
-            self._trace.landed(landing.upload)
-            if landing.error is not None:
-                self._end_uncopied(landing.upload, landing.error)
-
-    def _end_uncopied(self, upload: Upload, error: str) -> None:
-        """Ends the requests that wait for an adapter that cannot be copied to the device; others are not affected."""
-        digest = upload.resident.digest
-        self._end_waiting(digest, f"content {digest[:12]} could not be copied to the device: {error}")
-        self.residency.drop(digest)
-
-    def _adapter_state(self, digest: str) -> AdapterState:
-        """The scheduler's question; what is found in memory is held for its upload."""
-        try:
-            tiles = self.store.request(digest)
-        except AdapterError as error:
-            self._lost[digest] = error
-            return AdapterState.FAILED
-        if tiles is None:
-            return AdapterState.LOADING
-        self._tiles[digest] = tiles
-        return AdapterState.READY
 
     def _dispatch(self, plan: StepPlan) -> InFlight:
         try:
-            for resident in plan.loads:
-                tiles = self._tiles[resident.digest]
-                with self._trace.upload(resident, tiles):
-                    self._runner.upload(resident, tiles.pages)
+            self._uploads.upload(plan, self._trace)
             with self._trace.span("dispatch"):
                 step = self._runner.dispatch(plan)
             self._trace.dispatched(step, plan)
@@ -492,62 +443,8 @@ class Engine:
 
     def _abandon(self, plan: StepPlan, error: str) -> None:
         """After a failure: ends the plan's requests; forgets what may not have reached the pool."""
-        now = time.perf_counter()
-
-        def end(request: Request) -> None:
-            self._unread.append(self._end(self._progress[request.id], FinishReason.ERROR, [], now, error))
-
-        self.scheduler.abandon(plan, end)
-        for resident in plan.loads:
-            self.residency.drop(resident.digest)
-        for upload in plan.uploads:
-            self.residency.land(upload)
-            self.residency.drop(upload.resident.digest)
-
-    def _read(self, step: InFlight, tokens: np.ndarray, now: float) -> list[Delta]:
-        """Hands out a step's tokens. Requests that ended meanwhile get none: their surplus token is dropped."""
-        deltas = []
-        for row, (request, token) in enumerate(zip(step.requests, tokens.tolist(), strict=False)):
-            progress = self._progress.get(request.id)
-            if not step.samples[row] or progress is None or progress.request is not request:
-                continue
-            self._generated += 1
-            if request.metrics.first_token is None:
-                request.metrics.first_token = now
-            reason = progress.append(token, step, row, now)
-            deltas.append(progress.delta([token]) if reason is None else self._end(progress, reason, [token], now))
-        return deltas
-
-    def _end(
-        self, progress: Progress, reason: FinishReason, tokens: list[int], now: float, error: str | None = None
-    ) -> Delta:
-        request = progress.request
-        self.scheduler.finish(request, progress.end(reason), now)
-        del self._progress[request.id]
-        if request.adapter is not None:
-            self.store.unpin(request.adapter.digest)
-            self._drop_if_unnamed(request.adapter.digest)
-        return progress.last_delta(tokens, error)
-
-    def _end_aborted(self, plan: StepPlan) -> None:
-        """Reports the requests that the policy gave up."""
-        for request, reason in plan.aborted:
-            now = request.metrics.finished or time.perf_counter()
-            self._unread.append(self._end(self._progress[request.id], FinishReason.ABORT, [], now, reason))
-
-    def _end_lost(self) -> None:
-        """Ends the requests whose adapter is lost; others are not affected."""
-        lost, self._lost = self._lost, {}
-        for digest, error in lost.items():
-            self._end_waiting(digest, str(error))
-
-    def _end_waiting(self, digest: str, error: str) -> None:
-        """Ends the waiting requests of an adapter."""
-        now = time.perf_counter()
-        for request in list(self.scheduler.waiting.by_adapter.get(digest, ())):
-            assert request.adapter is not None
-            named = f"adapter {request.adapter.name!r}: {error}"
-            self._unread.append(self._end(self._progress[request.id], FinishReason.ERROR, [], now, named))
+        self.scheduler.abandon(plan, lambda request: self._requests.end_failed(request, error))
+        self._uploads.abandon(plan)
 
     def _wait_for_disk(self) -> None:
         """Nothing runs, and the first waiting request's adapter is on its way from disk: give it a moment."""
@@ -559,15 +456,15 @@ class Engine:
                 pass  # not there yet; or lost, which the next plan reports
 
     def _drain(self) -> None:
-        while self.has_work():
+        while self.has_work() and not self._runner.worker.is_lost:
             self.step()
 
     def _stream(self, request_id: str) -> Iterator[Delta]:
         try:
             yield Delta(request_id, [], "")  # taken by `stream`
-            while request_id in self._progress or any(d.request_id == request_id for d in self._unread):
+            while self._requests.has(request_id):
                 deltas = self.step()
-                self._unread += [delta for delta in deltas if delta.request_id != request_id]
+                self._requests.unread += [delta for delta in deltas if delta.request_id != request_id]
                 for delta in deltas:
                     if delta.request_id == request_id:
                         yield delta

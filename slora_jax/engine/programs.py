@@ -19,6 +19,9 @@ from pallas_kernels.lora.bmm import smallest
 from slora_jax.engine.batch import BatchLayout, Bucket
 from slora_jax.engine.step import StepSpec, make_sampler, make_step, sampler_shapes, step_shapes
 
+StepKey = tuple[int, int]
+"""Names a step program: the number of its bucket, and of its LoRA work among the bucket's, the least first."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -59,13 +62,23 @@ class StepPrograms:
 
     def select(
         self, tokens: int, seqs: int, with_lora: bool, segments: Sequence[int] = ()
-    ) -> tuple[Program, BatchLayout]:
+    ) -> tuple[StepKey, BatchLayout]:
         """The program of the smallest bucket that holds `tokens` rows of `seqs` sequences, of the right kind, and how
         its metadata lies in its buffer. segments: rows of each adapter, where programs differ by their padding."""
         decode = tokens == seqs
-        bucket = next(b for b in self.buckets if b.decode == decode and b.tokens >= tokens and b.seqs >= seqs)
-        lora = smallest(self._lora[bucket][1:], segments) if segments else with_lora  # type: ignore[arg-type]
-        return self._programs[bucket, lora], self.layouts[bucket]
+        number, bucket = next(
+            (i, b) for i, b in enumerate(self.buckets) if b.decode == decode and b.tokens >= tokens and b.seqs >= seqs
+        )
+        lora = self._lora[bucket]
+        with_padding = smallest(lora[1:], segments) if segments else with_lora  # type: ignore[arg-type]
+        return (number, lora.index(with_padding)), self.layouts[bucket]
+
+    def bucket(self, key: StepKey) -> Bucket:
+        return self.buckets[key[0]]
+
+    def step(self, key: StepKey) -> Program:
+        bucket = self.bucket(key)
+        return self._programs[bucket, self._lora[bucket][key[1]]]
 
     def sampler(self, seqs: int, logprobs: bool) -> Program:
         """The sampler for a bucket of `seqs` sequences."""

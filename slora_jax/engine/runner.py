@@ -1,4 +1,4 @@
-"""The device side of the engine: arrays, compiled programs, dispatch. It knows plans and pages, not queues."""
+"""From plans to what the devices do: programs, metadata, uploads. It knows plans and pages, not queues."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 import sys
 import time
 from collections import Counter, deque
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +18,20 @@ from tqdm import tqdm
 
 from pallas_kernels.lora.layout import ceil_div
 from slora_jax.adapters import BaseGeometry
-from slora_jax.engine.batch import SAMPLER_FIELDS, TABLE_ROWS, build_metadata, set_table_rows, shared_rows
+from slora_jax.engine.batch import build_metadata, shared_rows
 from slora_jax.engine.config import EngineConfig
+from slora_jax.engine.leader import Leader
 from slora_jax.engine.merge import AdapterMerge
-from slora_jax.engine.programs import StepPrograms
 from slora_jax.engine.sampling import Sampled
 from slora_jax.engine.step import StepSpec
+from slora_jax.engine.worker import Worker
 from slora_jax.errors import ConfigError
-from slora_jax.memory import PoolShape, Resident, Upload, upload_adapter
-from slora_jax.memory.pool import UPLOAD_PAGES, describe, pieces, put_pages, upload_pages
-from slora_jax.models import ModelConfig, Params
+from slora_jax.memory import PoolShape, Resident, Upload
+from slora_jax.models import ModelConfig, Params, load_model
 from slora_jax.models.shards import shard_params
 from slora_jax.parallel.layout import ONE_DEVICE, Shards
-from slora_jax.parallel.mesh import PAGES, POOL, TensorParallel, cut, tensor_parallel
+from slora_jax.parallel.mesh import TensorParallel, cut, tensor_parallel
+from slora_jax.parallel.processes import ProcessGroup
 from slora_jax.scheduling import Request, StepPlan
 
 logger = logging.getLogger("slora_jax")
@@ -55,7 +57,7 @@ class Landing:
 
 
 class Runner:
-    """Owns every device array: parameters, pool, adapter table, sequence state, and pages on their way to the pool.
+    """Turns plans into calls of the `Worker`: which program, what metadata, which pages.
 
     An upload beside the steps takes two calls. `stage` begins the copy, which nothing that is dispatched depends on: on
     a GPU, XLA copies NumPy arrays through page-locked buffers of its own, on a thread and a stream of their own
@@ -64,36 +66,29 @@ class Runner:
     and no step anything. `land`, once the copy is there, dispatches its move into the pool, within device memory.
     """
 
-    def __init__(self, model: ModelConfig, graphdef: nnx.GraphDef, params: Params, config: EngineConfig) -> None:
-        _check_processes(config)
-        parallel = tensor_parallel(model, config.tp, config.tp_lora, config.tp_first_device)
-        if parallel is not None:
-            graphdef, params = shard_params(model, params, parallel)
-        self._params = params
+    def __init__(
+        self,
+        model: ModelConfig,
+        graphdef: nnx.GraphDef,
+        params: Params,
+        config: EngineConfig,
+        processes: ProcessGroup | None = None,
+    ) -> None:
+        spec, params = place(model, graphdef, params, config, processes)
+        self.worker = Worker(spec, params, config) if processes is None else Leader(spec, params, config, processes)
+        self.shape = spec.pool
+        self._lora = spec.lora
+        self._merge = AdapterMerge(spec) if config.lora == "merge" else None
         self._keep_logits = config.keep_logits
-        self.shape = pool_shape(model, config)
-        struct = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=None if parallel is None else x.sharding), params
-        )
-        self.spec = step_spec(model, graphdef, struct, config, self.shape, parallel)
-        self.programs = StepPrograms(self.spec, config.buckets(), progress=config.progress)
-        self.pool = self.shape.make_pool(None if parallel is None else parallel.sharding(POOL))
-        self.table = self.shape.make_table(None if parallel is None else parallel.replicated)
-        self.state = self.spec.make_state()
-        self._merge = AdapterMerge(self.spec) if config.lora == "merge" else None
+        self._staged: deque[Upload] = deque()
         self.launch_seconds = 0.0
-        self._staged: deque[tuple[Upload, list[tuple[slice, jax.Array]]]] = deque()
-        self._warm_up()
 
     def upload(self, resident: Resident, contents: np.ndarray) -> None:
         """Dispatches an adapter's upload: `contents [num_layers, n, 2, page_size, W]` to its pages; of several devices,
         each is sent its own columns."""
         start = time.thread_time()
-        if self._merge is not None:
-            self._params = self._merge.before_upload(self._params, self.pool, self.table, resident)
-        self.pool, self.table = upload_adapter(
-            self.pool, self.table, resident.slot, resident.pages, resident.ranks, contents, self._page_sharding
-        )
+        self._merge_before_upload(resident)
+        self.worker.upload(resident.slot, resident.pages, resident.ranks, contents)
         self.launch_seconds += time.thread_time() - start
 
     @property
@@ -108,8 +103,8 @@ class Runner:
           Whatever the device answers, memory above all. Nothing is staged then.
         """
         start = time.thread_time()
-        parts = [(piece, self._put(contents[:, piece])) for piece in pieces(upload.first, upload.count)]
-        self._staged.append((upload, parts))
+        self.worker.stage(contents[:, upload.first : upload.first + upload.count])
+        self._staged.append(upload)
         self.launch_seconds += time.thread_time() - start
 
     def land(self, wait: bool = False) -> list[Landing]:
@@ -118,98 +113,115 @@ class Runner:
         landings: list[Landing] = []
         start = time.thread_time()
         while self._staged:
-            upload, parts = self._staged[0]
-            if not (wait and not landings) and not all(self._is_there(array) for _, array in parts):
+            if not (wait and not landings) and not self.worker.has_arrived():
                 break
-            self._staged.popleft()
-            landings.append(Landing(upload, self._move(upload, parts)))
+            upload = self._staged.popleft()
+            landings.append(Landing(upload, self._move(upload)))
         self.launch_seconds += time.thread_time() - start
         return landings
 
     def dispatch(self, plan: StepPlan) -> InFlight:
         """Starts a step and returns at once; the copies of its results to the host are started too."""
+        worker = self.worker
         if self._merge is not None:
-            self._params = self._merge.before_step(self._params, self.pool, self.table, plan)
+            worker.params = self._merge.before_step(worker.params, worker.pool, worker.table, plan)
         with_lora = self._merge is None and any(s.request.adapter_slot >= 0 for s in plan.sequences)
-        segments = _segments(plan) if self.spec.lora == "bmm" else ()
-        program, layout = self.programs.select(plan.num_tokens, len(plan.sequences), with_lora, segments)
+        segments = _segments(plan) if self._lora == "bmm" else ()
+        key, layout = worker.programs.select(plan.num_tokens, len(plan.sequences), with_lora, segments)
         metadata, requests, samples = build_metadata(plan, layout)
         logprobs = any(r.params.logprobs is not None for r in requests)
+        has_sampler = logprobs or any(r.params.temperature > 0 for r in requests)
         start = time.thread_time()
-        for slot, pages in shared_rows(plan.hits, self.state.page_table):
-            self.state = replace(self.state, page_table=set_table_rows(self.state.page_table, slot, pages))
-        self.pool, self.state, output = program(self._params, self.pool, self.table, self.state, metadata)
-        sampled = Sampled(output.token)
-        if logprobs or any(r.params.temperature > 0 for r in requests):
-            seqs = layout.bucket.seqs
-            sampler, part = self.programs.sampler(seqs, logprobs), metadata[: len(SAMPLER_FIELDS) * seqs]
-            last_token, sampled = sampler(self.state.last_token, output.logits, part)
-            self.state = replace(self.state, last_token=last_token)
+        rows = list(shared_rows(plan.hits, worker.state.page_table))
+        sampled, logits = worker.step(key, metadata, rows, logprobs if has_sampler else None)
         self.launch_seconds += time.thread_time() - start
-        logits = output.logits if self._keep_logits else None
-        for leaf in jax.tree.leaves((sampled, logits)):
+        step = InFlight(requests, samples, sampled, logits if self._keep_logits else None)
+        for leaf in jax.tree.leaves((step.sampled, step.logits)):
             leaf.copy_to_host_async()
-        return InFlight(requests, samples, sampled, logits)
+        return step
 
-    @property
-    def _page_sharding(self) -> jax.sharding.NamedSharding | None:
-        parallel = self.spec.parallel
-        return None if parallel is None else parallel.sharding(PAGES)
-
-    def _put(self, contents: np.ndarray) -> jax.Array:
-        """Begins the copy of an adapter's pages to the device, or of each device's part."""
-        sharding = self._page_sharding
-        return jax.device_put(contents) if sharding is None else put_pages(contents, sharding)  # type: ignore[return-value]
-
-    @staticmethod
-    def _is_there(array: jax.Array) -> bool:
-        return bool(array.is_ready())  # type: ignore[attr-defined]  # not in the annotations of jax.Array
-
-    def _move(self, upload: Upload, parts: list[tuple[slice, jax.Array]]) -> str | None:
-        """Returns why the copy failed, if it did; the pool is not touched then."""
-        resident = upload.resident
-        if not resident.present:  # evicted meanwhile, and its pages may be others'
-            return None
-        try:
-            for _, array in parts:
-                array.block_until_ready()  # raises what befell the copy
-        except Exception as error:  # noqa: BLE001  one adapter must not disturb the others
-            return repr(error)
-        if self._merge is not None:
-            self._params = self._merge.before_upload(self._params, self.pool, self.table, resident)
-        for piece, array in parts:
-            self.pool = upload_pages(self.pool, resident.pages[piece], array)
-        if upload.first + upload.count == resident.num_pages:
-            self.table = describe(self.table, resident.slot, resident.pages, resident.ranks)
-        return None
+    def read(self, step: InFlight) -> np.ndarray:
+        """Waits for a step's tokens, int32 `[S]`."""
+        return self.worker.read(step.sampled.token)
 
     @property
     def merges(self) -> int:
         """Times that an adapter was merged into the weights, under `lora="merge"`."""
         return 0 if self._merge is None else self._merge.merges
 
-    def _warm_up(self) -> None:
-        """Compiles what the steps do not contain: the uploads, rows of the page table. Writes only where nothing is
-        kept."""
-        for size in UPLOAD_PAGES:
-            nowhere = np.full(size, self.shape.num_pages, np.int32)
-            contents = np.zeros((self.shape.num_layers, size, *self.pool[0].shape[1:]), self.pool[0].dtype)
-            for staged in (put_pages(contents, self._page_sharding), self._put(contents)):
-                self.pool = upload_pages(self.pool, nowhere, staged)
-        self.table = describe(self.table, 0, np.empty(0, np.int32), np.zeros(7, np.int32))
-        nobody = np.full(TABLE_ROWS, self.state.page_table.shape[0] - 1, np.int32)
-        rows = np.zeros((TABLE_ROWS, self.state.page_table.shape[1]), np.int32)
-        self.state = replace(self.state, page_table=set_table_rows(self.state.page_table, nobody, rows))
+    def _move(self, upload: Upload) -> str | None:
+        """Returns why the copy failed, if it did; the pool is not touched then."""
+        resident, worker = upload.resident, self.worker
+        if not resident.present:  # evicted meanwhile, and its pages may be others'
+            worker.discard()
+            return None
+        try:
+            worker.wait()
+        except Exception as error:  # noqa: BLE001  one adapter must not disturb the others
+            worker.discard()
+            return repr(error)
+        self._merge_before_upload(resident)
+        last = upload.first + upload.count
+        worker.move(resident.pages[upload.first : last])
+        if last == resident.num_pages:
+            worker.describe(resident.slot, resident.pages, resident.ranks)
+        return None
+
+    def _merge_before_upload(self, resident: Resident) -> None:
+        worker = self.worker
+        if self._merge is not None:
+            worker.params = self._merge.before_upload(worker.params, worker.pool, worker.table, resident)
 
 
-def _check_processes(config: EngineConfig) -> None:
-    """Processes that serve one model plan each for itself, and must come to the same plans: from the same calls, and
-    from nothing that only one of them sees. Raises ConfigError for settings by which they would not."""
-    if jax.process_count() > 1 and config.tp > 1:
-        if config.num_pages is None:
-            raise ConfigError("EngineConfig.num_pages=None: free memory differs; with several processes give a number")
-        if config.prefetch:
-            raise ConfigError(f"EngineConfig.prefetch={config.prefetch}: must be 0 with several processes")
+_SETTINGS_OF_ALL = (
+    *("dtype", "adapter_pages", "page_size", "max_seqs", "max_tokens_per_step", "max_model_len", "adapter_slots"),
+    *("max_rank", "decode_buckets", "mixed_buckets", "kernels", "tp", "tp_lora", "lora"),
+)
+"""Settings that the pool and the step programs depend on."""
+
+
+def load(model_dir: str | Path, config: EngineConfig) -> tuple[ModelConfig, nnx.GraphDef, Params]:
+    """A Hugging Face directory on the devices of `config`; of several processes, each loads what its own devices hold.
+
+    Raises:
+      ConfigError: there are not enough devices, or the model cannot be cut over them.
+      UnsupportedModelError, CheckpointError: see `models.load_model`.
+    """
+    model = ModelConfig.from_directory(model_dir)
+    parallel = tensor_parallel(model, config.tp, config.tp_lora, config.tp_first_device)
+    graphdef, params, model = load_model(model_dir, config.dtype, config.model_cache_dir, config.progress, parallel)
+    return model, graphdef, params
+
+
+def place(
+    model: ModelConfig,
+    graphdef: nnx.GraphDef,
+    params: Params,
+    config: EngineConfig,
+    processes: ProcessGroup | None = None,
+) -> tuple[StepSpec, Params]:
+    """What the step programs depend on, and the parameters on their devices; several processes come to the same.
+
+    Raises:
+      ConfigError: settings, model and devices do not fit together, or differ between processes.
+    """
+    parallel = tensor_parallel(model, config.tp, config.tp_lora, config.tp_first_device)
+    if (processes is None) != (parallel is None or jax.process_count() == 1):
+        raise ConfigError(
+            f"EngineConfig.tp={config.tp}, processes={processes}: {jax.process_count()} processes run; several serve "
+            "one model over all of their devices (tp), and are given what join_processes returned"
+        )
+    if parallel is not None:
+        graphdef, params = shard_params(model, params, parallel)
+    if processes is not None:
+        settings = {f"EngineConfig.{name}": getattr(config, name) for name in _SETTINGS_OF_ALL}
+        settings |= {f"the model's {name}": value for name, value in asdict(model).items()}
+        pages = config.num_pages or pages_that_fit(model, config)
+        config = replace(config, num_pages=processes.agree(settings, pages, is_given=config.num_pages is not None))
+    struct = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=None if parallel is None else x.sharding), params
+    )
+    return step_spec(model, graphdef, struct, config, pool_shape(model, config), parallel), params
 
 
 def _segments(plan: StepPlan) -> list[int]:
@@ -270,35 +282,19 @@ def step_spec(
 
 
 def pool_shape(model: ModelConfig, config: EngineConfig) -> PoolShape:
-    """The pool of an engine, over all its devices; `num_pages=None` is decided here, from a device's free memory, and
-    logged.
+    """The pool of an engine, over all its devices; `num_pages=None` is decided by `pages_that_fit`.
 
     Raises:
       ConfigError: free memory holds no pool, or the model cannot be cut into `config.tp` shards.
     """
-    shards = cut(model, config.tp, config.tp_lora)
-    geometry = adapter_geometry(model, config.page_size, shards)
-    layout = geometry.layout
-    page_bytes = model.num_layers * 2 * config.page_size * layout.width * jnp.dtype(config.dtype).itemsize  # a device's
-    num_pages = config.num_pages
-    if num_pages is None:
-        free, where = _free_memory(shards.of_model(model), config)
-        num_pages = free // page_bytes
-        size = f"{page_bytes / 2**20:.2f} MiB each over all layers, {num_pages * page_bytes / 2**30:.2f} GiB of {where}"
-        message = f"pool: {num_pages} pages of {config.page_size} tokens ({size})"
-        logger.info(message)
-        if config.progress:
-            tqdm.write(message, file=sys.stderr)
-        if num_pages < 2:
-            raise ConfigError(
-                f"EngineConfig.num_pages=None: {free} bytes of {where} hold no pool; page = {page_bytes} bytes"
-            )
+    num_pages = config.num_pages or pages_that_fit(model, config)
+    geometry = adapter_geometry(model, config.page_size, cut(model, config.tp, config.tp_lora))
     if config.adapter_pages is not None and config.adapter_pages > num_pages - 2:
         raise ConfigError(
             f"EngineConfig.adapter_pages={config.adapter_pages}: of a pool of {num_pages} pages, one is the dummy page "
             "and one at least must be left for keys and values; lower it, raise num_pages, or use None"
         )
-    largest = int(layout.num_pages(np.full(7, config.max_rank)))
+    largest = int(geometry.layout.num_pages(np.full(7, config.max_rank)))
     return PoolShape(
         num_layers=model.num_layers,
         num_pages=num_pages,
@@ -310,9 +306,32 @@ def pool_shape(model: ModelConfig, config: EngineConfig) -> PoolShape:
     )
 
 
+def pages_that_fit(model: ModelConfig, config: EngineConfig) -> int:
+    """Pages of a pool in a device's free memory, once its part of the model is there; logged.
+
+    Raises:
+      ConfigError: free memory holds no pool, or the model cannot be cut into `config.tp` shards.
+    """
+    shards = cut(model, config.tp, config.tp_lora)
+    width = adapter_geometry(model, config.page_size, shards).layout.width  # of a device's pages
+    page_bytes = model.num_layers * 2 * config.page_size * width * jnp.dtype(config.dtype).itemsize
+    free, where = _free_memory(shards.of_model(model), config)
+    num_pages = free // page_bytes
+    size = f"{page_bytes / 2**20:.2f} MiB each over all layers, {num_pages * page_bytes / 2**30:.2f} GiB of {where}"
+    message = f"pool: {num_pages} pages of {config.page_size} tokens ({size})"
+    logger.info(message)
+    if config.progress:
+        tqdm.write(message, file=sys.stderr)
+    if num_pages < 2:
+        raise ConfigError(
+            f"EngineConfig.num_pages=None: {free} bytes of {where} hold no pool; page = {page_bytes} bytes"
+        )
+    return num_pages
+
+
 def _free_memory(model: ModelConfig, config: EngineConfig) -> tuple[int, str]:
     """Bytes the pool may take of a device that runs `model`, and a word on where they are."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats is None:  # a CPU: leave most of the host's memory to the host
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return int(free * config.memory_fraction / 4 / config.tp), "host memory"

@@ -66,11 +66,21 @@ def set_table_row(table: AdapterTable, slot: jax.Array, pages: jax.Array, ranks:
     return AdapterTable(pages=table.pages.at[slot].set(pages), ranks=table.ranks.at[slot].set(ranks))
 
 
-def put_pages(contents: np.ndarray, sharding: jax.sharding.Sharding | None) -> np.ndarray | jax.Array:
-    """`contents` for `upload_pages`: each device of `sharding` is sent its own part (None: there is one device)."""
+def put_pages(
+    contents: np.ndarray, sharding: jax.sharding.Sharding | None, first_column: int = 0
+) -> np.ndarray | jax.Array:
+    """`contents` for `upload_pages`: each device of `sharding` is sent its own part (None: there is one device). Where
+    only some of the devices are this process's, `contents` has their columns, from `first_column` on."""
     if sharding is None:
         return contents
-    return jax.make_array_from_callback(contents.shape, sharding, lambda part: contents[part])
+    own, width = len(sharding.addressable_devices), contents.shape[-1]
+    shape = (*contents.shape[:-1], width // own * sharding.num_devices)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[-1].indices(shape[-1])
+        return contents[..., start - first_column : stop - first_column]
+
+    return jax.make_array_from_callback(shape, sharding, part)  # type: ignore[arg-type]
 
 
 def pieces(first: int, count: int) -> Iterator[slice]:
@@ -97,10 +107,11 @@ def upload_adapter(
     ranks: np.ndarray,
     contents: np.ndarray,
     sharding: jax.sharding.Sharding | None = None,
+    first_column: int = 0,
 ) -> tuple[Pool, AdapterTable]:
     """Puts an adapter's pages `contents [num_layers, n, 2, page_size, W]` at ids `pages [n]` and its table row at
-    `slot`. Pool and table are donated. sharding: of such contents, where the pool lies on several devices. Dispatches
-    and returns; the next step waits for the data on the device."""
+    `slot`. Pool and table are donated. sharding: of such contents, where the pool lies on several devices, and
+    first_column as in `put_pages`. Dispatches and returns; the next step waits for the data on the device."""
     for piece in pieces(0, pages.size):
-        pool = upload_pages(pool, pages[piece], put_pages(contents[:, piece], sharding))
+        pool = upload_pages(pool, pages[piece], put_pages(contents[:, piece], sharding, first_column))
     return pool, describe(table, slot, pages, ranks)

@@ -60,6 +60,13 @@ class TensorParallel:
         """The device of each shard."""
         return list(self.mesh.devices.flat)
 
+    def columns(self, width: int, process: int | None = None) -> slice:
+        """What the devices of a process (None: of this one) hold of `width`, cut over all: they follow one another."""
+        process = jax.process_index() if process is None else process
+        numbers = [i for i, device in enumerate(self.devices) if device.process_index == process]
+        size = width // self.shards.count
+        return slice(numbers[0] * size, (numbers[-1] + 1) * size)
+
     def struct(self, leaf: Any, spec: P) -> jax.ShapeDtypeStruct:
         """The whole array of which a shard has one shaped like `leaf`, cut by `spec`."""
         return jax.ShapeDtypeStruct(
@@ -84,9 +91,15 @@ def make_mesh(count: int, first: int = 0) -> Mesh:
     """`count` devices from number `first` on.
 
     Raises:
-      ConfigError: there are fewer.
+      ConfigError: there are fewer; or they are not those of all processes, where there are several.
     """
     devices = jax.devices()
+    if jax.process_count() > 1 and (first, count) != (0, len(devices)):
+        raise ConfigError(
+            f"EngineConfig.tp={count}, tp_first_device={first}: {jax.process_count()} processes have {len(devices)} "
+            f"devices and serve one model with all of them; use tp={len(devices)} and tp_first_device=0, or hide some "
+            "(CUDA_VISIBLE_DEVICES)"
+        )
     if first + count > len(devices):
         have = f"there are {len(devices)} {devices[0].platform} devices"
         raise ConfigError(
@@ -123,6 +136,6 @@ def tensor_parallel(
     """`model` on `count` devices from number `first` on; None on one device.
 
     Raises:
-      ConfigError: there are fewer, or the model cannot be cut so.
+      ConfigError: as `make_mesh`, or the model cannot be cut so.
     """
     return None if count == 1 else TensorParallel(cut(model, count, lora), make_mesh(count, first))

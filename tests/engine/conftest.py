@@ -234,7 +234,7 @@ def assert_clean(engine: Engine) -> None:
     """Ends and unloads what a test left; nothing may remain, and no request may have been unfinished."""
     engine.step()  # a surplus step may be in flight
     unfinished = engine.has_work()
-    for request in list(engine._progress):
+    for request in list(engine._requests.progress):
         engine.cancel(request)
     while engine.has_work():
         engine.step()

@@ -88,7 +88,7 @@ class Storm:
                 self.cancelled.add(request)
 
     def moment(self, request: str) -> str:
-        progress = self.engine._progress.get(request)
+        progress = self.engine._requests.progress.get(request)
         if progress is None:
             return "ended, its output not returned yet"
         r = progress.request

@@ -109,7 +109,7 @@ def test_requests_of_many_adapters_at_once_get_the_paged_engines_tokens(baseline
 
 def test_a_padded_step_writes_the_pool_in_place(baseline):
     runner = baseline("bmm")._runner
-    steps = {program.name: program.compiled for program in runner.programs.programs if "lora" in program.name}
+    steps = {program.name: program.compiled for program in runner.worker.programs.programs if "lora" in program.name}
     assert len(steps) > 3 and "decode_4_lora_4x1" in steps and "mixed_16_lora_5x16" in steps, list(steps)
     for name, compiled in steps.items():
         use = pool_use(compiled, runner.shape)
@@ -230,7 +230,7 @@ def test_merged_weights_are_pefts(tiny, model_dir, tmp_path, baseline):
     merged = peft.PeftModel.from_pretrained(base, str(tmp_path / name)).merge_and_unload().state_dict()
     prompt, params = [11, 12, 13], SamplingParams(max_tokens=30, ignore_eos=True)
     (output,) = baseline("merge").generate([prompt], params, name)
-    layers = kernels(baseline("merge")._runner._params)
+    layers = kernels(baseline("merge")._runner.worker.params)
     columns = {"qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "o": ("self_attn.o_proj",)}
     columns |= {"gate_up": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",)}
     for index, layer in enumerate(layers):
@@ -259,7 +259,7 @@ def test_without_lora_adapters_are_named_but_neither_loaded_nor_computed(baselin
     assert [o.adapter for o in outputs] == names
     stats = engine.stats()
     assert (stats.adapter_loads, stats.resident_adapters, stats.pages["adapter"]) == (0, 0, 0)
-    assert not any("lora" in program.name for program in engine._runner.programs.programs)
+    assert not any("lora" in program.name for program in engine._runner.worker.programs.programs)
     with pytest.raises(AdapterError, match="unknown adapter 'adapter-99'"):
         engine.add_request([1], params, "adapter-99")
 

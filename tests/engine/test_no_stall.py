@@ -32,7 +32,7 @@ def run(tiny):
         on_disk = list(waiting)
 
         def step() -> None:
-            while sum(p.request.adapter is None for p in engine._progress.values()) < 3:
+            while sum(p.request.adapter is None for p in engine._requests.progress.values()) < 3:
                 engine.add_request([2 + next(number) % 200, 7, 11], params)
             outputs.extend(delta.output for delta in engine.step() if delta.output is not None)
 
@@ -42,8 +42,8 @@ def run(tiny):
         undisturbed = [RequestRecord.of(o) for o in outputs]
         outputs.clear()
         with slow_disk(DISK_SECONDS), engine.trace() as trace:
-            while waiting or any(p.request.adapter is not None for p in engine._progress.values()):
-                if waiting and all(p.request.adapter is None for p in engine._progress.values()):
+            while waiting or any(p.request.adapter is not None for p in engine._requests.progress.values()):
+                if waiting and all(p.request.adapter is None for p in engine._requests.progress.values()):
                     engine.add_request([5, 6, 7], SamplingParams(max_tokens=4, ignore_eos=True), waiting.pop(0))
                 step()
         yield {

@@ -32,7 +32,7 @@ def shared(tiny) -> Iterator[Engine]:
 def engine(shared: Engine) -> Iterator[Engine]:
     shared.residency.evictor.make_room(shared.allocator.capacity, PageKind.KV)
     yield shared
-    for request in list(shared._progress):
+    for request in list(shared._requests.progress):
         shared.cancel(request)
     while shared.has_work():
         shared.step()
@@ -57,7 +57,7 @@ def slow_copies(monkeypatch, engine: Engine, steps: int) -> None:
 
     def slow_stage(upload, contents):
         stage(upload, contents)
-        begun.update((id(array), clock[0]) for _, array in runner._staged[-1][1])
+        begun.update((id(array), clock[0]) for array in runner.worker._staged[-1])
 
     def slow_land(wait=False):
         clock[0] = next(now)
@@ -65,7 +65,7 @@ def slow_copies(monkeypatch, engine: Engine, steps: int) -> None:
 
     monkeypatch.setattr(runner, "stage", slow_stage)
     monkeypatch.setattr(runner, "land", slow_land)
-    monkeypatch.setattr(runner, "_is_there", lambda array: clock[0] >= begun[id(array)] + steps)
+    monkeypatch.setattr(runner.worker, "_is_there", lambda array: clock[0] >= begun[id(array)] + steps)
 
 
 def traffic(rng: np.random.Generator, requests: int = 40):
@@ -109,7 +109,7 @@ def test_an_adapter_brought_ahead_is_there_when_a_slot_becomes_free(engine) -> N
     assert engine.stats().uploads_in_flight == engine.stats().upload_bytes_in_flight == 0
     engine.cancel(running[0])
     engine.step()
-    assert engine._progress[waiting].request.status == "running"
+    assert engine._requests.progress[waiting].request.status == "running"
     assert engine.stats().prefetch_hits == before.prefetch_hits + 1
 
 
@@ -152,7 +152,7 @@ def test_a_slow_disk_and_slow_copies_leave_the_others_their_tokens(tiny, monkeyp
         numbers, outputs = itertools.count(), []
 
         def step() -> None:
-            while sum(p.request.adapter is None for p in engine._progress.values()) < 3:
+            while sum(p.request.adapter is None for p in engine._requests.progress.values()) < 3:
                 engine.add_request([2 + next(numbers) % 200, 7, 11], LONG)
             outputs.extend(delta.output for delta in engine.step() if delta.output is not None)
 
@@ -163,7 +163,7 @@ def test_a_slow_disk_and_slow_copies_leave_the_others_their_tokens(tiny, monkeyp
         with slow_disk(0.2), engine.trace() as trace:
             for name in on_disk:
                 engine.add_request([5, 6, 7], SHORT, name)
-            while any(p.request.adapter is not None for p in engine._progress.values()):
+            while any(p.request.adapter is not None for p in engine._requests.progress.values()):
                 step()
         base = [RequestRecord.of(o) for o in outputs if o.adapter is None]
         gaps["loading"] = serving_metrics(base).inter_token_latency
@@ -206,8 +206,11 @@ def test_a_copy_that_fails_ends_its_own_requests_only(engine, monkeypatch, where
         else:
             move = engine._runner._move
 
-            def failing(upload, parts):
-                return "RESOURCE_EXHAUSTED: out of memory" if upload.resident.digest == bad else move(upload, parts)
+            def failing(upload):
+                if upload.resident.digest != bad:
+                    return move(upload)
+                engine._runner.worker.discard()
+                return "RESOURCE_EXHAUSTED: out of memory"
 
             patch.setattr(engine._runner, "_move", failing)
         outputs = engine.generate(prompts, LONG, names)
@@ -230,7 +233,8 @@ def test_a_failed_array_is_noticed_before_the_pool_is_touched(engine) -> None:
     engine.add_request([5], SHORT, "a0")
     upload = None
     stage = engine._runner.stage
-    pool = engine._runner.pool
+    worker = engine._runner.worker
+    pool = worker.pool
     try:
         engine._runner.stage = lambda u, contents: stage(u, contents) or seen.append(u)
         seen: list = []
@@ -238,8 +242,10 @@ def test_a_failed_array_is_noticed_before_the_pool_is_touched(engine) -> None:
         upload = seen[0]
     finally:
         del engine._runner.stage
-    assert "INTERNAL" in engine._runner._move(upload, [(slice(0, 1), Failed())])
-    assert engine._runner.pool is pool
+    staged = list(worker._staged)
+    worker._staged.appendleft([Failed()])
+    assert "INTERNAL" in engine._runner._move(upload)
+    assert worker.pool is pool and list(worker._staged) == staged
 
 
 @pytest.mark.parametrize("after", range(4))
@@ -260,7 +266,7 @@ def test_unload_or_cancel_while_in_flight(engine, tiny, monkeypatch, after) -> N
     assert held is None or engine.allocator.num_free >= free + held.num_pages
     outputs = drain(engine)
     assert (outputs[waiting].finish_reason, outputs[running].finish_reason) == ("cancelled", "length")
-    assert engine.residency.pages_in_flight == 0 and not engine._tiles
+    assert engine.residency.pages_in_flight == 0 and not engine._uploads.tiles
 
 
 def test_staged_pages_are_not_the_stores_memory_any_more(engine) -> None:
@@ -273,10 +279,10 @@ def test_staged_pages_are_not_the_stores_memory_any_more(engine) -> None:
     assert resident.staged > resident.landed and engine._runner.has_staged
     engine.residency.drop(resident.digest)
     taken = engine.allocator.allocate(engine.allocator.num_free, PageKind.KV)
-    before = [np.asarray(layer)[taken] for layer in engine._runner.pool]
+    before = [np.asarray(layer)[taken] for layer in engine._runner.worker.pool]
     assert [landing.error for landing in engine._runner.land(wait=True)] == [None]
     engine.residency.land(Upload(resident, 0, resident.staged))
-    for layer, old in zip(engine._runner.pool, before, strict=True):
+    for layer, old in zip(engine._runner.worker.pool, before, strict=True):
         np.testing.assert_array_equal(np.asarray(layer)[taken], old)
     engine.allocator.free(taken)
     assert engine.cancel(running)

@@ -1,20 +1,27 @@
-"""One of several processes that serve one model together: `serve_together.py PROCESS PROCESSES PORT`, or alone on one
-device: `serve_together.py 0 1 0`. Prints its tokens as JSON."""
+"""One of several processes that serve one model together: `serve_together.py MODE PROCESS PROCESSES PORT`, or
+`serve_together.py slora ARGUMENTS` for the command.
+
+The leader prints what it served as JSON. Modes: "serve" ends then; "endless" goes on with the same traffic until it is
+killed; in "differ" process 1 has another setting; in "fault" process 1 fails in its tenth step.
+"""
 
 import json
 import math
 import os
 import sys
+from dataclasses import replace
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("PJRT_NPROC", "8")
 
 import jax
 import numpy as np
+from jax._src import distributed
 
-from slora_jax import Engine, EngineConfig, SamplingParams
+from slora_jax import Engine, EngineConfig, Follower, ProcessGroup, SamplingParams, cli, join_processes
 from slora_jax.adapters import random_adapter
-from slora_jax.engine import adapter_geometry
+from slora_jax.engine import adapter_geometry, runner
+from slora_jax.engine.worker import Worker
 from slora_jax.models import ModelConfig, init_random
 
 HF_CONFIG = {
@@ -22,46 +29,113 @@ HF_CONFIG = {
     "vocab_size": 101,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 1,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 4,
     "max_position_embeddings": 64,
 }
+RANKS = (1, 3, 8, 5, 2, 7)
+PROMPTS = (5, 17, 30, 2, 9, 12, 21, 4, 16, 11)
+ADAPTERS = (None, "1", "3", "8", "8", None, "5", "2", "7", "3")
+PAGES = 30
+"""Of the leader; the others have room for fewer."""
+CONFIG = EngineConfig(
+    dtype="float32",
+    num_pages=None,
+    page_size=8,
+    max_seqs=4,
+    max_tokens_per_step=16,
+    max_model_len=48,
+    max_rank=8,
+    adapter_slots=8,
+    decode_buckets=(4,),
+    mixed_buckets=(16,),
+    prefetch=2,
+    upload_pages_per_step=3,
+    compilation_cache_dir=None,
+    progress=False,
+)
 
 
-def main(process: int, processes: int, port: int) -> None:
-    if processes > 1:
-        jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
-    here = jax.local_devices()[0]
+def make_model() -> tuple:
+    """Model config, graph definition and parameters whose tokens differ."""
     model = ModelConfig.from_dict(HF_CONFIG)
-    with jax.default_device(here):
+    with jax.default_device(jax.local_devices()[0]):
         graphdef, params = init_random(model, "float32", seed=0)
         params = jax.tree.map(lambda x: x * (2 / (0.02 * math.sqrt(x.shape[0])) if x.ndim > 1 else 1.0), params)
-    config = EngineConfig(
-        dtype="float32",
-        num_pages=40,
-        page_size=8,
-        max_seqs=4,
-        max_tokens_per_step=16,
-        max_model_len=48,
-        max_rank=8,
-        decode_buckets=(4,),
-        mixed_buckets=(16,),
-        prefetch=0,
-        tp=processes,
-        compilation_cache_dir=None,
-        progress=False,
-    )
+    return model, graphdef, params
+
+
+def load_adapters(engine: Engine) -> None:
+    geometry = adapter_geometry(engine.model, CONFIG.page_size)
+    for rank in RANKS:
+        engine.load_adapter(str(rank), random_adapter(geometry, rank, seed=rank))
+
+
+def serve(engine: Engine) -> list[list[int]]:
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 101, length).tolist() for length in (5, 17, 30, 2, 9, 12)]
-    geometry = adapter_geometry(model, config.page_size)
-    with Engine(model, graphdef, params, config) as engine:
-        for rank in (1, 3, 8):
-            engine.load_adapter(str(rank), random_adapter(geometry, rank, seed=rank))
-        sampling = [SamplingParams(max_tokens=10, ignore_eos=True, temperature=0.5 * (i % 2)) for i in range(6)]
-        outputs = engine.generate(prompts, sampling, [None, "1", "3", "8", "8", None])
-        print(json.dumps([output.token_ids for output in outputs]), flush=True)
+    prompts = [rng.integers(0, 101, length).tolist() for length in PROMPTS]
+    sampling = [
+        SamplingParams(
+            max_tokens=14, ignore_eos=True, temperature=0.5 * (i % 2), seed=i, logprobs=2 if i == 4 else None
+        )
+        for i in range(len(PROMPTS))
+    ]
+    return [output.token_ids for output in engine.generate(prompts, sampling, list(ADAPTERS))]
+
+
+def fail_in_tenth_step() -> None:
+    step, calls = Worker.step, iter(range(10**9))
+
+    def failing(*args: object) -> object:
+        if next(calls) == 9:
+            raise RuntimeError("the device is on fire")
+        return step(*args)
+
+    Worker.step = failing
+
+
+def lead(mode: str, config: EngineConfig, group: ProcessGroup) -> None:
+    with Engine(*make_model(), config, processes=group) as engine:
+        load_adapters(engine)
+        staged = []
+        stage = engine._runner.stage
+        engine._runner.stage = lambda upload, contents: stage(upload, contents) or staged.append(upload)
+        tokens = serve(engine)
+        engine.scheduler.limits = replace(engine.scheduler.limits, prefetch=0)  # uploads before the step, now
+        again = serve(engine)
+        stats = engine.stats()
+        counts = {name: getattr(stats, name) for name in ("preemptions", "adapter_evictions")} | {"staged": len(staged)}
+        pages = engine.allocator.num_pages
+        print(json.dumps({"tokens": tokens, "again": again, "num_pages": pages, **counts}), flush=True)
+        while mode == "endless":
+            serve(engine)
+
+
+def all_write_cache(group: ProcessGroup) -> ProcessGroup:
+    """Lets a follower keep what it compiles: JAX lets process 0 only, and on CPUs each has keys of its own."""
+    jax.devices()
+    distributed.global_state.process_id = 0
+    return group
+
+
+def main(mode: str, process: int, processes: int, port: int) -> None:
+    config = replace(CONFIG, tp=processes)
+    if process == 1 and mode == "differ":
+        config = replace(config, max_rank=16)
+    if process == 1 and mode == "fault":
+        fail_in_tenth_step()
+    runner.pages_that_fit = lambda *_: PAGES - process
+    with all_write_cache(join_processes(f"127.0.0.1:{port}", processes, process, timeout=100)) as group:
+        if group.is_leader:
+            lead(mode, config, group)
+        else:
+            Follower(*make_model(), config, group).run()
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    if sys.argv[1] == "slora":
+        join = cli.join_processes
+        cli.join_processes = lambda *args, **options: all_write_cache(join(*args, **options))
+        sys.exit(cli.main(sys.argv[2:]))
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -1,44 +1,186 @@
-"""Two real processes on loopback, each with one device and half of the model, give the tokens of one."""
+"""Two and four real processes on loopback give the tokens of one device; when one is killed or fails, all end soon, and
+say why."""
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import jax
+import pytest
+import serve_together
 
-SCRIPT = Path(__file__).with_name("serve_together.py")
+from slora_jax import Engine, cli
+from slora_jax.adapters import random_adapter, write_peft
+from slora_jax.demo.checkpoint import write_checkpoint
+from slora_jax.engine import adapter_geometry
+from slora_jax.models import ModelConfig
+from slora_jax.parallel.processes import EXIT_LOST
 
-
-def start(process: int, processes: int, port: int) -> subprocess.Popen:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")]),
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    command = [sys.executable, str(SCRIPT), str(process), str(processes), str(port)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+SECONDS_TO_END = 20
 
 
-def tokens_of(worker: subprocess.Popen) -> list[list[int]]:
-    out, errors = worker.communicate(timeout=280)
-    assert worker.returncode == 0, errors[-2000:]
-    return json.loads(out.splitlines()[-1])
+class Processes:
+    """Processes of one command each, and what they wrote."""
+
+    def __init__(self, directory: Path, commands: list[list[str]]) -> None:
+        root = Path(serve_together.__file__).parents[2]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+            "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        self._files = [[directory / f"{name}-{i}" for name in ("out", "errors")] for i in range(len(commands))]
+        self.processes = [
+            subprocess.Popen([sys.executable, *command], env=environment, stdout=out.open("w"), stderr=errors.open("w"))
+            for command, (out, errors) in zip(commands, self._files, strict=True)
+        ]
+
+    def statuses(self, timeout: float) -> list[int]:
+        """The exit statuses of all within `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
+
+    def out(self, process: int) -> str:
+        return self._files[process][0].read_text()
+
+    def errors(self, process: int) -> str:
+        return self._files[process][1].read_text()
+
+    def served(self) -> dict:
+        """What the leader has served, as soon as it says so."""
+        leader = self.processes[0]
+        while True:
+            ended = leader.poll() is not None
+            lines = [line for line in self.out(0).splitlines(keepends=True) if line.startswith("{")]
+            if lines and lines[0].endswith("\n"):
+                return json.loads(lines[0])
+            assert not ended, "\n".join(self.errors(i)[-2000:] for i in range(len(self.processes)))
+            time.sleep(0.1)
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
 
 
-def test_two_processes_give_the_tokens_of_one() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    workers = [start(0, 1, 0), start(0, 2, port), start(1, 2, port)]
-    try:
-        alone, *together = map(tokens_of, workers)
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    assert together == [alone, alone]
-    assert len({tuple(tokens) for tokens in alone}) == 6
+def free_port() -> int:
+    """A port that is free, as is the one after it."""
+    while True:
+        with socket.socket() as one, socket.socket() as next_one:
+            one.bind(("127.0.0.1", 0))
+            try:
+                next_one.bind(("127.0.0.1", one.getsockname()[1] + 1))
+            except OSError:
+                continue
+            return one.getsockname()[1]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator:
+    """`start(commands)` starts a process for each of them."""
+    started = []
+
+    def start(commands: list[list[str]]) -> Processes:
+        started.append(Processes(tmp_path, commands))
+        return started[-1]
+
+    yield start
+    for processes in started:
+        processes.end()
+
+
+@pytest.fixture(scope="module")
+def tokens_of_one_device() -> list[list[int]]:
+    config = replace(serve_together.CONFIG, num_pages=serve_together.PAGES, prefetch=0)
+    with Engine(*serve_together.make_model(), config) as engine:
+        serve_together.load_adapters(engine)
+        tokens = serve_together.serve(engine)
+    assert len({tuple(row) for row in tokens}) == len(tokens)
+    return tokens
+
+
+def together(mode: str, count: int) -> list[list[str]]:
+    """The commands of `serve_together.py`."""
+    port = free_port()
+    return [[serve_together.__file__, mode, str(i), str(count), str(port)] for i in range(count)]
+
+
+def check_served(served: dict, expected: list[list[int]], processes: int) -> None:
+    assert served["tokens"] == expected
+    assert served["again"] == expected
+    assert served["num_pages"] == serve_together.PAGES - (processes - 1), "the least of all processes"
+    for count in ("preemptions", "adapter_evictions", "staged"):
+        assert served[count] > 0, f"the traffic is too light: no {count}"
+
+
+def test_two_processes_give_the_tokens_of_one_and_end_together(start, tokens_of_one_device) -> None:
+    processes = start(together("serve", 2))
+    check_served(processes.served(), tokens_of_one_device, 2)
+    assert processes.statuses(60) == [0, 0], processes.errors(0) + processes.errors(1)
+
+
+def test_four_processes_give_the_tokens_of_one_and_all_end_when_one_is_killed(start, tokens_of_one_device) -> None:
+    processes = start(together("endless", 4))
+    check_served(processes.served(), tokens_of_one_device, 4)
+    processes.processes[2].kill()
+    assert processes.statuses(SECONDS_TO_END) == [EXIT_LOST, EXIT_LOST, -signal.SIGKILL, EXIT_LOST]
+    for survivor in (0, 1, 3):
+        assert "process 2 is lost" in processes.errors(survivor)
+
+
+def test_a_follower_ends_when_the_leader_is_killed(start) -> None:
+    processes = start(together("endless", 2))
+    processes.served()
+    processes.processes[0].kill()
+    assert processes.statuses(SECONDS_TO_END) == [-signal.SIGKILL, EXIT_LOST]
+    assert "slora: error: process 0 is lost" in processes.errors(1)
+
+
+def test_all_end_with_the_reason_when_a_follower_fails(start) -> None:
+    processes = start(together("fault", 2))
+    assert processes.statuses(120) == [EXIT_LOST, EXIT_LOST]
+    for i in range(2):
+        assert "process 1 failed: RuntimeError('the device is on fire')" in processes.errors(i), i
+
+
+def test_settings_that_differ_are_named_in_both_processes(start) -> None:
+    processes = start(together("differ", 2))
+    assert processes.statuses(120) == [1, 1]
+    for i in range(2):
+        message = "EngineConfig.max_rank: process 0 has 8, process 1 has 16; give all processes the same"
+        assert f"ConfigError: {message}" in processes.errors(i)
+
+
+def test_the_command_answers_as_one_process_does(tmp_path, capfd, start) -> None:
+    """`slora generate` with an adapter that only process 0 has."""
+    model_dir, adapter_dir = tmp_path / "model", tmp_path / "adapter"
+    write_checkpoint(model_dir, num_layers=1, seed=1)
+    write_peft(adapter_dir, random_adapter(adapter_geometry(ModelConfig.from_directory(model_dir), 16), 8, seed=0))
+    command = ["generate", str(model_dir), "--prompt", "A language model", "--max-tokens", "8", "--dtype", "float32"]
+    command += ["--max-model-len", "32"]
+    assert cli.main([*command, f"--adapter=a={adapter_dir}"]) == 0
+    expected = capfd.readouterr().out
+    run = [serve_together.__file__, "slora"]
+    together = ["--tp=2", f"--coordinator=127.0.0.1:{free_port()}", "--num-processes=2"]
+    processes = start(
+        [
+            [*run, *command, *together, "--process-id=0", f"--adapter=a={adapter_dir}"],
+            [*run, *command, *together, "--process-id=1", "--adapter=a=/not/here"],
+        ]
+    )
+    assert processes.statuses(200) == [0, 0], processes.errors(0) + processes.errors(1)
+    assert [answer(processes.out(i)) for i in range(2)] == [expected, ""]
+
+
+def answer(out: str) -> str:
+    """Without what gloo, which carries the collectives of CPUs, writes there."""
+    return "".join(line for line in out.splitlines(keepends=True) if not line.startswith("[Gloo]"))

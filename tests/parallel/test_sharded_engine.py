@@ -94,18 +94,18 @@ def test_two_groups_of_four_devices_serve_side_by_side(peft_servers: Any) -> Non
         found |= {delta.request_id: delta.output for engine in engines for delta in engine.step() if delta.output}
     assert len(found) == len(family.prompts)
     family.check(list(found.values()))
-    devices = [{shard.device for shard in engine._runner.pool[0].addressable_shards} for engine in engines]
+    devices = [{shard.device for shard in engine._runner.worker.pool[0].addressable_shards} for engine in engines]
     assert [len(group) for group in devices] == [4, 4]
     assert not devices[0] & devices[1]
 
 
 def test_each_device_holds_its_part_and_no_more(cut: Any) -> None:
-    runner, tp = cut.engine._runner, cut.engine.config.tp
-    for layer in runner.pool:
+    worker, tp = cut.engine._runner.worker, cut.engine.config.tp
+    for layer in worker.pool:
         assert {shard.data.shape for shard in layer.addressable_shards} == {(*layer.shape[:3], layer.shape[3] // tp)}
     width, kv_heads = cut.family.head_dim, cut.family.kv_heads
-    assert runner.pool[0].shape[3] == width * max(tp, kv_heads)  # more shards than KV heads: some are there twice
-    matrices = [leaf for leaf in jax.tree.leaves(runner._params) if leaf.ndim == 2]
+    assert worker.pool[0].shape[3] == width * max(tp, kv_heads)  # more shards than KV heads: some are there twice
+    matrices = [leaf for leaf in jax.tree.leaves(worker.params) if leaf.ndim == 2]
     for leaf in matrices:
         assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // tp}
     assert len({shard.device for shard in matrices[0].addressable_shards}) == tp

@@ -1,0 +1,141 @@
+"""A process's device arrays and compiled programs. It knows pages and programs; plans and adapters are the runner's."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+
+import jax
+import numpy as np
+
+from slora_jax.engine.batch import SAMPLER_FIELDS, TABLE_ROWS, set_table_rows
+from slora_jax.engine.config import EngineConfig
+from slora_jax.engine.programs import StepKey, StepPrograms
+from slora_jax.engine.sampling import Sampled
+from slora_jax.engine.step import StepSpec
+from slora_jax.memory.pool import UPLOAD_PAGES, describe, pieces, put_pages, upload_adapter, upload_pages
+from slora_jax.models import Params
+from slora_jax.parallel.mesh import PAGES, POOL
+
+TableRows = tuple[np.ndarray, np.ndarray]
+"""`slot` and `pages` of one call of `set_table_rows`."""
+
+
+class Worker:
+    """Owns every device array of its process: parameters, pool, adapter table, sequence state, and pages on their way
+    to the pool. What a method is given is plain numbers and NumPy arrays, so that other processes can be told the same
+    (`engine.leader`). All but `wait` and `read` return at once; the device makes
+    them in order.
+
+    Pages of adapters, `contents [num_layers, n, 2, page_size, W]`, have all columns of the pool, or in one of several
+    processes those of its own devices. Staged ones form a queue: `has_arrived`, `wait`, `move` and `discard` are of the
+    oldest.
+    """
+
+    def __init__(self, spec: StepSpec, params: Params, config: EngineConfig) -> None:
+        """Compiles every program and allocates the pool; `params` are placed already."""
+        self.spec = spec
+        self.params = params
+        parallel = spec.parallel
+        self.programs = StepPrograms(spec, config.buckets(), progress=config.progress)
+        self.pool = spec.pool.make_pool(None if parallel is None else parallel.sharding(POOL))
+        self.table = spec.pool.make_table(None if parallel is None else parallel.replicated)
+        self.state = spec.make_state()
+        self._page_sharding = None if parallel is None else parallel.sharding(PAGES)
+        self._columns = slice(0, spec.pool.width) if parallel is None else parallel.columns(spec.pool.width)
+        self._staged: deque[list[jax.Array]] = deque()
+        self._warm_up()
+
+    def step(
+        self, key: StepKey, metadata: np.ndarray, rows: Sequence[TableRows], logprobs: bool | None
+    ) -> tuple[Sampled, jax.Array]:
+        """Dispatches the step program `key`: what it sampled, and logits float32 `[S, vocab]` (several shards round the
+        vocabulary up). rows: of the page table, written before. logprobs: of the sampler that follows; None: none
+        does, every sequence takes its likeliest token."""
+        for slot, pages in rows:
+            self.state = replace(self.state, page_table=set_table_rows(self.state.page_table, slot, pages))
+        program = self.programs.step(key)
+        self.pool, self.state, output = program(self.params, self.pool, self.table, self.state, metadata)
+        sampled = Sampled(output.token)
+        if logprobs is not None:
+            seqs = self.programs.bucket(key).seqs
+            sampler, part = self.programs.sampler(seqs, logprobs), metadata[: len(SAMPLER_FIELDS) * seqs]
+            last_token, sampled = sampler(self.state.last_token, output.logits, part)
+            self.state = replace(self.state, last_token=last_token)
+        return sampled, output.logits
+
+    def read(self, array: jax.Array) -> np.ndarray:
+        """Waits for what a step gave."""
+        return np.asarray(array)
+
+    def upload(self, slot: int, pages: np.ndarray, ranks: np.ndarray, contents: np.ndarray) -> None:
+        """Puts a whole adapter into the pool; later steps wait for it on the device."""
+        self.pool, self.table = upload_adapter(
+            self.pool, self.table, slot, pages, ranks, contents, self._page_sharding, self._columns.start
+        )
+
+    def stage(self, contents: np.ndarray) -> None:
+        """Begins the copy of some pages of an adapter, beside the steps.
+
+        Raises:
+          Whatever the device answers, memory above all. Nothing is staged then.
+        """
+        self._staged.append([self._put(contents[:, piece]) for piece in pieces(0, contents.shape[1])])
+
+    def has_arrived(self) -> bool:
+        """Whether the copy has ended."""
+        return all(self._is_there(array) for array in self._staged[0])
+
+    def wait(self) -> None:
+        """Waits for the copy, and raises what befell it."""
+        for array in self._staged[0]:
+            array.block_until_ready()
+
+    def move(self, pages: np.ndarray) -> None:
+        """Moves what was staged to these pages of the pool, within device memory."""
+        arrays = self._staged.popleft()
+        for piece, array in zip(pieces(0, pages.size), arrays, strict=True):
+            self.pool = upload_pages(self.pool, pages[piece], array)
+
+    def describe(self, slot: int, pages: np.ndarray, ranks: np.ndarray) -> None:
+        """Points the adapter table's row `slot` to an adapter whose pages were moved."""
+        self.table = describe(self.table, slot, pages, ranks)
+
+    def discard(self) -> None:
+        """Forgets what was staged."""
+        self._staged.popleft()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another process is lost, without which no call can be made."""
+        return False
+
+    def close(self) -> None:
+        """No call follows."""
+
+    def _put(self, contents: np.ndarray) -> jax.Array:
+        """Begins the copy of an adapter's pages to the device, or of each device's part."""
+        sharding = self._page_sharding
+        if sharding is None:
+            return jax.device_put(contents)
+        return put_pages(contents, sharding, self._columns.start)  # type: ignore[return-value]
+
+    @staticmethod
+    def _is_there(array: jax.Array) -> bool:
+        return bool(array.is_ready())  # type: ignore[attr-defined]  # not in the annotations of jax.Array
+
+    def _warm_up(self) -> None:
+        """Compiles what the steps do not contain: the uploads, rows of the page table. Writes only where nothing is
+        kept."""
+        shape = self.spec.pool
+        width = self._columns.stop - self._columns.start
+        for size in UPLOAD_PAGES:
+            nowhere = np.full(size, shape.num_pages, np.int32)
+            contents = np.zeros((shape.num_layers, size, 2, shape.page_size, width), self.pool[0].dtype)
+            for staged in (put_pages(contents, self._page_sharding, self._columns.start), self._put(contents)):
+                self.pool = upload_pages(self.pool, nowhere, staged)
+        self.table = describe(self.table, 0, np.empty(0, np.int32), np.zeros(7, np.int32))
+        nobody = np.full(TABLE_ROWS, self.state.page_table.shape[0] - 1, np.int32)
+        rows = np.zeros((TABLE_ROWS, self.state.page_table.shape[1]), np.int32)
+        self.state = replace(self.state, page_table=set_table_rows(self.state.page_table, nobody, rows))

@@ -1,0 +1,164 @@
+"""How the processes that serve a model together find each other.
+
+JAX's coordination service listens on the coordinator's port, the leader's channel to its followers on the next one. The
+channel comes first, since JAX ends a process that finds nobody.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Iterable
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import jaxlib
+
+from slora_jax.errors import ConfigError
+from slora_jax.parallel.channel import Connection, FrameError, encode
+from slora_jax.parallel.processes import LEADER, ProcessGroup, difference
+
+_HEARTBEAT_SECONDS = 30  # JAX's: of a process that hangs; JAX then aborts the others with a message of its own
+_HELLO_SECONDS = 10.0
+_LOG = logging.getLogger(__name__)
+
+
+def join_processes(coordinator: str, num_processes: int, process_id: int, timeout: float = 300.0) -> ProcessGroup:
+    """Joins the processes that serve a model together, and starts `jax.distributed`. Called by each of them, before
+    JAX has touched a device; waits up to `timeout` seconds for all to come.
+
+    coordinator: `HOST:PORT` of process 0, reachable from all; process 0 also listens on `PORT + 1` of that address.
+    Neither port is encrypted or asks who is there: keep them inside the cluster.
+
+    Raises:
+      ConfigError: an argument is out of range; a port is in use; the others do not come in time, or are of another
+        version.
+    """
+    host, port = _address(coordinator)
+    if num_processes < 2:
+        raise ConfigError(f"num_processes={num_processes}: must be at least 2; one process needs no coordinator")
+    if not 0 <= process_id < num_processes:
+        raise ConfigError(f"process_id={process_id}: must be in 0..{num_processes - 1} (num_processes={num_processes})")
+    deadline = time.monotonic() + timeout
+    hello = {
+        "num_processes": num_processes,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "slora-jax": version("slora-jax"),
+    }
+    if process_id == LEADER:
+        connections = _welcome(host, port, hello, deadline)
+    else:
+        connections = {LEADER: _connect(host, port + 1, process_id, hello, deadline)}
+    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from ending the process
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=max(1, int(deadline - time.monotonic())),
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+        )
+    except RuntimeError as error:
+        raise ConfigError(f"coordinator={coordinator!r}: jax.distributed: {error}") from error
+    group = ProcessGroup(process_id, num_processes, connections)
+    atexit.register(group.at_exit)
+    return group
+
+
+def _address(coordinator: str) -> tuple[str, int]:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65535:
+        raise ConfigError(f"coordinator={coordinator!r}: must be HOST:PORT, PORT in 1..65534 (PORT + 1 is used too)")
+    return host.strip("[]"), int(port)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        raise ConfigError(
+            f"coordinator: process 0 cannot listen on {host}:{port}: {error}; give an address of its machine, and a "
+            "port that is free, as is the one after it"
+        ) from None
+
+
+def _welcome(host: str, port: int, hello: dict[str, Any], deadline: float) -> dict[int, Connection]:
+    """The leader's connections to all others."""
+    _listen(host, port).close()  # JAX's port: its own complaint would end the process
+    connections: dict[int, Connection] = {}
+    with _listen(host, port + 1) as listener:
+        while missing := [number for number in range(1, hello["num_processes"]) if number not in connections]:
+            listener.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                accepted, address = listener.accept()
+            except TimeoutError:
+                late = f"coordinator: of {hello['num_processes']} processes, {missing} did not come in time"
+                raise _refuse(connections.values(), late) from None
+            connection = Connection(accepted)
+            theirs = _hello(accepted, connection)
+            if theirs is None:
+                _LOG.warning("coordinator: %s is none of ours", address)
+                connection.close()
+                continue
+            number = theirs.pop("process_id")
+            why = difference(hello, theirs, number)
+            if why is None and number not in missing:
+                why = f"process_id={number}: another process has this number"
+            if why is not None:
+                raise _refuse([*connections.values(), connection], why)
+            connections[number] = connection
+    for connection in connections.values():
+        connection.send(encode("welcome", {}))
+    return connections
+
+
+def _hello(accepted: socket.socket, connection: Connection) -> dict[str, Any] | None:
+    """How a process introduces itself; None: it is none of ours."""
+    accepted.settimeout(_HELLO_SECONDS)
+    try:
+        call = connection.receive()
+    except (OSError, FrameError):
+        return None
+    accepted.settimeout(None)
+    if call is None or call.name != "hello" or type(call.arguments.get("process_id")) is not int:
+        return None
+    return call.arguments
+
+
+def _refuse(connections: Iterable[Connection], why: str) -> ConfigError:
+    for connection in connections:
+        with contextlib.suppress(OSError):
+            connection.send(encode("refused", {"error": why}))
+    return ConfigError(why)
+
+
+def _connect(host: str, port: int, process_id: int, hello: dict[str, Any], deadline: float) -> Connection:
+    """A follower's connection to the leader, which may not be there yet."""
+    while True:
+        try:
+            connected = socket.create_connection((host, port), timeout=max(0.01, min(5.0, deadline - time.monotonic())))
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(f"coordinator: process 0 cannot be reached at {host}:{port}: {error}") from None
+            time.sleep(0.1)
+    connection = Connection(connected)
+    connected.settimeout(max(0.01, deadline - time.monotonic()))
+    try:
+        connection.send(encode("hello", hello | {"process_id": process_id}))
+        answer = connection.receive()
+    except TimeoutError:
+        raise ConfigError(f"coordinator: process 0 at {host}:{port} still waits for others") from None
+    except (OSError, FrameError) as error:
+        raise ConfigError(f"coordinator: no answer from process 0 at {host}:{port}: {error}") from None
+    if answer is None or answer.name != "welcome":
+        why = "it closed the connection" if answer is None else answer.arguments.get("error", "it is none of ours")
+        raise ConfigError(f"coordinator: refused by process 0 at {host}:{port}: {why}")
+    connected.settimeout(None)
+    return connection
