@@ -25,8 +25,19 @@ X_LABELS = {
     "workload.rate": "request rate (1/s)",
     "workload.cv": "cv of the arrivals",
     "workload.alpha": "alpha (1: even, less: skewed)",
+    "workload.exponent": "Zipf exponent of the adapters",
+    "workload.prefix_tokens": "tokens of the shared beginning",
+    "system.max_tokens": "rows of a step, at most",
+    "client.users": "users",
 }
-LOGARITHMIC = ("latency", "first_token_latency", "first_token_latency_p99", "queue_time")
+LOGARITHMIC = (
+    "latency",
+    "first_token_latency",
+    "first_token_latency_p99",
+    "inter_token_latency_p99",
+    "queue_time",
+    "dollars_per_million_tokens",
+)
 
 
 def picture(collected: Collected, panels: Sequence[Panel] | None = None) -> bytes:
@@ -91,10 +102,23 @@ def _plot(axes: Any, panel: Panel, metric: str, colors: dict[str, str]) -> None:
     axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)], fontsize=8)
     axes.minorticks_off()
     if metric in LOGARITHMIC:
-        axes.set_yscale("log")
+        _logarithmic(axes)
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.grid(alpha=0.3)
+
+
+def _logarithmic(axes: Any) -> None:
+    """With plain numbers, and a decade at least."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high < 10 * low:
+        axes.set_ylim((low * high / 10) ** 0.5, (low * high * 10) ** 0.5)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _bars(axes: Any, panel: Panel, metric: str, colors: dict[str, str]) -> None:
