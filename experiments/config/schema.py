@@ -82,8 +82,8 @@ class EngineSection:
 @dataclass(frozen=True)
 class RunConfig:
     """One run. model: a file of `experiments/models`, without its suffix; the real runner gives it random weights.
-    device: of the simulator. seed: of workload and weights. slo_seconds: for the first token. dollars_per_hour: price of
-    the device; with it, a run has `dollars_per_million_tokens`."""
+    device: of the simulator. seed: of workload and weights. slo_seconds: for the first token. dollars_per_hour: the
+    device's price; with it, a run has `dollars_per_million_tokens`."""
 
     mode: Mode = "simulated"
     model: str = "llama-7b"

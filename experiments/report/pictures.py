@@ -69,7 +69,8 @@ def picture(collected: Collected, panels: Sequence[Panel] | None = None) -> byte
         if any(point.run.config.mode == mode for point in points):
             label = {"simulated": "simulated", "real": "measured"}[mode]
             handles.append(Line2D([], [], color="black", marker=marker, ls=line, ms=5, label=label))
-    per_line = max(2, min(len(handles), round(size[0] / 1.4)))
+    widest = 0.6 + 0.065 * max(len(str(handle.get_label())) for handle in handles)
+    per_line = max(1, min(len(handles), int(size[0] / widest)))
     fig.legend(handles=handles, ncols=per_line, loc="lower center", frameon=False, fontsize=8)
     lines = -(-len(handles) // per_line)
     fig.tight_layout(rect=(0, (0.1 + 0.2 * lines) / size[1], 1, 1))

@@ -14,8 +14,8 @@ AXIS_LABELS = {
     "token_throughput": "output tokens per second",
     "latency": "mean latency (s)",
     "first_token_latency": "mean first-token latency (s)",
-    "first_token_latency_p99": "99th percentile of first-token latency (s)",
-    "inter_token_latency_p99": "99th percentile of inter-token latency (s)",
+    "first_token_latency_p99": "p99 of first-token latency (s)",
+    "inter_token_latency_p99": "p99 of inter-token latency (s)",
     "attainment": "SLO attainment",
     "satisfaction": "user satisfaction",
     "inter_token_latency": "mean inter-token latency (s)",
@@ -36,8 +36,8 @@ def run_figures(
     """Requests or tokens per second, seconds, and shares, as `ServingMetrics` defines them. A distribution gives its
     mean by its own name, and its percentiles: `latency`, `latency_p50`, `latency_p99`. None: of no requests.
 
-    start: seconds on the records' clock. dollars_per_hour: price of the device, from the start to the last end; with it,
-    `dollars_per_million_tokens` of output are given as well.
+    start: seconds on the records' clock. dollars_per_hour: the device's price, paid from the start to the last end;
+    with it, `dollars_per_million_tokens` of output are given as well.
     """
     metrics = serving_metrics(records, start=start, slo_seconds=slo_seconds)
     found: dict[str, float] = {}
