@@ -98,7 +98,7 @@ def _plot(axes: Any, panel: Panel, metric: str, colors: dict[str, str]) -> None:
             marker, line = _STYLES[points[0].run.config.mode]
             axes.plot(*zip(*ours, strict=True), marker=marker, ls=line, ms=5, color=color)
     values = {point.at for curve in panel.curves for point in curve.points}
-    if min(values) >= 0 and max(values) > 20 * max(min(values - {0}, default=1), 1):
+    if min(values) >= 0 and max(values) > 15 * max(min(values - {0}, default=1), 1):
         axes.set_xscale("symlog", linthresh=1)
     axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)], fontsize=8)
     axes.minorticks_off()
