@@ -82,13 +82,15 @@ class EngineSection:
 @dataclass(frozen=True)
 class RunConfig:
     """One run. model: a file of `experiments/models`, without its suffix; the real runner gives it random weights.
-    device: of the simulator. seed: of workload and weights. slo_seconds: for the first token."""
+    device: of the simulator. seed: of workload and weights. slo_seconds: for the first token. dollars_per_hour: the
+    device's price; with it, a run has `dollars_per_million_tokens`."""
 
     mode: Mode = "simulated"
     model: str = "llama-7b"
     device: str = "a10g"
     seed: int = 42
     slo_seconds: float = 6.0
+    dollars_per_hour: float | None = None
     adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     client: ClientConfig = field(default_factory=ClientConfig)
@@ -100,7 +102,9 @@ class RunConfig:
         return MODELS / f"{self.model}.json"
 
     def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self), default=str))  # type: ignore[no-any-return]
+        """Without what is None, so that a field that a run does not use changes no key."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return json.loads(json.dumps(given, default=str))  # type: ignore[no-any-return]
 
     @property
     def key(self) -> str:
@@ -208,9 +212,10 @@ def _check(run: RunConfig) -> None:
     ):  # fmt: skip
         if run.value(name) < least:
             raise ConfigError(f"{name}={run.value(name)}: must be at least {least}")
-    for name in ("workload.rate", "workload.duration", "slo_seconds"):
-        if not run.value(name) > 0:
-            raise ConfigError(f"{name}={run.value(name)}: must be positive")
+    for name in ("workload.rate", "workload.duration", "slo_seconds", "dollars_per_hour"):
+        value = run.value(name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name}={value}: must be positive")
     if not run.adapters.ranks or min(run.adapters.ranks) < 1:
         raise ConfigError(f"adapters.ranks={list(run.adapters.ranks)}: must be positive integers, one at least")
     if not run.adapters.targets:

@@ -28,8 +28,19 @@ X_LABELS = {
     "system.tp": "devices",
     "workload.cv": "cv of the arrivals",
     "workload.alpha": "alpha (1: even, less: skewed)",
+    "workload.exponent": "Zipf exponent of the adapters",
+    "workload.prefix_tokens": "tokens of the shared beginning",
+    "system.max_tokens": "rows of a step, at most",
+    "client.users": "users",
 }
-LOGARITHMIC = ("latency", "first_token_latency", "first_token_latency_p99", "queue_time")
+LOGARITHMIC = (
+    "latency",
+    "first_token_latency",
+    "first_token_latency_p99",
+    "inter_token_latency_p99",
+    "queue_time",
+    "dollars_per_million_tokens",
+)
 
 
 def picture(collected: Collected, panels: Sequence[Panel] | None = None) -> bytes:
@@ -67,7 +78,8 @@ def picture(collected: Collected, panels: Sequence[Panel] | None = None) -> byte
         if lines and any(point.run.config.mode == mode for point in points):
             label = {"simulated": "simulated", "real": "measured"}[mode]
             handles.append(Line2D([], [], color="black", marker=marker, ls=line, ms=5, label=label))
-    per_line = max(2, min(len(handles), round(size[0] / 1.4)))
+    widest = 0.6 + 0.065 * max(len(str(handle.get_label())) for handle in handles)
+    per_line = max(1, min(len(handles), int(size[0] / widest)))
     fig.legend(handles=handles, ncols=per_line, loc="lower center", frameon=False, fontsize=8)
     height = 0.1 + 0.2 * -(-len(handles) // per_line)
     fig.tight_layout(rect=(0, height / size[1], 1, 1))
@@ -81,8 +93,6 @@ _STYLES = {"simulated": ("x", "--"), "real": ("s", "-.")}
 
 
 def _plot(axes: Any, panel: Panel, metric: str, colors: dict[str, str]) -> None:
-    from matplotlib.ticker import LogLocator
-
     if not panel.is_line:
         _bars(axes, panel, metric, colors)
         return
@@ -97,17 +107,28 @@ def _plot(axes: Any, panel: Panel, metric: str, colors: dict[str, str]) -> None:
             marker, line = _STYLES[points[0].run.config.mode]
             axes.plot(*np.transpose(ours), marker=marker, ls=line, ms=5, color=color)
     values = {point.at for curve in panel.curves for point in curve.points}
-    if min(values) >= 0 and max(values) > 20 * max(min(values - {0}, default=1), 1):
+    if min(values) >= 0 and max(values) > 15 * max(min(values - {0}, default=1), 1):
         axes.set_xscale("symlog", linthresh=1)
     axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)], fontsize=8)
     axes.minorticks_off()
     if metric in LOGARITHMIC:
-        axes.set_yscale("log", subs=[])
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
+        _logarithmic(axes)
     else:
         axes.set_ylim(0, 1.06 * max((line.get_ydata().max() for line in axes.lines), default=1) or 1)
     axes.grid(alpha=0.3)
+
+
+def _logarithmic(axes: Any) -> None:
+    """With plain numbers, and a decade at least."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high < 10 * low:
+        axes.set_ylim((low * high / 10) ** 0.5, (low * high * 10) ** 0.5)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _bars(axes: Any, panel: Panel, metric: str, colors: dict[str, str]) -> None:

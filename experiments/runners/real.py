@@ -61,7 +61,7 @@ class RealRunner:
         start = time.perf_counter()
         records = system.run(requests)
         after = {} if isinstance(server, PeftModel) else _counters(server)
-        figures = run_figures(records, start, run.slo_seconds)
+        figures = run_figures(records, start, run.slo_seconds, run.dollars_per_hour)
         return figures | {name: after[name] - before[name] for name in after}
 
     def close(self) -> None:

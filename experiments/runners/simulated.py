@@ -31,7 +31,8 @@ def run_simulated(run: RunConfig) -> dict[str, Any]:
         work.ranks,
         policy=None if run.system.policy is None else make_policy(**run.system.policy),
     )
-    return run_figures(result.records, 0.0, run.slo_seconds) | asdict(result.counters)
+    figures = run_figures(result.records, 0.0, run.slo_seconds, run.dollars_per_hour)
+    return figures | asdict(result.counters)
 
 
 @cache
