@@ -91,10 +91,21 @@ def _plot(axes: Any, panel: Panel, metric: str, colors: dict[str, str]) -> None:
     axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)], fontsize=8)
     axes.minorticks_off()
     if metric in LOGARITHMIC:
-        axes.set_yscale("log")
+        _logarithmic(axes)
     else:
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
+
+
+def _logarithmic(axes: Any) -> None:
+    """A y axis whose ticks are plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="y", labelsize=8)
 
 
 def _bars(axes: Any, panel: Panel, metric: str, colors: dict[str, str]) -> None:
