@@ -96,6 +96,19 @@ def test_configs_and_results_of_the_engine_belong_together(name) -> None:
         assert line["run"]["mode"] == "real" and {"machine", "versions", "date", "git"} <= line.keys()
 
 
+def test_the_engine_took_as_many_steps_as_the_simulator_does() -> None:
+    """Closed loops, whose steps hardly depend on how long one takes. The scheduler is the same; what differs is who
+    runs its plans."""
+    measured = load_experiment(MINIATURE / "figure_9.yaml")
+    alike = ["mode=simulated", "system.page_size=16", "system.mixed=true", "system.admit_every=1"]
+    simulated = load_experiment(MINIATURE / "figure_9.yaml", alike)
+    lines = read_results(RESULTS / "figure_9.jsonl")
+    for run, same in zip(measured.runs, simulated.runs, strict=True):
+        metrics, figures = lines[run.config.key]["metrics"], run_simulated(same.config)
+        assert metrics["completed"] == figures["completed"] == metrics["requests"]
+        assert metrics["steps"] == pytest.approx(figures["steps"], rel=0.03), (run.panel, run.curve)
+
+
 def test_the_engine_has_what_the_paper_has() -> None:
     assert {conclusion.experiment for conclusion in CONCLUSIONS} <= set(NAMES)
     curves = {name: {run.curve for run in load_experiment(MINIATURE / f"{name}.yaml").runs} for name in NAMES}
