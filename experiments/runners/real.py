@@ -49,8 +49,7 @@ class RealRunner:
     """Keeps the last system for the next run, if that differs in its requests, adapters and policy only. A run begins
     with no adapter in the pool and a policy that has seen nothing; what has to be compiled was, and has run once."""
 
-    def __init__(self, progress: bool = True) -> None:
-        self._progress = progress
+    def __init__(self) -> None:
         self._key: str | None = None
         self._system: System | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -139,7 +138,9 @@ class RealRunner:
         """A checkpoint of the same shape, and the same adapters, as PEFT reads them."""
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         self._scratch = tempfile.TemporaryDirectory()
         root = Path(self._scratch.name)
         torch.manual_seed(run.seed)
