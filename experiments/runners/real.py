@@ -11,18 +11,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+
 from experiments.config.schema import RunConfig
+from experiments.mechanisms.engine import CPU_COPY, CPU_FLOPS
 from experiments.runners.figures import run_figures
 from experiments.runners.workload import run_workload
-from experiments.systems import Packed, System, SystemSettings, settings_of
+from experiments.systems import Packed, System, SystemSettings, WorkloadRequest, settings_of
 from experiments.systems.peft import PeftModel
 from experiments.workloads import Workload, engine_requests
 from slora_jax import ConfigError, Engine, EngineConfig
 from slora_jax.adapters import LoraAdapter, random_adapter, write_peft
 from slora_jax.engine.runner import adapter_geometry
-from slora_jax.memory import CostAware, EvictionPolicy, Immediate, Lru
+from slora_jax.memory import CostAware, EvictionPolicy, Immediate, Lru, RestoreCosts
 from slora_jax.models import ModelConfig, init_random
-from slora_jax.scheduling import make_policy
+from slora_jax.scheduling import OneAdapter, Policy, make_policy
+from slora_jax.simulation import ModelShape
 
 RENAMED = {
     "max_tokens": "max_tokens_per_step",
@@ -37,11 +41,15 @@ PAPER = {"admission": "reserve", "prefetch": 0, "eviction": "immediate"}
 """What the engine has of S-LoRA's scheduling, for systems whose name ends in "-paper"."""
 
 
-class RealRunner:
-    """Keeps the last system for the next run, if that differs in its requests and adapters only."""
+WARM_UP_TOKENS = 3
+"""Of prompt and of output: less than a page, so that no prefix cache keeps any."""
 
-    def __init__(self, progress: bool = True) -> None:
-        self._progress = progress
+
+class RealRunner:
+    """Keeps the last system for the next run, if that differs in its requests, adapters and policy only. A run begins
+    with no adapter in the pool and a policy that has seen nothing; what has to be compiled was, and has run once."""
+
+    def __init__(self) -> None:
         self._key: str | None = None
         self._system: System | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -85,19 +93,34 @@ class RealRunner:
         model = _model(run)
         adapters = {f"{i}": _Adapter(model, settings.engine.page_size, rank, run) for i, rank in enumerate(work.ranks)}
         engine = settings.software == "engine"
-        key = json.dumps([str(settings), run.model, run.system.policy, run.seed, engine or work.ranks], default=str)
-        if key != self._key or settings.engine.prefix_cache:
+        if run.system.policy is not None and not engine:
+            raise ConfigError(f"system.policy={dict(run.system.policy)}: {run.system.name} has none; leave it out")
+        made_of = "" if engine else (work.ranks, run.adapters.targets)
+        key = json.dumps([str(settings), _eviction(run), run.model, run.seed, made_of], default=repr)
+        remembers = settings.engine.prefix_cache or _eviction(run) == "cost_aware"
+        if key != self._key or remembers:
             self.close()
             self._system = self._make(run, settings, adapters)
             self._key = key
+            self._warm_up(run, adapters)
         assert self._system is not None
         if isinstance(self._system.server, Engine):
-            server = self._system.server
-            for info in server.adapters():
-                server.unload_adapter(info.name)
-            for name, adapter in adapters.items():
-                server.load_adapter(name, adapter.make(int(name)))
+            _register(self._system.server, adapters)
+            self._system.server.scheduler.policy = _policy(run, settings)
         return self._system
+
+    def _warm_up(self, run: RunConfig, adapters: Mapping[str, _Adapter]) -> None:
+        """What a program, a library or a thread pool does only once is done before the first run."""
+        assert self._system is not None
+        server = self._system.server
+        if isinstance(server, Engine):
+            _register(server, dict(list(adapters.items())[:1]))
+        every = list(adapters) if isinstance(server, Packed) else list(adapters)[:1] or [None]
+        vocab_size = _model(run).vocab_size
+        prompts = np.random.default_rng(run.seed).integers(0, vocab_size, (len(every), WARM_UP_TOKENS)).tolist()
+        self._system.run(
+            [WorkloadRequest(0.0, tuple(p), name, WARM_UP_TOKENS) for p, name in zip(prompts, every, strict=True)]
+        )
 
     def _make(self, run: RunConfig, settings: SystemSettings, adapters: Mapping[str, _Adapter]) -> System:
         model = _model(run)
@@ -107,15 +130,17 @@ class RealRunner:
         if settings.software == "packed":
             made = {name: adapter.make(int(name)) for name, adapter in adapters.items()}
             return System(run.system.name, settings, Packed(model, graphdef, params, made, settings.engine))
-        policy = None if run.system.policy is None else make_policy(**run.system.policy)
-        engine = Engine(model, graphdef, params, settings.engine, policy=policy, eviction=_eviction(run))
+        policy, eviction = _policy(run, settings), _eviction_policy(run, settings)
+        engine = Engine(model, graphdef, params, settings.engine, policy=policy, eviction=eviction)
         return System(run.system.name, settings, engine)
 
     def _peft(self, run: RunConfig, adapters: Mapping[str, _Adapter]) -> PeftModel:
         """A checkpoint of the same shape, and the same adapters, as PEFT reads them."""
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         self._scratch = tempfile.TemporaryDirectory()
         root = Path(self._scratch.name)
         torch.manual_seed(run.seed)
@@ -174,10 +199,40 @@ def system_settings(run: RunConfig, max_model_len: int) -> SystemSettings:
     return replace(made, split_memory=False) if name == "no-unify-mem" else made
 
 
-def _eviction(run: RunConfig) -> EvictionPolicy:
-    default = PAPER["eviction"] if run.system.name.endswith("-paper") else "lru"
-    name = run.system.settings.get("eviction", default)
-    return {"lru": Lru, "immediate": Immediate, "cost_aware": CostAware}[name]()
+def _eviction(run: RunConfig) -> str:
+    default = str(PAPER["eviction"]) if run.system.name.endswith("-paper") else "lru"
+    return str(run.system.settings.get("eviction", default))
+
+
+def _eviction_policy(run: RunConfig, settings: SystemSettings) -> EvictionPolicy:
+    if _eviction(run) != "cost_aware":
+        return {"lru": Lru, "immediate": Immediate}[_eviction(run)]()
+    dtype_bytes = 4 if settings.engine.dtype == "float32" else 2
+    shape, page_size = ModelShape.of(_model(run), dtype_bytes=dtype_bytes), settings.engine.page_size
+    return CostAware(RestoreCosts.of(shape.params, page_size, page_size * shape.kv_bytes, CPU_FLOPS, CPU_COPY))
+
+
+def _policy(run: RunConfig, settings: SystemSettings) -> Policy:
+    """A new one: policies remember what they have seen.
+
+    Raises:
+      ConfigError: merged weights, and a policy that mixes adapters.
+    """
+    merged = settings.engine.lora == "merge"
+    policy = make_policy(**(run.system.policy or {"name": "one_adapter" if merged else "fcfs"}))
+    if merged and not isinstance(policy, OneAdapter):
+        raise ConfigError(
+            f"system.policy={dict(run.system.policy or {})}: merge serves one adapter at a time; leave it out"
+        )
+    return policy
+
+
+def _register(server: Engine, adapters: Mapping[str, _Adapter]) -> None:
+    """These adapters and no others; none of them is in the pool."""
+    for info in server.adapters():
+        server.unload_adapter(info.name)
+    for name, adapter in adapters.items():
+        server.load_adapter(name, adapter.make(int(name)))
 
 
 def _model(run: RunConfig) -> ModelConfig:

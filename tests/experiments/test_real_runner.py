@@ -1,0 +1,197 @@
+"""Runs on the engine: the simulator's counts, nothing left of the run before, and nothing compiled meanwhile."""
+
+from contextlib import contextmanager
+from itertools import pairwise
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.config import make_experiment
+from experiments.runners import RealRunner, run_simulated
+from experiments.runners.workload import run_workload
+from experiments.systems import System
+from slora_jax import ConfigError
+from slora_jax.scheduling import EarlyAbort, Lcfs
+
+CONTENT = {
+    "mode": "real",
+    "model": "mini-llama",
+    "slo_seconds": 0.5,
+    "adapters": {"count": 3, "ranks": [8, 4]},
+    "workload": {"rate": 400, "duration": 0.03, "input_range": [3, 24], "output_range": [2, 9]},
+    "system": {"num_tokens": 1024, "max_seqs": 4, "max_tokens": 16},
+    "engine": {"max_model_len": 64, "decode_buckets": [4], "mixed_buckets": [16], "batch": 4},
+}
+
+
+def configs(*cases, **changes):
+    """A run for each case, a mapping of sections."""
+    return [
+        run.config for run in make_experiment("small", CONTENT | {"cases": [changes | case for case in cases]}).runs
+    ]
+
+
+@pytest.fixture(scope="module")
+def runner():
+    with RealRunner() as runner:
+        yield runner
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """What systems did, the last at the end: records and tokens."""
+    runs, real = [], System.run_with_tokens
+
+    def spy(system, workload):
+        runs.append(real(system, workload))
+        return runs[-1]
+
+    monkeypatch.setattr(System, "run_with_tokens", spy)
+    return runs
+
+
+ALIKE = {"slora-paper": {"mixed": True, "page_size": 16, "admit_every": 1}, "packed": {"replicas": 3}}
+"""What the simulator must be told of what the engine is anyway."""
+
+
+@contextmanager
+def compilations():
+    """Durations of what is compiled inside the block, in seconds."""
+    found: list[float] = []
+
+    def listen(event: str, seconds: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("name", ["slora", "slora-paper", "merge", "packed", "peft"])
+def test_the_same_requests_and_tokens_as_in_the_simulator(runner, ran, name) -> None:
+    memory = {"num_tokens": 8192} if name == "packed" else {}  # for three times the weights
+    (config,) = configs({"system": {"name": name, **memory}})
+    real = runner.run(config)
+    (alike,) = configs({"mode": "simulated", "system": {"name": name, **ALIKE.get(name, {})}})
+    simulated = run_simulated(alike)
+    for figure in ("requests", "completed", "aborted"):
+        assert real[figure] == simulated[figure], figure
+    work = run_workload(config)
+    records = ran[-1].records
+    assert [record.prompt_tokens for record in records] == work.prompt_tokens.tolist()
+    assert [len(tokens) for tokens in ran[-1].tokens] == work.output_tokens.tolist()
+    assert [record.adapter for record in records] == [f"{adapter}" for adapter in work.adapter]
+    if name != "peft":
+        assert real["prompt_tokens"] == simulated["prompt_tokens"] == work.prompt_tokens.sum()
+        assert real["tokens_computed"] == simulated["tokens_computed"]
+    if name.startswith("slora"):
+        assert real["loads"] >= 3 and real["switches"] == 0
+    if name == "merge":
+        assert real["switches"] >= 3
+
+
+def test_nothing_is_left_of_the_run_before(runner, ran) -> None:
+    first, other, again = configs(
+        {"adapters": {"count": 3}},
+        {"adapters": {"count": 6, "ranks": [8, 1, 3]}, "system": {"policy": "lcfs"}},
+        {"adapters": {"count": 3}},
+    )
+    before, _, after = runner.run(first), runner.run(other), runner.run(again)
+    for counter in ("loads", "tokens_computed", "prompt_tokens", "preemptions", "aborts", "prefix_hit_tokens"):
+        assert before[counter] == after[counter], counter
+    assert before["loads"] == 3 and before["evictions"] == before["prefix_hit_tokens"] == 0
+    assert ran[-1].tokens == ran[-3].tokens != ran[-2].tokens
+
+
+def test_nothing_is_compiled_within_a_run(runner) -> None:
+    for config in configs({}, {"adapters": {"count": 0}}, {"system": {"policy": "lcfs"}}):
+        system = runner._prepare(config, run_workload(config))
+        real = system.run_with_tokens
+        with compilations() as found, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runner, "_prepare", lambda *_, system=system: system)
+            assert runner.run(config)["completed"] == len(run_workload(config))
+        assert not found and system.run_with_tokens == real
+    with compilations() as found:
+        jax.jit(lambda x: x * 3 + 1)(np.ones(7))
+    assert found
+
+
+def test_policies_and_eviction_reach_the_engine(runner) -> None:
+    lcfs, abort, again = configs(
+        {"system": {"policy": "lcfs"}},
+        {"system": {"policy": {"name": "early_abort", "rule": "code", "slo": 0.011, "margin": 0.01}}},
+        {"system": {"policy": {"name": "early_abort", "rule": "code", "slo": 0.011, "margin": 0.01}}},
+    )
+    runner.run(lcfs)
+    assert isinstance(runner._system.server.scheduler.policy, Lcfs)
+    figures = runner.run(abort)
+    policy = runner._system.server.scheduler.policy
+    assert isinstance(policy, EarlyAbort) and policy.slo == 0.011
+    assert figures["aborts"] == figures["aborted"] > 0
+    assert figures["aborted"] + figures["completed"] == figures["requests"]
+    runner.run(again)
+    assert runner._system.server.scheduler.policy is not policy  # it has seen nothing
+
+    one_user = {"client": {"kind": "closed", "users": 1}}
+    kept, dropped = configs(one_user, one_user | {"system": {"eviction": "immediate"}})
+    adapters = run_workload(kept).adapter.tolist()
+    assert runner.run(kept)["loads"] == len(set(adapters))
+    assert runner.run(dropped)["loads"] >= 1 + sum(a != b for a, b in pairwise(adapters)) > len(set(adapters))
+    (dear,) = configs({"system": {"eviction": "cost_aware"}})
+    assert runner.run(dear)["completed"] == 12
+
+
+def test_a_closed_loop_holds_its_number_of_users(runner, ran) -> None:
+    users = 3
+    (config,) = configs({"client": {"kind": "closed", "users": users}})
+    runner.run(config)
+    records = ran[-1].records
+    for before, record in zip(records, records[users:], strict=False):
+        assert record.arrival == pytest.approx(before.finished, abs=1e-6)
+    first_to_leave = min(record.finished for record in records[-users:])
+    moments = np.linspace(records[0].arrival, first_to_leave, 200)[1:-1]
+    at_once = [sum(r.arrival <= moment < r.finished for r in records) for moment in moments]
+    assert set(at_once) == {users}
+
+
+def test_packed_replicas_are_made_anew_for_other_adapters(runner, ran) -> None:
+    tokens = []
+    for targets in (["q"], ["q", "k", "v", "o"]):
+        (config,) = configs({"adapters": {"count": 1, "targets": targets}, "system": {"name": "packed"}})
+        runner.run(config)
+        tokens.append(ran[-1].tokens)
+    assert tokens[0] != tokens[1]
+
+
+@pytest.mark.parametrize(
+    ("system", "message"),
+    [
+        ({"admit_every": 10}, "system.admit_every: is of the simulator only; leave it out, or use mode=simulated"),
+        ({"software": "vllm"}, "system.software: is of the simulator only"),
+        ({"num_tokens": None}, "system.num_tokens: must be given in real mode"),
+        ({"name": "no-unify-mem"}, "system.adapter_tokens: must be given for no-unify-mem in real mode"),
+        ({"name": "packed", "policy": "lcfs"}, r"system.policy={'name': 'lcfs'}: packed has none; leave it out"),
+        ({"name": "merge", "policy": "fcfs"}, "system.policy={'name': 'fcfs'}: merge serves one adapter at a time"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_setting_that_it_cannot_have_is_refused_by_name(runner, system, message) -> None:
+    (config,) = configs({"system": system})
+    with pytest.raises(ConfigError, match=message):
+        runner.run(config)
+
+
+def test_what_does_not_fit_leaves_the_runner_usable(runner) -> None:
+    long, packed, fine = configs(
+        {"workload": {"input_range": [100, 101]}},
+        {"adapters": {"count": 40}, "system": {"name": "packed"}},
+        {},
+    )
+    for config in (long, packed):
+        with pytest.raises(Exception, match="max_model_len|out of memory"):
+            runner.run(config)
+    assert runner.run(fine)["completed"] == 12
