@@ -20,7 +20,7 @@ demo: $(VENV)/installed-core ## serve 200 adapters of a small random model and c
 	$(VENV)/bin/slora demo
 
 test: $(VENV)/installed-test ## run the tests
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed-lint ## check style and types
 	$(PYTHON) -m ruff check .

@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help=f"the JSON lines (default: {RESULTS}/NAME.jsonl)")
     parser.add_argument("--fresh", action="store_true", help="forget the lines that are there")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of simulated runs")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         experiment = load_experiment(args.config, args.overrides)
         if args.dry_run:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from experiments.config.schema import SECTIONS, RunConfig, known_fields, run_config
+from experiments.config.schema import SECTIONS, RunConfig, known_fields, run_config, section_fields
 from experiments.config.typed import is_sweep, typed
 from slora_jax import ConfigError
 
@@ -116,7 +116,7 @@ def _sweep(content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     axes: list[tuple[str | None, str, list[Any]]] = []
     for name, value in content.items():
         if name in SECTIONS and isinstance(value, Mapping):
-            known = known_fields(name)
+            known = section_fields(name, value)
             axes += [(name, key, one) for key, one in value.items() if is_sweep(one, known.get(key))]
         elif is_sweep(value, known_fields("").get(name, str)):
             axes.append((None, name, value))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from experiments.config.typed import nearest, refuse_unknown, typed
-from experiments.workloads import WORKLOADS
+from experiments.workloads import WORKLOADS, find_generator
 from slora_jax import ConfigError
 from slora_jax.scheduling import make_policy
 from slora_jax.simulation import SYSTEMS, SystemConfig, devices
@@ -35,8 +35,9 @@ class AdaptersConfig:
 
 @dataclass(frozen=True)
 class WorkloadConfig:
-    """kind: a name of `WORKLOADS`. rate: requests per second. duration: of the arrivals, seconds. parameters: further
-    ones of the generator, by name; in a file they stand beside the others."""
+    """kind: a name of `WORKLOADS`, or a generator of one's own as "module:function". rate: requests per second.
+    duration: of the arrivals, seconds. parameters: further ones of the generator, by name; in a file they stand beside
+    the others."""
 
     kind: str = "synthetic"
     rate: float = 1.0
@@ -155,6 +156,17 @@ def known_fields(section: str) -> dict[str, Any]:
     return known
 
 
+def section_fields(section: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """`known_fields`, and those of generators of one's own that the content of the section names."""
+    known = dict(known_fields(section))
+    if section == "workload":
+        kinds = content.get("kind")
+        for kind in kinds if isinstance(kinds, list) else [kinds]:
+            if isinstance(kind, str) and ":" in kind:
+                known |= _parameters(find_generator(kind))
+    return known
+
+
 def run_config(content: Mapping[str, Any]) -> RunConfig:
     """A run from the content of a file, without cases and sweeps.
 
@@ -176,7 +188,7 @@ def run_config(content: Mapping[str, Any]) -> RunConfig:
 def _section(section: str, content: Any) -> Any:
     if not isinstance(content, Mapping):
         raise ConfigError(f"{section}={content!r}: must be a section with fields {', '.join(known_fields(section))}")
-    known = known_fields(section)
+    known = section_fields(section, content)
     refuse_unknown(content, known, f"{section}.")
     own = {f.name for f in fields(SECTIONS[section])}
     values: dict[str, Any] = {}
@@ -201,10 +213,10 @@ def _check(run: RunConfig) -> None:
             f"device={run.device!r} is unknown{nearest(run.device, devices())}; there are {', '.join(devices())}"
         )
     refuse_unknown([run.system.name], SYSTEMS, "system.name=")
-    refuse_unknown([run.workload.kind], WORKLOADS, "workload.kind=")
-    own = _parameters(WORKLOADS[run.workload.kind])
+    generator = find_generator(run.workload.kind)
+    own = _parameters(generator)
     refuse_unknown(run.workload.parameters, own, f"workload (kind: {run.workload.kind}): ")
-    for name, parameter in inspect.signature(WORKLOADS[run.workload.kind]).parameters.items():
+    for name, parameter in inspect.signature(generator).parameters.items():
         if name in own and parameter.default is parameter.empty and name not in run.workload.parameters:
             raise ConfigError(f"workload.{name}: must be given for kind: {run.workload.kind}")
     for name, least in (

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from experiments.config.schema import RunConfig
-from experiments.workloads import WORKLOADS, Workload, closed_loop
+from experiments.workloads import Workload, closed_loop, find_generator
 from slora_jax import ConfigError
 
 
 def run_workload(run: RunConfig) -> Workload:
     """Raises ConfigError if the generator's parameters do not fit together, or its file cannot be read."""
     try:
-        work = WORKLOADS[run.workload.kind](
+        work = find_generator(run.workload.kind)(
             num_adapters=run.adapters.count,
             ranks=run.adapters.ranks,
             rate=run.workload.rate,

@@ -1,10 +1,13 @@
 """Requests, by generators that share their first arguments (`WORKLOADS`), and what the runners make of them.
 
 A generator is a function in a file of its own, with keyword arguments only: `num_adapters`, `ranks`, `rate` (requests
-per second), `duration` (seconds), `seed`, and its own. Add it to `WORKLOADS` under the name that configs use.
+per second), `duration` (seconds), `seed`, and its own. Configs name one of `WORKLOADS`, or any other as
+"module:function".
 """
 
 from collections.abc import Callable
+from difflib import get_close_matches
+from importlib import import_module
 
 from experiments.workloads.arena import arena_like
 from experiments.workloads.azure import azure
@@ -17,6 +20,7 @@ from experiments.workloads.shared_prefix import shared_prefix
 from experiments.workloads.synthetic import synthetic
 from experiments.workloads.synthetic_text import synthetic_text
 from experiments.workloads.workload import BASE, NOBODY, Workload
+from slora_jax import ConfigError
 
 WORKLOADS: dict[str, Callable[..., Workload]] = {
     "synthetic": synthetic,
@@ -27,6 +31,28 @@ WORKLOADS: dict[str, Callable[..., Workload]] = {
     "shared_prefix": shared_prefix,
     "conversations": conversations,
 }
+
+
+def find_generator(kind: str) -> Callable[..., Workload]:
+    """A generator by its name in `WORKLOADS`, or as "module:function".
+
+    Raises:
+      ConfigError: there is none.
+    """
+    if ":" in kind:
+        module, _, function = kind.partition(":")
+        try:
+            return getattr(import_module(module), function)  # type: ignore[no-any-return]
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(f"workload.kind={kind}: {error}") from error
+    if kind not in WORKLOADS:
+        near = get_close_matches(kind, WORKLOADS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ConfigError(
+            f"workload.kind={kind} is unknown{hint}; there are {', '.join(WORKLOADS)}, and your own as module:function"
+        )
+    return WORKLOADS[kind]
+
 
 __all__ = [
     "BASE",
@@ -39,6 +65,7 @@ __all__ = [
     "closed_loop",
     "conversations",
     "engine_requests",
+    "find_generator",
     "real_trace",
     "shared_prefix",
     "simulated_requests",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from importlib import import_module
 from typing import Any
 
 from slora_jax.errors import ConfigError
@@ -27,7 +28,8 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def make_policy(name: str, **settings: Any) -> Policy:
-    """A policy by its name in `POLICIES`: `make_policy("early_abort", slo=6.0)`.
+    """A policy by its name in `POLICIES`: `make_policy("early_abort", slo=6.0)`; or your own, by the module that has it
+    and its class: `make_policy("my_policies:Shortest")`.
 
     The inner policy of "ageing" is a policy, a name, or a mapping with the name and the settings:
     `make_policy("ageing", bound=10.0, inner={"name": "clustering", "max_adapters_in_batch": 4, "hard": True})`.
@@ -35,9 +37,12 @@ def make_policy(name: str, **settings: Any) -> Policy:
     Raises:
       ConfigError: unknown name or setting (the nearest known one is named), a setting missing or out of range.
     """
-    if name not in POLICIES:
-        raise ConfigError(f"policy {name!r} is unknown{_nearest(name, POLICIES)}; there are {', '.join(POLICIES)}")
-    kind = POLICIES[name]
+    kind = _imported(name) if ":" in name else POLICIES.get(name)
+    if kind is None:
+        raise ConfigError(
+            f"policy {name!r} is unknown{_nearest(name, POLICIES)}; there are {', '.join(POLICIES)}, and your own as "
+            "module:Class"
+        )
     known: list[str] = [field.name for field in fields(kind) if field.init] if is_dataclass(kind) else []
     for setting in settings:
         if setting not in known:
@@ -54,6 +59,17 @@ def make_policy(name: str, **settings: Any) -> Policy:
         return kind(**settings)
     except TypeError as error:
         raise ConfigError(f"policy {name!r}: {error}") from error
+
+
+def _imported(name: str) -> type[Policy]:
+    module, _, attribute = name.partition(":")
+    try:
+        kind = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"policy {name!r}: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, Policy)):
+        raise ConfigError(f"policy {name!r}: must be a subclass of slora_jax.scheduling.Policy")
+    return kind
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 import experiments
 from experiments.config import load_experiment, make_experiment
+from experiments.runners.simulated import run_simulated
 from slora_jax import ConfigError
 
 YAML = """
@@ -168,3 +169,46 @@ def test_the_examples_are_one_experiment() -> None:
     made = load_experiment(folder / "example.yaml")
     assert made == replace(load_experiment(folder / "example.gin"), name=made.name)
     assert [run.curve for run in made.runs] == ["fcfs"] * 4 + ["early_abort"] * 4
+
+
+OWN = """
+import numpy as np
+
+from experiments.workloads import Workload
+from slora_jax.scheduling import Policy
+
+
+class Shortest(Policy):
+    def order(self, requests, now):
+        return sorted(requests, key=lambda request: request.max_new - request.num_sampled)
+
+
+def burst(*, num_adapters, ranks, rate, duration, seed=42, size: int = 10, lengths: tuple[int, int] = (8, 16)):
+    n = int(rate * duration)
+    random = np.random.default_rng(seed)
+    tokens = random.integers(*lengths, (2, n))
+    arrival = np.arange(n) // size * size / rate
+    return Workload(arrival, random.integers(0, num_adapters, n), *tokens, tuple(ranks)[:1] * num_adapters)
+"""
+
+
+def test_a_policy_and_a_workload_of_ones_own_take_a_file_and_no_other_change(tmp_path, monkeypatch) -> None:
+    (tmp_path / "my_own_study.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    content = {
+        "workload": {"kind": "my_own_study:burst", "rate": 5, "duration": 4, "size": [2, 20], "lengths": [4, 9]},
+        "adapters": {"count": 3},
+        "system": {"name": "slora", "num_tokens": 4000, "max_seqs": 2, "policy": ["my_own_study:Shortest", "fcfs"]},
+    }
+    runs = make_experiment("x", content).runs
+    assert [(r.config.workload.parameters["size"], r.curve) for r in runs] == [(2, "slora")] * 2 + [(20, "slora")] * 2
+    latency = [run_simulated(run.config)["latency"] for run in runs[2:]]
+    assert latency[0] < latency[1]  # shortest first, of twenty that come at once
+    with pytest.raises(ConfigError, match=r"workload\.sise is unknown \(did you mean 'size'\?\)"):
+        make_experiment("x", {"workload": {"kind": "my_own_study:burst", "sise": 2}})
+    for kind in ("my_own_study:bust", "nowhere:burst"):
+        with pytest.raises(ConfigError, match=f"workload.kind={kind}: "):
+            make_experiment("x", {"workload": {"kind": kind}})
+    for policy in ("my_own_study:burst", "my_own_study:Shorter", "nowhere:Shortest"):
+        with pytest.raises(ConfigError, match=f"policy '{policy}': "):
+            make_experiment("x", {"system": {"policy": policy}})

@@ -61,7 +61,7 @@ def test_the_pool_is_what_the_weights_leave() -> None:
 
 
 def test_there_are_the_papers_devices_and_later_ones() -> None:
-    assert devices() == ["a100-40", "a100-80", "a10g", "h100", "h200"]
+    assert {"a100-40", "a100-80", "a10g", "h100", "h200"} <= set(devices())
 
 
 @pytest.mark.parametrize("name", devices())
