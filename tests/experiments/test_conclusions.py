@@ -129,13 +129,13 @@ def test_the_engine_has_what_the_paper_has() -> None:
 
 MUTATIONS: Mapping[str, Callable[[str, Any, dict[str, Any]], None]] = {
     "flat in the number of adapters": lambda curve, at, m: _scale(m, 0.5, curve == "slora" and at == 64),
-    "unified memory above a split one": lambda curve, at, m: _scale(m, 2, curve == "no-unify-mem" and at == 64),
-    "unified memory above a split one, over the rate": lambda curve, at, m: _scale(m, 2, curve == "no-unify-mem"),
+    "unified memory above a split one": lambda curve, at, m: _scale(m, 9, curve == "no-unify-mem" and at == 64),
+    "unified memory above a split one, over the rate": lambda curve, at, m: _scale(m, 9, curve == "no-unify-mem"),
     "padded batched products below": lambda curve, at, m: _scale(m, 9, curve == "bmm"),
     "merging below with several adapters": lambda curve, at, m: _scale(m, 9, curve == "merge" and at == 1),
     "early abort above under overload": lambda curve, at, m: _scale(m, 0.1, curve == "abort" and at == 8),
     "clustering is neutral": lambda curve, at, m: _scale(m, 1.5, curve == "d=1" and at == 1),
-    "PEFT far below": lambda curve, at, m: _scale(m, 99, curve == "peft" and at == 64),
+    "PEFT far below": lambda curve, at, m: _scale(m, 99, curve == "peft" and at == 48),
     "30 times PEFT": lambda curve, at, m: _scale(m, 99, curve == "peft"),
     "4 times vLLM-packed": lambda curve, at, m: _scale(m, 99, curve == "vllm-packed"),
 }
