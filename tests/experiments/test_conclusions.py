@@ -43,8 +43,9 @@ EXPECTED: Mapping[str, Mapping[str, bool]] = {
         "early abort above under overload": True,
         "clustering is neutral": True,
         "PEFT far below": True,
-        "30 times PEFT": True,
-        "4 times vLLM-packed": True,
+        # A CPU's step of one request takes a fraction of one of 64's, where a GPU reads the same weights for either:
+        "30 times PEFT": False,  # about 20
+        "4 times vLLM-packed": False,  # the same: five replicas' small steps are cheap; with two it is above, as published
     },
 }
 
@@ -136,8 +137,6 @@ MUTATIONS: Mapping[str, Callable[[str, Any, dict[str, Any]], None]] = {
     "early abort above under overload": lambda curve, at, m: _scale(m, 0.1, curve == "abort" and at == 8),
     "clustering is neutral": lambda curve, at, m: _scale(m, 1.5, curve == "d=1" and at == 1),
     "PEFT far below": lambda curve, at, m: _scale(m, 99, curve == "peft" and at == 48),
-    "30 times PEFT": lambda curve, at, m: _scale(m, 99, curve == "peft"),
-    "4 times vLLM-packed": lambda curve, at, m: _scale(m, 99, curve == "vllm-packed"),
 }
 """By conclusion, what of the measured results would speak against it."""
 
@@ -148,11 +147,20 @@ def _scale(metrics: dict[str, Any], factor: float, here: bool) -> None:
             metrics[name] *= factor
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", [name for name, holds in EXPECTED["engine"].items() if holds])
 def test_results_that_speak_against_a_conclusion_are_noticed(name) -> None:
     conclusion = BY_NAME[name]
     verdict = conclusion.verdict(engine(conclusion.experiment, MUTATIONS[name]), "ours")
     assert verdict is not None and not verdict.holds, verdict
+
+
+@pytest.mark.parametrize(
+    ("name", "baseline", "at"), [("30 times PEFT", "peft", 100), ("4 times vLLM-packed", "vllm-packed", 5)]
+)
+def test_results_that_speak_for_a_greatest_factor_are_noticed(name, baseline, at) -> None:
+    collected = engine("table_3", lambda curve, place, m: _scale(m, 0.1, curve == baseline and place == at))
+    verdict = BY_NAME[name].verdict(collected, "ours")
+    assert verdict is not None and verdict.holds, verdict
 
 
 def panels(*curves: tuple[str, list[float | None]], places=(1, 10, 100), metric="throughput") -> Panel:
