@@ -45,7 +45,7 @@ EXPECTED: Mapping[str, Mapping[str, bool]] = {
         "PEFT far below": True,
         # A CPU's step of one request takes a fraction of one of 64's, where a GPU reads the same weights for either:
         "30 times PEFT": False,  # about 20
-        "4 times vLLM-packed": False,  # the same: five replicas' small steps are cheap; with two it is above, as published
+        "4 times vLLM-packed": False,  # the same; with two replicas it is above, as published
     },
 }
 
