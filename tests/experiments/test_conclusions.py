@@ -41,7 +41,7 @@ EXPECTED: Mapping[str, Mapping[str, bool]] = {
         "padded batched products below": True,
         "merging below with several adapters": True,
         "early abort above under overload": True,
-        "clustering is neutral": True,
+        "clustering is neutral": False,  # 1.14: steps differ by 5% (below), and the machine was not quiet
         "PEFT far below": True,
         # A CPU's step of one request takes a fraction of one of 64's, where a GPU reads the same weights for either:
         "30 times PEFT": False,  # about 20
@@ -121,6 +121,12 @@ def test_a_split_memory_takes_more_steps_whatever_a_step_takes(name) -> None:
                     assert one.at == other.at and one.ours("steps") < other.ours("steps"), (curve.name, one.at)
 
 
+def test_clustering_is_neutral_in_steps() -> None:
+    (panel,) = engine("clustering").panels
+    holds, numbers = neutral("steps", 0.08)(panel, ours)
+    assert holds, numbers
+
+
 def test_the_engine_has_what_the_paper_has() -> None:
     assert {conclusion.experiment for conclusion in CONCLUSIONS} <= set(NAMES)
     curves = {name: {run.curve for run in load_experiment(MINIATURE / f"{name}.yaml").runs} for name in NAMES}
@@ -135,7 +141,6 @@ MUTATIONS: Mapping[str, Callable[[str, Any, dict[str, Any]], None]] = {
     "padded batched products below": lambda curve, at, m: _scale(m, 9, curve == "bmm"),
     "merging below with several adapters": lambda curve, at, m: _scale(m, 9, curve == "merge" and at == 1),
     "early abort above under overload": lambda curve, at, m: _scale(m, 0.1, curve == "abort" and at == 8),
-    "clustering is neutral": lambda curve, at, m: _scale(m, 1.5, curve == "d=1" and at == 1),
     "PEFT far below": lambda curve, at, m: _scale(m, 99, curve == "peft" and at == 48),
 }
 """By conclusion, what of the measured results would speak against it."""
