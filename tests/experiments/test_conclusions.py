@@ -37,13 +37,13 @@ EXPECTED: Mapping[str, Mapping[str, bool]] = {
         "flat in the number of adapters": True,
         "unified memory above a split one": True,
         "unified memory above a split one, over the rate": True,
-        "padded batched products below": True,
+        "padded batched products below": False,  # 1.10 to 3.39 times bmm; but with one adapter nothing is padded: 0.84
         "merging below with several adapters": True,
         "early abort above under overload": True,
-        "clustering is neutral": False,  # 1.14: steps differ by 5% (below), and the machine was not quiet
+        "clustering is neutral": False,  # up to 1.2 in time; steps differ by 5% (below)
         "PEFT far below": True,
         # A CPU's step of one request takes a fraction of one of 64's, where a GPU reads the same weights for either:
-        "30 times PEFT": False,  # about 20
+        "30 times PEFT": True,  # 37 at 100 adapters
         "4 times vLLM-packed": False,  # the same; with two replicas it is above, as published
     },
 }
@@ -141,6 +141,7 @@ MUTATIONS: Mapping[str, Callable[[str, Any, dict[str, Any]], None]] = {
     "merging below with several adapters": lambda curve, at, m: _scale(m, 9, curve == "merge" and at == 1),
     "early abort above under overload": lambda curve, at, m: _scale(m, 0.1, curve == "abort" and at == 8),
     "PEFT far below": lambda curve, at, m: _scale(m, 99, curve == "peft" and at == 48),
+    "30 times PEFT": lambda curve, at, m: _scale(m, 99, curve == "peft"),
 }
 """By conclusion, what of the measured results would speak against it."""
 
@@ -216,7 +217,7 @@ def test_checks(check, curves, expected) -> None:
 def test_an_error_is_no_value() -> None:
     panel = panels(("a", [2, 2, 2]), ("b", [1, 1, None]))
     judged = above("throughput", "a", "b")(panel, ours)
-    assert judged == (True, "throughput 2.00 (at 1) to 2.00 (at 1) times b's")
+    assert judged == (True, "throughput 2.00 (at 1) times b's")
 
 
 def test_a_single_adapter_is_not_judged() -> None:
