@@ -8,14 +8,6 @@ from dataclasses import dataclass
 from experiments.paper.exclusions import exclusion
 from experiments.paper.results import PaperRow
 
-AXES = {
-    "num_adapters": "number of adapters",
-    "rate": "request rate (1/s)",
-    "cv": "cv of the arrivals",
-    "alpha": "alpha (1: even, less: skewed)",
-}
-"""Fields of a row that a figure varies, with the axis label."""
-
 METRICS = {
     "throughput": "throughput (requests/s)",
     "latency": "mean latency (s)",

@@ -35,5 +35,3 @@ SETTINGS = {
 
 DEVICES = ("a10g", "a100-40", "a100-80")
 """Devices of the published runs, as the simulator's device files name them."""
-
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")

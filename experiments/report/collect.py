@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.config import Experiment, Run
+from experiments.paper.order import SHARES
 from experiments.paper.published import Bar, published_row
 from experiments.paper.results import PaperRow
-
-SHARES = ("attainment", "satisfaction")
-"""Figures between 0 and 1: compared by their difference."""
 
 SHORT = 1.0
 """Seconds. Published first-token latencies below this are a prefill or two: compared by their difference."""
