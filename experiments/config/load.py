@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from experiments.config.schema import SECTIONS, RunConfig, known_fields, run_config, section_fields
-from experiments.config.typed import is_sweep, typed
+from slora_jax.typed import is_sweep, typed
 from slora_jax import ConfigError
 
 LABELS = {"panel": str, "curve": str, "x": str, "published": str}

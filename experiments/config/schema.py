@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from experiments.config.typed import nearest, refuse_unknown, typed
+from slora_jax.typed import nearest, refuse_unknown, typed
 from experiments.workloads import WORKLOADS, find_generator
 from slora_jax import ConfigError
 from slora_jax.scheduling import make_policy

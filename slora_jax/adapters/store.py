@@ -25,7 +25,7 @@ from slora_jax.adapters.geometry import BaseGeometry
 from slora_jax.adapters.host_cache import DiskObserver, HostCache
 from slora_jax.adapters.peft_format import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, read_peft
 from slora_jax.adapters.tiles import AdapterTiles, pack_tiles, tile_dtype, tile_shape
-from slora_jax.errors import AdapterError
+from slora_jax.errors import AdapterError, UnknownAdapterError
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class AdapterStore:
         if info is None:
             near = difflib.get_close_matches(name, _neighbours(name, list(self._infos)), n=3)
             hint = f"; did you mean {', '.join(map(repr, near))}?" if near else f"; {len(self._infos)} are registered"
-            raise AdapterError(f"unknown adapter {name!r}{hint}")
+            raise UnknownAdapterError(f"unknown adapter {name!r}{hint}")
         return info
 
 

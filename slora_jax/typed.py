@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from slora_jax import ConfigError
+from slora_jax.errors import ConfigError
 
 
 def typed(value: Any, kind: Any, where: str) -> Any:
