@@ -13,14 +13,14 @@ from slora_jax.serving.errors import ApiError
 from slora_jax.serving.access import Client
 from slora_jax.serving.generation import Sequences, generate
 from slora_jax.serving.protocol import ChatBody, CompletionBody, Generation, StreamOptions
-from slora_jax.serving.service import May, Service, service_of
+from slora_jax.serving.service import MayLook, MayServe, Service, service_of
 from slora_jax.serving.shapes import ChatShape, CompletionShape, Shape, TokenText
 
 router = APIRouter(prefix="/v1")
 
 
 @router.post("/completions")
-async def completions(request: Request, client: May.serve, body: CompletionBody) -> Response:
+async def completions(request: Request, client: MayServe, body: CompletionBody) -> Response:
     """Continues each prompt, `n` times."""
     service = service_of(request)
     adapter = service.open_for(body.model)
@@ -42,7 +42,7 @@ async def completions(request: Request, client: May.serve, body: CompletionBody)
 
 
 @router.post("/chat/completions")
-async def chat_completions(request: Request, client: May.serve, body: ChatBody) -> Response:
+async def chat_completions(request: Request, client: MayServe, body: ChatBody) -> Response:
     """Answers a conversation, put into the model's chat template, `n` times."""
     service = service_of(request)
     adapter = service.open_for(body.model)
@@ -59,7 +59,7 @@ async def chat_completions(request: Request, client: May.serve, body: ChatBody) 
 
 
 @router.get("/models")
-async def models(request: Request, client: May.look) -> dict[str, Any]:
+async def models(request: Request, client: MayLook) -> dict[str, Any]:
     """The base model and every adapter."""
     service = service_of(request)
     base = service.settings.base_name
@@ -69,7 +69,7 @@ async def models(request: Request, client: May.look) -> dict[str, Any]:
 
 
 @router.get("/models/{name:path}")
-async def model(request: Request, client: May.look, name: str) -> dict[str, Any]:
+async def model(request: Request, client: MayLook, name: str) -> dict[str, Any]:
     """One of them."""
     service = service_of(request)
     adapter = service.adapter_named(name)
