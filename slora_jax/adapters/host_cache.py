@@ -9,6 +9,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from slora_jax.adapters.spill import SpillDamagedError, SpilledTiles, SpillFiles
 from slora_jax.adapters.tiles import AdapterTiles
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 DiskObserver = Callable[[str, str, int, float], None]
 """Told of each disk access at its end, on the thread that did it: "read" or "write", digest, bytes, and when it began
 in seconds of `time.perf_counter`."""
+
+Tier = Literal["host", "disk"]
+"""Where content is: in memory (and perhaps also on disk), or not, to be read back before it is used."""
 
 
 @dataclass(eq=False)
@@ -99,6 +103,13 @@ class HostCache:
         """Whether this content is in memory or on disk."""
         with self._changed:
             return digest in self._contents
+
+    def tiers(self) -> dict[str, Tier]:
+        """Where each content is, by digest."""
+        with self._changed:
+            tiers: dict[str, Tier] = dict.fromkeys(self._contents, "disk")
+            tiers.update(dict.fromkeys(self._resident, "host"))
+            return tiers
 
     def insert(self, tiles: AdapterTiles, source: Path | None) -> None:
         """Adds content with one name (spilled or lost content is restored). `keep_budget` is the caller's next call."""

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from slora_jax.adapters.adapter import LoraAdapter
 from slora_jax.adapters.config import MAX_RANK
 from slora_jax.adapters.geometry import BaseGeometry
-from slora_jax.adapters.host_cache import DiskObserver, HostCache
+from slora_jax.adapters.host_cache import DiskObserver, HostCache, Tier
 from slora_jax.adapters.peft_format import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, read_peft
 from slora_jax.adapters.tiles import AdapterTiles, pack_tiles, tile_dtype, tile_shape
 from slora_jax.errors import AdapterError
@@ -161,6 +161,10 @@ class AdapterStore:
         """All registered adapters, in order of registration."""
         with self._lock:
             return list(self._infos.values())
+
+    def tiers(self) -> dict[str, Tier]:
+        """Whether content is in memory ("host") or must be read back ("disk"), by digest, as of one moment."""
+        return self._cache.tiers()
 
     def get(self, digest: str) -> AdapterTiles | None:
         """The tiles if they are in memory, None if they are on disk. Never waits for the disk.
