@@ -371,6 +371,7 @@ class Engine:
             prefetches_wasted=counters.wasted,
             uploads_in_flight=len(self.residency.arriving),
             upload_bytes_in_flight=self.residency.pages_in_flight * self._runner.shape.page_bytes,
+            upload_bytes=self._uploads.pages * self._runner.shape.page_bytes,
             adapter_merges=self._runner.merges,
             resident_adapters=len(self.residency),
             registered_adapters=self.store.stats().registered,

@@ -71,7 +71,8 @@ class EngineStats:
     adapter_loads: adapters given pages in the pool. adapter_hits: uses that found theirs still there from before.
     prefetch_hits: adapters brought ahead that had landed by the time their first request could start.
     prefetches_wasted: brought ahead, and evicted or wanted by nobody any more before any use.
-    uploads_in_flight: adapters whose copy to the device is under way; upload_bytes_in_flight: begun and not landed.
+    uploads_in_flight: adapters whose copy to the device is under way; upload_bytes_in_flight: begun and not landed;
+    upload_bytes: copied to the device in all.
     adapter_merges: times that an adapter was merged into the weights (`lora="merge"`).
     prompt_tokens: known of requests when they were admitted (their prompts; after a preemption, their output too);
     `prefix_hit_tokens` of them were in the prefix cache, the others are among `tokens_computed`.
@@ -96,6 +97,7 @@ class EngineStats:
     prefetches_wasted: int
     uploads_in_flight: int
     upload_bytes_in_flight: int
+    upload_bytes: int
     adapter_merges: int
     resident_adapters: int
     registered_adapters: int

@@ -27,6 +27,7 @@ class AdapterUploads:
         self._store, self._residency, self._runner, self._end_waiting = store, residency, runner, end_waiting
         self.tiles: dict[str, AdapterTiles] = {}
         """By digest: found in memory while planning; kept until all is uploaded."""
+        self.pages = 0  # copied to the device since the engine's start
         self._lost: dict[str, AdapterError] = {}  # digests that could not be brought back from disk
 
     def state(self, digest: str) -> AdapterState:
@@ -48,6 +49,8 @@ class AdapterUploads:
             trace.landed(landing.upload)
             if landing.error is not None:
                 self._give_up(landing.upload, landing.error)
+            else:
+                self.pages += landing.upload.count
 
     def stage(self, plan: StepPlan, trace: NoTrace) -> None:
         """Begins the copies that go beside the plan's step; those begun leave the plan."""
@@ -64,6 +67,7 @@ class AdapterUploads:
             tiles = self.tiles[resident.digest]
             with trace.upload(resident, tiles):
                 self._runner.upload(resident, tiles.pages)
+            self.pages += resident.num_pages
 
     def abandon(self, plan: StepPlan) -> None:
         """After a failure: forgets what may not have reached the pool."""

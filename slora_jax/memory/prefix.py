@@ -66,6 +66,8 @@ class PrefixCache:
         self.counters = PrefixCounters()
         self._block_bytes = page_size * np.dtype(np.int32).itemsize
         self._roots: dict[str | None, PrefixNode] = {}
+        self.in_use = bytearray(evictor.allocator.num_pages)
+        """By page: 1 while running requests hold it as a prefix."""
         evictor.owns(PageKind.PREFIX, self._evict)
 
     def match(self, digest: str | None, tokens: bytes, most: int) -> PrefixNode | None:
@@ -95,6 +97,7 @@ class PrefixCache:
         for held in node.path():
             if not held.users:
                 self.evictor.remove(held)
+                self.in_use[held.page] = 1
             held.users += 1
             held.uses += 1
             pages.append(held.page)
@@ -120,6 +123,7 @@ class PrefixCache:
             if block in parent.children:
                 break
             child = PrefixNode(parent, digest, block, page)
+            self.in_use[page] = 1
             parent.children[block] = child
             parent = child
             at += size
@@ -139,6 +143,7 @@ class PrefixCache:
         for held in node.path():
             held.users -= 1
             if not held.users:
+                self.in_use[held.page] = 0
                 self.evictor.add(held, exposed=not held.children)
 
     def forget(self, node: PrefixNode | None, keep: int) -> None:

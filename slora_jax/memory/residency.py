@@ -6,7 +6,7 @@ for one that waits, uploaded page by page beside the steps, and used when it has
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, KeysView, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,6 +95,11 @@ class AdapterResidency:
     @property
     def residents(self) -> list[Resident]:
         return list(self._resident.values())
+
+    @property
+    def digests(self) -> KeysView[str]:
+        """Of all residents."""
+        return self._resident.keys()
 
     @property
     def arriving(self) -> Mapping[str, Resident]:

@@ -1,0 +1,96 @@
+"""A tiny engine under real traffic, recorded once: what was observed after every step, and every finished request."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from experiments.pool_picture import serve, tiny_engine
+from slora_jax import Engine, RequestOutput
+from slora_jax.adapters import AdapterInfo
+from slora_jax.adapters.host_cache import Tier
+from slora_jax.memory import PageKind
+from slora_jax.serving.observation import (
+    ADAPTER_ARRIVING,
+    ADAPTER_IDLE,
+    ADAPTER_IN_USE,
+    DUMMY,
+    FREE,
+    KV,
+    PREFIX_IDLE,
+    PREFIX_IN_USE,
+    EngineSnapshot,
+    observe,
+    page_kinds,
+)
+
+
+@dataclass
+class Moment:
+    """After one step. by_owner: `page_kinds` found by asking every owner of pages. loading, used: digests."""
+
+    snapshot: EngineSnapshot
+    kinds: np.ndarray
+    by_owner: np.ndarray
+    tiers: dict[str, Tier]
+    loading: set[str]
+    used: set[str]
+    finished: list[RequestOutput]
+
+
+@dataclass
+class Recording:
+    """Of a run. infos: of the registered adapters. copies: of adapters to the device, by the engine's trace: bytes, and
+    whether given up half-way."""
+
+    infos: list[AdapterInfo]
+    moments: list[Moment] = field(default_factory=list)
+    copies: list[tuple[int, bool]] = field(default_factory=list)
+
+    @property
+    def outputs(self) -> list[RequestOutput]:
+        return [output for moment in self.moments for output in moment.finished]
+
+
+def kinds_by_owner(engine: Engine) -> np.ndarray:
+    """`page_kinds` the slow way: page by page, asking the requests, the adapters and the prefix cache."""
+    kinds = np.full(engine.allocator.num_pages, FREE, np.uint8)
+    kinds[0] = DUMMY
+    for page in range(1, engine.allocator.num_pages):
+        if engine.allocator.kinds[page] == PageKind.PREFIX:
+            kinds[page] = PREFIX_IDLE
+    for request in engine.scheduler.running:
+        for at, page in enumerate(request.pages):
+            kinds[page] = PREFIX_IN_USE if at < request.num_shared else KV
+    for resident in engine.residency.residents:
+        for page in resident.pages:
+            kinds[page] = (
+                ADAPTER_IN_USE if resident.users else ADAPTER_IDLE if resident.has_landed else ADAPTER_ARRIVING
+            )
+    return kinds
+
+
+@functools.cache
+def recording() -> Recording:
+    """160 requests over 60 adapters on a pool of 300 pages; host memory holds about half of the adapters."""
+    settings = {"host_adapter_bytes": 2_000_000, "prefetch": 4, "upload_pages_per_step": 8}
+    with tiny_engine(**settings) as engine, engine.trace() as trace:
+        made = Recording(engine.adapters())
+        for deltas in serve(engine):
+            residents = engine.residency.residents
+            made.moments.append(
+                Moment(
+                    observe(engine),
+                    page_kinds(engine),
+                    kinds_by_owner(engine),
+                    engine.store.tiers(),
+                    {resident.digest for resident in residents if not resident.has_landed},
+                    {resident.digest for resident in residents if resident.users},
+                    [delta.output for delta in deltas if delta.output is not None],
+                )
+            )
+        events = [event["args"] for event in trace.events() if "slot" in event["args"]]
+        made.copies = [(event["bytes"], event.get("given_up", False)) for event in events]
+        return made
