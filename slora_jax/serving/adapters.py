@@ -128,11 +128,14 @@ class Adapters:
             is_gone = await loop.call(lambda engine: engine.unload_adapter(name))
             self._registered.pop(name, None)
             self.refused.pop(name, None)
-            await asyncio.to_thread(self._file.unloaded, name)
+            root = self._settings.adapters
+            await asyncio.to_thread(self._file.unloaded, name, root is not None and (root / name).is_dir())
         shared = store.is_named(info.digest)
         while not is_gone and not shared and time.monotonic() - start < drain_seconds:
             await asyncio.sleep(POLL_SECONDS)
-            is_gone = await loop.call(lambda engine: _pages_held(engine, info.digest) == 0) and not store.holds(info.digest)
+            is_gone = await loop.call(lambda engine: _pages_held(engine, info.digest) == 0) and not store.holds(
+                info.digest
+            )
         freed = is_gone and not shared
         return Unloaded(freed, shared, pages * freed, info.nbytes * freed, time.monotonic() - start)
 
@@ -255,11 +258,11 @@ class StateFile:
             kept = {k: v for k, v in changes.loaded.items() if k != name}
             self._write(Changes(kept | elsewhere, changes.unloaded - {name}))
 
-    def unloaded(self, name: str) -> None:
-        """A client unloaded `name`."""
+    def unloaded(self, name: str, is_watched: bool) -> None:
+        """A client unloaded `name`. is_watched: the watched directory has an adapter of this name."""
         with self._changing() as changes:
             kept = {k: v for k, v in changes.loaded.items() if k != name}
-            self._write(Changes(kept, changes.unloaded | {name}))
+            self._write(Changes(kept, changes.unloaded | {name} if is_watched else changes.unloaded))
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[Changes]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 
 from fastapi import APIRouter, FastAPI, Request
 from starlette.responses import Response
 
-from slora_jax import __name__ as package
 from slora_jax.engine import Engine
 from slora_jax.serving import adapter_endpoints, endpoints, errors
 from slora_jax.serving.engine_loop import Health
@@ -47,9 +47,9 @@ def create_app(settings: ServerSettings, build: Callable[[], Engine]) -> FastAPI
         async with service.running():
             yield
 
-    app = FastAPI(title="slora-jax", version=_version(), lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="slora-jax", version=version("slora-jax"), lifespan=lifespan, docs_url=None, redoc_url=None)
     errors.install(app)
     for router in (endpoints.router, adapter_endpoints.router, probes):
         app.include_router(router)
-    app.add_middleware(Gate, limits=settings.limits, on_request=lambda *request: app.state.service.metrics_http(*request))
+    app.add_middleware(Gate, limits=settings.limits, on_request=lambda *request: None)
     return app

@@ -9,12 +9,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from slora_jax.serving.errors import ApiError
 from slora_jax.serving.access import Client
+from slora_jax.serving.errors import ApiError
 from slora_jax.serving.generation import Sequences, generate
 from slora_jax.serving.protocol import ChatBody, CompletionBody, Generation, StreamOptions
 from slora_jax.serving.service import MayLook, MayServe, Service, service_of
-from slora_jax.serving.shapes import ChatShape, CompletionShape, Shape, TokenText
+from slora_jax.serving.shapes import ChatShape, CompletionShape, Shape
 
 router = APIRouter(prefix="/v1")
 
@@ -28,7 +28,7 @@ async def completions(request: Request, client: MayServe, body: CompletionBody) 
     each = [prompt for prompt in prompts for _ in range(body.choices)]
     echoes = [""] * len(each)
     if body.echo:
-        texts = [one if isinstance(one, str) else service.decode(one) for one in body.prompts]
+        texts = [service.text(one) for one in body.prompts]
         echoes = [text for text in texts for _ in range(body.choices)]
     shape = CompletionShape(
         body.model or service.settings.base_name,
@@ -116,7 +116,7 @@ def _render(service: Service, body: ChatBody) -> list[int]:
             **variables,
         )
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
-    except Exception as error:  # noqa: BLE001  templates raise what they like
+    except Exception as error:
         raise ApiError(400, f"the chat template refuses the messages: {error}", param="messages") from error
     return service.checked(ids)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from slora_jax.engine import Delta, Engine
+from slora_jax.engine import Delta, Engine, RequestOutput
 from slora_jax.errors import ProcessLostError
 from slora_jax.scheduling import FinishReason, SamplingParams
 from slora_jax.serving.errors import ApiError, engine_failed, unavailable
@@ -56,12 +56,14 @@ class Sequence:
 
 
 class EngineLoop:
-    """Owns an engine. Made, started and used in the event loop; only `snapshot`, `health` and `engine.store` may be read
+    """Owns an engine. Made, started and used in the event loop; `snapshot`, `health` and `engine.store` may be read
     from other threads."""
 
-    def __init__(self, build: Callable[[], Engine], *, stall_seconds: float, on_finished: Callable[[Delta], None]) -> None:
+    def __init__(
+        self, build: Callable[[], Engine], *, stall_seconds: float, on_finished: Callable[[RequestOutput], None]
+    ) -> None:
         """build: makes the engine, on the loop's thread. stall_seconds: a step that takes longer is taken for dead.
-        on_finished: told of each sequence's last delta, in the event loop."""
+        on_finished: told of each sequence's output, in the event loop."""
         self._build, self._stall_seconds, self._on_finished = build, stall_seconds, on_finished
         self.health = Health.STARTING
         self.error: BaseException | None = None  # of the last fault
@@ -112,8 +114,8 @@ class EngineLoop:
     def submit(
         self, prompt: list[int], params: SamplingParams, adapter: str | None, tenant: str, mailbox: Mailbox, index: int
     ) -> str:
-        """Queues a sequence, whose tokens come to `mailbox` under `index`, and returns its id. If the engine refuses it,
-        the mailbox fails."""
+        """Queues a sequence, whose tokens come to `mailbox` under `index`, and returns its id. If the engine refuses
+        it, the mailbox fails."""
         self._numbers += 1
         request_id = f"seq-{self._numbers}"
         self._sequences[request_id] = Sequence(request_id, mailbox, index)
@@ -187,8 +189,8 @@ class EngineLoop:
                 sequence.mailbox.put(sequence.index, delta)
                 continue
             del self._sequences[delta.request_id]
-            self._on_finished(delta)
             output = delta.output
+            self._on_finished(output)
             match output.finish_reason:
                 case FinishReason.ERROR:
                     sequence.mailbox.fail(engine_failed(output.error or "the engine failed"))
@@ -207,7 +209,9 @@ class EngineLoop:
     def _refusal(self) -> ApiError:
         match self.health:
             case Health.STARTING:
-                return unavailable("the engine is starting; /ready tells when it is there", code="starting", retry_after=5)
+                return unavailable(
+                    "the engine is starting; /ready tells when it is there", code="starting", retry_after=5
+                )
             case Health.RECOVERING:
                 return unavailable(f"the engine recovers from {self.error!r}", code="recovering", retry_after=1)
             case Health.STALLED:

@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from slora_jax.errors import AdapterError, ConfigError, RequestError, UnknownAdapterError
+from slora_jax.errors import AdapterError, ConfigError, RequestError, SloraError, UnknownAdapterError
 
 logger = logging.getLogger("slora_jax.serving")
 
@@ -105,7 +105,8 @@ def install(app: FastAPI) -> None:
         }.get(error.status_code, str(error.detail))
         return ApiError(error.status_code, message, headers=error.headers).response()
 
-    app.add_exception_handler(ApiError, ours)
+    for kind in (ApiError, SloraError):
+        app.add_exception_handler(kind, ours)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, ours)
@@ -124,6 +125,9 @@ def _invalid(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"unknown field {field!r}", code="unknown_field", param=field)
     if problem["type"] == "missing":
         return ApiError(400, f"{field or 'the body'} is missing", code="missing_field", param=field or None)
+    what = problem["msg"].removeprefix("Value error, ")
+    if not field:  # fields that contradict each other, or no object at all
+        return ApiError(400, what.replace("Input", "the body"), code="invalid_value")
     found = repr(problem.get("input"))
     found = found if len(found) <= 80 else f"{found[:80]}..."
-    return ApiError(400, f"{field}={found}: {problem['msg']}", code="invalid_value", param=field or None)
+    return ApiError(400, f"{field}={found}: {what}", code="invalid_value", param=field)

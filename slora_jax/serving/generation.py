@@ -117,7 +117,7 @@ def _all_of(output: RequestOutput) -> Arrived:
 async def _events(
     arrived: dict[int, Arrived], mailbox: Mailbox, count: int, shape: Shape, options: StreamOptions
 ) -> AsyncIterator[bytes]:
-    """One event a choice for whatever has come; several events to a write. Ends with [DONE], or with an error's body."""
+    """An event a choice for whatever has come, all in one write. Ends with [DONE], or with an error's body."""
     outputs: dict[int, RequestOutput] = {}
     opened: set[int] = set()
     try:

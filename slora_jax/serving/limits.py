@@ -61,7 +61,9 @@ class _Body:
             message = await asyncio.wait_for(self._receive(), self._deadline - time.monotonic())
         except TimeoutError:
             seconds = self._limits.body_seconds
-            raise _unread(408, f"the body did not come within {seconds:g} s (limits.body_seconds)", "slow_body") from None
+            raise _unread(
+                408, f"the body did not come within {seconds:g} s (limits.body_seconds)", "slow_body"
+            ) from None
         if message["type"] == "http.request":
             self._size += len(message.get("body", b""))
             self._is_whole = not message.get("more_body", False)
@@ -92,7 +94,10 @@ class Shares:
         if sequences > min(limits.sequences, limits.per_client, self._most):
             most = min(limits.sequences, limits.per_client, self._most)
             raise ApiError(
-                400, f"prompts times n is {sequences}; one request may have {most}", code="too_many_sequences", param="n"
+                400,
+                f"prompts times n is {sequences}; one request may have {most}",
+                code="too_many_sequences",
+                param="n",
             )
         if self._held[client] + sequences > limits.per_client:
             raise ApiError(

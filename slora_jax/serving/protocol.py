@@ -43,9 +43,11 @@ class Generation(Body):
     n: int | None = Field(1, ge=1, le=128)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    stop: Annotated[str, Field(min_length=1, max_length=1000)] | Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=16)
-    ] | None = None
+    stop: (
+        Annotated[str, Field(min_length=1, max_length=1000)]
+        | Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=16)]
+        | None
+    ) = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     top_k: int | None = Field(0, ge=-1, lt=2**31)
     min_p: float | None = Field(0.0, ge=0, le=1)
@@ -53,9 +55,9 @@ class Generation(Body):
     ignore_eos: bool = False
     return_token_ids: bool = False
     # Accepted where they change nothing:
-    presence_penalty: Literal[0, 0.0] | None = None
-    frequency_penalty: Literal[0, 0.0] | None = None
-    repetition_penalty: Literal[1, 1.0] | None = None
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+    repetition_penalty: float | None = Field(None, ge=1, le=1)
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     user: str | None = None
 
@@ -107,7 +109,7 @@ class CompletionBody(Generation):
     def prompts(self) -> list[str | list[int]]:
         """One or several."""
         several = not isinstance(self.prompt, str) and not isinstance(self.prompt[0], int)
-        return list(self.prompt) if several else [self.prompt]  # type: ignore[arg-type,return-value,list-item]
+        return list(self.prompt) if several else [self.prompt]  # type: ignore[arg-type,list-item]
 
 
 class TextPart(Body):

@@ -68,7 +68,6 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._head_bytes = 0
         self._write_deadline: asyncio.TimerHandle | None = None
         self._head_deadline: asyncio.TimerHandle | None = None
         if len(self.connections) > self.most:
@@ -77,18 +76,15 @@ class GuardedProtocol(HttpToolsProtocol):
             self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        in_head = self.cycle is None or self.cycle.response_complete
-        if in_head:
-            if self._head_deadline is None:
-                self._await_head()  # the next request of this connection has begun
-            self._head_bytes += len(data)
+        if self._head_deadline is None and self.cycle.response_complete:
+            self._await_head()  # the next request of this connection begins
+        self._head_bytes += len(data)
         super().data_received(data)
-        if in_head and self._head_bytes > self.limits.header_bytes and self.cycle is None:
-            self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\\r\\nconnection: close\\r\\n\\r\\n")
+        if self._head_deadline is not None and self._head_bytes > self.limits.header_bytes:
+            self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n\r\n")
             self.transport.close()
 
     def on_headers_complete(self) -> None:
-        self._head_bytes = 0
         self._forget(self._head_deadline)
         self._head_deadline = None
         super().on_headers_complete()
@@ -109,6 +105,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _await_head(self) -> None:
+        self._head_bytes = 0
         self._head_deadline = self.loop.call_later(self.limits.header_seconds, self.transport.abort)
 
     @staticmethod

@@ -8,15 +8,17 @@ from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, Request
 
-from slora_jax.engine import Delta, Engine
+from slora_jax.engine import Engine, RequestOutput
 from slora_jax.engine.arrival import prompt_ids
+from slora_jax.errors import RequestError
 from slora_jax.serving.access import Access, Client, Right
 from slora_jax.serving.adapters import Adapters
 from slora_jax.serving.engine_loop import EngineLoop, Health
 from slora_jax.serving.errors import unavailable
 from slora_jax.serving.limits import Shares
+from slora_jax.serving.observation import AdapterUsage
 from slora_jax.serving.settings import ServerSettings
 from slora_jax.serving.shapes import TokenText
 
@@ -31,6 +33,7 @@ class Service:
         self.adapters = Adapters(settings)
         self.shares = Shares(settings.limits, settings.engine.max_seqs)
         self.is_draining = False
+        self.usage = AdapterUsage(self._is_registered)
         self._build = build
         self._token_text: TokenText | None = None
         self.loop = EngineLoop(self._make_engine, stall_seconds=settings.stall_seconds, on_finished=self._finished)
@@ -88,9 +91,17 @@ class Service:
         engine = self.loop.engine
         if all(not isinstance(prompt, str) for prompt in prompts):
             return [self.checked(prompt) for prompt in prompts]
-        return await asyncio.to_thread(
-            lambda: [prompt_ids(one, engine.tokenizer, engine.model.vocab_size, engine.max_model_len) for one in prompts]
-        )
+        tokenizer, vocab_size, longest = engine.tokenizer, engine.model.vocab_size, engine.max_model_len
+        return await asyncio.to_thread(lambda: [prompt_ids(one, tokenizer, vocab_size, longest) for one in prompts])
+
+    def text(self, prompt: str | list[int]) -> str:
+        """A prompt as text. Raises RequestError for token ids that cannot be one, or without a tokenizer."""
+        if isinstance(prompt, str):
+            return prompt
+        tokenizer = self.loop.engine.tokenizer
+        if tokenizer is None:
+            raise RequestError("echo: the model directory has no tokenizer, so token ids have no text")
+        return tokenizer.decode(self.checked(prompt))
 
     def checked(self, ids: Any) -> list[int]:
         """Token ids that can be a prompt. Raises RequestError."""
@@ -108,18 +119,21 @@ class Service:
         if self.settings.watch_seconds:
             await self.adapters.watch(self.loop)
 
-    def _finished(self, delta: Delta) -> None:
-        """Told of each sequence's end."""
+    def forget_adapter(self, name: str) -> None:
+        """It was unloaded."""
+        self.usage.forget(name)
+
+    def _finished(self, output: RequestOutput) -> None:
+        self.usage.finished(output)
+
+    def _is_registered(self, name: str) -> bool:
+        return self.loop.engine.store.has(name)
 
 
 def service_of(request: Request) -> Service:
     """The service that a request came to."""
     service: Service = request.app.state.service
     return service
-
-
-def install(app: FastAPI, service: Service) -> None:
-    app.state.service = service
 
 
 def _may(right: Right | None) -> Callable[[Request], Client]:

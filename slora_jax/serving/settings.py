@@ -10,8 +10,9 @@ from typing import Any, Self, get_type_hints
 
 import yaml
 
-from slora_jax.engine import EngineConfig
+from slora_jax.engine import Engine, EngineConfig
 from slora_jax.errors import ConfigError
+from slora_jax.parallel.processes import ProcessGroup
 from slora_jax.scheduling import Policy, make_policy
 from slora_jax.serving.access import ApiKey
 from slora_jax.typed import refuse_unknown, typed
@@ -98,13 +99,15 @@ class ServerSettings:
         self.make_policy()
 
     @classmethod
-    def from_file(cls, path: Path, **given: Any) -> Self:
-        """Reads a YAML file. `given` fields, None for those that were not, take precedence; those of `engine` may be a
-        mapping, laid over the file's.
+    def from_file(cls, path: Path | None, **given: Any) -> Self:
+        """Reads a YAML file, if there is one. `given` fields, None for those that were not, take precedence; those of
+        `engine` may be a mapping, laid over the file's.
 
         Raises:
           ConfigError: the file cannot be read; a field is unknown, missing or out of range.
         """
+        if path is None:
+            return cls.from_mapping({}, **given)
         try:
             data = yaml.safe_load(path.read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -132,7 +135,7 @@ class ServerSettings:
         data.pop("engine", None)
         if "model_dir" not in data:
             raise ConfigError("model_dir is missing: a Hugging Face model directory")
-        return replace(_made(cls, data, ""), **nested)
+        return replace(_made(cls, data, ""), **nested)  # type: ignore[arg-type]
 
     @property
     def base_name(self) -> str:
@@ -159,6 +162,10 @@ class ServerSettings:
         if "name" not in self.policy:
             raise ConfigError(f"policy={dict(self.policy)!r}: has no 'name'")
         return make_policy(**self.policy)
+
+    def build_engine(self, processes: ProcessGroup | None = None) -> Engine:
+        """The engine of these settings. Raises as `Engine.from_pretrained`."""
+        return Engine.from_pretrained(self.model_dir, self.engine, policy=self.make_policy(), processes=processes)
 
 
 def _made[T](kind: type[T], data: Mapping[str, Any], where: str) -> T:

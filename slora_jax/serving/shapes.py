@@ -48,7 +48,9 @@ class Shape(Protocol):
 class CompletionShape:
     """Of /v1/completions."""
 
-    def __init__(self, model: str, token_text: TokenText, *, logprobs: bool, token_ids: bool, echoes: Sequence[str]) -> None:
+    def __init__(
+        self, model: str, token_text: TokenText, *, logprobs: bool, token_ids: bool, echoes: Sequence[str]
+    ) -> None:
         """echoes: by choice, what precedes its text."""
         self._frame = _frame("cmpl", model)
         self._token_text, self._logprobs, self._token_ids, self._echoes = token_text, logprobs, token_ids, echoes
@@ -99,7 +101,7 @@ class ChatShape:
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
     def piece(self, index: int, arrived: Arrived) -> Json:
-        delta = {"content": arrived.text} if arrived.text else {}
+        delta = {"content": arrived.text} if arrived.text or arrived.output is None else {}
         return {"index": index, "delta": delta, **self._rest(arrived)}
 
     def choice(self, index: int, whole: Arrived) -> Json:
