@@ -17,8 +17,8 @@ def prompt_ids(prompt: Prompt, tokenizer: Any, vocab_size: int, max_model_len: i
     """The prompt's token ids.
 
     Raises:
-      RequestError: no tokens, a string without a tokenizer or with half a surrogate pair, ids that are none or outside the vocabulary, no room left
-        for an answer.
+      RequestError: no tokens, a string without a tokenizer or with half a surrogate pair, ids that are none or outside
+        the vocabulary, no room left for an answer.
     """
     if isinstance(prompt, str):
         if tokenizer is None:
