@@ -134,15 +134,16 @@ def test_source_to_read_again_from_is_that_of_what_was_published(open_store, ada
     """Uploads that are discarded go with their directory; the name's own directory must stay known."""
     store = open_store(size)
     store.register("x", write_peft(tmp_path / "own", adapters[0]))
-    store.discard(store.prepare("x", write_peft(tmp_path / "upload", adapters[0])))
-    store.add("other", adapters[1])
+    for seed in (1, 2):  # once while it is in memory, once while it is spilled
+        store.discard(store.prepare("x", write_peft(tmp_path / "upload", adapters[0])))
+        store.add("other", adapters[seed])
     for path in (tmp_path / "spill").rglob("*.tiles"):
         path.unlink()
     for path in (tmp_path / "upload").iterdir():
         path.unlink()
     assert store.wait(adapters[0].digest, TIMEOUT).digest == adapters[0].digest
     store.publish(store.prepare("x", write_peft(tmp_path / "new", adapters[0])))
-    store.add("other", adapters[2])
+    store.add("other", adapters[3])
     for directory in ("own", "spill"):
         for path in (tmp_path / directory).rglob("*.*"):
             path.unlink()
