@@ -98,7 +98,7 @@ def test_bad_adapters_in_a_folder_are_named_and_skipped(six, tmp_path) -> None:
         assert [info.name for info in infos] == ["a", "c"]
         messages = [str(warning.message) for warning in caught]
         reasons = {"b": "not a valid safetensors file", "d": "adapter_config.json: no such file", "e": "found NaN"}
-        reasons["f"] = f"{WEIGHTS}: no such file"
+        reasons["f"] = f"{WEIGHTS}: cannot be read: not a regular file"
         assert len(messages) == 4
         for message, (name, reason) in zip(messages, reasons.items(), strict=True):
             assert f"adapter {name!r} skipped: {tmp_path / name}" in message and reason in message
