@@ -60,7 +60,7 @@ def test_same_directory_loaded_again_after_a_change_and_back(six, tmp_path) -> N
 
 def test_file_truncated_while_it_is_loaded_ends_the_load_and_not_the_process(six, tmp_path, monkeypatch) -> None:
     six.load("ac")
-    file = write_peft(tmp_path / "b", random_adapter(six.geometry, 16)) / WEIGHTS
+    file = write_peft(tmp_path / "b", six.weights("b")) / WEIGHTS
     read = TensorFile.read
 
     def truncate_and_read(tensors, name):
