@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
+from urllib.parse import urlencode
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -29,22 +30,36 @@ from slora_jax.serving.state import LiveState, live_page_files
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 POLICY = "default-src 'self'"
-HARNESS = """<!doctype html><meta charset="utf-8"><body style="margin:0">
+HARNESS = """<!doctype html><meta charset="utf-8"><link rel="icon" href="/icon.svg"><body style="margin:0">
 <iframe id="page" src="/" style="border:0;display:block;width:WIDTHpx;height:HEIGHTpx"></iframe>
 <script>
 const asked = new URLSearchParams(location.search);
+const type = (document, id, text) => {
+  document.getElementById(id).value = text;
+  document.getElementById(id).dispatchEvent(new Event("input"));
+};
+setTimeout(() => {
+  const inside = document.getElementById("page").contentDocument;
+  if (asked.get("search")) type(inside, "search", asked.get("search"));
+  if (asked.get("key")) {
+    type(inside, "key", asked.get("key"));
+    inside.getElementById("key-form").requestSubmit();
+  }
+}, 1500);
 setTimeout(() => {
   const frame = document.getElementById("page"), inside = frame.contentDocument, view = frame.contentWindow;
   const style = view.getComputedStyle(inside.documentElement), canvas = inside.getElementById("pages");
   const names = asked.get("kinds").split(","), painted = {};
   const colours = Object.fromEntries(names.map(name => [style.getPropertyValue(`--${name}`).trim(), name]));
-  const {columns, cell, pages} = canvas.dataset, context = canvas.getContext("2d");
+  const {columns, cell, pages} = canvas.dataset, {width, height} = canvas;
+  const image = pages ? canvas.getContext("2d").getImageData(0, 0, width, height).data : [];
   for (let page = 0; page < Number(pages || 0); page += 1) {
     const half = Math.floor(cell * 0.4), x = page % columns * cell + half, y = Math.floor(page / columns) * cell + half;
-    const [red, green, blue] = context.getImageData(x, y, 1, 1).data;
-    const hex = "#" + [red, green, blue].map(one => one.toString(16).padStart(2, "0")).join("");
+    const at = (y * width + x) * 4;
+    const hex = "#" + [...image.slice(at, at + 3)].map(one => one.toString(16).padStart(2, "0")).join("");
     painted[colours[hex] ?? hex] = (painted[colours[hex] ?? hex] ?? 0) + 1;
   }
+  for (const key of ["End", "ArrowLeft"]) canvas.dispatchEvent(new view.KeyboardEvent("keydown", {key}));
   const right = inside.documentElement.clientWidth;
   const shown = [...inside.querySelectorAll("body *")].filter(one => one.clientWidth && !one.closest(".scroll, svg"));
   const report = {
@@ -126,9 +141,11 @@ class LivePage:
 
         return app
 
-    def open(self, profile: Path, width: int, *flags: str) -> tuple[dict[str, Any], list[str]]:
-        """The harness' report of the page at this width, and what the browser's console said."""
-        url = f"{self.address}/harness?width={width}&height=1600&kinds={','.join(PAGE_KINDS)}"
+    def open(self, profile: Path, width: int, *flags: str, **typed: str) -> tuple[dict[str, Any], list[str]]:
+        """The harness' report of the page at this width, and what the browser's console said. typed: a `key` or a
+        `search`, after 1.5 seconds."""
+        query = urlencode({"width": width, "height": 1600, "kinds": ",".join(PAGE_KINDS), **typed})
+        url = f"{self.address}/harness?{query}"
         errors, dom = browse(profile, url, "--dump-dom", *flags)
         report = re.search(r'<pre id="report">(.*?)</pre>', dom, re.S)
         assert report is not None, errors[-2000:]

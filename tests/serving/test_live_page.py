@@ -88,6 +88,19 @@ def test_the_page_shows_the_state(fresh, tmp_path, width, flags, ground) -> None
     assert report["elements"] == ["SPAN", "TD", "TR"]
     assert report["rows"][1][1] == "in the pool, in use" and report["rows"][1][7] == "1,001"
     assert report["text"]["shown"] == "200 of 250, those used last"
+    before_last = PAGE_KINDS[fresh.kinds[298]].split("_")[0]
+    assert re.match(f"Page 298: {before_last}", report["text"]["page-told"], re.I)  # by the arrow keys
+
+
+@browser
+def test_a_key_is_asked_for_and_adapters_are_found(fresh, tmp_path) -> None:
+    fresh.key = "secret"
+    report, _ = fresh.open(tmp_path, 1300, key="secret", search="onload")
+    assert report["hidden"]["key-form"]
+    assert_shows(report, fresh)
+    assert [row[0] for row in report["rows"]] == [HOSTILE[2]] and report["text"]["shown"] == "1 found"
+    report, _ = fresh.open(tmp_path, 1300, key="wrong")
+    assert report["status"] == "key" and "refused" in report["text"]["key-why"] and report["rows"] == []
 
 
 @browser

@@ -13,22 +13,22 @@ const STATES = [
 ];
 const TOTALS = [
   ["finished", "requests finished", count], ["generated_tokens", "tokens generated", count],
-  ["prefix_hit_tokens", "prompt tokens found cached", count], ["preemptions", "preemptions", count],
+  ["prefix_hit_tokens", "cached prompt tokens", count], ["preemptions", "preemptions", count],
   ["loads", "adapter loads", count], ["hits", "uses without a load", count], ["evictions", "adapter evictions", count],
   ["upload_bytes", "uploaded", bytes],
 ];
 const CHARTS = [
   ["Requests", [["running", "running"], ["waiting", "waiting"]], count],
-  ["Tokens generated per second", [["tokens_per_second", "tokens/s"]], count],
-  ["Time to first token, last minute", [["first_token_p50", "median"], ["first_token_p95", "95 %"]], seconds],
-  ["Time between tokens, last minute", [["inter_token_p50", "median"], ["inter_token_p95", "95 %"]], seconds],
+  ["Tokens per second", [["tokens_per_second", "generated"]], count],
+  ["Time to first token", [["first_token_p50", "p50"], ["first_token_p95", "p95"]], seconds],
+  ["Time between tokens", [["inter_token_p50", "p50"], ["inter_token_p95", "p95"]], seconds],
 ];
 const NOTICES = {
   starting: "The server is starting: the model is loaded and its programs are compiled.",
   draining: "The server is draining: it finishes what it has accepted, and accepts nothing new.",
   failed: "The engine has failed: the server accepts nothing.",
 };
-const KEY = "slora-api-key", SECONDS_SHOWN = 120, MOST_ROWS = 200, LARGEST_CELL = 34, HIGHEST_POOL = 480;
+const KEY = "slora-api-key", SECONDS_SHOWN = 120, MOST_ROWS = 200, LARGEST_CELL = 34, HIGHEST_POOL = 640;
 
 const $ = id => document.getElementById(id);
 const svg = (name, attributes) => {
@@ -316,7 +316,7 @@ function plot(picture, title, series, format, history) {
 function nice(value) {
   if (!(value > 0)) return 1;
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].find(step => step * power >= value) * power;
+  return [1, 1.5, 2, 3, 4, 5, 6, 8, 10].find(step => step * power >= value) * power;
 }
 
 // The table of adapters
@@ -387,7 +387,7 @@ CHARTS.forEach(([title, series], index) => {
     item.append(html("span", `swatch ${at ? "second" : "first"}`), value, html("span", "quiet", text));
     values.append(item);
   });
-  card.append(html("h2", "", title), values, svg("svg", { class: "plot", id: `plot-${index}`, role: "img" }));
+  card.append(html("h3", "", title), values, svg("svg", { class: "plot", id: `plot-${index}`, role: "img" }));
   $("charts").append(card);
 });
 const again = () => {
