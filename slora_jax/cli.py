@@ -93,7 +93,27 @@ def _parser() -> argparse.ArgumentParser:
     option("--seed", metavar="N", type=int, default=0, help="of sampling (default: %(default)s)")
     option("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of weights (default: %(default)s)")
     _add_parallel_options(generate)
-    generate.set_defaults(run=_generate)
+    generate.set_defaults(run=_generate, tp=1)
+
+    serve = commands.add_parser(
+        "serve",
+        help="serve the model and its adapters over HTTP, as OpenAI's API does",
+        description="Serves the model and its adapters over HTTP, as OpenAI's API does, until SIGTERM or Ctrl-C. The "
+        "config file has all settings (those of slora_jax/serving/settings.py); options take precedence over it.",
+    )
+    option = serve.add_argument
+    option("model_dir", metavar="MODEL_DIR", type=Path, help="Hugging Face model directory")
+    option("--adapters", metavar="DIR", type=Path, help="PEFT directories; new ones are registered as they come")
+    option("--config", metavar="FILE", type=Path, help="settings, in YAML")
+    option("--name", metavar="NAME", help="of the base model, for clients (default: the directory's)")
+    option("--host", metavar="ADDRESS", help="to listen on (default: 127.0.0.1, this machine only)")
+    option("--port", metavar="N", type=int, help="to listen on (default: 8000; 0: any that is free)")
+    option("--dtype", choices=("bfloat16", "float32"), help="of weights (default: bfloat16)")
+    option("--max-seqs", metavar="N", type=int, help=f"sequences running at once (default: {EngineConfig.max_seqs})")
+    option("--num-pages", metavar="N", type=int, help="pages of the pool (default: what memory allows)")
+    option("--replicas", metavar="N", type=int, default=1, help="engines, behind Ray Serve if more than one")
+    _add_parallel_options(serve)
+    serve.set_defaults(run=_serve)
 
     report = commands.add_parser(
         "compile-report",
@@ -143,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_parallel_options(parser: argparse.ArgumentParser) -> None:
     """Options of `_processes`, for every command that serves a model."""
     option = parser.add_argument_group("several devices, several processes").add_argument
-    option("--tp", metavar="N", type=int, default=1, help="devices the model is cut over, of all processes together")
+    option("--tp", metavar="N", type=int, help="devices the model is cut over, of all processes together (default: 1)")
     option(
         "--coordinator",
         metavar="HOST:PORT",
@@ -157,7 +177,7 @@ def _add_parallel_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _processes(args: argparse.Namespace) -> ProcessGroup | None:
+def _processes(args: argparse.Namespace, tp: int) -> ProcessGroup | None:
     """The processes that serve the model together; None: this one alone.
 
     Raises:
@@ -169,8 +189,8 @@ def _processes(args: argparse.Namespace) -> ProcessGroup | None:
     for name, value in given.items():
         if value is None:
             raise ConfigError(f"--{name.replace('_', '-')} is missing: it goes with {', '.join(_options(given))}")
-    if args.num_processes > 1 and (args.tp < 1 or args.tp % args.num_processes):
-        raise ConfigError(f"--tp={args.tp}: must be a multiple of --num-processes={args.num_processes}")
+    if args.num_processes > 1 and (tp < 1 or tp % args.num_processes):
+        raise ConfigError(f"--tp={tp}: must be a multiple of --num-processes={args.num_processes}")
     return join_processes(**given, timeout=args.join_timeout)
 
 
@@ -198,7 +218,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    with _processes(args) or nullcontext() as processes:
+    with _processes(args, args.tp) or nullcontext() as processes:
         if processes is None or processes.is_leader:
             return _answer(args, processes)
         longest = min(args.max_model_len, ModelConfig.from_directory(args.model_dir).max_position_embeddings)
@@ -236,6 +256,29 @@ def _generate_config(args: argparse.Namespace, longest: int) -> EngineConfig:
         mixed_buckets=(EngineConfig.max_tokens_per_step,),
         tp=args.tp,
     )
+
+
+def _serve(args: argparse.Namespace) -> int:
+    try:
+        from slora_jax.serving.serve import serve
+        from slora_jax.serving.settings import ServerSettings
+    except ImportError as error:
+        raise ConfigError(f"slora serve needs {error.name}: pip install 'slora-jax[serve]'") from error
+    engine = {"dtype": args.dtype, "max_seqs": args.max_seqs, "num_pages": args.num_pages, "tp": args.tp}
+    given = {
+        "model_dir": args.model_dir,
+        "adapters": args.adapters,
+        "name": args.name,
+        "host": args.host,
+        "port": args.port,
+        "engine": {name: value for name, value in engine.items() if value is not None},
+    }
+    settings = ServerSettings.from_file(args.config, **given)
+    with _processes(args, settings.engine.tp) or nullcontext() as processes:
+        if processes is None or processes.is_leader:
+            return serve(settings, lambda: settings.build_engine(processes))
+        Follower.from_pretrained(settings.model_dir, settings.engine, processes).run()
+    return 0
 
 
 def _compile_report(args: argparse.Namespace) -> int:

@@ -21,6 +21,10 @@ class AdapterError(SloraError, ValueError):
     """An adapter cannot be used: unsupported field, wrong shape, missing tensor, unknown name. Nothing was changed."""
 
 
+class UnknownAdapterError(AdapterError):
+    """No adapter has this name."""
+
+
 class RequestError(SloraError, ValueError):
     """A request was refused on arrival; other requests are not affected."""
 

@@ -15,8 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from experiments.config.schema import SECTIONS, RunConfig, known_fields, run_config, section_fields
-from experiments.config.typed import is_sweep, typed
 from slora_jax import ConfigError
+from slora_jax.typed import is_sweep, typed
 
 LABELS = {"panel": str, "curve": str, "x": str, "published": str}
 ABOUT = {"title": str, "about": str, "metrics": tuple[str, ...], "expected_seconds": float}

@@ -11,11 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from experiments.config.typed import nearest, refuse_unknown, typed
 from experiments.workloads import WORKLOADS, find_generator
 from slora_jax import ConfigError
 from slora_jax.scheduling import make_policy
 from slora_jax.simulation import SYSTEMS, SystemConfig, devices
+from slora_jax.typed import nearest, refuse_unknown, typed
 
 MODELS = Path(__file__).parents[1] / "models"
 

@@ -4,7 +4,7 @@ from slora_jax.adapters.adapter import LoraAdapter
 from slora_jax.adapters.config import LoraConfig
 from slora_jax.adapters.geometry import BaseGeometry
 from slora_jax.adapters.peft_format import read_peft, write_peft
-from slora_jax.adapters.store import AdapterInfo, AdapterStore, LoadReport, StoreStats
+from slora_jax.adapters.store import AdapterInfo, AdapterStore, LoadReport, PreparedAdapter, StoreStats
 from slora_jax.adapters.synthetic import random_adapter
 from slora_jax.adapters.tiles import AdapterTiles, pack_tiles, unpack_tiles
 
@@ -16,6 +16,7 @@ __all__ = [
     "LoadReport",
     "LoraAdapter",
     "LoraConfig",
+    "PreparedAdapter",
     "StoreStats",
     "pack_tiles",
     "random_adapter",

@@ -29,7 +29,8 @@ Tier = Literal["host", "disk"]
 class _Content:
     """One digest's tiles and who needs them: in memory (`tiles`), on disk (`spilled`), both, or lost (`error`).
 
-    `names` point to it, running requests `pins` it, callers (`waiters`) block on it; without names and pins it goes.
+    `names` point to it, running requests and registrations under way `pins` it, callers (`waiters`) block on it;
+    without names and pins it goes.
     """
 
     digest: str
@@ -66,7 +67,8 @@ class HostCache:
         self._contents: dict[str, _Content] = {}
         self._resident: OrderedDict[str, _Content] = OrderedDict()  # least recently used first
         self._resident_bytes = self._spilling_bytes = 0
-        self._queue: deque[_Content] = deque()
+        self._queue: deque[_Content] = deque()  # to be read back
+        self._dropped: deque[tuple[AdapterTiles | None, SpilledTiles | None]] = deque()
         self._worker: threading.Thread | None = None
         self._disk_refuses = False
         self._closed = False
@@ -82,15 +84,14 @@ class HostCache:
         with self._changed:
             return len(self._contents) - len(self._resident)
 
-    def hold(self, digest: str, source: Path | None) -> bool:
-        """Counts one more name for content that is in memory; False when it must be inserted."""
+    def hold(self, digest: str) -> bool:
+        """Pins content that is in memory; False when it must be inserted."""
         with self._changed:
             self._check_open()
             content = self._contents.get(digest)
             if content is None or content.tiles is None:
                 return False
-            content.names += 1
-            content.source = source or content.source
+            content.pins += 1
             return True
 
     def is_named(self, digest: str) -> bool:
@@ -104,6 +105,11 @@ class HostCache:
         with self._changed:
             return digest in self._contents
 
+    def tier(self, digest: str) -> Tier:
+        """Where this content is; raises AdapterError for unknown content."""
+        with self._changed:
+            return "disk" if self._content(digest).tiles is None else "host"
+
     def tiers(self) -> dict[str, Tier]:
         """Where each content is, by digest."""
         with self._changed:
@@ -112,15 +118,23 @@ class HostCache:
             return tiers
 
     def insert(self, tiles: AdapterTiles, source: Path | None) -> None:
-        """Adds content with one name (spilled or lost content is restored). `keep_budget` is the caller's next call."""
+        """Adds content with one pin (spilled or lost content is restored). `keep_budget` is the caller's next call."""
         with self._changed:
             self._check_open()
             content = self._contents.get(tiles.digest)
             if content is None:
                 content = self._contents[tiles.digest] = _Content(tiles.digest, tiles.nbytes, source, None)
-            content.names += 1
-            content.source = source or content.source
+            content.pins += 1
+            content.source = content.source or source
             self._make_resident(content, tiles)
+
+    def name(self, digest: str, source: Path | None) -> None:
+        """Turns one pin into a name. `source` is where the content can be read from again, from now on."""
+        with self._changed:
+            content = self._content(digest)
+            content.names += 1
+            content.pins -= 1
+            content.source = source or content.source
 
     def keep_budget(self, digest: str) -> None:
         """Spills until the budget holds, but not `digest`, which has just arrived."""
@@ -188,6 +202,7 @@ class HostCache:
             self._contents.clear()
             self._resident.clear()
             self._queue.clear()
+            self._dropped.clear()
             self._resident_bytes = 0
             worker = self._worker
             self._changed.notify_all()
@@ -233,10 +248,29 @@ class HostCache:
             return
         content.loading = True
         self._queue.append(content)
+        self._wake_worker()
+
+    def _drop(self, content: _Content) -> None:
+        """Forgets unused content at once. The worker frees its memory and its file: both may take milliseconds."""
+        del self._contents[content.digest]
+        self._dropped.append((content.tiles, content.spilled))
+        self._leave_memory(content)
+        self._wake_worker()
+
+    def _wake_worker(self) -> None:
         if self._worker is None:
-            self._worker = threading.Thread(target=self._read_back_queue, name="slora-adapters", daemon=True)
+            self._worker = threading.Thread(target=self._work, name="slora-adapters", daemon=True)
             self._worker.start()
         self._changed.notify_all()
+
+    def _count_down(self, digest: str, counter: str) -> None:
+        with self._changed:
+            content = self._content(digest)
+            if getattr(content, counter) == 0:
+                raise AdapterError(f"adapter {digest[:12]} has no {counter} left to take away")
+            setattr(content, counter, getattr(content, counter) - 1)
+            if not content.names and not content.pins:
+                self._drop(content)
 
     def _victim(self, keep: _Content | None) -> _Content | None:
         if self._resident_bytes - self._spilling_bytes <= self.host_bytes:
@@ -251,20 +285,6 @@ class HostCache:
         return pinned
 
     # Disk I/O, without the lock ---------------------------------------------------------------------------------------
-
-    def _count_down(self, digest: str, counter: str) -> None:
-        with self._changed:
-            content = self._content(digest)
-            if getattr(content, counter) == 0:
-                raise AdapterError(f"adapter {digest[:12]} has no {counter} left to take away")
-            setattr(content, counter, getattr(content, counter) - 1)
-            unused = not content.names and not content.pins
-            if unused:
-                del self._contents[digest]
-                self._leave_memory(content)
-                self._changed.notify_all()
-        if unused:
-            self._files.discard(content.spilled)
 
     def _enforce_budget(self, keep: _Content | None) -> None:
         """Spills until the budget holds; `keep` has just arrived and stays."""
@@ -309,32 +329,42 @@ class HostCache:
             )  # fmt: skip
         self._disk_refuses = True
 
-    def _read_back_queue(self) -> None:
-        """The worker: brings queued content back into memory, one after another, until the cache is closed."""
+    def _work(self) -> None:
+        """The worker: frees what was dropped and brings queued content back, one after another, until the cache is
+        closed."""
         while True:
             with self._changed:
-                while not self._queue and not self._closed:
+                while not (self._dropped or self._queue or self._closed):
                     self._changed.wait()
                 if self._closed:
                     return
-                content = self._queue.popleft()
-                if self._contents.get(content.digest) is not content:
-                    continue
-            try:
-                result = content.tiles or self._read_back(content)
-            except BaseException as error:  # noqa: BLE001  one adapter must not end the worker
-                result = AdapterError(f"content {content.digest[:12]} was lost: {_text(error)}; load the adapter again")
-            with self._changed:
-                content.loading = False
-                if self._contents.get(content.digest) is content:
-                    if isinstance(result, AdapterTiles):
-                        self._make_resident(content, result)
-                    elif content.tiles is None:
-                        content.error = result
-                self._changed.notify_all()
-            del result
-            self._enforce_budget(keep=content)
+                dropped, self._dropped = self._dropped, deque()
+                content = self._queue.popleft() if self._queue else None
+            while dropped:
+                self._files.discard(dropped.pop()[1])
+            if content is not None:
+                self._bring_back(content)
             del content
+
+    def _bring_back(self, content: _Content) -> None:
+        """Reads queued content, unless it was dropped meanwhile, and takes note of the result."""
+        with self._changed:
+            if self._contents.get(content.digest) is not content:
+                return
+        try:
+            result = content.tiles or self._read_back(content)
+        except BaseException as error:  # noqa: BLE001  one adapter must not end the worker
+            result = AdapterError(f"content {content.digest[:12]} was lost: {_text(error)}; load the adapter again")
+        with self._changed:
+            content.loading = False
+            if self._contents.get(content.digest) is content:
+                if isinstance(result, AdapterTiles):
+                    self._make_resident(content, result)
+                elif content.tiles is None:
+                    content.error = result
+            self._changed.notify_all()
+        del result
+        self._enforce_budget(keep=content)
 
     def _read_back(self, content: _Content) -> AdapterTiles | AdapterError:
         """From the spill file; if that fails from the source, unless that has become another adapter."""

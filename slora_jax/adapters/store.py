@@ -25,7 +25,7 @@ from slora_jax.adapters.geometry import BaseGeometry
 from slora_jax.adapters.host_cache import DiskObserver, HostCache, Tier
 from slora_jax.adapters.peft_format import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, read_peft
 from slora_jax.adapters.tiles import AdapterTiles, pack_tiles, tile_dtype, tile_shape
-from slora_jax.errors import AdapterError
+from slora_jax.errors import AdapterError, UnknownAdapterError
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,15 @@ class StoreStats:
     spilled: int
     spill_writes: int
     spill_reads: int
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedAdapter:
+    """An adapter whose content is in the store while no name points to it yet. `info.name` is the name it is for;
+    `source` is its directory, if it was read from one."""
+
+    info: AdapterInfo
+    source: Path | None
 
 
 class LoadReport(NamedTuple):
@@ -89,17 +98,49 @@ class AdapterStore:
         )
         self._lock = threading.Lock()
         self._infos: dict[str, AdapterInfo] = {}
+        self._prepared: set[PreparedAdapter] = set()
 
     def register(self, name: str, directory: str | Path) -> AdapterInfo:
         """Reads a PEFT directory and points `name` to its content; a name that exists is moved to the new content.
 
         Raises AdapterError when the adapter cannot be used or is larger than allowed; nothing is changed then.
         """
-        return self._put(name, read_peft(directory, self.geometry), Path(directory))
+        return self.publish(self.prepare(name, directory))
 
     def add(self, name: str, adapter: LoraAdapter) -> AdapterInfo:
         """Like `register`, for an adapter in memory."""
-        return self._put(name, adapter, None)
+        return self.publish(self.prepare(name, adapter))
+
+    def prepare(self, name: str, adapter: str | Path | LoraAdapter) -> PreparedAdapter:
+        """All of `register` (or `add`) that takes time: reads, checks and packs the adapter, and spills others to make
+        room for it. The result is to be published or discarded; until then it keeps the content alive.
+
+        Raises AdapterError like `register`.
+        """
+        if isinstance(adapter, LoraAdapter):
+            return self._prepare(name, adapter, None)
+        return self._prepare(name, read_peft(adapter, self.geometry), Path(adapter))
+
+    def publish(self, prepared: PreparedAdapter) -> AdapterInfo:
+        """Points the name to what was prepared for it. Never waits for the disk.
+
+        Raises AdapterError if it was published or discarded before.
+        """
+        info = prepared.info
+        with self._lock:
+            self._take(prepared)
+            self._cache.name(info.digest, prepared.source)
+            replaced = self._infos.get(info.name)
+            self._infos[info.name] = info
+        if replaced is not None:
+            self._cache.release(replaced.digest)
+        return info
+
+    def discard(self, prepared: PreparedAdapter) -> None:
+        """Lets go of what was prepared and will not be published. Raises AdapterError like `publish`."""
+        with self._lock:
+            self._take(prepared)
+        self._cache.unpin(prepared.info.digest)
 
     def load_directory(self, root: str | Path, progress: bool = True, threads: int = 2) -> LoadReport:
         """Registers every adapter directory in `root` under its folder's name; `threads` of them at a time.
@@ -162,8 +203,13 @@ class AdapterStore:
         with self._lock:
             return list(self._infos.values())
 
+    def tier(self, digest: str) -> Tier:
+        """Whether content is in memory ("host") or must be read back before it is used ("disk"). Raises AdapterError
+        if the digest is unknown."""
+        return self._cache.tier(digest)
+
     def tiers(self) -> dict[str, Tier]:
-        """Whether content is in memory ("host") or must be read back ("disk"), by digest, as of one moment."""
+        """`tier` of all content, by digest, as of one moment."""
         return self._cache.tiers()
 
     def get(self, digest: str) -> AdapterTiles | None:
@@ -218,6 +264,7 @@ class AdapterStore:
         """Drops everything, ends the worker thread and removes the spill files. May be called twice."""
         with self._lock:
             self._infos.clear()
+            self._prepared.clear()
         self._cache.close()
 
     def __enter__(self) -> Self:
@@ -228,7 +275,7 @@ class AdapterStore:
     ) -> None:
         self.close()
 
-    def _put(self, name: str, adapter: LoraAdapter, source: Path | None) -> AdapterInfo:
+    def _prepare(self, name: str, adapter: LoraAdapter, source: Path | None) -> PreparedAdapter:
         info = self._describe(name, adapter)
         if info.rank > self._max_rank:
             raise AdapterError(
@@ -244,15 +291,22 @@ class AdapterStore:
                 f"adapter {name!r} needs {info.nbytes} bytes but host_adapter_bytes is {self._cache.host_bytes}; "
                 f"raise it to at least {info.nbytes}"
             )
-        if not self._cache.hold(info.digest, source):
+        if not self._cache.hold(info.digest):
             self._cache.insert(pack_tiles(adapter, self.geometry, self.dtype), source)
+        prepared = PreparedAdapter(info, source)
         with self._lock:
-            replaced = self._infos.get(name)
-            self._infos[name] = info
-        if replaced is not None:
-            self._cache.release(replaced.digest)
-        self._cache.keep_budget(info.digest)
-        return info
+            self._prepared.add(prepared)
+        try:
+            self._cache.keep_budget(info.digest)
+        except BaseException:  # Ctrl-C
+            self.discard(prepared)
+            raise
+        return prepared
+
+    def _take(self, prepared: PreparedAdapter) -> None:
+        if prepared not in self._prepared:
+            raise AdapterError(f"adapter {prepared.info.name!r} was published or discarded before; prepare it again")
+        self._prepared.remove(prepared)
 
     def _describe(self, name: str, adapter: LoraAdapter) -> AdapterInfo:
         adapter.check(self.geometry)
@@ -274,7 +328,7 @@ class AdapterStore:
         if info is None:
             near = difflib.get_close_matches(name, _neighbours(name, list(self._infos)), n=3)
             hint = f"; did you mean {', '.join(map(repr, near))}?" if near else f"; {len(self._infos)} are registered"
-            raise AdapterError(f"unknown adapter {name!r}{hint}")
+            raise UnknownAdapterError(f"unknown adapter {name!r}{hint}")
         return info
 
 

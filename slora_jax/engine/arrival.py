@@ -17,12 +17,16 @@ def prompt_ids(prompt: Prompt, tokenizer: Any, vocab_size: int, max_model_len: i
     """The prompt's token ids.
 
     Raises:
-      RequestError: no tokens, a string without a tokenizer, ids that are none or outside the vocabulary, no room left
-        for an answer.
+      RequestError: no tokens, a string without a tokenizer or with half a surrogate pair, ids that are none or outside
+        the vocabulary, no room left for an answer.
     """
     if isinstance(prompt, str):
         if tokenizer is None:
             raise RequestError("the prompt is a string, but the model directory has no tokenizer: pass token ids")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the prompt is no valid Unicode: {error.reason}, at character {error.start}") from None
         ids = tokenizer(prompt)["input_ids"]
     elif is_ids(prompt) or not len(prompt):
         ids = [int(token) for token in prompt]

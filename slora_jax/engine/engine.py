@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from slora_jax.adapters import AdapterInfo, AdapterStore, LoraAdapter
+from slora_jax.adapters import AdapterInfo, AdapterStore, LoraAdapter, PreparedAdapter
 from slora_jax.engine.arrival import check_fits, is_ids, one_each, prompt_ids
 from slora_jax.engine.config import EngineConfig
 from slora_jax.engine.interrupts import InterruptHeld, uninterrupted
@@ -23,9 +23,10 @@ from slora_jax.engine.programs import keep_compiled_programs
 from slora_jax.engine.progress import Progress
 from slora_jax.engine.requests import Requests
 from slora_jax.engine.runner import InFlight, Runner, adapter_geometry, load, longest_sequence
+from slora_jax.engine.text import load_tokenizer
 from slora_jax.engine.trace import NoTrace, Trace
 from slora_jax.engine.uploads import AdapterUploads
-from slora_jax.errors import AdapterError, ConfigError, RequestError
+from slora_jax.errors import ConfigError, RequestError
 from slora_jax.memory import (
     AdapterResidency,
     EvictionPolicy,
@@ -58,7 +59,8 @@ NO_TRACE = NoTrace()
 class Engine:
     """Serves one base model and any number of its LoRA adapters from one unified pool.
 
-    Not thread-safe: one thread calls it. Use `from_pretrained`, or build it from a model in memory.
+    Not thread-safe: one thread calls it, but where "any thread" is said. Use `from_pretrained`, or build it from a
+    model in memory.
     """
 
     def __init__(
@@ -144,7 +146,7 @@ class Engine:
           UnsupportedModelError, CheckpointError: see `models.load_model`.
         """
         config = config or EngineConfig()
-        tokenizer = _load_tokenizer(Path(model_dir))
+        tokenizer = load_tokenizer(Path(model_dir))
         model, graphdef, params = load(model_dir, config)
         return cls(
             model, graphdef, params, config, tokenizer=tokenizer, policy=policy, eviction=eviction, processes=processes
@@ -160,10 +162,25 @@ class Engine:
         Raises:
           AdapterError: it cannot be used, or is too large for this engine; nothing was changed.
         """
+        return self.publish_adapter(self.prepare_adapter(name, adapter))
+
+    def prepare_adapter(self, name: str, adapter: str | Path | LoraAdapter) -> PreparedAdapter:
+        """All of `load_adapter` that takes time, on any thread. The store keeps the content until `publish_adapter` or
+        `discard_adapter` is given the result. Raises AdapterError as `load_adapter`."""
+        return self.store.prepare(name, adapter)
+
+    @uninterrupted
+    def publish_adapter(self, prepared: PreparedAdapter) -> AdapterInfo:
+        """The rest of `load_adapter`, in microseconds. Raises AdapterError if it was published or discarded before."""
+        name = prepared.info.name
         old = self.store.resolve(name) if self.store.has(name) else None
-        info = self.store.add(name, adapter) if isinstance(adapter, LoraAdapter) else self.store.register(name, adapter)
+        info = self.store.publish(prepared)
         self._drop_if_unnamed(old)
         return info
+
+    def discard_adapter(self, prepared: PreparedAdapter) -> None:
+        """Lets go of what will not be published; on any thread. Raises AdapterError as `publish_adapter`."""
+        self.store.discard(prepared)
 
     def load_adapters(self, root: str | Path) -> list[AdapterInfo]:
         """Registers every PEFT directory in `root` under its folder's name, with a progress bar. A bad one is reported
@@ -270,7 +287,7 @@ class Engine:
         dispatched = self._dispatch(plan) if plan.sequences else None
         before, self._in_flight = self._in_flight, dispatched
         if before is None and self._in_flight is None and self.scheduler.waiting and not self._requests.unread:
-            self._wait_for_disk()
+            self._uploads.wait_for_disk(self.scheduler.waiting[0].adapter)
         deltas = self._requests.take()
         if before is not None:
             with self._trace.span("wait for device"):
@@ -447,15 +464,6 @@ class Engine:
         self.scheduler.abandon(plan, lambda request: self._requests.end_failed(request, error))
         self._uploads.abandon(plan)
 
-    def _wait_for_disk(self) -> None:
-        """Nothing runs, and the first waiting request's adapter is on its way from disk: give it a moment."""
-        use = self.scheduler.waiting[0].adapter
-        if use is not None and use.digest not in self.residency:
-            try:
-                self.store.wait(use.digest, timeout=0.05)
-            except AdapterError:
-                pass  # not there yet; or lost, which the next plan reports
-
     def _drain(self) -> None:
         while self.has_work() and not self._runner.worker.is_lost:
             self.step()
@@ -488,11 +496,3 @@ class Engine:
         if self.prefixes is not None:
             self.prefixes.drop(digest)
         return self.residency.drop(digest)
-
-
-def _load_tokenizer(model_dir: Path) -> Any:
-    if not (model_dir / "tokenizer.json").exists():
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model_dir)

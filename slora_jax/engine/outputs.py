@@ -49,12 +49,14 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class Delta:
-    """What a step brought for one request: new tokens, newly certain text, and, the last time, the whole output."""
+    """What a step brought for one request: new tokens (and their logprobs, if asked for), newly certain text, and, the
+    last time, the whole output."""
 
     request_id: str
     token_ids: list[int]
     text: str
     output: RequestOutput | None = None
+    logprobs: list[TokenLogprobs] | None = None
 
     @property
     def finish_reason(self) -> FinishReason | None:

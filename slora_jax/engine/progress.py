@@ -46,7 +46,7 @@ class Progress:
 
     def delta(self, tokens: list[int]) -> Delta:
         """What the newest tokens bring, while the request goes on."""
-        return Delta(self.request.id, tokens, self._text.take())
+        return Delta(self.request.id, tokens, self._text.take(), logprobs=self._newest(tokens))
 
     def end(self, reason: FinishReason) -> FinishReason:
         """No token follows. Returns the reason, which is a stop string if the text's last bytes complete one."""
@@ -70,7 +70,10 @@ class Progress:
             logits=np.stack(self._logits) if self._logits else None,
             error=error,
         )
-        return Delta(request.id, tokens, self._text.take(last=True), output)
+        return Delta(request.id, tokens, self._text.take(last=True), output, self._newest(tokens))
+
+    def _newest(self, tokens: list[int]) -> list[TokenLogprobs] | None:
+        return None if self.request.params.logprobs is None else self._logprobs[len(self._logprobs) - len(tokens) :]
 
 
 def _logprobs(sampled: Sampled, row: int, count: int) -> TokenLogprobs:

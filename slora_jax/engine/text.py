@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
+
+
+def load_tokenizer(model_dir: Path) -> Any:
+    """The fast tokenizer of a Hugging Face directory; None if there is none."""
+    if not (model_dir / "tokenizer.json").exists():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_dir)
 
 
 class TextStream:

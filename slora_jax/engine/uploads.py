@@ -9,7 +9,7 @@ from slora_jax.engine.runner import Runner
 from slora_jax.engine.trace import NoTrace
 from slora_jax.errors import AdapterError, ProcessLostError
 from slora_jax.memory import AdapterResidency, Upload
-from slora_jax.scheduling import AdapterState, StepPlan
+from slora_jax.scheduling import AdapterState, AdapterUse, StepPlan
 
 
 class AdapterUploads:
@@ -76,6 +76,14 @@ class AdapterUploads:
         for upload in plan.uploads:
             self._residency.land(upload)
             self._residency.drop(upload.resident.digest)
+
+    def wait_for_disk(self, first: AdapterUse | None) -> None:
+        """Nothing runs, and the adapter of the first waiting request is on its way from disk: gives it a moment."""
+        if first is not None and first.digest not in self._residency:
+            try:
+                self._store.wait(first.digest, timeout=0.05)
+            except AdapterError:
+                pass  # not there yet; or lost, which the next plan reports
 
     def end_lost(self) -> None:
         """Ends the requests whose adapter was found to be lost while planning."""

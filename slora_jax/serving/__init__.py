@@ -1,1 +1,1 @@
-"""The HTTP service: an OpenAI-compatible server over one engine, and what an observer sees of it."""
+"""The HTTP service: OpenAI's API over the engine (`slora serve`). Needs the extra `serve`."""

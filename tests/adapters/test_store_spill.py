@@ -109,7 +109,7 @@ def test_removing_content_removes_its_spill_file(open_store, adapters, size, tmp
     store.add("1", adapters[1])
     assert len(spill_files(tmp_path)) == 1
     store.remove("0")
-    assert spill_files(tmp_path) == []
+    assert eventually(lambda: spill_files(tmp_path) == [])
     assert store.stats().spilled == 0
 
 

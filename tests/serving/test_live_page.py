@@ -5,8 +5,8 @@ import time
 
 import numpy as np
 import pytest
-from live_server import CHROMIUM, LivePage, played, serving
 from observed_engine import recording
+from page_server import CHROMIUM, LivePage, played, serving
 
 from slora_jax.serving.observation import PAGE_KINDS, AdapterState, Usage
 from slora_jax.serving.state import live_page_files

@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from live_server import played
 from observed_engine import finished_request, recording
+from page_server import played
 
 from slora_jax.serving.state import SAMPLES, WINDOW, Latencies, LiveState, percentiles
 

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from slora_jax import ConfigError
+from slora_jax.errors import ConfigError
 
 
 def typed(value: Any, kind: Any, where: str) -> Any:
@@ -63,6 +63,7 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
 
 
 def nearest(name: Any, known: Iterable[Any]) -> str:
+    """A hint at the known name that is most like `name`, for the end of an error; "" if none is."""
     near = get_close_matches(str(name), [str(one) for one in known], n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 

@@ -1,0 +1,67 @@
+"""The service as an ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import APIRouter, FastAPI, Request
+from starlette.responses import Response
+
+from slora_jax.engine import Engine
+from slora_jax.serving import adapter_endpoints, endpoints, errors
+from slora_jax.serving.engine_loop import Health
+from slora_jax.serving.errors import JsonResponse
+from slora_jax.serving.limits import Gate
+from slora_jax.serving.service import MayLook, Service, service_of
+from slora_jax.serving.settings import ServerSettings
+
+probes = APIRouter()
+
+
+@probes.get("/health")
+async def health(request: Request) -> Response:
+    """Whether the process is worth keeping: 503 if its engine is dead or a step does not come back."""
+    loop = service_of(request).loop
+    status = 503 if loop.health in (Health.DEAD, Health.STALLED) else 200
+    return JsonResponse({"status": str(loop.health), "error": loop.error and repr(loop.error)}, status)
+
+
+@probes.get("/metrics")
+async def metrics(request: Request, client: MayLook) -> Response:
+    """For Prometheus."""
+    text, content_type = await asyncio.to_thread(service_of(request).metrics.render)
+    return Response(text, media_type=content_type)
+
+
+@probes.get("/ready")
+async def ready(request: Request) -> Response:
+    """Whether requests are taken: everything is loaded, compiled and warm, no fault, not stopping."""
+    service = service_of(request)
+    status = "stopping" if service.is_draining else str(service.loop.health)
+    return JsonResponse({"status": status}, 200 if service.is_ready else 503)
+
+
+def create_app(settings: ServerSettings, build: Callable[[], Engine]) -> FastAPI:
+    """The application; its lifespan is the engine's. build: makes the engine, on the engine's thread; meanwhile
+    `/health` answers and everything else says 503."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service = Service(settings, build)
+        app.state.service = service
+        async with service.running():
+            yield
+
+    app = FastAPI(title="slora-jax", version=version("slora-jax"), lifespan=lifespan, docs_url=None, redoc_url=None)
+    errors.install(app)
+    for router in (endpoints.router, adapter_endpoints.router, probes):
+        app.include_router(router)
+
+    def done(route: str | None, method: str, status: int, seconds: float) -> None:
+        app.state.service.metrics.http(route, method, status, seconds)
+
+    app.add_middleware(Gate, limits=settings.limits, on_request=done)
+    return app

@@ -1,0 +1,133 @@
+"""POST /v1/completions, POST /v1/chat/completions, GET /v1/models."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from slora_jax.serving.access import Client
+from slora_jax.serving.errors import ApiError
+from slora_jax.serving.generation import Sequences, generate
+from slora_jax.serving.protocol import ChatBody, CompletionBody, Generation, StreamOptions
+from slora_jax.serving.service import MayLook, MayServe, Service, service_of
+from slora_jax.serving.shapes import ChatShape, CompletionShape, Shape
+
+router = APIRouter(prefix="/v1")
+
+
+@router.post("/completions")
+async def completions(request: Request, client: MayServe, body: CompletionBody) -> Response:
+    """Continues each prompt, `n` times."""
+    service = service_of(request)
+    adapter = service.open_for(body.model)
+    prompts = await service.token_ids(body.prompts)
+    each = [prompt for prompt in prompts for _ in range(body.choices)]
+    echoes = [""] * len(each)
+    if body.echo:
+        texts = [service.text(one) for one in body.prompts]
+        echoes = [text for text in texts for _ in range(body.choices)]
+    shape = CompletionShape(
+        body.model or service.settings.base_name,
+        service.token_text,
+        logprobs=body.logprobs is not None,
+        token_ids=body.return_token_ids,
+        echoes=echoes,
+    )
+    max_tokens = 16 if body.max_tokens is None else body.max_tokens
+    return await _answer(service, client, request, body, each, max_tokens, body.logprobs, shape, adapter)
+
+
+@router.post("/chat/completions")
+async def chat_completions(request: Request, client: MayServe, body: ChatBody) -> Response:
+    """Answers a conversation, put into the model's chat template, `n` times."""
+    service = service_of(request)
+    adapter = service.open_for(body.model)
+    prompt = await asyncio.to_thread(_render, service, body)
+    shape = ChatShape(
+        body.model or service.settings.base_name,
+        service.token_text,
+        logprobs=bool(body.logprobs),
+        token_ids=body.return_token_ids,
+    )
+    max_tokens = body.max_completion_tokens or body.max_tokens
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return await _answer(service, client, request, body, [prompt] * body.choices, max_tokens, logprobs, shape, adapter)
+
+
+@router.get("/models")
+async def models(request: Request, client: MayLook) -> dict[str, Any]:
+    """The base model and every adapter."""
+    service = service_of(request)
+    base = service.settings.base_name
+    data = [_model(base, service.started, None, {"max_model_len": service.loop.engine.max_model_len})]
+    data += [_model(info.name, service.started, base, {}) for info in service.loop.engine.store.infos()]
+    return {"object": "list", "data": data}
+
+
+@router.get("/models/{name:path}")
+async def model(request: Request, client: MayLook, name: str) -> dict[str, Any]:
+    """One of them."""
+    service = service_of(request)
+    adapter = service.adapter_named(name)
+    base = service.settings.base_name
+    return _model(name, service.started, None if adapter is None else base, {})
+
+
+async def _answer(
+    service: Service,
+    client: Client,
+    request: Request,
+    body: Generation,
+    prompts: list[list[int]],
+    max_tokens: int | None,
+    logprobs: int | None,
+    shape: Shape,
+    adapter: str | None,
+) -> Response:
+    params = [body.sampling(index % body.choices, max_tokens, logprobs) for index in range(len(prompts))]
+    tenant = client.name if service.settings.tenants == "client" else ""
+    stream = (body.stream_options or StreamOptions()) if body.stream else None
+    sequences = Sequences(prompts, params, adapter, tenant)
+    return await generate(request, client, sequences, shape, stream, service.loop, service.shares)
+
+
+def _render(service: Service, body: ChatBody) -> list[int]:
+    """The conversation as the model's chat template writes it, in tokens.
+
+    Raises:
+      ApiError: there is no template, or it refuses the conversation.
+    """
+    tokenizer = service.loop.engine.tokenizer
+    if tokenizer is None or tokenizer.chat_template is None:
+        raise ApiError(400, "the model has no chat template; use /v1/completions", code="no_chat_template")
+    variables = body.chat_template_kwargs or {}
+    for name in inspect.signature(tokenizer.apply_chat_template).parameters:
+        if name in variables:  # another template, say, which could run for ever
+            raise ApiError(400, f"chat_template_kwargs.{name} cannot be set", param="chat_template_kwargs")
+    try:
+        text = tokenizer.apply_chat_template(
+            [message.for_template() for message in body.messages],
+            tokenize=False,
+            add_generation_prompt=body.add_generation_prompt,
+            **variables,
+        )
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
+    except Exception as error:
+        raise ApiError(400, f"the chat template refuses the messages: {error}", param="messages") from error
+    return service.checked(ids)
+
+
+def _model(name: str, created: int, parent: str | None, more: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "slora-jax",
+        "root": parent or name,
+        "parent": parent,
+        **more,
+    }

@@ -1,0 +1,359 @@
+"""The engine on a thread of its own: HTTP never waits for a step, and a step never waits for HTTP.
+
+Commands go in by a deque and are carried out between steps; what a step brought goes out in one callback to the event
+loop. Everything else that the event loop reads of the engine is a snapshot that the thread left there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from slora_jax.engine import Delta, Engine, RequestOutput
+from slora_jax.errors import ProcessLostError
+from slora_jax.scheduling import FinishReason, SamplingParams
+from slora_jax.serving.errors import ApiError, engine_failed, unavailable
+from slora_jax.serving.mailbox import Mailbox
+from slora_jax.serving.observation import EngineSnapshot, observe
+
+logger = logging.getLogger("slora_jax.serving")
+
+SNAPSHOT_SECONDS = 0.1
+"""Between two snapshots."""
+MAX_FAULTS = 3
+"""Failed steps without a good one in between, after which the engine is taken for dead."""
+
+
+class Health(StrEnum):
+    """Of the engine. Requests are taken while it is READY."""
+
+    STARTING = "starting"
+    """Loading, compiling, warming up."""
+    READY = "ready"
+    RECOVERING = "recovering"
+    """A step failed: the requests that it touched have failed, those that wait go on; when the engine is idle it is
+    tried, and is READY again or DEAD."""
+    STALLED = "stalled"
+    """A step has not come back. All requests have failed."""
+    STOPPED = "stopped"
+    DEAD = "dead"
+    """It cannot be used any more. The process should be restarted."""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One sequence under way: where its tokens go."""
+
+    request_id: str
+    mailbox: Mailbox
+    index: int
+
+
+class Listener(Protocol):
+    """Told in the event loop what becomes of the engine."""
+
+    def finished(self, output: RequestOutput) -> None:
+        """A sequence has ended, whatever the reason."""
+
+    def health_changed(self, health: Health) -> None:
+        """The engine's health is another."""
+
+    def fault(self, error: BaseException) -> None:
+        """The engine failed."""
+
+
+class EngineLoop:
+    """Owns an engine. Made, started and used in the event loop; `snapshot`, `health` and `engine.store` may be read
+    from other threads."""
+
+    def __init__(self, build: Callable[[], Engine], listener: Listener, *, stall_seconds: float) -> None:
+        """build: makes the engine, on the loop's thread. stall_seconds: a step that takes longer is taken for dead."""
+        self._build, self._listener, self._stall_seconds = build, listener, stall_seconds
+        self.health = Health.STARTING
+        self.error: BaseException | None = None  # of the last fault
+        self.snapshot: EngineSnapshot | None = None
+        self._engine: Engine | None = None
+        self._events = asyncio.get_running_loop()
+        self._ended = asyncio.Event()
+        self._sequences: dict[str, Sequence] = {}
+        self._numbers = 0
+        # Shared with the thread:
+        self._commands: deque[Callable[[Engine], None]] = deque()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._step_began: float | None = None
+        self._faults_in_a_row = 0
+        self._snapshot_at = 0.0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # In the event loop
+
+    def start(self) -> None:
+        """Begins to build the engine. Returns at once."""
+        self._thread.start()
+        self._watchdog = asyncio.create_task(self._watch())
+
+    @property
+    def engine(self) -> Engine:
+        """For its immutable parts and its store, which may be used from any thread.
+
+        Raises:
+          ApiError: 503, it is not there yet, or dead.
+        """
+        if self._engine is None or self.health in (Health.DEAD, Health.STOPPED):
+            raise self._refusal()
+        return self._engine
+
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences under way, waiting or running."""
+        return len(self._sequences)
+
+    def check_ready(self) -> None:
+        """Raises ApiError 503 unless requests are taken now."""
+        if self.health is not Health.READY:
+            raise self._refusal()
+
+    def submit(
+        self, prompt: list[int], params: SamplingParams, adapter: str | None, tenant: str, mailbox: Mailbox, index: int
+    ) -> str:
+        """Queues a sequence, whose tokens come to `mailbox` under `index`, and returns its id. If the engine refuses
+        it, the mailbox fails."""
+        self._numbers += 1
+        request_id = f"seq-{self._numbers}"
+        self._sequences[request_id] = Sequence(request_id, mailbox, index)
+
+        def add(engine: Engine) -> None:
+            try:
+                engine.add_request(prompt, params, adapter, request_id, tenant)
+            except Exception as error:  # noqa: BLE001  it is the client's, or ours to report
+                self._post(self._fail, [request_id], error)
+
+        self._command(add)
+        return request_id
+
+    def cancel(self, request_ids: list[str]) -> None:
+        """Ends sequences before the next step. Those that have ended already are none of its business."""
+        self._cancel([one for one in request_ids if self._sequences.pop(one, None) is not None])
+
+    async def call[T](self, function: Callable[[Engine], T]) -> T:
+        """What `function` returns, or raises, on the engine's thread between two steps. It should take microseconds."""
+        future: asyncio.Future[T] = self._events.create_future()
+
+        def run(engine: Engine) -> None:
+            try:
+                self._post(_settle, future, function(engine), None)
+            except Exception as error:  # noqa: BLE001  the caller's
+                self._post(_settle, future, None, error)
+
+        self._check_alive()
+        self._command(run)
+        ended = asyncio.create_task(self._ended.wait())
+        try:
+            await asyncio.wait((future, ended), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+        if not future.done():
+            raise self._refusal()
+        return future.result()
+
+    def fail_all(self, error: Exception) -> None:
+        """Ends every sequence; its client is told `error`."""
+        unfinished = list(self._sequences)
+        self._fail(unfinished, error)
+        self._cancel(unfinished)
+
+    async def stop(self) -> None:
+        """Ends the thread; sequences under way fail. Returns when the engine is closed."""
+        self._stopping = True
+        self._wake.set()
+        while self._thread.is_alive():
+            await asyncio.sleep(0.01)
+        self._watchdog.cancel()
+
+    def _cancel(self, request_ids: list[str]) -> None:
+        def cancel(engine: Engine) -> None:
+            for request_id in request_ids:
+                engine.cancel(request_id)
+
+        if request_ids:
+            self._command(cancel)
+
+    def _command(self, command: Callable[[Engine], None]) -> None:
+        self._commands.append(command)
+        self._wake.set()
+
+    def _hand_out(self, deltas: list[Delta]) -> None:
+        for delta in deltas:
+            sequence = self._sequences.get(delta.request_id)
+            if sequence is None:  # cancelled
+                continue
+            if delta.output is None:
+                sequence.mailbox.put(sequence.index, delta)
+                continue
+            del self._sequences[delta.request_id]
+            output = delta.output
+            self._listener.finished(output)
+            match output.finish_reason:
+                case FinishReason.ERROR:
+                    sequence.mailbox.fail(engine_failed(output.error or "the engine failed"))
+                case FinishReason.ABORT:
+                    reason = output.error or "the policy gave the request up"
+                    sequence.mailbox.fail(unavailable(reason, code="aborted", retry_after=1))
+                case _:
+                    sequence.mailbox.put(sequence.index, delta)
+
+    def _fail(self, request_ids: list[str], error: Exception) -> None:
+        for request_id in request_ids:
+            sequence = self._sequences.pop(request_id, None)
+            if sequence is not None:
+                sequence.mailbox.fail(error)
+
+    def _refusal(self) -> ApiError:
+        match self.health:
+            case Health.STARTING:
+                return unavailable(
+                    "the engine is starting; /ready tells when it is there", code="starting", retry_after=5
+                )
+            case Health.RECOVERING:
+                return unavailable(f"the engine recovers from {self.error!r}", code="recovering", retry_after=1)
+            case Health.STALLED:
+                return unavailable("a step of the engine does not come back", code="stalled", retry_after=30)
+            case Health.DEAD:
+                return unavailable(f"the engine is dead: {self.error!r}", code="dead")
+        return unavailable("the service is stopping", code="stopping", retry_after=10)
+
+    def _check_alive(self) -> None:
+        if self.health in (Health.DEAD, Health.STOPPED):
+            raise self._refusal()
+
+    async def _watch(self) -> None:
+        """Notices a step that does not come back. Its requests are told; the rest is up to whoever watches /health."""
+        while True:
+            await asyncio.sleep(min(1.0, self._stall_seconds / 4))
+            began = self._step_began
+            if began is None or time.monotonic() - began < self._stall_seconds or self.health is not Health.READY:
+                continue
+            error = TimeoutError(f"a step takes longer than stall_seconds={self._stall_seconds:g}")
+            logger.error("%s", error)
+            self._become(Health.STALLED, error)
+            self.fail_all(engine_failed(str(error)))
+
+    def _has_ended(self) -> None:
+        self._fail(list(self._sequences), self._refusal())
+        self._ended.set()
+
+    # On the engine's thread
+
+    def _run(self) -> None:
+        engine = None
+        try:
+            engine = self._build()
+            self._probe(engine)
+            self._look(engine)
+            self._engine = engine
+            self._become(Health.READY)
+            while not self._stopping and self.health is not Health.DEAD:
+                self._turn(engine)
+        except BaseException as error:
+            logger.error("the engine is dead", exc_info=error)
+            self._become(Health.DEAD, error)
+        if self.health is not Health.DEAD:
+            self._become(Health.STOPPED)
+        try:
+            if engine is not None:
+                engine.close()
+        except Exception as error:  # noqa: BLE001  it is going anyway
+            logger.error("closing the engine failed: %r", error)
+        self._post(self._has_ended)
+
+    def _turn(self, engine: Engine) -> None:
+        """Carries out what was asked for, then one step, if there is anything to do; else waits until there is."""
+        self._wake.clear()
+        while self._commands:
+            self._commands.popleft()(engine)
+        if not engine.has_work():
+            if self.health is Health.RECOVERING:
+                self._recover(engine)
+            self._look(engine)
+            self._wake.wait(timeout=1.0)
+            return
+        self._step_began = time.monotonic()
+        try:
+            deltas = engine.step()
+        except ProcessLostError:
+            raise
+        except Exception as error:  # noqa: BLE001  the requests that it touched are told
+            self._fault(engine, error)
+            return
+        finally:
+            self._step_began = None
+        self._faults_in_a_row = 0
+        if self.health is Health.STALLED:
+            self._become(Health.RECOVERING)  # it came back after all
+        if deltas:
+            self._post(self._hand_out, deltas)
+        if time.monotonic() - self._snapshot_at >= SNAPSHOT_SECONDS:
+            self._look(engine)
+
+    def _fault(self, engine: Engine, error: Exception) -> None:
+        """A step failed. The engine reports the requests of a step that was not dispatched; those of one whose result
+        cannot be read are all that run."""
+        logger.error("a step failed", exc_info=error)
+        self._become(Health.RECOVERING, error)
+        self._faults_in_a_row += 1
+        touched = [request.id for request in engine.scheduler.running]
+        self._post(self._fail, touched, engine_failed(f"the engine failed: {error!r}"))
+        for request_id in touched:
+            engine.cancel(request_id)
+        if self._faults_in_a_row >= MAX_FAULTS:
+            raise error
+
+    def _recover(self, engine: Engine) -> None:
+        """Whether the engine still works is known when it has answered something."""
+        engine.check()
+        self._probe(engine)
+        logger.info("the engine has recovered")
+        self._become(Health.READY)
+
+    def _probe(self, engine: Engine) -> None:
+        """Has the engine generate two tokens: the first warms it up, a later one tells whether it works."""
+        [output] = engine.generate([[0]], SamplingParams(max_tokens=2, ignore_eos=True))
+        if len(output.token_ids) != 2:
+            raise RuntimeError(f"the engine does not answer: {output.finish_reason} {output.error or ''}")
+
+    def _look(self, engine: Engine) -> None:
+        self.snapshot = observe(engine)
+        self._snapshot_at = time.monotonic()
+
+    # On either
+
+    def _become(self, health: Health, error: BaseException | None = None) -> None:
+        """error: the fault that is the reason."""
+        self.error = error or self.error
+        self.health = health
+        self._post(self._listener.health_changed, health)
+        if error is not None:
+            self._post(self._listener.fault, error)
+
+    def _post(self, callback: Callable, *arguments: object) -> None:
+        try:
+            self._events.call_soon_threadsafe(callback, *arguments)
+        except RuntimeError:
+            pass  # the event loop is gone, and nobody waits any more
+
+
+def _settle[T](future: asyncio.Future[T], result: T, error: Exception | None) -> None:
+    if future.done():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)

@@ -1,0 +1,146 @@
+"""Errors as OpenAI's clients expect them: a status, and a body that says what, of which kind, and about which field."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from slora_jax.errors import AdapterError, ConfigError, RequestError, SloraError, UnknownAdapterError
+
+logger = logging.getLogger("slora_jax.serving")
+
+MAX_MESSAGE = 2000
+"""Characters of an error's message; the input that it quotes may be long."""
+
+
+class ApiError(HTTPException):
+    """What a client is told. `param` names the field, `retry_after` the seconds after which to try again."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: float | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        after = {} if retry_after is None else {"Retry-After": str(max(1, round(retry_after)))}
+        super().__init__(status, message, {**(headers or {}), **after})
+        self.kind, self.code, self.param = kind, code, param
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
+        message = str(self.detail)
+        message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ..."
+        return {"error": {"message": message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        """As HTTP."""
+        return JsonResponse(self.body(), self.status_code, self.headers)
+
+
+class JsonResponse(Response):
+    """JSON in ASCII: whatever a client sent can be quoted, half of a surrogate pair too."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, separators=(",", ":")).encode()
+
+
+def unavailable(message: str, *, code: str, retry_after: float | None = None) -> ApiError:
+    """The service cannot take the request now."""
+    return ApiError(503, message, kind="service_unavailable", code=code, retry_after=retry_after)
+
+
+def engine_failed(message: str) -> ApiError:
+    """The engine failed a request that it had taken."""
+    return ApiError(500, message, kind="server_error", code="engine_error")
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told of an error of this project's. Others are ours: it learns no more than that."""
+    match error:
+        case ApiError():
+            return error
+        case RequestError():
+            code = "context_length_exceeded" if "max_model_len" in str(error) else "invalid_request"
+            return ApiError(400, str(error), code=code, param="prompt")
+        case ConfigError():
+            field = str(error).partition("=")[0].removeprefix("SamplingParams.")
+            return ApiError(400, str(error).removeprefix("SamplingParams."), code="invalid_value", param=field)
+        case UnknownAdapterError():
+            return ApiError(404, str(error).replace("adapter", "model", 1), code="model_not_found", param="model")
+        case AdapterError():
+            return ApiError(400, str(error), code="invalid_adapter")
+    logger.error("a request failed", exc_info=error)
+    return ApiError(500, "internal error; the server's log says more", kind="server_error", code="internal_error")
+
+
+def install(app: FastAPI) -> None:
+    """Has every error of `app` answered in this form."""
+
+    def answer(request: Request, error: ApiError) -> Response:
+        request.app.state.service.metrics.refused(error.code or str(error.status_code))
+        return error.response()
+
+    async def ours(request: Request, error: Exception) -> Response:
+        return answer(request, as_api_error(error))
+
+    async def invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return answer(request, _invalid(error))
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        message = {
+            404: f"no such path: {request.url.path}",
+            405: f"{request.url.path} does not take {request.method}",
+        }.get(error.status_code, str(error.detail))
+        return answer(request, ApiError(error.status_code, message, headers=error.headers))
+
+    for kind in (ApiError, SloraError):
+        app.add_exception_handler(kind, ours)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, ours)
+
+
+def _invalid(error: RequestValidationError) -> ApiError:
+    """Says of the first wrong field which it is, what was found, and what it must be."""
+    problem = max(error.errors(), key=_meant)
+    if problem["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {problem.get('ctx', {}).get('error', '')}", code="bad_json")
+    _, *names = map(str, problem["loc"])  # after "body" or "query"
+    field = ".".join(name for i, name in enumerate(names) if not (i and _is_type(name)))
+    if problem["type"] == "extra_forbidden":
+        return ApiError(400, f"unknown field {field!r}", code="unknown_field", param=field)
+    if problem["type"] == "missing":
+        return ApiError(400, f"{field or 'the body'} is missing", code="missing_field", param=field or None)
+    what = problem["msg"].removeprefix("Value error, ")
+    if not field:  # fields that contradict each other, or no object at all
+        return ApiError(400, what.replace("Input", "the body"), code="invalid_value")
+    found = repr(problem.get("input"))
+    found = found if len(found) <= 80 else f"{found[:80]}..."
+    return ApiError(400, f"{field}={found}: {what}", code="invalid_value", param=field)
+
+
+def _meant(problem: dict[str, Any]) -> tuple[bool, int, int]:
+    """Of a field that may be of several types, there is a complaint for each: the one that is not about the type, or
+    got furthest, is about the type that was meant."""
+    at = [part for part in problem["loc"] if isinstance(part, int)]
+    return not problem["type"].endswith("_type"), len(problem["loc"]), at[-1] if at else -1
+
+
+def _is_type(name: str) -> bool:
+    return "[" in name or name in ("str", "int", "constrained-str", "constrained-int")

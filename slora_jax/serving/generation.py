@@ -1,0 +1,151 @@
+"""One HTTP request from its checked body to its answer, whole or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from slora_jax.engine import RequestOutput
+from slora_jax.scheduling import SamplingParams
+from slora_jax.serving.access import Client
+from slora_jax.serving.engine_loop import EngineLoop
+from slora_jax.serving.errors import JsonResponse, as_api_error
+from slora_jax.serving.limits import Shares
+from slora_jax.serving.mailbox import Arrived, Mailbox
+from slora_jax.serving.protocol import StreamOptions
+from slora_jax.serving.shapes import Json, Shape, usage
+
+
+class ClientGoneError(Exception):
+    """The client has closed its connection: nobody reads an answer."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What an HTTP request has generated: a prompt and parameters for each choice, in the answer's order."""
+
+    prompts: Sequence[list[int]]
+    params: Sequence[SamplingParams]
+    adapter: str | None
+    tenant: str
+
+
+async def generate(
+    request: Request,
+    client: Client,
+    sequences: Sequences,
+    shape: Shape,
+    stream: StreamOptions | None,
+    loop: EngineLoop,
+    shares: Shares,
+) -> Response:
+    """Runs the sequences and answers in `shape`: as events if `stream` is not None, else when all have ended. Errors up
+    to the first token are statuses; later ones are events. A client that goes away cancels its sequences.
+
+    Raises:
+      ApiError: the service is not ready, full, or failed; the request cannot be served.
+    """
+    async with AsyncExitStack() as stack:
+        stack.enter_context(shares.hold(client.name, len(sequences.prompts)))
+        mailbox = Mailbox()
+        gone = asyncio.create_task(_until_gone(request, mailbox))
+        stack.callback(gone.cancel)
+        ids = [
+            loop.submit(prompt, params, sequences.adapter, sequences.tenant, mailbox, index)
+            for index, (prompt, params) in enumerate(zip(sequences.prompts, sequences.params, strict=True))
+        ]
+        stack.callback(loop.cancel, ids)
+        try:
+            first = await mailbox.take()
+            if stream is None:
+                return JsonResponse(await _whole(first, mailbox, len(ids), shape))
+        except ClientGoneError:
+            return Response(status_code=499)  # for the log; nobody reads it
+        events = _events(first, mailbox, len(ids), shape, stream)
+        return EventStream(events, stack.pop_all())
+
+
+class EventStream(Response):
+    """Server-sent events. What the request holds is given back at the end, however that comes."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], held: AsyncExitStack) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events, self._held = events, held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._held:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for event in self._events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _until_gone(request: Request, mailbox: Mailbox) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    mailbox.fail(ClientGoneError())
+
+
+async def _whole(arrived: dict[int, Arrived], mailbox: Mailbox, count: int, shape: Shape) -> Json:
+    wholes: dict[int, Arrived] = {}
+    while True:
+        for index, part in arrived.items():
+            if part.output is not None:
+                wholes[index] = _all_of(part.output)
+        if len(wholes) == count:
+            break
+        arrived = await mailbox.take()
+    choices = [shape.choice(index, wholes[index]) for index in range(count)]
+    outputs = [whole.output for _, whole in sorted(wholes.items()) if whole.output is not None]
+    return shape.envelope(choices, streamed=False) | {"usage": usage(outputs)}
+
+
+def _all_of(output: RequestOutput) -> Arrived:
+    return Arrived(output.text or "", output.token_ids, output.logprobs or [], output)
+
+
+async def _events(
+    arrived: dict[int, Arrived], mailbox: Mailbox, count: int, shape: Shape, options: StreamOptions
+) -> AsyncIterator[bytes]:
+    """An event a choice for whatever has come, all in one write. Ends with [DONE], or with an error's body."""
+    outputs: dict[int, RequestOutput] = {}
+    opened: set[int] = set()
+    try:
+        while True:
+            events = []
+            for index, part in sorted(arrived.items()):
+                if index not in opened:
+                    opened.add(index)
+                    if (opening := shape.opening(index)) is not None:
+                        events.append(shape.envelope([opening], streamed=True))
+                events.append(shape.envelope([shape.piece(index, part)], streamed=True))
+                if part.output is not None:
+                    outputs[index] = part.output
+            has_ended = len(outputs) == count
+            if has_ended and options.include_usage:
+                for event in events:
+                    event["usage"] = None
+                whole = usage([outputs[index] for index in range(count)])
+                events.append(shape.envelope([], streamed=True) | {"usage": whole})
+            yield b"".join(map(_event, events)) + (b"data: [DONE]\n\n" if has_ended else b"")
+            if has_ended:
+                return
+            arrived = await mailbox.take()
+    except ClientGoneError:
+        return
+    except Exception as error:  # noqa: BLE001  the status is out already
+        yield _event(as_api_error(error).body())
+
+
+def _event(data: Json) -> bytes:
+    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"

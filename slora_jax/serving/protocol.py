@@ -1,0 +1,178 @@
+"""What clients send: OpenAI's fields, and vLLM's names for what OpenAI has not. A field that is not known, or that asks
+for what the engine cannot do, is refused: nobody is served something else than they asked for."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from slora_jax.scheduling import SamplingParams
+from slora_jax.scheduling.sampling_params import MAX_LOGPROBS
+
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Text = Annotated[str, Field(max_length=256)]
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class Body(BaseModel):
+    """Strict: no field is guessed, no text taken for a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+    """include_usage: a last event has the usage. continuous_usage_stats: every event has it."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
+
+
+class Generation(Body):
+    """What completions and chat have in common.
+
+    Beyond OpenAI's: top_k, min_p, stop_token_ids, ignore_eos (as `SamplingParams` has them) and return_token_ids (each
+    choice then has `token_ids`). Of a request with a seed, choice i of each prompt has the seed plus i, modulo 2**32.
+    """
+
+    model: Name | None = None
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    temperature: float | None = Field(1.0, ge=0, le=1e4)
+    top_p: float | None = Field(1.0, gt=0, le=1)
+    n: int | None = Field(1, ge=1, le=128)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    stop: (
+        Annotated[str, Field(min_length=1, max_length=1000)]
+        | Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=16)]
+        | None
+    ) = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    top_k: int | None = Field(0, ge=-1, lt=2**31)
+    min_p: float | None = Field(0.0, ge=0, le=1)
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=256)] | None = None
+    ignore_eos: bool = False
+    return_token_ids: bool = False
+    # Accepted where they change nothing:
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+    repetition_penalty: float | None = Field(None, ge=1, le=1)
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Generation:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options goes with stream=true")
+        return self
+
+    def sampling(self, index: int, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Of choice `index`. Raises ConfigError."""
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=max(0, self.top_k or 0),
+            top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p or 0.0,
+            seed=None if self.seed is None else (self.seed + index) % 2**32,
+            stop=self.stop or (),
+            stop_token_ids=self.stop_token_ids or (),
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+        )
+
+    @property
+    def choices(self) -> int:
+        """How many of each prompt."""
+        return self.n or 1
+
+
+class CompletionBody(Generation):
+    """POST /v1/completions. `prompt`: a text, token ids, or several of either."""
+
+    prompt: str | Tokens | Annotated[list[str], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = False
+    best_of: int | None = Field(None, ge=1)
+    suffix: None = None
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> CompletionBody:
+        if self.best_of is not None and self.best_of != self.choices:
+            raise ValueError("best_of must equal n: choices are not ranked")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo does not go with logprobs: a prompt has none")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One or several."""
+        several = not isinstance(self.prompt, str) and not isinstance(self.prompt[0], int)
+        return list(self.prompt) if several else [self.prompt]  # type: ignore[arg-type,list-item]
+
+
+class TextPart(Body):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """One of a chat. The model's template decides which roles there are."""
+
+    role: Text
+    content: str | list[TextPart] | None = None
+    name: Text | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        return {"role": self.role, "content": text} | ({} if self.name is None else {"name": self.name})
+
+
+class ResponseFormat(Body):
+    """Free text: decoding is not constrained."""
+
+    type: Literal["text"]
+
+
+class ChatBody(Generation):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    # Accepted where they change nothing:
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none"] | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs goes with logprobs=true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens (its newer name) contradict each other")
+        return self
+
+
+class LoadBody(Body):
+    """POST /v1/load_lora_adapter. load_inplace: a name that is in use gets the new content; else it is refused."""
+
+    lora_name: Name
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    load_inplace: bool = False
+
+
+class UnloadBody(Body):
+    """POST /v1/unload_lora_adapter. drain_seconds: how long the answer may wait for requests under way to end."""
+
+    lora_name: Name
+    drain_seconds: float | None = Field(None, ge=0, le=3600)

@@ -1,0 +1,183 @@
+"""`slora serve`: the application in uvicorn, from the first byte of a connection to the last of a drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from slora_jax.engine import Engine
+from slora_jax.errors import ConfigError, ProcessLostError
+from slora_jax.parallel.processes import EXIT_LOST
+from slora_jax.serving.app import create_app
+from slora_jax.serving.engine_loop import Health
+from slora_jax.serving.settings import Limits, ServerSettings
+
+logger = logging.getLogger("slora_jax.serving")
+
+KEEP_ALIVE_SECONDS = 30
+SWITCH_SECONDS = 0.0005
+"""For which one of the two threads keeps the interpreter when the other wants it: Python's own 5 ms would come between
+a step's end and the next one's launch."""
+
+
+def serve(settings: ServerSettings, build: Callable[[], Engine]) -> int:
+    """Serves until SIGTERM or Ctrl-C: then no more is accepted, requests under way have `settings.drain_seconds`, and
+    the exit status is 0. A second signal ends the process at once, with 128 plus its number.
+
+    Returns 1 if the engine could not be built or died, 3 if another process of those that serve together is lost.
+    """
+    sys.setswitchinterval(SWITCH_SECONDS)
+    connections = _connections(settings.limits)
+    app = create_app(settings, build)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=type("Guarded", (GuardedProtocol,), {"limits": settings.limits, "most": connections}),
+        ws="none",
+        loop="uvloop",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=5,  # after the drain, which has a deadline of its own
+    )
+    server = _Server(config, settings, app)
+    try:
+        server.run()
+    except SystemExit as error:  # uvicorn's: the address is taken, and it has said so
+        return int(error.code or 0)
+    return server.status
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """A connection that has so long to send a request's head, so much room for it, and so long to read its answers."""
+
+    limits: Limits
+    most: int  # connections
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._write_deadline: asyncio.TimerHandle | None = None
+        self._head_deadline: asyncio.TimerHandle | None = None
+        if len(self.connections) > self.most:
+            transport.abort()
+        else:
+            self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        if self._head_deadline is None and self.cycle.response_complete:
+            self._await_head()  # the next request of this connection begins
+        self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head_deadline is not None and self._head_bytes > self.limits.header_bytes:
+            self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n\r\n")
+            self.transport.close()
+
+    def on_headers_complete(self) -> None:
+        self._forget(self._head_deadline)
+        self._head_deadline = None
+        super().on_headers_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._write_deadline is None:
+            self._write_deadline = self.loop.call_later(self.limits.write_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._forget(self._write_deadline)
+        self._write_deadline = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget(self._head_deadline)
+        self._forget(self._write_deadline)
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        self._head_bytes = 0
+        self._head_deadline = self.loop.call_later(self.limits.header_seconds, self.transport.abort)
+
+    @staticmethod
+    def _forget(timer: asyncio.TimerHandle | None) -> None:
+        if timer is not None:
+            timer.cancel()
+
+
+class _Server(uvicorn.Server):
+    """Ends by our rules, and says when it can be used."""
+
+    def __init__(self, config: uvicorn.Config, settings: ServerSettings, app: Any) -> None:
+        super().__init__(config)
+        self._settings, self._app = settings, app
+        self._has_signal = False
+        self.status = 0
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end, number)
+        yield
+
+    async def startup(self, sockets: list | None = None) -> None:
+        await super().startup(sockets)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        self._say(f"listening on http://{host}:{port}; loading {self._settings.base_name}")
+        if not self._settings.is_loopback and not self._settings.api_keys:
+            self._say("anybody who reaches this address may generate and manage adapters: set api_keys")
+        self._following = asyncio.create_task(self._follow())
+
+    async def shutdown(self, sockets: list | None = None) -> None:
+        for server in self.servers:
+            server.close()  # whoever comes now is refused by the system, and may try elsewhere
+        await self._app.state.service.drain()
+        self._following.cancel()
+        await super().shutdown(sockets)
+
+    async def _follow(self) -> None:
+        """Says when requests are taken; ends the server when the engine is dead."""
+        service = self._app.state.service
+        while service.loop.health is Health.STARTING:
+            await asyncio.sleep(0.05)
+        if service.loop.health is Health.READY:
+            stats = service.loop.engine.store.stats()
+            self._say(f"ready: {self._settings.base_name}, {stats.registered} adapters")
+        while service.loop.health is not Health.DEAD:
+            await asyncio.sleep(0.2)
+        error = service.loop.error
+        self._say(f"the engine is dead: {error!r}")
+        self.status = EXIT_LOST if isinstance(error, ProcessLostError) else 2 if isinstance(error, ConfigError) else 1
+        await asyncio.sleep(1.0)  # for clients to be told
+        self.should_exit = True
+
+    def _end(self, number: int) -> None:
+        if self._has_signal:
+            self._say("a second signal: ending at once")
+            os._exit(128 + number)
+        self._has_signal = self.should_exit = True
+        self._say(f"stopping: requests under way have {self._settings.drain_seconds:g} s; a second signal ends at once")
+
+    @staticmethod
+    def _say(text: str) -> None:
+        print(f"slora: {text}", file=sys.stderr, flush=True)
+
+
+def _connections(limits: Limits) -> int:
+    """How many may be open: as many as the limits say, if the system gives so many file handles."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = limits.connections + 256  # for the model, adapters and libraries
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(16, min(limits.connections, soft - 256))

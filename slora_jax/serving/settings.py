@@ -1,0 +1,180 @@
+"""The service's settings, from a YAML file and the command line."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self, get_type_hints
+
+import yaml
+
+from slora_jax.engine import Engine, EngineConfig
+from slora_jax.errors import ConfigError
+from slora_jax.parallel.processes import ProcessGroup
+from slora_jax.scheduling import Policy, make_policy
+from slora_jax.serving.access import ApiKey
+from slora_jax.typed import refuse_unknown, typed
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client may ask of the service; beyond it, it is told so and nothing is lost.
+
+    body_bytes: of a request (413). header_bytes: of its head (431). waiting: sequences that wait beyond those that can
+    run (503). per_client: sequences that one client may have unfinished (429); a client is an API key or, without keys,
+    an address. sequences: of one request, prompts times `n`. connections: open at once; further ones are closed.
+    header_seconds, body_seconds: for a client to send its request (408). write_seconds: for it to take what it is sent;
+    then its requests are cancelled. adapter_loads: adapters that are read from disk at a time.
+    """
+
+    body_bytes: int = 4 << 20
+    header_bytes: int = 64 << 10
+    waiting: int = 1024
+    per_client: int = 512
+    sequences: int = 128
+    connections: int = 2048
+    header_seconds: float = 10.0
+    body_seconds: float = 30.0
+    write_seconds: float = 30.0
+    adapter_loads: int = 2
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value <= 0:
+                raise ConfigError(f"limits.{one.name}={value!r}: must be positive")
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Settings of `slora serve`; a config file has the same names (`from_file`).
+
+    model_dir: a Hugging Face directory. name: of the base model, for clients; None: the directory's name.
+    adapters: every PEFT directory in it is registered under its folder's name, also those that come later (it is looked
+      at every `watch_seconds`; 0: only at the start).
+    adapter_roots: further directories from which clients may load adapters.
+    state_file: remembers what clients loaded and unloaded, for the next start; None: `.slora-adapters.json` in
+      `adapters`.
+    api_keys: who may do what; none: everybody may do everything.
+    engine: the engine's settings. policy: a name and settings, as `make_policy` takes them; None: first come, first
+      served. tenants: whom a fair-share policy charges: the "adapter" or the "client" (API key).
+    drain_seconds: for requests under way to end when the service is stopped. stall_seconds: a step that takes longer is
+      taken for dead; its requests fail.
+    """
+
+    model_dir: Path
+    name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    adapters: Path | None = None
+    adapter_roots: tuple[Path, ...] = ()
+    watch_seconds: float = 2.0
+    state_file: Path | None = None
+    api_keys: tuple[ApiKey, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    policy: Mapping[str, Any] | None = None
+    tenants: str = "adapter"
+    drain_seconds: float = 30.0
+    stall_seconds: float = 120.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise ConfigError(f"port={self.port}: must be in [0, 65535] (0: any that is free)")
+        for name in ("watch_seconds", "drain_seconds"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: must not be negative")
+        if self.stall_seconds <= 0:
+            raise ConfigError(f"stall_seconds={self.stall_seconds}: must be positive")
+        if self.tenants not in ("adapter", "client"):
+            raise ConfigError(f"tenants={self.tenants!r}: must be 'adapter' or 'client'")
+        for name, root in (("adapters", self.adapters), *(("adapter_roots", root) for root in self.adapter_roots)):
+            if root is not None and not root.is_dir():
+                raise ConfigError(f"{name}={str(root)!r}: not a directory; make it, or name another")
+        names = [key.name for key in self.api_keys]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"api_keys: the names must differ, found {names}")
+        self.make_policy()
+
+    @classmethod
+    def from_file(cls, path: Path | None, **given: Any) -> Self:
+        """Reads a YAML file, if there is one. `given` fields, None for those that were not, take precedence; those of
+        `engine` may be a mapping, laid over the file's.
+
+        Raises:
+          ConfigError: the file cannot be read; a field is unknown, missing or out of range.
+        """
+        if path is None:
+            return cls.from_mapping({}, **given)
+        try:
+            data = yaml.safe_load(path.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+        if not isinstance(data, dict | None):
+            raise ConfigError(f"{path}: must be a mapping of settings, found {type(data).__name__}")
+        return cls.from_mapping(data or {}, **given)
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any], **given: Any) -> Self:
+        """Like `from_file`, of what such a file holds."""
+        data = dict(data)
+        engine = {**_mapping(data.get("engine", {}), "engine"), **given.pop("engine", {})}
+        data |= {name: value for name, value in given.items() if value is not None}
+        keys = data.pop("api_keys", None) or []
+        if not isinstance(keys, list | tuple):
+            raise ConfigError(f"api_keys={keys!r}: must be a list")
+        nested = {
+            "engine": _made(EngineConfig, engine, "engine."),
+            "limits": _made(Limits, _mapping(data.pop("limits", {}), "limits"), "limits."),
+            "api_keys": tuple(
+                ApiKey.from_mapping(_mapping(key, f"api_keys[{i}]"), f"api_keys[{i}]") for i, key in enumerate(keys)
+            ),
+        }
+        data.pop("engine", None)
+        if "model_dir" not in data:
+            raise ConfigError("model_dir is missing: a Hugging Face model directory")
+        return replace(_made(cls, data, ""), **nested)  # type: ignore[arg-type]
+
+    @property
+    def base_name(self) -> str:
+        """What clients call the base model."""
+        return self.name or self.model_dir.resolve().name
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """Where adapters may lie."""
+        return (*(() if self.adapters is None else (self.adapters,)), *self.adapter_roots)
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the service."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    def make_policy(self) -> Policy | None:
+        """A new policy of the kind that was asked for. Raises ConfigError for an unknown one."""
+        if self.policy is None:
+            return None
+        if "name" not in self.policy:
+            raise ConfigError(f"policy={dict(self.policy)!r}: has no 'name'")
+        return make_policy(**self.policy)
+
+    def build_engine(self, processes: ProcessGroup | None = None) -> Engine:
+        """The engine of these settings. Raises as `Engine.from_pretrained`."""
+        return Engine.from_pretrained(self.model_dir, self.engine, policy=self.make_policy(), processes=processes)
+
+
+def _made[T](kind: type[T], data: Mapping[str, Any], where: str) -> T:
+    hints = get_type_hints(kind)
+    refuse_unknown(data, hints, where)
+    return kind(**{name: typed(value, hints[name], f"{where}{name}") for name, value in data.items()})
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}={value!r}: must be a mapping")
+    return value
