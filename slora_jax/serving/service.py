@@ -21,8 +21,10 @@ from slora_jax.serving.errors import unavailable
 from slora_jax.serving.limits import Shares
 from slora_jax.serving.metrics import ServerMetrics
 from slora_jax.serving.observation import AdapterUsage
+from slora_jax.serving.pages_now import PagesNow
 from slora_jax.serving.settings import ServerSettings
 from slora_jax.serving.shapes import TokenText
+from slora_jax.serving.state import LiveState
 
 
 class Service:
@@ -42,16 +44,19 @@ class Service:
             lambda: self.loop.snapshot, self._tiers, is_registered=self._is_registered
         )  # before the engine, so that its compilations are counted
         self.loop = EngineLoop(self._make_engine, self, stall_seconds=settings.stall_seconds)
+        self.live = LiveState(settings.base_name)
+        self.pages = PagesNow(self.loop)
 
     @asynccontextmanager
     async def running(self) -> Any:
         """Builds the engine, meanwhile and until the end of the block."""
         self.loop.start()
-        watch = asyncio.create_task(self._watch())
+        tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._sample())]
         try:
             yield self
         finally:
-            watch.cancel()
+            for task in tasks:
+                task.cancel()
             await self.loop.stop()
             self.metrics.close()
 
@@ -126,6 +131,11 @@ class Service:
         if self.settings.watch_seconds:
             await self.adapters.watch(self.loop)
 
+    async def _sample(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            self.live.sample(self.loop.snapshot, self._tiers())
+
     def forget_adapter(self, name: str) -> None:
         """It was unloaded."""
         self.usage.forget(name)
@@ -136,6 +146,7 @@ class Service:
     def finished(self, output: RequestOutput) -> None:
         self.usage.finished(output)
         self.metrics.finished(output)
+        self.live.finished(output)
 
     def health_changed(self, health: Health) -> None:
         self.metrics.set_ready(self.is_ready)
@@ -146,10 +157,14 @@ class Service:
     # Inside
 
     def _tiers(self) -> dict[str, Tier]:
-        return {} if self.loop.health in (Health.STARTING, Health.DEAD) else self.loop.engine.store.tiers()
+        return self.loop.engine.store.tiers() if self._has_engine else {}
 
     def _is_registered(self, name: str) -> bool:
-        return self.loop.engine.store.has(name)
+        return self._has_engine and self.loop.engine.store.has(name)
+
+    @property
+    def _has_engine(self) -> bool:
+        return self.loop.health not in (Health.STARTING, Health.STOPPED, Health.DEAD)
 
 
 def service_of(request: Request) -> Service:

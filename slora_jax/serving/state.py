@@ -13,9 +13,8 @@ import numpy as np
 
 from slora_jax.adapters.host_cache import Tier
 from slora_jax.engine import RequestOutput
+from slora_jax.serving.engine_loop import Health
 from slora_jax.serving.observation import EngineSnapshot
-
-Status = Literal["starting", "ready", "draining", "failed"]
 
 SAMPLES = 120
 """Kept, one a second."""
@@ -62,11 +61,13 @@ def percentiles(parts: Sequence[Latencies], quantiles: Sequence[float] = (0.5, 0
 
 @dataclass
 class Sample:
-    """One second: what was in it, and the state at its end. time: of `time.monotonic`."""
+    """One second: what was in it, and the state at its end. time: of `time.monotonic`. finished: requests since the
+    start. shown: latencies of the minute that it ends, by their names in the JSON."""
 
     time: float = 0.0
     running: int = 0
     waiting: int = 0
+    finished: int = 0
     tokens_per_second: float = 0.0
     first_token: Latencies = field(default_factory=Latencies)
     inter_token: Latencies = field(default_factory=Latencies)
@@ -103,6 +104,7 @@ class LiveState:
             return
         sample, before = self._current, self._snapshot
         sample.time = time.monotonic()
+        sample.finished = self._finished
         sample.running, sample.waiting = snapshot.stats.running, snapshot.stats.waiting
         if before is not None and snapshot.time > before.time:
             tokens = snapshot.stats.tokens_generated - before.stats.tokens_generated
@@ -115,8 +117,9 @@ class LiveState:
         self._current = Sample()
         self._snapshot, self._tiers = snapshot, tiers
 
-    def to_json(self, status: Status, detail: str | None = None) -> dict[str, Any]:
-        """The state for the page, as of the last sample. detail: why, for people, when it is not ready.
+    def to_json(self, status: Health | Literal["draining"], detail: str | None = None) -> dict[str, Any]:
+        """The state for the page, as of the last sample. status: "draining" when the server accepts nothing new, else
+        the engine's health; detail: why, for people.
 
         model, status, detail; uptime_seconds.
         pool: `pages` in all, and by kind `kinds`; null before there is an engine, as are the next three.
@@ -132,7 +135,7 @@ class LiveState:
         snapshot, now = self._snapshot, time.monotonic()
         state: dict[str, Any] = {
             "model": self._model,
-            "status": status,
+            "status": str(status),
             "detail": detail,
             "uptime_seconds": round(now - self._start, 1),
             "pool": None,
@@ -148,7 +151,7 @@ class LiveState:
             state["queue"] = {"running": stats.running, "waiting": stats.waiting}
             state["adapters"] = {"registered": stats.registered_adapters, "states": snapshot.states(self._tiers)}
             state["totals"] = {
-                "finished": self._finished,
+                "finished": self._samples[-1].finished,
                 "generated_tokens": stats.tokens_generated,
                 "preemptions": stats.preemptions,
                 "loads": stats.adapter_loads,

@@ -26,7 +26,10 @@ const CHARTS = [
 const NOTICES = {
   starting: "The server is starting: the model is loaded and its programs are compiled.",
   draining: "The server is draining: it finishes what it has accepted, and accepts nothing new.",
-  failed: "The engine has failed: the server accepts nothing.",
+  recovering: "A step of the engine failed, and so did the requests in it; those that wait go on.",
+  stalled: "A step of the engine does not come back: the server accepts nothing.",
+  stopped: "The server has stopped.",
+  dead: "The engine is dead: the server accepts nothing and should be restarted.",
 };
 const KEY = "slora-api-key", SECONDS_SHOWN = 120, MOST_ROWS = 200, LARGEST_CELL = 34, HIGHEST_POOL = 640;
 
@@ -80,6 +83,10 @@ async function ask(path) {
   return response;
 }
 
+function unlessRefused(error) { // the engine may be in a long step: the picture of before will do
+  if (error instanceof Refused) throw error;
+}
+
 async function poll() {
   clearTimeout(timer);
   if (polling || document.hidden) return;
@@ -88,7 +95,8 @@ async function poll() {
   try {
     const state = await (await ask("state")).json();
     showState(state);
-    if (state.pool) showPages(new Uint8Array(await (await ask("state/pages")).arrayBuffer()));
+    const pages = state.pool && await ask("state/pages").catch(unlessRefused);
+    if (pages) showPages(new Uint8Array(await pages.arrayBuffer()));
     if (state.pool && asked++ % 3 === 0) await showAdapters();
     lastAnswer = Date.now();
     $("key-form").hidden = true;
