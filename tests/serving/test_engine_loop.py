@@ -206,7 +206,7 @@ def test_while_it_recovers_nothing_is_taken(engine, trap) -> None:
     async def scenario() -> None:
         async with looping(engine) as loop:
             dispatch = trap("dispatch", lambda call: call == 3)
-            _, mailbox = submit(loop, [3, 4])
+            submit(loop, [3, 4])
             await until(lambda: loop.health is Health.RECOVERING)
             dispatch.gate.clear()
             if loop.health is Health.RECOVERING:  # the probe waits at the gate
