@@ -21,7 +21,6 @@ from slora_jax.serving.errors import unavailable
 from slora_jax.serving.limits import Shares
 from slora_jax.serving.metrics import ServerMetrics
 from slora_jax.serving.observation import AdapterUsage
-from slora_jax.serving.pages_now import PagesNow
 from slora_jax.serving.settings import ServerSettings
 from slora_jax.serving.shapes import TokenText
 from slora_jax.serving.state import LiveState
@@ -40,12 +39,11 @@ class Service:
         self.usage = AdapterUsage(self._is_registered)
         self._build = build
         self._token_text: TokenText | None = None
+        self.live = LiveState(settings.base_name)
         self.metrics = ServerMetrics(
             lambda: self.loop.snapshot, self._tiers, is_registered=self._is_registered
         )  # before the engine, so that its compilations are counted
         self.loop = EngineLoop(self._make_engine, self, stall_seconds=settings.stall_seconds)
-        self.live = LiveState(settings.base_name)
-        self.pages = PagesNow(self.loop)
 
     @asynccontextmanager
     async def running(self) -> Any:
@@ -131,11 +129,6 @@ class Service:
         if self.settings.watch_seconds:
             await self.adapters.watch(self.loop)
 
-    async def _sample(self) -> None:
-        while True:
-            await asyncio.sleep(1)
-            self.live.sample(self.loop.snapshot, self._tiers())
-
     def forget_adapter(self, name: str) -> None:
         """It was unloaded."""
         self.usage.forget(name)
@@ -156,10 +149,16 @@ class Service:
 
     # Inside
 
+    async def _sample(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            self.live.sample(self.loop.snapshot, self._tiers())
+
     def _tiers(self) -> dict[str, Tier]:
         return self.loop.engine.store.tiers() if self._has_engine else {}
 
     def _is_registered(self, name: str) -> bool:
+        """Also for the last requests of an engine that has just died."""
         return self._has_engine and self.loop.engine.store.has(name)
 
     @property

@@ -13,8 +13,9 @@ import numpy as np
 
 from slora_jax.adapters.host_cache import Tier
 from slora_jax.engine import RequestOutput
-from slora_jax.serving.engine_loop import Health
 from slora_jax.serving.observation import EngineSnapshot
+
+Status = Literal["starting", "ready", "draining", "failed"]
 
 SAMPLES = 120
 """Kept, one a second."""
@@ -117,9 +118,8 @@ class LiveState:
         self._current = Sample()
         self._snapshot, self._tiers = snapshot, tiers
 
-    def to_json(self, status: Health | Literal["draining"], detail: str | None = None) -> dict[str, Any]:
-        """The state for the page, as of the last sample. status: "draining" when the server accepts nothing new, else
-        the engine's health; detail: why, for people.
+    def to_json(self, status: Status, detail: str | None = None) -> dict[str, Any]:
+        """The state for the page, as of the last sample. detail: why, for people, when it is not ready.
 
         model, status, detail; uptime_seconds.
         pool: `pages` in all, and by kind `kinds`; null before there is an engine, as are the next three.
@@ -135,7 +135,7 @@ class LiveState:
         snapshot, now = self._snapshot, time.monotonic()
         state: dict[str, Any] = {
             "model": self._model,
-            "status": str(status),
+            "status": status,
             "detail": detail,
             "uptime_seconds": round(now - self._start, 1),
             "pool": None,

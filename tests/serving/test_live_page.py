@@ -123,7 +123,7 @@ def test_a_pool_of_180_000_pages_is_drawn(fresh, tmp_path) -> None:
         ({"failing": True}, "lost", "status 500"),
         ({"state": "starting"}, "starting", "is starting"),
         ({"state": "draining"}, "draining", "accepts nothing new"),
-        ({"state": "dead"}, "dead", "should be restarted. <b>step</b>"),
+        ({"state": "failed"}, "failed", "The engine has failed: the server accepts nothing. <b>step</b>"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -26,10 +26,7 @@ const CHARTS = [
 const NOTICES = {
   starting: "The server is starting: the model is loaded and its programs are compiled.",
   draining: "The server is draining: it finishes what it has accepted, and accepts nothing new.",
-  recovering: "A step of the engine failed, and so did the requests in it; those that wait go on.",
-  stalled: "A step of the engine does not come back: the server accepts nothing.",
-  stopped: "The server has stopped.",
-  dead: "The engine is dead: the server accepts nothing and should be restarted.",
+  failed: "The engine has failed: the server accepts nothing.",
 };
 const KEY = "slora-api-key", SECONDS_SHOWN = 120, MOST_ROWS = 200, LARGEST_CELL = 34, HIGHEST_POOL = 640;
 
