@@ -188,14 +188,16 @@ function showPages(received) {
 }
 
 function fit(pages, width) {
-  // The largest square cells, in device pixels, with which all pages fit.
-  const scale = window.devicePixelRatio || 1, most = Math.floor(width * scale);
-  for (let cell = Math.round(LARGEST_CELL * scale); ; cell -= 1) {
-    const columns = Math.max(1, Math.floor(most / cell)), rows = Math.ceil(pages / columns);
-    if (cell === 1 || rows * cell <= HIGHEST_POOL * scale) {
-      return { columns, rows, cell, gap: cell >= 16 ? 3 : cell >= 8 ? 2 : cell >= 4 ? 1 : 0, scale };
-    }
+  // Large square cells, in device pixels, with which all pages fit, in rows of nearly the same length.
+  const scale = window.devicePixelRatio || 1, widest = Math.floor(width * scale), highest = HIGHEST_POOL * scale;
+  let cell = Math.round(LARGEST_CELL * scale), rows = 1;
+  for (; cell >= 1; cell -= 1) {
+    rows = Math.ceil(pages / Math.max(1, Math.floor(widest / cell)));
+    if (cell === 1 || rows * cell <= highest) break;
   }
+  const columns = Math.max(1, Math.ceil(pages / rows));
+  cell = Math.max(cell, Math.min(Math.floor(widest / columns), Math.floor(highest / rows), Math.round(cell * 1.4)));
+  return { columns, rows, cell, gap: cell >= 16 ? 3 : cell >= 8 ? 2 : cell >= 4 ? 1 : 0, scale };
 }
 
 function palette() {
