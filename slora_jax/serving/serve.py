@@ -60,6 +60,8 @@ def serve(settings: ServerSettings, build: Callable[[], Engine]) -> int:
     )
     server = _Server(config, settings, app)
     server.run(sockets=[listener])
+    if app.state.service.loop.is_alive:  # in a compilation, say, which would keep the process
+        os._exit(server.status)
     return server.status
 
 
