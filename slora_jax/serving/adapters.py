@@ -279,7 +279,9 @@ class StateFile:
                 new.write_text(json.dumps(data, indent=1) + "\n")
                 os.replace(new, self._path)
         except OSError as error:
-            logger.warning("%s cannot be written, so a restart will not know of this change: %s", self._path, error)
+            logger.warning("%s cannot be written, so a restart will not know of changes: %s", self._path, error)
+            self._path = None
+            self._change(change)
 
 
 def _without(name: str, loaded: dict[str, str]) -> dict[str, str]:
