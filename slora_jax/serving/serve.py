@@ -41,6 +41,7 @@ def serve(settings: ServerSettings, build: Callable[[], Engine]) -> int:
     Raises:
       ConfigError: the address cannot be listened on.
     """
+    listener = _listen(settings.host, settings.port)  # before anything takes time
     sys.setswitchinterval(SWITCH_SECONDS)
     connections = _connections(settings.limits)
     app = create_app(settings, build)
@@ -58,7 +59,9 @@ def serve(settings: ServerSettings, build: Callable[[], Engine]) -> int:
         timeout_graceful_shutdown=5,  # after the drain, which has a deadline of its own
     )
     server = _Server(config, settings, app)
-    server.run(sockets=[_listen(settings.host, settings.port)])
+    server.run(sockets=[listener])
+    if app.state.service.loop.is_alive:  # in a compilation, say, which would keep the process
+        os._exit(server.status)
     return server.status
 
 
