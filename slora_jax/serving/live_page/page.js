@@ -189,7 +189,8 @@ function showPages(received) {
 
 function fit(pages, width) {
   // Large square cells, in device pixels, with which all pages fit, in rows of nearly the same length.
-  const scale = window.devicePixelRatio || 1, widest = Math.floor(width * scale), highest = HIGHEST_POOL * scale;
+  const scale = window.devicePixelRatio || 1, widest = Math.floor(width * scale);
+  const highest = Math.min(HIGHEST_POOL, Math.max(320, width)) * scale;
   let cell = Math.round(LARGEST_CELL * scale), rows = 1;
   for (; cell >= 1; cell -= 1) {
     rows = Math.ceil(pages / Math.max(1, Math.floor(widest / cell)));
