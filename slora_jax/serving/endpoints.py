@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
+from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -24,21 +24,23 @@ async def completions(request: Request, client: MayServe, body: CompletionBody) 
     """Continues each prompt, `n` times."""
     service = service_of(request)
     adapter = service.open_for(body.model)
-    prompts = await service.token_ids(body.prompts)
-    each = [prompt for prompt in prompts for _ in range(body.choices)]
-    echoes = [""] * len(each)
-    if body.echo:
-        texts = [service.text(one) for one in body.prompts]
-        echoes = [text for text in texts for _ in range(body.choices)]
-    shape = CompletionShape(
-        body.model or service.settings.base_name,
-        service.token_text,
-        logprobs=body.logprobs is not None,
-        token_ids=body.return_token_ids,
-        echoes=echoes,
-    )
-    max_tokens = 16 if body.max_tokens is None else body.max_tokens
-    return await _answer(service, client, request, body, each, max_tokens, body.logprobs, shape, adapter)
+    async with AsyncExitStack() as held:
+        held.enter_context(service.shares.hold(client.name, len(body.prompts) * body.choices))
+        prompts = await service.token_ids(body.prompts)
+        each = [prompt for prompt in prompts for _ in range(body.choices)]
+        echoes = [""] * len(each)
+        if body.echo:
+            texts = [service.text(one) for one in body.prompts]
+            echoes = [text for text in texts for _ in range(body.choices)]
+        shape = CompletionShape(
+            body.model or service.settings.base_name,
+            service.token_text,
+            logprobs=body.logprobs is not None,
+            token_ids=body.return_token_ids,
+            echoes=echoes,
+        )
+        max_tokens = 16 if body.max_tokens is None else body.max_tokens
+        return await _answer(service, client, request, body, each, max_tokens, body.logprobs, shape, adapter, held)
 
 
 @router.post("/chat/completions")
@@ -46,16 +48,18 @@ async def chat_completions(request: Request, client: MayServe, body: ChatBody) -
     """Answers a conversation, put into the model's chat template, `n` times."""
     service = service_of(request)
     adapter = service.open_for(body.model)
-    prompt = await asyncio.to_thread(_render, service, body)
-    shape = ChatShape(
-        body.model or service.settings.base_name,
-        service.token_text,
-        logprobs=bool(body.logprobs),
-        token_ids=body.return_token_ids,
-    )
-    max_tokens = body.max_completion_tokens or body.max_tokens
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return await _answer(service, client, request, body, [prompt] * body.choices, max_tokens, logprobs, shape, adapter)
+    async with AsyncExitStack() as held:
+        held.enter_context(service.shares.hold(client.name, body.choices))
+        prompts = [await service.of_text(_render, service, body)] * body.choices
+        shape = ChatShape(
+            body.model or service.settings.base_name,
+            service.token_text,
+            logprobs=bool(body.logprobs),
+            token_ids=body.return_token_ids,
+        )
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        return await _answer(service, client, request, body, prompts, max_tokens, logprobs, shape, adapter, held)
 
 
 @router.get("/models")
@@ -87,12 +91,13 @@ async def _answer(
     logprobs: int | None,
     shape: Shape,
     adapter: str | None,
+    held: AsyncExitStack,
 ) -> Response:
     params = [body.sampling(index % body.choices, max_tokens, logprobs) for index in range(len(prompts))]
     tenant = client.name if service.settings.tenants == "client" else ""
     stream = (body.stream_options or StreamOptions()) if body.stream else None
     sequences = Sequences(prompts, params, adapter, tenant)
-    return await generate(request, client, sequences, shape, stream, service.loop, service.shares)
+    return await generate(request, sequences, shape, stream, service.loop, held)
 
 
 def _render(service: Service, body: ChatBody) -> list[int]:
