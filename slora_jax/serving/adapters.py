@@ -70,7 +70,7 @@ class Adapters:
         self._file = StateFile(settings.state_file or (settings.adapters and settings.adapters / STATE_FILE))
         self._registered: dict[str, Wanted] = {}
         self._seen: dict[str, Wanted] = {}  # at the last look; what changes while it is looked at is not complete
-        self._one_at_a_time: dict[str, asyncio.Lock] = {}
+        self._one_at_a_time: dict[str, tuple[asyncio.Lock, int]] = {}  # and how many hold it or wait for it
         self._readers = asyncio.Semaphore(settings.limits.adapter_loads)
         self.refused: dict[str, str] = {}  # by name: why an adapter that should be there is not
 
@@ -225,11 +225,15 @@ class Adapters:
     @contextlib.asynccontextmanager
     async def _alone(self, name: str) -> Any:
         """What is done to one name is done one after the other."""
-        lock = self._one_at_a_time.setdefault(name, asyncio.Lock())
-        async with lock:
-            yield
-        if not lock.locked() and self._one_at_a_time.get(name) is lock:
-            del self._one_at_a_time[name]
+        lock, waiting = self._one_at_a_time.get(name, (asyncio.Lock(), 0))
+        self._one_at_a_time[name] = lock, waiting + 1
+        try:
+            async with lock:
+                yield
+        finally:
+            lock, waiting = self._one_at_a_time.pop(name)
+            if waiting > 1:
+                self._one_at_a_time[name] = lock, waiting - 1
 
 
 class StateFile:
