@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from slora_jax.engine import Engine
 from slora_jax.serving import adapter_endpoints, endpoints, errors, page_endpoints
+from slora_jax.serving.access import Access
 from slora_jax.serving.engine_loop import Health
 from slora_jax.serving.errors import JsonResponse
 from slora_jax.serving.limits import Gate
@@ -63,5 +64,5 @@ def create_app(settings: ServerSettings, build: Callable[[], Engine]) -> FastAPI
     def done(route: str | None, method: str, status: int, seconds: float) -> None:
         app.state.service.metrics.http(route, method, status, seconds)
 
-    app.add_middleware(Gate, limits=settings.limits, on_request=done)
+    app.add_middleware(Gate, limits=settings.limits, access=Access(settings.api_keys), on_request=done)
     return app
