@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any
 
 import uvicorn
@@ -21,11 +22,14 @@ from slora_jax.errors import ConfigError, ProcessLostError, SloraError
 from slora_jax.parallel.processes import EXIT_LOST
 from slora_jax.serving.app import create_app
 from slora_jax.serving.engine_loop import Health
+from slora_jax.serving.errors import ApiError
 from slora_jax.serving.settings import Limits, ServerSettings
 
 logger = logging.getLogger("slora_jax.serving")
 
 KEEP_ALIVE_SECONDS = 30
+MAX_PIPELINED = 16
+"""Requests that a connection may send before their predecessor is answered."""
 SWITCH_SECONDS = 0.0005
 """For which one of the two threads keeps the interpreter when the other wants it: Python's own 5 ms would come between
 a step's end and the next one's launch."""
@@ -52,7 +56,7 @@ def serve(settings: ServerSettings, build: Callable[[], Engine]) -> int:
         http=type("Guarded", (GuardedProtocol,), {"limits": settings.limits, "most": connections}),
         ws="none",
         loop="uvloop",
-        log_level="warning",
+        log_level="error",  # below it, uvicorn tells of what clients did wrong
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
@@ -75,24 +79,37 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._write_deadline: asyncio.TimerHandle | None = None
         self._head_deadline: asyncio.TimerHandle | None = None
+        self._in_head, self._head_bytes = False, 0
         if len(self.connections) > self.most:
             transport.abort()
         else:
             self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        if self._head_deadline is None and self.cycle.response_complete:
-            self._await_head()  # the next request of this connection begins
-        self._head_bytes += len(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._await_head()  # whatever comes now, what is left of a refused body too
+        was_in_head = self._in_head
         super().data_received(data)
-        if self._head_deadline is not None and self._head_bytes > self.limits.header_bytes:
-            self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n\r\n")
-            self.transport.close()
+        if was_in_head and self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > self.limits.header_bytes:
+                self._refuse(ApiError(431, "the request's head is too large (limits.header_bytes)", code="large_head"))
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._head_bytes = True, 0
+        self._await_head()
 
     def on_headers_complete(self) -> None:
+        self._in_head = False
         self._forget(self._head_deadline)
         self._head_deadline = None
         super().on_headers_complete()
+        if len(self.pipeline) > MAX_PIPELINED:
+            self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(ApiError(400, "this is no HTTP/1.1 request", code="bad_http"))
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -110,8 +127,16 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _await_head(self) -> None:
-        self._head_bytes = 0
-        self._head_deadline = self.loop.call_later(self.limits.header_seconds, self.transport.abort)
+        if self._head_deadline is None:
+            self._head_deadline = self.loop.call_later(self.limits.header_seconds, self.transport.abort)
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answers what the application does not get to see."""
+        body = error.response().body
+        status = f"HTTP/1.1 {error.status_code} {HTTPStatus(error.status_code).phrase}\r\n"
+        fields = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        self.transport.write((status + fields).encode() + body)
+        self.transport.close()
 
     @staticmethod
     def _forget(timer: asyncio.TimerHandle | None) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -25,6 +27,9 @@ from slora_jax.serving.settings import ServerSettings
 from slora_jax.serving.shapes import TokenText
 from slora_jax.serving.state import LiveState
 
+TEXT_THREADS = 4
+"""That tokenize and fill in chat templates; long texts hold up other texts, and nothing else."""
+
 
 class Service:
     """Made once a process, in the event loop."""
@@ -38,6 +43,7 @@ class Service:
         self.is_draining = False
         self.usage = AdapterUsage(self._is_registered)
         self._build = build
+        self._texts = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self._token_text: TokenText | None = None
         self.live = LiveState(settings.base_name)
         self.metrics = ServerMetrics(
@@ -56,6 +62,7 @@ class Service:
             for task in tasks:
                 task.cancel()
             await self.loop.stop()
+            self._texts.shutdown(wait=False, cancel_futures=True)
             self.metrics.close()
 
     async def drain(self) -> None:
@@ -102,7 +109,11 @@ class Service:
         if all(not isinstance(prompt, str) for prompt in prompts):
             return [self.checked(prompt) for prompt in prompts]
         tokenizer, vocab_size, longest = engine.tokenizer, engine.model.vocab_size, engine.max_model_len
-        return await asyncio.to_thread(lambda: [prompt_ids(one, tokenizer, vocab_size, longest) for one in prompts])
+        return await self.of_text(lambda: [prompt_ids(one, tokenizer, vocab_size, longest) for one in prompts])
+
+    async def of_text[**P, T](self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Calls what works on texts beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._texts, partial(function, *args, **kwargs))
 
     def text(self, prompt: str | list[int]) -> str:
         """A prompt as text. Raises RequestError for token ids that cannot be one, or without a tokenizer."""

@@ -22,14 +22,16 @@ from slora_jax.typed import refuse_unknown, typed
 class Limits:
     """What one client may ask of the service; beyond it, it is told so and nothing is lost.
 
-    body_bytes: of a request (413). header_bytes: of its head (431). waiting: sequences that wait beyond those that can
-    run (503). per_client: sequences that one client may have unfinished (429); a client is an API key or, without keys,
-    an address. sequences: of one request, prompts times `n`. connections: open at once; further ones are closed.
-    header_seconds, body_seconds: for a client to send its request (408). write_seconds: for it to take what it is sent;
-    then its requests are cancelled. adapter_loads: adapters that are read from disk at a time.
+    body_bytes: of a request (413). bodies_bytes: of all that are under way (503). header_bytes: of a request's head
+    (431). waiting: sequences that wait beyond those that can run (503). per_client: sequences that one client may have
+    unfinished (429); a client is an API key or, without keys, an address. sequences: of one request, prompts times `n`.
+    connections: open at once; further ones are closed. header_seconds, body_seconds: for a client to send its request
+    (408). write_seconds: for it to take what it is sent; then its requests are cancelled. adapter_loads: adapters that
+    are read from disk at a time.
     """
 
     body_bytes: int = 4 << 20
+    bodies_bytes: int = 256 << 20
     header_bytes: int = 64 << 10
     waiting: int = 1024
     per_client: int = 512
