@@ -24,9 +24,10 @@ def prompt_ids(prompt: Prompt, tokenizer: Any, vocab_size: int, max_model_len: i
         if tokenizer is None:
             raise RequestError("the prompt is a string, but the model directory has no tokenizer: pass token ids")
         try:
-            ids = tokenizer(prompt)["input_ids"]
+            prompt.encode()
         except UnicodeEncodeError as error:
-            raise RequestError(f"the prompt is no valid Unicode text: {error.reason} at {error.start}") from None
+            raise RequestError(f"the prompt is no valid Unicode: {error.reason}, at character {error.start}") from None
+        ids = tokenizer(prompt)["input_ids"]
     elif is_ids(prompt) or not len(prompt):
         ids = [int(token) for token in prompt]
     else:

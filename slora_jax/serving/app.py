@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -14,7 +15,7 @@ from slora_jax.serving import adapter_endpoints, endpoints, errors
 from slora_jax.serving.engine_loop import Health
 from slora_jax.serving.errors import JsonResponse
 from slora_jax.serving.limits import Gate
-from slora_jax.serving.service import Service, service_of
+from slora_jax.serving.service import MayLook, Service, service_of
 from slora_jax.serving.settings import ServerSettings
 
 probes = APIRouter()
@@ -26,6 +27,13 @@ async def health(request: Request) -> Response:
     loop = service_of(request).loop
     status = 503 if loop.health in (Health.DEAD, Health.STALLED) else 200
     return JsonResponse({"status": str(loop.health), "error": loop.error and repr(loop.error)}, status)
+
+
+@probes.get("/metrics")
+async def metrics(request: Request, client: MayLook) -> Response:
+    """For Prometheus."""
+    text, content_type = await asyncio.to_thread(service_of(request).metrics.render)
+    return Response(text, media_type=content_type)
 
 
 @probes.get("/ready")
@@ -51,5 +59,7 @@ def create_app(settings: ServerSettings, build: Callable[[], Engine]) -> FastAPI
     errors.install(app)
     for router in (endpoints.router, adapter_endpoints.router, probes):
         app.include_router(router)
-    app.add_middleware(Gate, limits=settings.limits, on_request=lambda *request: None)
+    app.add_middleware(
+        Gate, limits=settings.limits, on_request=lambda *request: app.state.service.metrics.http(*request)
+    )
     return app

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 from slora_jax.engine import Delta, Engine, RequestOutput
 from slora_jax.errors import ProcessLostError
@@ -55,19 +56,28 @@ class Sequence:
     index: int
 
 
+class Listener(Protocol):
+    """Told in the event loop what becomes of the engine."""
+
+    def finished(self, output: RequestOutput) -> None:
+        """A sequence has ended, whatever the reason."""
+
+    def health_changed(self, health: Health) -> None:
+        """The engine's health is another."""
+
+    def fault(self, error: BaseException) -> None:
+        """The engine failed."""
+
+
 class EngineLoop:
     """Owns an engine. Made, started and used in the event loop; `snapshot`, `health` and `engine.store` may be read
     from other threads."""
 
-    def __init__(
-        self, build: Callable[[], Engine], *, stall_seconds: float, on_finished: Callable[[RequestOutput], None]
-    ) -> None:
-        """build: makes the engine, on the loop's thread. stall_seconds: a step that takes longer is taken for dead.
-        on_finished: told of each sequence's output, in the event loop."""
-        self._build, self._stall_seconds, self._on_finished = build, stall_seconds, on_finished
+    def __init__(self, build: Callable[[], Engine], listener: Listener, *, stall_seconds: float) -> None:
+        """build: makes the engine, on the loop's thread. stall_seconds: a step that takes longer is taken for dead."""
+        self._build, self._listener, self._stall_seconds = build, listener, stall_seconds
         self.health = Health.STARTING
         self.error: BaseException | None = None  # of the last fault
-        self.faults = 0
         self.snapshot: EngineSnapshot | None = None
         self._engine: Engine | None = None
         self._events = asyncio.get_running_loop()
@@ -190,7 +200,7 @@ class EngineLoop:
                 continue
             del self._sequences[delta.request_id]
             output = delta.output
-            self._on_finished(output)
+            self._listener.finished(output)
             match output.finish_reason:
                 case FinishReason.ERROR:
                     sequence.mailbox.fail(engine_failed(output.error or "the engine failed"))
@@ -231,11 +241,10 @@ class EngineLoop:
             began = self._step_began
             if began is None or time.monotonic() - began < self._stall_seconds or self.health is not Health.READY:
                 continue
-            self.health = Health.STALLED
-            self.faults += 1
-            self.error = TimeoutError(f"a step takes longer than stall_seconds={self._stall_seconds:g}")
-            logger.error("%s", self.error)
-            self.fail_all(engine_failed(str(self.error)))
+            error = TimeoutError(f"a step takes longer than stall_seconds={self._stall_seconds:g}")
+            logger.error("%s", error)
+            self._become(Health.STALLED, error)
+            self.fail_all(engine_failed(str(error)))
 
     def _has_ended(self) -> None:
         self._fail(list(self._sequences), self._refusal())
@@ -250,13 +259,14 @@ class EngineLoop:
             self._probe(engine)
             self._look(engine)
             self._engine = engine
-            self.health = Health.READY
+            self._become(Health.READY)
             while not self._stopping and self.health is not Health.DEAD:
                 self._turn(engine)
-        except BaseException as error:  # noqa: BLE001  whatever it is, clients must not wait for ever
-            self._die(error)
+        except BaseException as error:
+            logger.error("the engine is dead", exc_info=error)
+            self._become(Health.DEAD, error)
         if self.health is not Health.DEAD:
-            self.health = Health.STOPPED
+            self._become(Health.STOPPED)
         try:
             if engine is not None:
                 engine.close()
@@ -287,7 +297,7 @@ class EngineLoop:
             self._step_began = None
         self._faults_in_a_row = 0
         if self.health is Health.STALLED:
-            self.health = Health.RECOVERING  # it came back after all
+            self._become(Health.RECOVERING)  # it came back after all
         if deltas:
             self._post(self._hand_out, deltas)
         if time.monotonic() - self._snapshot_at >= SNAPSHOT_SECONDS:
@@ -297,8 +307,7 @@ class EngineLoop:
         """A step failed. The engine reports the requests of a step that was not dispatched; those of one whose result
         cannot be read are all that run."""
         logger.error("a step failed", exc_info=error)
-        self.error, self.health = error, Health.RECOVERING
-        self.faults += 1
+        self._become(Health.RECOVERING, error)
         self._faults_in_a_row += 1
         touched = [request.id for request in engine.scheduler.running]
         self._post(self._fail, touched, engine_failed(f"the engine failed: {error!r}"))
@@ -312,7 +321,7 @@ class EngineLoop:
         engine.check()
         self._probe(engine)
         logger.info("the engine has recovered")
-        self.health = Health.READY
+        self._become(Health.READY)
 
     def _probe(self, engine: Engine) -> None:
         """Has the engine generate two tokens: the first warms it up, a later one tells whether it works."""
@@ -324,10 +333,15 @@ class EngineLoop:
         self.snapshot = observe(engine)
         self._snapshot_at = time.monotonic()
 
-    def _die(self, error: BaseException) -> None:
-        logger.error("the engine is dead", exc_info=error)
-        self.error, self.health = error, Health.DEAD
-        self.faults += 1
+    # On either
+
+    def _become(self, health: Health, error: BaseException | None = None) -> None:
+        """error: the fault that is the reason."""
+        self.error = error or self.error
+        self.health = health
+        self._post(self._listener.health_changed, health)
+        if error is not None:
+            self._post(self._listener.fault, error)
 
     def _post(self, callback: Callable, *arguments: object) -> None:
         try:

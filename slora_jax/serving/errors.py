@@ -90,12 +90,16 @@ def as_api_error(error: Exception) -> ApiError:
 def install(app: FastAPI) -> None:
     """Has every error of `app` answered in this form."""
 
+    def answer(request: Request, error: ApiError) -> Response:
+        request.app.state.service.metrics.refused(error.code or str(error.status_code))
+        return error.response()
+
     async def ours(request: Request, error: Exception) -> Response:
-        return as_api_error(error).response()
+        return answer(request, as_api_error(error))
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return _invalid(error).response()
+        return answer(request, _invalid(error))
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -103,7 +107,7 @@ def install(app: FastAPI) -> None:
             404: f"no such path: {request.url.path}",
             405: f"{request.url.path} does not take {request.method}",
         }.get(error.status_code, str(error.detail))
-        return ApiError(error.status_code, message, headers=error.headers).response()
+        return answer(request, ApiError(error.status_code, message, headers=error.headers))
 
     for kind in (ApiError, SloraError):
         app.add_exception_handler(kind, ours)

@@ -13,8 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from slora_jax.serving.errors import ApiError, unavailable
 from slora_jax.serving.settings import Limits
 
-OnRequest = Callable[[str, str, int, float], None]
-"""Told of a request that is done: the route's template, the method, the status, and how many seconds it took."""
+OnRequest = Callable[[str | None, str, int, float], None]
+"""Told of a request that is done: the route's template if there is one, method, status, how many seconds it took."""
 
 
 class Gate:
@@ -42,7 +42,7 @@ class Gate:
             else:
                 await self._app(scope, _Body(receive, self._limits).receive, sending)
         finally:
-            route = getattr(scope.get("route"), "path", "unmatched")
+            route = getattr(scope.get("route"), "path", None)
             self._on_request(route, scope["method"], status, time.perf_counter() - start)
 
 

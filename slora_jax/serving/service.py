@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
+from slora_jax.adapters.host_cache import Tier
 from slora_jax.engine import Engine, RequestOutput
 from slora_jax.engine.arrival import prompt_ids
 from slora_jax.errors import RequestError
@@ -18,6 +19,7 @@ from slora_jax.serving.adapters import Adapters
 from slora_jax.serving.engine_loop import EngineLoop, Health
 from slora_jax.serving.errors import unavailable
 from slora_jax.serving.limits import Shares
+from slora_jax.serving.metrics import ServerMetrics
 from slora_jax.serving.observation import AdapterUsage
 from slora_jax.serving.settings import ServerSettings
 from slora_jax.serving.shapes import TokenText
@@ -36,7 +38,10 @@ class Service:
         self.usage = AdapterUsage(self._is_registered)
         self._build = build
         self._token_text: TokenText | None = None
-        self.loop = EngineLoop(self._make_engine, stall_seconds=settings.stall_seconds, on_finished=self._finished)
+        self.metrics = ServerMetrics(
+            lambda: self.loop.snapshot, self._tiers, is_registered=self._is_registered
+        )  # before the engine, so that its compilations are counted
+        self.loop = EngineLoop(self._make_engine, self, stall_seconds=settings.stall_seconds)
 
     @asynccontextmanager
     async def running(self) -> Any:
@@ -48,10 +53,12 @@ class Service:
         finally:
             watch.cancel()
             await self.loop.stop()
+            self.metrics.close()
 
     async def drain(self) -> None:
         """Takes no more requests; returns when those under way have ended, or failed at the deadline."""
         self.is_draining = True
+        self.metrics.set_ready(False)
         deadline = time.monotonic() + self.settings.drain_seconds
         while self.loop.num_unfinished and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
@@ -122,9 +129,24 @@ class Service:
     def forget_adapter(self, name: str) -> None:
         """It was unloaded."""
         self.usage.forget(name)
+        self.metrics.forget(name)
 
-    def _finished(self, output: RequestOutput) -> None:
+    # What the engine's loop tells
+
+    def finished(self, output: RequestOutput) -> None:
         self.usage.finished(output)
+        self.metrics.finished(output)
+
+    def health_changed(self, health: Health) -> None:
+        self.metrics.set_ready(self.is_ready)
+
+    def fault(self, error: BaseException) -> None:
+        self.metrics.fault()
+
+    # Inside
+
+    def _tiers(self) -> dict[str, Tier]:
+        return {} if self.loop.health in (Health.STARTING, Health.DEAD) else self.loop.engine.store.tiers()
 
     def _is_registered(self, name: str) -> bool:
         return self.loop.engine.store.has(name)

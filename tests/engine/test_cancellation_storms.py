@@ -182,7 +182,7 @@ def test_ctrl_c_while_adapters_come_from_disk(six, monkeypatch, call) -> None:
 
 @pytest.mark.parametrize("held", [True, False])
 def test_ctrl_c_while_an_adapter_is_spilled_for_another(six, monkeypatch, held) -> None:
-    """It waits until the adapter is loaded; a second one, which does not, leaves the store's books in order."""
+    """It waits until the adapter is loaded; a second one, which does not, ends the load, which then changes nothing."""
     six.load("ab")
     write = SpillFiles.write
 
@@ -196,10 +196,11 @@ def test_ctrl_c_while_an_adapter_is_spilled_for_another(six, monkeypatch, held) 
         patch.setattr(SpillFiles, "write", interrupt)
         with pytest.raises(KeyboardInterrupt):
             six.load("c")
-    assert [info.name for info in six.engine.adapters()] == ["a", "b", "c"]
+    loaded = "abc" if held else "ab"
+    assert [info.name for info in six.engine.adapters()] == list(loaded)
     six.load("d")
     assert six.engine.store.stats().resident_bytes == six.nbytes
-    six.assert_right(six.serve("abcd"), "abcd")
+    six.assert_right(six.serve(loaded + "d"), loaded + "d")
 
 
 def test_cancelling_the_last_request_of_an_unloaded_adapter_during_its_read(six, caplog) -> None:
