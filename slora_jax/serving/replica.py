@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -12,11 +13,14 @@ from starlette.types import ASGIApp, Message
 
 from slora_jax.engine import Engine
 from slora_jax.serving.app import create_app
-from slora_jax.serving.service import Service
+from slora_jax.serving.serve import SWITCH_SECONDS
 from slora_jax.serving.settings import ServerSettings
 
 READY_SECONDS = 0.1
 """Between two looks at whether a new replica's engine is there."""
+
+MAX_HOMES = 4096
+"""Adapters at home in a replica, where no other bound is known: what an engine's pool has slots for."""
 
 _CROSSING = (
     *("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers"),
@@ -109,18 +113,18 @@ async def respond(app: ASGIApp, request: HttpRequest) -> AsyncIterator[list[Mess
 class Replica:
     """The deployment's class. Ray Serve calls all of it, in the actor's event loop."""
 
-    async def __init__(self, settings: ServerSettings, build: Callable[[], Engine]) -> None:  # type: ignore[misc]
-        """Returns when the engine takes requests: until then the replica is not routed to. build: as of `create_app`.
+    async def __init__(self, settings: ServerSettings) -> None:  # type: ignore[misc]
+        """Returns when the engine takes requests: until then the replica is not routed to.
 
         Raises:
           RuntimeError: the engine could not be made, and why.
         """
         from ray import serve
 
+        sys.setswitchinterval(SWITCH_SECONDS)
         self.rank: int = serve.get_replica_context().rank.rank
-        self._home: Callable[[str], Awaitable[Any]] | None = None
         self._held = AsyncExitStack()
-        self._app = create_app(settings, build)
+        self._app = create_app(settings, settings.build_engine)
         await self._held.enter_async_context(self._app.router.lifespan_context(self._app))
         try:
             while (answer := await self._get("/ready")).status != 200:
@@ -130,6 +134,10 @@ class Replica:
         except BaseException:
             await self._held.aclose()
             raise
+        self._home = _home(most_resident(self._app.state.service.loop.engine) + 1)
+        await self._home(
+            settings.base_name
+        )  # Ray begins to report homes in this call's context, which is never cancelled
 
     async def stream(self, request: HttpRequest, adapter: str | None) -> AsyncIterator[list[Message]]:
         """A generation, under way. The adapter is at home here from now on if it was when it was routed, or is found to
@@ -137,12 +145,12 @@ class Replica:
         from ray import serve
 
         if adapter is not None and serve.get_multiplexed_model_id():
-            await self._at_home(adapter)
+            await self._home(adapter)
         messages = respond(self._app, request)
         try:
             async for some in messages:
                 if adapter is not None and some[0].get("status") == 200:
-                    await self._at_home(adapter)
+                    await self._home(adapter)
                 yield some
         finally:
             await messages.aclose()  # type: ignore[attr-defined]
@@ -171,23 +179,21 @@ class Replica:
     async def _get(self, path: str) -> Answer:
         return await self.answer(HttpRequest.get(path))
 
-    async def _at_home(self, adapter: str) -> None:
-        """Tells the router that requests for the adapter should come here. Homes are forgotten in LRU order, when there
-        are more than adapters fit into the pool."""
-        if self._home is None:
-            from ray import serve
 
-            async def home(adapter: str) -> str:
-                return adapter
+def _home(most: int) -> Callable[[str], Awaitable[str]]:
+    """Called with an adapter, it tells the router that requests for the adapter should come to this replica. When there
+    are more than `most`, the one called for the longest ago is forgotten."""
+    from ray import serve
 
-            service: Service = self._app.state.service
-            self._home = serve.multiplexed(max_num_models_per_replica=most_resident(service))(home)
-        await self._home(adapter)
+    @serve.multiplexed(max_num_models_per_replica=most)
+    async def home(adapter: str) -> str:
+        return adapter
+
+    return home
 
 
-def most_resident(service: Service) -> int:
-    """How many adapters of the registered ones' mean size the pool can hold, with nothing else in it."""
-    engine = service.loop.engine
+def most_resident(engine: Engine) -> int:
+    """How many adapters of the registered ones' mean size its pool can hold, with nothing else in it."""
     pages = [info.num_pages for info in engine.store.infos()]
-    mean = sum(pages) / max(1, len(pages))
-    return max(1, int(engine.allocator.num_pages / max(1.0, mean)))
+    fit = engine.allocator.num_pages * len(pages) // max(1, sum(pages)) if pages else MAX_HOMES
+    return max(1, min(fit, engine.config.adapter_slots or MAX_HOMES))

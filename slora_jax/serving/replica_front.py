@@ -8,66 +8,80 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
-from ray.exceptions import RayActorError, RayError, TaskCancelledError
+from ray import serve
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
+    RayServeException,
     RequestCancelledError,
 )
+from ray.serve.schema import ApplicationStatus
 from starlette.types import Receive, Scope, Send
 
 from slora_jax.serving.errors import ApiError, JsonResponse, as_api_error, unavailable
 from slora_jax.serving.replica import Answer, HttpRequest
+from slora_jax.serving.settings import ServerSettings
 
+APPLICATION = "slora"
+"""The Ray Serve application."""
 GENERATIONS = ("/v1/completions", "/v1/chat/completions")
 MAX_NAME = 512
 """Characters of a model's name that may be an adapter's."""
 WATCH_SECONDS = 1.0
 """Between two counts of the replicas."""
+COUNT_SECONDS = 10.0
+"""For a replica to say that it is there."""
 
 
 class ReplicaFront:
-    """The ASGI app. `handle`: of the deployment of `Replica`."""
+    """The ASGI app, `Served`. `handle`: of the deployment of `Replica`."""
 
-    def __init__(self, handle: Any, base_name: str, *, by_adapter: bool = True, patience_seconds: float = 60.0) -> None:
-        """by_adapter: whether the router is told the adapter; without, it balances load only. patience_seconds: for
-        what every replica is asked."""
-        self._handle = handle
+    def __init__(self, handle: Any, settings: ServerSettings, replicas: int, *, by_adapter: bool = True) -> None:
+        """replicas: how many there should be. by_adapter: whether the router is told the adapter; without, it balances
+        load only."""
+        self._handle, self._settings, self._replicas, self._by_adapter = handle, settings, replicas, by_adapter
         self._streams = handle.options(method_name="stream", stream=True)
-        self._base_name, self._by_adapter, self._patience_seconds = base_name, by_adapter, patience_seconds
-        self._adapters: set[str] = set()  # names that a replica has answered for: the router keeps what it is told
-        self._waiting: set[Any] = set()  # responses of which nothing has come
+        self._adapters: set[str] = set()  # that replicas have answered for: the router never forgets a name
+        self._under_way: set[_Generation] = set()
+        self._is_draining = False
         self.num_replicas = 0  # that answered when last asked
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._live(receive, send)
-            return
-        if scope["type"] != "http":
-            return
-        if scope["path"] == "/health":
-            health = JsonResponse({"status": "alive", "replicas": self.num_replicas})
-            await health(scope, receive, send)
-            return
-        body = await _read(receive)
-        if body is None:
-            return
-        request = HttpRequest.of(scope, body)
-        if scope["path"] in GENERATIONS and scope["method"] == "POST":
-            await self._generate(request, receive, send)
-        else:
-            await self._ask_all(request, send)
+        elif scope["type"] == "http":
+            await self._answer(scope, receive, send)
+
+    async def drain(self) -> None:
+        self._is_draining = True
+        deadline = time.monotonic() + self._settings.drain_seconds
+        while self._under_way and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        self._end_all(unavailable("the service was stopped before the answer was complete", code="stopping"))
+
+    async def follow(self, say: Callable[[str], None]) -> int:
+        before = 0
+        while True:
+            if self.num_replicas != before:
+                before = self.num_replicas
+                say(f"ready: {self._settings.base_name}, {before} of {self._replicas} replicas")
+            failure = None if before else await asyncio.to_thread(_failure)
+            if failure is not None:
+                say(f"no replica can be started: {failure}")
+                return 1
+            await asyncio.sleep(WATCH_SECONDS)
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
-        await self._count()
         watch = asyncio.create_task(self._watch())
         await send({"type": "lifespan.startup.complete"})
         await receive()
@@ -75,57 +89,53 @@ class ReplicaFront:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _watch(self) -> None:
-        """When there is no replica left, those who wait for one are told: a new one may take minutes."""
+        """Counts the replicas. When none is left, those who wait for one are told: a new one may take minutes."""
         while True:
+            with suppress(TimeoutError):
+                self.num_replicas = len(await self._broadcast(HttpRequest.get("/ready"), COUNT_SECONDS))
+                if not self.num_replicas:
+                    self._end_all(_no_replica())
             await asyncio.sleep(WATCH_SECONDS)
-            await self._count()
-            if not self.num_replicas:
-                for response in list(self._waiting):
-                    response.cancel()
 
-    async def _count(self) -> None:
-        with suppress(TimeoutError):
-            self.num_replicas = len(await self._broadcast(HttpRequest.get("/ready")))
+    def _end_all(self, error: ApiError) -> None:
+        for generation in list(self._under_way):
+            generation.end(error)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if scope["path"] == "/health":
+                status = {"status": "alive", "replicas": self.num_replicas}
+                await JsonResponse(status)(scope, receive, send)
+                return
+            if (body := await _read(receive)) is None:
+                return
+            request = HttpRequest.of(scope, body)
+            if scope["path"] in GENERATIONS and scope["method"] == "POST":
+                await self._generate(request, receive, send)
+            else:
+                await self._ask_all(request, send)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
 
     async def _generate(self, request: HttpRequest, receive: Receive, send: Send) -> None:
+        if self._is_draining:
+            raise unavailable("the service is stopping", code="stopping", retry_after=10)
+        if not self.num_replicas:
+            raise _no_replica()
         adapter = self._adapter(request.body)
         streams = self._streams
         if self._by_adapter and adapter in self._adapters:
             streams = streams.options(multiplexed_model_id=adapter)
-        if not self.num_replicas:
-            await _send_error(_no_replica(), send)
-            return
-        response = streams.remote(request, adapter)
-        gone = asyncio.create_task(_until_gone(receive))
-        gone.add_done_callback(lambda done: None if done.cancelled() else response.cancel())
-        status, is_stream, is_whole = 0, False, False
-        self._waiting.add(response)
+        generation = _Generation(streams.remote(request, adapter))
+        self._under_way.add(generation)
+        gone = asyncio.create_task(_until_gone(receive, generation))
         try:
-            async for messages in response:
-                self._waiting.discard(response)
-                for message in messages:
-                    if message["type"] == "http.response.start":
-                        status = message["status"]
-                        is_stream = (b"content-type", b"text/event-stream; charset=utf-8") in message["headers"]
-                        if adapter is not None and status == 200:
-                            self._adapters.add(adapter)
-                    else:
-                        is_whole = not message.get("more_body", False)
-                    await send(message)
-        except Exception as error:
-            if gone.done() or is_whole:
-                return
-            told = _told(error)
-            if not status:
-                await _send_error(told, send)
-            elif is_stream:
-                await send({"type": "http.response.body", "body": _event(told), "more_body": False})
-            else:
-                raise
+            await generation.pass_on(send)
         finally:
-            self._waiting.discard(response)
             gone.cancel()
-            response.cancel()
+            self._under_way.discard(generation)
+        if adapter is not None and generation.status == 200:
+            self._adapters.add(adapter)
 
     def _adapter(self, body: bytes) -> str | None:
         """The adapter that a body names, if it is one: the replica is the one to check."""
@@ -133,30 +143,74 @@ class ReplicaFront:
             name = json.loads(body).get("model")
         except (ValueError, AttributeError, RecursionError):
             return None
-        is_name = isinstance(name, str) and 0 < len(name) <= MAX_NAME and name != self._base_name
+        is_name = isinstance(name, str) and 0 < len(name) <= MAX_NAME and name != self._settings.base_name
         return name if is_name else None
 
     async def _ask_all(self, request: HttpRequest, send: Send) -> None:
+        seconds = self._settings.drain_seconds + COUNT_SECONDS  # an unload may wait so long
         try:
-            answers = await self._broadcast(request)
+            answers = await self._broadcast(request, seconds)
         except TimeoutError:
-            await _send_error(_too_late(self._patience_seconds), send)
-            return
+            message = f"a replica did not answer within {seconds:g} s"
+            raise ApiError(504, message, kind="server_error", code="replica_timeout") from None
         if not answers:
-            await _send_error(_no_replica(), send)
-            return
+            raise _no_replica()
         answer = choose(request, answers)
         await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
         await send({"type": "http.response.body", "body": answer.body, "more_body": False})
 
-    async def _broadcast(self, request: HttpRequest) -> list[Answer]:
+    async def _broadcast(self, request: HttpRequest, seconds: float) -> list[Answer]:
         """Of the replicas that answer, in order of rank. Raises TimeoutError."""
         try:
             broadcast = self._handle.broadcast("answer", request)
-            answers = await broadcast.results_async(timeout_s=self._patience_seconds, return_exceptions=True)
+            answers = await broadcast.results_async(timeout_s=seconds, return_exceptions=True)
         except (DeploymentUnavailableError, RayError):
             return []
         return sorted((one for one in answers if isinstance(one, Answer)), key=lambda one: one.rank)
+
+
+class _Generation:
+    """One generation between a replica and its client. status: of its answer; 0: nothing has come."""
+
+    def __init__(self, response: Any) -> None:
+        self._response = response
+        self._end_reason: ApiError | None = None
+        self._is_stream = self._is_whole = False
+        self.status = 0
+
+    def end(self, reason: ApiError) -> None:
+        """Cancels it, if it is not whole; its client, if it is still there, is told the reason."""
+        if not self._is_whole:
+            self._end_reason = reason
+            self._response.cancel()
+
+    async def pass_on(self, send: Send) -> None:
+        """Sends what comes, to the end or to an error: as its body, or as an event of a stream that has begun.
+
+        Raises:
+          ApiError: nothing has come.
+        """
+        try:
+            async for messages in self._response:
+                for message in messages:
+                    if message["type"] == "http.response.start":
+                        self.status = message["status"]
+                        types = [value for name, value in message["headers"] if name == b"content-type"]
+                        self._is_stream = types[0].startswith(b"text/event-stream") if types else False
+                    else:
+                        self._is_whole = not message.get("more_body", False)
+                    await send(message)
+        except (RayError, RayServeException) as error:
+            told = self._end_reason or _told(error)
+            if not self.status:
+                raise told from error
+            if not self._is_stream:
+                raise
+            event = b"data: " + json.dumps(told.body(), separators=(",", ":")).encode() + b"\n\n"
+            await send({"type": "http.response.body", "body": event, "more_body": False})
+        finally:
+            if not self._is_whole:
+                self._response.cancel()
 
 
 def choose(request: HttpRequest, answers: Sequence[Answer]) -> Answer:
@@ -206,9 +260,10 @@ async def _read(receive: Receive) -> bytes | None:
             return body
 
 
-async def _until_gone(receive: Receive) -> None:
+async def _until_gone(receive: Receive, generation: _Generation) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    generation.end(unavailable("the client has gone", code="gone"))
 
 
 def _told(error: Exception) -> ApiError:
@@ -218,7 +273,7 @@ def _told(error: Exception) -> ApiError:
             return unavailable("the queue is full (limits.waiting)", code="queue_full", retry_after=2)
         case RayActorError():
             return unavailable("the replica that had the request is lost", code="replica_lost", retry_after=1)
-        case DeploymentUnavailableError() | RequestCancelledError() | TaskCancelledError():
+        case DeploymentUnavailableError() | RequestCancelledError():
             return _no_replica()
     return as_api_error(error)
 
@@ -227,15 +282,9 @@ def _no_replica() -> ApiError:
     return unavailable("no replica answers; new ones are being started", code="no_replica", retry_after=10)
 
 
-def _too_late(seconds: float) -> ApiError:
-    return ApiError(504, f"a replica did not answer within {seconds:g} s", kind="server_error", code="replica_timeout")
-
-
-def _event(error: ApiError) -> bytes:
-    return b"data: " + json.dumps(error.body(), separators=(",", ":")).encode() + b"\n\n"
-
-
-async def _send_error(error: ApiError, send: Send) -> None:
-    response = error.response()
-    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
-    await send({"type": "http.response.body", "body": response.body, "more_body": False})
+def _failure() -> str | None:
+    """Why Ray Serve has given up starting replicas; None: it has not."""
+    application = serve.status().applications.get(APPLICATION)
+    if application is None or application.status != ApplicationStatus.DEPLOY_FAILED:
+        return None
+    return "; ".join(one.message for one in application.deployments.values()) or application.message

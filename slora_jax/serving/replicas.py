@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from slora_jax.engine import Engine
 from slora_jax.errors import ConfigError
+from slora_jax.serving.limits import Gate
 from slora_jax.serving.replica import Replica
+from slora_jax.serving.serve import serve_app
 from slora_jax.serving.settings import ServerSettings
 
-APPLICATION = "slora"
-"""The Ray Serve application."""
 OBJECT_STORE_BYTES = 100 << 20
 """Of Ray's shared memory: what passes through it here are small messages."""
+MAX_STARTS = 3
+"""Failed starts of replicas, after which no more are tried."""
 
 _ENVIRONMENT = {
+    "RAY_ADDRESS": "local",
     "RAY_USAGE_STATS_ENABLED": "0",  # Ray reports nothing to anybody
     "RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S": "0.1",  # for a full replica to have room
 }
@@ -49,31 +52,36 @@ class ReplicaSettings:
             raise ConfigError(f"ongoing={self.ongoing}: must be at least 1")
 
 
-@contextmanager
-def run_replicas(
-    settings: ServerSettings, own: ReplicaSettings, build: Callable[[], Engine], **options: Any
-) -> Iterator[Any]:
-    """Inside the block the replicas take requests; yields the deployment's handle. Ray runs on this machine, on the
-    loopback interface, unless `RAY_ADDRESS` names a cluster, whose other machines then need the same files.
-
-    build: makes the engine, in each replica. options: further ones of the deployment, for experiments.
+def serve_replicas(settings: ServerSettings, own: ReplicaSettings) -> int:
+    """Like `serve.serve`, by several engines. Returns 1 if no replica can be started.
 
     Raises:
-      ConfigError: Ray is not installed.
-      RuntimeError: a replica cannot be started.
+      ConfigError: Ray is not installed, or has not the GPUs.
+    """
+    with run_replicas(settings, own) as handle:
+        from slora_jax.serving.replica_front import ReplicaFront
+
+        front = ReplicaFront(handle, settings, own.replicas, by_adapter=own.by_adapter)
+        return serve_app(Gate(front, settings.limits, lambda *_: None), settings, front)
+
+
+@contextmanager
+def run_replicas(settings: ServerSettings, own: ReplicaSettings, **options: Any) -> Iterator[Any]:
+    """Starts the replicas, which take requests when their engines are there; they end with the block. Yields their
+    deployment's handle. Ray runs on this machine, on the loopback interface, unless `RAY_ADDRESS` names a cluster; its
+    other machines then need the same files.
+
+    options: further ones of the deployment, for experiments.
+
+    Raises:
+      ConfigError: Ray is not installed, or has not the GPUs.
     """
     ray, serve = _import_ray()
-    address = os.environ.get("RAY_ADDRESS", "local")
-    if address == "local":
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            num_cpus=max(1, round(own.cpus * own.replicas + 1)),
-            object_store_memory=OBJECT_STORE_BYTES,
-            logging_level=logging.WARNING,
-        )
-    else:
-        ray.init(address=address, logging_level=logging.WARNING)
+    from slora_jax.serving.replica_front import APPLICATION
+
+    is_local = os.environ["RAY_ADDRESS"] == "local"
+    cluster = {"num_cpus": math.ceil(own.cpus * own.replicas), "object_store_memory": OBJECT_STORE_BYTES}
+    _init(ray, include_dashboard=False, logging_level=logging.WARNING, **(cluster if is_local else {}))
     try:
         deployment = serve.deployment(
             Replica,
@@ -81,6 +89,7 @@ def run_replicas(
             num_replicas=own.replicas,
             max_ongoing_requests=own.ongoing or settings.engine.max_seqs * 3 // 2,
             max_queued_requests=settings.limits.waiting,
+            max_constructor_retry_count=MAX_STARTS,
             health_check_period_s=1.0,
             health_check_timeout_s=10.0,
             graceful_shutdown_wait_loop_s=0.2,
@@ -90,18 +99,24 @@ def run_replicas(
             **options,
         )
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+        target = serve.RunTarget(deployment.bind(settings), name=APPLICATION, route_prefix=None)
         try:
-            yield serve.run(deployment.bind(settings, build), name=APPLICATION, route_prefix=None)
+            [handle] = serve.run_many([target], wait_for_applications_running=False)
+            yield handle
         finally:
-            serve.delete(APPLICATION) if address != "local" else serve.shutdown()
+            if is_local:
+                serve.shutdown()
+            else:
+                serve.delete(APPLICATION)
     finally:
         ray.shutdown()
 
 
 def _import_ray() -> tuple[Any, Any]:
+    """Ray reads its environment when it is imported."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if os.environ.get("RAY_ADDRESS", "local") == "local":
+    if os.environ["RAY_ADDRESS"] == "local":
         # Ray's own switch for clusters of one machine: its services listen on 127.0.0.1 alone.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
@@ -112,8 +127,23 @@ def _import_ray() -> tuple[Any, Any]:
     return ray, serve
 
 
+def _init(ray: Any, **arguments: Any) -> None:
+    """Ray gives its processes 30 s to start, which is too little on a machine that is busy: once more."""
+    try:
+        ray.init(**arguments)
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+        ray.init(**arguments)
+
+
 def _resources(ray: Any, settings: ServerSettings, own: ReplicaSettings) -> dict[str, float]:
     """GPUs for the engine's devices where the cluster has any."""
-    if ray.cluster_resources().get("GPU"):
-        return {"num_gpus": settings.engine.tp, "num_cpus": own.cpus}
-    return {"num_cpus": own.cpus}
+    there = ray.cluster_resources().get("GPU", 0)
+    if not there:
+        return {"num_cpus": own.cpus}
+    wanted = settings.engine.tp * own.replicas
+    if wanted > there:
+        raise ConfigError(f"replicas={own.replicas}: need {wanted} GPUs (tp={settings.engine.tp}), Ray has {there:g}")
+    return {"num_gpus": settings.engine.tp, "num_cpus": own.cpus}
