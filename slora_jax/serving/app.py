@@ -59,7 +59,9 @@ def create_app(settings: ServerSettings, build: Callable[[], Engine]) -> FastAPI
     errors.install(app)
     for router in (endpoints.router, adapter_endpoints.router, probes):
         app.include_router(router)
-    app.add_middleware(
-        Gate, limits=settings.limits, on_request=lambda *request: app.state.service.metrics.http(*request)
-    )
+
+    def done(route: str | None, method: str, status: int, seconds: float) -> None:
+        app.state.service.metrics.http(route, method, status, seconds)
+
+    app.add_middleware(Gate, limits=settings.limits, on_request=done)
     return app
