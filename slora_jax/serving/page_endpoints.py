@@ -22,6 +22,7 @@ files = cache(live_page_files)
 
 @router.get("/")
 async def index() -> Response:
+    """The live page."""
     return _file("index.html")
 
 
@@ -29,6 +30,7 @@ async def index() -> Response:
 @router.get("/page.js")
 @router.get("/icon.svg")
 async def file(request: Request) -> Response:
+    """What it is made of."""
     return _file(request.url.path.removeprefix("/"))
 
 
