@@ -25,6 +25,8 @@ _ENVIRONMENT = {
     "RAY_ADDRESS": "local",
     "RAY_USAGE_STATS_ENABLED": "0",  # Ray reports nothing to anybody
     "RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S": "0.1",  # for a full replica to have room
+    "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1.0",  # for a replica to say how full it is
+    "GRPC_VERBOSITY": "ERROR",  # it comments on every fork otherwise
 }
 
 
