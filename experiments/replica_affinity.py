@@ -41,7 +41,7 @@ from slora_jax.adapters import random_adapter, write_peft
 from slora_jax.demo.checkpoint import write_checkpoint
 from slora_jax.engine.runner import adapter_geometry
 from slora_jax.models import ModelConfig
-from slora_jax.serving.replicas import ReplicaSettings, run_replicas
+from slora_jax.serving.replicas import run_replicas
 from slora_jax.serving.settings import ServerSettings
 
 DEFAULT_OUTPUT = Path(__file__).parent / "results" / "replica_affinity.json"
@@ -60,7 +60,7 @@ SETTLE_SECONDS = 2.0
 class Settings:
     """layers, rank: of the model and of the adapters. fraction: of the adapters that fit into one pool. clients: that
     have one request each under way; hot_clients, under `hot`. warmup, requests: not measured, measured, of each
-    combination. prompt, output: tokens of a request. ongoing: requests with which a replica is full."""
+    combination. prompt, output: tokens of a request. replica_requests: with which a replica is full."""
 
     layers: int = 1
     rank: int = 8
@@ -74,7 +74,7 @@ class Settings:
     prompt: int = 8
     output: int = 8
     max_seqs: int = 8
-    ongoing: int = 12
+    replica_requests: int = 12
     seed: int = 0
 
     def shares(self, popularity: str) -> np.ndarray:
@@ -115,7 +115,14 @@ def write_model(directory: Path, settings: Settings) -> ServerSettings:
         prefix_cache=False,
         progress=False,
     )
-    return ServerSettings(directory / "model", name="base", adapters=directory / "adapters", engine=config)
+    return ServerSettings(
+        directory / "model",
+        name="base",
+        adapters=directory / "adapters",
+        engine=config,
+        replicas=REPLICAS,
+        replica_requests=settings.replica_requests,
+    )
 
 
 class Cluster:
@@ -136,7 +143,7 @@ class Cluster:
     async def _http(self, by_adapter: bool) -> AsyncIterator[httpx.AsyncClient]:
         from slora_jax.serving.replica_front import ReplicaFront
 
-        front = ReplicaFront(self._handle, self._server, REPLICAS, by_adapter=by_adapter)
+        front = ReplicaFront(self._handle, self._server, by_adapter=by_adapter)
         server = uvicorn.Server(uvicorn.Config(front, host="127.0.0.1", port=0, log_level="warning"))
         serving = asyncio.create_task(server.serve())
         while front.num_replicas < REPLICAS or not server.started:
@@ -237,14 +244,13 @@ def ideal(adapters: list[int], shares: np.ndarray, capacity: int, settings: Sett
 
 def run(settings: Settings) -> dict[str, Any]:
     """All ways to route, for all popularities."""
-    replicas = ReplicaSettings(REPLICAS, cpus=0.5, ongoing=settings.ongoing)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
         server = write_model(Path(directory), settings)
-        with run_replicas(server, replicas) as handle:
+        with run_replicas(server) as handle:
             results |= asyncio.run(Cluster(handle, server, settings).measure({"adapter": True, "load": False}))
         turns = {"request_router_config": {"request_router_class": ROUND_ROBIN}}
-        with run_replicas(server, replicas, **turns) as handle:
+        with run_replicas(server, **turns) as handle:
             results |= asyncio.run(Cluster(handle, server, settings).measure({"round robin": False}))
     return {
         "command": "python -m experiments.replica_affinity",

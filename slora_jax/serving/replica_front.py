@@ -45,10 +45,9 @@ COUNT_SECONDS = 10.0
 class ReplicaFront:
     """The ASGI app, `Served`. `handle`: of the deployment of `Replica`."""
 
-    def __init__(self, handle: Any, settings: ServerSettings, replicas: int, *, by_adapter: bool = True) -> None:
-        """replicas: how many there should be. by_adapter: whether the router is told the adapter; without, it balances
-        load only."""
-        self._handle, self._settings, self._replicas, self._by_adapter = handle, settings, replicas, by_adapter
+    def __init__(self, handle: Any, settings: ServerSettings, *, by_adapter: bool = True) -> None:
+        """by_adapter: whether the router is told the adapter; without, it balances load only."""
+        self._handle, self._settings, self._by_adapter = handle, settings, by_adapter
         self._streams = handle.options(method_name="stream", stream=True)
         self._adapters: set[str] = set()  # that replicas have answered for: the router never forgets a name
         self._under_way: set[_Generation] = set()
@@ -73,7 +72,7 @@ class ReplicaFront:
         while True:
             if self.num_replicas != before:
                 before = self.num_replicas
-                say(f"ready: {self._settings.base_name}, {before} of {self._replicas} replicas")
+                say(f"ready: {self._settings.base_name}, {before} of {self._settings.replicas} replicas")
             failure = None if before else await asyncio.to_thread(_failure)
             if failure is not None:
                 say(f"no replica can be started: {failure}")

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from slora_jax.errors import ConfigError
@@ -16,6 +15,8 @@ from slora_jax.serving.replica import Replica
 from slora_jax.serving.serve import serve_app
 from slora_jax.serving.settings import ServerSettings
 
+REPLICA_CPUS = 0.5
+"""Cores that Ray sets aside for each; it counts them, it does not bind."""
 OBJECT_STORE_BYTES = 100 << 20
 """Of Ray's shared memory: what passes through it here are small messages."""
 MAX_STARTS = 3
@@ -30,45 +31,21 @@ _ENVIRONMENT = {
 }
 
 
-@dataclass(frozen=True)
-class ReplicaSettings:
-    """How many replicas, and what each may take.
-
-    replicas: their number. cpus: cores that Ray sets aside for each (it counts them, it does not bind). ongoing:
-    requests that the router gives a replica at once; beyond it the replica is full and its adapters' requests go
-    elsewhere; None: those that its engine can run, and half as many that it can prepare for. by_adapter: whether the
-    router is told which adapter a request is for.
-    """
-
-    replicas: int = 2
-    cpus: float = 0.5
-    ongoing: int | None = None
-    by_adapter: bool = True
-
-    def __post_init__(self) -> None:
-        if self.replicas < 1:
-            raise ConfigError(f"replicas={self.replicas}: must be at least 1")
-        if self.cpus <= 0:
-            raise ConfigError(f"cpus={self.cpus}: must be positive")
-        if self.ongoing is not None and self.ongoing < 1:
-            raise ConfigError(f"ongoing={self.ongoing}: must be at least 1")
-
-
-def serve_replicas(settings: ServerSettings, own: ReplicaSettings) -> int:
+def serve_replicas(settings: ServerSettings) -> int:
     """Like `serve.serve`, by several engines. Returns 1 if no replica can be started.
 
     Raises:
       ConfigError: Ray is not installed, or has not the GPUs.
     """
-    with run_replicas(settings, own) as handle:
+    with run_replicas(settings) as handle:
         from slora_jax.serving.replica_front import ReplicaFront
 
-        front = ReplicaFront(handle, settings, own.replicas, by_adapter=own.by_adapter)
+        front = ReplicaFront(handle, settings)
         return serve_app(Gate(front, settings.limits, lambda *_: None), settings, front)
 
 
 @contextmanager
-def run_replicas(settings: ServerSettings, own: ReplicaSettings, **options: Any) -> Iterator[Any]:
+def run_replicas(settings: ServerSettings, **options: Any) -> Iterator[Any]:
     """Starts the replicas, which take requests when their engines are there; they end with the block. Yields their
     deployment's handle. Ray runs on this machine, on the loopback interface, unless `RAY_ADDRESS` names a cluster; its
     other machines then need the same files.
@@ -82,21 +59,21 @@ def run_replicas(settings: ServerSettings, own: ReplicaSettings, **options: Any)
     from slora_jax.serving.replica_front import APPLICATION
 
     is_local = os.environ["RAY_ADDRESS"] == "local"
-    cluster = {"num_cpus": math.ceil(own.cpus * own.replicas), "object_store_memory": OBJECT_STORE_BYTES}
+    cluster = {"num_cpus": math.ceil(REPLICA_CPUS * settings.replicas), "object_store_memory": OBJECT_STORE_BYTES}
     _init(ray, include_dashboard=False, logging_level=logging.WARNING, **(cluster if is_local else {}))
     try:
         deployment = serve.deployment(
             Replica,
             name="replica",
-            num_replicas=own.replicas,
-            max_ongoing_requests=own.ongoing or settings.engine.max_seqs * 3 // 2,
+            num_replicas=settings.replicas,
+            max_ongoing_requests=settings.replica_requests or settings.engine.max_seqs * 3 // 2,
             max_queued_requests=settings.limits.waiting,
             max_constructor_retry_count=MAX_STARTS,
             health_check_period_s=1.0,
             health_check_timeout_s=10.0,
             graceful_shutdown_wait_loop_s=0.2,
             graceful_shutdown_timeout_s=settings.drain_seconds,
-            ray_actor_options=_resources(ray, settings, own),
+            ray_actor_options=_resources(ray, settings),
             logging_config={"log_level": "WARNING", "enable_access_log": False},
             **options,
         )
@@ -140,12 +117,14 @@ def _init(ray: Any, **arguments: Any) -> None:
         ray.init(**arguments)
 
 
-def _resources(ray: Any, settings: ServerSettings, own: ReplicaSettings) -> dict[str, float]:
+def _resources(ray: Any, settings: ServerSettings) -> dict[str, float]:
     """GPUs for the engine's devices where the cluster has any."""
     there = ray.cluster_resources().get("GPU", 0)
     if not there:
-        return {"num_cpus": own.cpus}
-    wanted = settings.engine.tp * own.replicas
+        return {"num_cpus": REPLICA_CPUS}
+    wanted = settings.engine.tp * settings.replicas
     if wanted > there:
-        raise ConfigError(f"replicas={own.replicas}: need {wanted} GPUs (tp={settings.engine.tp}), Ray has {there:g}")
-    return {"num_gpus": settings.engine.tp, "num_cpus": own.cpus}
+        raise ConfigError(
+            f"replicas={settings.replicas}: need {wanted} GPUs (tp={settings.engine.tp}), Ray has {there:g}"
+        )
+    return {"num_gpus": settings.engine.tp, "num_cpus": REPLICA_CPUS}

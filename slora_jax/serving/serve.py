@@ -38,6 +38,10 @@ def serve(settings: ServerSettings, build: Callable[[], Engine]) -> int:
 
     Returns 1 if the engine could not be built or died, 3 if another process of those that serve together is lost.
     """
+    if settings.replicas > 1:
+        from slora_jax.serving.replicas import serve_replicas
+
+        return serve_replicas(settings)
     sys.setswitchinterval(SWITCH_SECONDS)
     app = create_app(settings, build)
     return serve_app(app, settings, _Engine(app))
