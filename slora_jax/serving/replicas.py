@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,7 +32,7 @@ _ENVIRONMENT = {
 }
 
 
-def serve_replicas(settings: ServerSettings) -> int:
+def serve_replicas(settings: ServerSettings, listener: socket.socket) -> int:
     """Like `serve.serve`, by several engines. Returns 1 if no replica can be started.
 
     Raises:
@@ -41,7 +42,7 @@ def serve_replicas(settings: ServerSettings) -> int:
         from slora_jax.serving.replica_front import ReplicaFront
 
         front = ReplicaFront(handle, settings)
-        return serve_app(Gate(front, settings.limits, lambda *_: None), settings, front)
+        return serve_app(Gate(front, settings.limits, lambda *_: None), settings, front, listener)
 
 
 @contextmanager
