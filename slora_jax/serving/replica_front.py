@@ -135,6 +135,8 @@ class ReplicaFront:
             self._under_way.discard(generation)
         if adapter is not None and generation.status == 200:
             self._adapters.add(adapter)
+        elif adapter is not None and generation.status == 404:
+            self._adapters.discard(adapter)
 
     def _adapter(self, body: bytes) -> str | None:
         """The adapter that a body names, if it is one: the replica is the one to check."""
