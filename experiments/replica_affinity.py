@@ -69,8 +69,8 @@ class Settings:
     clients: int = 16
     hot_clients: int = 32
     hot_share: float = 0.9
-    warmup: int = 300
-    requests: int = 1500
+    warmup: int = 200
+    requests: int = 1000
     prompt: int = 8
     output: int = 8
     max_seqs: int = 8
@@ -218,9 +218,7 @@ class Cluster:
                 for sample in family.samples:
                     if sample.name.endswith("_total") or sample.labels.get("state") in RESIDENT:
                         found[name, int(sample.labels["replica"])] += sample.value
-        return {
-            (name, replica): found[name, replica] for name in (*COUNTERS, "resident_adapters") for replica in (0, 1)
-        }
+        return {(name, replica): found[name, replica] for name in (*COUNTERS, GAUGE) for replica in range(REPLICAS)}
 
 
 def ideal(adapters: list[int], shares: np.ndarray, capacity: int, settings: Settings) -> float:
