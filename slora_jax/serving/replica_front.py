@@ -9,13 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Metric, generate_latest
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
 from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import (
@@ -29,6 +26,7 @@ from starlette.types import Receive, Scope, Send
 
 from slora_jax.serving.errors import ApiError, JsonResponse, as_api_error, unavailable
 from slora_jax.serving.replica import Answer, HttpRequest
+from slora_jax.serving.replica_answers import choose
 from slora_jax.serving.settings import ServerSettings
 
 APPLICATION = "slora"
@@ -65,7 +63,8 @@ class ReplicaFront:
         deadline = time.monotonic() + self._settings.drain_seconds
         while self._under_way and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        self._end_all(unavailable("the service was stopped before the answer was complete", code="stopping"))
+        stopped = unavailable("the service was stopped before the answer was complete", code="stopping")
+        self._end(list(self._under_way), stopped)
 
     async def follow(self, say: Callable[[str], None]) -> int:
         before = 0
@@ -93,11 +92,11 @@ class ReplicaFront:
             with suppress(TimeoutError):
                 self.num_replicas = len(await self._broadcast(HttpRequest.get("/ready"), COUNT_SECONDS))
                 if not self.num_replicas:
-                    self._end_all(_no_replica())
+                    self._end([one for one in self._under_way if not one.status], _no_replica())
             await asyncio.sleep(WATCH_SECONDS)
 
-    def _end_all(self, error: ApiError) -> None:
-        for generation in list(self._under_way):
+    def _end(self, generations: list[_Generation], error: ApiError) -> None:
+        for generation in generations:
             generation.end(error)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -165,7 +164,7 @@ class ReplicaFront:
         try:
             broadcast = self._handle.broadcast("answer", request)
             answers = await broadcast.results_async(timeout_s=seconds, return_exceptions=True)
-        except (DeploymentUnavailableError, RayError):
+        except (RayServeException, RayError):
             return []
         return sorted((one for one in answers if isinstance(one, Answer)), key=lambda one: one.rank)
 
@@ -212,41 +211,6 @@ class _Generation:
         finally:
             if not self._is_whole:
                 self._response.cancel()
-
-
-def choose(request: HttpRequest, answers: Sequence[Answer]) -> Answer:
-    """The one that speaks for all replicas. Of metrics, all of them, each with the replica's rank; of a change, the
-    worst failure, else a success (a replica that had followed another's change already refuses its own); of /ready, any
-    that is; otherwise the first replica's."""
-    path, method = request.scope["path"], request.scope["method"]
-    if path == "/metrics" and all(answer.status == 200 for answer in answers):
-        first = answers[0]
-        body = join_metrics([(answer.rank, answer.body.decode()) for answer in answers])
-        headers = [(name, value) for name, value in first.headers if name != b"content-length"]
-        return Answer(first.rank, 200, [*headers, (b"content-length", str(len(body)).encode())], body)
-    if path == "/ready":
-        return min(answers, key=lambda answer: answer.status)
-    if method in ("GET", "HEAD", "OPTIONS"):
-        return answers[0]
-    return min(answers, key=lambda answer: (answer.status < 500, answer.status))
-
-
-def join_metrics(texts: Sequence[tuple[int, str]]) -> bytes:
-    """One exposition of several replicas', whose samples are told apart by a label `replica`."""
-
-    class Joined(Collector):
-        def collect(self) -> Iterator[Metric]:
-            families: dict[str, Metric] = {}
-            for rank, text in texts:
-                for family in text_string_to_metric_families(text):
-                    joined = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-                    labels = {"replica": str(rank)}
-                    joined.samples += [one._replace(labels={**one.labels, **labels}) for one in family.samples]
-            yield from families.values()
-
-    registry = CollectorRegistry()
-    registry.register(Joined())
-    return generate_latest(registry)
 
 
 async def _read(receive: Receive) -> bytes | None:

@@ -25,6 +25,7 @@ from tiny_model import TinyModel
 
 from slora_jax import ConfigError, Engine, SamplingParams
 from slora_jax.serving.replica import Answer, HttpRequest
+from slora_jax.serving.replica_answers import choose, join_metrics
 from slora_jax.serving.settings import ServerSettings
 
 FULL = 4  # requests
@@ -224,8 +225,6 @@ def test_a_stop_drains_and_leaves_nothing(replicas: Replicas, client) -> None:
 
 
 def test_what_replicas_say_becomes_one_answer() -> None:
-    from slora_jax.serving.replica_front import choose, join_metrics
-
     def answers(*statuses: int) -> list[Answer]:
         return [Answer(rank, status, [], b"") for rank, status in enumerate(statuses)]
 
