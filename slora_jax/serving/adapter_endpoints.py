@@ -34,7 +34,6 @@ async def unload_lora_adapter(request: Request, client: MayManage, body: UnloadB
     service = service_of(request)
     seconds = service.settings.drain_seconds if body.drain_seconds is None else body.drain_seconds
     done = await service.adapters.unload(service.loop, body.lora_name, seconds)
-    service.forget_adapter(body.lora_name)
     if done.shared:
         what = "Its content stays: another name has the same."
     elif not done.is_gone:

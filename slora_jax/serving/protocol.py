@@ -5,14 +5,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from slora_jax.scheduling import SamplingParams
 from slora_jax.scheduling.sampling_params import MAX_LOGPROBS
 
-Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1), FailFast()]
 Text = Annotated[str, Field(max_length=256)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+Several = Field(min_length=1, max_length=1024)
 
 
 class Body(BaseModel):
@@ -91,7 +94,7 @@ class Generation(Body):
 class CompletionBody(Generation):
     """POST /v1/completions. `prompt`: a text, token ids, or several of either."""
 
-    prompt: str | Tokens | Annotated[list[str], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
+    prompt: str | Tokens | Annotated[list[str], Several] | Annotated[list[Tokens], Several]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = False
     best_of: int | None = Field(None, ge=1)
@@ -141,7 +144,7 @@ class ResponseFormat(Body):
 class ChatBody(Generation):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096), FailFast()]
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)

@@ -81,6 +81,8 @@ def serve_app(app: ASGIApp, settings: ServerSettings, served: Served, listener: 
     )
     server = _Server(config, settings, served)
     server.run(sockets=[listener])
+    if app.state.service.loop.is_alive:  # in a compilation, say, which would keep the process
+        os._exit(server.status)
     return server.status
 
 

@@ -33,7 +33,7 @@ class Service:
         self.settings = settings
         self.started = int(time.time())
         self.access = Access(settings.api_keys)
-        self.adapters = Adapters(settings)
+        self.adapters = Adapters(settings, self._gone)
         self.shares = Shares(settings.limits, settings.engine.max_seqs)
         self.is_draining = False
         self.usage = AdapterUsage(self._is_registered)
@@ -129,11 +129,6 @@ class Service:
         if self.settings.watch_seconds:
             await self.adapters.watch(self.loop)
 
-    def forget_adapter(self, name: str) -> None:
-        """It was unloaded."""
-        self.usage.forget(name)
-        self.metrics.forget(name)
-
     # What the engine's loop tells
 
     def finished(self, output: RequestOutput) -> None:
@@ -148,6 +143,10 @@ class Service:
         self.metrics.fault()
 
     # Inside
+
+    def _gone(self, adapter: str) -> None:
+        self.usage.forget(adapter)
+        self.metrics.forget(adapter)
 
     async def _sample(self) -> None:
         while True:
