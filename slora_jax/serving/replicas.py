@@ -7,7 +7,10 @@ import math
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from slora_jax.errors import ConfigError
@@ -26,7 +29,7 @@ MAX_STARTS = 3
 _ENVIRONMENT = {
     "RAY_ADDRESS": "local",
     "RAY_USAGE_STATS_ENABLED": "0",  # Ray reports nothing to anybody
-    "RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S": "0.1",  # for a full replica to have room
+    "RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S": "0.02",  # that a request waits for its adapter's replica
     "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1.0",  # for a replica to say how full it is
     "GRPC_VERBOSITY": "ERROR",  # it comments on every fork otherwise
 }
@@ -38,7 +41,11 @@ def serve_replicas(settings: ServerSettings, listener: socket.socket) -> int:
     Raises:
       ConfigError: Ray is not installed, or has not the GPUs.
     """
-    with run_replicas(settings) as handle:
+    with ExitStack() as held:
+        if settings.adapters is None and settings.state_file is None:  # a new replica must know of loads and unloads
+            directory = held.enter_context(TemporaryDirectory(prefix="slora-"))
+            settings = replace(settings, state_file=Path(directory) / "adapters.json")
+        handle = held.enter_context(run_replicas(settings))
         from slora_jax.serving.replica_front import ReplicaFront
 
         front = ReplicaFront(handle, settings)
