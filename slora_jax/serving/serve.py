@@ -50,7 +50,10 @@ def serve(settings: ServerSettings, build: Callable[[], Engine]) -> int:
         return serve_replicas(settings, listener)
     sys.setswitchinterval(SWITCH_SECONDS)
     app = create_app(settings, build)
-    return serve_app(app, settings, _Engine(app), listener)
+    status = serve_app(app, settings, _Engine(app), listener)
+    if app.state.service.loop.is_alive:  # in a compilation, say, which would keep the process
+        os._exit(status)
+    return status
 
 
 class Served(Protocol):
@@ -81,8 +84,6 @@ def serve_app(app: ASGIApp, settings: ServerSettings, served: Served, listener: 
     )
     server = _Server(config, settings, served)
     server.run(sockets=[listener])
-    if app.state.service.loop.is_alive:  # in a compilation, say, which would keep the process
-        os._exit(server.status)
     return server.status
 
 
