@@ -51,13 +51,17 @@ async def unload_lora_adapter(request: Request, client: MayManage, body: UnloadB
 
 
 @router.get("/adapters")
-async def adapters(request: Request, client: MayLook, limit: int | None = None) -> dict[str, Any]:
+async def adapters(request: Request, client: MayLook, limit: int | None = None, search: str = "") -> dict[str, Any]:
     """Every registered adapter, the one used last first: where it is, how large, how long its requests waited. `limit`:
-    so many of them at most. `refused`: those of the watched directory that cannot be used, and why."""
+    so many of them at most; `search`: only those with this in their name or digest. `refused`: those of the watched
+    directory that cannot be used, and why."""
     service = service_of(request)
     snapshot = service.loop.snapshot
     device = {} if snapshot is None else snapshot.device
     states = adapter_states(service.loop.engine.store, device, service.usage)
+    if search:
+        wanted = search.lower()
+        states = [state for state in states if wanted in state.name.lower() or wanted in state.digest]
     shown = states if limit is None else states[: max(0, limit)]
     return {
         "object": "list",

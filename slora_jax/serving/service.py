@@ -17,7 +17,7 @@ from slora_jax.errors import RequestError
 from slora_jax.serving.access import Access, Client, Right
 from slora_jax.serving.adapters import Adapters
 from slora_jax.serving.engine_loop import EngineLoop, Health
-from slora_jax.serving.errors import unavailable
+from slora_jax.serving.errors import ApiError, unavailable
 from slora_jax.serving.limits import Shares
 from slora_jax.serving.metrics import ServerMetrics
 from slora_jax.serving.observation import AdapterUsage
@@ -154,11 +154,16 @@ class Service:
             self.live.sample(self.loop.snapshot, self._tiers())
 
     def _tiers(self) -> dict[str, Tier]:
-        gone = self.loop.health in (Health.STARTING, Health.STOPPED, Health.DEAD)
-        return {} if gone else self.loop.engine.store.tiers()
+        try:
+            return self.loop.engine.store.tiers()
+        except ApiError:  # it is not there yet, or no more
+            return {}
 
     def _is_registered(self, name: str) -> bool:
-        return self.loop.engine.store.has(name)
+        try:
+            return self.loop.engine.store.has(name)
+        except ApiError:  # it has died since the request ended
+            return False
 
 
 def service_of(request: Request) -> Service:
