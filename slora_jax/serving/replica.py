@@ -127,17 +127,15 @@ class Replica:
         self._app = create_app(settings, settings.build_engine)
         await self._held.enter_async_context(self._app.router.lifespan_context(self._app))
         try:
-            while (answer := await self._get("/ready")).status != 200:
-                if (await self._get("/health")).status != 200:
-                    raise RuntimeError(answer.body.decode(errors="replace"))
+            while (await self._get("/ready")).status != 200:
+                await self.check_health()
                 await asyncio.sleep(READY_SECONDS)
         except BaseException:
             await self._held.aclose()
             raise
         self._home = _home(most_resident(self._app.state.service.loop.engine) + 1)
-        await self._home(
-            settings.base_name
-        )  # Ray begins to report homes in this call's context, which is never cancelled
+        # Ray reports homes in the context of the first call: this one's, since a request's may be cancelled.
+        await self._home(settings.base_name)
 
     async def stream(self, request: HttpRequest, adapter: str | None) -> AsyncIterator[list[Message]]:
         """A generation, under way. The adapter is at home here from now on if it was when it was routed, or is found to
