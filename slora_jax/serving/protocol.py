@@ -15,7 +15,7 @@ Text = Annotated[str, Field(max_length=256)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-Several = Field(min_length=1, max_length=1024)
+Several = Field(min_length=1, max_length=1024, fail_fast=True)
 
 
 class Body(BaseModel):
