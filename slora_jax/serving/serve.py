@@ -12,9 +12,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
-from typing import Any
+from typing import Protocol
 
 import uvicorn
+from fastapi import FastAPI
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from slora_jax.engine import Engine
@@ -46,9 +48,31 @@ def serve(settings: ServerSettings, build: Callable[[], Engine]) -> int:
       ConfigError: the address cannot be listened on.
     """
     listener = _listen(settings.host, settings.port)  # before anything takes time
+    if settings.replicas > 1:
+        from slora_jax.serving.replicas import serve_replicas
+
+        return serve_replicas(settings, listener)
     sys.setswitchinterval(SWITCH_SECONDS)
-    connections = _connections(settings.limits)
     app = create_app(settings, build)
+    status = serve_app(app, settings, _Engine(app), listener)
+    if app.state.service.loop.is_alive:  # in a compilation, say, which would keep the process
+        os._exit(status)
+    return status
+
+
+class Served(Protocol):
+    """What the HTTP side is there for. Both are called in its event loop, when the application has started."""
+
+    async def drain(self) -> None:
+        """Takes no more requests; returns when those under way have ended, or failed at the deadline."""
+
+    async def follow(self, say: Callable[[str], None]) -> int:
+        """Says when requests are taken. Returns the process's exit status when they never will be any more."""
+
+
+def serve_app(app: ASGIApp, settings: ServerSettings, served: Served, listener: socket.socket) -> int:
+    """Serves `app` as `serve` does; returns the exit status."""
+    connections = _connections(settings.limits)
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -62,10 +86,8 @@ def serve(settings: ServerSettings, build: Callable[[], Engine]) -> int:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=5,  # after the drain, which has a deadline of its own
     )
-    server = _Server(config, settings, app)
+    server = _Server(config, settings, served)
     server.run(sockets=[listener])
-    if app.state.service.loop.is_alive:  # in a compilation, say, which would keep the process
-        os._exit(server.status)
     return server.status
 
 
@@ -144,12 +166,35 @@ class GuardedProtocol(HttpToolsProtocol):
             timer.cancel()
 
 
+class _Engine:
+    """An engine of this process, `Served`."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+
+    async def drain(self) -> None:
+        await self._app.state.service.drain()
+
+    async def follow(self, say: Callable[[str], None]) -> int:
+        service = self._app.state.service
+        while service.loop.health is Health.STARTING:
+            await asyncio.sleep(0.05)
+        if service.loop.health is Health.READY:
+            stats = service.loop.engine.store.stats()
+            say(f"ready: {service.settings.base_name}, {stats.registered} adapters")
+        while service.loop.health is not Health.DEAD:
+            await asyncio.sleep(0.2)
+        error = service.loop.error
+        say(f"the engine is dead: {error!r}")
+        return EXIT_LOST if isinstance(error, ProcessLostError) else 2 if isinstance(error, SloraError) else 1
+
+
 class _Server(uvicorn.Server):
     """Ends by our rules, and says when it can be used."""
 
-    def __init__(self, config: uvicorn.Config, settings: ServerSettings, app: Any) -> None:
+    def __init__(self, config: uvicorn.Config, settings: ServerSettings, served: Served) -> None:
         super().__init__(config)
-        self._settings, self._app = settings, app
+        self._settings, self._served = settings, served
         self._has_signal = False
         self.status = 0
 
@@ -172,23 +217,12 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
             server.close()  # whoever comes now is refused by the system, and may try elsewhere
-        await self._app.state.service.drain()
+        await self._served.drain()
         self._following.cancel()
         await super().shutdown(sockets)
 
     async def _follow(self) -> None:
-        """Says when requests are taken; ends the server when the engine is dead."""
-        service = self._app.state.service
-        while service.loop.health is Health.STARTING:
-            await asyncio.sleep(0.05)
-        if service.loop.health is Health.READY:
-            stats = service.loop.engine.store.stats()
-            self._say(f"ready: {self._settings.base_name}, {stats.registered} adapters")
-        while service.loop.health is not Health.DEAD:
-            await asyncio.sleep(0.2)
-        error = service.loop.error
-        self._say(f"the engine is dead: {error!r}")
-        self.status = EXIT_LOST if isinstance(error, ProcessLostError) else 2 if isinstance(error, SloraError) else 1
+        self.status = await self._served.follow(self._say)
         await asyncio.sleep(1.0)  # for clients to be told
         self.should_exit = True
 
