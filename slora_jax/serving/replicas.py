@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from slora_jax.errors import ConfigError
+from slora_jax.serving.access import Access
 from slora_jax.serving.limits import Gate
 from slora_jax.serving.replica import Replica
 from slora_jax.serving.serve import serve_app
@@ -49,7 +50,9 @@ def serve_replicas(settings: ServerSettings, listener: socket.socket) -> int:
         from slora_jax.serving.replica_front import ReplicaFront
 
         front = ReplicaFront(handle, settings)
-        return serve_app(Gate(front, settings.limits, lambda *_: None), settings, front, listener)
+        return serve_app(
+            Gate(front, settings.limits, Access(settings.api_keys), lambda *_: None), settings, front, listener
+        )
 
 
 @contextmanager
