@@ -18,6 +18,7 @@ from live_server import LiveServer, write_adapter, write_model
 ADAPTERS = 4
 TOKENS = 160
 STREAMS = 24  # three times what runs at once
+CLIENT = httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0))
 
 
 class Files:
@@ -83,7 +84,7 @@ class Stream(threading.Thread):
 
     def _read(self) -> None:
         request = self._request | {"stream": True}
-        with httpx.stream("POST", f"{self._url}/v1/completions", json=request, timeout=30) as answer:
+        with CLIENT.stream("POST", f"{self._url}/v1/completions", json=request) as answer:
             self.status = answer.status_code
             if self.status != 200:
                 self.refusal = json.loads(answer.read())["error"]
@@ -175,7 +176,10 @@ def test_a_killed_server_is_an_error_to_every_client_and_the_next_one_has_its_ad
             late = known.post("/v1/completions", json=body("base", 0))  # on a connection from before
             assert (late.status_code, late.json()["error"]["code"]) == (503, "stopping")
             assert int(late.headers["Retry-After"]) > 0
-        assert all(stream.is_complete for stream in joined(streams))
+        for stream in joined(streams):
+            came_too_late = isinstance(stream.error, httpx.ConnectError) or stream.status == 503
+            assert stream.is_complete or came_too_late
+        assert sum(stream.is_complete for stream in streams) >= STREAMS // 2  # those that waited too
         assert server.process.wait(10) == 0
         assert [stream.tokens[:12] for stream in streams[2:4]] == [before["adapter-1", 2], before["adapter-3", 3]]
 
