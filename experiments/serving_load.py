@@ -69,8 +69,8 @@ class Settings:
 
 
 FULL = Settings(
-    layers=12,
-    widths=Widths(hidden=768, heads=12, kv_heads=12, ffn=2048),
+    layers=8,
+    widths=Widths(hidden=512, heads=8, kv_heads=8, ffn=1376),
     adapters=500,
     ranks=(4, 8, 16, 32),
     traffic=Traffic(requests=512, prompt_low=16, prompt_high=128, output_low=16, output_high=112),

@@ -274,6 +274,7 @@ def _serve(args: argparse.Namespace) -> int:
         "engine": {name: value for name, value in engine.items() if value is not None},
     }
     settings = ServerSettings.from_file(args.config, **given)
+    ModelConfig.from_directory(settings.model_dir)  # what is wrong with it is told before anything listens
     with _processes(args, settings.engine.tp) or nullcontext() as processes:
         if processes is None or processes.is_leader:
             return serve(settings, lambda: settings.build_engine(processes))

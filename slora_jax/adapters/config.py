@@ -7,16 +7,25 @@ fields is how adapters come to run with a silently wrong scale.
 from __future__ import annotations
 
 import json
-import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slora_jax.adapters.patterns import check_pattern
+from slora_jax.adapters.plain_file import open_plain
+from slora_jax.adapters.quoting import clipped, quoted
 from slora_jax.errors import AdapterError
 
 MAX_RANK = 256
 """Largest rank of one projection that the kernels accept."""
+
+MAX_BYTES = 1 << 20
+"""Of an adapter_config.json. PEFT's are of about 1 kB, with a rank for every module of the largest models 100 kB."""
+
+MAX_ITEMS = 4096
+"""Of a list or object in it: more than any model has modules."""
 
 HARMLESS = frozenset(
     {
@@ -93,7 +102,7 @@ class LoraConfig:
         if not isinstance(data, dict):
             raise AdapterError(f"expected a JSON object, found {type(data).__name__}")
         if data.get("peft_type") != "LORA":
-            raise AdapterError(f"peft_type: expected 'LORA', found {data.get('peft_type')!r}")
+            raise AdapterError(f"peft_type: expected 'LORA', found {quoted(data.get('peft_type'))}")
         _refuse_unsupported(data)
         honoured: dict[str, Any] = {name: read(name, data[name]) for name, read in _READERS.items() if name in data}
         config = cls(**honoured)
@@ -104,15 +113,20 @@ class LoraConfig:
     def from_file(cls, path: Path) -> LoraConfig:
         """Reads an adapter_config.json. Raises AdapterError naming the file when it is unreadable or not supported."""
         try:
-            return cls.from_json(json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates))
+            with open_plain(path) as file:
+                content = file.read(MAX_BYTES + 1)
         except FileNotFoundError:
             raise AdapterError(f"{path}: no such file; expected a directory saved by PEFT") from None
         except OSError as error:
             raise AdapterError(f"{path}: cannot be read: {error}") from error
+        if len(content) > MAX_BYTES:
+            raise AdapterError(f"{path}: is larger than {MAX_BYTES} bytes; PEFT's are of about 1 kB")
+        try:
+            return cls.from_json(json.loads(content, object_pairs_hook=_without_duplicates))
         except AdapterError as error:
             raise AdapterError(f"{path}: {error}") from None
         except (ValueError, RecursionError) as error:
-            raise AdapterError(f"{path}: not valid JSON: {error}") from None
+            raise AdapterError(f"{path}: not valid JSON: {clipped(error)}") from None
 
     def to_json(self) -> dict[str, Any]:
         """The content of an adapter_config.json that PEFT reads back to the same meaning."""
@@ -126,7 +140,7 @@ class LoraConfig:
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
-                    raise AdapterError(f"{name}: cannot be combined with target_modules {self.target_modules!r}")
+                    raise AdapterError(f"{name}: cannot be combined with target_modules {quoted(self.target_modules)}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise AdapterError("layers_pattern: needs layers_to_transform")
         patterns = [(name, getattr(self, name)) for name in ("target_modules", "exclude_modules")]
@@ -136,10 +150,7 @@ class LoraConfig:
         patterns += [("rank_pattern", pattern_regex(value)) for value in self.rank_pattern]
         patterns += [("alpha_pattern", pattern_regex(value)) for value in self.alpha_pattern]
         for name, pattern in patterns:
-            try:
-                re.compile(pattern)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise AdapterError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
+            check_pattern(name, pattern)
 
 
 def pattern_regex(key: str) -> str:
@@ -158,15 +169,16 @@ def _refuse_unsupported(data: dict[str, Any]) -> None:
             continue
         if name == "bias":
             if value not in ("none", None):
-                raise AdapterError(f"bias: only 'none' is supported, found {value!r}")
+                raise AdapterError(f"bias: only 'none' is supported, found {quoted(value)}")
         elif name == "init_lora_weights":
             _refuse_changed_base(value)
         elif name in REFUSED:
             if value not in (None, False, [], ""):  # PEFT takes an empty object for a sub-config of defaults: set
-                raise AdapterError(f"{name}: {REFUSED[name]}; must be unset, found {_short(value)}")
+                raise AdapterError(f"{name}: {REFUSED[name]}; must be unset, found {quoted(value)}")
         elif value is not None:
             raise AdapterError(
-                f"{name}: unknown field with value {_short(value)}; remove it if it does not change the computation"
+                f"{clipped(name)}: unknown field with value {quoted(value)}; "
+                "remove it if it does not change the computation"
             )
 
 
@@ -176,7 +188,7 @@ def _refuse_changed_base(value: object) -> None:
     if value is None or isinstance(value, bool) or (isinstance(value, str) and value in PLAIN_INITS):
         return
     raise AdapterError(
-        f"init_lora_weights: {_short(value)} changes the base weights or is unknown; save the adapter with "
+        f"init_lora_weights: {quoted(value)} changes the base weights or is unknown; save the adapter with "
         "path_initial_model_for_weight_conversion to turn it into plain LoRA"
     )
 
@@ -184,54 +196,57 @@ def _refuse_changed_base(value: object) -> None:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise AdapterError(f"field {next(n for n in names if names.count(n) > 1)!r} occurs twice")
+        counts = Counter(name for name, _ in pairs)
+        raise AdapterError(f"field {quoted(next(n for n in counts if counts[n] > 1))} occurs twice")
     return result
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, (list, dict)) and len(value) > MAX_ITEMS:
+        raise AdapterError(f"{name}: must have at most {MAX_ITEMS} entries, found {len(value)}")
 
 
 def _rank(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
-        raise AdapterError(f"{name}: rank must be an integer in 1..{MAX_RANK}, found {_short(value)}")
+        raise AdapterError(f"{name}: rank must be an integer in 1..{MAX_RANK}, found {quoted(value)}")
     return value
 
 
 def _alpha(name: str, value: Any) -> float:
     if not isinstance(value, bool) and isinstance(value, (int, float)) and -1e30 < value < 1e30:
         return value  # NaN fails both comparisons
-    raise AdapterError(f"{name}: must be a finite number, found {_short(value)}")
+    raise AdapterError(f"{name}: must be a finite number, found {quoted(value)}")
 
 
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise AdapterError(f"{name}: must be true or false, found {_short(value)}")
+        raise AdapterError(f"{name}: must be true or false, found {quoted(value)}")
     return value
 
 
 def _names(name: str, value: Any) -> tuple[str, ...] | str | None:
+    _check_count(name, value)
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(value)
-    raise AdapterError(f"{name}: must be a string or a list of strings, found {_short(value)}")
+    raise AdapterError(f"{name}: must be a string or a list of strings, found {quoted(value)}")
 
 
 def _layers(name: str, value: Any) -> tuple[int, ...] | int | None:
+    _check_count(name, value)
     items = value if isinstance(value, list) else [value]
     if value is None or all(isinstance(item, int) and not isinstance(item, bool) for item in items):
         return tuple(value) if isinstance(value, list) else value
-    raise AdapterError(f"{name}: must be an integer or a list of integers, found {_short(value)}")
+    raise AdapterError(f"{name}: must be an integer or a list of integers, found {quoted(value)}")
 
 
 def _patterns(name: str, value: Any) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
-        raise AdapterError(f"{name}: must be an object of module patterns, found {_short(value)}")
+        raise AdapterError(f"{name}: must be an object of module patterns, found {quoted(value)}")
+    _check_count(name, value)
     read = _rank if name == "rank_pattern" else _alpha
-    return {key: read(f"{name}[{key!r}]", item) for key, item in (value or {}).items()}
+    return {key: read(f"{name}[{quoted(key)}]", item) for key, item in (value or {}).items()}
 
 
 _READERS = {

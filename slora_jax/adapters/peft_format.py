@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from pallas_kernels.lora.layout import PROJECTIONS
 from slora_jax.adapters.adapter import LoraAdapter
 from slora_jax.adapters.config import LoraConfig
 from slora_jax.adapters.geometry import MODULES, BaseGeometry, module_name
+from slora_jax.adapters.quoting import clipped, quoted
 from slora_jax.adapters.targets import Target, resolve_targets
 from slora_jax.adapters.tensor_file import DTYPES, TensorFile
 from slora_jax.errors import AdapterError
@@ -43,8 +44,11 @@ _UNSUPPORTED_PARTS = {
 Key = tuple[int, str]
 
 
-def read_peft(directory: str | Path, geometry: BaseGeometry) -> LoraAdapter:
-    """Reads an adapter that PEFT saved for a base model of this geometry; weights become float32.
+def read_peft(
+    directory: str | Path, geometry: BaseGeometry, check_ranks: Callable[[np.ndarray], object] | None = None
+) -> LoraAdapter:
+    """Reads an adapter that PEFT saved for a base model of this geometry; weights become float32. `check_ranks` may
+    refuse it by its ranks `[num_layers, 7]`, before any weight is read.
 
     Raises AdapterError naming file, tensor, what was expected and what was found. Shapes and element types are checked
     against `geometry` from the file's header, before any weight is read. Files that are written meanwhile are refused:
@@ -52,31 +56,33 @@ def read_peft(directory: str | Path, geometry: BaseGeometry) -> LoraAdapter:
     """
     directory = Path(directory)
     before = _versions(directory)
-    adapter = _read_peft(directory, geometry)
+    adapter = _read_peft(directory, geometry, check_ranks)
     if _versions(directory) != before:
         raise AdapterError(f"{directory}: its files changed while they were read; load it again when they are complete")
     return adapter
 
 
-def _read_peft(directory: Path, geometry: BaseGeometry) -> LoraAdapter:
+def _read_peft(
+    directory: Path, geometry: BaseGeometry, check_ranks: Callable[[np.ndarray], object] | None
+) -> LoraAdapter:
     config = LoraConfig.from_file(directory / CONFIG_FILE)
     try:
         targets = resolve_targets(config, geometry.num_layers)
     except AdapterError as error:
         raise AdapterError(f"{directory / CONFIG_FILE}: {error}") from None
     path = directory / WEIGHTS_FILE
-    if not path.is_file():
-        if (directory / PICKLE_FILE).exists():
-            raise AdapterError(
-                f"{directory / PICKLE_FILE}: pickled weights are not read because unpickling can run arbitrary code; "
-                f"save the adapter as {WEIGHTS_FILE} (PEFT: safe_serialization=True)"
-            )
-        raise AdapterError(f"{path}: no such file")
+    if not path.exists() and (directory / PICKLE_FILE).exists():
+        raise AdapterError(
+            f"{directory / PICKLE_FILE}: pickled weights are not read because unpickling can run arbitrary code; "
+            f"save the adapter as {WEIGHTS_FILE} (PEFT: safe_serialization=True)"
+        )
     with TensorFile(path) as file:
         tensors = _Tensors(file, _tensor_names(path, list(file.entries), targets, geometry))
         tensors.check_complete(targets)
         for key, target in targets.items():
             tensors.check_shapes(key, target, geometry)
+        if check_ranks is not None:
+            check_ranks(_ranks(targets, geometry.num_layers))
         a = {key: tensors.read(key, "A") for key in targets}
         b = {key: tensors.read(key, "B") for key in targets}
     return adapter_of(config, targets, a, b, geometry.num_layers)
@@ -90,11 +96,8 @@ def adapter_of(
     num_layers: int,
 ) -> LoraAdapter:
     """Joins a config's resolved targets with their matrices (`a [r, d_in]`, `b [d_out, r]`)."""
-    ranks = np.zeros((num_layers, len(PROJECTIONS)), np.int32)  # [num_layers, 7]
-    for (layer, projection), target in targets.items():
-        ranks[layer, PROJECTIONS.index(projection)] = target.rank
     scales = {key: target.scale for key, target in targets.items()}
-    return LoraAdapter(config=config, a=a, b=b, scales=scales, ranks=ranks)
+    return LoraAdapter(config=config, a=a, b=b, scales=scales, ranks=_ranks(targets, num_layers))
 
 
 def write_peft(
@@ -128,6 +131,13 @@ def write_peft(
     return directory
 
 
+def _ranks(targets: Mapping[Key, Target], num_layers: int) -> np.ndarray:
+    ranks = np.zeros((num_layers, len(PROJECTIONS)), np.int32)  # [num_layers, 7]
+    for (layer, projection), target in targets.items():
+        ranks[layer, PROJECTIONS.index(projection)] = target.rank
+    return ranks
+
+
 def _versions(directory: Path) -> list[tuple[int, int] | None]:
     """What changes when another process writes or replaces the adapter's files."""
     versions: list[tuple[int, int] | None] = []
@@ -150,18 +160,20 @@ def _tensor_names(
         projection = _PROJECTION_OF.get(match["module"]) if match else None
         if match is None or projection is None:
             part = next((what for part, what in _UNSUPPORTED_PARTS.items() if part in name), "no known LoRA weight")
-            raise AdapterError(f"{path}: unexpected tensor {name!r}: {part}; only LoRA on {', '.join(MODULES)} is read")
+            raise AdapterError(
+                f"{path}: unexpected tensor {quoted(name)}: {part}; only LoRA on {', '.join(MODULES)} is read"
+            )
         layer = int(match["layer"])
         if layer >= geometry.num_layers:
             raise AdapterError(
-                f"{path}: unexpected tensor {name!r}: the base model has {geometry.num_layers} layers; "
+                f"{path}: unexpected tensor {quoted(name)}: the base model has {geometry.num_layers} layers; "
                 "the adapter was probably trained on another base model"
             )
         if (layer, projection) not in targets:
-            raise AdapterError(f"{path}: unexpected tensor {name!r}: {CONFIG_FILE} does not target this module")
+            raise AdapterError(f"{path}: unexpected tensor {quoted(name)}: {CONFIG_FILE} does not target this module")
         slot = ((layer, projection), match["side"])
         if slot in found:
-            raise AdapterError(f"{path}: tensors {found[slot]!r} and {name!r} are the same weight twice")
+            raise AdapterError(f"{path}: tensors {quoted(found[slot])} and {quoted(name)} are the same weight twice")
         found[slot] = name
     return found
 
@@ -178,7 +190,7 @@ class _Tensors:
             for side in "AB":
                 if (key, side) not in self.names:
                     name = f"{PREFIX}{module_name(*key)}.lora_{side}.weight"
-                    raise AdapterError(f"{self.file.path}: missing tensor {name!r}, which {CONFIG_FILE} targets")
+                    raise AdapterError(f"{self.file.path}: missing tensor {quoted(name)}, which {CONFIG_FILE} targets")
 
     def check_shapes(self, key: Key, target: Target, geometry: BaseGeometry) -> None:
         d_in, d_out = geometry.dims(key[1])
@@ -186,18 +198,24 @@ class _Tensors:
             name = self.names[key, side]
             shape, dtype = self.file.entries[name].shape, self.file.entries[name].dtype
             if dtype not in DTYPES:
-                raise AdapterError(f"{self.file.path}: tensor {name!r}: expected {', '.join(DTYPES)}, found {dtype}")
+                raise AdapterError(
+                    f"{self.file.path}: tensor {quoted(name)}: expected {', '.join(DTYPES)}, found {clipped(dtype)}"
+                )
             if shape == expected:
                 continue
             if len(shape) == 2 and shape[1 - rank_axis] == expected[1 - rank_axis]:
                 reason = f"{CONFIG_FILE} says rank {target.rank}, the tensor has rank {shape[rank_axis]}"
             else:
                 reason = "the adapter was probably trained on another base model"
-            raise AdapterError(f"{self.file.path}: tensor {name!r}: expected shape {expected}, found {shape}: {reason}")
+            raise AdapterError(
+                f"{self.file.path}: tensor {quoted(name)}: expected shape {expected}, found {shape}: {reason}"
+            )
 
     def read(self, key: Key, side: str) -> np.ndarray:
         name = self.names[key, side]
         matrix = np.asarray(self.file.read(name), np.float32)
         if not np.isfinite(matrix).all():
-            raise AdapterError(f"{self.file.path}: tensor {name!r}: expected finite values, found NaN or infinity")
+            raise AdapterError(
+                f"{self.file.path}: tensor {quoted(name)}: expected finite values, found NaN or infinity"
+            )
         return matrix

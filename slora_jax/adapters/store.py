@@ -12,6 +12,7 @@ import threading
 from bisect import bisect
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -119,7 +120,8 @@ class AdapterStore:
         """
         if isinstance(adapter, LoraAdapter):
             return self._prepare(name, adapter, None)
-        return self._prepare(name, read_peft(adapter, self.geometry), Path(adapter))
+        read = read_peft(adapter, self.geometry, partial(self._check_size, name))
+        return self._prepare(name, read, Path(adapter))
 
     def publish(self, prepared: PreparedAdapter) -> AdapterInfo:
         """Points the name to what was prepared for it. Never waits for the disk.
@@ -276,21 +278,10 @@ class AdapterStore:
         self.close()
 
     def _prepare(self, name: str, adapter: LoraAdapter, source: Path | None) -> PreparedAdapter:
-        info = self._describe(name, adapter)
-        if info.rank > self._max_rank:
-            raise AdapterError(
-                f"adapter {name!r} has rank {info.rank} but max_rank is {self._max_rank}; raise it (at most {MAX_RANK})"
-            )
-        if self._max_pages is not None and info.num_pages > self._max_pages:
-            raise AdapterError(
-                f"adapter {name!r} needs {info.num_pages} pages but the pool has {self._max_pages} for adapters; raise "
-                "num_pages (or adapter_pages, if it is set)"
-            )
-        if info.nbytes > self._cache.host_bytes:
-            raise AdapterError(
-                f"adapter {name!r} needs {info.nbytes} bytes but host_adapter_bytes is {self._cache.host_bytes}; "
-                f"raise it to at least {info.nbytes}"
-            )
+        adapter.check(self.geometry)
+        num_pages, nbytes = self._check_size(name, adapter.ranks)
+        ranks = tuple(int(rank) for rank in adapter.ranks.max(axis=0))
+        info = AdapterInfo(name, adapter.digest, max(ranks), ranks, num_pages, nbytes)
         if not self._cache.hold(info.digest):
             self._cache.insert(pack_tiles(adapter, self.geometry, self.dtype), source)
         prepared = PreparedAdapter(info, source)
@@ -308,12 +299,25 @@ class AdapterStore:
             raise AdapterError(f"adapter {prepared.info.name!r} was published or discarded before; prepare it again")
         self._prepared.remove(prepared)
 
-    def _describe(self, name: str, adapter: LoraAdapter) -> AdapterInfo:
-        adapter.check(self.geometry)
-        shape = tile_shape(adapter.ranks, self.geometry)
-        ranks = tuple(int(rank) for rank in adapter.ranks.max(axis=0))
-        nbytes = int(np.prod(shape)) * self.dtype.itemsize
-        return AdapterInfo(name, adapter.digest, max(ranks), ranks, num_pages=shape[1], nbytes=nbytes)
+    def _check_size(self, name: str, ranks: np.ndarray) -> tuple[int, int]:
+        """Pages and bytes of an adapter with these ranks `[num_layers, 7]`; raises AdapterError if it is too large."""
+        shape, rank = tile_shape(ranks, self.geometry), int(ranks.max())
+        num_pages, nbytes = shape[1], int(np.prod(shape)) * self.dtype.itemsize
+        if rank > self._max_rank:
+            raise AdapterError(
+                f"adapter {name!r} has rank {rank} but max_rank is {self._max_rank}; raise it (at most {MAX_RANK})"
+            )
+        if self._max_pages is not None and num_pages > self._max_pages:
+            raise AdapterError(
+                f"adapter {name!r} needs {num_pages} pages but the pool has {self._max_pages} for adapters; raise "
+                "num_pages (or adapter_pages, if it is set)"
+            )
+        if nbytes > self._cache.host_bytes:
+            raise AdapterError(
+                f"adapter {name!r} needs {nbytes} bytes but host_adapter_bytes is {self._cache.host_bytes}; "
+                f"raise it to at least {nbytes}"
+            )
+        return num_pages, nbytes
 
     def _register_or_error(self, directory: Path) -> AdapterInfo | AdapterError:
         try:

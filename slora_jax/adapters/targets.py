@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from pallas_kernels.lora.layout import PROJECTIONS
 from slora_jax.adapters.config import LoraConfig, layer_regex, pattern_regex
 from slora_jax.adapters.geometry import module_name
+from slora_jax.adapters.patterns import Matcher
+from slora_jax.adapters.quoting import quoted
 from slora_jax.errors import AdapterError
 
 DEFAULT_TARGETS = ("q_proj", "v_proj")
@@ -37,11 +38,12 @@ def resolve_targets(config: LoraConfig, num_layers: int) -> dict[tuple[int, str]
     """
     if config.fan_in_fan_out:
         warnings.warn("fan_in_fan_out is set to True but the targets are linear layers; it has no effect", stacklevel=2)
+    matcher = Matcher()
     all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     if not all_linear:
         layers = (f"model.layers.{i}{suffix}" for i in range(num_layers) for suffix in OTHER_LAYER_MODULES)
         for name in (*OTHER_MODULES, *layers):
-            if is_targeted(config, name):
+            if is_targeted(config, name, matcher):
                 raise AdapterError(
                     f"target_modules: matches {name!r}; only attention and MLP projections can be adapted"
                 )
@@ -49,34 +51,35 @@ def resolve_targets(config: LoraConfig, num_layers: int) -> dict[tuple[int, str]
     for layer in range(num_layers):
         for projection in PROJECTIONS:
             name = module_name(layer, projection)
-            if (all_linear and not _is_excluded(config, name)) or (not all_linear and is_targeted(config, name)):
-                targets[layer, projection] = _target(config, name)
+            if not _is_excluded(config, name, matcher) if all_linear else is_targeted(config, name, matcher):
+                targets[layer, projection] = _target(config, name, matcher)
     if not targets:
         raise AdapterError(
-            f"target_modules: {config.target_modules!r} with exclude_modules {config.exclude_modules!r} and "
-            f"layers_to_transform {config.layers_to_transform!r} matches no projection of the {num_layers} layers"
+            f"target_modules: {quoted(config.target_modules)} with exclude_modules {quoted(config.exclude_modules)} "
+            f"and layers_to_transform {quoted(config.layers_to_transform)} matches no projection of the {num_layers} "
+            "layers"
         )
     return targets
 
 
-def is_targeted(config: LoraConfig, name: str) -> bool:
+def is_targeted(config: LoraConfig, name: str, matcher: Matcher) -> bool:
     """Whether PEFT adapts the module `name` (peft.tuners.tuners_utils.check_target_module_exists)."""
-    if _is_excluded(config, name):
+    if _is_excluded(config, name, matcher):
         return False
     wanted = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
+        return matcher.fullmatch("target_modules", wanted, name)
     if name in wanted:
         return True  # a full name is adapted whatever layers_to_transform says
-    return _has_suffix(name, wanted) and _in_layers(config, name)
+    return _has_suffix(name, wanted) and _in_layers(config, name, matcher)
 
 
-def _is_excluded(config: LoraConfig, name: str) -> bool:
+def _is_excluded(config: LoraConfig, name: str, matcher: Matcher) -> bool:
     excluded = config.exclude_modules
     if not excluded:
         return False
     if isinstance(excluded, str):
-        return re.fullmatch(excluded, name) is not None
+        return matcher.fullmatch("exclude_modules", excluded, name)
     return name in excluded or _has_suffix(name, excluded)
 
 
@@ -84,26 +87,28 @@ def _has_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
     return any(name.endswith(f".{suffix}") for suffix in suffixes)
 
 
-def _in_layers(config: LoraConfig, name: str) -> bool:
+def _in_layers(config: LoraConfig, name: str, matcher: Matcher) -> bool:
     wanted = config.layers_to_transform
     if wanted is None or wanted == ():
         return True
     if config.layers_pattern:
         patterns = (config.layers_pattern,) if isinstance(config.layers_pattern, str) else config.layers_pattern
-        match = next(filter(None, (re.match(layer_regex(pattern), name) for pattern in patterns)), None)
+        matches = (matcher.match("layers_pattern", layer_regex(pattern), name) for pattern in patterns)
+        match = next(filter(None, matches), None)
     else:
-        match = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
+        match = matcher.match("layers_to_transform", r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
     if match is None or match["idx"] is None:
         return False
     return int(match["idx"]) in ((wanted,) if isinstance(wanted, int) else wanted)
 
 
-def _pattern_key(patterns: Iterable[str], name: str) -> str:
+def _pattern_key(field: str, patterns: Iterable[str], name: str, matcher: Matcher) -> str:
     """The first pattern that matches the end of `name`, else `name` (peft.utils.other.get_pattern_key)."""
-    return next((key for key in patterns if re.match(pattern_regex(key), name)), name)
+    return next((key for key in patterns if matcher.match(field, pattern_regex(key), name)), name)
 
 
-def _target(config: LoraConfig, name: str) -> Target:
-    rank = config.rank_pattern.get(_pattern_key(config.rank_pattern, name), config.r)
-    alpha = config.alpha_pattern.get(_pattern_key(config.alpha_pattern, name), config.lora_alpha)
+def _target(config: LoraConfig, name: str, matcher: Matcher) -> Target:
+    ranks, alphas = config.rank_pattern, config.alpha_pattern
+    rank = ranks.get(_pattern_key("rank_pattern", ranks, name, matcher), config.r)
+    alpha = alphas.get(_pattern_key("alpha_pattern", alphas, name, matcher), config.lora_alpha)
     return Target(rank=rank, scale=alpha / math.sqrt(rank) if config.use_rslora else alpha / rank)

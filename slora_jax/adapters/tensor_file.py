@@ -14,13 +14,16 @@ from typing import Any, Self
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import numpy as np
 
+from slora_jax.adapters.plain_file import open_plain
+from slora_jax.adapters.quoting import quoted
 from slora_jax.errors import AdapterError
 
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 """Element types that are read: safetensors' names and NumPy's."""
 
-MAX_HEADER = 100_000_000
-"""Bytes; the format's own limit."""
+MAX_HEADER = 2 << 20
+"""Bytes. The largest models' adapters need 300 kB; the format allows 100 MB, which take a GB to parse, and the
+interpreter's lock for seconds."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,17 @@ class TensorFile:
         """Raises AdapterError when the file cannot be opened or its header is not valid."""
         self.path = path
         try:
-            self._file = path.open("rb")
-        except OSError as error:
-            raise AdapterError(f"{path}: cannot be read: {error}") from error
+            self._file = open_plain(path)
+        except FileNotFoundError:
+            raise AdapterError(f"{path}: no such file") from None
         try:
             self.entries = self._read_header()
         except (OSError, ValueError, RecursionError) as error:
             self._file.close()
             raise AdapterError(f"{path}: not a valid safetensors file: {error}") from None
+        except BaseException:
+            self._file.close()
+            raise
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, of a dtype among `DTYPES`. Raises AdapterError when the file has become shorter or unreadable."""
@@ -59,7 +65,7 @@ class TensorFile:
         except OSError as error:
             raise AdapterError(f"{self.path}: cannot be read: {error}") from error
         if count != array.nbytes:
-            raise AdapterError(f"{self.path}: tensor {name!r}: the file was truncated while it was read")
+            raise AdapterError(f"{self.path}: tensor {quoted(name)}: the file was truncated while it was read")
         return array
 
     def __enter__(self) -> Self:
@@ -74,7 +80,7 @@ class TensorFile:
         size = os.fstat(self._file.fileno()).st_size
         length = int.from_bytes(self._file.read(8), "little")
         if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise ValueError(f"a header of {length} bytes in a file of {size}")
+            raise ValueError(f"its header must have 2 to {MAX_HEADER} bytes and lie in the file, which has {size}")
         header = json.loads(self._file.read(length).decode(), object_pairs_hook=_without_duplicates)
         if not isinstance(header, dict):
             raise ValueError(f"the header is {type(header).__name__}, not an object")
@@ -83,7 +89,7 @@ class TensorFile:
         end = 8 + length
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
             if entry.begin != end:
-                raise ValueError(f"tensor {name!r} begins at byte {entry.begin}, not {end}")
+                raise ValueError(f"tensor {quoted(name)} begins at byte {entry.begin}, not {end}")
             end = entry.end
         if end != size:
             raise ValueError(f"the tensors end at byte {end} of {size}")
@@ -93,13 +99,13 @@ class TensorFile:
 def _entry(name: str, fields: Any, first: int) -> TensorEntry:
     """Raises ValueError unless the fields describe a tensor whose bytes its shape and dtype need."""
     if not isinstance(fields, Mapping) or fields.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"tensor {name!r} has not the fields dtype, shape, data_offsets")
+        raise ValueError(f"tensor {quoted(name)} has not the fields dtype, shape, data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"tensor {name!r} has a malformed dtype, shape or data_offsets")
+        raise ValueError(f"tensor {quoted(name)} has a malformed dtype, shape or data_offsets")
     begin, end = offsets
     if begin > end or (dtype in DTYPES and math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize != end - begin):
-        raise ValueError(f"tensor {name!r} of shape {shape} and dtype {dtype} in bytes {begin} to {end}")
+        raise ValueError(f"tensor {quoted(name)} of shape {shape} and dtype {quoted(dtype)} in bytes {begin} to {end}")
     return TensorEntry(dtype, shape, first + begin, first + end)
 
 

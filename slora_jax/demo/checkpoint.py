@@ -13,6 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from slora_jax.demo.corpus import SENTENCES
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 MAX_VOCAB = 2048
 MAX_POSITIONS = 512
 
@@ -103,6 +107,7 @@ def _write_tokenizer(directory: Path) -> int:
     )
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
+    settings |= {"chat_template": CHAT_TEMPLATE}
     _write_json(directory / "tokenizer_config.json", settings | {"model_max_length": MAX_POSITIONS})
     return tokenizer.get_vocab_size()
 

@@ -11,7 +11,7 @@ from fastapi import APIRouter, FastAPI, Request
 from starlette.responses import Response
 
 from slora_jax.engine import Engine
-from slora_jax.serving import adapter_endpoints, endpoints, errors
+from slora_jax.serving import adapter_endpoints, endpoints, errors, page_endpoints
 from slora_jax.serving.engine_loop import Health
 from slora_jax.serving.errors import JsonResponse
 from slora_jax.serving.limits import Gate
@@ -57,9 +57,11 @@ def create_app(settings: ServerSettings, build: Callable[[], Engine]) -> FastAPI
 
     app = FastAPI(title="slora-jax", version=version("slora-jax"), lifespan=lifespan, docs_url=None, redoc_url=None)
     errors.install(app)
-    for router in (endpoints.router, adapter_endpoints.router, probes):
+    for router in (endpoints.router, adapter_endpoints.router, page_endpoints.router, probes):
         app.include_router(router)
-    app.add_middleware(
-        Gate, limits=settings.limits, on_request=lambda *request: app.state.service.metrics.http(*request)
-    )
+
+    def done(route: str | None, method: str, status: int, seconds: float) -> None:
+        app.state.service.metrics.http(route, method, status, seconds)
+
+    app.add_middleware(Gate, limits=settings.limits, on_request=done)
     return app

@@ -171,12 +171,18 @@ class EngineLoop:
         self._cancel(unfinished)
 
     async def stop(self) -> None:
-        """Ends the thread; sequences under way fail. Returns when the engine is closed."""
+        """Ends the thread; sequences under way fail. Returns when the engine is closed; at once if it is still being
+        built, or in a step that does not come back: neither can be interrupted (`is_alive`)."""
         self._stopping = True
         self._wake.set()
-        while self._thread.is_alive():
+        while self.is_alive and self.health not in (Health.STARTING, Health.STALLED):
             await asyncio.sleep(0.01)
         self._watchdog.cancel()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
 
     def _cancel(self, request_ids: list[str]) -> None:
         def cancel(engine: Engine) -> None:

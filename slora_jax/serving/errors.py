@@ -118,13 +118,11 @@ def install(app: FastAPI) -> None:
 
 def _invalid(error: RequestValidationError) -> ApiError:
     """Says of the first wrong field which it is, what was found, and what it must be."""
-    problems = error.errors()
-    # Of a field that may be of several types, the complaint that got deepest is about the one that was meant.
-    problem = max(problems, key=lambda one: len(one["loc"]))
+    problem = max(error.errors(), key=_meant)
     if problem["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {problem.get('ctx', {}).get('error', '')}", code="bad_json")
-    names = [str(part) for part in problem["loc"] if part not in ("body", "query", "path")]
-    field = ".".join(name for name in names if not name.startswith(("list[", "str", "int", "function-")))
+    _, *names = map(str, problem["loc"])  # after "body" or "query"
+    field = ".".join(name for i, name in enumerate(names) if not (i and _is_type(name)))
     if problem["type"] == "extra_forbidden":
         return ApiError(400, f"unknown field {field!r}", code="unknown_field", param=field)
     if problem["type"] == "missing":
@@ -135,3 +133,14 @@ def _invalid(error: RequestValidationError) -> ApiError:
     found = repr(problem.get("input"))
     found = found if len(found) <= 80 else f"{found[:80]}..."
     return ApiError(400, f"{field}={found}: {what}", code="invalid_value", param=field)
+
+
+def _meant(problem: dict[str, Any]) -> tuple[bool, int, int]:
+    """Of a field that may be of several types, there is a complaint for each: the one that is not about the type, or
+    got furthest, is about the type that was meant."""
+    at = [part for part in problem["loc"] if isinstance(part, int)]
+    return not problem["type"].endswith("_type"), len(problem["loc"]), at[-1] if at else -1
+
+
+def _is_type(name: str) -> bool:
+    return "[" in name or name in ("str", "int", "constrained-str", "constrained-int")

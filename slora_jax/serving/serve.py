@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from slora_jax.engine import Engine
-from slora_jax.errors import ConfigError, ProcessLostError
+from slora_jax.errors import ConfigError, ProcessLostError, SloraError
 from slora_jax.parallel.processes import EXIT_LOST
 from slora_jax.serving.app import create_app
 from slora_jax.serving.engine_loop import Health
@@ -34,8 +35,13 @@ def serve(settings: ServerSettings, build: Callable[[], Engine]) -> int:
     """Serves until SIGTERM or Ctrl-C: then no more is accepted, requests under way have `settings.drain_seconds`, and
     the exit status is 0. A second signal ends the process at once, with 128 plus its number.
 
-    Returns 1 if the engine could not be built or died, 3 if another process of those that serve together is lost.
+    Returns 1 if the engine died, 2 if it could not be built as asked for, 3 if another process of those that serve
+    together is lost.
+
+    Raises:
+      ConfigError: the address cannot be listened on.
     """
+    listener = _listen(settings.host, settings.port)  # before anything takes time
     sys.setswitchinterval(SWITCH_SECONDS)
     connections = _connections(settings.limits)
     app = create_app(settings, build)
@@ -53,10 +59,9 @@ def serve(settings: ServerSettings, build: Callable[[], Engine]) -> int:
         timeout_graceful_shutdown=5,  # after the drain, which has a deadline of its own
     )
     server = _Server(config, settings, app)
-    try:
-        server.run()
-    except SystemExit as error:  # uvicorn's: the address is taken, and it has said so
-        return int(error.code or 0)
+    server.run(sockets=[listener])
+    if app.state.service.loop.is_alive:  # in a compilation, say, which would keep the process
+        os._exit(server.status)
     return server.status
 
 
@@ -130,15 +135,16 @@ class _Server(uvicorn.Server):
             loop.add_signal_handler(number, self._end, number)
         yield
 
-    async def startup(self, sockets: list | None = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
         self._say(f"listening on http://{host}:{port}; loading {self._settings.base_name}")
         if not self._settings.is_loopback and not self._settings.api_keys:
             self._say("anybody who reaches this address may generate and manage adapters: set api_keys")
         self._following = asyncio.create_task(self._follow())
 
-    async def shutdown(self, sockets: list | None = None) -> None:
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
             server.close()  # whoever comes now is refused by the system, and may try elsewhere
         await self._app.state.service.drain()
@@ -157,7 +163,7 @@ class _Server(uvicorn.Server):
             await asyncio.sleep(0.2)
         error = service.loop.error
         self._say(f"the engine is dead: {error!r}")
-        self.status = EXIT_LOST if isinstance(error, ProcessLostError) else 2 if isinstance(error, ConfigError) else 1
+        self.status = EXIT_LOST if isinstance(error, ProcessLostError) else 2 if isinstance(error, SloraError) else 1
         await asyncio.sleep(1.0)  # for clients to be told
         self.should_exit = True
 
@@ -171,6 +177,14 @@ class _Server(uvicorn.Server):
     @staticmethod
     def _say(text: str) -> None:
         print(f"slora: {text}", file=sys.stderr, flush=True)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        [(family, _, _, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(f"host={host!r}, port={port}: cannot listen there: {error.strerror or error}") from error
 
 
 def _connections(limits: Limits) -> int:

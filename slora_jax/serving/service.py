@@ -23,6 +23,7 @@ from slora_jax.serving.metrics import ServerMetrics
 from slora_jax.serving.observation import AdapterUsage
 from slora_jax.serving.settings import ServerSettings
 from slora_jax.serving.shapes import TokenText
+from slora_jax.serving.state import LiveState
 
 
 class Service:
@@ -38,6 +39,7 @@ class Service:
         self.usage = AdapterUsage(self._is_registered)
         self._build = build
         self._token_text: TokenText | None = None
+        self.live = LiveState(settings.base_name)
         self.metrics = ServerMetrics(
             lambda: self.loop.snapshot, self._tiers, is_registered=self._is_registered
         )  # before the engine, so that its compilations are counted
@@ -47,11 +49,12 @@ class Service:
     async def running(self) -> Any:
         """Builds the engine, meanwhile and until the end of the block."""
         self.loop.start()
-        watch = asyncio.create_task(self._watch())
+        tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._sample())]
         try:
             yield self
         finally:
-            watch.cancel()
+            for task in tasks:
+                task.cancel()
             await self.loop.stop()
             self.metrics.close()
 
@@ -136,6 +139,7 @@ class Service:
     def finished(self, output: RequestOutput) -> None:
         self.usage.finished(output)
         self.metrics.finished(output)
+        self.live.finished(output)
 
     def health_changed(self, health: Health) -> None:
         self.metrics.set_ready(self.is_ready)
@@ -145,8 +149,14 @@ class Service:
 
     # Inside
 
+    async def _sample(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            self.live.sample(self.loop.snapshot, self._tiers())
+
     def _tiers(self) -> dict[str, Tier]:
-        return {} if self.loop.health in (Health.STARTING, Health.DEAD) else self.loop.engine.store.tiers()
+        gone = self.loop.health in (Health.STARTING, Health.STOPPED, Health.DEAD)
+        return {} if gone else self.loop.engine.store.tiers()
 
     def _is_registered(self, name: str) -> bool:
         return self.loop.engine.store.has(name)

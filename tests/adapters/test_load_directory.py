@@ -45,10 +45,10 @@ def test_bad_adapters_are_reported_and_disturb_no_other(geometry, folder):
 def test_unforeseen_error_of_one_adapter_is_reported_too(geometry, folder, monkeypatch):
     from slora_jax.adapters import store as module
 
-    def read(directory, geometry):
+    def read(directory, *args):
         if directory.name == "a3":
             raise MemoryError("out of memory")
-        return original(directory, geometry)
+        return original(directory, *args)
 
     original = module.read_peft
     monkeypatch.setattr(module, "read_peft", read)

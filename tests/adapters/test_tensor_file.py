@@ -79,8 +79,8 @@ def test_files_written_during_the_read_are_refused(geometry, tmp_path, monkeypat
     new = write_peft(tmp_path / "new", random_adapter(geometry, 4, alpha=64, seed=1))
     old = write_peft(tmp_path / "old", random_adapter(geometry, 4, alpha=4))
 
-    def read_late(directory, geometry):
-        adapter = original(directory, geometry)
+    def read_late(*args):
+        adapter = original(*args)
         os.replace(new / changed, old / changed)
         return adapter
 

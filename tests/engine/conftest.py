@@ -1,102 +1,22 @@
 """A tiny model whose greedy outputs vary, a dense float64 reference that shares no code with the engine, counters."""
 
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from byte_level import VOCAB_SIZE, train_tokenizer
-from safetensors.numpy import save_file
-from transformers import PreTrainedTokenizerFast
+from tiny_model import TinyModel
 
 from pallas_kernels.lora.layout import PROJECTIONS
-from slora_jax import Engine, EngineConfig, RequestOutput, SamplingParams
-from slora_jax.adapters import BaseGeometry, LoraAdapter, random_adapter, write_peft
+from slora_jax import Engine, RequestOutput, SamplingParams
+from slora_jax.adapters import LoraAdapter, random_adapter, write_peft
 from slora_jax.memory import PageKind
-from slora_jax.models import ModelConfig, Params, init_random
-from slora_jax.models.hf import tensor_placements
-
-PAGE_SIZE = 8
-EOS = 1
-HF_CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rope_theta": 10000.0,
-    "eos_token_id": EOS,
-}
-SMALL = {
-    "num_pages": 81,
-    "max_seqs": 4,
-    "max_tokens_per_step": 16,
-    "max_model_len": 96,
-    "max_rank": 16,
-    "decode_buckets": (4,),
-    "mixed_buckets": (16,),
-}
-"""One engine shape for all tests that need no other: compiled once."""
-MEDIUM = SMALL | {
-    "num_pages": 160,
-    "max_seqs": 16,
-    "max_tokens_per_step": 32,
-    "max_rank": 24,
-    "decode_buckets": (16,),
-    "mixed_buckets": (32,),
-}
-"""The shape for tests of many adapters."""
-
-
-class TinyModel:
-    """Two layers of width 32, grouped-query attention: `config`, `graphdef`, `params`, and the adapters' geometry.
-    `medium` are settings of an engine for many adapters."""
-
-    medium = MEDIUM
-
-    def __init__(self) -> None:
-        self.config = ModelConfig.from_dict(HF_CONFIG)
-        self.graphdef, params = init_random(self.config, "float32", seed=0)
-        # Embeddings of unit variance and kernels of gain 2: the context and every adapter show in the greedy tokens.
-        self.params = jax.tree.map(lambda x: x if x.ndim < 2 else x * (2 / (0.02 * math.sqrt(x.shape[0]))), params)
-        self.params["embed"]["embedding"] = params["embed"]["embedding"] / 0.02
-        config = self.config
-        self.geometry = BaseGeometry(
-            config.num_layers, config.hidden_size, config.q_width, config.kv_width, config.intermediate_size, PAGE_SIZE
-        )
-
-    def settings(self, **changes: object) -> EngineConfig:
-        return EngineConfig(**({"dtype": "float32", "page_size": PAGE_SIZE, "progress": False} | SMALL | changes))  # type: ignore[arg-type]
-
-    def engine(self, **changes: object) -> Engine:
-        return Engine(self.config, self.graphdef, self.params, self.settings(**changes))
-
-    def save(self, directory: Path) -> Path:
-        """Writes the model as Hugging Face does, with a tokenizer."""
-        tensors = {}
-        for name, placement in tensor_placements(self.config).items():
-            array: Any = self.params
-            for key in placement.path:
-                array = array[key]
-            width = placement.shape[0] if placement.transposed else None
-            part = np.asarray(array)[..., placement.column :][..., :width]
-            tensors[name] = np.ascontiguousarray(part.T if placement.transposed else part)
-        save_file(tensors, directory / "model.safetensors")
-        (directory / "config.json").write_text(json.dumps(HF_CONFIG))
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(), bos_token="<s>", eos_token="</s>")
-        tokenizer.save_pretrained(directory)
-        return directory
+from slora_jax.models import ModelConfig, Params
 
 
 @pytest.fixture(scope="session")

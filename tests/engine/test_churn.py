@@ -1,7 +1,7 @@
 """Two thousand adapters through a pool that holds about twenty: nothing leaks, nothing compiles, answers stay right."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +26,18 @@ def engine(tiny) -> Iterator[Engine]:
 
 class Churn:
     """Drives the engine and remembers which weights each name has and each request must have been served with. An
-    adapter is known by the seed that it is made from; no two loads share one."""
+    adapter is known by the seed that it is made from; no two loads share one. Adapters come from disk when they come:
+    what depends on it is drawn from `late`, so that the course of events by `rng` does not."""
 
     def __init__(self, engine: Engine, geometry: BaseGeometry, rng: np.random.Generator) -> None:
         self.engine, self.geometry, self.rng = engine, geometry, rng
+        (self.late,) = rng.spawn(1)
         self.seeds = itertools.count()
         self.weights: dict[str, int] = {}  # name -> seed
         self.expected: dict[str, int | None] = {}  # request -> seed, None for the base model
         self.greedy: set[str] = set()
         self.outputs: dict[str, RequestOutput] = {}
-        self.most_resident = 0
+        self.cancelled = self.most_resident = 0
 
     def adapter(self, seed: int) -> LoraAdapter:
         rng = np.random.default_rng(seed)
@@ -52,7 +54,7 @@ class Churn:
         self.engine.unload_adapter(name)
 
     def arrive(self, name: str | None) -> None:
-        rng = self.rng
+        rng = self.late
         greedy = rng.random() < 0.7
         params = SamplingParams(
             max_tokens=int(rng.choice([1, 3, 40])),
@@ -60,15 +62,21 @@ class Churn:
             stop_token_ids=rng.integers(2, 320, 6).tolist(),
         )
         prompt = rng.integers(2, 320, rng.choice([1, 2, 7, 8, 9, 45])).tolist()
+        self.ask(prompt, params, name)
+
+    def ask(self, prompt: list[int], params: SamplingParams, name: str | None) -> str:
         request = self.engine.add_request(prompt, params, name)
         self.expected[request] = None if name is None else self.weights[name]
-        if greedy:
+        if params.temperature == 0:
             self.greedy.add(request)
+        return request
 
     def cancel_any(self) -> None:
-        unfinished = sorted(self.expected.keys() - self.outputs.keys())
-        if unfinished:
-            self.engine.cancel(self.rng.choice(unfinished))
+        """Of the unfinished requests; of a new one, if there is none."""
+        unfinished = sorted(self.engine._requests.progress)
+        request = self.late.choice(unfinished) if unfinished else self.ask([5, 6], SamplingParams(), None)
+        assert self.engine.cancel(request)
+        self.cancelled += 1
 
     def step(self) -> None:
         for delta in self.engine.step():
@@ -81,6 +89,19 @@ class Churn:
         while self.engine.has_work():
             self.step()
         self.engine.check()
+
+    def collide(self, squeeze: Callable) -> list[str]:
+        """Four requests that grow to 11 pages each, and two with small adapters, on 26 pages: some must give way."""
+        params = SamplingParams(max_tokens=80, temperature=0.0, ignore_eos=True)
+        small = [info.name for info in self.engine.adapters() if info.num_pages <= 8]
+        requests = []
+        with squeeze(self.engine, 26):
+            for name in [None, None, None, None, *small[:2]]:
+                requests.append(self.ask(self.late.integers(2, 320, 8).tolist(), params, name))
+            while self.engine.has_work():
+                self.step()
+        self.engine.check()
+        return requests
 
     def run(self, names: list[str]) -> None:
         """Requests for every name in random order and bursts, among reloads, unloads, cancellations and pauses."""
@@ -107,7 +128,9 @@ class Churn:
         self.drain()
 
 
-def test_two_thousand_adapters_churn_through_a_small_pool(tiny, engine, greedy_margin, compilations, rng) -> None:
+def test_two_thousand_adapters_churn_through_a_small_pool(
+    tiny, engine, greedy_margin, compilations, squeeze, rng
+) -> None:
     churn = Churn(engine, tiny.geometry, rng)
     names = [f"adapter-{i}" for i in range(NUM_ADAPTERS)]
     for name in names[:2]:
@@ -118,21 +141,23 @@ def test_two_thousand_adapters_churn_through_a_small_pool(tiny, engine, greedy_m
     for name in names[2:]:
         churn.load(name)
     churn.run(names)
+    collided = churn.collide(squeeze)
     assert not compilations, f"{len(compilations)} programs were compiled after warm-up"
     jax.jit(lambda x: x * 3 + 1)(jnp.zeros(5))
     assert compilations, "the counter does not count"
 
     assert churn.outputs.keys() == churn.expected.keys()
     reasons = [output.finish_reason for output in churn.outputs.values()]
-    assert reasons.count("cancelled") > 20 and reasons.count("stop") > 20 and "error" not in reasons
+    assert reasons.count("cancelled") == churn.cancelled > 20
+    assert reasons.count("stop") > 20 and "error" not in reasons
     stats = engine.stats()
     assert 15 < churn.most_resident < 40, churn.most_resident
     assert stats.adapter_loads > 0.9 * NUM_ADAPTERS and stats.adapter_evictions > 0.9 * NUM_ADAPTERS
-    assert stats.preemptions > 0
+    assert stats.preemptions > 0 and any(churn.outputs[request].metrics.preemptions for request in collided)
     assert engine.store.stats().spill_reads > 100
 
     checkable = [r for r, output in churn.outputs.items() if output.token_ids and r in churn.greedy]
-    for request in rng.choice(checkable, SAMPLE, replace=False):
+    for request in [*rng.choice(checkable, SAMPLE, replace=False), *collided]:
         seed, output = churn.expected[request], churn.outputs[request]
         adapter = None if seed is None else churn.adapter(seed)
         assert greedy_margin(output.prompt_token_ids, output.token_ids, adapter) < 1e-5, request

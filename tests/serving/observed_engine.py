@@ -12,6 +12,7 @@ from slora_jax import Engine, RequestOutput
 from slora_jax.adapters import AdapterInfo
 from slora_jax.adapters.host_cache import Tier
 from slora_jax.memory import PageKind
+from slora_jax.scheduling import FinishReason, RequestMetrics
 from slora_jax.serving.observation import (
     ADAPTER_ARRIVING,
     ADAPTER_IDLE,
@@ -52,6 +53,15 @@ class Recording:
     @property
     def outputs(self) -> list[RequestOutput]:
         return [output for moment in self.moments for output in moment.finished]
+
+
+def finished_request(
+    adapter: str | None = None, tokens: int = 2, queue: float | None = 0.5, first_token: float = 1.0
+) -> RequestOutput:
+    """Of 3 prompt tokens, and output every half a second. queue, first_token: seconds after its arrival."""
+    metrics = RequestMetrics(1.0, None if queue is None else 1.0 + queue, 1.0 + first_token, 9.0)
+    times = [1.0 + first_token + n / 2 for n in range(tokens)]
+    return RequestOutput("r", adapter, [7] * 3, None, [5] * tokens, FinishReason.LENGTH, metrics, times)
 
 
 def kinds_by_owner(engine: Engine) -> np.ndarray:

@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from observed_engine import recording
+from observed_engine import finished_request, recording
 from prometheus_client.parser import text_string_to_metric_families
 
-from slora_jax import RequestOutput
-from slora_jax.scheduling import FinishReason, RequestMetrics
 from slora_jax.serving.metrics import INTER_TOKEN_SECONDS, ServerMetrics
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -38,11 +36,6 @@ def growing(metrics: ServerMetrics) -> Samples:
     """Samples that must never go down."""
     found = (f for f in families(metrics) if f.type in ("counter", "histogram"))
     return {(s.name, tuple(sorted(s.labels.items()))): s.value for f in found for s in f.samples}
-
-
-def output(adapter: str | None = None, tokens: int = 2, queue: float = 0.5) -> RequestOutput:
-    metrics = RequestMetrics(arrival=1.0, admitted=1.0 + queue, first_token=2.0, finished=3.0)
-    return RequestOutput("r", adapter, [7] * 3, None, [5] * tokens, FinishReason.LENGTH, metrics, [2.0, 3.0][:tokens])
 
 
 def test_a_real_run_is_counted_and_nothing_ever_goes_down() -> None:
@@ -89,7 +82,7 @@ def test_every_metric_has_help_and_a_name_as_prometheus_asks() -> None:
     metrics = ServerMetrics(lambda: moment.snapshot, lambda: moment.tiers)
     metrics.http("/v1/models", "GET", 200, 0.1)
     metrics.refused("queue_full")
-    metrics.finished(output("a"))
+    metrics.finished(finished_request("a"))
     text = metrics.render()[0].decode()
     metrics.close()
     helped = {line.split()[2] for line in text.splitlines() if line.startswith("# HELP")}
@@ -107,7 +100,7 @@ def test_every_metric_has_help_and_a_name_as_prometheus_asks() -> None:
 def test_ten_thousand_adapters_have_a_bounded_number_of_labels() -> None:
     metrics = ServerMetrics(lambda: None)
     for number in range(10_000):
-        metrics.finished(output(f"adapter-{number}"))
+        metrics.finished(finished_request(f"adapter-{number}"))
     metrics.close()
     found = {key: value for key, value in samples(metrics).items() if key[0] == "slora_adapter_requests_total"}
     assert len(found) == 102 and sum(found.values()) == 10_000
@@ -124,26 +117,26 @@ def test_a_label_is_free_again_after_unloading_and_no_sum_goes_down(metrics) -> 
         return {key[1][0][1]: value for key, value in found if key[0] == "slora_adapter_requests_total"}
 
     for name in ("a0", "a0", "a1", "a2", "a3", "a4", "a5", None):
-        metrics.finished(output(name))
+        metrics.finished(finished_request(name))
     assert requests() == {"a0": 2, "a1": 1, "a2": 1, "a3": 1, "a4": 1, "_other": 1, "_base": 1}
     registered.discard("a0")
     metrics.forget("a0")
-    metrics.finished(output("a0"))  # was under way
+    metrics.finished(finished_request("a0"))  # was under way
     assert requests() == {"a1": 1, "a2": 1, "a3": 1, "a4": 1, "_other": 4, "_base": 1}
-    metrics.finished(output("a5"))
+    metrics.finished(finished_request("a5"))
     assert requests()["a5"] == 1 and sum(requests().values()) == 10
     began = samples(metrics)["slora_adapter_requests_created", (("adapter", "a5"),)]
     metrics.forget("a5")
     time.sleep(0.01)
-    metrics.finished(output("a5"))
+    metrics.finished(finished_request("a5"))
     assert samples(metrics)["slora_adapter_requests_created", (("adapter", "a5"),)] > began  # a reset that shows
 
 
 def test_hostile_names_come_back_as_they_were(metrics) -> None:
     names = ['"} 1\nslora_ready 7', "<img src=x onerror=alert(1)>", "back\\slash", "ünïcode", "_other"]
     for name in names:
-        metrics.finished(output(name))
-    metrics.finished(output("\udcff"))  # a folder's name that is not UTF-8
+        metrics.finished(finished_request(name))
+    metrics.finished(finished_request("\udcff"))  # a folder's name that is not UTF-8
     found = {key[1][0][1] for key in samples(metrics) if key[0] == "slora_adapter_requests_total"}
     assert found == {*names, "\\udcff", "_base"}
     assert samples(metrics)["slora_ready", ()] == 0

@@ -1,11 +1,9 @@
 """What is observed agrees with what every owner of pages and adapters says, after every step of a real run."""
 
 import numpy as np
-from observed_engine import recording
+from observed_engine import finished_request, recording
 
-from slora_jax import RequestOutput
 from slora_jax.adapters import AdapterInfo
-from slora_jax.scheduling import FinishReason, RequestMetrics
 from slora_jax.serving.observation import PAGE_KINDS, STATES, AdapterUsage, adapter_states
 
 
@@ -60,16 +58,11 @@ class Store:
         return {"x": "host", "y": "disk"}
 
 
-def output(adapter: str | None, queue: float | None, tokens: int) -> RequestOutput:
-    metrics = RequestMetrics(arrival=10.0, admitted=None if queue is None else 10.0 + queue)
-    return RequestOutput("r", adapter, [1, 2, 3], None, [5] * tokens, FinishReason.LENGTH, metrics, [])
-
-
 def test_usage_counts_finished_requests_and_forgets_unloaded_names() -> None:
     store = Store()
     usage = AdapterUsage(store.has)
     for adapter, queue, tokens in (("a", 1.0, 4), ("a", 3.0, 6), ("a", None, 0), ("c", 0.5, 1), (None, 9.0, 9)):
-        usage.finished(output(adapter, queue, tokens))
+        usage.finished(finished_request(adapter, tokens, queue))
     states = {state.name: state for state in adapter_states(store, {"y": "pinned"}, usage)}
     assert list(states) == ["c", "a", "b"]  # the one used last first
     assert [states[name].state for name in "abc"] == ["host", "host", "pinned"]
@@ -80,7 +73,7 @@ def test_usage_counts_finished_requests_and_forgets_unloaded_names() -> None:
 
     del store.names["a"]
     usage.forget("a")
-    usage.finished(output("a", 1.0, 4))  # was under way when its name was unloaded
+    usage.finished(finished_request("a"))  # was under way when its name was unloaded
     assert len(usage) == 1
     store.names["a"] = "z"
     assert usage.of("a").requests == 0

@@ -1,0 +1,91 @@
+"""Regular expressions of strangers: those of Python's `re`, matched by a machine that can be stopped.
+
+`re` holds the interpreter's lock while it matches, and a few nested repetitions take it longer than anyone waits.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any, Protocol
+
+import regex  # type: ignore[import-untyped]
+
+from slora_jax.adapters.quoting import clipped, quoted
+from slora_jax.errors import AdapterError
+
+MAX_LENGTH = 4000
+"""Characters of one expression."""
+
+SECONDS = 0.5
+"""Of processor time for all matches of one adapter. Honest expressions take milliseconds."""
+
+_READ_OTHERWISE = re.compile(r"\[:|\{[^\d,}]")
+"""POSIX classes and fuzzy matches, which `regex` knows and `re` does not."""
+
+_LONG_REPEAT = re.compile(r"\{[\d,\s]*\d{4}")
+
+_PLAIN = re.compile(r"(?:\(\.\*\\\.\)\?\()?[\w.]*(?:\)\$)?")
+"""A name, perhaps as `config.pattern_regex` wraps it. `re` matches it at once, and compiles it five times faster."""
+
+
+class _Match(Protocol):
+    def __getitem__(self, group: str, /) -> Any: ...
+
+
+def check_pattern(field: str, pattern: str) -> None:
+    """Raises AdapterError unless `re` takes the expression and it can be matched within bounds."""
+    reason: object = None
+    if len(pattern) > MAX_LENGTH:
+        reason = f"it has {len(pattern)} characters; at most {MAX_LENGTH} are read"
+    elif _LONG_REPEAT.search(pattern):
+        reason = "it repeats more than 999 times, and no module's name is that long"
+    elif _READ_OTHERWISE.search(pattern):
+        reason = "'[:' and '{' before anything but a number are not supported"
+    else:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            reason = error
+    if reason is not None:
+        raise AdapterError(f"{field}: {quoted(pattern)} is not a regular expression: {clipped(reason)}") from None
+
+
+class Matcher:
+    """Matches the expressions of one adapter; all its matches together take at most `seconds` of processor time."""
+
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self._left = seconds
+        self._compiled: dict[str, re.Pattern[str] | regex.Pattern[str]] = {}
+
+    def fullmatch(self, field: str, pattern: str, name: str) -> bool:
+        """As `re.fullmatch`. Raises AdapterError naming field and expression when time runs out."""
+        return self._run(field, pattern, name, "fullmatch") is not None
+
+    def match(self, field: str, pattern: str, name: str) -> _Match | None:
+        """As `re.match`. Raises AdapterError like `fullmatch`."""
+        return self._run(field, pattern, name, "match")
+
+    def _run(self, field: str, pattern: str, name: str, how: str) -> _Match | None:
+        compiled = self._compiled.get(pattern)
+        if compiled is None and _PLAIN.fullmatch(pattern):
+            compiled = self._compiled[pattern] = re.compile(pattern)
+        if isinstance(compiled, re.Pattern):
+            return compiled.fullmatch(name) if how == "fullmatch" else compiled.match(name)
+        start = time.thread_time()
+        try:
+            if compiled is None:
+                compiled = self._compiled[pattern] = regex.compile(pattern, regex.V0, cache_pattern=False)
+            match: _Match | None = getattr(compiled, how)(name, timeout=max(self._left, 1e-3))
+        except TimeoutError:
+            self._left = 0.0
+            match = None
+        except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+            raise AdapterError(f"{field}: {quoted(pattern)} cannot be matched: {clipped(error)}") from None
+        self._left -= time.thread_time() - start
+        if self._left <= 0:
+            raise AdapterError(
+                f"{field}: {quoted(pattern)}: matching the adapter's expressions with the module names took more than "
+                f"{SECONDS} s of processor time; write them without nested repetitions, or as a list of names"
+            )
+        return match

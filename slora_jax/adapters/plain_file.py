@@ -1,0 +1,38 @@
+"""Opening files that a stranger may have put there: neither blocks nor reads what is not a regular file."""
+
+from __future__ import annotations
+
+import os
+import stat
+from io import BufferedReader
+from pathlib import Path
+
+from slora_jax.errors import AdapterError
+
+
+def open_plain(path: Path) -> BufferedReader:
+    """Opens a regular file, or a link to one, for reading. A FIFO would block, a device may do anything.
+
+    Raises FileNotFoundError, or AdapterError naming the file when it is none or cannot be opened.
+    """
+    try:
+        _check_regular(path, os.stat(path))
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = open(descriptor, "rb")  # noqa: SIM115  the caller's
+        try:
+            _check_regular(path, os.fstat(descriptor))  # it may have been replaced
+        except BaseException:
+            file.close()
+            raise
+        return file
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(f"{path}: cannot be read: {error}") from None
+
+
+def _check_regular(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise AdapterError(f"{path}: cannot be read: not a regular file")

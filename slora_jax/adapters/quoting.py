@@ -1,0 +1,17 @@
+"""Values of strangers in messages: enough to recognise them, never all of them."""
+
+from __future__ import annotations
+
+LONGEST = 120
+"""Characters."""
+
+
+def quoted(value: object) -> str:
+    """`repr`, cut."""
+    return clipped(repr(value))
+
+
+def clipped(text: object) -> str:
+    """Text, cut."""
+    text = str(text)
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."

@@ -1,0 +1,293 @@
+"""The engine's thread: tokens come through, cancelled requests end within a step, faults are told and survived."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from live_server import engine_config
+from tiny_model import TinyModel
+
+from slora_jax import Engine, RequestOutput, SamplingParams
+from slora_jax.errors import RequestError
+from slora_jax.serving.engine_loop import EngineLoop, Health
+from slora_jax.serving.errors import ApiError
+from slora_jax.serving.mailbox import Mailbox
+
+LONG = SamplingParams(max_tokens=80, ignore_eos=True)
+
+
+class Borrowed:
+    """An engine that several loops use in turn: closing it only ends its requests."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def close(self) -> None:
+        for request_id in list(self._engine._requests.progress):
+            self._engine.cancel(request_id)
+        while self._engine.has_work():
+            self._engine.step()
+
+
+class Heard:
+    """A listener that remembers."""
+
+    def __init__(self) -> None:
+        self.outputs: list[RequestOutput] = []
+        self.health: list[Health] = []
+        self.faults: list[BaseException] = []
+
+    def finished(self, output: RequestOutput) -> None:
+        self.outputs.append(output)
+
+    def health_changed(self, health: Health) -> None:
+        self.health.append(health)
+
+    def fault(self, error: BaseException) -> None:
+        self.faults.append(error)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: TinyModel) -> Iterator[Engine]:
+    with Engine(tiny.config, tiny.graphdef, tiny.params, engine_config()) as engine:
+        yield engine
+        engine.check()
+        stats = engine.stats()
+        assert stats.pages["kv"] == 0 and stats.running == stats.waiting == 0
+
+
+@asynccontextmanager
+async def looping(engine: Engine, heard: Heard | None = None, stall_seconds: float = 60) -> Any:
+    loop = EngineLoop(lambda: Borrowed(engine), heard or Heard(), stall_seconds=stall_seconds)  # type: ignore[arg-type,return-value]
+    loop.start()
+    await until(lambda: loop.health is not Health.STARTING)
+    try:
+        yield loop
+    finally:
+        await loop.stop()
+
+
+async def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+async def finish(mailbox: Mailbox) -> tuple[list[int], RequestOutput]:
+    tokens: list[int] = []
+    while True:
+        arrived = (await mailbox.take())[0]
+        tokens += arrived.token_ids
+        if arrived.output is not None:
+            return tokens, arrived.output
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(scenario(), 120))  # type: ignore[arg-type]
+
+
+def submit(loop: EngineLoop, prompt: list[int], params: SamplingParams = LONG) -> tuple[str, Mailbox]:
+    mailbox = Mailbox()
+    return loop.submit(prompt, params, None, "", mailbox, 0), mailbox
+
+
+class Trap:
+    """Replaces a method: the calls in `failing` (counted from 1) raise, and all are let through by `gate`."""
+
+    def __init__(self, method: Callable, failing: Callable[[int], bool]) -> None:
+        self._method, self._failing = method, failing
+        self.calls = 0
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls += 1
+        self.gate.wait()
+        if self._failing(self.calls):
+            raise RuntimeError("the device is on fire")
+        return self._method(*args)
+
+
+@pytest.fixture
+def trap(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trap]:
+    def set_trap(name: str, failing: Callable[[int], bool] = lambda call: False) -> Trap:
+        made = Trap(getattr(engine._runner, name), failing)
+        monkeypatch.setattr(engine._runner, name, made)
+        return made
+
+    return set_trap
+
+
+def test_many_sequences_get_the_tokens_that_generate_gives(engine) -> None:
+    prompts = [[5 + i, 7, 9 + 3 * i] for i in range(24)]
+    params = [SamplingParams(max_tokens=4 + i, temperature=0.7 * (i % 2), seed=i) for i in range(24)]
+    expected = engine.generate(prompts, params)
+
+    async def scenario() -> None:
+        heard = Heard()
+        async with looping(engine, heard) as loop:
+            boxes = [submit(loop, *one)[1] for one in zip(prompts, params, strict=True)]
+            for box, output in zip(boxes, expected, strict=True):
+                tokens, last = await finish(box)
+                assert tokens == last.token_ids == output.token_ids and last.text == output.text
+            assert loop.num_unfinished == 0
+        assert len(heard.outputs) == 24 and heard.health == [Health.READY, Health.STOPPED] and not heard.faults
+
+    run(scenario)
+
+
+def test_a_refused_sequence_fails_its_own_mailbox_only(engine) -> None:
+    async def scenario() -> None:
+        async with looping(engine) as loop:
+            _, good = submit(loop, [1, 2, 3], SamplingParams(max_tokens=3, ignore_eos=True))
+            _, bad = submit(loop, [1] * 500)
+            with pytest.raises(RequestError, match="500 tokens"):
+                await bad.take()
+            assert len((await finish(good))[0]) == 3
+
+    run(scenario)
+
+
+def test_a_cancelled_sequence_runs_no_further_step(engine, trap) -> None:
+    dispatch = trap("dispatch")
+
+    async def scenario() -> None:
+        async with looping(engine) as loop:
+            request_id, mailbox = submit(loop, [4, 5, 6])
+            await mailbox.take()
+            await mailbox.take()
+            dispatch.gate.clear()  # the step being dispatched, or the next one, waits here
+            calls = dispatch.calls
+            await until(lambda: dispatch.calls > calls or loop._step_began is not None)
+            loop.cancel([request_id])
+            dispatch.gate.set()
+            stats = await loop.call(lambda engine: engine.stats())
+            assert stats.running == 0 and stats.pages["kv"] == 0
+            assert dispatch.calls <= calls + 1, "steps ran after the one during which it was cancelled"
+            assert loop.num_unfinished == 0
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("place", ["dispatch", "read"])
+def test_a_failed_step_fails_what_it_touched_and_nothing_else(engine, trap, place) -> None:
+    async def scenario() -> None:
+        heard = Heard()
+        async with looping(engine, heard) as loop:
+            made = trap(place, lambda call: call == 6)
+            running = [submit(loop, [3 + i, 4]) for i in range(16)]  # all that can run at once
+            await running[0][1].take()
+            waiting = [submit(loop, [50 + i], SamplingParams(max_tokens=3, ignore_eos=True)) for i in range(3)]
+            for _, mailbox in running:
+                with pytest.raises(ApiError) as raised:
+                    while True:
+                        await mailbox.take()
+                assert raised.value.status_code == 500 and "on fire" in raised.value.detail
+            assert made.calls >= 6
+            for _, mailbox in waiting:
+                assert len((await finish(mailbox))[0]) == 3
+            await until(lambda: loop.health is Health.READY)
+            assert heard.health[:3] == [Health.READY, Health.RECOVERING, Health.READY] and len(heard.faults) == 1
+            assert len((await finish(submit(loop, [9])[1]))[0]) == 80
+            await loop.call(lambda engine: engine.check())
+
+    run(scenario)
+
+
+def test_while_it_recovers_nothing_is_taken(engine, trap) -> None:
+    async def scenario() -> None:
+        async with looping(engine) as loop:
+            dispatch = trap("dispatch", lambda call: call == 3)
+            submit(loop, [3, 4])
+            await until(lambda: loop.health is Health.RECOVERING)
+            dispatch.gate.clear()
+            if loop.health is Health.RECOVERING:  # the probe waits at the gate
+                with pytest.raises(ApiError, match="recovers") as raised:
+                    loop.check_ready()
+                assert raised.value.status_code == 503 and "Retry-After" in raised.value.headers
+            dispatch.gate.set()
+            await until(lambda: loop.health is Health.READY)
+            loop.check_ready()
+
+    run(scenario)
+
+
+def test_an_engine_that_does_not_recover_is_dead_and_says_so(engine, trap) -> None:
+    async def scenario() -> None:
+        heard = Heard()
+        async with looping(engine, heard) as loop:
+            trap("dispatch", lambda call: call >= 3)
+            boxes = [submit(loop, [3 + i])[1] for i in range(20)]
+            for mailbox in boxes:
+                with pytest.raises(ApiError) as raised:
+                    while True:
+                        await mailbox.take()
+                assert raised.value.status_code in (500, 503) and "on fire" in raised.value.detail
+            await until(lambda: loop.health is Health.DEAD)
+            with pytest.raises(ApiError, match="dead"):
+                loop.check_ready()
+            with pytest.raises(ApiError, match="dead"):
+                await loop.call(lambda engine: None)
+            await until(lambda: heard.health[-1] is Health.DEAD)
+            assert heard.faults
+
+    run(scenario)
+
+
+def test_a_step_that_hangs_is_noticed_and_survived(engine, trap) -> None:
+    async def scenario() -> None:
+        heard = Heard()
+        async with looping(engine, heard, stall_seconds=0.4) as loop:
+            dispatch = trap("dispatch")
+            _, mailbox = submit(loop, [3, 4])
+            await mailbox.take()
+            dispatch.gate.clear()
+            with pytest.raises(ApiError, match="stall_seconds"):
+                while True:
+                    await mailbox.take()
+            assert loop.health is Health.STALLED and loop.num_unfinished == 0
+            with pytest.raises(ApiError, match="does not come back"):
+                loop.check_ready()
+            dispatch.gate.set()
+            await until(lambda: loop.health is Health.READY)
+            assert len((await finish(submit(loop, [9])[1]))[0]) == 80
+        assert heard.health == [Health.READY, Health.STALLED, Health.RECOVERING, Health.READY, Health.STOPPED]
+
+    run(scenario)
+
+
+def test_an_engine_that_cannot_be_built_is_dead() -> None:
+    def build() -> Engine:
+        raise RuntimeError("no weights")
+
+    async def scenario() -> None:
+        heard = Heard()
+        loop = EngineLoop(build, heard, stall_seconds=60)
+        loop.start()
+        await until(lambda: loop.health is Health.DEAD)
+        with pytest.raises(ApiError, match="no weights"):
+            loop.engine  # noqa: B018
+        await loop.stop()
+
+    run(scenario)
+
+
+def test_stopping_tells_those_that_wait(engine) -> None:
+    async def scenario() -> None:
+        async with looping(engine) as loop:
+            mailbox = submit(loop, [3, 4])[1]
+            await mailbox.take()
+        with pytest.raises(ApiError) as raised:
+            while True:
+                await mailbox.take()
+        assert raised.value.status_code == 503
+
+    run(scenario)

@@ -1,0 +1,252 @@
+"""The public `openai` client, unmodified: everything that it can ask for, and the engine's own tokens in answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import openai
+import pytest
+from conftest import MANAGE_KEY, SERVE_KEY
+from live_server import LiveServer
+
+from slora_jax import Engine, SamplingParams
+
+PROMPT = "List all users of the"
+TOKENS = {"extra_body": {"return_token_ids": True}}
+
+
+@pytest.fixture(scope="module")
+def client(server: LiveServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=SERVE_KEY, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def expected(reference: Engine):
+    def generate(prompt, adapter: str | None = None, **params):
+        [output] = reference.generate([prompt], SamplingParams(**params), [adapter])
+        return output
+
+    return generate
+
+
+@pytest.mark.parametrize("adapter", [None, "adapter-0", "adapter-1", "adapter-2"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_completion_has_the_engines_tokens(client, expected, adapter, temperature) -> None:
+    answer = client.completions.create(
+        model=adapter or "base", prompt=PROMPT, max_tokens=20, temperature=temperature, seed=7, **TOKENS
+    )
+    output = expected(PROMPT, adapter, max_tokens=20, temperature=temperature, seed=7)
+    [choice] = answer.choices
+    assert choice.token_ids == output.token_ids and choice.text == output.text
+    assert choice.finish_reason == output.finish_reason
+    usage = (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens)
+    prompt = len(output.prompt_token_ids)
+    assert usage == (prompt, len(output.token_ids), prompt + len(output.token_ids))
+    assert answer.model == (adapter or "base") and answer.object == "text_completion"
+
+
+def test_adapters_answer_differently(client) -> None:
+    texts = {
+        client.completions.create(model=name, prompt=PROMPT, max_tokens=20, temperature=0).choices[0].text
+        for name in ("base", "adapter-0", "adapter-1", "adapter-2")
+    }
+    assert len(texts) == 4
+
+
+@pytest.mark.parametrize("adapter", ["base", "adapter-3"])
+def test_a_streamed_completion_is_the_whole_one_in_pieces(client, adapter) -> None:
+    ask = {"model": adapter, "prompt": PROMPT, "max_tokens": 24, "temperature": 0.8, "seed": 3}
+    ask["extra_body"] = {"return_token_ids": True, "ignore_eos": True}
+    whole = client.completions.create(**ask)
+    pieces = list(client.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+    *parts, last = pieces
+    assert "".join(part.choices[0].text for part in parts) == whole.choices[0].text
+    assert [token for part in parts for token in part.choices[0].token_ids] == whole.choices[0].token_ids
+    assert len(parts) > 5, "it came all at once"
+    assert [part.choices[0].finish_reason for part in parts[:-1]] == [None] * (len(parts) - 1)
+    assert parts[-1].choices[0].finish_reason == "length"
+    assert not last.choices and last.usage.completion_tokens == 24
+    assert len({piece.id for piece in pieces}) == 1
+
+
+def test_several_prompts_and_choices_come_in_order(client, expected) -> None:
+    prompts = ["One", "Two and three"]
+    answer = client.completions.create(
+        model="adapter-1", prompt=prompts, n=2, max_tokens=9, temperature=1.0, seed=2**32 - 1, **TOKENS
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    for choice, (prompt, seed) in zip(answer.choices, [(p, s) for p in prompts for s in (2**32 - 1, 0)], strict=True):
+        output = expected(prompt, "adapter-1", max_tokens=9, temperature=1.0, seed=seed)
+        assert choice.token_ids == output.token_ids
+    assert answer.usage.completion_tokens == sum(len(choice.token_ids) for choice in answer.choices)
+
+
+def test_streams_of_several_choices_are_told_apart(client) -> None:
+    ask = {"model": "adapter-1", "prompt": ["One", "Two"], "n": 2, "max_tokens": 12, "seed": 5}
+    whole = client.completions.create(**ask)
+    texts = ["", "", "", ""]
+    for piece in client.completions.create(**ask, stream=True):
+        texts[piece.choices[0].index] += piece.choices[0].text
+    assert texts == [choice.text for choice in whole.choices]
+
+
+def test_token_ids_are_a_prompt_too(client, expected) -> None:
+    ids = [5, 300, 17, 42]
+    answer = client.completions.create(model="adapter-2", prompt=ids, max_tokens=6, temperature=0, **TOKENS)
+    assert answer.choices[0].token_ids == expected(ids, "adapter-2", max_tokens=6).token_ids
+    assert answer.usage.prompt_tokens == 4
+
+
+def test_a_stop_string_ends_the_text_before_it(client, expected) -> None:
+    text = expected(PROMPT, None, max_tokens=40, temperature=1.0, seed=1).text
+    stop = text[len(text) // 2 :][:2]
+    answer = client.completions.create(
+        model="base", prompt=PROMPT, max_tokens=40, temperature=1.0, seed=1, stop=[stop, "never this"]
+    )
+    assert answer.choices[0].text == text[: text.index(stop)] and answer.choices[0].finish_reason == "stop"
+
+
+def test_echo_puts_the_prompt_first(client) -> None:
+    ask = {"model": "base", "prompt": PROMPT, "max_tokens": 5, "temperature": 0}
+    text = client.completions.create(**ask).choices[0].text
+    assert client.completions.create(**ask, echo=True).choices[0].text == PROMPT + text
+    assert "".join(p.choices[0].text for p in client.completions.create(**ask, echo=True, stream=True)) == PROMPT + text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_completion_logprobs_are_the_engines(client, expected, stream) -> None:
+    ask = {"model": "adapter-0", "prompt": PROMPT, "max_tokens": 6, "temperature": 0, "logprobs": 3}
+    output = expected(PROMPT, "adapter-0", max_tokens=6, logprobs=3)
+    answers = client.completions.create(**ask, stream=True) if stream else [client.completions.create(**ask)]
+    parts = [answer.choices[0].logprobs for answer in answers]
+    chosen = [value for part in parts for value in part.token_logprobs]
+    assert chosen == pytest.approx([one.logprob for one in output.logprobs], abs=1e-5)
+    best = [max(values.values()) for part in parts for values in part.top_logprobs]
+    assert best == pytest.approx([one.top[0][1] for one in output.logprobs], abs=1e-5)
+    assert "".join(token for part in parts for token in part.tokens) or output.text == ""
+
+
+MESSAGES = [{"role": "system", "content": "You answer briefly."}, {"role": "user", "content": "Who are you?"}]
+
+
+def test_a_chat_goes_through_the_models_template(client, expected, reference) -> None:
+    answer = client.chat.completions.create(
+        model="adapter-4", messages=MESSAGES, max_completion_tokens=15, temperature=0.7, seed=11, **TOKENS
+    )
+    text = reference.tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    ids = reference.tokenizer(text, add_special_tokens=False)["input_ids"]
+    output = expected(ids, "adapter-4", max_tokens=15, temperature=0.7, seed=11)
+    [choice] = answer.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", output.text)
+    assert choice.token_ids == output.token_ids and choice.finish_reason == output.finish_reason
+    assert answer.usage.prompt_tokens == len(ids) and answer.object == "chat.completion"
+
+
+def test_a_streamed_chat_is_the_whole_one_in_pieces(client) -> None:
+    ask = {"model": "adapter-4", "messages": MESSAGES, "max_tokens": 15, "temperature": 0.7, "seed": 11, "n": 2}
+    whole = client.chat.completions.create(**ask)
+    texts, roles, reasons = ["", ""], {}, {}
+    for piece in client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
+        if not piece.choices:
+            assert piece.usage == whole.usage.model_copy(
+                update={"prompt_tokens_details": piece.usage.prompt_tokens_details}
+            )
+            continue
+        [choice] = piece.choices
+        texts[choice.index] += choice.delta.content or ""
+        if choice.delta.role:
+            roles[choice.index] = choice.delta.role
+        if choice.finish_reason:
+            reasons[choice.index] = choice.finish_reason
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert roles == {0: "assistant", 1: "assistant"}
+    assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
+
+
+def test_the_clients_own_stream_helper_works(client) -> None:
+    with client.chat.completions.stream(model="base", messages=MESSAGES, max_tokens=8, temperature=0) as stream:
+        text = "".join(event.delta for event in stream if event.type == "content.delta")
+    whole = client.chat.completions.create(model="base", messages=MESSAGES, max_tokens=8, temperature=0)
+    assert text == whole.choices[0].message.content
+
+
+def test_chat_logprobs_are_the_engines(client, expected, reference) -> None:
+    answer = client.chat.completions.create(
+        model="base", messages=MESSAGES, max_tokens=5, temperature=0, logprobs=True, top_logprobs=2
+    )
+    text = reference.tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    ids = reference.tokenizer(text, add_special_tokens=False)["input_ids"]
+    output = expected(ids, None, max_tokens=5, logprobs=2)
+    values = answer.choices[0].logprobs.content
+    assert [one.logprob for one in values] == pytest.approx([one.logprob for one in output.logprobs], abs=1e-5)
+    assert all(len(one.top_logprobs) == 2 for one in values)
+
+
+def test_models_are_the_base_and_the_adapters(client) -> None:
+    names = [model.id for model in client.models.list()]
+    assert names[0] == "base" and {f"adapter-{i}" for i in range(12)} <= set(names)
+    assert client.models.retrieve("adapter-3").id == "adapter-3"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("adapter-333")
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "words"),
+    [
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"temperature": -0.5}, "temperature", "temperature=-0.5"),
+        ({"temperature": "hot"}, "temperature", "'hot'"),
+        ({"n": 1000}, "n", "n=1000"),
+        ({"prompt": ""}, "prompt", "no tokens"),
+        ({"prompt": [1, 999999]}, "prompt", "999999"),
+        ({"prompt": [[1, 2], []]}, "prompt.1", "at least 1 item"),
+        ({"prompt": ["x", 2]}, "prompt.1", "2"),
+        ({"prompt": [5] * 200}, "prompt", "max_model_len=96"),
+        ({"prompt": "x", "stop": [""]}, "stop.0", "at least 1 character"),
+        ({"logprobs": 50}, "logprobs", "less than or equal to 20"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "frequency_penalty=0.5"),
+        ({"extra_body": {"guided_json": {}}}, "guided_json", "unknown field"),
+        ({"echo": True, "logprobs": 1}, None, "echo does not go with logprobs"),
+        ({"best_of": 4}, None, "best_of must equal n"),
+        ({"prompt": ["a"] * 200}, "n", "one request may have"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_wrong_field_is_named(client, changes, param, words) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.completions.create(**{"model": "base", "prompt": PROMPT} | changes)
+    assert raised.value.param == param and words in raised.value.message, raised.value.message
+    assert raised.value.type == "invalid_request_error"
+
+
+def test_an_unknown_model_is_404_and_names_the_nearest(client) -> None:
+    with pytest.raises(openai.NotFoundError, match="adapter-1") as raised:
+        client.completions.create(model="adaptor-1", prompt=PROMPT)
+    assert raised.value.code == "model_not_found" and raised.value.param == "model"
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[], [{"role": "user", "content": 3}], [{"content": "x"}], [{"role": "user", "content": [{"type": "image_url"}]}]],
+    ids=["none", "number", "no-role", "image"],
+)
+def test_messages_that_are_none_are_refused(client, messages) -> None:
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="base", messages=messages)
+
+
+def test_keys_and_rights(server, client, files) -> None:
+    for key in ("wrong", "", "sk-servex"):
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key or "x", max_retries=0) as stranger:
+            with pytest.raises(openai.AuthenticationError) as raised:
+                stranger.completions.create(model="base", prompt=PROMPT)
+            assert raised.value.code == "invalid_api_key"
+            with pytest.raises(openai.AuthenticationError):
+                stranger.models.list()
+    load = {"lora_name": "mine", "lora_path": str(files.adapters / "adapter-1")}
+    status, answer = server.post("/v1/load_lora_adapter", load, SERVE_KEY)
+    assert status == 403 and answer["error"]["type"] == "permission_error" and "manage" in answer["error"]["message"]
+    assert server.post("/v1/load_lora_adapter", load)[0] == 401
+    assert server.get("/metrics")[0] == 401 and server.get("/health")[0] == 200
+    assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 1}, MANAGE_KEY)[0] == 200
