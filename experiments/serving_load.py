@@ -22,8 +22,11 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import numpy as np
@@ -32,7 +35,7 @@ from tqdm import tqdm
 
 from experiments.machine import provenance
 from experiments.serving.answers import Answers, different_tokens
-from experiments.serving.processes import Server, child, finish, serving
+from experiments.serving.processes import Server, child, clients, finish, serving
 from experiments.serving.soak import IN_USE, WATCHED, Watch, growth
 from experiments.serving.traffic import Traffic, make_requests, write_requests
 from slora_jax.adapters import random_adapter, write_peft
@@ -42,7 +45,6 @@ from slora_jax.engine.runner import adapter_geometry
 from slora_jax.models import ModelConfig
 
 RESULT = Path("experiments/results/serving_load.json")
-LOCUSTFILE = Path(__file__).parent / "serving" / "locustfile.py"
 IDLE_SECONDS = 5.0
 """After the last answer of the soak, for what is looked at every second to be seen."""
 GOAL = 0.9
@@ -62,7 +64,7 @@ class Settings:
     traffic: Traffic
     engine: dict[str, Any]
     users: int = 64
-    warm_up: int = 128
+    warm_up: int = 64
     rounds: int = 3
     soak_seconds: float = 240.0
     seed: int = 0
@@ -73,8 +75,8 @@ FULL = Settings(
     widths=Widths(hidden=512, heads=8, kv_heads=8, ffn=1376),
     adapters=500,
     ranks=(4, 8, 16, 32),
-    traffic=Traffic(requests=512, prompt_low=16, prompt_high=128, output_low=16, output_high=112),
-    engine={"dtype": "float32", "num_pages": 2400, "max_seqs": 64, "max_tokens_per_step": 256, "max_model_len": 256,
+    traffic=Traffic(requests=384, prompt_low=16, prompt_high=128, output_low=16, output_high=112),
+    engine={"dtype": "float32", "num_pages": 1600, "max_seqs": 64, "max_tokens_per_step": 256, "max_model_len": 256,
             "max_rank": 32, "decode_buckets": [64], "mixed_buckets": [256]},
 )  # fmt: skip
 
@@ -86,6 +88,27 @@ QUICK = Settings(
     users=8, warm_up=16, rounds=1, soak_seconds=3.0,
 )  # fmt: skip
 """The same in seconds, to see that it runs; its numbers mean nothing."""
+
+
+COUNTED = {
+    "steps": "engine_steps",
+    "tokens_generated": "generated_tokens",
+    "adapter_loads": "adapter_loads",
+    "adapter_evictions": "adapter_evictions",
+    "preemptions": "preemptions",
+}
+"""Fields of `EngineStats`, and the server's names for them."""
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Of an engine, the warm-up included."""
+
+    steps: float
+    tokens: float
+    adapter_loads: float
+    adapter_evictions: float
+    preemptions: float
 
 
 class Bench:
@@ -124,22 +147,25 @@ class Bench:
         ):
             write_requests(self._file(name), make_requests(traffic, names, vocab, seed))
 
-    def alone(self) -> tuple[Answers, dict[str, float]]:
-        """The engine's answers to all requests, and what its counters grew by."""
+    def alone(self) -> tuple[Answers, Counters]:
+        """The engine's answers to all requests."""
         stats = self.directory / "stats.json"
         files = (self.model, self.adapters, self.config, self._file("warm_up"), self._file("requests"))
         command = [sys.executable, "-m", "experiments.serving.offline", *map(str, (*files, self._answers, stats))]
         with child([*command, "--users", str(self.settings.users)]) as process:
             finish(process, "the engine alone")
-        return self._take_answers(), json.loads(stats.read_text())
+        counted = json.loads(stats.read_text())
+        return self._take_answers(), Counters(*(counted[name] for name in COUNTED))
 
-    def served(self) -> Answers:
+    def served(self) -> tuple[Answers, Counters]:
         """What the clients of a server got."""
         with self._serving() as server:
             with self._locust(server) as locust:
                 finish(locust, "locust")
+            time.sleep(IDLE_SECONDS)
+            counted = server.metrics()
             server.stop()
-        return self._take_answers()
+        return self._take_answers(), Counters(*(counted[f"slora_{name}_total"][()] for name in COUNTED.values()))
 
     def soak(self) -> tuple[Answers, Watch, dict[str, int]]:
         """What the clients of a server got in minutes, the server meanwhile, and its pool after them."""
@@ -153,19 +179,13 @@ class Bench:
             server.stop()
         return self._take_answers(), watch, pages
 
-    def _serving(self) -> Any:
+    def _serving(self) -> AbstractContextManager[Server]:
         arguments = [str(self.model), "--adapters", str(self.adapters), "--config", str(self.config)]
         return serving(arguments, self._log)
 
-    def _locust(self, server: Server, for_seconds: float = 0.0) -> Any:
-        users = str(self.settings.users)
-        options: dict[str, Any] = {
-            "users": users, "spawn-rate": users, "host": server.url, "server": server.pid, "for-seconds": for_seconds,
-            "warm-up": self._file("warm_up"), "requests": self._file("requests"), "answers": self._answers,
-            "loglevel": "ERROR", "stop-timeout": 10,
-        }  # fmt: skip
-        given = [f"--{name}={value}" for name, value in options.items()]
-        return child([sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary", *given])
+    def _locust(self, server: Server, for_seconds: float = 0.0) -> AbstractContextManager[Popen]:
+        files = (self._file("warm_up"), self._file("requests"), self._answers)
+        return clients(server.url, server.pid, self.settings.users, *files, for_seconds)
 
     def _take_answers(self) -> Answers:
         found = Answers.read(self._answers)
@@ -190,8 +210,7 @@ def compare(settings: Settings, directory: Path) -> dict[str, Any]:
         "command": "python -m experiments.serving_load",
         "settings": asdict(settings),
         "provenance": provenance(("jax", "jaxlib", "numpy", "fastapi", "uvicorn", "uvloop", "httptools", "locust")),
-        "median": {side: _medians([one[side] for one in rounds]) for side in ("alone", "served")}
-        | {"ratio": statistics.median(one["ratio"] for one in rounds)},
+        "median": _medians(rounds),
         "rounds": rounds,
     }
     if settings.soak_seconds:
@@ -199,22 +218,17 @@ def compare(settings: Settings, directory: Path) -> dict[str, Any]:
     return results
 
 
-def _round(alone: Answers, counters: dict[str, float], served: Answers) -> dict[str, Any]:
-    sides = {"alone": _side(alone), "served": _side(served)}
-    steps = {"steps": counters["steps"], "seconds_per_step": round(alone.seconds / counters["steps"], 5)}
-    sides["alone"] |= steps | {
-        "host_seconds_per_step": round(counters["host_seconds"] / counters["steps"], 6),
-        "adapter_loads": counters["adapter_loads"],
-    }
+def _round(alone: Answers, alone_counted: Counters, served: Answers, served_counted: Counters) -> dict[str, Any]:
+    sides = {"alone": _side(alone, alone_counted), "served": _side(served, served_counted)}
     return sides | {
         "ratio": round(sides["served"]["goodput"] / sides["alone"]["goodput"], 4),
         "requests_with_different_tokens": different_tokens(alone, served),
     }
 
 
-def _side(found: Answers) -> dict[str, Any]:
+def _side(found: Answers, counted: Counters | None = None) -> dict[str, Any]:
     """Goodput in tokens per second; latencies in seconds as p50 and p99; CPU time as a share of that of all cores, and
-    in microseconds a token."""
+    in microseconds a token. A step's tokens and seconds are means."""
     assert found.cpu is not None
     cpu, cores = found.cpu, len(psutil.Process().cpu_affinity())
     used = {
@@ -227,8 +241,9 @@ def _side(found: Answers) -> dict[str, Any]:
         "first_token": [answer.first_token for _, answer in found.answered],
         "last_token": [answer.last_token for _, answer in found.answered],
     }
-    return {
-        "goodput": round(found.tokens / found.seconds, 2),
+    goodput = found.tokens / found.seconds
+    side = {
+        "goodput": round(goodput, 2),
         "seconds": round(found.seconds, 2),
         "requests": len(found.answered),
         "tokens": found.tokens,
@@ -239,10 +254,35 @@ def _side(found: Answers) -> dict[str, Any]:
             name: round(1e6 * seconds / found.tokens, 1) for name, seconds in used.items() if name != "others"
         },
     }
+    if counted is None:
+        return side
+    per_step = counted.tokens / counted.steps
+    return side | {
+        "tokens_per_step": round(per_step, 2),
+        "seconds_per_step": round(per_step / goodput, 5),
+        "counters_with_warm_up": asdict(counted),
+    }
 
 
-def _medians(sides: list[dict[str, Any]]) -> dict[str, float]:
-    return {"goodput": statistics.median(side["goodput"] for side in sides)}
+def _medians(rounds: list[dict[str, Any]]) -> dict[str, float]:
+    """Also what the server and its clients cost beside the engine, in microseconds of CPU time a token."""
+
+    def median(value: Callable[[dict[str, Any]], float]) -> float:
+        return round(statistics.median(map(value, rounds)), 4)
+
+    def cpu(side: str, name: str) -> float:
+        return median(lambda one: one[side]["cpu_microseconds_per_token"][name])
+
+    return {
+        "goodput_alone": median(lambda one: one["alone"]["goodput"]),
+        "goodput_served": median(lambda one: one["served"]["goodput"]),
+        "ratio": median(lambda one: one["ratio"]),
+        "event_loop_microseconds_per_token": cpu("served", "of_it_main_thread"),
+        "client_microseconds_per_token": cpu("served", "client"),
+        "server_process_over_engine_alone_microseconds_per_token": round(
+            cpu("served", "engine_process") - cpu("alone", "engine_process"), 1
+        ),
+    }
 
 
 def _soak(found: Answers, watch: Watch, idle: dict[str, int], settings: Settings) -> dict[str, Any]:
@@ -267,13 +307,13 @@ def _print(results: dict[str, Any]) -> None:
         )
     median = results["median"]
     print(
-        f"  median          {median['alone']['goodput']:9.1f} {median['served']['goodput']:9.1f}"
+        f"  median          {median['goodput_alone']:9.1f} {median['goodput_served']:9.1f}"
         f" {median['ratio']:9.3f}   (goal: {GOAL})"
     )
     last = results["rounds"][-1]
     for side in ("alone", "served"):
         print(f"CPU, {side} (last round): {last[side]['cpu_share']} of all cores")
-    print(f"CPU microseconds a token, served: {last['served']['cpu_microseconds_per_token']}")
+    print("CPU microseconds a token:", {name: value for name, value in median.items() if "microseconds" in name})
     if (soak := results.get("soak")) is not None:
         print(f"soak: {soak['requests']} requests in {soak['seconds']:.0f} s, {len(soak['failures'])} failures")
         for name in WATCHED:

@@ -11,9 +11,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+from prometheus_client.parser import text_string_to_metric_families
+
+LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 SERVE = (sys.executable, "-c", "from slora_jax.cli import main; raise SystemExit(main())", "serve")
 
 
@@ -33,6 +36,18 @@ def child(command: Sequence[str], log: Path | None = None) -> Iterator[subproces
         if process.poll() is None:
             process.kill()
         process.wait()
+
+
+def clients(
+    url: str, pid: int, users: int, warm_up: Path, requests: Path, answers: Path, for_seconds: float = 0.0
+) -> AbstractContextManager[subprocess.Popen]:
+    """locust over `locustfile.py`. pid: the server's. The files as in `traffic` and `answers`."""
+    options: dict[str, object] = {
+        "users": users, "spawn-rate": users, "host": url, "server": pid, "warm-up": warm_up, "requests": requests,
+        "answers": answers, "for-seconds": for_seconds, "loglevel": "ERROR", "exit-code-on-error": 0,
+    }  # fmt: skip
+    given = [f"--{name}={value}" for name, value in options.items()]
+    return child([sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary", *given])
 
 
 def finish(process: subprocess.Popen, what: str) -> None:
@@ -70,6 +85,14 @@ class Server:
         with urllib.request.urlopen(self.url + path, timeout=30) as response:
             text: str = response.read().decode()
             return text
+
+    def metrics(self) -> dict[str, dict[tuple[str, ...], float]]:
+        """What /metrics says, by name and by the values of the labels."""
+        found: dict[str, dict[tuple[str, ...], float]] = {}
+        for family in text_string_to_metric_families(self.get("/metrics")):
+            for sample in family.samples:
+                found.setdefault(sample.name, {})[tuple(sample.labels.values())] = sample.value
+        return found
 
     def signal(self, number: int) -> None:
         self._process.send_signal(number)

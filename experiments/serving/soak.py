@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
 
 from experiments.serving.processes import Server
 
@@ -59,10 +58,7 @@ class Watch:
 
 def pool_pages(server: Server) -> dict[str, int]:
     """Pages of the pool by kind, as its engine has counted them a moment ago."""
-    for family in text_string_to_metric_families(server.get("/metrics")):
-        if family.name == "slora_pool_pages":
-            return {sample.labels["kind"]: int(sample.value) for sample in family.samples}
-    raise RuntimeError("/metrics has no slora_pool_pages")
+    return {kind: int(count) for (kind,), count in server.metrics()["slora_pool_pages"].items()}
 
 
 def growth(samples: Sequence[Sample], skip: float = 1 / 3) -> dict[str, Any]:
