@@ -23,11 +23,7 @@ def prompt_ids(prompt: Prompt, tokenizer: Any, vocab_size: int, max_model_len: i
     if isinstance(prompt, str):
         if tokenizer is None:
             raise RequestError("the prompt is a string, but the model directory has no tokenizer: pass token ids")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(f"the prompt is no valid Unicode: {error.reason}, at character {error.start}") from None
-        ids = tokenizer(prompt)["input_ids"]
+        ids = text_ids(prompt, tokenizer, max_model_len)
     elif is_ids(prompt) or not len(prompt):
         ids = [int(token) for token in prompt]
     else:
@@ -42,6 +38,29 @@ def prompt_ids(prompt: Prompt, tokenizer: Any, vocab_size: int, max_model_len: i
             f"the prompt has {len(ids)} tokens; with max_model_len={max_model_len} at most {max_model_len - 1} leave "
             "room for an answer"
         )
+    return ids
+
+
+def text_ids(text: str, tokenizer: Any, max_model_len: int, **options: Any) -> list[int]:
+    """A text's tokens. options: the tokenizer's.
+
+    Raises:
+      RequestError: half a surrogate pair; a beginning that alone has twice the tokens that fit: the tokens of megabytes
+        would take seconds, and hundreds of times the text's memory.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the prompt is no valid Unicode: {error.reason}, at character {error.start}") from None
+    beginning = text[: 8 * max_model_len]
+    if len(beginning) < len(text):
+        least = len(tokenizer(beginning, **options)["input_ids"])
+        if least > 2 * max_model_len:
+            raise RequestError(
+                f"the prompt has {len(text)} characters, the first {len(beginning)} of which are {least} tokens; with "
+                f"max_model_len={max_model_len} at most {max_model_len - 1} leave room for an answer"
+            )
+    ids: list[int] = tokenizer(text, **options)["input_ids"]
     return ids
 
 

@@ -58,12 +58,13 @@ class AdapterRoots:
 
 
 def adapters_in(root: Path) -> dict[str, Version]:
-    """The adapter directories in `root` by name. Those that vanish meanwhile are left out."""
+    """The adapter directories in `root` by name. Those that vanish meanwhile are left out, and names that do not print,
+    which no client could send."""
     found = {}
     with os.scandir(root) as entries:
         for entry in entries:
             version = version_of(Path(entry.path))
-            if any(version) and not entry.name.startswith("."):
+            if any(version) and not entry.name.startswith(".") and entry.name.isprintable():
                 found[entry.name] = version
     return dict(sorted(found.items()))
 

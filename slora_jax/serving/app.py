@@ -12,16 +12,18 @@ from starlette.responses import Response
 
 from slora_jax.engine import Engine
 from slora_jax.serving import adapter_endpoints, endpoints, errors, page_endpoints
+from slora_jax.serving.access import Access
 from slora_jax.serving.engine_loop import Health
 from slora_jax.serving.errors import JsonResponse
 from slora_jax.serving.limits import Gate
+from slora_jax.serving.schemas import DocumentedApp, EngineHealth, Readiness, answers, errors_of
 from slora_jax.serving.service import MayLook, Service, service_of
 from slora_jax.serving.settings import ServerSettings
 
 probes = APIRouter()
 
 
-@probes.get("/health")
+@probes.get("/health", responses=answers(EngineHealth) | {503: {"model": EngineHealth}})
 async def health(request: Request) -> Response:
     """Whether the process is worth keeping: 503 if its engine is dead or a step does not come back."""
     loop = service_of(request).loop
@@ -29,14 +31,14 @@ async def health(request: Request) -> Response:
     return JsonResponse({"status": str(loop.health), "error": loop.error and repr(loop.error)}, status)
 
 
-@probes.get("/metrics")
+@probes.get("/metrics", response_class=Response, responses=errors_of(401) | {200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request, client: MayLook) -> Response:
     """For Prometheus."""
     text, content_type = await asyncio.to_thread(service_of(request).metrics.render)
     return Response(text, media_type=content_type)
 
 
-@probes.get("/ready")
+@probes.get("/ready", responses=answers(Readiness) | {503: {"model": Readiness}})
 async def ready(request: Request) -> Response:
     """Whether requests are taken: everything is loaded, compiled and warm, no fault, not stopping."""
     service = service_of(request)
@@ -55,7 +57,10 @@ def create_app(settings: ServerSettings, build: Callable[[], Engine]) -> FastAPI
         async with service.running():
             yield
 
-    app = FastAPI(title="slora-jax", version=version("slora-jax"), lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = DocumentedApp(
+        title="slora-jax", version=version("slora-jax"), lifespan=lifespan, docs_url=None, redoc_url=None
+    )
+    app.needs_key = bool(settings.api_keys)
     errors.install(app)
     for router in (endpoints.router, adapter_endpoints.router, page_endpoints.router, probes):
         app.include_router(router)
@@ -63,5 +68,5 @@ def create_app(settings: ServerSettings, build: Callable[[], Engine]) -> FastAPI
     def done(route: str | None, method: str, status: int, seconds: float) -> None:
         app.state.service.metrics.http(route, method, status, seconds)
 
-    app.add_middleware(Gate, limits=settings.limits, on_request=done)
+    app.add_middleware(Gate, limits=settings.limits, access=Access(settings.api_keys), on_request=done)
     return app

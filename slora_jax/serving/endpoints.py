@@ -2,79 +2,85 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
+from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from slora_jax.engine.arrival import text_ids
 from slora_jax.serving.access import Client
-from slora_jax.serving.errors import ApiError
+from slora_jax.serving.errors import ApiError, JsonResponse
 from slora_jax.serving.generation import Sequences, generate
 from slora_jax.serving.protocol import ChatBody, CompletionBody, Generation, StreamOptions
+from slora_jax.serving.schemas import GENERATING, ChatCompletion, Completion, Model, ModelList, answers
 from slora_jax.serving.service import MayLook, MayServe, Service, service_of
 from slora_jax.serving.shapes import ChatShape, CompletionShape, Shape
 
 router = APIRouter(prefix="/v1")
 
 
-@router.post("/completions")
+@router.post("/completions", responses=answers(Completion, *GENERATING, stream=True))
 async def completions(request: Request, client: MayServe, body: CompletionBody) -> Response:
     """Continues each prompt, `n` times."""
     service = service_of(request)
     adapter = service.open_for(body.model)
-    prompts = await service.token_ids(body.prompts)
-    each = [prompt for prompt in prompts for _ in range(body.choices)]
-    echoes = [""] * len(each)
-    if body.echo:
-        texts = [service.text(one) for one in body.prompts]
-        echoes = [text for text in texts for _ in range(body.choices)]
-    shape = CompletionShape(
-        body.model or service.settings.base_name,
-        service.token_text,
-        logprobs=body.logprobs is not None,
-        token_ids=body.return_token_ids,
-        echoes=echoes,
-    )
-    max_tokens = 16 if body.max_tokens is None else body.max_tokens
-    return await _answer(service, client, request, body, each, max_tokens, body.logprobs, shape, adapter)
+    async with AsyncExitStack() as held:
+        held.enter_context(service.shares.hold(client.name, len(body.prompts) * body.choices))
+        prompts = await service.token_ids(body.prompts)
+        each = [prompt for prompt in prompts for _ in range(body.choices)]
+        echoes = [""] * len(each)
+        if body.echo:
+            texts = [service.text(one) for one in body.prompts]
+            echoes = [text for text in texts for _ in range(body.choices)]
+        shape = CompletionShape(
+            body.model or service.settings.base_name,
+            service.token_text,
+            logprobs=body.logprobs is not None,
+            token_ids=body.return_token_ids,
+            echoes=echoes,
+        )
+        max_tokens = 16 if body.max_tokens is None else body.max_tokens
+        return await _answer(service, client, request, body, each, max_tokens, body.logprobs, shape, adapter, held)
 
 
-@router.post("/chat/completions")
+@router.post("/chat/completions", responses=answers(ChatCompletion, *GENERATING, stream=True))
 async def chat_completions(request: Request, client: MayServe, body: ChatBody) -> Response:
     """Answers a conversation, put into the model's chat template, `n` times."""
     service = service_of(request)
     adapter = service.open_for(body.model)
-    prompt = await asyncio.to_thread(_render, service, body)
-    shape = ChatShape(
-        body.model or service.settings.base_name,
-        service.token_text,
-        logprobs=bool(body.logprobs),
-        token_ids=body.return_token_ids,
-    )
-    max_tokens = body.max_completion_tokens or body.max_tokens
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return await _answer(service, client, request, body, [prompt] * body.choices, max_tokens, logprobs, shape, adapter)
+    async with AsyncExitStack() as held:
+        held.enter_context(service.shares.hold(client.name, body.choices))
+        prompts = [await service.of_text(_render, service, body)] * body.choices
+        shape = ChatShape(
+            body.model or service.settings.base_name,
+            service.token_text,
+            logprobs=bool(body.logprobs),
+            token_ids=body.return_token_ids,
+        )
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        return await _answer(service, client, request, body, prompts, max_tokens, logprobs, shape, adapter, held)
 
 
-@router.get("/models")
-async def models(request: Request, client: MayLook) -> dict[str, Any]:
+@router.get("/models", responses=answers(ModelList, 401, 503))
+async def models(request: Request, client: MayLook) -> Response:
     """The base model and every adapter."""
     service = service_of(request)
     base = service.settings.base_name
     data = [_model(base, service.started, None, {"max_model_len": service.loop.engine.max_model_len})]
     data += [_model(info.name, service.started, base, {}) for info in service.loop.engine.store.infos()]
-    return {"object": "list", "data": data}
+    return JsonResponse({"object": "list", "data": data})
 
 
-@router.get("/models/{name:path}")
-async def model(request: Request, client: MayLook, name: str) -> dict[str, Any]:
+@router.get("/models/{name:path}", responses=answers(Model, 401, 404, 503))
+async def model(request: Request, client: MayLook, name: str) -> Response:
     """One of them."""
     service = service_of(request)
     adapter = service.adapter_named(name)
     base = service.settings.base_name
-    return _model(name, service.started, None if adapter is None else base, {})
+    return JsonResponse(_model(name, service.started, None if adapter is None else base, {}))
 
 
 async def _answer(
@@ -87,12 +93,13 @@ async def _answer(
     logprobs: int | None,
     shape: Shape,
     adapter: str | None,
+    held: AsyncExitStack,
 ) -> Response:
     params = [body.sampling(index % body.choices, max_tokens, logprobs) for index in range(len(prompts))]
     tenant = client.name if service.settings.tenants == "client" else ""
     stream = (body.stream_options or StreamOptions()) if body.stream else None
     sequences = Sequences(prompts, params, adapter, tenant)
-    return await generate(request, client, sequences, shape, stream, service.loop, service.shares)
+    return await generate(request, sequences, shape, stream, service.loop, held)
 
 
 def _render(service: Service, body: ChatBody) -> list[int]:
@@ -115,9 +122,10 @@ def _render(service: Service, body: ChatBody) -> list[int]:
             add_generation_prompt=body.add_generation_prompt,
             **variables,
         )
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
     except Exception as error:
         raise ApiError(400, f"the chat template refuses the messages: {error}", param="messages") from error
+    longest = service.loop.engine.max_model_len
+    ids = text_ids(text, tokenizer, longest, add_special_tokens=False)  # the template has written them
     return service.checked(ids)
 
 

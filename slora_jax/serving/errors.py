@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,10 @@ logger = logging.getLogger("slora_jax.serving")
 
 MAX_MESSAGE = 2000
 """Characters of an error's message; the input that it quotes may be long."""
+MAX_PARAM = 200
+"""Characters of the field's name in an error; clients may make up names."""
+
+_found = reprlib.Repr(maxlevel=3, maxstring=80, maxlong=80, maxother=80)
 
 
 class ApiError(HTTPException):
@@ -42,7 +47,8 @@ class ApiError(HTTPException):
         """OpenAI's error object."""
         message = str(self.detail)
         message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ..."
-        return {"error": {"message": message, "type": self.kind, "param": self.param, "code": self.code}}
+        param = self.param and self.param[:MAX_PARAM]
+        return {"error": {"message": message, "type": self.kind, "param": param, "code": self.code}}
 
     def response(self) -> Response:
         """As HTTP."""
@@ -103,11 +109,13 @@ def install(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        message = {
-            404: f"no such path: {request.url.path}",
-            405: f"{request.url.path} does not take {request.method}",
-        }.get(error.status_code, str(error.detail))
-        return answer(request, ApiError(error.status_code, message, headers=error.headers))
+        path = request.scope["path"]
+        code, message = {
+            400: ("bad_json", "the body cannot be read: nested too deep, a number too long, or no UTF-8"),
+            404: ("no_such_path", f"no such path: {path[:MAX_PARAM]}"),
+            405: ("wrong_method", f"{path[:MAX_PARAM]} does not take {request.method}"),
+        }.get(error.status_code, (None, str(error.detail)))
+        return answer(request, ApiError(error.status_code, message, code=code, headers=error.headers))
 
     for kind in (ApiError, SloraError):
         app.add_exception_handler(kind, ours)
@@ -129,8 +137,10 @@ def _invalid(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"{field or 'the body'} is missing", code="missing_field", param=field or None)
     what = problem["msg"].removeprefix("Value error, ")
     if not field:  # fields that contradict each other, or no object at all
+        if isinstance(problem.get("input"), bytes):
+            return ApiError(400, "the body is not JSON: send Content-Type: application/json", code="not_json")
         return ApiError(400, what.replace("Input", "the body"), code="invalid_value")
-    found = repr(problem.get("input"))
+    found = _found.repr(problem.get("input"))
     found = found if len(found) <= 80 else f"{found[:80]}..."
     return ApiError(400, f"{field}={found}: {what}", code="invalid_value", param=field)
 

@@ -14,10 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from slora_jax.engine import RequestOutput
 from slora_jax.scheduling import SamplingParams
-from slora_jax.serving.access import Client
 from slora_jax.serving.engine_loop import EngineLoop
 from slora_jax.serving.errors import JsonResponse, as_api_error
-from slora_jax.serving.limits import Shares
 from slora_jax.serving.mailbox import Arrived, Mailbox
 from slora_jax.serving.protocol import StreamOptions
 from slora_jax.serving.shapes import Json, Shape, usage
@@ -39,37 +37,35 @@ class Sequences:
 
 async def generate(
     request: Request,
-    client: Client,
     sequences: Sequences,
     shape: Shape,
     stream: StreamOptions | None,
     loop: EngineLoop,
-    shares: Shares,
+    held: AsyncExitStack,
 ) -> Response:
     """Runs the sequences and answers in `shape`: as events if `stream` is not None, else when all have ended. Errors up
     to the first token are statuses; later ones are events. A client that goes away cancels its sequences.
 
+    held: what the request holds, to be given back when this returns; an answer that is a stream takes it along.
+
     Raises:
-      ApiError: the service is not ready, full, or failed; the request cannot be served.
+      ApiError: the service failed, or does not take the request.
     """
-    async with AsyncExitStack() as stack:
-        stack.enter_context(shares.hold(client.name, len(sequences.prompts)))
-        mailbox = Mailbox()
-        gone = asyncio.create_task(_until_gone(request, mailbox))
-        stack.callback(gone.cancel)
-        ids = [
-            loop.submit(prompt, params, sequences.adapter, sequences.tenant, mailbox, index)
-            for index, (prompt, params) in enumerate(zip(sequences.prompts, sequences.params, strict=True))
-        ]
-        stack.callback(loop.cancel, ids)
-        try:
-            first = await mailbox.take()
-            if stream is None:
-                return JsonResponse(await _whole(first, mailbox, len(ids), shape))
-        except ClientGoneError:
-            return Response(status_code=499)  # for the log; nobody reads it
-        events = _events(first, mailbox, len(ids), shape, stream)
-        return EventStream(events, stack.pop_all())
+    mailbox = Mailbox()
+    gone = asyncio.create_task(_until_gone(request, mailbox))
+    held.callback(gone.cancel)
+    ids = [
+        loop.submit(prompt, params, sequences.adapter, sequences.tenant, mailbox, index)
+        for index, (prompt, params) in enumerate(zip(sequences.prompts, sequences.params, strict=True))
+    ]
+    held.callback(loop.cancel, ids)
+    try:
+        first = await mailbox.take()
+        if stream is None:
+            return JsonResponse(await _whole(first, mailbox, len(ids), shape))
+    except ClientGoneError:
+        return Response(status_code=499)  # for the log; nobody reads it
+    return EventStream(_events(first, mailbox, len(ids), shape, stream), held.pop_all())
 
 
 class EventStream(Response):

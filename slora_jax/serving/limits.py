@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from slora_jax.serving.access import Access
 from slora_jax.serving.errors import ApiError, unavailable
 from slora_jax.serving.settings import Limits
 
@@ -18,16 +20,18 @@ OnRequest = Callable[[str | None, str, int, float], None]
 
 
 class Gate:
-    """Reads at most so much of a request's body, for at most so long; and reports every request."""
+    """Reads the bodies of clients that have a key, each at most so large and for at most so long, and of all of them
+    together so much; and reports every request."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, on_request: OnRequest) -> None:
-        self._app, self._limits, self._on_request = app, limits, on_request
+    def __init__(self, app: ASGIApp, limits: Limits, access: Access, on_request: OnRequest) -> None:
+        self._app, self._limits, self._access, self._on_request = app, limits, access, on_request
+        self._bodies_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status = time.perf_counter(), 0
+        start, status, body = time.perf_counter(), 0, _Body(receive, self._limits.body_seconds)
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -35,40 +39,60 @@ class Gate:
                 status = message["status"]
             await send(message)
 
+        async def receiving() -> Message:
+            if body.is_whole:
+                return await receive()  # a disconnect
+            if not body.size:
+                self._check(scope)
+            size = body.size
+            message = await body.receive()
+            self._bodies_bytes += body.size - size
+            if body.size > self._limits.body_bytes:
+                raise _too_large(self._limits)
+            if self._bodies_bytes > self._limits.bodies_bytes:
+                raise unavailable("too many large requests are under way", code="bodies_full", retry_after=1)
+            return message
+
         try:
-            declared = dict(scope["headers"]).get(b"content-length", b"0")
-            if declared.isdigit() and int(declared[:20]) > self._limits.body_bytes:
-                await _too_large(self._limits).response()(scope, receive, sending)
+            if _head_bytes(scope) > self._limits.header_bytes:
+                error = ApiError(431, "the request's head is too large (limits.header_bytes)", code="large_head")
+                await error.response()(scope, receive, sending)
             else:
-                await self._app(scope, _Body(receive, self._limits).receive, sending)
+                await self._app(scope, receiving, sending)
         finally:
+            self._bodies_bytes -= body.size
             route = getattr(scope.get("route"), "path", None)
             self._on_request(route, scope["method"], status, time.perf_counter() - start)
 
+    def _check(self, scope: Scope) -> None:
+        """Before anything of a body is read. Raises ApiError."""
+        self._access.check(Request(scope), None)
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared[:20]) > self._limits.body_bytes:
+            raise _too_large(self._limits)
+
 
 class _Body:
-    """A request's body as the app receives it."""
+    """A request's body on its way. size: bytes that have come."""
 
-    def __init__(self, receive: Receive, limits: Limits) -> None:
-        self._receive, self._limits = receive, limits
-        self._size, self._is_whole = 0, False
-        self._deadline = time.monotonic() + limits.body_seconds
+    def __init__(self, receive: Receive, seconds: float) -> None:
+        self._receive, self._seconds = receive, seconds
+        self._deadline = time.monotonic() + seconds
+        self.size, self.is_whole = 0, False
 
     async def receive(self) -> Message:
-        if self._is_whole:
-            return await self._receive()  # a disconnect
         try:
             message = await asyncio.wait_for(self._receive(), self._deadline - time.monotonic())
         except TimeoutError:
-            seconds = self._limits.body_seconds
-            raise _unread(
-                408, f"the body did not come within {seconds:g} s (limits.body_seconds)", "slow_body"
+            raise ApiError(
+                408,
+                f"the body did not come within {self._seconds:g} s (limits.body_seconds)",
+                code="slow_body",
+                headers={"Connection": "close"},
             ) from None
         if message["type"] == "http.request":
-            self._size += len(message.get("body", b""))
-            self._is_whole = not message.get("more_body", False)
-            if self._size > self._limits.body_bytes:
-                raise _too_large(self._limits)
+            self.size += len(message.get("body", b""))
+            self.is_whole = not message.get("more_body", False)
         return message
 
 
@@ -122,10 +146,12 @@ class Shares:
                 del self._held[client]
 
 
+def _head_bytes(scope: Scope) -> int:
+    fields = sum(len(name) + len(value) for name, value in scope["headers"])
+    return fields + len(scope["raw_path"]) + len(scope["query_string"])
+
+
 def _too_large(limits: Limits) -> ApiError:
-    return _unread(413, f"the body is larger than {limits.body_bytes} bytes (limits.body_bytes)", "body_too_large")
-
-
-def _unread(status: int, message: str, code: str) -> ApiError:
-    """Of a request whose body is not read to its end: nothing can follow it on this connection."""
-    return ApiError(status, message, code=code, headers={"Connection": "close"})
+    return ApiError(
+        413, f"the body is larger than {limits.body_bytes} bytes (limits.body_bytes)", code="body_too_large"
+    )

@@ -5,20 +5,49 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from slora_jax.scheduling import SamplingParams
 from slora_jax.scheduling.sampling_params import MAX_LOGPROBS
 
-Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+MAX_FIELDS = 64
+"""Of an object; more than any has."""
+MAX_PROMPTS = 4096
+MAX_MESSAGES = 10_000
+
+
+def at_most(count: int) -> BeforeValidator:
+    """Refuses a longer list or object before its items are looked at."""
+
+    def check(data: Any) -> Any:
+        if isinstance(data, list | dict) and len(data) > count:
+            raise ValueError(f"there are {len(data)} items; at most {count} can be")
+        return data
+
+    return BeforeValidator(check)
+
+
+# fail_fast: of a list with a million wrong items, one is told; complaints about all would take gigabytes.
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[list[Token], Field(fail_fast=True, min_length=1)]
 Text = Annotated[str, Field(max_length=256)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+Several = Field(min_length=1, max_length=1024, fail_fast=True)
 
 
 class Body(BaseModel):
     """Strict: no field is guessed, no text taken for a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > MAX_FIELDS:
+            raise ValueError(f"an object with {len(data)} fields; at most {MAX_FIELDS} can be")
+        return data
 
 
 class StreamOptions(Body):
@@ -45,21 +74,21 @@ class Generation(Body):
     stream_options: StreamOptions | None = None
     stop: (
         Annotated[str, Field(min_length=1, max_length=1000)]
-        | Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=16)]
+        | Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(fail_fast=True, max_length=16)]
         | None
     ) = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     top_k: int | None = Field(0, ge=-1, lt=2**31)
     min_p: float | None = Field(0.0, ge=0, le=1)
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=256)] | None = None
+    stop_token_ids: Annotated[list[Token], Field(fail_fast=True, max_length=256)] | None = None
     ignore_eos: bool = False
     return_token_ids: bool = False
     # Accepted where they change nothing:
     presence_penalty: float | None = Field(None, ge=0, le=0)
     frequency_penalty: float | None = Field(None, ge=0, le=0)
     repetition_penalty: float | None = Field(None, ge=1, le=1)
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    user: str | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    user: Annotated[str, Field(max_length=4096)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Generation:
@@ -91,7 +120,12 @@ class Generation(Body):
 class CompletionBody(Generation):
     """POST /v1/completions. `prompt`: a text, token ids, or several of either."""
 
-    prompt: str | Tokens | Annotated[list[str], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
+    prompt: (
+        str
+        | Tokens
+        | Annotated[list[str], Field(fail_fast=True, min_length=1), at_most(MAX_PROMPTS)]
+        | Annotated[list[Tokens], Field(fail_fast=True, min_length=1), at_most(MAX_PROMPTS)]
+    )
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = False
     best_of: int | None = Field(None, ge=1)
@@ -123,7 +157,7 @@ class Message(Body):
     """One of a chat. The model's template decides which roles there are."""
 
     role: Text
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True), at_most(MAX_MESSAGES)] | None = None
     name: Text | None = None
 
     def for_template(self) -> dict[str, Any]:
@@ -141,17 +175,19 @@ class ResponseFormat(Body):
 class ChatBody(Generation):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[
+        list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES), at_most(MAX_MESSAGES)
+    ]
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     response_format: ResponseFormat | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_FIELDS)] | None = None
     add_generation_prompt: bool = True
     # Accepted where they change nothing:
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none"] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16), at_most(16)] | None = None
     store: Literal[False] | None = None
 
     @model_validator(mode="after")

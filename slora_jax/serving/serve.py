@@ -11,9 +11,12 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from http import HTTPStatus
+from typing import Protocol
 
 import uvicorn
+from fastapi import FastAPI
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from slora_jax.engine import Engine
@@ -21,11 +24,14 @@ from slora_jax.errors import ConfigError, ProcessLostError, SloraError
 from slora_jax.parallel.processes import EXIT_LOST
 from slora_jax.serving.app import create_app
 from slora_jax.serving.engine_loop import Health
+from slora_jax.serving.errors import ApiError
 from slora_jax.serving.settings import Limits, ServerSettings
 
 logger = logging.getLogger("slora_jax.serving")
 
 KEEP_ALIVE_SECONDS = 30
+MAX_PIPELINED = 16
+"""Requests that a connection may send before their predecessor is answered."""
 SWITCH_SECONDS = 0.0005
 """For which one of the two threads keeps the interpreter when the other wants it: Python's own 5 ms would come between
 a step's end and the next one's launch."""
@@ -42,9 +48,31 @@ def serve(settings: ServerSettings, build: Callable[[], Engine]) -> int:
       ConfigError: the address cannot be listened on.
     """
     listener = _listen(settings.host, settings.port)  # before anything takes time
+    if settings.replicas > 1:
+        from slora_jax.serving.replicas import serve_replicas
+
+        return serve_replicas(settings, listener)
     sys.setswitchinterval(SWITCH_SECONDS)
-    connections = _connections(settings.limits)
     app = create_app(settings, build)
+    status = serve_app(app, settings, _Engine(app), listener)
+    if app.state.service.loop.is_alive:  # in a compilation, say, which would keep the process
+        os._exit(status)
+    return status
+
+
+class Served(Protocol):
+    """What the HTTP side is there for. Both are called in its event loop, when the application has started."""
+
+    async def drain(self) -> None:
+        """Takes no more requests; returns when those under way have ended, or failed at the deadline."""
+
+    async def follow(self, say: Callable[[str], None]) -> int:
+        """Says when requests are taken. Returns the process's exit status when they never will be any more."""
+
+
+def serve_app(app: ASGIApp, settings: ServerSettings, served: Served, listener: socket.socket) -> int:
+    """Serves `app` as `serve` does; returns the exit status."""
+    connections = _connections(settings.limits)
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -52,16 +80,14 @@ def serve(settings: ServerSettings, build: Callable[[], Engine]) -> int:
         http=type("Guarded", (GuardedProtocol,), {"limits": settings.limits, "most": connections}),
         ws="none",
         loop="uvloop",
-        log_level="warning",
+        log_level="error",  # below it, uvicorn tells of what clients did wrong
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=5,  # after the drain, which has a deadline of its own
     )
-    server = _Server(config, settings, app)
+    server = _Server(config, settings, served)
     server.run(sockets=[listener])
-    if app.state.service.loop.is_alive:  # in a compilation, say, which would keep the process
-        os._exit(server.status)
     return server.status
 
 
@@ -75,24 +101,37 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._write_deadline: asyncio.TimerHandle | None = None
         self._head_deadline: asyncio.TimerHandle | None = None
+        self._in_head, self._head_bytes = False, 0
         if len(self.connections) > self.most:
             transport.abort()
         else:
             self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        if self._head_deadline is None and self.cycle.response_complete:
-            self._await_head()  # the next request of this connection begins
-        self._head_bytes += len(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._await_head()  # whatever comes now, what is left of a refused body too
+        was_in_head = self._in_head
         super().data_received(data)
-        if self._head_deadline is not None and self._head_bytes > self.limits.header_bytes:
-            self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n\r\n")
-            self.transport.close()
+        if was_in_head and self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > self.limits.header_bytes:
+                self._refuse(ApiError(431, "the request's head is too large (limits.header_bytes)", code="large_head"))
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._head_bytes = True, 0
+        self._await_head()
 
     def on_headers_complete(self) -> None:
+        self._in_head = False
         self._forget(self._head_deadline)
         self._head_deadline = None
         super().on_headers_complete()
+        if len(self.pipeline) > MAX_PIPELINED:
+            self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(ApiError(400, "this is no HTTP/1.1 request", code="bad_http"))
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -110,8 +149,16 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _await_head(self) -> None:
-        self._head_bytes = 0
-        self._head_deadline = self.loop.call_later(self.limits.header_seconds, self.transport.abort)
+        if self._head_deadline is None:
+            self._head_deadline = self.loop.call_later(self.limits.header_seconds, self.transport.abort)
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answers what the application does not get to see."""
+        body = error.response().body
+        status = f"HTTP/1.1 {error.status_code} {HTTPStatus(error.status_code).phrase}\r\n"
+        fields = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        self.transport.write((status + fields).encode() + body)
+        self.transport.close()
 
     @staticmethod
     def _forget(timer: asyncio.TimerHandle | None) -> None:
@@ -119,12 +166,35 @@ class GuardedProtocol(HttpToolsProtocol):
             timer.cancel()
 
 
+class _Engine:
+    """An engine of this process, `Served`."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+
+    async def drain(self) -> None:
+        await self._app.state.service.drain()
+
+    async def follow(self, say: Callable[[str], None]) -> int:
+        service = self._app.state.service
+        while service.loop.health is Health.STARTING:
+            await asyncio.sleep(0.05)
+        if service.loop.health is Health.READY:
+            stats = service.loop.engine.store.stats()
+            say(f"ready: {service.settings.base_name}, {stats.registered} adapters")
+        while service.loop.health is not Health.DEAD:
+            await asyncio.sleep(0.2)
+        error = service.loop.error
+        say(f"the engine is dead: {error!r}")
+        return EXIT_LOST if isinstance(error, ProcessLostError) else 2 if isinstance(error, SloraError) else 1
+
+
 class _Server(uvicorn.Server):
     """Ends by our rules, and says when it can be used."""
 
-    def __init__(self, config: uvicorn.Config, settings: ServerSettings, app: Any) -> None:
+    def __init__(self, config: uvicorn.Config, settings: ServerSettings, served: Served) -> None:
         super().__init__(config)
-        self._settings, self._app = settings, app
+        self._settings, self._served = settings, served
         self._has_signal = False
         self.status = 0
 
@@ -147,23 +217,12 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
             server.close()  # whoever comes now is refused by the system, and may try elsewhere
-        await self._app.state.service.drain()
+        await self._served.drain()
         self._following.cancel()
         await super().shutdown(sockets)
 
     async def _follow(self) -> None:
-        """Says when requests are taken; ends the server when the engine is dead."""
-        service = self._app.state.service
-        while service.loop.health is Health.STARTING:
-            await asyncio.sleep(0.05)
-        if service.loop.health is Health.READY:
-            stats = service.loop.engine.store.stats()
-            self._say(f"ready: {self._settings.base_name}, {stats.registered} adapters")
-        while service.loop.health is not Health.DEAD:
-            await asyncio.sleep(0.2)
-        error = service.loop.error
-        self._say(f"the engine is dead: {error!r}")
-        self.status = EXIT_LOST if isinstance(error, ProcessLostError) else 2 if isinstance(error, SloraError) else 1
+        self.status = await self._served.follow(self._say)
         await asyncio.sleep(1.0)  # for clients to be told
         self.should_exit = True
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -17,13 +19,16 @@ from slora_jax.errors import RequestError
 from slora_jax.serving.access import Access, Client, Right
 from slora_jax.serving.adapters import Adapters
 from slora_jax.serving.engine_loop import EngineLoop, Health
-from slora_jax.serving.errors import unavailable
+from slora_jax.serving.errors import ApiError, unavailable
 from slora_jax.serving.limits import Shares
 from slora_jax.serving.metrics import ServerMetrics
 from slora_jax.serving.observation import AdapterUsage
 from slora_jax.serving.settings import ServerSettings
 from slora_jax.serving.shapes import TokenText
 from slora_jax.serving.state import LiveState
+
+TEXT_THREADS = 4
+"""That tokenize and fill in chat templates; long texts hold up other texts, and nothing else."""
 
 
 class Service:
@@ -33,11 +38,12 @@ class Service:
         self.settings = settings
         self.started = int(time.time())
         self.access = Access(settings.api_keys)
-        self.adapters = Adapters(settings)
+        self.adapters = Adapters(settings, self._gone)
         self.shares = Shares(settings.limits, settings.engine.max_seqs)
         self.is_draining = False
         self.usage = AdapterUsage(self._is_registered)
         self._build = build
+        self._texts = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self._token_text: TokenText | None = None
         self.live = LiveState(settings.base_name)
         self.metrics = ServerMetrics(
@@ -56,6 +62,7 @@ class Service:
             for task in tasks:
                 task.cancel()
             await self.loop.stop()
+            self._texts.shutdown(wait=False, cancel_futures=True)
             self.metrics.close()
 
     async def drain(self) -> None:
@@ -102,7 +109,11 @@ class Service:
         if all(not isinstance(prompt, str) for prompt in prompts):
             return [self.checked(prompt) for prompt in prompts]
         tokenizer, vocab_size, longest = engine.tokenizer, engine.model.vocab_size, engine.max_model_len
-        return await asyncio.to_thread(lambda: [prompt_ids(one, tokenizer, vocab_size, longest) for one in prompts])
+        return await self.of_text(lambda: [prompt_ids(one, tokenizer, vocab_size, longest) for one in prompts])
+
+    async def of_text[**P, T](self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Calls what works on texts beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._texts, partial(function, *args, **kwargs))
 
     def text(self, prompt: str | list[int]) -> str:
         """A prompt as text. Raises RequestError for token ids that cannot be one, or without a tokenizer."""
@@ -129,11 +140,6 @@ class Service:
         if self.settings.watch_seconds:
             await self.adapters.watch(self.loop)
 
-    def forget_adapter(self, name: str) -> None:
-        """It was unloaded."""
-        self.usage.forget(name)
-        self.metrics.forget(name)
-
     # What the engine's loop tells
 
     def finished(self, output: RequestOutput) -> None:
@@ -149,17 +155,26 @@ class Service:
 
     # Inside
 
+    def _gone(self, adapter: str) -> None:
+        self.usage.forget(adapter)
+        self.metrics.forget(adapter)
+
     async def _sample(self) -> None:
         while True:
             await asyncio.sleep(1)
             self.live.sample(self.loop.snapshot, self._tiers())
 
     def _tiers(self) -> dict[str, Tier]:
-        gone = self.loop.health in (Health.STARTING, Health.STOPPED, Health.DEAD)
-        return {} if gone else self.loop.engine.store.tiers()
+        try:
+            return self.loop.engine.store.tiers()
+        except ApiError:  # it is not there yet, or no more
+            return {}
 
     def _is_registered(self, name: str) -> bool:
-        return self.loop.engine.store.has(name)
+        try:
+            return self.loop.engine.store.has(name)
+        except ApiError:  # it has died since the request ended
+            return False
 
 
 def service_of(request: Request) -> Service:
