@@ -70,6 +70,7 @@ class Adapters:
         self._file = StateFile(settings.state_file or (settings.adapters and settings.adapters / STATE_FILE))
         self._registered: dict[str, Wanted] = {}
         self._seen: dict[str, Wanted] = {}  # at the last look; what changes while it is looked at is not complete
+        self._known: set[str] = set()  # names that were registered when the last look began
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of names in somebody's hands
         self._readers = asyncio.Semaphore(settings.limits.adapter_loads)
         self.refused: dict[str, str] = {}  # by name: why an adapter that should be there is not
@@ -155,10 +156,18 @@ class Adapters:
 
     async def look(self, loop: EngineLoop) -> None:
         """Registers what has come (or changed) and has not changed since the last look; unregisters what has gone."""
-        before, self._seen = self._seen, await asyncio.to_thread(self._wanted)
-        come = [name for name, one in self._seen.items() if before.get(name) == one != self._registered.get(name)]
-        gone = [name for name in self._registered if name not in self._seen and name not in before]
-        await asyncio.gather(*(self._follow(loop, name) for name in come + gone))
+        before, known_before = self._seen, self._known
+        self._known, registered = set(self._registered), dict(self._registered)
+
+        def compare() -> tuple[dict[str, Wanted], list[str]]:
+            seen = self._wanted()
+            come = [name for name, one in seen.items() if before.get(name) == one != registered.get(name)]
+            # What a client has just loaded may be registered, and not in the state file yet.
+            gone = [name for name in self._known & known_before if name not in seen and name not in before]
+            return seen, come + gone
+
+        self._seen, changed = await asyncio.to_thread(compare)
+        await asyncio.gather(*(self._follow(loop, name) for name in changed))
 
     async def _follow(self, loop: EngineLoop, name: str) -> None:
         async with self._alone(name):
@@ -169,6 +178,8 @@ class Adapters:
                     await loop.call(lambda engine: engine.unload_adapter(name))
                     logger.info("adapter %r is gone", name)
             elif one != self._registered.get(name):
+                if name in (await asyncio.to_thread(self._file.read)).unloaded:
+                    return  # by a client, since the directory was looked at
                 try:
                     await self._bring(loop, name, one)
                     logger.info("adapter %r registered", name)
