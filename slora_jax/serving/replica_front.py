@@ -31,6 +31,8 @@ from slora_jax.serving.settings import ServerSettings
 
 APPLICATION = "slora"
 """The Ray Serve application."""
+BODILESS = ("GET", "HEAD", "OPTIONS")
+"""Methods whose requests are passed on without a body. Only readers of a body need a key before the replica is asked."""
 GENERATIONS = ("/v1/completions", "/v1/chat/completions")
 MAX_NAME = 512
 """Characters of a model's name that may be an adapter's."""
@@ -105,7 +107,8 @@ class ReplicaFront:
                 status = {"status": "alive", "replicas": self.num_replicas}
                 await JsonResponse(status)(scope, receive, send)
                 return
-            if (body := await _read(receive)) is None:
+            body = b"" if scope["method"] in BODILESS else await _read(receive)
+            if body is None:
                 return
             request = HttpRequest.of(scope, body)
             if scope["path"] in GENERATIONS and scope["method"] == "POST":
@@ -252,4 +255,5 @@ def _failure() -> str | None:
     application = serve.status().applications.get(APPLICATION)
     if application is None or application.status != ApplicationStatus.DEPLOY_FAILED:
         return None
-    return "; ".join(one.message for one in application.deployments.values()) or application.message
+    messages = [one.message for one in application.deployments.values() if one.message] or [application.message]
+    return messages[0].strip().splitlines()[-1]  # Ray puts its traceback before
