@@ -87,7 +87,7 @@ REAL = [
     ("/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 2, "return_token_ids": True, "n": 2}, 200),
     ("/v1/chat/completions", CHAT | {"stream": True, "logprobs": True}, 200),
     ("/v1/load_lora_adapter", {"lora_name": "schema", "lora_path": "adapter-2"}, 200),
-    ("/v1/load_lora_adapter", {"lora_name": "schema", "lora_path": "/etc"}, 403),
+    ("/v1/load_lora_adapter", {"lora_name": "other", "lora_path": "/etc"}, 403),
     ("/v1/unload_lora_adapter", {"lora_name": "schema"}, 200),
     ("/v1/models", None, 200),
     ("/v1/models/{name}", None, 200),
