@@ -35,7 +35,7 @@ class AdapterRoots:
                 return there[0]
         except AdapterError as error:
             raise ApiError(403, str(error), kind="permission_error", code="forbidden_path", param="lora_path") from None
-        except (OSError, ValueError) as error:  # too long, a loop of links, a zero byte
+        except (OSError, ValueError) as error:  # too long, a zero byte
             raise ApiError(400, f"lora_path: {error}", code="invalid_path", param="lora_path") from None
         if inside:
             raise ApiError(404, f"lora_path={path!r}: no such directory", code="adapter_not_found", param="lora_path")

@@ -104,7 +104,8 @@ class Adapters:
         if name == self._settings.base_name:
             raise ApiError(400, f"lora_name={name!r} is the base model's name", code="name_taken", param="lora_name")
         if not name.isprintable():
-            raise ApiError(400, f"lora_name={name!r} has characters that do not print", param="lora_name")
+            message = f"lora_name={name!r} has characters that do not print"
+            raise ApiError(400, message, code="invalid_value", param="lora_name")
         async with self._alone(name):
             if loop.engine.store.has(name) and not in_place:
                 message = f"adapter {name!r} is loaded already; load_inplace=true replaces it"
@@ -129,7 +130,7 @@ class Adapters:
             is_gone = await loop.call(lambda engine: engine.unload_adapter(name))
             self._forget(name)
             root = self._settings.adapters
-            await asyncio.to_thread(self._file.unloaded, name, root is not None and (root / name).is_dir())
+            await asyncio.to_thread(self._file.unloaded, name, root is not None and os.path.isdir(root / name))
         shared = store.is_named(info.digest)
         while not is_gone and not shared and time.monotonic() - start < drain_seconds:
             await asyncio.sleep(POLL_SECONDS)

@@ -114,7 +114,8 @@ def _render(service: Service, body: ChatBody) -> list[int]:
     variables = body.chat_template_kwargs or {}
     for name in inspect.signature(tokenizer.apply_chat_template).parameters:
         if name in variables:  # another template, say, which could run for ever
-            raise ApiError(400, f"chat_template_kwargs.{name} cannot be set", param="chat_template_kwargs")
+            message = f"chat_template_kwargs.{name} cannot be set"
+            raise ApiError(400, message, code="invalid_value", param="chat_template_kwargs")
     try:
         text = tokenizer.apply_chat_template(
             [message.for_template() for message in body.messages],
@@ -123,7 +124,8 @@ def _render(service: Service, body: ChatBody) -> list[int]:
             **variables,
         )
     except Exception as error:
-        raise ApiError(400, f"the chat template refuses the messages: {error}", param="messages") from error
+        message = f"the chat template refuses the messages: {error}"
+        raise ApiError(400, message, code="invalid_value", param="messages") from error
     longest = service.loop.engine.max_model_len
     ids = text_ids(text, tokenizer, longest, add_special_tokens=False)  # the template has written them
     return service.checked(ids)

@@ -32,7 +32,7 @@ from slora_jax.serving.settings import ServerSettings
 APPLICATION = "slora"
 """The Ray Serve application."""
 BODILESS = ("GET", "HEAD", "OPTIONS")
-"""Methods whose requests are passed on without a body. Only readers of a body need a key before the replica is asked."""
+"""Methods whose requests are passed on without a body. Who sends one needs a key before the replica is asked."""
 GENERATIONS = ("/v1/completions", "/v1/chat/completions")
 MAX_NAME = 512
 """Characters of a model's name that may be an adapter's."""

@@ -230,7 +230,7 @@ def answers(model: type[BaseModel], *errors: int, stream: bool = False) -> Respo
     too."""
     responses: Responses = {200: {"model": model, "description": "Success"}}
     if stream:
-        responses[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        responses[200]["content"] = {"text/event-stream": {}}
     return responses | errors_of(*errors)
 
 

@@ -131,7 +131,10 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(ApiError(400, "this is no HTTP/1.1 request", code="bad_http"))
+        if len(getattr(self, "url", b"")) > self.limits.header_bytes:  # the parser takes no longer one
+            self._refuse(ApiError(431, "the request's head is too large (limits.header_bytes)", code="large_head"))
+        else:
+            self._refuse(ApiError(400, "this is no HTTP/1.1 request", code="bad_http"))
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -1,0 +1,507 @@
+"""Requests made to hurt the server: each gets the right status and a short standard error, and harms nobody."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import MANAGE_KEY, SERVE_KEY
+from live_server import LiveServer, write_adapter
+from tiny_model import TinyModel
+from unharmed import Before, good_tokens
+from wire import exchange, head, post
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+BODY_BYTES, HEADER_BYTES = 1 << 20, 64 << 10
+MEMORY = 400 << 20
+"""Bytes by which the server may have grown after all of this: one text of a megabyte takes that much to tokenize."""
+
+OK = {"prompt": "x", "max_tokens": 2}
+MESSAGES = [{"role": "user", "content": "x"}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unharmed(server: LiveServer) -> Iterator[Before]:
+    before = Before.of(server)
+    yield before
+    before.check_all(server, MEMORY)
+
+
+@pytest.fixture(autouse=True)
+def still_answers(server: LiveServer, unharmed: Before) -> Iterator[None]:
+    yield
+    unharmed.check_answers(server)
+
+
+def refused(server: LiveServer, data: bytes, status: int) -> str:
+    """The message of an error. A second good request on another connection is answered, see `still_answers`."""
+    reply = exchange(server, data)
+    assert reply.status == status, reply
+    return reply.message
+
+
+# Bodies
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"prompt": "x"', "not valid JSON"),
+        (b"{'prompt': 'x'}", "not valid JSON"),
+        (b'{"prompt": "a\x00b"}', "not valid JSON"),
+        (b'{"prompt": "x"} {"prompt": "y"}', "not valid JSON"),
+        (b'{"prompt": "\xff\xfe"}', "UTF-8"),
+        (b'{"prompt": "\xed\xa0\x80"}', "no valid Unicode"),
+        (b"[" * 100_000, "nested too deep"),
+        (b'{"prompt":' * 10_000 + b"1" + b"}" * 10_000, "nested too deep"),
+        (b'{"prompt": "x", "chat_template_kwargs": ' + b"[" * 900 + b"]" * 900 + b"}", "unknown field"),
+        (b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}", "prompt"),
+        (b'{"prompt": "x", "n": ' + b"1" * 10_000 + b"}", "a number too long"),
+        (b'{"prompt": "x", "n": ' + b"1" * 4_000 + b"}", "n="),
+        (b'{"prompt": "x", "temperature": NaN}', "temperature=nan"),
+        (b'{"prompt": "x", "temperature": 1e999}', "temperature=inf"),
+        (b'{"prompt": "x", "top_p": -Infinity}', "top_p=-inf"),
+        (b'{"prompt": "x", "temperature": "1"}', "temperature='1'"),
+        (b'{"prompt": "x", "stream": "yes"}', "stream='yes'"),
+        (b'{"prompt": "x", "seed": 1.5}', "seed=1.5"),
+        (b'{"prompt": {"a": 1}}', "prompt={'a': 1}"),
+        (b'{"prompt": true}', "prompt"),
+        (b"", "the body is missing"),
+        (b"null", "the body"),
+        (b"[]", "the body"),
+        (b'"x"', "the body"),
+        (b"17", "the body"),
+        (b'{"prompt": "x", "logit_bias": {"5": 100}}', "logit_bias"),
+        (b'{"prompt": "x", "stop": [1]}', "stop"),
+        (b'{"prompt": "x", "' + b"k" * 900_000 + b'": 1}', "unknown field"),
+        (b'{"prompt": "x", "model": "' + b"m" * 900_000 + b'"}', "model="),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_a_body_that_is_none_is_400_and_says_why(server, body, words) -> None:
+    assert words in refused(server, post(COMPLETIONS, body, SERVE_KEY), 400)
+
+
+def test_of_a_key_that_comes_twice_the_last_one_counts(server) -> None:
+    """As in Python and in JavaScript."""
+    body = b'{"prompt": "x", "max_tokens": 3, "max_tokens": 1, "ignore_eos": true}'
+    assert exchange(server, post(COMPLETIONS, body, SERVE_KEY)).json["usage"]["completion_tokens"] == 1
+
+
+def many(start: bytes, item: bytes, end: bytes) -> bytes:
+    """A body that is nearly as long as it may be."""
+    room = BODY_BYTES - len(start) - len(end)
+    return start + b",".join([item] * (room // (len(item) + 1))) + end
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        (COMPLETIONS, many(b'{"prompt":[', b"1.5", b"]}"), "at most 4096"),
+        (COMPLETIONS, many(b'{"prompt":[', b"1", b"]}"), "max_model_len"),
+        (COMPLETIONS, many(b'{"prompt":[', b'""', b"]}"), "at most 4096"),
+        (COMPLETIONS, many(b'{"n":128,"prompt":[', b'"a"', b"]}"), "at most 4096"),
+        (COMPLETIONS, b'{"n":128,"prompt":["a"' + b',"a"' * 4000 + b"]}", "prompts times n is 512128"),
+        (COMPLETIONS, many(b'{"prompt":[', b"[1]", b"]}"), "at most 4096"),
+        (COMPLETIONS, many(b'{"prompt":[', b"{}", b"]}"), "at most 4096"),
+        (COMPLETIONS, many(b'{"prompt":"x","stop":[', b'""', b"]}"), "stop.0"),
+        (COMPLETIONS, many(b'{"prompt":"x","stop_token_ids":[', b"7", b"]}"), "at most 256"),
+        (COMPLETIONS, b'{"prompt":"' + b"a b " * 250_000 + b'"}', "max_model_len"),
+        (COMPLETIONS, b'{"prompt":"x"' + b"".join(b',"%d":0' % i for i in range(80_000)) + b"}", "80001 fields"),
+        (CHAT, many(b'{"messages":[', b"0", b"]}"), "at most 10000"),
+        (CHAT, many(b'{"messages":[', b'{"role":"u","content":"x"}', b"]}"), "at most 10000"),
+        (CHAT, b'{"messages":[' + b",".join([b'{"role":"u","content":"x"}'] * 9_000) + b"]}", "max_model_len"),
+        (CHAT, b'{"messages":[{"role":"u","content":"' + b"a b " * 250_000 + b'"}]}', "max_model_len"),
+        (CHAT, b'{"messages":[{"role":"' + b"r" * 900_000 + b'","content":"x"}]}', "messages.0.role"),
+        (CHAT, many(b'{"messages":[{"role":"u","content":[', b"{}", b"]}]}"), "at most 10000"),
+        (CHAT, many(b'{"messages":[{"role":"u","content":"x"}],"tools":[', b"1", b"]}"), "tools"),
+        (
+            CHAT,
+            b'{"messages":[{"role":"u"}],"metadata":{"":0' + b"".join(b',"%d":0' % i for i in range(80_000)) + b"}}",
+            "at most 16",
+        ),
+        (
+            CHAT,
+            b'{"messages":[{"role":"u"}],"logit_bias":{"":""'
+            + b"".join(b',"%d":""' % i for i in range(70_000))
+            + b"}}",
+            "logit_bias",
+        ),
+    ],
+    ids=lambda value: repr(value)[:50],
+)
+def test_a_megabyte_of_items_is_refused_as_fast_as_it_is_read(server, path, body, words) -> None:
+    """Complaints about each, or sequences for each, would take gigabytes and minutes."""
+    assert len(body) <= BODY_BYTES
+    memory = server.psutil().memory_info().rss
+    assert words in refused(server, post(path, body, SERVE_KEY), 400)
+    assert server.psutil().memory_info().rss - memory < 256 << 20
+
+
+@pytest.mark.parametrize("field", ["model", "prompt", "stop", "suffix", "nonsense", "\ud800"])
+def test_half_of_a_surrogate_pair_in_a_completion(server, field) -> None:
+    refused(server, post(COMPLETIONS, OK | {field: "\udfff"}, SERVE_KEY), 400)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"messages": [{"role": "\ud800", "content": "x"}]},
+        {"messages": [{"role": "user", "content": "\ud800"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]},
+        {"messages": [{"role": "user", "content": "x", "name": "\ud800"}]},
+        {"chat_template_kwargs": {"messages": 1}},
+        {"chat_template_kwargs": {"chat_template": "{% for i in range(10**9) %}{% endfor %}"}},
+        {"chat_template_kwargs": {"conversation": []}},
+        {"chat_template_kwargs": {"tokenize": True}},
+        {"chat_template_kwargs": {"tools": [{}], "documents": [{}]}},
+        {"chat_template_kwargs": {str(i): i for i in range(1000)}},
+        {"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]},
+    ],
+    ids=lambda change: repr(change)[:60],
+)
+def test_a_chat_that_the_template_must_not_see_is_refused(server, change) -> None:
+    refused(server, post(CHAT, {"messages": MESSAGES, "max_tokens": 1} | change, SERVE_KEY), 400)
+
+
+def test_what_a_message_says_is_no_template(server) -> None:
+    """It would run for ever."""
+    loop = "{% for i in range(10**9) %}{{ i }}{% endfor %}"
+    answer = exchange(server, post(CHAT, {"messages": [{"role": loop, "content": loop}], "max_tokens": 1}, SERVE_KEY))
+    assert answer.status in (200, 400) and "10**9" not in answer.body.decode()
+
+
+def test_no_client_without_a_key_has_its_body_read(server) -> None:
+    start = head("POST", COMPLETIONS, "wrong", "Content-Length: 1000000", "Content-Type: application/json")
+    reply = exchange(server, start + b"\r\n", timeout=1)  # sooner than limits.body_seconds
+    assert reply.status == 401 and "key" in reply.message
+
+
+# Types of content, lengths
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/plain", None, "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "json", ""]
+)
+def test_only_json_is_taken_as_json(server, kind) -> None:
+    """A page of another site may have a browser send anything else unasked."""
+    assert "Content-Type: application/json" in refused(server, post(COMPLETIONS, OK, SERVE_KEY, kind), 400)
+    path = post(LOAD, {"lora_name": "x", "lora_path": "adapter-0"}, MANAGE_KEY, kind)
+    assert "Content-Type: application/json" in refused(server, path, 400)
+
+
+def test_a_body_beyond_its_limit_is_413_however_it_comes(server) -> None:
+    body = post(COMPLETIONS, b"x" * (8 * BODY_BYTES), SERVE_KEY)
+    assert "limits.body_bytes" in refused(server, body, 413)
+    fields = ("Transfer-Encoding: chunked", "Content-Type: application/json")
+    chunks = (b"10000\r\n" + b"x" * 65536 + b"\r\n") * 40
+    assert "limits.body_bytes" in refused(server, head("POST", COMPLETIONS, SERVE_KEY, *fields) + b"\r\n" + chunks, 413)
+    declared = head("POST", COMPLETIONS, SERVE_KEY, "Content-Length: 99999999999", "Expect: 100-continue")
+    assert "limits.body_bytes" in refused(server, declared + b"\r\n", 413)
+
+
+def test_chunks_that_are_small_enough_are_a_body(server) -> None:
+    data = json.dumps(OK).encode()
+    chunks = b"".join(b"1\r\n" + bytes([byte]) + b"\r\n" for byte in data) + b"0\r\n\r\n"
+    fields = ("Transfer-Encoding: chunked", "Content-Type: application/json")
+    assert exchange(server, head("POST", COMPLETIONS, SERVE_KEY, *fields) + b"\r\n" + chunks).status == 200
+
+
+LINES = {
+    "two lengths": "Content-Length: 2\r\nContent-Length: 3",
+    "negative length": "Content-Length: -1",
+    "length with a sign": "Content-Length: +2",
+    "length in hexadecimal": "Content-Length: 0x2",
+    "length beyond 64 bits": "Content-Length: 99999999999999999999999",
+    "length and chunks": "Content-Length: 2\r\nTransfer-Encoding: chunked",
+    "chunks and length": "Transfer-Encoding: chunked\r\nContent-Length: 2",
+    "chunks, then something": "Transfer-Encoding: chunked, identity",
+    "nearly chunks": "Transfer-Encoding: xchunked",
+    "chunks twice": "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+    "space before the colon": "Content-Length : 2",
+    "folded line": "X: a\r\n b",
+    "no colon": "nonsense",
+    "zero byte": "X: a\x00b",
+    "bare line feed": "X: a\nContent-Length: 2",
+    "bare carriage return": "X: a\rContent-Length: 2",
+}
+
+
+@pytest.mark.parametrize("lines", LINES.values(), ids=LINES)
+def test_heads_that_two_servers_could_read_differently_are_refused(server, lines) -> None:
+    hidden = head("GET", "/v1/models", SERVE_KEY) + b"\r\n"
+    data = head("POST", "/health", SERVE_KEY, *lines.split("\r\n")) + b"\r\n" + b"0\r\n\r\n" + hidden
+    reply = exchange(server, data)
+    assert reply.status == 400 and reply.headers["connection"] == "close" and reply.message
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"x" * 500,  # TLS
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"SSH-2.0-OpenSSH_9.6\r\n",
+        b"GET /health HTTP/9.9\r\n\r\n",
+        b"GET /health HTTP/1.1 extra\r\n\r\n",
+        b"BREW /health HTTP/1.1\r\n\r\n",
+        b"CONNECT evil:443 HTTP/1.1\r\n\r\n",
+        b"GET /h\xc3\xa9alth HTTP/1.1\r\n\r\n",
+        bytes(range(256)) * 10,
+        b"\x00" * 100_000,
+    ],
+    ids=lambda data: repr(data[:25]),
+)
+def test_what_is_no_http_is_refused(server, data) -> None:
+    refused(server, data, 400)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        head("GET", "/health", None) + b"X: " + b"x" * 200_000 + b"\r\n\r\n",
+        head("GET", "/health", None) + b"".join(b"X%d: y\r\n" % i for i in range(20_000)) + b"\r\n",
+        head("GET", "/" + "a" * 100_000, None) + b"\r\n",
+        head("GET", "/v1/models?" + "a=b&" * 30_000, SERVE_KEY) + b"\r\n",
+    ],
+    ids=["one line", "many lines", "path", "query"],
+)
+def test_a_head_beyond_its_limit_is_431(server, data) -> None:
+    reply = exchange(server, data)
+    assert reply.status in (431, 0), reply  # 0: the rest of it came when the connection was closed already
+    assert reply.status == 0 or "limits.header_bytes" in reply.message
+
+
+def test_a_head_that_does_not_end_is_cut_off(server) -> None:
+    memory = server.psutil().memory_info().rss
+    assert exchange(server, head("GET", "/health", None) + b"X: " + b"x" * (64 << 20)).status in (431, 0)
+    assert server.psutil().memory_info().rss - memory < 16 << 20
+
+
+@pytest.mark.parametrize("upgrade", ["websocket", "h2c"])
+def test_other_protocols_are_not_switched_to(server, upgrade) -> None:
+    fields = ("Connection: Upgrade", f"Upgrade: {upgrade}", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: AAAA")
+    assert exchange(server, head("GET", "/health", None, *fields) + b"\r\n").status == 200
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "TRACE", "OPTIONS", "PROPFIND", "GET"])
+def test_other_methods_are_405_and_tell_the_right_one(server, method) -> None:
+    reply = exchange(server, head(method, COMPLETIONS, SERVE_KEY) + b"\r\n")
+    assert reply.status == 405 and reply.headers["allow"] == "POST" and method in reply.message
+
+
+# Paths of URLs
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["..%2f..%2fetc%2fpasswd", "../../etc/passwd", "a%00b", "%zz%ff%ed%a0%80", "%0d%0aX-Evil:%20y", "a" * 60_000, ""],
+    ids=lambda name: name[:20],
+)
+def test_models_that_do_not_exist_are_404(server, name) -> None:
+    reply = exchange(server, head("GET", f"/v1/models/{name}", SERVE_KEY) + b"\r\n")
+    assert reply.status == 404 and reply.message and "x-evil" not in reply.headers
+
+
+@pytest.mark.parametrize(
+    "path", ["/../../page.css", "/..%2fpage.css", "//etc/passwd", "/%00", "/page.css%00", "/" * 999]
+)
+def test_only_the_pages_own_files_are_there(server, path) -> None:
+    refused(server, head("GET", path, SERVE_KEY) + b"\r\n", 404)
+
+
+@pytest.mark.parametrize("limit", ["-1", "9" * 5000, "x", "1e3", "", "%00"])
+def test_a_limit_that_is_none_is_400(server, limit) -> None:
+    refused(server, head("GET", f"/v1/adapters?limit={limit}", SERVE_KEY) + b"\r\n", 400)
+
+
+# Adapters
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/etc", 403),
+        ("/", 403),
+        ("../..", 403),
+        ("../model", 403),
+        ("adapter-0/../../model", 403),
+        ("~", 404),
+        ("~root/.ssh", 404),
+        ("$HOME", 404),
+        ("file:///etc", 404),
+        ("a\x00b", 400),
+        ("/proc/self/root/etc", 403),
+        ("\\..\\..", 404),
+        ("x" * 4000, 400),
+        ("x" * 5000, 400),
+        ("a/" * 2000, 404),
+        ("adapter-0/adapter_config.json", 404),
+        ("\ud800", 400),
+        ("nobody", 404),
+        ("..%2f..%2fmodel", 404),
+        ("escape", 404),
+        ("inside", 403),
+        ("loop", 404),
+        ("UPLOADS/escape", 403),
+        ("UPLOADS/inside", 403),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_a_path_that_leads_out_is_403_and_one_to_nothing_404(server, files, path, status) -> None:
+    (files.uploads / "escape").symlink_to(files.model)
+    (files.uploads / "loop").symlink_to(files.uploads / "loop")
+    inside = files.uploads / "inside"
+    inside.mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (inside / file).symlink_to(files.model / "config.json")
+    try:
+        body = {"lora_name": "evil", "lora_path": path.replace("UPLOADS", str(files.uploads))}
+        message = refused(server, post(LOAD, body, MANAGE_KEY), status)
+        assert status != 403 or str(files.model) not in message
+    finally:
+        for file in ("escape", "loop", *(f"inside/{one.name}" for one in inside.iterdir())):
+            (files.uploads / file).unlink()
+        inside.rmdir()
+
+
+def spoil(directory: Path, kind: str) -> None:
+    """Makes of a sound adapter one that hurts."""
+    config, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
+    match kind:
+        case "fifo" | "config fifo":
+            target = weights if kind == "fifo" else config
+            target.unlink()
+            os.mkfifo(target)
+        case "pickle":
+            weights.unlink()
+            (directory / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")
+        case "huge header":
+            weights.write_bytes((2**62).to_bytes(8, "little") + b"{}")
+        case "huge shape":
+            header = json.dumps({"x": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}}).encode()
+            weights.write_bytes(len(header).to_bytes(8, "little") + header)
+        case "huge rank":
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 2**40}))
+        case "deep config":
+            config.write_text("[" * 100_000)
+        case "regex":
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"target_modules": "(a+)+$" * 20}))
+        case "empty":
+            weights.write_bytes(b"")
+        case "binary config":
+            config.write_bytes(b"\xff\xfe\x00" * 1000)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("fifo", "config fifo", "pickle", "huge header", "huge shape", "huge rank", "deep config", "regex", "empty"),
+        "binary config",
+    ],
+)
+def test_a_hostile_adapter_is_400_and_costs_nothing(server, files, tiny, kind) -> None:
+    directory = write_adapter(files.uploads / "hostile", tiny, seed=50)
+    spoil(directory, kind)
+    memory = server.psutil().memory_info().rss
+    try:
+        body = {"lora_name": "hostile", "lora_path": str(directory)}
+        message = refused(server, post(LOAD, body, MANAGE_KEY), 400)
+        assert str(files.uploads) not in message or len(message) < 1000
+        assert server.psutil().memory_info().rss - memory < 64 << 20
+        assert exchange(server, head("GET", "/v1/models/hostile", SERVE_KEY) + b"\r\n").status == 404
+        assert not Path("/tmp/pwned").exists()
+    finally:
+        for file in directory.iterdir():
+            file.unlink()
+        directory.rmdir()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "base", "a\nb", "a\x00b", "\x1b[2J", "\u202egpj", "\u200b", "\ud800", "x" * 257, "x" * 10_000, "a\tb"],
+    ids=lambda name: repr(name)[:20],
+)
+def test_names_that_cannot_be_shown_or_are_taken_are_refused(server, files, name) -> None:
+    body = {"lora_name": name, "lora_path": str(files.adapters / "adapter-0")}
+    refused(server, post(LOAD, body, MANAGE_KEY), 400)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/", ".", "..", "b\u0430se", "adapter-0 ", "\u00e9" * 256, "%2e%2e", "a/b?c#d", "{x}"]
+)
+def test_odd_names_are_names_like_others(server, files, name) -> None:
+    """A name is a key, never a path."""
+    body = {"lora_name": name, "lora_path": str(files.adapters / "adapter-1")}
+    loaded = exchange(server, post(LOAD, body, MANAGE_KEY))
+    assert loaded.status == 200 and loaded.json["name"] == name
+    asked = post(COMPLETIONS, {"model": name, "prompt": "List all users", "max_tokens": 8, "temperature": 0,
+                               "return_token_ids": True}, SERVE_KEY)  # fmt: skip
+    assert exchange(server, asked).json["choices"][0]["token_ids"] == good_tokens(server)
+    unloaded = exchange(server, post(UNLOAD, {"lora_name": name}, MANAGE_KEY))
+    assert unloaded.status == 200, unloaded
+    assert exchange(server, asked).status == 404
+
+
+def test_adapters_loaded_and_unloaded_at_once_under_one_name(server, files) -> None:
+    """Each is told something that is true, and at the end the name is free."""
+    statuses = []
+
+    def send(path: str, body: dict) -> None:
+        statuses.append(exchange(server, post(path, body, MANAGE_KEY)).status)
+
+    body = {"lora_name": "twice", "lora_path": str(files.adapters / "adapter-2")}
+    threads = [
+        threading.Thread(target=send, args=((LOAD, body) if i % 2 else (UNLOAD, {"lora_name": "twice"})))
+        for i in range(24)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(statuses) <= {200, 400, 404} and len(statuses) == 24
+    exchange(server, post(UNLOAD, {"lora_name": "twice"}, MANAGE_KEY))
+    assert exchange(server, head("GET", "/v1/models/twice", SERVE_KEY) + b"\r\n").status == 404
+
+
+def test_a_directory_whose_name_is_no_text_disturbs_no_list(server, files, tiny: TinyModel) -> None:
+    directory = Path(os.fsdecode(bytes(files.adapters) + b"/evil-\xff\n"))
+    write_adapter(files.adapters / ".made", tiny, seed=51).rename(directory)
+    try:
+        for path in ("/v1/models", "/v1/adapters", "/metrics", "/state"):
+            assert server.get(path, SERVE_KEY)[0] == 200
+    finally:
+        for file in directory.iterdir():
+            file.unlink()
+        directory.rmdir()
+
+
+# What a request may ask for
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompt": ["a"] * 65, "n": 2}, "prompts times n is 130"),
+        ({"prompt": ["a"] * 129}, "prompts times n is 129"),
+        ({"n": 2**31}, "n="),
+        ({"n": 0}, "n=0"),
+        ({"max_tokens": 2**70}, "max_tokens="),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": "x" * 1001}, "stop"),
+        ({"stop_token_ids": [2**31]}, "stop_token_ids"),
+        ({"seed": 2**70}, "seed"),
+        ({"top_k": -2}, "top_k"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [2**31 - 1]}, "vocabulary"),
+        ({"prompt": [[5], [2**31 - 1]]}, "vocabulary"),
+        ({"logprobs": 21}, "logprobs"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_more_than_may_be_asked_for_is_refused(server, change, words) -> None:
+    assert words in refused(server, post(COMPLETIONS, OK | change, SERVE_KEY), 400)

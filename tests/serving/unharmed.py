@@ -1,0 +1,68 @@
+"""Whether a server is as it was before somebody tried to harm it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+from conftest import MANAGE_KEY, SERVE_KEY
+from live_server import LiveServer
+
+GOOD = {"model": "adapter-1", "prompt": "List all users", "max_tokens": 8, "temperature": 0, "return_token_ids": True}
+
+
+def good_tokens(server: LiveServer) -> list[int]:
+    """What a request that asks for nothing special gets."""
+    status, answer = server.post("/v1/completions", GOOD, SERVE_KEY)
+    assert status == 200, answer
+    return answer["choices"][0]["token_ids"]
+
+
+def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+
+
+def running(server: LiveServer) -> float:
+    """Requests that run or wait, by the engine's newest snapshot."""
+    values = server.metrics(MANAGE_KEY)
+    return values["slora_running_requests", ()] + values["slora_waiting_requests", ()]
+
+
+@dataclass(frozen=True)
+class Before:
+    """A server's state. memory: bytes."""
+
+    tokens: list[int]
+    log: int
+    memory: int
+    files: int
+
+    @classmethod
+    def of(cls, server: LiveServer) -> Self:
+        tokens = good_tokens(server)
+        process = server.psutil()
+        return cls(tokens, len(server.log), process.memory_info().rss, process.num_fds())
+
+    def check_answers(self, server: LiveServer) -> None:
+        """A good request is answered as before."""
+        assert good_tokens(server) == self.tokens
+
+    def check_all(self, server: LiveServer, memory: int) -> None:
+        """Nothing is held any more, nothing was compiled, no stack was logged, and memory grew by at most so much."""
+        self.check_answers(server)
+        until(lambda: running(server) == 0, 10, "all requests have ended")
+        values = server.metrics(MANAGE_KEY)
+        pages = {dict(labels)["kind"]: value for (name, labels), value in values.items() if name == "slora_pool_pages"}
+        until(lambda: server.metric("slora_pool_pages", MANAGE_KEY, kind="kv") == 0, 5, f"pages are free: {pages}")
+        pages = {kind: server.metric("slora_pool_pages", MANAGE_KEY, kind=kind) for kind in pages}
+        assert pages["free"] + pages["prefix_idle"] + pages["adapter_idle"] + pages["dummy"] == sum(pages.values())
+        assert values["slora_compilations_after_ready_total", ()] == 0
+        assert values["slora_engine_faults_total", ()] == 0
+        until(lambda: server.psutil().num_fds() <= self.files + 8, 10, "file handles are given back")
+        assert server.psutil().memory_info().rss - self.memory < memory
+        assert "Traceback" not in server.log[self.log :], server.log[self.log :]
