@@ -71,6 +71,7 @@ class Adapters:
         self._registered: dict[str, Wanted] = {}
         self._seen: dict[str, Wanted] = {}  # at the last look; what changes while it is looked at is not complete
         self._known: set[str] = set()  # names that were registered when the last look began
+        self._look_seconds = 0.0  # that the last look took, without what it led to
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of names in somebody's hands
         self._readers = asyncio.Semaphore(settings.limits.adapter_loads)
         self.refused: dict[str, str] = {}  # by name: why an adapter that should be there is not
@@ -134,26 +135,22 @@ class Adapters:
         shared = store.is_named(info.digest)
         while not is_gone and not shared and time.monotonic() - start < drain_seconds:
             await asyncio.sleep(POLL_SECONDS)
-            is_gone = await loop.call(lambda engine: _pages_held(engine, info.digest) == 0) and not store.holds(
-                info.digest
-            )
+            held = await loop.call(lambda engine: _pages_held(engine, info.digest))
+            is_gone = not held and not store.holds(info.digest)
         freed = is_gone and not shared
         return Unloaded(freed, shared, pages * freed, info.nbytes * freed, time.monotonic() - start)
 
     async def watch(self, loop: EngineLoop) -> None:
         """Follows the watched directory and the state file until it is cancelled; of very many adapters less often, so
         that looking takes no more than 2 % of the time."""
-        took = 0.0
         while True:
-            await asyncio.sleep(max(self._settings.watch_seconds, 50 * took))
-            start = time.perf_counter()
+            await asyncio.sleep(max(self._settings.watch_seconds, 50 * self._look_seconds))
             try:
                 await self.look(loop)
             except ApiError:
                 pass  # the engine is not to be had now
             except Exception as error:  # noqa: BLE001  the next look may do better
                 logger.warning("looking for adapters failed: %r", error)
-            took = time.perf_counter() - start
 
     async def look(self, loop: EngineLoop) -> None:
         """Registers what has come (or changed) and has not changed since the last look; unregisters what has gone."""
@@ -161,7 +158,9 @@ class Adapters:
         self._known, registered = set(self._registered), dict(self._registered)
 
         def compare() -> tuple[dict[str, Wanted], list[str]]:
+            start = time.perf_counter()
             seen = self._wanted()
+            self._look_seconds = time.perf_counter() - start
             come = [name for name, one in seen.items() if before.get(name) == one != registered.get(name)]
             # What a client has just loaded may be registered, and not in the state file yet.
             gone = [name for name in self._known & known_before if name not in seen and name not in before]
