@@ -14,7 +14,7 @@ from http import HTTPStatus
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from slora_jax.engine import Engine
 from slora_jax.errors import ConfigError, ProcessLostError
@@ -75,8 +75,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._write_deadline: asyncio.TimerHandle | None = None
         self._head_deadline: asyncio.TimerHandle | None = None
         self._in_head, self._head_bytes = False, 0
+        self._cycles: list[RequestResponseCycle] = []  # whose answers are not complete
         if len(self.connections) > self.most:
-            transport.abort()
+            self._abort()
         else:
             self._await_head()
 
@@ -100,8 +101,11 @@ class GuardedProtocol(HttpToolsProtocol):
         self._forget(self._head_deadline)
         self._head_deadline = None
         super().on_headers_complete()
-        if len(self.pipeline) > MAX_PIPELINED:
-            self.transport.abort()
+        self._cycles = [*(one for one in self._cycles if not one.response_complete), self.cycle]
+        if len(self._cycles) > MAX_PIPELINED:
+            self._abort()
+        elif self.pipeline:
+            self.flow.resume_reading()  # else nobody would notice when the client goes away
 
     def send_400_response(self, msg: str) -> None:
         if len(getattr(self, "url", b"")) > self.limits.header_bytes:  # the parser takes no longer one
@@ -112,7 +116,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._write_deadline is None:
-            self._write_deadline = self.loop.call_later(self.limits.write_seconds, self.transport.abort)
+            self._write_deadline = self.loop.call_later(self.limits.write_seconds, self._abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -122,14 +126,32 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget(self._head_deadline)
         self._forget(self._write_deadline)
+        self._tell_cycles()
         super().connection_lost(exc)
+
+    def eof_received(self) -> None:
+        self._tell_cycles()  # a client that has closed its half is taken for gone
 
     def _await_head(self) -> None:
         if self._head_deadline is None:
-            self._head_deadline = self.loop.call_later(self.limits.header_seconds, self.transport.abort)
+            self._head_deadline = self.loop.call_later(self.limits.header_seconds, self._abort)
+
+    def _abort(self) -> None:
+        self._tell_cycles()
+        self.transport.abort()
+
+    def _tell_cycles(self) -> None:
+        """Nobody reads the answers any more: of the last request, and of those before it."""
+        for cycle in self._cycles:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
 
     def _refuse(self, error: ApiError) -> None:
         """Answers what the application does not get to see."""
+        if any(not cycle.response_complete for cycle in self._cycles):
+            self._abort()  # in the midst of another answer
+            return
         body = error.response().body
         status = f"HTTP/1.1 {error.status_code} {HTTPStatus(error.status_code).phrase}\r\n"
         fields = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
