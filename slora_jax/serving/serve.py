@@ -100,7 +100,13 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._forget(self._head_deadline)
         self._head_deadline = None
+        upgrades = self.parser.should_upgrade()
+        if upgrades and any(name in (b"content-length", b"transfer-encoding") for name, _ in self.headers):
+            message = "Upgrade: this service speaks HTTP/1.1 only, and cannot tell a body from another protocol"
+            self._refuse(ApiError(400, message, code="bad_http"))  # the parser would take it for the next request
+            return
         super().on_headers_complete()
+        self.cycle.keep_alive &= not upgrades
         self._cycles = [*(one for one in self._cycles if not one.response_complete), self.cycle]
         if len(self._cycles) > MAX_PIPELINED:
             self._abort()
@@ -148,10 +154,13 @@ class GuardedProtocol(HttpToolsProtocol):
                 cycle.message_event.set()
 
     def _refuse(self, error: ApiError) -> None:
-        """Answers what the application does not get to see."""
-        if any(not cycle.response_complete for cycle in self._cycles):
+        """Answers what the application does not get to see, once."""
+        if self.transport.is_closing():
+            return
+        if any(cycle.response_started and not cycle.response_complete for cycle in self._cycles):
             self._abort()  # in the midst of another answer
             return
+        self._tell_cycles()
         body = error.response().body
         status = f"HTTP/1.1 {error.status_code} {HTTPStatus(error.status_code).phrase}\r\n"
         fields = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
