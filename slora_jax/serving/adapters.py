@@ -29,7 +29,8 @@ from slora_jax.serving.settings import ServerSettings
 logger = logging.getLogger("slora_jax.serving")
 
 STATE_FILE = ".slora-adapters.json"
-POLL_SECONDS = 0.02
+POLL_SECONDS, MAX_POLL_SECONDS = 0.02, 0.5
+"""Between two looks at whether an unloaded adapter is free; each time twice as long, since hundreds may wait."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,10 @@ class Adapters:
             self._forget(name)
             root = self._settings.adapters
             await asyncio.to_thread(self._file.unloaded, name, root is not None and os.path.isdir(root / name))
-        shared = store.is_named(info.digest)
+        shared, poll = store.is_named(info.digest), POLL_SECONDS
         while not is_gone and not shared and time.monotonic() - start < drain_seconds:
-            await asyncio.sleep(POLL_SECONDS)
+            await asyncio.sleep(poll)
+            poll = min(2 * poll, MAX_POLL_SECONDS)
             held = await loop.call(lambda engine: _pages_held(engine, info.digest))
             is_gone = not held and not store.holds(info.digest)
         freed = is_gone and not shared

@@ -202,6 +202,8 @@ class EngineLoop:
         for delta in deltas:
             sequence = self._sequences.get(delta.request_id)
             if sequence is None:  # cancelled
+                if delta.output is not None:
+                    self._listener.finished(delta.output)
                 continue
             if delta.output is None:
                 sequence.mailbox.put(sequence.index, delta)

@@ -27,6 +27,13 @@ def at_most(count: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _boolean(data: Any) -> Any:
+    """To Python, 0.0 is False."""
+    if not isinstance(data, bool):
+        raise ValueError("must be false")
+    return data
+
+
 # fail_fast: of a list with a million wrong items, one is told; complaints about all would take gigabytes.
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[Token], Field(fail_fast=True, min_length=1)]
@@ -188,7 +195,7 @@ class ChatBody(Generation):
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none"] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16), at_most(16)] | None = None
-    store: Literal[False] | None = None
+    store: Annotated[Literal[False], BeforeValidator(_boolean)] | None = None
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatBody:

@@ -17,7 +17,7 @@ from typing import Protocol
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from slora_jax.engine import Engine
 from slora_jax.errors import ConfigError, ProcessLostError, SloraError
@@ -102,8 +102,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._write_deadline: asyncio.TimerHandle | None = None
         self._head_deadline: asyncio.TimerHandle | None = None
         self._in_head, self._head_bytes = False, 0
+        self._cycles: list[RequestResponseCycle] = []  # whose answers are not complete
         if len(self.connections) > self.most:
-            transport.abort()
+            self._abort()
         else:
             self._await_head()
 
@@ -126,9 +127,18 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._forget(self._head_deadline)
         self._head_deadline = None
+        upgrades = self.parser.should_upgrade()
+        if upgrades and any(name in (b"content-length", b"transfer-encoding") for name, _ in self.headers):
+            message = "Upgrade: this service speaks HTTP/1.1 only, and cannot tell a body from another protocol"
+            self._refuse(ApiError(400, message, code="bad_http"))  # the parser would take it for the next request
+            return
         super().on_headers_complete()
-        if len(self.pipeline) > MAX_PIPELINED:
-            self.transport.abort()
+        self.cycle.keep_alive &= not upgrades
+        self._cycles = [*(one for one in self._cycles if not one.response_complete), self.cycle]
+        if len(self._cycles) > MAX_PIPELINED:
+            self._abort()
+        elif self.pipeline:
+            self.flow.resume_reading()  # else nobody would notice when the client goes away
 
     def send_400_response(self, msg: str) -> None:
         if len(getattr(self, "url", b"")) > self.limits.header_bytes:  # the parser takes no longer one
@@ -139,7 +149,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._write_deadline is None:
-            self._write_deadline = self.loop.call_later(self.limits.write_seconds, self.transport.abort)
+            self._write_deadline = self.loop.call_later(self.limits.write_seconds, self._abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -149,14 +159,35 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget(self._head_deadline)
         self._forget(self._write_deadline)
+        self._tell_cycles()
         super().connection_lost(exc)
+
+    def eof_received(self) -> None:
+        self._tell_cycles()  # a client that has closed its half is taken for gone
 
     def _await_head(self) -> None:
         if self._head_deadline is None:
-            self._head_deadline = self.loop.call_later(self.limits.header_seconds, self.transport.abort)
+            self._head_deadline = self.loop.call_later(self.limits.header_seconds, self._abort)
+
+    def _abort(self) -> None:
+        self._tell_cycles()
+        self.transport.abort()
+
+    def _tell_cycles(self) -> None:
+        """Nobody reads the answers any more: of the last request, and of those before it."""
+        for cycle in self._cycles:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
 
     def _refuse(self, error: ApiError) -> None:
-        """Answers what the application does not get to see."""
+        """Answers what the application does not get to see, once."""
+        if self.transport.is_closing():
+            return
+        if any(cycle.response_started and not cycle.response_complete for cycle in self._cycles):
+            self._abort()  # in the midst of another answer
+            return
+        self._tell_cycles()
         body = error.response().body
         status = f"HTTP/1.1 {error.status_code} {HTTPStatus(error.status_code).phrase}\r\n"
         fields = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"

@@ -13,7 +13,7 @@ from conftest import MANAGE_KEY, SERVE_KEY
 from live_server import LiveServer, write_adapter
 from tiny_model import TinyModel
 from unharmed import Before, good_tokens
-from wire import exchange, head, post
+from wire import CLOSED, connect, exchange, head, post, read_replies, read_reply
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -205,6 +205,12 @@ def test_a_body_beyond_its_limit_is_413_however_it_comes(server) -> None:
     assert "limits.body_bytes" in refused(server, declared + b"\r\n", 413)
 
 
+def test_a_connection_goes_on_after_a_refused_body(server) -> None:
+    with connect(server) as client:
+        client.sendall(post(COMPLETIONS, b"x" * (2 * BODY_BYTES), SERVE_KEY) + post(COMPLETIONS, OK, SERVE_KEY))
+        assert [reply.status for reply in read_replies(client, 2)] == [413, 200]
+
+
 def test_chunks_that_are_small_enough_are_a_body(server) -> None:
     data = json.dumps(OK).encode()
     chunks = b"".join(b"1\r\n" + bytes([byte]) + b"\r\n" for byte in data) + b"0\r\n\r\n"
@@ -285,7 +291,24 @@ def test_a_head_that_does_not_end_is_cut_off(server) -> None:
 @pytest.mark.parametrize("upgrade", ["websocket", "h2c"])
 def test_other_protocols_are_not_switched_to(server, upgrade) -> None:
     fields = ("Connection: Upgrade", f"Upgrade: {upgrade}", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: AAAA")
-    assert exchange(server, head("GET", "/health", None, *fields) + b"\r\n").status == 200
+    answer = exchange(server, head("GET", "/health", None, *fields) + b"\r\n")
+    assert answer.status == 200 and answer.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("upgrade", ["websocket", "h2c"])
+def test_a_body_behind_an_upgrade_is_no_request(server, upgrade) -> None:
+    """The parser would take it for the next one."""
+    hidden = head("GET", "/v1/models", SERVE_KEY) + b"\r\n"
+    fields = ("Connection: Upgrade", f"Upgrade: {upgrade}", f"Content-Length: {len(hidden)}")
+    with connect(server) as client:
+        client.sendall(head("POST", COMPLETIONS, SERVE_KEY, *fields) + b"\r\n")
+        reply = read_reply(client)
+        assert reply.status == 400 and "Upgrade" in reply.message and reply.headers["connection"] == "close"
+        try:
+            client.sendall(hidden)
+        except ConnectionError:
+            pass
+        assert read_reply(client) == CLOSED
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "TRACE", "OPTIONS", "PROPFIND", "GET"])

@@ -59,6 +59,19 @@ def read_reply(client: socket.socket, method: str = "POST") -> Reply:
         response.close()
 
 
+def read_replies(client: socket.socket, count: int) -> list[Reply]:
+    """Answers to requests that were sent one behind the other."""
+    with client.makefile("rb") as file:
+        return [_read_from(file) for _ in range(count)]
+
+
+def _read_from(file: Any) -> Reply:
+    """An answer with a Content-Length."""
+    status = int(file.readline().split()[1])
+    headers = {key.lower(): value for key, value in http.client.parse_headers(file).items()}
+    return Reply(status, headers, file.read(int(headers["content-length"])))
+
+
 def exchange(server: LiveServer, data: bytes, timeout: float = 30) -> Reply:
     """Sends bytes on a new connection. TimeoutError: nothing comes back."""
     with connect(server, timeout) as client:

@@ -1,0 +1,172 @@
+"""Clients that ask for more than their share are told when to come back, and what is under way is not disturbed."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from live_server import engine_config
+from test_engine_loop import Borrowed, until
+from tiny_model import TinyModel
+
+from slora_jax import Engine, SamplingParams
+from slora_jax.serving.access import ApiKey
+from slora_jax.serving.app import create_app
+from slora_jax.serving.service import Service
+from slora_jax.serving.settings import Limits, ServerSettings
+
+LIMITS = Limits(waiting=4, per_client=12, sequences=8, body_bytes=4000, bodies_bytes=6000)
+"""With 16 that can run, 20 in all."""
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: TinyModel) -> Iterator[Engine]:
+    with Engine(tiny.config, tiny.graphdef, tiny.params, engine_config()) as engine:
+        yield engine
+        engine.check()
+        stats = engine.stats()
+        assert stats.pages["kv"] == 0 and stats.running == stats.waiting == 0
+
+
+@pytest.fixture
+def gate(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """No step begins while it is not set."""
+    gate, dispatch = threading.Event(), engine._runner.dispatch
+    gate.set()
+
+    def wait(*args: Any) -> Any:
+        gate.wait()
+        return dispatch(*args)
+
+    monkeypatch.setattr(engine._runner, "dispatch", wait)
+    return gate
+
+
+@dataclass
+class Asked:
+    """A service and its clients."""
+
+    service: Service
+    http: httpx.AsyncClient
+
+    async def __call__(self, client: str, **body: Any) -> httpx.Response:
+        """An answer to client "a" or "b"."""
+        body = {
+            "prompt": [5, 6, 7],
+            "max_tokens": 6,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "temperature": 1.0,
+        } | body
+        headers = {"Authorization": f"Bearer sk-{client}"}
+        return await self.http.post("/v1/completions", json=body, headers=headers, timeout=60)
+
+    async def under_way(self, *asks: tuple[str, dict[str, Any]]) -> list[asyncio.Future[httpx.Response]]:
+        """Their answers to come; returns when the engine has them."""
+        count = self.service.loop.num_unfinished + sum(body.get("n", 1) for _, body in asks)
+        tasks = [asyncio.ensure_future(self(client, **body)) for client, body in asks]
+        await until(lambda: self.service.loop.num_unfinished == count)
+        return tasks
+
+
+@asynccontextmanager
+async def serving(engine: Engine) -> AsyncIterator[Asked]:
+    keys = tuple(ApiKey.from_mapping({"name": name, "key": f"sk-{name}"}, name) for name in "ab")
+    settings = ServerSettings(Path(), name="base", api_keys=keys, limits=LIMITS, engine=engine_config())
+    app = create_app(settings, lambda: Borrowed(engine))  # type: ignore[arg-type,return-value]
+    async with app.router.lifespan_context(app):
+        service = app.state.service
+        await until(lambda: service.is_ready)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as http:
+            yield Asked(service, http)
+        assert service.loop.num_unfinished == 0
+        assert service.shares._total == 0 and not service.shares._held
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(scenario(), 120))  # type: ignore[arg-type]
+
+
+def test_a_full_share_is_429_and_a_full_queue_503(engine: Engine, gate: threading.Event) -> None:
+    bodies = [("a", {"n": 4, "seed": i, "prompt": [7 + i, 3]}) for i in range(3)]
+    bodies.append(("b", {"n": 8, "seed": 9, "prompt": [40, 41]}))
+    expected = [
+        engine.generate(
+            [body["prompt"]] * body["n"],
+            [
+                SamplingParams(max_tokens=6, temperature=1.0, seed=body["seed"] + i, ignore_eos=True)
+                for i in range(body["n"])
+            ],
+        )
+        for _, body in bodies
+    ]
+
+    async def scenario() -> None:
+        async with serving(engine) as ask:
+            gate.clear()
+            tasks = await ask.under_way(*bodies)
+            for _ in range(5):
+                mine = await ask("a")
+                assert mine.status_code == 429 and int(mine.headers["retry-after"]) >= 1
+                assert mine.json()["error"]["code"] == "too_many_requests"
+                assert "12 sequences of yours" in mine.json()["error"]["message"]
+                all_of_us = await ask("b")
+                assert all_of_us.status_code == 503 and int(all_of_us.headers["retry-after"]) >= 1
+                assert all_of_us.json()["error"]["code"] == "queue_full"
+            gate.set()
+            for task, outputs in zip(tasks, expected, strict=True):
+                answer = await task
+                assert answer.status_code == 200
+                tokens = [choice["token_ids"] for choice in answer.json()["choices"]]
+                assert tokens == [output.token_ids for output in outputs]
+            assert (await ask("a", n=8)).status_code == (await ask("b", n=8)).status_code == 200
+
+    run(scenario)
+
+
+def test_more_than_a_request_may_ever_have_is_400(engine: Engine, gate: threading.Event) -> None:
+    async def scenario() -> None:
+        async with serving(engine) as ask:
+            for body in ({"n": 9}, {"prompt": [[1], [2], [3]], "n": 3}):
+                answer = await ask("a", **body)
+                assert answer.status_code == 400 and "one request may have 8" in answer.json()["error"]["message"]
+
+    run(scenario)
+
+
+def test_a_request_that_fails_gives_its_share_back(engine: Engine, gate: threading.Event) -> None:
+    async def scenario() -> None:
+        async with serving(engine) as ask:
+            for _ in range(10):
+                assert (await ask("a", n=8, prompt=[10**6])).status_code == 400
+                assert (await ask("a", n=8, prompt=[5] * 200)).status_code == 400
+                assert (await ask("a", n=8, model="nobody")).status_code == 404
+                assert (await ask("a", n=8, max_tokens=0)).status_code == 400
+            assert (await ask("a", n=8)).status_code == 200
+
+    run(scenario)
+
+
+def test_bodies_of_all_requests_together_are_bounded(engine: Engine, gate: threading.Event) -> None:
+    async def scenario() -> None:
+        async with serving(engine) as ask:
+            large = {"user": "x" * 3000}
+            gate.clear()
+            tasks = await ask.under_way(("a", large))
+            refused = await ask("b", **large)
+            assert refused.status_code == 503 and refused.json()["error"]["code"] == "bodies_full"
+            assert "retry-after" in refused.headers
+            tasks += await ask.under_way(("b", {}))
+            gate.set()
+            assert [(await task).status_code for task in tasks] == [200, 200]
+            assert (await ask("b", **large)).status_code == 200
+            assert (await ask("b", user="x" * 4000)).status_code == 413
+
+    run(scenario)
