@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--dtype", choices=("bfloat16", "float32"), help="of weights (default: bfloat16)")
     option("--max-seqs", metavar="N", type=int, help=f"sequences running at once (default: {EngineConfig.max_seqs})")
     option("--num-pages", metavar="N", type=int, help="pages of the pool (default: what memory allows)")
-    option("--replicas", metavar="N", type=int, default=1, help="engines, behind Ray Serve if more than one")
+    option("--replicas", metavar="N", type=int, help="engines, behind Ray Serve if more than one (default: 1)")
     _add_parallel_options(serve)
     serve.set_defaults(run=_serve)
 
@@ -271,9 +271,13 @@ def _serve(args: argparse.Namespace) -> int:
         "name": args.name,
         "host": args.host,
         "port": args.port,
+        "replicas": args.replicas,
         "engine": {name: value for name, value in engine.items() if value is not None},
     }
     settings = ServerSettings.from_file(args.config, **given)
+    if settings.replicas > 1 and args.coordinator is not None:
+        raise ConfigError(f"--replicas={settings.replicas}: of engines in one process each; leave --coordinator out")
+    ModelConfig.from_directory(settings.model_dir)  # what is wrong with it is told before anything listens
     with _processes(args, settings.engine.tp) or nullcontext() as processes:
         if processes is None or processes.is_leader:
             return serve(settings, lambda: settings.build_engine(processes))

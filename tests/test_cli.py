@@ -120,6 +120,23 @@ def test_a_compile_report_refuses_a_model_that_is_not_supported(tmp_path, capsys
     assert "model_type='gpt2' is not supported" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--port", "70000"], "port=70000"),
+        (["--adapters", "no/such/place"], "adapters='no/such/place': not a directory"),
+        (["--config", "no/such/file.yaml"], "no/such/file.yaml"),
+        (["--host", "192.0.2.1"], "cannot listen there"),
+        (["--max-seqs", "0"], "max_seqs=0"),
+        (["--process-id", "1"], "--coordinator is missing"),
+    ],
+)
+def test_a_mistake_in_serving_is_told_before_anything_is_loaded(model_dir, options, message, capsys):
+    assert cli.main(["serve", str(model_dir), *options]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("slora: error: ") and message in line
+
+
 def test_a_directory_without_a_model_is_a_mistake_too(tmp_path, capsys):
     assert generate(tmp_path) == 2
     assert f"{tmp_path}/config.json: no such file" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,24 +17,34 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-HIDDEN, HEADS, KV_HEADS, FFN = 256, 8, 4, 688
 MAX_VOCAB = 2048
 MAX_POSITIONS = 512
 
 
-def write_checkpoint(directory: Path, num_layers: int, seed: int) -> int:
+@dataclass(frozen=True)
+class Widths:
+    """Of a model: its hidden states, its heads, and its feed-forward layers."""
+
+    hidden: int = 256
+    heads: int = 8
+    kv_heads: int = 4
+    ffn: int = 688
+
+
+def write_checkpoint(directory: Path, num_layers: int, seed: int, widths: Widths | None = None) -> int:
     """Writes config, tokenizer and float32 weights to `directory`. Returns the number of parameters."""
+    widths = widths or Widths()
     directory.mkdir(parents=True, exist_ok=True)
     vocab = _write_tokenizer(directory)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
-        "hidden_size": HIDDEN,
-        "intermediate_size": FFN,
+        "hidden_size": widths.hidden,
+        "intermediate_size": widths.ffn,
         "num_hidden_layers": num_layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
+        "num_attention_heads": widths.heads,
+        "num_key_value_heads": widths.kv_heads,
         "vocab_size": vocab,
         "max_position_embeddings": MAX_POSITIONS,
         "rms_norm_eps": 1e-5,
@@ -45,32 +56,33 @@ def write_checkpoint(directory: Path, num_layers: int, seed: int) -> int:
     }
     _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
-    weights = _random_weights(num_layers, vocab, seed)
+    weights = _random_weights(num_layers, widths, vocab, seed)
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return sum(weight.size for weight in weights.values())
 
 
-def _random_weights(num_layers: int, vocab: int, seed: int) -> dict[str, np.ndarray]:
+def _random_weights(num_layers: int, widths: Widths, vocab: int, seed: int) -> dict[str, np.ndarray]:
     """Kernels `[out, in]` drawn from N(0, 1 / in), embeddings from N(0, 1), norms at one."""
     rng = np.random.default_rng(seed)
-    kv = KV_HEADS * HIDDEN // HEADS
+    hidden, ffn = widths.hidden, widths.ffn
+    kv = widths.kv_heads * hidden // widths.heads
     kernels = {
-        "self_attn.q_proj": (HIDDEN, HIDDEN),
-        "self_attn.k_proj": (kv, HIDDEN),
-        "self_attn.v_proj": (kv, HIDDEN),
-        "self_attn.o_proj": (HIDDEN, HIDDEN),
-        "mlp.gate_proj": (FFN, HIDDEN),
-        "mlp.up_proj": (FFN, HIDDEN),
-        "mlp.down_proj": (HIDDEN, FFN),
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
     }
-    weights = {"model.embed_tokens.weight": rng.standard_normal((vocab, HIDDEN), np.float32)}
+    weights = {"model.embed_tokens.weight": rng.standard_normal((vocab, hidden), np.float32)}
     for layer in range(num_layers):
         for name, shape in kernels.items():
             weights[f"model.layers.{layer}.{name}.weight"] = _kernel(rng, shape)
         for name in ("input_layernorm", "post_attention_layernorm"):
-            weights[f"model.layers.{layer}.{name}.weight"] = np.ones(HIDDEN, np.float32)
-    weights["model.norm.weight"] = np.ones(HIDDEN, np.float32)
-    weights["lm_head.weight"] = _kernel(rng, (vocab, HIDDEN))
+            weights[f"model.layers.{layer}.{name}.weight"] = np.ones(hidden, np.float32)
+    weights["model.norm.weight"] = np.ones(hidden, np.float32)
+    weights["lm_head.weight"] = _kernel(rng, (vocab, hidden))
     return weights
 
 

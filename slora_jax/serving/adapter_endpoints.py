@@ -39,7 +39,6 @@ async def unload_lora_adapter(request: Request, client: MayManage, body: UnloadB
     service = service_of(request)
     seconds = service.settings.drain_seconds if body.drain_seconds is None else body.drain_seconds
     done = await service.adapters.unload(service.loop, body.lora_name, seconds)
-    service.forget_adapter(body.lora_name)
     if done.shared:
         what = "Its content stays: another name has the same."
     elif not done.is_gone:
@@ -59,13 +58,19 @@ async def unload_lora_adapter(request: Request, client: MayManage, body: UnloadB
 
 
 @router.get("/adapters", responses=answers(AdapterList, 400, 401, 503))
-async def adapters(request: Request, client: MayLook, limit: Annotated[int | None, Query(ge=0)] = None) -> Response:
+async def adapters(
+    request: Request, client: MayLook, limit: Annotated[int | None, Query(ge=0)] = None, search: str = ""
+) -> Response:
     """Every registered adapter, the one used last first: where it is, how large, how long its requests waited. `limit`:
-    so many of them at most. `refused`: those of the watched directory that cannot be used, and why."""
+    so many of them at most; `search`: only those with this in their name or digest. `refused`: those of the watched
+    directory that cannot be used, and why."""
     service = service_of(request)
     snapshot = service.loop.snapshot
     device = {} if snapshot is None else snapshot.device
     states = adapter_states(service.loop.engine.store, device, service.usage)
+    if search:
+        wanted = search.lower()
+        states = [state for state in states if wanted in state.name.lower() or wanted in state.digest]
     return JsonResponse(
         {
             "object": "list",

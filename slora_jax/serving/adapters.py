@@ -4,17 +4,16 @@ remembers the difference for the next start."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
 import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from weakref import WeakValueDictionary
 
 from tqdm import tqdm
 
@@ -65,13 +64,16 @@ class Unloaded:
 class Adapters:
     """Registers adapters with an engine and takes them away again. Used in the event loop, but for `register_all`."""
 
-    def __init__(self, settings: ServerSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: ServerSettings, on_gone: Callable[[str], None]) -> None:
+        """on_gone: told the name of an adapter that was unregistered."""
+        self._settings, self._on_gone = settings, on_gone
         self._roots = AdapterRoots(settings.roots)
         self._file = StateFile(settings.state_file or (settings.adapters and settings.adapters / STATE_FILE))
         self._registered: dict[str, Wanted] = {}
         self._seen: dict[str, Wanted] = {}  # at the last look; what changes while it is looked at is not complete
-        self._one_at_a_time: dict[str, tuple[asyncio.Lock, int]] = {}  # and how many hold it or wait for it
+        self._known: set[str] = set()  # names that were registered when the last look began
+        self._look_seconds = 0.0  # that the last look took, without what it led to
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of names in somebody's hands
         self._readers = asyncio.Semaphore(settings.limits.adapter_loads)
         self.refused: dict[str, str] = {}  # by name: why an adapter that should be there is not
 
@@ -128,24 +130,23 @@ class Adapters:
             info = store.info(name)
             pages = await loop.call(lambda engine: _pages_held(engine, info.digest))
             is_gone = await loop.call(lambda engine: engine.unload_adapter(name))
-            self._registered.pop(name, None)
-            self.refused.pop(name, None)
+            self._forget(name)
             root = self._settings.adapters
             await asyncio.to_thread(self._file.unloaded, name, root is not None and os.path.isdir(root / name))
         shared, poll = store.is_named(info.digest), POLL_SECONDS
         while not is_gone and not shared and time.monotonic() - start < drain_seconds:
             await asyncio.sleep(poll)
             poll = min(2 * poll, MAX_POLL_SECONDS)
-            is_gone = await loop.call(lambda engine: _pages_held(engine, info.digest) == 0) and not store.holds(
-                info.digest
-            )
+            held = await loop.call(lambda engine: _pages_held(engine, info.digest))
+            is_gone = not held and not store.holds(info.digest)
         freed = is_gone and not shared
         return Unloaded(freed, shared, pages * freed, info.nbytes * freed, time.monotonic() - start)
 
     async def watch(self, loop: EngineLoop) -> None:
-        """Follows the watched directory and the state file until it is cancelled."""
+        """Follows the watched directory and the state file until it is cancelled; of very many adapters less often, so
+        that looking takes no more than 2 % of the time."""
         while True:
-            await asyncio.sleep(self._settings.watch_seconds)
+            await asyncio.sleep(max(self._settings.watch_seconds, 50 * self._look_seconds))
             try:
                 await self.look(loop)
             except ApiError:
@@ -155,21 +156,32 @@ class Adapters:
 
     async def look(self, loop: EngineLoop) -> None:
         """Registers what has come (or changed) and has not changed since the last look; unregisters what has gone."""
-        before, self._seen = self._seen, await asyncio.to_thread(self._wanted)
-        come = [name for name, one in self._seen.items() if before.get(name) == one != self._registered.get(name)]
-        gone = [name for name in self._registered if name not in self._seen and name not in before]
-        await asyncio.gather(*(self._follow(loop, name) for name in come + gone))
+        before, known_before = self._seen, self._known
+        self._known, registered = set(self._registered), dict(self._registered)
+
+        def compare() -> tuple[dict[str, Wanted], list[str]]:
+            start = time.perf_counter()
+            seen = self._wanted()
+            self._look_seconds = time.perf_counter() - start
+            come = [name for name, one in seen.items() if before.get(name) == one != registered.get(name)]
+            # What a client has just loaded may be registered, and not in the state file yet.
+            gone = [name for name in self._known & known_before if name not in seen and name not in before]
+            return seen, come + gone
+
+        self._seen, changed = await asyncio.to_thread(compare)
+        await asyncio.gather(*(self._follow(loop, name) for name in changed))
 
     async def _follow(self, loop: EngineLoop, name: str) -> None:
         async with self._alone(name):
             one = self._seen.get(name)
             if one is None:
-                self._registered.pop(name, None)
-                self.refused.pop(name, None)
+                self._forget(name)
                 if loop.engine.store.has(name):
                     await loop.call(lambda engine: engine.unload_adapter(name))
                     logger.info("adapter %r is gone", name)
             elif one != self._registered.get(name):
+                if name in (await asyncio.to_thread(self._file.read)).unloaded:
+                    return  # by a client, since the directory was looked at
                 try:
                     await self._bring(loop, name, one)
                     logger.info("adapter %r registered", name)
@@ -225,70 +237,68 @@ class Adapters:
         self.refused[name] = reason
         logger.warning("adapter %r is left out: %s", name, reason)
 
-    @contextlib.asynccontextmanager
-    async def _alone(self, name: str) -> Any:
+    def _alone(self, name: str) -> asyncio.Lock:
         """What is done to one name is done one after the other."""
-        lock, waiting = self._one_at_a_time.get(name, (asyncio.Lock(), 0))
-        self._one_at_a_time[name] = lock, waiting + 1
-        try:
-            async with lock:
-                yield
-        finally:
-            lock, waiting = self._one_at_a_time.pop(name)
-            if waiting > 1:
-                self._one_at_a_time[name] = lock, waiting - 1
+        return self._locks.setdefault(name, asyncio.Lock())
+
+    def _forget(self, name: str) -> None:
+        self._registered.pop(name, None)
+        self.refused.pop(name, None)
+        self._on_gone(name)
 
 
 class StateFile:
-    """What clients changed, in JSON. Several servers may share it; None: nothing is remembered."""
+    """What clients changed, in JSON. Several servers may share it. Without a file, or with one that cannot be read or
+    written, this process alone remembers."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
+        self._known = Changes({}, frozenset())  # read or written last
 
     def read(self) -> Changes:
-        """Nothing, if there is no file; an unreadable one is logged and left alone."""
+        """What there is to know."""
         if self._path is None:
-            return Changes({}, frozenset())
+            return self._known
         try:
             data = json.loads(self._path.read_text())
-            return Changes({str(k): str(v) for k, v in data["loaded"].items()}, frozenset(map(str, data["unloaded"])))
+            loaded = {str(name): str(directory) for name, directory in data["loaded"].items()}
+            self._known = Changes(loaded, frozenset(map(str, data["unloaded"])))
         except FileNotFoundError:
-            return Changes({}, frozenset())
+            pass
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("%s cannot be read, so loads and unloads of before are forgotten: %r", self._path, error)
-            return Changes({}, frozenset())
+            logger.warning("%s cannot be read: %r", self._path, error)
+        return self._known
 
     def loaded(self, name: str, directory: Path | None) -> None:
         """A client loaded `name`. directory None: it lies in the watched directory, under that name."""
-        with self._changing() as changes:
-            elsewhere = {} if directory is None else {name: str(directory)}
-            kept = {k: v for k, v in changes.loaded.items() if k != name}
-            self._write(Changes(kept | elsewhere, changes.unloaded - {name}))
+        elsewhere = {} if directory is None else {name: str(directory)}
+        self._change(lambda changes: Changes(_without(name, changes.loaded) | elsewhere, changes.unloaded - {name}))
 
     def unloaded(self, name: str, is_watched: bool) -> None:
         """A client unloaded `name`. is_watched: the watched directory has an adapter of this name."""
-        with self._changing() as changes:
-            kept = {k: v for k, v in changes.loaded.items() if k != name}
-            self._write(Changes(kept, changes.unloaded | {name} if is_watched else changes.unloaded))
+        more = {name} if is_watched else set()
+        self._change(lambda changes: Changes(_without(name, changes.loaded), changes.unloaded | more))
 
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[Changes]:
+    def _change(self, change: Callable[[Changes], Changes]) -> None:
         if self._path is None:
-            yield self.read()
+            self._known = change(self._known)
             return
         try:
             with open(self._path.with_suffix(".lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                yield self.read()
+                fcntl.flock(lock, fcntl.LOCK_EX)  # other servers, and this one's other threads
+                self._known = change(self.read())
+                data = {"loaded": self._known.loaded, "unloaded": sorted(self._known.unloaded)}
+                new = self._path.with_suffix(f".{os.getpid()}.tmp")
+                new.write_text(json.dumps(data, indent=1) + "\n")
+                os.replace(new, self._path)
         except OSError as error:
-            logger.warning("%s cannot be written, so a restart will not know of this change: %s", self._path, error)
+            logger.warning("%s cannot be written, so a restart will not know of changes: %s", self._path, error)
+            self._path = None
+            self._change(change)
 
-    def _write(self, changes: Changes) -> None:
-        if self._path is None:
-            return
-        new = self._path.with_suffix(f".{os.getpid()}.tmp")
-        new.write_text(json.dumps({"loaded": changes.loaded, "unloaded": sorted(changes.unloaded)}, indent=1) + "\n")
-        os.replace(new, self._path)
+
+def _without(name: str, loaded: dict[str, str]) -> dict[str, str]:
+    return {key: directory for key, directory in loaded.items() if key != name}
 
 
 def _pages_held(engine: Engine, digest: str) -> int:

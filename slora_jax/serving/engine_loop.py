@@ -81,7 +81,7 @@ class EngineLoop:
         self.snapshot: EngineSnapshot | None = None
         self._engine: Engine | None = None
         self._events = asyncio.get_running_loop()
-        self._ended = asyncio.Event()
+        self._calls: set[asyncio.Future] = set()  # that wait for the thread
         self._sequences: dict[str, Sequence] = {}
         self._numbers = 0
         # Shared with the thread:
@@ -144,7 +144,11 @@ class EngineLoop:
         self._cancel([one for one in request_ids if self._sequences.pop(one, None) is not None])
 
     async def call[T](self, function: Callable[[Engine], T]) -> T:
-        """What `function` returns, or raises, on the engine's thread between two steps. It should take microseconds."""
+        """What `function` returns, or raises, on the engine's thread between two steps. It should take microseconds.
+
+        Raises:
+          ApiError: 503, the engine is dead, or a step does not come back. `function` may yet run in the latter case.
+        """
         future: asyncio.Future[T] = self._events.create_future()
 
         def run(engine: Engine) -> None:
@@ -153,16 +157,14 @@ class EngineLoop:
             except Exception as error:  # noqa: BLE001  the caller's
                 self._post(_settle, future, None, error)
 
-        self._check_alive()
-        self._command(run)
-        ended = asyncio.create_task(self._ended.wait())
-        try:
-            await asyncio.wait((future, ended), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            ended.cancel()
-        if not future.done():
+        if self.health in (Health.STALLED, Health.STOPPED, Health.DEAD):
             raise self._refusal()
-        return future.result()
+        self._command(run)
+        self._calls.add(future)
+        try:
+            return await future
+        finally:
+            self._calls.discard(future)
 
     def fail_all(self, error: Exception) -> None:
         """Ends every sequence; its client is told `error`."""
@@ -171,12 +173,18 @@ class EngineLoop:
         self._cancel(unfinished)
 
     async def stop(self) -> None:
-        """Ends the thread; sequences under way fail. Returns when the engine is closed."""
+        """Ends the thread; sequences under way fail. Returns when the engine is closed; at once if it is still being
+        built, or in a step that does not come back: neither can be interrupted (`is_alive`)."""
         self._stopping = True
         self._wake.set()
-        while self._thread.is_alive():
+        while self.is_alive and self.health not in (Health.STARTING, Health.STALLED):
             await asyncio.sleep(0.01)
         self._watchdog.cancel()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
 
     def _cancel(self, request_ids: list[str]) -> None:
         def cancel(engine: Engine) -> None:
@@ -232,10 +240,6 @@ class EngineLoop:
                 return unavailable(f"the engine is dead: {self.error!r}", code="dead")
         return unavailable("the service is stopping", code="stopping", retry_after=10)
 
-    def _check_alive(self) -> None:
-        if self.health in (Health.DEAD, Health.STOPPED):
-            raise self._refusal()
-
     async def _watch(self) -> None:
         """Notices a step that does not come back. Its requests are told; the rest is up to whoever watches /health."""
         while True:
@@ -247,10 +251,15 @@ class EngineLoop:
             logger.error("%s", error)
             self._become(Health.STALLED, error)
             self.fail_all(engine_failed(str(error)))
+            self._refuse_calls()
 
     def _has_ended(self) -> None:
         self._fail(list(self._sequences), self._refusal())
-        self._ended.set()
+        self._refuse_calls()
+
+    def _refuse_calls(self) -> None:
+        for future in self._calls:
+            _settle(future, None, self._refusal())
 
     # On the engine's thread
 

@@ -18,7 +18,7 @@ from slora_jax.serving.engine_loop import EngineLoop
 from slora_jax.serving.errors import JsonResponse, as_api_error
 from slora_jax.serving.mailbox import Arrived, Mailbox
 from slora_jax.serving.protocol import StreamOptions
-from slora_jax.serving.shapes import Json, Shape, usage
+from slora_jax.serving.shapes import Json, Shape, counts, usage
 
 
 class ClientGoneError(Exception):
@@ -65,7 +65,7 @@ async def generate(
             return JsonResponse(await _whole(first, mailbox, len(ids), shape))
     except ClientGoneError:
         return Response(status_code=499)  # for the log; nobody reads it
-    return EventStream(_events(first, mailbox, len(ids), shape, stream), held.pop_all())
+    return EventStream(_events(first, mailbox, sequences.prompts, shape, stream), held.pop_all())
 
 
 class EventStream(Response):
@@ -111,11 +111,16 @@ def _all_of(output: RequestOutput) -> Arrived:
 
 
 async def _events(
-    arrived: dict[int, Arrived], mailbox: Mailbox, count: int, shape: Shape, options: StreamOptions
+    arrived: dict[int, Arrived],
+    mailbox: Mailbox,
+    prompts: Sequence[list[int]],
+    shape: Shape,
+    options: StreamOptions,
 ) -> AsyncIterator[bytes]:
     """An event a choice for whatever has come, all in one write. Ends with [DONE], or with an error's body."""
     outputs: dict[int, RequestOutput] = {}
     opened: set[int] = set()
+    prompt_tokens, generated = sum(map(len, {tuple(prompt) for prompt in prompts})), 0
     try:
         while True:
             events = []
@@ -125,13 +130,14 @@ async def _events(
                     if (opening := shape.opening(index)) is not None:
                         events.append(shape.envelope([opening], streamed=True))
                 events.append(shape.envelope([shape.piece(index, part)], streamed=True))
+                generated += len(part.token_ids)
+                if options.continuous_usage_stats:
+                    events[-1]["usage"] = counts(prompt_tokens, generated)
                 if part.output is not None:
                     outputs[index] = part.output
-            has_ended = len(outputs) == count
+            has_ended = len(outputs) == len(prompts)
             if has_ended and options.include_usage:
-                for event in events:
-                    event["usage"] = None
-                whole = usage([outputs[index] for index in range(count)])
+                whole = usage([outputs[index] for index in range(len(prompts))])
                 events.append(shape.envelope([], streamed=True) | {"usage": whole})
             yield b"".join(map(_event, events)) + (b"data: [DONE]\n\n" if has_ended else b"")
             if has_ended:

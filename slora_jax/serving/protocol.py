@@ -41,6 +41,9 @@ Text = Annotated[str, Field(max_length=256)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 
+Several = Field(min_length=1, max_length=1024, fail_fast=True)
+
+
 class Body(BaseModel):
     """Strict: no field is guessed, no text taken for a number."""
 

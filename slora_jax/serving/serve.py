@@ -7,17 +7,20 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
-from typing import Any
+from typing import Protocol
 
 import uvicorn
+from fastapi import FastAPI
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from slora_jax.engine import Engine
-from slora_jax.errors import ConfigError, ProcessLostError
+from slora_jax.errors import ConfigError, ProcessLostError, SloraError
 from slora_jax.parallel.processes import EXIT_LOST
 from slora_jax.serving.app import create_app
 from slora_jax.serving.engine_loop import Health
@@ -38,11 +41,38 @@ def serve(settings: ServerSettings, build: Callable[[], Engine]) -> int:
     """Serves until SIGTERM or Ctrl-C: then no more is accepted, requests under way have `settings.drain_seconds`, and
     the exit status is 0. A second signal ends the process at once, with 128 plus its number.
 
-    Returns 1 if the engine could not be built or died, 3 if another process of those that serve together is lost.
+    Returns 1 if the engine died, 2 if it could not be built as asked for, 3 if another process of those that serve
+    together is lost.
+
+    Raises:
+      ConfigError: the address cannot be listened on.
     """
+    listener = _listen(settings.host, settings.port)  # before anything takes time
+    if settings.replicas > 1:
+        from slora_jax.serving.replicas import serve_replicas
+
+        return serve_replicas(settings, listener)
     sys.setswitchinterval(SWITCH_SECONDS)
-    connections = _connections(settings.limits)
     app = create_app(settings, build)
+    status = serve_app(app, settings, _Engine(app), listener)
+    if app.state.service.loop.is_alive:  # in a compilation, say, which would keep the process
+        os._exit(status)
+    return status
+
+
+class Served(Protocol):
+    """What the HTTP side is there for. Both are called in its event loop, when the application has started."""
+
+    async def drain(self) -> None:
+        """Takes no more requests; returns when those under way have ended, or failed at the deadline."""
+
+    async def follow(self, say: Callable[[str], None]) -> int:
+        """Says when requests are taken. Returns the process's exit status when they never will be any more."""
+
+
+def serve_app(app: ASGIApp, settings: ServerSettings, served: Served, listener: socket.socket) -> int:
+    """Serves `app` as `serve` does; returns the exit status."""
+    connections = _connections(settings.limits)
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -56,11 +86,8 @@ def serve(settings: ServerSettings, build: Callable[[], Engine]) -> int:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=5,  # after the drain, which has a deadline of its own
     )
-    server = _Server(config, settings, app)
-    try:
-        server.run()
-    except SystemExit as error:  # uvicorn's: the address is taken, and it has said so
-        return int(error.code or 0)
+    server = _Server(config, settings, served)
+    server.run(sockets=[listener])
     return server.status
 
 
@@ -173,12 +200,35 @@ class GuardedProtocol(HttpToolsProtocol):
             timer.cancel()
 
 
+class _Engine:
+    """An engine of this process, `Served`."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+
+    async def drain(self) -> None:
+        await self._app.state.service.drain()
+
+    async def follow(self, say: Callable[[str], None]) -> int:
+        service = self._app.state.service
+        while service.loop.health is Health.STARTING:
+            await asyncio.sleep(0.05)
+        if service.loop.health is Health.READY:
+            stats = service.loop.engine.store.stats()
+            say(f"ready: {service.settings.base_name}, {stats.registered} adapters")
+        while service.loop.health is not Health.DEAD:
+            await asyncio.sleep(0.2)
+        error = service.loop.error
+        say(f"the engine is dead: {error!r}")
+        return EXIT_LOST if isinstance(error, ProcessLostError) else 2 if isinstance(error, SloraError) else 1
+
+
 class _Server(uvicorn.Server):
     """Ends by our rules, and says when it can be used."""
 
-    def __init__(self, config: uvicorn.Config, settings: ServerSettings, app: Any) -> None:
+    def __init__(self, config: uvicorn.Config, settings: ServerSettings, served: Served) -> None:
         super().__init__(config)
-        self._settings, self._app = settings, app
+        self._settings, self._served = settings, served
         self._has_signal = False
         self.status = 0
 
@@ -189,34 +239,24 @@ class _Server(uvicorn.Server):
             loop.add_signal_handler(number, self._end, number)
         yield
 
-    async def startup(self, sockets: list | None = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
         self._say(f"listening on http://{host}:{port}; loading {self._settings.base_name}")
         if not self._settings.is_loopback and not self._settings.api_keys:
             self._say("anybody who reaches this address may generate and manage adapters: set api_keys")
         self._following = asyncio.create_task(self._follow())
 
-    async def shutdown(self, sockets: list | None = None) -> None:
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
             server.close()  # whoever comes now is refused by the system, and may try elsewhere
-        await self._app.state.service.drain()
+        await self._served.drain()
         self._following.cancel()
         await super().shutdown(sockets)
 
     async def _follow(self) -> None:
-        """Says when requests are taken; ends the server when the engine is dead."""
-        service = self._app.state.service
-        while service.loop.health is Health.STARTING:
-            await asyncio.sleep(0.05)
-        if service.loop.health is Health.READY:
-            stats = service.loop.engine.store.stats()
-            self._say(f"ready: {self._settings.base_name}, {stats.registered} adapters")
-        while service.loop.health is not Health.DEAD:
-            await asyncio.sleep(0.2)
-        error = service.loop.error
-        self._say(f"the engine is dead: {error!r}")
-        self.status = EXIT_LOST if isinstance(error, ProcessLostError) else 2 if isinstance(error, ConfigError) else 1
+        self.status = await self._served.follow(self._say)
         await asyncio.sleep(1.0)  # for clients to be told
         self.should_exit = True
 
@@ -230,6 +270,14 @@ class _Server(uvicorn.Server):
     @staticmethod
     def _say(text: str) -> None:
         print(f"slora: {text}", file=sys.stderr, flush=True)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        [(family, _, _, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(f"host={host!r}, port={port}: cannot listen there: {error.strerror or error}") from error
 
 
 def _connections(limits: Limits) -> int:

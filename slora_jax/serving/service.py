@@ -19,7 +19,7 @@ from slora_jax.errors import RequestError
 from slora_jax.serving.access import Access, Client, Right
 from slora_jax.serving.adapters import Adapters
 from slora_jax.serving.engine_loop import EngineLoop, Health
-from slora_jax.serving.errors import unavailable
+from slora_jax.serving.errors import ApiError, unavailable
 from slora_jax.serving.limits import Shares
 from slora_jax.serving.metrics import ServerMetrics
 from slora_jax.serving.observation import AdapterUsage
@@ -38,7 +38,7 @@ class Service:
         self.settings = settings
         self.started = int(time.time())
         self.access = Access(settings.api_keys)
-        self.adapters = Adapters(settings)
+        self.adapters = Adapters(settings, self._gone)
         self.shares = Shares(settings.limits, settings.engine.max_seqs)
         self.is_draining = False
         self.usage = AdapterUsage(self._is_registered)
@@ -140,11 +140,6 @@ class Service:
         if self.settings.watch_seconds:
             await self.adapters.watch(self.loop)
 
-    def forget_adapter(self, name: str) -> None:
-        """It was unloaded."""
-        self.usage.forget(name)
-        self.metrics.forget(name)
-
     # What the engine's loop tells
 
     def finished(self, output: RequestOutput) -> None:
@@ -160,17 +155,26 @@ class Service:
 
     # Inside
 
+    def _gone(self, adapter: str) -> None:
+        self.usage.forget(adapter)
+        self.metrics.forget(adapter)
+
     async def _sample(self) -> None:
         while True:
             await asyncio.sleep(1)
             self.live.sample(self.loop.snapshot, self._tiers())
 
     def _tiers(self) -> dict[str, Tier]:
-        gone = self.loop.health in (Health.STARTING, Health.STOPPED, Health.DEAD)
-        return {} if gone else self.loop.engine.store.tiers()
+        try:
+            return self.loop.engine.store.tiers()
+        except ApiError:  # it is not there yet, or no more
+            return {}
 
     def _is_registered(self, name: str) -> bool:
-        return self.loop.engine.store.has(name)
+        try:
+            return self.loop.engine.store.has(name)
+        except ApiError:  # it has died since the request ended
+            return False
 
 
 def service_of(request: Request) -> Service:

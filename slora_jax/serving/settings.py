@@ -62,6 +62,9 @@ class ServerSettings:
     api_keys: who may do what; none: everybody may do everything.
     engine: the engine's settings. policy: a name and settings, as `make_policy` takes them; None: first come, first
       served. tenants: whom a fair-share policy charges: the "adapter" or the "client" (API key).
+    replicas: engines, each in a process of its own behind Ray Serve's router (`replicas`); 1: one, in this process.
+    replica_requests: HTTP requests with which a replica is full, so that those for its adapters go elsewhere; None: as
+      many as its engine can run, and half as many that it can prepare for.
     drain_seconds: for requests under way to end when the service is stopped. stall_seconds: a step that takes longer is
       taken for dead; its requests fail.
     """
@@ -79,12 +82,18 @@ class ServerSettings:
     engine: EngineConfig = field(default_factory=EngineConfig)
     policy: Mapping[str, Any] | None = None
     tenants: str = "adapter"
+    replicas: int = 1
+    replica_requests: int | None = None
     drain_seconds: float = 30.0
     stall_seconds: float = 120.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
             raise ConfigError(f"port={self.port}: must be in [0, 65535] (0: any that is free)")
+        for name in ("replicas", "replica_requests"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}: must be at least 1")
         for name in ("watch_seconds", "drain_seconds"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must not be negative")

@@ -134,12 +134,12 @@ def usage(outputs: Sequence[RequestOutput]) -> Json:
     prompt = sum(map(len, prompts))
     generated = sum(len(output.token_ids) for output in outputs)
     cached = sum(output.metrics.cached_tokens for output in prompts.values())
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": generated,
-        "total_tokens": prompt + generated,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
+    return counts(prompt, generated) | {"prompt_tokens_details": {"cached_tokens": cached}}
+
+
+def counts(prompt: int, generated: int) -> Json:
+    """Of tokens."""
+    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
 
 def _frame(prefix: str, model: str) -> Json:

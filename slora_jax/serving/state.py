@@ -62,11 +62,13 @@ def percentiles(parts: Sequence[Latencies], quantiles: Sequence[float] = (0.5, 0
 
 @dataclass
 class Sample:
-    """One second: what was in it, and the state at its end. time: of `time.monotonic`."""
+    """One second: what was in it, and the state at its end. time: of `time.monotonic`. finished: requests since the
+    start. shown: latencies of the minute that it ends, by their names in the JSON."""
 
     time: float = 0.0
     running: int = 0
     waiting: int = 0
+    finished: int = 0
     tokens_per_second: float = 0.0
     first_token: Latencies = field(default_factory=Latencies)
     inter_token: Latencies = field(default_factory=Latencies)
@@ -103,6 +105,7 @@ class LiveState:
             return
         sample, before = self._current, self._snapshot
         sample.time = time.monotonic()
+        sample.finished = self._finished
         sample.running, sample.waiting = snapshot.stats.running, snapshot.stats.waiting
         if before is not None and snapshot.time > before.time:
             tokens = snapshot.stats.tokens_generated - before.stats.tokens_generated
@@ -148,7 +151,7 @@ class LiveState:
             state["queue"] = {"running": stats.running, "waiting": stats.waiting}
             state["adapters"] = {"registered": stats.registered_adapters, "states": snapshot.states(self._tiers)}
             state["totals"] = {
-                "finished": self._finished,
+                "finished": self._samples[-1].finished,
                 "generated_tokens": stats.tokens_generated,
                 "preemptions": stats.preemptions,
                 "loads": stats.adapter_loads,

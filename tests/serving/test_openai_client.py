@@ -70,6 +70,15 @@ def test_a_streamed_completion_is_the_whole_one_in_pieces(client, adapter) -> No
     assert len({piece.id for piece in pieces}) == 1
 
 
+def test_usage_comes_with_every_event_if_asked_for(client) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    ask = {"model": "base", "prompt": [PROMPT, "Two"], "max_tokens": 9, "extra_body": {"ignore_eos": True}}
+    *parts, last = client.completions.create(**ask, stream=True, stream_options=options)
+    generated = [part.usage.completion_tokens for part in parts]
+    assert generated == sorted(generated) and generated[-1] == last.usage.completion_tokens == 18
+    assert {part.usage.prompt_tokens for part in [*parts, last]} == {last.usage.prompt_tokens}
+
+
 def test_several_prompts_and_choices_come_in_order(client, expected) -> None:
     prompts = ["One", "Two and three"]
     answer = client.completions.create(

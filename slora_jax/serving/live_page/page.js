@@ -80,6 +80,10 @@ async function ask(path) {
   return response;
 }
 
+function unlessRefused(error) { // the engine may be in a long step: the picture of before will do
+  if (error instanceof Refused) throw error;
+}
+
 async function poll() {
   clearTimeout(timer);
   if (polling || document.hidden) return;
@@ -88,7 +92,8 @@ async function poll() {
   try {
     const state = await (await ask("state")).json();
     showState(state);
-    if (state.pool) showPages(new Uint8Array(await (await ask("state/pages")).arrayBuffer()));
+    const pages = state.pool && await ask("state/pages").catch(unlessRefused);
+    if (pages) showPages(new Uint8Array(await pages.arrayBuffer()));
     if (state.pool && asked++ % 3 === 0) await showAdapters();
     lastAnswer = Date.now();
     $("key-form").hidden = true;
@@ -183,14 +188,17 @@ function showPages(received) {
 }
 
 function fit(pages, width) {
-  // The largest square cells, in device pixels, with which all pages fit.
-  const scale = window.devicePixelRatio || 1, most = Math.floor(width * scale);
-  for (let cell = Math.round(LARGEST_CELL * scale); ; cell -= 1) {
-    const columns = Math.max(1, Math.floor(most / cell)), rows = Math.ceil(pages / columns);
-    if (cell === 1 || rows * cell <= HIGHEST_POOL * scale) {
-      return { columns, rows, cell, gap: cell >= 16 ? 3 : cell >= 8 ? 2 : cell >= 4 ? 1 : 0, scale };
-    }
+  // Large square cells, in device pixels, with which all pages fit, in rows of nearly the same length.
+  const scale = window.devicePixelRatio || 1, widest = Math.floor(width * scale);
+  const highest = Math.min(HIGHEST_POOL, Math.max(320, width)) * scale;
+  let cell = Math.round(LARGEST_CELL * scale), rows = 1;
+  for (; cell >= 1; cell -= 1) {
+    rows = Math.ceil(pages / Math.max(1, Math.floor(widest / cell)));
+    if (cell === 1 || rows * cell <= highest) break;
   }
+  const columns = Math.max(1, Math.ceil(pages / rows));
+  cell = Math.max(cell, Math.min(Math.floor(widest / columns), Math.floor(highest / rows), Math.round(cell * 1.4)));
+  return { columns, rows, cell, gap: cell >= 16 ? 3 : cell >= 8 ? 2 : cell >= 4 ? 1 : 0, scale };
 }
 
 function palette() {

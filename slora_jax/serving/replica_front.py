@@ -1,0 +1,259 @@
+"""The HTTP side of several replicas: an ASGI app that hands requests to Ray Serve's router and returns what comes.
+
+Generations go through the router, keyed by adapter. All else is about the replicas themselves, so every one of them is
+asked and the answers are made one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+    RequestCancelledError,
+)
+from ray.serve.schema import ApplicationStatus
+from starlette.types import Receive, Scope, Send
+
+from slora_jax.serving.errors import ApiError, JsonResponse, as_api_error, unavailable
+from slora_jax.serving.replica import Answer, HttpRequest
+from slora_jax.serving.replica_answers import choose
+from slora_jax.serving.settings import ServerSettings
+
+APPLICATION = "slora"
+"""The Ray Serve application."""
+BODILESS = ("GET", "HEAD", "OPTIONS")
+"""Methods whose requests are passed on without a body. Who sends one needs a key before the replica is asked."""
+GENERATIONS = ("/v1/completions", "/v1/chat/completions")
+MAX_NAME = 512
+"""Characters of a model's name that may be an adapter's."""
+WATCH_SECONDS = 1.0
+"""Between two counts of the replicas."""
+COUNT_SECONDS = 10.0
+"""For a replica to say that it is there."""
+
+
+class ReplicaFront:
+    """The ASGI app, `Served`. `handle`: of the deployment of `Replica`."""
+
+    def __init__(self, handle: Any, settings: ServerSettings, *, by_adapter: bool = True) -> None:
+        """by_adapter: whether the router is told the adapter; without, it balances load only."""
+        self._handle, self._settings, self._by_adapter = handle, settings, by_adapter
+        self._streams = handle.options(method_name="stream", stream=True)
+        self._adapters: set[str] = set()  # that replicas have answered for: the router never forgets a name
+        self._under_way: set[_Generation] = set()
+        self._is_draining = False
+        self.num_replicas = 0  # that answered when last asked
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+        elif scope["type"] == "http":
+            await self._answer(scope, receive, send)
+
+    async def drain(self) -> None:
+        self._is_draining = True
+        deadline = time.monotonic() + self._settings.drain_seconds
+        while self._under_way and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        stopped = unavailable("the service was stopped before the answer was complete", code="stopping")
+        self._end(list(self._under_way), stopped)
+
+    async def follow(self, say: Callable[[str], None]) -> int:
+        before = 0
+        while True:
+            if self.num_replicas != before:
+                before = self.num_replicas
+                say(f"ready: {self._settings.base_name}, {before} of {self._settings.replicas} replicas")
+            failure = None if before else await asyncio.to_thread(_failure)
+            if failure is not None:
+                say(f"no replica can be started: {failure}")
+                return 1
+            await asyncio.sleep(WATCH_SECONDS)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        await receive()
+        watch = asyncio.create_task(self._watch())
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        watch.cancel()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _watch(self) -> None:
+        """Counts the replicas. When none is left, those who wait for one are told: a new one may take minutes."""
+        while True:
+            with suppress(TimeoutError):
+                self.num_replicas = len(await self._broadcast(HttpRequest.get("/ready"), COUNT_SECONDS))
+                if not self.num_replicas:
+                    self._end([one for one in self._under_way if not one.status], _no_replica())
+            await asyncio.sleep(WATCH_SECONDS)
+
+    def _end(self, generations: list[_Generation], error: ApiError) -> None:
+        for generation in generations:
+            generation.end(error)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if scope["path"] == "/health":
+                status = {"status": "alive", "replicas": self.num_replicas}
+                await JsonResponse(status)(scope, receive, send)
+                return
+            body = b"" if scope["method"] in BODILESS else await _read(receive)
+            if body is None:
+                return
+            request = HttpRequest.of(scope, body)
+            if scope["path"] in GENERATIONS and scope["method"] == "POST":
+                await self._generate(request, receive, send)
+            else:
+                await self._ask_all(request, send)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+
+    async def _generate(self, request: HttpRequest, receive: Receive, send: Send) -> None:
+        if self._is_draining:
+            raise unavailable("the service is stopping", code="stopping", retry_after=10)
+        if not self.num_replicas:
+            raise _no_replica()
+        adapter = self._adapter(request.body)
+        streams = self._streams
+        if self._by_adapter and adapter in self._adapters:
+            streams = streams.options(multiplexed_model_id=adapter)
+        generation = _Generation(streams.remote(request, adapter))
+        self._under_way.add(generation)
+        gone = asyncio.create_task(_until_gone(receive, generation))
+        try:
+            await generation.pass_on(send)
+        finally:
+            gone.cancel()
+            self._under_way.discard(generation)
+        if adapter is not None and generation.status == 200:
+            self._adapters.add(adapter)
+        elif adapter is not None and generation.status == 404:
+            self._adapters.discard(adapter)
+
+    def _adapter(self, body: bytes) -> str | None:
+        """The adapter that a body names, if it is one: the replica is the one to check."""
+        try:
+            name = json.loads(body).get("model")
+        except (ValueError, AttributeError, RecursionError):
+            return None
+        is_name = isinstance(name, str) and 0 < len(name) <= MAX_NAME and name != self._settings.base_name
+        return name if is_name else None
+
+    async def _ask_all(self, request: HttpRequest, send: Send) -> None:
+        seconds = self._settings.drain_seconds + COUNT_SECONDS  # an unload may wait so long
+        try:
+            answers = await self._broadcast(request, seconds)
+        except TimeoutError:
+            message = f"a replica did not answer within {seconds:g} s"
+            raise ApiError(504, message, kind="server_error", code="replica_timeout") from None
+        if not answers:
+            raise _no_replica()
+        answer = choose(request, answers)
+        await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+        await send({"type": "http.response.body", "body": answer.body, "more_body": False})
+
+    async def _broadcast(self, request: HttpRequest, seconds: float) -> list[Answer]:
+        """Of the replicas that answer, in order of rank. Raises TimeoutError."""
+        try:
+            broadcast = self._handle.broadcast("answer", request)
+            answers = await broadcast.results_async(timeout_s=seconds, return_exceptions=True)
+        except (RayServeException, RayError):
+            return []
+        return sorted((one for one in answers if isinstance(one, Answer)), key=lambda one: one.rank)
+
+
+class _Generation:
+    """One generation between a replica and its client. status: of its answer; 0: nothing has come."""
+
+    def __init__(self, response: Any) -> None:
+        self._response = response
+        self._end_reason: ApiError | None = None
+        self._is_stream = self._is_whole = False
+        self.status = 0
+
+    def end(self, reason: ApiError) -> None:
+        """Cancels it, if it is not whole; its client, if it is still there, is told the reason."""
+        if not self._is_whole:
+            self._end_reason = reason
+            self._response.cancel()
+
+    async def pass_on(self, send: Send) -> None:
+        """Sends what comes, to the end or to an error: as its body, or as an event of a stream that has begun.
+
+        Raises:
+          ApiError: nothing has come.
+        """
+        try:
+            async for messages in self._response:
+                for message in messages:
+                    if message["type"] == "http.response.start":
+                        self.status = message["status"]
+                        types = [value for name, value in message["headers"] if name == b"content-type"]
+                        self._is_stream = types[0].startswith(b"text/event-stream") if types else False
+                    else:
+                        self._is_whole = not message.get("more_body", False)
+                    await send(message)
+        except (RayError, RayServeException) as error:
+            told = self._end_reason or _told(error)
+            if not self.status:
+                raise told from error
+            if not self._is_stream:
+                raise
+            event = b"data: " + json.dumps(told.body(), separators=(",", ":")).encode() + b"\n\n"
+            await send({"type": "http.response.body", "body": event, "more_body": False})
+        finally:
+            if not self._is_whole:
+                self._response.cancel()
+
+
+async def _read(receive: Receive) -> bytes | None:
+    """A request's body, of bounded size by `Gate`; None: the client is gone."""
+    body = b""
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            return body
+
+
+async def _until_gone(receive: Receive, generation: _Generation) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    generation.end(unavailable("the client has gone", code="gone"))
+
+
+def _told(error: Exception) -> ApiError:
+    """What a client is told of an error between it and its replica."""
+    match error:
+        case BackPressureError():
+            return unavailable("the queue is full (limits.waiting)", code="queue_full", retry_after=2)
+        case RayActorError():
+            return unavailable("the replica that had the request is lost", code="replica_lost", retry_after=1)
+        case DeploymentUnavailableError() | RequestCancelledError():
+            return _no_replica()
+    return as_api_error(error)
+
+
+def _no_replica() -> ApiError:
+    return unavailable("no replica answers; new ones are being started", code="no_replica", retry_after=10)
+
+
+def _failure() -> str | None:
+    """Why Ray Serve has given up starting replicas; None: it has not."""
+    application = serve.status().applications.get(APPLICATION)
+    if application is None or application.status != ApplicationStatus.DEPLOY_FAILED:
+        return None
+    messages = [one.message for one in application.deployments.values() if one.message] or [application.message]
+    return messages[0].strip().splitlines()[-1]  # Ray puts its traceback before

@@ -1,0 +1,245 @@
+"""Two replicas behind Ray Serve's router: one engine's answers, each adapter's requests where it is.
+
+Order matters at the end: a replica is killed, then the service is stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import live_server
+import openai
+import psutil
+import pytest
+from conftest import MANAGE_KEY, SERVE_KEY, Files
+from live_server import LiveServer, write_adapter
+from tiny_model import TinyModel
+
+from slora_jax import ConfigError, Engine, SamplingParams
+from slora_jax.serving.replica import Answer, HttpRequest
+from slora_jax.serving.replica_answers import choose, join_metrics
+from slora_jax.serving.settings import ServerSettings
+
+FULL = 4  # requests
+PROMPT = "List all users of the"
+ENDLESS: dict[str, Any] = {"extra_body": {"ignore_eos": True}}
+SETTLE_SECONDS = 1.2
+"""An idle engine is observed once a second; and the router learns in less where adapters are."""
+
+
+class Replicas(LiveServer):
+    """The service, and what its replicas say of themselves."""
+
+    def count(self) -> int:
+        return json.loads(self.get("/health")[1])["replicas"]
+
+    def wait_for(self, count: int) -> None:
+        deadline = time.monotonic() + live_server.START_SECONDS
+        while self.count() != count:
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.05)
+
+    def by_replica(self, name: str) -> Counter[str]:
+        """A counter's or gauge's value, by rank."""
+        time.sleep(SETTLE_SECONDS)
+        found: Counter[str] = Counter()
+        for (sample, labels), value in self.metrics(SERVE_KEY).items():
+            if sample == f"slora_{name}":
+                found[dict(labels)["replica"]] += int(value)
+        return found
+
+    def replica_processes(self) -> set[psutil.Process]:
+        children = self.psutil().children(recursive=True)
+        return {child for child in children if "ray::ServeReplica" in " ".join(child.cmdline())}
+
+
+@pytest.fixture(scope="module")
+def replicas(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
+    root = tmp_path_factory.mktemp("replicas")
+    config = {
+        "adapters": str(files.adapters),
+        "adapter_roots": [str(files.uploads)],
+        "state_file": str(root / "adapters.json"),
+        "watch_seconds": 0.5,
+        "limits": {"body_bytes": 1 << 20},
+        "api_keys": [
+            {"name": "serving", "key": SERVE_KEY},
+            {"name": "managing", "key": MANAGE_KEY, "rights": ["serve", "manage"]},
+        ],
+        "replicas": 2,
+        "replica_requests": FULL,
+        "drain_seconds": 20,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live_server, "START_SECONDS", 240)  # Ray is a dozen processes
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # all of which import much the same
+        patch.setenv("PYTHONPYCACHEPREFIX", str(root / "bytecode"))
+        with Replicas(files.model, root / "server.yaml", config) as server:
+            server.wait_for(2)
+            yield server
+
+
+@pytest.fixture(scope="module")
+def client(replicas: Replicas) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{replicas.url}/v1", api_key=SERVE_KEY, max_retries=0) as client:
+        yield client
+
+
+def ask(client: openai.OpenAI, model: str, max_tokens: int = 4) -> str:
+    answer = client.completions.create(model=model, prompt=PROMPT, max_tokens=max_tokens, temperature=0, **ENDLESS)
+    return answer.choices[0].text
+
+
+@pytest.mark.parametrize("adapter", [None, "adapter-0", "adapter-1"])
+def test_tokens_are_those_of_one_engine(client, reference: Engine, adapter: str | None) -> None:
+    extra = {"extra_body": {"return_token_ids": True}}
+    for seed in range(4):  # some are answered by each replica
+        answer = client.completions.create(
+            model=adapter or "base", prompt=PROMPT, max_tokens=12, temperature=0.9, seed=seed, **extra
+        )
+        [output] = reference.generate([PROMPT], SamplingParams(max_tokens=12, temperature=0.9, seed=seed), [adapter])
+        assert answer.choices[0].token_ids == output.token_ids
+
+
+def test_a_stream_comes_in_pieces(client) -> None:
+    arguments = {"model": "adapter-2", "prompt": PROMPT, "max_tokens": 24, "temperature": 0.8, "seed": 3, **ENDLESS}
+    whole = client.completions.create(**arguments).choices[0].text
+    pieces = list(client.completions.create(**arguments, stream=True))
+    assert "".join(piece.choices[0].text for piece in pieces) == whole
+    assert len(pieces) > 5
+
+
+def test_errors_pass_through(replicas: Replicas, client) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        ask(client, "no-such-adapter")
+    assert missing.value.body["code"] == "model_not_found" and missing.value.body["param"] == "model"
+    with pytest.raises(openai.AuthenticationError):
+        ask(client.with_options(api_key="sk-wrong"), "base")
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="base", prompt=PROMPT, max_tokens=-1)
+    status, body = replicas.post("/v1/completions", b" " * (1 << 20) + b" ", SERVE_KEY)
+    assert status == 413 and body["error"]["code"] == "body_too_large"
+    assert replicas.get("/v1/nothing", SERVE_KEY)[0] == 404
+
+
+def test_an_adapters_requests_go_where_it_is(replicas: Replicas, client) -> None:
+    """Of 6 adapters each is at home in one replica: the other one never loads it."""
+    names = [f"adapter-{i}" for i in range(4, 10)]
+    before = replicas.by_replica("adapter_loads_total")
+    for name in names:
+        ask(client, name)
+    loaded = replicas.by_replica("adapter_loads_total")
+    assert (loaded - before).total() == len(names)
+    hits = replicas.by_replica("adapter_hits_total")
+    for _ in range(3):
+        for name in names:
+            ask(client, name)
+    assert replicas.by_replica("adapter_loads_total") == loaded
+    assert (replicas.by_replica("adapter_hits_total") - hits).total() == 3 * len(names)
+
+
+def test_requests_spill_when_the_adapters_replica_is_full(replicas: Replicas, client) -> None:
+    ask(client, "adapter-11")
+    for count, spread in ((FULL, 1), (2 * FULL, 2)):
+        before = replicas.by_replica("requests_total")
+        with ThreadPoolExecutor(count) as threads:
+            list(threads.map(lambda _: ask(client, "adapter-11", max_tokens=64), range(count)))
+        served = replicas.by_replica("requests_total") - before
+        assert served.total() == count and len(served) == spread, served
+
+
+def test_loads_and_unloads_reach_every_replica(replicas: Replicas, client, files: Files, tiny: TinyModel) -> None:
+    write_adapter(files.uploads / "late", tiny, seed=77)
+    change = {"lora_name": "late", "lora_path": str(files.uploads / "late")}
+    assert replicas.post("/v1/load_lora_adapter", change, MANAGE_KEY)[0] == 200
+    with ThreadPoolExecutor(2 * FULL) as threads:  # more than one replica takes
+        texts = set(threads.map(lambda _: ask(client, "late", max_tokens=24), range(2 * FULL)))
+    assert len(texts) == 1
+    assert replicas.post("/v1/unload_lora_adapter", {"lora_name": "late"}, MANAGE_KEY)[0] == 200
+    for _ in range(6):
+        with pytest.raises(openai.NotFoundError):
+            ask(client, "late")
+    assert replicas.post("/v1/unload_lora_adapter", {"lora_name": "late"}, MANAGE_KEY)[0] == 404
+
+
+def test_a_client_that_goes_away_ends_its_request(replicas: Replicas, client) -> None:
+    before = replicas.by_replica("generated_tokens_total")
+    stream = client.completions.create(model="base", prompt=PROMPT, max_tokens=80, stream=True, **ENDLESS)
+    next(iter(stream))
+    stream.close()
+    generated = (replicas.by_replica("generated_tokens_total") - before).total()
+    assert 0 < generated < 70
+    assert not replicas.by_replica("running_requests").total()
+
+
+def test_a_lost_replica_is_told_and_replaced(replicas: Replicas, client) -> None:
+    """Clients of the lost one get an error in the form that they know; the others notice nothing; and it comes back."""
+    has_begun = threading.Semaphore(0)
+
+    def stream() -> str | None:
+        try:
+            with client.completions.create(
+                model="base", prompt=PROMPT, max_tokens=80, stream=True, **ENDLESS
+            ) as pieces:
+                for _ in pieces:
+                    has_begun.release()
+            return "whole"
+        except openai.APIError as error:
+            return error.code
+
+    before = replicas.replica_processes()
+    assert len(before) == 2
+    with ThreadPoolExecutor(2 * FULL) as threads:
+        ends = [threads.submit(stream) for _ in range(2 * FULL)]
+        for _ in ends:
+            has_begun.acquire()
+        os.kill(min(process.pid for process in before), signal.SIGKILL)
+        outcomes = Counter(end.result(timeout=60) for end in ends)
+    assert set(outcomes) <= {"whole", "replica_lost"} and outcomes["replica_lost"], outcomes
+    assert ask(client, "adapter-0")  # by the other
+    deadline = time.monotonic() + live_server.START_SECONDS
+    while not replicas.replica_processes() - before or replicas.count() < 2:
+        assert time.monotonic() < deadline, replicas.log
+        time.sleep(0.1)
+    with ThreadPoolExecutor(2 * FULL) as threads:
+        texts = set(threads.map(lambda _: ask(client, "adapter-1", max_tokens=24), range(2 * FULL)))
+    assert len(texts) == 1
+
+
+def test_a_stop_drains_and_leaves_nothing(replicas: Replicas, client) -> None:
+    processes = replicas.psutil().children(recursive=True)
+    pieces = client.completions.create(model="base", prompt=PROMPT, max_tokens=80, stream=True, **ENDLESS)
+    next(iter(pieces))
+    replicas.process.send_signal(signal.SIGTERM)
+    assert [piece.choices[0].finish_reason for piece in pieces][-1] == "length"
+    assert replicas.process.wait(60) == 0, replicas.log
+    assert not psutil.wait_procs(processes, timeout=10)[1]
+
+
+def test_what_replicas_say_becomes_one_answer() -> None:
+    def answers(*statuses: int) -> list[Answer]:
+        return [Answer(rank, status, [], b"") for rank, status in enumerate(statuses)]
+
+    change = HttpRequest({"path": "/v1/load_lora_adapter", "method": "POST"}, b"")
+    assert choose(change, answers(400, 200)).status == 200  # it had followed the other's change already
+    assert choose(change, answers(200, 500)).status == 500
+    assert choose(change, answers(404, 404)).rank == 0
+    assert choose(HttpRequest.get("/ready"), answers(503, 200)).status == 200
+    assert choose(HttpRequest.get("/v1/models"), answers(200, 200)).rank == 0
+    texts = [(rank, f'# HELP a_total A.\n# TYPE a_total counter\na_total{{x="1"}} {rank}.0\n') for rank in (0, 1)]
+    joined = join_metrics(texts).decode().splitlines()
+    assert joined[2:] == ['a_total{replica="0",x="1"} 0.0', 'a_total{replica="1",x="1"} 1.0']
+
+
+@pytest.mark.parametrize("field", ["replicas", "replica_requests"])
+def test_counts_of_replicas_are_checked(tmp_path, field: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field}=0"):
+        ServerSettings.from_mapping({"model_dir": tmp_path, field: 0})
