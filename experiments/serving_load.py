@@ -8,8 +8,9 @@ Zipf's law, half of the requests greedy and half sampled with seeds). In turn, e
 
 Both have the same settings, the same warm-up and the same requests in the same order; goodput is the generated tokens
 of correctly answered requests by the time from the first request to the last answer. The clients take their CPU time
-from the same cores as the server. At the end locust keeps a server busy for minutes, while its memory, file handles,
-threads and pool pages are watched.
+from the same cores as the server. What else the machine does disturbs a round, so each says what share of the CPU
+others had; the ratio of the CPU times of a token (`cpu_ratio`) suffers less from them. At the end locust keeps a server
+busy for minutes, while its memory, file handles, threads and pool pages are watched.
 """
 
 from __future__ import annotations
@@ -220,7 +221,9 @@ def compare(settings: Settings, directory: Path) -> dict[str, Any]:
 
 def _round(alone: Answers, alone_counted: Counters, served: Answers, served_counted: Counters) -> dict[str, Any]:
     sides = {"alone": _side(alone, alone_counted), "served": _side(served, served_counted)}
+    ours, theirs = (sides[side]["cpu_microseconds_per_token"] for side in ("alone", "served"))
     return sides | {
+        "cpu_ratio": round(ours["engine_process"] / (theirs["engine_process"] + theirs["client"]), 4),
         "ratio": round(sides["served"]["goodput"] / sides["alone"]["goodput"], 4),
         "requests_with_different_tokens": different_tokens(alone, served),
     }
@@ -277,6 +280,7 @@ def _medians(rounds: list[dict[str, Any]]) -> dict[str, float]:
         "goodput_alone": median(lambda one: one["alone"]["goodput"]),
         "goodput_served": median(lambda one: one["served"]["goodput"]),
         "ratio": median(lambda one: one["ratio"]),
+        "cpu_ratio": median(lambda one: one["cpu_ratio"]),
         "event_loop_microseconds_per_token": cpu("served", "of_it_main_thread"),
         "client_microseconds_per_token": cpu("served", "client"),
         "server_process_over_engine_alone_microseconds_per_token": round(
@@ -297,18 +301,20 @@ def _soak(found: Answers, watch: Watch, idle: dict[str, int], settings: Settings
 
 
 def _print(results: dict[str, Any]) -> None:
-    print("\ngoodput (tokens/s)     alone    served     ratio   different tokens   failures")
+    print("\ngoodput (tokens/s)     alone    served     ratio cpu ratio   others' CPU   different tokens   failures")
     for number, one in enumerate(results["rounds"]):
         alone, served = one["alone"], one["served"]
         failures = len(alone["failures"]) + len(served["failures"])
         print(
-            f"  round {number}         {alone['goodput']:9.1f} {served['goodput']:9.1f} {one['ratio']:9.3f}"
+            f"  round {number}         {alone['goodput']:9.1f} {served['goodput']:9.1f}"
+            f" {one['ratio']:9.3f} {one['cpu_ratio']:9.3f}"
+            f"   {alone['cpu_share']['others']:4.0%}, {served['cpu_share']['others']:4.0%}"
             f"   {len(one['requests_with_different_tokens']):16d} {failures:10d}"
         )
     median = results["median"]
     print(
         f"  median          {median['goodput_alone']:9.1f} {median['goodput_served']:9.1f}"
-        f" {median['ratio']:9.3f}   (goal: {GOAL})"
+        f" {median['ratio']:9.3f} {median['cpu_ratio']:9.3f}   (goal: {GOAL})"
     )
     last = results["rounds"][-1]
     for side in ("alone", "served"):

@@ -71,9 +71,9 @@ def growth(samples: Sequence[Sample], skip: float = 1 / 3) -> dict[str, Any]:
         values = np.array([getattr(sample, name) for sample in kept], float)
         (slope, _), covariance = np.polyfit(minutes, values, 1, cov=True)
         found[name] = {
-            "first": values[0],
-            "last": values[-1],
-            "most": values.max(),
+            "first": float(values[0]),
+            "last": float(values[-1]),
+            "most": float(values.max()),
             "per_minute": round(float(slope), 3),
             "standard_error": round(float(np.sqrt(covariance[0, 0])), 3),
         }

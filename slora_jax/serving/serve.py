@@ -83,6 +83,7 @@ def serve_app(app: ASGIApp, settings: ServerSettings, served: Served, listener: 
         log_level="error",  # below it, uvicorn tells of what clients did wrong
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # a client's address is the one that it comes from, not the one that it claims
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=5,  # after the drain, which has a deadline of its own
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -495,6 +496,7 @@ def test_a_directory_whose_name_is_no_text_disturbs_no_list(server, files, tiny:
     directory = Path(os.fsdecode(bytes(files.adapters) + b"/evil-\xff\n"))
     write_adapter(files.adapters / ".made", tiny, seed=51).rename(directory)
     try:
+        time.sleep(0.6)  # the server looks every 0.1 s, and registers what it has seen twice
         for path in ("/v1/models", "/v1/adapters", "/metrics", "/state"):
             assert server.get(path, SERVE_KEY)[0] == 200
     finally:
