@@ -13,11 +13,17 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import LiveServer, write_adapter, write_model
+from live_server import ENGINE, LiveServer
+
+from slora_jax.adapters import BaseGeometry, random_adapter, write_peft
+from slora_jax.demo.checkpoint import write_checkpoint
+from slora_jax.models import ModelConfig
 
 ADAPTERS = 4
 TOKENS = 160
 STREAMS = 24  # three times what runs at once
+LONG = ENGINE | {"num_pages": 200, "max_seqs": 8, "max_model_len": 256, "max_rank": 16, "decode_buckets": (8,)}
+"""With room for answers during which something can happen."""
 CLIENT = httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0))
 
 
@@ -26,18 +32,27 @@ class Files:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.model = write_model(root / "model")
+        self.model = root / "model"
+        write_checkpoint(self.model, 2, seed=0)
         for i in range(ADAPTERS):
-            write_adapter(root / "adapters" / f"adapter-{i}", self.model, seed=i, rank=4 * (i + 1))
-        self.extra = write_adapter(root / "elsewhere" / "extra", self.model, seed=9)
+            self._write_adapter(root / "adapters" / f"adapter-{i}", seed=i, rank=4 * (i + 1))
+        self.extra = self._write_adapter(root / "elsewhere" / "extra", seed=9, rank=8)
 
     def server(self, name: str, drain_seconds: float) -> LiveServer:
         config = {
+            "engine": LONG,
             "adapters": str(self.root / "adapters"),
             "adapter_roots": [str(self.root / "elsewhere")],
             "drain_seconds": drain_seconds,
         }
         return LiveServer(self.model, self.root / f"{name}.yaml", config)
+
+    def _write_adapter(self, directory: Path, seed: int, rank: int) -> Path:
+        model = ModelConfig.from_directory(self.model)
+        geometry = BaseGeometry(
+            model.num_layers, model.hidden_size, model.q_width, model.kv_width, model.intermediate_size, 8
+        )
+        return write_peft(directory, random_adapter(geometry, rank, ("q", "k", "v", "o"), seed=seed))
 
 
 @pytest.fixture(scope="module")
