@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-from live_server import LiveServer, engine_config, write_adapter
+from live_server import ADAPTERS, MANAGE_KEY, SERVE_KEY, Files, LiveServer, engine_config, write_adapter
 from tiny_model import TinyModel
 
 from slora_jax import Engine
-
-SERVE_KEY, MANAGE_KEY = "sk-serve", "sk-manage"
-ADAPTERS = 12
-
-
-@dataclass(frozen=True)
-class Files:
-    """A model directory with a chat template; `adapters` holds adapter-0 to adapter-11; `uploads` is empty and may be
-    loaded from."""
-
-    model: Path
-    adapters: Path
-    uploads: Path
 
 
 @pytest.fixture(scope="session")

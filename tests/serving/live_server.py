@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +32,20 @@ ENGINE = {
 }
 """An engine shape that other tests compile too."""
 START_SECONDS = 120
+
+
+SERVE_KEY, MANAGE_KEY = "sk-serve", "sk-manage"
+ADAPTERS = 12
+
+
+@dataclass(frozen=True)
+class Files:
+    """A model directory with a chat template; `adapters` holds adapter-0 to adapter-11; `uploads` is empty and may be
+    loaded from."""
+
+    model: Path
+    adapters: Path
+    uploads: Path
 
 
 def engine_config() -> EngineConfig:

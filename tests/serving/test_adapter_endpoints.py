@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MANAGE_KEY, SERVE_KEY, Files
-from live_server import LiveServer, write_adapter
+from live_server import MANAGE_KEY, SERVE_KEY, Files, LiveServer, write_adapter
 
 PROMPT = {"prompt": "List all users", "max_tokens": 12, "temperature": 0}
 

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import MANAGE_KEY, SERVE_KEY
-from live_server import LiveServer, write_adapter
+from live_server import MANAGE_KEY, SERVE_KEY, LiveServer, write_adapter
 from tiny_model import TinyModel
 from unharmed import Before, good_tokens
 from wire import CLOSED, connect, exchange, head, post, read_replies, read_reply

@@ -4,7 +4,7 @@ import json
 import time
 import urllib.request
 
-from conftest import SERVE_KEY
+from live_server import SERVE_KEY
 
 from slora_jax.serving.observation import PAGE_KINDS
 from slora_jax.serving.state import live_page_files

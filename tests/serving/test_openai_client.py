@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from conftest import MANAGE_KEY, SERVE_KEY
-from live_server import LiveServer
+from live_server import MANAGE_KEY, SERVE_KEY, LiveServer
 
 from slora_jax import Engine, SamplingParams
 

@@ -19,8 +19,7 @@ import live_server
 import openai
 import psutil
 import pytest
-from conftest import MANAGE_KEY, SERVE_KEY, Files
-from live_server import LiveServer, write_adapter
+from live_server import MANAGE_KEY, SERVE_KEY, Files, LiveServer, write_adapter
 from tiny_model import TinyModel
 
 from slora_jax import ConfigError, Engine, SamplingParams

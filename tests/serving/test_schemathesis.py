@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import schemathesis
-from conftest import MANAGE_KEY
-from live_server import LiveServer
+from live_server import MANAGE_KEY, LiveServer
 from schemathesis.specs.openapi import checks
 
 from slora_jax.serving.access import ApiKey

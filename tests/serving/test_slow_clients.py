@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from conftest import MANAGE_KEY, SERVE_KEY
-from live_server import LiveServer
+from live_server import MANAGE_KEY, SERVE_KEY, LiveServer
 from unharmed import Before, running, until
 from wire import CLOSED, connect, exchange, head, post, read_replies, read_reply
 

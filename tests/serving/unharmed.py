@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
-from conftest import MANAGE_KEY, SERVE_KEY
-from live_server import LiveServer
+from live_server import MANAGE_KEY, SERVE_KEY, LiveServer
 
 GOOD = {"model": "adapter-1", "prompt": "List all users", "max_tokens": 8, "temperature": 0, "return_token_ids": True}
 
