@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 from live_server import ADAPTERS, MANAGE_KEY, SERVE_KEY, Files, LiveServer, engine_config, write_adapter
 from tiny_model import TinyModel
+from unharmed import MEMORY, Before
 
 from slora_jax import Engine
 
@@ -53,3 +54,28 @@ def reference(files: Files) -> Iterator[Engine]:
     with Engine.from_pretrained(files.model, engine_config()) as engine:
         engine.load_adapters(files.adapters)
         yield engine
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: TinyModel) -> Iterator[Engine]:
+    """For loops and services in the test's own process; afterwards nothing is under way and no page is lost."""
+    with Engine(tiny.config, tiny.graphdef, tiny.params, engine_config()) as engine:
+        yield engine
+        engine.check()
+        stats = engine.stats()
+        assert stats.pages["kv"] == 0 and stats.running == stats.waiting == 0
+
+
+@pytest.fixture(scope="module")
+def unharmed(server: LiveServer) -> Iterator[Before]:
+    """The server before hostile requests; after them it is as it was."""
+    before = Before.of(server)
+    yield before
+    before.check_all(server, MEMORY)
+
+
+@pytest.fixture
+def still_answers(server: LiveServer, unharmed: Before) -> Iterator[None]:
+    """After each hostile request a good one is answered as before."""
+    yield
+    unharmed.check_answers(server)

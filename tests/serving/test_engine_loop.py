@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from live_server import engine_config
-from tiny_model import TinyModel
+from borrowed_engine import Borrowed, until
 
 from slora_jax import Engine, RequestOutput, SamplingParams
 from slora_jax.errors import RequestError
@@ -19,22 +18,6 @@ from slora_jax.serving.errors import ApiError
 from slora_jax.serving.mailbox import Mailbox
 
 LONG = SamplingParams(max_tokens=80, ignore_eos=True)
-
-
-class Borrowed:
-    """An engine that several loops use in turn: closing it only ends its requests."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def close(self) -> None:
-        for request_id in list(self._engine._requests.progress):
-            self._engine.cancel(request_id)
-        while self._engine.has_work():
-            self._engine.step()
 
 
 class Heard:
@@ -55,15 +38,6 @@ class Heard:
         self.faults.append(error)
 
 
-@pytest.fixture(scope="module")
-def engine(tiny: TinyModel) -> Iterator[Engine]:
-    with Engine(tiny.config, tiny.graphdef, tiny.params, engine_config()) as engine:
-        yield engine
-        engine.check()
-        stats = engine.stats()
-        assert stats.pages["kv"] == 0 and stats.running == stats.waiting == 0
-
-
 @asynccontextmanager
 async def looping(engine: Engine, heard: Heard | None = None, stall_seconds: float = 60) -> Any:
     loop = EngineLoop(lambda: Borrowed(engine), heard or Heard(), stall_seconds=stall_seconds)  # type: ignore[arg-type,return-value]
@@ -73,12 +47,6 @@ async def looping(engine: Engine, heard: Heard | None = None, stall_seconds: flo
         yield loop
     finally:
         await loop.stop()
-
-
-async def until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 async def finish(mailbox: Mailbox) -> tuple[list[int], RequestOutput]:

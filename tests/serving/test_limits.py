@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
+from borrowed_engine import Borrowed, until
 from live_server import engine_config
-from test_engine_loop import Borrowed, until
-from tiny_model import TinyModel
 
 from slora_jax import Engine, SamplingParams
 from slora_jax.serving.access import ApiKey
@@ -24,15 +23,6 @@ from slora_jax.serving.settings import Limits, ServerSettings
 
 LIMITS = Limits(waiting=4, per_client=12, sequences=8, body_bytes=4000, bodies_bytes=6000)
 """With 16 that can run, 20 in all."""
-
-
-@pytest.fixture(scope="module")
-def engine(tiny: TinyModel) -> Iterator[Engine]:
-    with Engine(tiny.config, tiny.graphdef, tiny.params, engine_config()) as engine:
-        yield engine
-        engine.check()
-        stats = engine.stats()
-        assert stats.pages["kv"] == 0 and stats.running == stats.waiting == 0
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import json
 import resource
 import socket
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -19,17 +18,12 @@ SECONDS = 2.0
 """The server's deadlines: for a head, for a body, for an answer to be taken."""
 SLACK = 4.0
 """On a busy machine."""
-MEMORY = 400 << 20
 LONG = {"model": "adapter-2", "prompt": "a", "max_tokens": 94, "ignore_eos": True, "temperature": 1.0}
 MANY = LONG | {"n": 64}
 """64 sequences, 16 at a time: some 400 steps."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def unharmed(server: LiveServer) -> Iterator[Before]:
-    before = Before.of(server)
-    yield before
-    before.check_all(server, MEMORY)
+pytestmark = pytest.mark.usefixtures("unharmed")
 
 
 def is_closed(client: socket.socket) -> bool:

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from typing import Self
 
 from live_server import MANAGE_KEY, SERVE_KEY, LiveServer
+from wire import exchange
 
 GOOD = {"model": "adapter-1", "prompt": "List all users", "max_tokens": 8, "temperature": 0, "return_token_ids": True}
+
+MEMORY = 400 << 20
+"""Bytes by which the server may have grown after all of this: one text of a megabyte takes that much to tokenize."""
 
 
 def good_tokens(server: LiveServer) -> list[int]:
@@ -65,3 +69,10 @@ class Before:
         until(lambda: server.psutil().num_fds() <= self.files + 8, 10, "file handles are given back")
         assert server.psutil().memory_info().rss - self.memory < memory
         assert "Traceback" not in server.log[self.log :], server.log[self.log :]
+
+
+def refused(server: LiveServer, data: bytes, status: int) -> str:
+    """The message of an error. A second good request on another connection is answered, see `still_answers`."""
+    reply = exchange(server, data)
+    assert reply.status == status, reply
+    return reply.message

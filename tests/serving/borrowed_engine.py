@@ -1,0 +1,31 @@
+"""An engine of the test's own process, for loops and services that come and go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from slora_jax import Engine
+
+
+class Borrowed:
+    """An engine that several loops use in turn: closing it only ends its requests."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def close(self) -> None:
+        for request_id in list(self._engine._requests.progress):
+            self._engine.cancel(request_id)
+        while self._engine.has_work():
+            self._engine.step()
+
+
+async def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.002)
