@@ -6,7 +6,7 @@ import importlib
 import warnings
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,29 @@ class LoraTiles:
     lora_rows: jax.Array
 
 
-class LoraProduct:
+class StepWork:
+    """A step's LoRA work as a pytree, so that one program can make it and another apply it to a layer.
+
+    Attributes:
+      ARRAYS: names of the attributes that hold arrays; the others are in STATIC.
+    """
+
+    ARRAYS: tuple[str, ...] = ()
+    STATIC: tuple[str, ...] = ()
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        return tuple(getattr(self, name) for name in self.ARRAYS), tuple(getattr(self, name) for name in self.STATIC)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[Any, ...], arrays: tuple[Any, ...]) -> Self:
+        work = object.__new__(cls)
+        for name, value in zip((*cls.ARRAYS, *cls.STATIC), (*arrays, *static), strict=True):
+            setattr(work, name, value)
+        return work
+
+
+@jax.tree_util.register_pytree_node_class
+class LoraProduct(StepWork):
     """The LoRA products of one step: made once, before the layers, then called for each layer and stack.
 
     dtype: of the pool, the rows and the outputs. decode: no adapter is dense: the step's rows are sequences' single
@@ -69,6 +91,9 @@ class LoraProduct:
     Raises:
       NotImplementedError: the implementation is unknown, or does not take this shape or dtype (it says why).
     """
+
+    ARRAYS = ("_tiles", "_pages", "_padded", "_rows", "_dense", "_work")
+    STATIC = ("_layout", "_decode", "_tile_rows", "_options")
 
     def __init__(
         self,
@@ -93,6 +118,9 @@ class LoraProduct:
         self._tile_rows = tile_rows
         self._options: LoraOptions | None = None
         self._padded: bmm.PaddedWork | None = None
+        self._rows: tuple[xla.StackRows, ...] = ()
+        self._dense: tuple[xla.StackRows, ...] = ()
+        self._work: tuple[jax.Array, ...] = ()
         backend = resolve(implementation, dtype)
         if implementation is None and backend != "xla" and layout.width % MIN_BLOCK:
             reason = f"the pool's width {layout.width} is no multiple of {MIN_BLOCK}"

@@ -14,6 +14,7 @@ from pallas_kernels.lora.api import (
     Implementation,
     LoraOptions,
     LoraTiles,
+    StepWork,
     lora_expand,
     lora_shrink,
     resolve,
@@ -23,7 +24,8 @@ from pallas_kernels.lora.plan import MIN_BLOCK
 from pallas_kernels.lora.work import stack_work
 
 
-class LoraHalves:
+@jax.tree_util.register_pytree_node_class
+class LoraHalves(StepWork):
     """`shrink` and `expand` of one step: made once, before the layers, then called for each layer and stack. The
     arguments are `LoraProduct`'s. What lies between the halves is of one form in every backend: `[T, projections,
     ranks]`, where rows without an adapter and ranks that an adapter lacks may hold anything.
@@ -31,6 +33,9 @@ class LoraHalves:
     Raises:
       NotImplementedError: the implementation does not take this shape or dtype, or keeps ranks in a form of its own.
     """
+
+    ARRAYS = ("_tiles", "_pages", "_rows", "_a_work", "_b_work")
+    STATIC = ("_layout", "_dtype", "_tile_rows", "_max_rank", "_options")
 
     def __init__(
         self,
@@ -59,6 +64,9 @@ class LoraHalves:
         self._tile_rows = tile_rows
         self._max_rank = max_rank
         self._options = LoraOptions(decode, tile_rows, max_rank, backend, interpret)
+        self._rows: tuple[xla.StackRows, ...] = ()
+        self._a_work: tuple[jax.Array, ...] = ()
+        self._b_work: tuple[jax.Array, ...] = ()
         if backend == "xla":
             self._rows = xla.prepare(layout, table.pages, table.ranks, tiles.slot, tiles.num_tiles, max_rank)
         else:

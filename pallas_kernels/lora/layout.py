@@ -17,12 +17,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 """Every projection that can carry LoRA, in the order of all rank vectors `[..., 7]`."""
 
 
 def ceil_div(a: Any, b: int) -> Any:
-    """`a / b` rounded up; `a` is an int or an integer array."""
+    """`a / b` rounded up; `a` is an int or an integer array of numbers >= 0."""
+    if isinstance(a, jax.Array):  # `//` compiles to a dozen operations that mind the signs
+        return jax.lax.div(a + (b - 1), jnp.asarray(b, a.dtype))
     return -(-a // b)
 
 
@@ -114,15 +119,20 @@ class LoraLayout:
 
     def stack_tiles(self, ranks: Any) -> tuple[tuple[StackTiles, ...], Any]:
         """Tile numbers of every stack for `ranks [..., 7]`, and the adapter's total number of tiles `[...]`."""
-        tiles, base = [], 0 * ranks[..., 0]
+        if isinstance(ranks, jax.Array):  # an index would compile to a gather
+            ranks = jnp.moveaxis(ranks, -1, 0)
+            rank_of = [jax.lax.index_in_dim(ranks, i, 0, keepdims=False) for i in range(len(PROJECTIONS))]
+        else:
+            rank_of = [ranks[..., i] for i in range(len(PROJECTIONS))]
+        tiles, base = [], 0 * rank_of[0]
         for stack in self.stacks:
-            rows = sum(ranks[..., i] for i in stack.rank_index)
+            rows = sum(rank_of[i] for i in stack.rank_index)
             blocks = a_blocks = ceil_div(rows, self.page_size)
             a_rows = rows
             if stack.rank_shards > 1:
-                a_rows = sum(stack.a_ranks(ranks[..., i]) for i in stack.rank_index)
+                a_rows = sum(stack.a_ranks(rank_of[i]) for i in stack.rank_index)
                 a_blocks = ceil_div(a_rows, self.page_size)
-            wide_blocks = ceil_div(ranks[..., stack.rank_index[0]], self.page_size)
+            wide_blocks = ceil_div(rank_of[stack.rank_index[0]], self.page_size)
             wide, narrow = self.b_chunks(stack)
             b_base = base + a_blocks * self.a_chunks(stack)
             tiles.append(StackTiles(base, b_base, a_rows, rows, wide_blocks))

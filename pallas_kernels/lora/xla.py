@@ -13,7 +13,9 @@ Trip counts are data, so nothing is recompiled when adapters come and go.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +50,10 @@ class StackRows:
     b_live: jax.Array
 
 
+_CLIP: Any = {"mode": "clip", "wrap_negative_indices": False}
+"""How rows are read: no index is negative, and one past the end reads anything, for it is masked."""
+
+
 def prepare(
     layout: LoraLayout, pages: jax.Array, ranks: jax.Array, slot: jax.Array, live: jax.Array, max_rank: int
 ) -> tuple[StackRows, ...]:
@@ -55,9 +61,8 @@ def prepare(
     `live` (int32 scalar) on have rank 0: their slot's pages may have a new owner."""
     ranks = jnp.where(jnp.arange(slot.shape[0])[:, None] < live, ranks[slot], 0)  # [M, 7]
     tiles, _ = layout.stack_tiles(ranks)
-    index = jnp.arange(_whole_groups(max_rank))  # rank within a projection
     return tuple(
-        _stack_rows(layout, s, t, pages, ranks, slot, index) for s, t in zip(layout.stacks, tiles, strict=True)
+        _stack_rows(layout, s, t, pages, ranks, slot, max_rank) for s, t in zip(layout.stacks, tiles, strict=True)
     )
 
 
@@ -68,57 +73,45 @@ def _stack_rows(
     pages: jax.Array,
     ranks: jax.Array,
     slot: jax.Array,
-    index: jax.Array,
+    max_rank: int,
 ) -> StackRows:
-    size, chunks = layout.page_size, layout.a_chunks(stack)
+    """Every array is computed in its final order, `[G, M, n, GROUP, ...]`: a CPU compiles a kernel for each reordering,
+    and compilation takes time by the kernel."""
+    size = layout.page_size
+    wide = StackTiles(*(field[:, None, None] for field in dataclasses.astuple(tiles)))  # [M, 1, 1]
+    rank = lax.slice_in_dim(ranks, stack.rank_index[0], stack.rank_index[-1] + 1, axis=1)  # [M, p]
 
-    def pool_row(tile: jax.Array, within: jax.Array, live: jax.Array) -> jax.Array:
-        """Pool row of row `within` of an adapter's tile number `tile`, all `[M, R, chunks]`."""
-        page = pages.at[slot[:, None, None], tile // 2].get(mode="clip")
-        return jnp.where(live, (2 * page + tile % 2) * size + within, 0)
+    def places(rank: jax.Array, largest: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Row block, row within it, and whether the rank is there, of every rank of each projection: `[G, M, p,
+        GROUP]`."""
+        index = jnp.arange(_whole_groups(largest)).reshape(-1, 1, 1, GROUP)
+        parts = [lax.index_in_dim(rank, i, 1) for i in range(rank.shape[1])]  # [M, 1] each
+        first = jnp.concatenate([sum(parts[:i], jnp.zeros_like(parts[0])) for i in range(len(parts))], axis=1)
+        return *_divmod(first[..., None] + index, size), index < rank[..., None]
 
-    def places(row: jax.Array, rank: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Of a projection's ranks at `row [M, R]` of the stack: row block `[M, R]`, row within it and whether the rank
-        is there, both `[M, R, 1]`."""
-        live = (index[None, : row.shape[1]] < rank[:, None])[..., None]
-        return row // size, (row % size)[..., None], live
+    def pool_rows(tile: jax.Array, within: jax.Array, live: jax.Array) -> jax.Array:
+        """Pool rows of rows `within` of an adapter's tiles; all arrays are `[G, M, ...]`."""
+        page, half = _divmod(tile, 2)
+        page = pages.at[slot.reshape(-1, *(1,) * (tile.ndim - 2)), page].get(**_CLIP)
+        return jnp.where(live, (2 * page + half) * size + within, 0)
 
-    a_rows, b_rows, b_live = [], [], []
-    first = a_first = jnp.zeros_like(slot)
-    for position in range(len(stack.projections)):
-        rank = ranks[:, stack.rank_index[position]]
-        row = first[:, None] + index[None]  # [M, R] row of the stack
-        first = first + rank
-        block, within, live = places(row, rank)
-        wide = StackTiles(
-            *(f[:, None] for f in (tiles.a_base, tiles.b_base, tiles.a_rows, tiles.rows, tiles.wide_blocks))
-        )
-        a_block, a_within, a_live = block, within, live
-        if stack.rank_shards > 1:
-            a_rank = stack.a_ranks(rank)
-            a_row = a_first[:, None] + index[None, : _whole_groups(stack.a_ranks(index.size))]
-            a_first = a_first + a_rank
-            a_block, a_within, a_live = places(a_row, a_rank)
-        a_tile = layout.a_tile(stack, wide, a_block)[..., None] + jnp.arange(chunks)
-        a_rows.append(pool_row(a_tile, a_within, a_live))  # [M, R, chunks]
-        b_tile = layout.b_tile(stack, wide, block)[..., None] + jnp.arange(
-            ceil_div(stack.d_outs[position], layout.width)
-        )
-        b_rows.append(pool_row(b_tile, within, live))  # [M, R, B chunks]
-        b_live.append(jnp.broadcast_to(live, b_tile.shape))
+    def of_chunk(rows: jax.Array) -> jax.Array:  # [G, M, p, GROUP] -> [G, M, B chunks, GROUP]
+        return rows.at[:, :, _projection_of_chunk(stack, layout)].get(**_CLIP)
 
-    def by_group(rows: jax.Array) -> jax.Array:  # [M, n, R, ...] -> [G, M, n, GROUP, ...]
-        m, n, r, *rest = rows.shape
-        return jnp.moveaxis(rows.reshape(m, n, r // GROUP, GROUP, *rest), 2, 0)
-
-    largest = ranks[:, jnp.array(stack.rank_index)].max(-1)
-    groups = ceil_div(largest, GROUP)
+    block, within, live = places(rank, max_rank)
+    a_block, a_within, a_live = block, within, live
+    if stack.rank_shards > 1:
+        a_block, a_within, a_live = places(stack.a_ranks(rank), stack.a_ranks(max_rank))
+    a_tile = layout.a_tile(stack, wide, a_block)[..., None] + jnp.arange(layout.a_chunks(stack))
+    first_chunk = jnp.array([c for d in stack.d_outs for c in range(ceil_div(d, layout.width))])
+    b_tile = of_chunk(layout.b_tile(stack, wide, block)) + first_chunk[:, None]
+    groups = ceil_div(rank.max(-1), GROUP)
     return StackRows(
         groups=groups,
-        a_groups=groups if stack.rank_shards == 1 else ceil_div(stack.a_ranks(largest), GROUP),
-        a_row=by_group(jnp.stack(a_rows, 1)),
-        b_row=by_group(jnp.moveaxis(jnp.concatenate(b_rows, -1), -1, 1)),
-        b_live=by_group(jnp.moveaxis(jnp.concatenate(b_live, -1), -1, 1)),
+        a_groups=groups if stack.rank_shards == 1 else ceil_div(stack.a_ranks(rank.max(-1)), GROUP),
+        a_row=pool_rows(a_tile, a_within[..., None], a_live[..., None]),
+        b_row=pool_rows(b_tile, of_chunk(within), of_chunk(live)),
+        b_live=of_chunk(live),
     )
 
 
@@ -148,7 +141,7 @@ def add_rows(
 
         def group(g: jax.Array, delta: jax.Array) -> jax.Array:
             a_row = lax.dynamic_slice_in_dim(rows.a_row[g], start, chunk)  # [M, p, GROUP, A chunks]
-            a = flat.at[a_row].get(mode="clip")  # fused into the sums below, never stored
+            a = flat.at[a_row].get(**_CLIP)  # fused into the sums below, never stored
             partial = sum(
                 x_rows[..., c, w : w + lanes] * a[..., c, w : w + lanes]
                 for c in range(x.shape[1])
@@ -158,7 +151,7 @@ def add_rows(
             live = lax.dynamic_slice_in_dim(rows.b_live[g], start, chunk) & own[:, None, None]
             h = lax.optimization_barrier(jnp.where(live, h[:, projection], 0.0))  # [M, B chunks, GROUP]
             b_row = lax.dynamic_slice_in_dim(rows.b_row[g], start, chunk)
-            return delta + sum(h[..., j, None] * flat.at[b_row[..., j]].get(mode="clip") for j in range(GROUP))
+            return delta + sum(h[..., j, None] * flat.at[b_row[..., j]].get(**_CLIP) for j in range(GROUP))
 
         groups = jnp.max(jnp.where(own, lax.dynamic_slice_in_dim(rows.groups, start, chunk), 0))
         old = lax.dynamic_slice_in_dim(acc, start, chunk)
@@ -196,10 +189,10 @@ def add_tiles(
         x_rows = lax.dynamic_slice_in_dim(x, start, tile_rows)  # [M, A chunks, W]
 
         def group(g: jax.Array, delta: jax.Array) -> jax.Array:
-            a = flat.at[rows.a_row[g, i]].get(mode="clip")  # [p, GROUP, A chunks, W]
+            a = flat.at[rows.a_row[g, i]].get(**_CLIP)  # [p, GROUP, A chunks, W]
             h = jnp.einsum("mcw,pjcw->pmj", x_rows, a, precision=exact, preferred_element_type=jnp.float32)
             h = jnp.where(rows.b_live[g, i][:, None] & own[None, :, None], h[projection], 0.0)  # [B chunks, M, GROUP]
-            b = flat.at[rows.b_row[g, i]].get(mode="clip").astype(jnp.float32)  # [B chunks, GROUP, W]
+            b = flat.at[rows.b_row[g, i]].get(**_CLIP).astype(jnp.float32)  # [B chunks, GROUP, W]
             return delta + jnp.einsum("nmj,njw->mnw", h, b, precision=lax.Precision.HIGHEST)
 
         old = lax.dynamic_slice_in_dim(acc, start, tile_rows)
@@ -233,7 +226,7 @@ def shrink_tiles(
         x_rows = lax.dynamic_slice_in_dim(x, start, tile_rows)  # [M, A chunks, W]
 
         def group(g: jax.Array, h: jax.Array) -> jax.Array:
-            a = flat.at[rows.a_row[g, i]].get(mode="clip")  # [p, GROUP, A chunks, W]
+            a = flat.at[rows.a_row[g, i]].get(**_CLIP)  # [p, GROUP, A chunks, W]
             new = jnp.einsum("mcw,pjcw->mpj", x_rows, a, precision=exact, preferred_element_type=jnp.float32)
             old = lax.dynamic_slice(h, (start, 0, g * GROUP), new.shape)
             return lax.dynamic_update_slice(h, jnp.where(own[:, None, None], new, old), (start, 0, g * GROUP))
@@ -269,7 +262,7 @@ def expand_tiles(
         def group(g: jax.Array, delta: jax.Array) -> jax.Array:
             part = lax.dynamic_slice(h, (start, 0, g * GROUP), (tile_rows, h.shape[1], GROUP)).swapaxes(0, 1)
             live = rows.b_live[g, i][:, None] & own[None, :, None]  # [B chunks, M, GROUP]
-            b = flat.at[rows.b_row[g, i]].get(mode="clip").astype(jnp.float32)  # [B chunks, GROUP, W]
+            b = flat.at[rows.b_row[g, i]].get(**_CLIP).astype(jnp.float32)  # [B chunks, GROUP, W]
             part = jnp.where(live, part[projection], 0.0)
             return delta + jnp.einsum("nmj,njw->mnw", part, b, precision=lax.Precision.HIGHEST)
 
@@ -278,6 +271,11 @@ def expand_tiles(
         return lax.dynamic_update_slice_in_dim(acc, _join_outputs(new, stack, layout), start, 0)
 
     return lax.fori_loop(0, num_tiles, tile, y.astype(jnp.float32)).astype(y.dtype)
+
+
+def _divmod(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
+    """`a // b` and `a % b` of numbers >= 0, in two operations."""
+    return lax.div(a, jnp.asarray(b, a.dtype)), lax.rem(a, jnp.asarray(b, a.dtype))
 
 
 def _whole_groups(ranks: int) -> int:

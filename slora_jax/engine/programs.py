@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import os
+import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import jax
@@ -17,7 +21,18 @@ from tqdm import tqdm
 
 from pallas_kernels.lora.bmm import smallest
 from slora_jax.engine.batch import BatchLayout, Bucket
-from slora_jax.engine.step import StepSpec, make_sampler, make_step, sampler_shapes, step_shapes
+from slora_jax.engine.layered import LayeredStep, Part
+from slora_jax.engine.program_cache import ProgramCache
+from slora_jax.engine.step import (
+    Lora,
+    StepSpec,
+    make_sampler,
+    make_step,
+    sampler_name,
+    sampler_shapes,
+    step_name,
+    step_shapes,
+)
 
 StepKey = tuple[int, int]
 """Names a step program: the number of its bucket, and of its LoRA work among the bucket's, the least first."""
@@ -25,11 +40,12 @@ StepKey = tuple[int, int]
 
 @dataclass(frozen=True)
 class Program:
-    """One compiled program: callable with the arguments of `make_step`'s or `make_sampler`'s function."""
+    """One compiled program: callable with its function's arguments. is_cached: it was found on disk."""
 
     name: str
     compiled: Any
     compile_seconds: float
+    is_cached: bool = False
 
     def __call__(self, *args: Any) -> Any:
         return self.compiled(*args)
@@ -39,26 +55,51 @@ class StepPrograms:
     """The compiled steps of an engine, by bucket and LoRA work; and its samplers, by number of sequences, with
     and without log-probabilities."""
 
-    def __init__(self, spec: StepSpec, buckets: tuple[Bucket, ...], *, threads: int = 2, progress: bool = True) -> None:
-        """Compiles all; `threads` at once. Raises what the compiler raises."""
+    def __init__(
+        self,
+        spec: StepSpec,
+        buckets: tuple[Bucket, ...],
+        *,
+        threads: int = 2,
+        progress: bool = True,
+        cache_dir: Path | None = None,
+    ) -> None:
+        """Compiles all, or loads what earlier starts compiled.
+
+        Args:
+          threads: programs compiled at once.
+          cache_dir: where compiled programs are kept, on a CPU; None: nowhere.
+
+        Raises:
+          What the compiler raises.
+        """
         self.buckets = buckets
         self.layouts = {bucket: spec.layout(bucket) for bucket in buckets}
-        jobs: dict[Any, Callable[[], Program]] = {}
         self._lora = {bucket: spec.lora_programs(layout) for bucket, layout in self.layouts.items()}
-        for bucket in reversed(buckets):
-            layout = self.layouts[bucket]
-            for lora in reversed(self._lora[bucket]):
-                jobs[bucket, lora] = partial(_compile, make_step(spec, layout, lora), *step_shapes(spec, layout))
+        keys = [(bucket, lora) for bucket in buckets for lora in self._lora[bucket]]
+        layered = {key: LayeredStep(spec, self.layouts[key[0]], key[1]) for key in keys if spec.layered}
+        parts: dict[str, tuple[Part, str]] = {}
+        for bucket, lora in reversed(keys):
+            step = layered.get((bucket, lora))
+            for part in [_whole_step(spec, self.layouts[bucket], lora)] if step is None else step.parts:
+                parts[part.name] = part, repr((self.layouts[bucket], lora))
         for seqs, logprobs in itertools.product({bucket.seqs for bucket in buckets}, (False, True)):
-            jobs[seqs, logprobs] = partial(_compile, make_sampler(spec, seqs, logprobs), *sampler_shapes(spec, seqs))
-        self._programs: dict[Any, Program] = {}
+            part = _sampler(spec, seqs, logprobs)
+            parts[part.name] = part, ""
+        cache = None
+        if cache_dir is not None and spec.layered and spec.parallel is None:
+            cache = ProgramCache(cache_dir, spec)
+        jobs = {name: partial(_compile, part, about, cache) for name, (part, about) in parts.items()}
+        self._programs: dict[str, Program] = {}
         bar = tqdm(total=len(jobs), desc="compiling steps", unit="program", disable=not progress, leave=False)
-        with bar, ThreadPoolExecutor(threads) as executor:
-            # Each job in a copy of this context: a device may be named in it (`devices.compiling_for`).
-            futures = {executor.submit(copy_context().run, job): key for key, job in jobs.items()}
-            for future in as_completed(futures):
-                self._programs[futures[future]] = future.result()
+        with bar:
+            for name, program in on_threads(jobs, threads):
+                self._programs[name] = program
                 bar.update()
+        self._steps: dict[tuple[Bucket, Lora], Callable[..., Any]] = {
+            key: layered[key].program(self._programs) if spec.layered else self._programs[step_name(*key)]  # type: ignore[arg-type]
+            for key in keys
+        }
 
     def select(
         self, tokens: int, seqs: int, with_lora: bool, segments: Sequence[int] = ()
@@ -76,23 +117,95 @@ class StepPrograms:
     def bucket(self, key: StepKey) -> Bucket:
         return self.buckets[key[0]]
 
-    def step(self, key: StepKey) -> Program:
+    def step(self, key: StepKey) -> Callable[..., Any]:
+        """Called with the arguments of `make_step`'s function."""
         bucket = self.bucket(key)
-        return self._programs[bucket, self._lora[bucket][key[1]]]
+        return self._steps[bucket, self._lora[bucket][key[1]]]
 
     def sampler(self, seqs: int, logprobs: bool) -> Program:
         """The sampler for a bucket of `seqs` sequences."""
-        return self._programs[seqs, logprobs]
+        return self._programs[sampler_name(seqs, logprobs)]
 
     @property
     def programs(self) -> list[Program]:
         return list(self._programs.values())
 
 
-def _compile(function: Any, *shapes: Any) -> Program:
+def _whole_step(spec: StepSpec, layout: BatchLayout, lora: Lora) -> Part:
+    return Part(step_name(layout.bucket, lora), make_step(spec, layout, lora), lambda: step_shapes(spec, layout))
+
+
+def _sampler(spec: StepSpec, seqs: int, logprobs: bool) -> Part:
+    return Part(sampler_name(seqs, logprobs), make_sampler(spec, seqs, logprobs), lambda: sampler_shapes(spec, seqs))
+
+
+def _compile(part: Part, about: str, cache: ProgramCache | None) -> Program:
     start = time.perf_counter()
-    compiled = function.lower(*shapes).compile()
-    return Program(function.__name__, compiled, time.perf_counter() - start)
+    compiled = None if cache is None else cache.load(part.name, about)
+    is_cached = compiled is not None
+    if compiled is None:
+        compiled = part.function.lower(*part.shapes()).compile()
+        if cache is not None:
+            cache.store(part.name, about, compiled)
+    return Program(part.name, compiled, time.perf_counter() - start, is_cached)
+
+
+# Threads
+
+GRACE_SECONDS = 2.0
+"""How long a process that ends waits for a compilation that cannot be interrupted."""
+
+_running: set[threading.Thread] = set()
+
+
+def on_threads(jobs: dict[str, Callable[[], Program]], threads: int) -> Iterator[tuple[str, Program]]:
+    """Runs the jobs, `threads` at once, and yields each result with its name as it comes.
+
+    An exception, Ctrl-C's too, leaves at once: no further job begins, and those under way (XLA cannot be interrupted)
+    end on their own. Each job runs in a copy of this context: a device may be named in it (`devices.compiling_for`).
+    """
+    waiting = iter(list(jobs.items()))
+    results: SimpleQueue[tuple[str, Program | BaseException]] = SimpleQueue()
+    stopped, lock = threading.Event(), threading.Lock()
+
+    def work() -> None:
+        try:
+            while not stopped.is_set():
+                with lock:
+                    name, job = next(waiting, (None, None))
+                if name is None or job is None:
+                    return
+                try:
+                    results.put((name, job()))
+                except BaseException as error:  # noqa: BLE001  raised by the caller's thread
+                    results.put((name, error))
+        finally:
+            _running.discard(threading.current_thread())
+
+    try:
+        for _ in range(min(threads, len(jobs))):
+            thread = threading.Thread(target=copy_context().run, args=(work,), name="compile", daemon=True)
+            _running.add(thread)
+            thread.start()
+        for _ in jobs:
+            name, result = results.get()
+            if isinstance(result, BaseException):
+                raise result
+            yield name, result
+    finally:
+        stopped.set()
+
+
+@atexit.register
+def _leave() -> None:
+    """A thread inside XLA must not outlive the interpreter, where it would crash: the process ends without it."""
+    end = time.monotonic() + GRACE_SECONDS
+    for thread in list(_running):
+        thread.join(max(0.0, end - time.monotonic()))
+    if any(thread.is_alive() for thread in _running):
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(130)
 
 
 def keep_compiled_programs(directory: str | Path | None) -> None:

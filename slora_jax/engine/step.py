@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import devices
-from pallas_kernels.lora import AdapterTable, LoraLayout, LoraProduct, lora_tile_rows
+from pallas_kernels.lora import AdapterTable, LoraLayout, LoraProduct, LoraTiles, lora_tile_rows
 from pallas_kernels.lora.api import Implementation as LoraImplementation
 from pallas_kernels.lora.bmm import Padding, paddings
 from pallas_kernels.lora.halves import LoraHalves
@@ -51,11 +52,21 @@ class StepOutput:
 
 
 class PagedContext:
-    """A model's view of the unified pool while one step is traced: a `models.StepContext`. Over several shards, of one
-    shard's part of it, with the collectives."""
+    """A model's view of the unified pool while a step, or one layer of it, is traced: a `models.StepContext`. Over
+    several shards, of one shard's part of it, with the collectives.
+
+    Args:
+      pool: the layers' arrays that are at hand; `attend` and `lora` count layers from the first of them.
+      lora: the step's LoRA work (`lora_work`); None: there is none.
+    """
 
     def __init__(
-        self, pool: Pool, table: AdapterTable, batch: StepBatch, spec: StepSpec, layout: BatchLayout, with_lora: Lora
+        self,
+        pool: Sequence[jax.Array],
+        batch: StepBatch,
+        lora: LoraProduct | LoraHalves | None,
+        spec: StepSpec,
+        layout: BatchLayout,
     ) -> None:
         model, bucket = spec.shard_model, layout.bucket
         self.pool = list(pool)
@@ -75,23 +86,7 @@ class PagedContext:
             interpret=spec.interpret,
         )
         self._stacks = {stack.name: stack for stack in spec.lora_layout.stacks}
-        self._lora: LoraProduct | LoraHalves | None = None
-        if with_lora:
-            product: Any = LoraHalves
-            if self._shards.count == 1:
-                product = partial(LoraProduct, padding=with_lora if isinstance(with_lora, Padding) else None)
-            with jax.named_scope("lora_prepare"):
-                self._lora = product(
-                    spec.lora_layout,
-                    table,
-                    batch.lora,
-                    dtype=spec.pool.dtype,
-                    decode=bucket.decode,
-                    tile_rows=layout.lora_tile_rows,
-                    max_rank=spec.max_rank,
-                    implementation=spec.lora_kernels,
-                    interpret=spec.interpret,
-                )
+        self._lora = lora
 
     def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """Writes this step's keys and values into the pool, then attends over each row's own pages."""
@@ -161,6 +156,11 @@ class StepSpec:
         return self.kernels not in (None, "xla") and devices.target() is None
 
     @property
+    def layered(self) -> bool:
+        """Whether a step is compiled in parts (`layered`): on a CPU."""
+        return devices.target() is None
+
+    @property
     def lora_kernels(self) -> LoraImplementation | None:
         """The implementation of LoRA products."""
         return "bmm" if self.lora == "bmm" else self.kernels
@@ -201,6 +201,29 @@ class StepSpec:
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=device), self.state_struct())
 
 
+def lora_work(
+    spec: StepSpec, layout: BatchLayout, table: AdapterTable, tiles: LoraTiles, with_lora: Lora
+) -> LoraProduct | LoraHalves | None:
+    """Where the weights of a step's adapters lie, worked out once for all layers; None: the program has no LoRA."""
+    if not with_lora:
+        return None
+    product: Any = LoraHalves
+    if spec.shards.count == 1:
+        product = partial(LoraProduct, padding=with_lora if isinstance(with_lora, Padding) else None)
+    with jax.named_scope("lora_prepare"):
+        return product(
+            spec.lora_layout,
+            table,
+            tiles,
+            dtype=spec.pool.dtype,
+            decode=layout.bucket.decode,
+            tile_rows=layout.lora_tile_rows,
+            max_rank=spec.max_rank,
+            implementation=spec.lora_kernels,
+            interpret=spec.interpret,
+        )
+
+
 def make_step(spec: StepSpec, layout: BatchLayout, with_lora: Lora) -> Any:
     """The jitted step of one bucket: `(params, pool, table, state, metadata int32 [layout.size]) -> (pool, state,
     StepOutput)`. Pool and state are donated. `with_lora=False` contains no LoRA work at all."""
@@ -210,10 +233,10 @@ def make_step(spec: StepSpec, layout: BatchLayout, with_lora: Lora) -> Any:
     ) -> tuple[Pool, SequenceState, StepOutput]:
         batch, state = unpack(metadata, state, layout)
         model = nnx.merge(spec.graphdef, params)
-        context = PagedContext(pool, table, batch, spec, layout, with_lora)
+        context = PagedContext(pool, batch, lora_work(spec, layout, table, batch.lora, with_lora), spec, layout)
         hidden = model(batch.token, batch.position, context)  # [T, d]
         logits = model.logits(hidden[batch.last_row])  # [S, vocab]
-        token = greedy(logits) if spec.parallel is None else vocabulary.greedy(logits, spec.model.vocab_size)
+        token = likeliest(spec, logits)
         state = SequenceState(page_table=state.page_table, last_token=state.last_token.at[batch.slot].set(token))
         return tuple(context.pool), state, StepOutput(token, logits)
 
@@ -231,6 +254,11 @@ def make_step(spec: StepSpec, layout: BatchLayout, with_lora: Lora) -> Any:
     return jax.jit(step, donate_argnums=(1, 3))
 
 
+def likeliest(spec: StepSpec, logits: jax.Array) -> jax.Array:
+    """The likeliest token of each row of (a shard's part of) the logits, int32 `[S]`."""
+    return greedy(logits) if spec.parallel is None else vocabulary.greedy(logits, spec.model.vocab_size)
+
+
 def step_name(bucket: Bucket, with_lora: Lora) -> str:
     """Of `make_step`'s program."""
     padding = f"_{with_lora.segments}x{with_lora.rows}" if isinstance(with_lora, Padding) else ""
@@ -243,11 +271,11 @@ def step_shapes(spec: StepSpec, layout: BatchLayout) -> tuple[Any, ...]:
     pool, table, state = spec.pool.pool_struct(), spec.pool.table_struct(), spec.state_struct()
     if spec.parallel is not None:
         pool = tuple(jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=spec.parallel.sharding(POOL)) for s in pool)
-        table, state, metadata = _replicated(spec.parallel, (table, state, metadata))
+        table, state, metadata = replicated(spec.parallel, (table, state, metadata))
     return spec.params, pool, table, state, metadata
 
 
-def _replicated(parallel: TensorParallel, structs: Any) -> Any:
+def replicated(parallel: TensorParallel, structs: Any) -> Any:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=parallel.replicated), structs)
 
 
@@ -283,5 +311,5 @@ def sampler_shapes(spec: StepSpec, seqs: int) -> tuple[Any, ...]:
     last_token = spec.state_struct().last_token
     if spec.parallel is not None:
         logits = spec.parallel.struct(logits, LOGITS)
-        last_token, metadata = _replicated(spec.parallel, (last_token, metadata))
+        last_token, metadata = replicated(spec.parallel, (last_token, metadata))
     return last_token, logits, metadata

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -38,7 +39,13 @@ class Worker:
         self.spec = spec
         self.params = params
         parallel = spec.parallel
-        self.programs = StepPrograms(spec, config.buckets(), progress=config.progress)
+        cache = config.compilation_cache_dir
+        self.programs = StepPrograms(
+            spec,
+            config.buckets(),
+            progress=config.progress,
+            cache_dir=None if cache is None else Path(cache).expanduser() / "programs",
+        )
         self.pool = spec.pool.make_pool(None if parallel is None else parallel.sharding(POOL))
         self.table = spec.pool.make_table(None if parallel is None else parallel.replicated)
         self.state = spec.make_state()

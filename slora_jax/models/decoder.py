@@ -164,12 +164,22 @@ class Decoder(nnx.Module):
         tokens and positions are int32 `[T]`: the tokens of all sequences in one list, each with its position (from 0)
         in its own sequence. Which tokens belong together is known to `context` only.
         """
-        with jax.named_scope("embed"):
-            x = context.lookup(self.embed, tokens)  # [T, d]
-            cos, sin = rotary_tables(positions, inverse_frequencies(self.config.rope, self.config.head_dim))
+        x, cos, sin = self.begin(tokens, positions, context)
         for layer in self.layers:
             with jax.named_scope(f"layer{layer.index}"):
                 x = layer(x, cos, sin, context)
+        return self.end(x)
+
+    def begin(
+        self, tokens: jax.Array, positions: jax.Array, context: StepContext
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What the first layer reads: embeddings `[T, d]`, and cosines and sines `[T, 1, head_dim / 2]`."""
+        with jax.named_scope("embed"):
+            x = context.lookup(self.embed, tokens)  # [T, d]
+            return x, *rotary_tables(positions, inverse_frequencies(self.config.rope, self.config.head_dim))
+
+    def end(self, x: jax.Array) -> jax.Array:
+        """The final norm of the last layer's output `[T, d]`."""
         with jax.named_scope("norm"):
             return self.norm(x)
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from slora_jax.models.config import ModelConfig
-from slora_jax.models.decoder import Decoder, Params
+from slora_jax.models.decoder import Decoder, DecoderLayer, Params, model_dtype
 from slora_jax.parallel.mesh import TensorParallel, parameter_spec
 
 
@@ -21,6 +21,11 @@ def abstract_decoder(config: ModelConfig, dtype: Any) -> tuple[nnx.GraphDef, Par
     """
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype)))
     return graphdef, nnx.to_pure_dict(state)
+
+
+def layer_graph(config: ModelConfig, dtype: Any) -> nnx.GraphDef:
+    """The graph definition of one decoder layer, whose parameters are `params["layers"][i]` for any i."""
+    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, 0, model_dtype(dtype))))[0]
 
 
 def abstract_shards(config: ModelConfig, dtype: Any, parallel: TensorParallel) -> tuple[nnx.GraphDef, Params]:

@@ -1,0 +1,222 @@
+"""The step in parts, one of which runs once for each layer: what a CPU compiles.
+
+A CPU runs a program operation by operation, so a call for each layer takes as long as one program of all layers, and
+compiles in the time of one layer. On a GPU a step is one program (`make_step`), which runs as one graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import jax
+from flax import nnx
+
+from pallas_kernels.lora import AdapterTable, LoraProduct, LoraTiles
+from pallas_kernels.lora.halves import LoraHalves
+from slora_jax.engine.batch import BatchLayout, SequenceState, StepBatch, unpack
+from slora_jax.engine.step import (
+    Lora,
+    PagedContext,
+    StepOutput,
+    StepSpec,
+    likeliest,
+    lora_work,
+    replicated,
+    step_name,
+    step_shapes,
+)
+from slora_jax.memory import Pool
+from slora_jax.models import Params, abstract_decoder
+from slora_jax.models.init import layer_graph
+from slora_jax.parallel.mesh import LOGITS, POOL, REPLICATED
+
+LoraWork = LoraProduct | LoraHalves | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepShared:
+    """What every layer of one step reads. cos, sin: float32 `[T, 1, head_dim / 2]`."""
+
+    batch: StepBatch
+    cos: jax.Array
+    sin: jax.Array
+
+
+@dataclass(frozen=True)
+class Part:
+    """A program to compile.
+
+    Attributes:
+      name: equal names within an engine are the same program.
+      function: jitted.
+      shapes: returns the `jax.ShapeDtypeStruct`s of its arguments, for which it may trace other parts.
+    """
+
+    name: str
+    function: Any
+    shapes: Callable[[], tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class LayeredProgram:
+    """The compiled parts of one step, called with the arguments of `make_step`'s program."""
+
+    begin: Callable[..., Any]
+    prepare: Callable[..., Any] | None
+    layer: Callable[..., Any]
+    end: Callable[..., Any]
+
+    def __call__(
+        self, params: Params, pool: Pool, table: AdapterTable, state: SequenceState, metadata: Any
+    ) -> tuple[Pool, SequenceState, StepOutput]:
+        ends, layers = _ends(params), list(pool)
+        page_table, x, shared = self.begin(ends, state.page_table, state.last_token, metadata)
+        lora = None if self.prepare is None else self.prepare(table, shared.batch.lora)
+        for i in range(len(layers)):
+            layers[i], x = self.layer(params["layers"][i], layers[i], x, shared, lora)
+        last_token, output = self.end(ends, state.last_token, x, shared.batch)
+        return tuple(layers), SequenceState(page_table, last_token), output
+
+
+class LayeredStep:
+    """What the parts of one step compute, and for which shapes."""
+
+    def __init__(self, spec: StepSpec, layout: BatchLayout, with_lora: Lora) -> None:
+        self._spec, self._layout, self._with_lora = spec, layout, with_lora
+        self._dtype = spec.params["embed"]["embedding"].dtype
+        bucket, name = layout.bucket.name, step_name(layout.bucket, with_lora)
+        ends, of_layer = {}, {}
+        if spec.parallel is not None:
+            specs = jax.tree.map(lambda leaf: leaf.sharding.spec, spec.params)
+            ends, of_layer = _ends(specs), specs["layers"][0]
+        same, output = REPLICATED, StepOutput(REPLICATED, LOGITS)  # type: ignore[arg-type]
+        self._parts = {
+            "begin": Part(
+                f"{bucket}_begin",
+                self._jit(f"{bucket}_begin", self._begin, (1,), (ends, same, same, same), same),
+                lambda: self._begin_shapes,
+            ),
+            "layer": Part(
+                f"{name}_layer",
+                self._jit(f"{name}_layer", self._layer, (1, 2), (of_layer, POOL, same, same, same), (POOL, same)),
+                self._layer_shapes,
+            ),
+            "end": Part(
+                f"{bucket}_end",
+                self._jit(f"{bucket}_end", self._end, (1,), (ends, same, same, same), (same, output)),
+                self._end_shapes,
+            ),
+        }
+        if with_lora:
+            self._parts["prepare"] = Part(
+                f"{name}_prepare",
+                self._jit(f"{name}_prepare", self._prepare, (), same, same),
+                self._prepare_shapes,
+            )
+
+    @property
+    def parts(self) -> list[Part]:
+        return list(self._parts.values())
+
+    def program(self, compiled: dict[str, Callable[..., Any]]) -> LayeredProgram:
+        """The step from its compiled parts, by name."""
+        part = {role: compiled[part.name] for role, part in self._parts.items()}
+        return LayeredProgram(part["begin"], part.get("prepare"), part["layer"], part["end"])
+
+    # The functions
+
+    def _begin(
+        self, ends: Params, page_table: jax.Array, last_token: jax.Array, metadata: jax.Array
+    ) -> tuple[jax.Array, jax.Array, StepShared]:
+        """Returns the new page table, x `[T, d]` for the first layer, and what all layers share."""
+        batch, state = unpack(metadata, SequenceState(page_table, last_token), self._layout)
+        decoder = nnx.merge(self._ends_graph, ends)
+        x, cos, sin = decoder.begin(batch.token, batch.position, self._context((), batch, None))
+        return state.page_table, x, StepShared(batch, cos, sin)
+
+    def _prepare(self, table: AdapterTable, tiles: LoraTiles) -> LoraWork:
+        return lora_work(self._spec, self._layout, table, tiles, self._with_lora)
+
+    def _layer(
+        self, params: Params, pool: jax.Array, x: jax.Array, shared: StepShared, lora: LoraWork
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the layer's pool and output, both in the place of the inputs."""
+        context = self._context((pool,), shared.batch, lora)
+        x = nnx.merge(self._layer_graph, params)(x, shared.cos, shared.sin, context)
+        return context.pool[0], x
+
+    def _end(self, ends: Params, last_token: jax.Array, x: jax.Array, batch: StepBatch) -> tuple[jax.Array, StepOutput]:
+        """Returns the new last tokens, and the step's output."""
+        decoder = nnx.merge(self._ends_graph, ends)
+        logits = decoder.logits(decoder.end(x)[batch.last_row])  # [S, vocab]
+        token = likeliest(self._spec, logits)
+        return last_token.at[batch.slot].set(token), StepOutput(token, logits)
+
+    def _context(self, pool: tuple[jax.Array, ...], batch: StepBatch, lora: LoraWork) -> PagedContext:
+        return PagedContext(pool, batch, lora, self._spec, self._layout)
+
+    @cached_property
+    def _ends_graph(self) -> nnx.GraphDef:
+        """Of the decoder without its layers."""
+        return abstract_decoder(replace(self._spec.shard_model, num_layers=0), self._dtype)[0]
+
+    @cached_property
+    def _layer_graph(self) -> nnx.GraphDef:
+        return layer_graph(self._spec.shard_model, self._dtype)
+
+    def _jit(
+        self, name: str, function: Callable[..., Any], donated: tuple[int, ...], in_specs: Any, out_specs: Any
+    ) -> Any:
+        """Over several shards, the specs say how arguments and results are cut."""
+        parallel = self._spec.parallel
+        if parallel is not None:
+            function = jax.shard_map(
+                function, mesh=parallel.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+            )
+
+        def part(*args: Any) -> Any:
+            return function(*args)
+
+        part.__name__ = name
+        return jax.jit(part, donate_argnums=donated)
+
+    # The shapes
+
+    @cached_property
+    def _shapes(self) -> tuple[Any, ...]:
+        return step_shapes(self._spec, self._layout)
+
+    @cached_property
+    def _begin_shapes(self) -> tuple[Any, ...]:
+        params, _, _, state, metadata = self._shapes
+        return _ends(params), state.page_table, state.last_token, metadata
+
+    @cached_property
+    def _begun(self) -> tuple[Any, Any, StepShared]:
+        return self._results("begin", self._begin_shapes)
+
+    def _prepare_shapes(self) -> tuple[Any, ...]:
+        return self._shapes[2], self._begun[2].batch.lora
+
+    def _layer_shapes(self) -> tuple[Any, ...]:
+        params, pool, *_ = self._shapes
+        lora = self._results("prepare", self._prepare_shapes()) if "prepare" in self._parts else None
+        return params["layers"][0], pool[0], *self._begun[1:], lora
+
+    def _end_shapes(self) -> tuple[Any, ...]:
+        params, _, _, state, _ = self._shapes
+        _, x, shared = self._begun
+        return _ends(params), state.last_token, x, shared.batch
+
+    def _results(self, role: str, shapes: tuple[Any, ...]) -> Any:
+        parallel, structs = self._spec.parallel, jax.eval_shape(self._parts[role].function, *shapes)
+        return structs if parallel is None else replicated(parallel, structs)
+
+
+def _ends(params: Params) -> Params:
+    """The parameters outside the layers."""
+    return {name: leaf for name, leaf in params.items() if name != "layers"}

@@ -1,0 +1,123 @@
+"""Compiled programs on disk. A start that finds them neither traces nor lowers nor compiles.
+
+JAX's own compilation cache spares XLA's work but still traces and lowers every program, which takes seconds. An entry
+here is a serialized executable under a digest of everything that it depends on: this project's source, JAX and its
+settings, the processor, and the shapes and structure of the engine's step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import platform
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+from flax import traverse_util
+from jax.experimental import serialize_executable
+
+import pallas_kernels
+import slora_jax
+from slora_jax.engine.step import StepSpec
+
+KEPT_SECONDS = 30 * 24 * 3600
+"""Entries that were not used for so long are deleted when a new one is written."""
+
+_IRRELEVANT_SETTINGS = re.compile(r"jax_(compilation_cache|persistent_cache|log|debug|traceback|dump).*")
+logger = logging.getLogger("slora_jax")
+
+
+class ProgramCache:
+    """Entries of one engine's programs, by name. Any number of processes may share the directory.
+
+    An entry is a pickle: the directory must be writable by its owner only.
+    """
+
+    def __init__(self, directory: Path, spec: StepSpec) -> None:
+        self._directory = directory
+        self._engine = f"{_environment()} {_of_spec(spec)}"
+
+    def load(self, name: str, about: str) -> Any | None:
+        """The compiled program, or None.
+
+        Args:
+          name: of the program. about: what the program depends on beside the engine's step, its bucket above all.
+        """
+        path = self._path(name, about)
+        try:
+            entry = path.read_bytes()
+            compiled = serialize_executable.deserialize_and_load(*pickle.loads(entry))
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # noqa: BLE001  a damaged entry costs its compilation, nothing else
+            logger.warning("%s: this compiled program cannot be used, and is compiled again: %r", path, error)
+            return None
+        return compiled
+
+    def store(self, name: str, about: str, compiled: Any) -> None:
+        """Writes an entry. What prevents it is logged, not raised."""
+        path = self._path(name, about)
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._directory, delete=False) as file:
+                file.write(pickle.dumps(serialize_executable.serialize(compiled)))
+            os.replace(file.name, path)
+            self._delete_unused()
+        except Exception as error:  # noqa: BLE001  a full disk, say
+            logger.warning("%s: the compiled program could not be kept: %r", path, error)
+
+    def _path(self, name: str, about: str) -> Path:
+        digest = hashlib.sha256(f"{self._engine} {name} {about}".encode()).hexdigest()
+        return self._directory / f"{name}-{digest[:32]}"
+
+    def _delete_unused(self) -> None:
+        oldest = time.time() - KEPT_SECONDS
+        for path in self._directory.iterdir():
+            if path.stat().st_mtime < oldest:
+                path.unlink(missing_ok=True)
+
+
+def _of_spec(spec: StepSpec) -> str:
+    params = {path: (leaf.shape, str(leaf.dtype)) for path, leaf in traverse_util.flatten_dict(spec.params).items()}
+    numbers = (spec.max_seqs, spec.max_pages_per_seq, spec.max_rank, spec.kernels, spec.lora)
+    return repr((spec.model, spec.pool, sorted(params.items(), key=str), numbers))
+
+
+@cache
+def _environment() -> str:
+    """Digest of what compiled programs depend on, beside the engine: source, versions, settings, processor."""
+    digest = hashlib.sha256()
+    for file in _source():
+        digest.update(file.read_bytes())
+    settings = {name: value for name, value in jax.config.values.items() if not _IRRELEVANT_SETTINGS.match(name)}
+    about = [sys.version, jax.__version__, jaxlib.__version__, platform.machine(), _processor(), len(jax.devices())]
+    about += [os.environ.get("XLA_FLAGS"), sorted(settings.items())]
+    digest.update(json.dumps(about, default=repr).encode())
+    return digest.hexdigest()
+
+
+def _source() -> Iterator[Path]:
+    for package in (slora_jax, pallas_kernels):
+        root = Path(package.__path__[0])
+        yield from sorted(path for path in root.rglob("*") if path.suffix in (".py", ".json"))
+
+
+def _processor() -> str:
+    """The processor's features: code compiled for more than it has would crash."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
