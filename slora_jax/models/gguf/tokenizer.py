@@ -1,7 +1,7 @@
 """The tokenizer of a GGUF file as a fast Hugging Face tokenizer.
 
-transformers has converters of its own (`AutoTokenizer.from_pretrained(gguf_file=...)`), which ignore
-`tokenizer.ggml.pre`: SmolLM2's digits, Llama 3's words and added tokens come out as other ids than the model learned.
+transformers can read one too (`AutoTokenizer.from_pretrained(gguf_file=...)`), a hundred times slower. It ignores
+`tokenizer.ggml.pre`, so Llama 3's words are cut as GPT-2's, and takes BOS for EOS.
 """
 
 from pathlib import Path
