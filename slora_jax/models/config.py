@@ -131,8 +131,8 @@ class ModelConfig:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "ModelConfig":
-        """Reads `config.json`, and `generation_config.json` where present: its end-of-sequence ids take precedence. Of
-        a GGUF file, or a directory that has one instead of `config.json`, the metadata.
+        """Reads `config.json`, and `generation_config.json` where present: its end-of-sequence ids take precedence.
+        If `path` is a GGUF file, or a directory that has one instead of `config.json`, reads the file's metadata.
 
         Raises `CheckpointError` for a missing or unreadable file, `UnsupportedModelError` as `from_dict` does.
         """

@@ -72,11 +72,10 @@ def read_header(file: Path) -> GgufHeader:
     except (OSError, ValueError, OverflowError, struct.error) as error:
         raise CheckpointError(f"{file}: cannot be read as GGUF: {error}") from error
     parts = header.metadata.get("split.count", 0)
-    if parts > 1:
-        part = header.metadata.get("split.no", 0) + 1
+    if parts not in (0, 1):
         raise CheckpointError(
-            f"{file}: split.count={parts} is not supported: this is part {part} of {parts}; supported: one file (join "
-            "the parts with llama-gguf-split --merge)"
+            f"{file}: split.count={parts} is not supported; supported: a model in one file (join its {parts} parts with "
+            "llama-gguf-split --merge)"
         )
     return header
 

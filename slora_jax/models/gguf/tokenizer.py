@@ -74,7 +74,7 @@ def load_gguf_tokenizer(file: Path) -> Any:
     """
     header = read_header(file)
     metadata = header.metadata
-    kind = metadata.get("tokenizer.ggml.model", "none")
+    kind = str(metadata.get("tokenizer.ggml.model", "none"))
     if kind in ("none", "no_vocab"):
         return None
     if kind not in _BUILDERS:
@@ -87,7 +87,7 @@ def load_gguf_tokenizer(file: Path) -> Any:
         twice = next(token for index, token in enumerate(tokens) if vocabulary[token] != index)
         raise CheckpointError(f"{file}: tokenizer.ggml.tokens: {twice!r} is there twice")
     ids = {name: metadata.get(f"tokenizer.ggml.{key}", -1) for name, key in _SPECIAL_TOKENS.items()}
-    special = {name: tokens[index] for name, index in ids.items() if 0 <= index < len(tokens)}
+    special = {name: tokens[index] for name, index in ids.items() if index in range(len(tokens))}
     tokenizer = _BUILDERS[kind](header, vocabulary)
     _add_special_tokens(tokenizer, header, tokens)
     _add_post_processor(tokenizer, header, vocabulary, special)
@@ -103,7 +103,7 @@ def _byte_level(header: GgufHeader, vocabulary: dict[str, int]) -> "Tokenizer":
     """Byte-level BPE, which GPT-2, Llama 3, Qwen and SmolLM have."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    pre = header.metadata.get("tokenizer.ggml.pre", "default")
+    pre = str(header.metadata.get("tokenizer.ggml.pre", "default"))
     style = next((style for style, names in _STYLES.items() if pre in names), None)
     if style is None:
         names = sorted(name for names in _STYLES.values() for name in names)
