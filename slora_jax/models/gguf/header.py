@@ -74,8 +74,8 @@ def read_header(file: Path) -> GgufHeader:
     parts = header.metadata.get("split.count", 0)
     if parts not in (0, 1):
         raise CheckpointError(
-            f"{file}: split.count={parts} is not supported; supported: a model in one file (join its {parts} parts with "
-            "llama-gguf-split --merge)"
+            f"{file}: split.count={parts} is not supported; supported: a model in one file (join its {parts} parts "
+            "with llama-gguf-split --merge)"
         )
     return header
 
