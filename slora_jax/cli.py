@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         "after a line with its name.",
     )
     option = generate.add_argument
-    option("model_dir", metavar="MODEL_DIR", type=Path, help="Hugging Face model directory")
+    option("model_dir", metavar="MODEL", type=Path, help="Hugging Face model directory or GGUF file")
     option("--prompt", metavar="TEXT", required=True, help="text to go on from")
     option(
         "--adapter",
@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         "config file has all settings (those of slora_jax/serving/settings.py); options take precedence over it.",
     )
     option = serve.add_argument
-    option("model_dir", metavar="MODEL_DIR", type=Path, help="Hugging Face model directory")
+    option("model_dir", metavar="MODEL", type=Path, help="Hugging Face model directory or GGUF file")
     option("--adapters", metavar="DIR", type=Path, help="PEFT directories; new ones are registered as they come")
     option("--config", metavar="FILE", type=Path, help="settings, in YAML")
     option("--name", metavar="NAME", help="of the base model, for clients (default: the directory's)")

@@ -140,7 +140,7 @@ class Engine:
         eviction: EvictionPolicy | None = None,
         processes: ProcessGroup | None = None,
     ) -> Engine:
-        """Loads a Hugging Face directory: weights, and the tokenizer if one is there.
+        """Loads a Hugging Face directory or a GGUF file: weights, and the tokenizer if one is there.
 
         Raises:
           UnsupportedModelError, CheckpointError: see `models.load_model`.

@@ -181,7 +181,8 @@ _SETTINGS_OF_ALL = (
 
 
 def load(model_dir: str | Path, config: EngineConfig) -> tuple[ModelConfig, nnx.GraphDef, Params]:
-    """A Hugging Face directory on the devices of `config`; of several processes, each loads what its own devices hold.
+    """A Hugging Face directory or GGUF file on the devices of `config`; of several processes, each loads what its own
+    devices hold.
 
     Raises:
       ConfigError: there are not enough devices, or the model cannot be cut over them.

@@ -7,9 +7,14 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+from slora_jax.models.gguf.header import gguf_file
+from slora_jax.models.gguf.tokenizer import load_gguf_tokenizer
+
 
 def load_tokenizer(model_dir: Path) -> Any:
-    """The fast tokenizer of a Hugging Face directory; None if there is none."""
+    """The fast tokenizer of a Hugging Face directory or GGUF file; None if there is none."""
+    if file := gguf_file(model_dir):
+        return load_gguf_tokenizer(file)
     if not (model_dir / "tokenizer.json").exists():
         return None
     from transformers import AutoTokenizer

@@ -1,4 +1,4 @@
-"""Model configuration: a Hugging Face `config.json`, read strictly.
+"""Model configuration: a Hugging Face `config.json` or the metadata of a GGUF file, read strictly.
 
 A field that would change the computation is honoured or refused by name; a field that is not known is refused too,
 because a silently wrong model is worse than a refusal.
@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from slora_jax.errors import CheckpointError, UnsupportedModelError
 from slora_jax.models.config_fields import HARMLESS_FIELDS, NEUTRAL_VALUES, READ_FIELDS
+from slora_jax.models.gguf.config import ROPE_FACTORS, hf_config, rope_factors
+from slora_jax.models.gguf.header import gguf_file, read_header
 
 RopeKind = Literal["default", "linear", "llama3"]
 
@@ -21,7 +23,8 @@ class RopeConfig:
     """Rotary position embedding: base frequency and the scaling applied to it.
 
     `factor` is used by "linear" and "llama3"; the other three, in the notation of the Llama 3.1 release, by "llama3"
-    only (`original_max_position_embeddings` in tokens).
+    only (`original_max_position_embeddings` in tokens). `divisors`, one for each rotated pair, divide the frequencies
+    besides: a GGUF file has Llama 3's scaling in that form.
     """
 
     theta: float
@@ -30,6 +33,7 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     original_max_position_embeddings: int = 0
+    divisors: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,15 +132,31 @@ class ModelConfig:
     @classmethod
     def from_directory(cls, path: str | Path) -> "ModelConfig":
         """Reads `config.json`, and `generation_config.json` where present: its end-of-sequence ids take precedence.
+        If `path` is a GGUF file, or a directory that has one instead of `config.json`, reads the file's metadata.
 
         Raises `CheckpointError` for a missing or unreadable file, `UnsupportedModelError` as `from_dict` does.
         """
+        if file := gguf_file(path):
+            return cls._from_gguf(file)
         path = Path(path)
         config = cls.from_dict(read_json(path / "config.json"))
         if (path / "generation_config.json").exists():
             eos_token_ids = _token_ids(read_json(path / "generation_config.json").get("eos_token_id"))
             config = dataclasses.replace(config, eos_token_ids=eos_token_ids or config.eos_token_ids)
         return config
+
+    @classmethod
+    def _from_gguf(cls, file: Path) -> "ModelConfig":
+        header = read_header(file)
+        fields, divisors = hf_config(header), rope_factors(header)
+        try:
+            config = cls.from_dict(fields)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{file}: its metadata as {error}") from None
+        if len(divisors) not in (0, config.head_dim // 2):
+            pairs = config.head_dim // 2
+            raise CheckpointError(f"{file}: tensor {ROPE_FACTORS}: expected {pairs} factors, found {len(divisors)}")
+        return dataclasses.replace(config, rope=dataclasses.replace(config.rope, divisors=divisors))
 
 
 @dataclasses.dataclass(frozen=True)

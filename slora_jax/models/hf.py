@@ -1,4 +1,4 @@
-"""Weights from a Hugging Face directory: safetensors in, the decoder's fused `[in, out]` parameters out.
+"""Weights from a Hugging Face directory or GGUF file: its tensors in, the decoder's fused `[in, out]` parameters out.
 
 Every header is checked against the config before the first weight is read. Tensors are then read in blocks of rows and
 written straight into their place in the fused parameter, which becomes a device array once its last part has arrived.
@@ -7,30 +7,31 @@ For several shards, each shard's part of a tensor is read into the shard's own p
 device ever holds more, and a process reads what its devices hold.
 """
 
-import contextlib
 import dataclasses
 import math
 import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import traverse_util
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from slora_jax.errors import CheckpointError
 from slora_jax.models.config import ModelConfig, read_json
 from slora_jax.models.decoder import Params, model_dtype
+from slora_jax.models.gguf.header import gguf_file
+from slora_jax.models.gguf.tensors import GgufSlice, GgufTensors, open_gguf
 from slora_jax.models.init import abstract_decoder
+from slora_jax.models.safetensors_file import SafetensorsSlice, SafetensorsTensors, open_safetensors
 from slora_jax.parallel.layout import ONE_DEVICE, ROW_PARALLEL, Shards
 from slora_jax.parallel.mesh import TensorParallel, parameter_spec, whole_shape
 
 _BLOCK_BYTES = 1 << 20
 _ALIGNMENT = 64  # bytes; the CPU backend adopts a buffer so aligned instead of copying it
-_READABLE_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes per element
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 ParamPath = tuple[str | int, ...]
@@ -106,10 +107,12 @@ def tensor_placements(config: ModelConfig, shards: Shards = ONE_DEVICE, shard: i
 
 
 def checkpoint_files(model_dir: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint: `model.safetensors`, or the shards its index names, in name order.
+    """The weight files of a checkpoint: a GGUF file, `model.safetensors`, or the shards its index names, in name order.
 
     Raises `CheckpointError` if there are none, if a shard is missing, or if only pickled weights are there.
     """
+    if file := gguf_file(model_dir):
+        return [file]
     model_dir = Path(model_dir)
     single, index = model_dir / "model.safetensors", model_dir / "model.safetensors.index.json"
     if single.exists():
@@ -150,10 +153,10 @@ def load_weights(
     with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar:
         for file in files:
             with _open(file) as tensors:
-                for name in tensors.offset_keys():
+                for name in tensors.names():
                     for builder in builders:
                         if name in builder.placements:
-                            for block_bytes in builder.read(tensors.get_slice(name), builder.placements[name]):
+                            for block_bytes in builder.read(tensors.get(name), builder.placements[name]):
                                 bar.update(block_bytes)
     if parallel is None:
         return traverse_util.unflatten_dict(builders[0].arrays)
@@ -191,11 +194,11 @@ class _ParamBuilder:
     def arrays(self) -> dict[ParamPath, jax.Array]:
         return {path: self._arrays[path] for path in self._shapes}
 
-    def read(self, tensor: Any, placement: Placement) -> Iterator[int]:
+    def read(self, tensor: SafetensorsSlice | GgufSlice, placement: Placement) -> Iterator[float]:
         """Copies a tensor's part into its parameter block by block, casting; yields the bytes of each block."""
         rows, *columns = placement.part
-        row_bytes = _READABLE_DTYPES[tensor.get_dtype()] * math.prod(axis.stop - axis.start for axis in columns)
-        step = max(1, _BLOCK_BYTES // row_bytes)
+        row_bytes = tensor.element_bytes * math.prod(axis.stop - axis.start for axis in columns)
+        step = max(1, int(_BLOCK_BYTES / row_bytes))
         buffer = self._buffer(placement.path)
         for start in range(rows.start, rows.stop, step):
             block = tensor[(slice(start, min(start + step, rows.stop)), *columns)]  # [step, d_in] or [step]
@@ -245,40 +248,32 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def _check_headers(
     files: list[Path], placements: dict[str, Placement], shards: list[dict[str, Placement]], config: ModelConfig
-) -> int:
+) -> float:
     """Checks names, shapes and dtypes of all files against the config; returns the bytes that `shards` are to read."""
     found: dict[str, Path] = {}
-    total_bytes = 0
+    total_bytes = 0.0
     for file in files:
         with _open(file) as tensors:
-            for name in tensors.offset_keys():
+            for name in tensors.names():
+                shown = tensors.name_in_file(name)
                 if name not in placements:
                     if _ROTARY_BUFFER.fullmatch(name) or (name == "lm_head.weight" and config.tie_word_embeddings):
                         continue
-                    raise CheckpointError(f"{file}: unexpected tensor {name}: config.json describes no such part")
+                    raise CheckpointError(f"{file}: unexpected tensor {shown}: the config describes no such part")
                 if name in found:
                     raise CheckpointError(f"{file}: tensor {name} is in {found[name].name} too")
                 found[name] = file
-                tensor, expected = tensors.get_slice(name), placements[name].shape
-                shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
-                if shape != expected:
-                    raise CheckpointError(f"{file}: tensor {name}: expected shape {expected}, found {shape}")
-                if dtype not in _READABLE_DTYPES:
-                    raise CheckpointError(
-                        f"{file}: tensor {name}: dtype {dtype} is not supported; supported: {sorted(_READABLE_DTYPES)}"
-                    )
-                total_bytes += sum(own[name].size for own in shards) * _READABLE_DTYPES[dtype]
-    if missing := sorted(placements.keys() - found.keys()):
+                tensor, expected = tensors.get(name), placements[name].shape
+                if tensor.shape != expected:
+                    raise CheckpointError(f"{file}: tensor {shown}: expected shape {expected}, found {tensor.shape}")
+                total_bytes += sum(own[name].size for own in shards) * tensor.element_bytes
+            names_in_file = {name: tensors.name_in_file(name) for name in placements.keys() - found.keys()}
+    if missing := sorted(names_in_file.values()):
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise CheckpointError(f"{files[0].parent}: missing tensors in {', '.join(f.name for f in files)}: {shown}")
     return total_bytes
 
 
-@contextlib.contextmanager
-def _open(file: Path) -> Iterator[Any]:
-    """Memory-maps a safetensors file for the time of the block; damage is reported as `CheckpointError`."""
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
+def _open(file: Path) -> AbstractContextManager[SafetensorsTensors | GgufTensors]:
+    """A weight file, memory-mapped for the time of a `with` block; damage is reported as `CheckpointError`."""
+    return open_gguf(file) if file.suffix.lower() == ".gguf" else open_safetensors(file)

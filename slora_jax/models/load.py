@@ -1,4 +1,4 @@
-"""A checkpoint directory as a decoder ready to run."""
+"""A checkpoint as a decoder ready to run."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def load_model(
     progress: bool = True,
     parallel: TensorParallel | None = None,
 ) -> tuple[nnx.GraphDef, Params, ModelConfig]:
-    """Loads a Hugging Face checkpoint (safetensors) as graph definition, parameters and config.
+    """Loads a Hugging Face directory (safetensors) or a GGUF file as graph definition, parameters and config.
 
     dtype is "float32" or "bfloat16", whatever the checkpoint's. With `cache_dir`, converted weights are kept there and
     used while the checkpoint stays the same; an unusable entry is converted again with a logged warning. With

@@ -13,7 +13,9 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     Computed in float32, step by step as transformers does: at long positions the rounding shows in the logits.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = np.float32(1.0) / np.float32(rope.theta) ** exponents
+    frequencies: np.ndarray = np.float32(1.0) / np.float32(rope.theta) ** exponents
+    if rope.divisors:
+        frequencies = frequencies / np.asarray(rope.divisors, np.float32)
     if rope.kind == "linear":
         return frequencies / np.float32(rope.factor)
     if rope.kind == "llama3":

@@ -53,7 +53,7 @@ class Limits:
 class ServerSettings:
     """Settings of `slora serve`; a config file has the same names (`from_file`).
 
-    model_dir: a Hugging Face directory. name: of the base model, for clients; None: the directory's name.
+    model_dir: a Hugging Face directory or GGUF file. name: of the base model, for clients; None: the directory's name.
     adapters: every PEFT directory in it is registered under its folder's name, also those that come later (it is looked
       at every `watch_seconds`; 0: only at the start).
     adapter_roots: further directories from which clients may load adapters.
@@ -145,7 +145,7 @@ class ServerSettings:
         }
         data.pop("engine", None)
         if "model_dir" not in data:
-            raise ConfigError("model_dir is missing: a Hugging Face model directory")
+            raise ConfigError("model_dir is missing: a Hugging Face model directory or GGUF file")
         return replace(_made(cls, data, ""), **nested)  # type: ignore[arg-type]
 
     @property

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf_files import write_file
 from safetensors.numpy import save_file
 
 from slora_jax.models.config import ModelConfig
+from slora_jax.models.gguf.tensors import gguf_name
 from slora_jax.models.hf import tensor_placements
 
 HF_CONFIG = {
@@ -101,3 +103,37 @@ def test_filling_and_reading_the_cache_hold_the_weights_once(checkpoints, tmp_pa
     assert 0.95 < peak_ratio(checkpoints, cache) < 1.2
     # glibc keeps freed blocks below 32 MiB; the parameters of a real model are above, and go back to the system.
     assert 0.95 < peak_ratio(checkpoints, cache, MALLOC_MMAP_THRESHOLD_=str(4 << 20)) < 1.2
+
+
+def write_gguf(file: Path, hf_config: dict) -> int:
+    """A random Q8_0 file; returns the bytes of its weights in float32."""
+    rng, tensors, elements = np.random.default_rng(0), {}, 0
+    for name, placement in tensor_placements(ModelConfig.from_dict(hf_config)).items():
+        *rows, columns = placement.shape
+        elements += int(np.prod(placement.shape))
+        if rows:
+            packed = rng.integers(0, 64, (*rows, columns // 32 * 34), np.uint8)
+            tensors[gguf_name(name)] = (packed, "Q8_0")
+        else:
+            tensors[gguf_name(name)] = (np.ones(columns, np.float32), "F32")
+    heads = hf_config["num_attention_heads"]
+    metadata = {
+        "general.architecture": "llama",
+        "llama.context_length": 2048,
+        "llama.embedding_length": hf_config["hidden_size"],
+        "llama.block_count": hf_config["num_hidden_layers"],
+        "llama.feed_forward_length": hf_config["intermediate_size"],
+        "llama.attention.head_count": heads,
+        "llama.attention.layer_norm_rms_epsilon": 1e-6,
+        "llama.vocab_size": hf_config["vocab_size"],
+    }
+    write_file(file, metadata, tensors)
+    return 4 * elements
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_dequantising_a_gguf_file_holds_the_weights_once(tmp_path):
+    write_gguf(tmp_path / "small.gguf", {**HF_CONFIG, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 64})
+    nbytes = write_gguf(tmp_path / "large.gguf", HF_CONFIG)
+    ratio = peak_ratio((tmp_path / "small.gguf", tmp_path / "large.gguf", nbytes), cache="")
+    assert 0.95 < ratio < 1.2

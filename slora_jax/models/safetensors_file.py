@@ -1,0 +1,65 @@
+"""Tensors of a safetensors file, read a few rows at a time."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from slora_jax.errors import CheckpointError
+
+_ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+class SafetensorsTensors:
+    """An open safetensors file: what `models.hf` reads weights from."""
+
+    def __init__(self, file: Path, tensors: Any) -> None:
+        """`tensors` is what `safe_open` gives."""
+        self._file, self._tensors = file, tensors
+
+    def names(self) -> list[str]:
+        """In the order of the file."""
+        return self._tensors.offset_keys()
+
+    def name_in_file(self, name: str) -> str:
+        return name
+
+    def get(self, name: str) -> "SafetensorsSlice":
+        """Raises `CheckpointError` for a dtype that is not read."""
+        tensor = self._tensors.get_slice(name)
+        if (dtype := tensor.get_dtype()) not in _ELEMENT_BYTES:
+            supported = sorted(_ELEMENT_BYTES)
+            raise CheckpointError(
+                f"{self._file}: tensor {name}: dtype {dtype} is not supported; supported: {supported}"
+            )
+        return SafetensorsSlice(tensor, _ELEMENT_BYTES[dtype])
+
+
+class SafetensorsSlice:
+    """One tensor; indexing it reads that part, in the file's dtype.
+
+    Attributes:
+      shape: Rows first.
+      element_bytes: Bytes of one element in the file.
+    """
+
+    def __init__(self, tensor: Any, element_bytes: int) -> None:
+        self._tensor = tensor
+        self.shape = tuple(tensor.get_shape())
+        self.element_bytes = element_bytes
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        return self._tensor[index]
+
+
+@contextlib.contextmanager
+def open_safetensors(file: Path) -> Iterator[SafetensorsTensors]:
+    """Memory-maps a file for the time of the block; damage is reported as `CheckpointError`."""
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            yield SafetensorsTensors(file, tensors)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
