@@ -77,11 +77,15 @@ class Engine:
     ) -> None:
         """Compiles every step program (with a progress bar) and allocates the pool.
 
-        params: as `models.load_model` or `models.init_random` return them; under `lora="merge"` they are the engine's
-        from now on, who changes them in place. tokenizer: a fast Hugging Face tokenizer; without one, prompts are token
-        ids and outputs have no text. policy: who comes first (None: `Fcfs`; under `lora="merge"` `OneAdapter`).
-        eviction: what idle content leaves the pool first (None: `Lru`). processes: those that serve the model together
-        (`join_processes`); the engine is process 0's, the others each run a `Follower`.
+        Args:
+          params: as `models.load_model` or `models.init_random` return them; under `lora="merge"` they are the engine's
+            from now on, who changes them in place.
+          tokenizer: a `Tokenizer` or a fast Hugging Face one; without one, prompts are token ids and outputs have no
+            text.
+          policy: who comes first (None: `Fcfs`; under `lora="merge"` `OneAdapter`).
+          eviction: what idle content leaves the pool first (None: `Lru`).
+          processes: those that serve the model together (`join_processes`); the engine is process 0's, the others each
+            run a `Follower`.
 
         Raises:
           ConfigError: settings and model, or policy, do not fit together; or the processes' settings differ.
