@@ -55,7 +55,7 @@ def _compiled(template: str) -> Template:
     class Generation(Extension):
         """`{% generation %}` marks an answer's tokens for training; its content is written as it is."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012  Jinja's own type
 
         def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno

@@ -40,6 +40,7 @@ from slora_jax.memory.prefix import PrefixCounters
 from slora_jax.models import ModelConfig, Params
 from slora_jax.parallel.mesh import cut
 from slora_jax.parallel.processes import ProcessGroup
+from slora_jax.phases import phase
 from slora_jax.scheduling import (
     AdapterUse,
     Fcfs,
@@ -140,18 +141,22 @@ class Engine:
         model_dir: str | Path,
         config: EngineConfig | None = None,
         *,
+        tokenizer: Any = None,
         policy: Policy | None = None,
         eviction: EvictionPolicy | None = None,
         processes: ProcessGroup | None = None,
     ) -> Engine:
-        """Loads a Hugging Face directory: weights, and the tokenizer if one is there.
+        """Loads a Hugging Face directory: weights, and the tokenizer if one is there and none is given.
 
         Raises:
           UnsupportedModelError, CheckpointError: see `models.load_model`.
         """
         config = config or EngineConfig()
-        tokenizer = load_tokenizer(Path(model_dir))
-        model, graphdef, params = load(model_dir, config)
+        if tokenizer is None:
+            with phase("tokenizer"):
+                tokenizer = load_tokenizer(Path(model_dir))
+        with phase("weights"):
+            model, graphdef, params = load(model_dir, config)
         return cls(
             model, graphdef, params, config, tokenizer=tokenizer, policy=policy, eviction=eviction, processes=processes
         )
