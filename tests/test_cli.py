@@ -71,7 +71,8 @@ def test_generate_wraps_the_prompt_in_the_chat_template(model_dir, tmp_path, cap
     chat = tmp_path / "chat"
     shutil.copytree(model_dir, chat)
     (chat / "chat_template.jinja").write_text(
-        "{{ bos_token }}{% for one in messages %}{{ one.content }}{% endfor %}{% if add_generation_prompt %} is{% endif %}"
+        "{{ bos_token }}{% for one in messages %}{{ one.content }}{% endfor %}"
+        "{% if add_generation_prompt %} is{% endif %}"
     )
     options = ["--max-tokens", f"{NUM_TOKENS}", "--dtype", "float32"]
     assert cli.main(["generate", str(chat), "--prompt", PROMPT, "--chat", *options]) == 0

@@ -47,7 +47,8 @@ def with_options(message: str, args: argparse.Namespace | None) -> str:
     field = re.match(r"(?:EngineConfig\.|SamplingParams\.)?(\w+)=", message)
     if args is None or field is None:
         return message
-    name = getattr(args, "fields", {}).get(field[1], field[1])
+    fields: dict[str, str] = getattr(args, "fields", {})
+    name = fields.get(field[1], field[1])
     if getattr(args, name, None) is None:
         return message
     return f"--{name.replace('_', '-')}={message[field.end() :]}"
