@@ -49,6 +49,6 @@ def with_options(message: str, args: argparse.Namespace | None) -> str:
         return message
     fields: dict[str, str] = getattr(args, "fields", {})
     name = fields.get(field[1], field[1])
-    if getattr(args, name, None) is None:
+    if name == "model_dir" or getattr(args, name, None) is None:
         return message
     return f"--{name.replace('_', '-')}={message[field.end() :]}"
