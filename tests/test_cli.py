@@ -114,7 +114,7 @@ def test_verbose_writes_the_seconds_of_each_phase_to_stderr(model_dir, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--adapter=x=/nowhere"], "--adapter=x=/nowhere: /nowhere: no such directory"),
+        (["--adapter=x=/nowhere"], "--adapter=x=/nowhere: no such directory; give that of a PEFT adapter"),
         (["--adapter=x"], "--adapter=x: must be NAME=DIR"),
         (["--adapter=x=/tmp", "--adapter=x=/"], "--adapter=x=/tmp: the name 'x' is given twice"),
         (["--adapter=x=/"], "/adapter_config.json: no such file; expected a directory saved by PEFT"),

@@ -82,12 +82,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_adapters(args: argparse.Namespace) -> None:
-    """Raises ConfigError for a name given twice, AdapterError for a directory that has no usable config."""
+    """Checks names, and the directories that this process reads: only process 0 has adapters.
+
+    Raises:
+      ConfigError: a name is given twice, or a directory does not exist.
+      AdapterError: a directory has no usable config.
+    """
     names = [name for name, _ in args.adapter]
     for name, directory in args.adapter:
         if names.count(name) > 1:
             raise ConfigError(f"--adapter={name}={directory}: the name {name!r} is given twice; names must differ")
-    if args.adapter:
+        if not args.process_id and not directory.is_dir():
+            raise ConfigError(f"--adapter={name}={directory}: no such directory; give that of a PEFT adapter")
+    if args.adapter and not args.process_id:
         from slora_jax.adapters.config import LoraConfig
         from slora_jax.adapters.peft_format import CONFIG_FILE
 
