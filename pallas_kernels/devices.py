@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-import jax
-
 
 @dataclass(frozen=True)
 class Device:
@@ -60,6 +58,8 @@ def target() -> Device | None:
     """
     if (device := _target.get()) is not None:
         return device
+    import jax
+
     if jax.default_backend() != "gpu":
         return None
     gpu = jax.devices()[0]

@@ -1,7 +1,8 @@
 """slora-jax: one base model, thousands of LoRA adapters, one unified paged pool (S-LoRA, arXiv 2311.03285, in JAX)."""
 
-from slora_jax.adapters import AdapterInfo
-from slora_jax.engine import Delta, Engine, EngineConfig, EngineStats, Follower, RequestOutput
+from typing import TYPE_CHECKING
+
+from pallas_kernels.exports import exported
 from slora_jax.errors import (
     AdapterError,
     CheckpointError,
@@ -13,9 +14,24 @@ from slora_jax.errors import (
     SloraError,
     UnsupportedModelError,
 )
-from slora_jax.parallel.join import join_processes
-from slora_jax.parallel.processes import ProcessGroup
-from slora_jax.scheduling import SamplingParams
+
+if TYPE_CHECKING:
+    from slora_jax.adapters import AdapterInfo
+    from slora_jax.engine import Delta, Engine, EngineConfig, EngineStats, Follower, RequestOutput
+    from slora_jax.parallel.join import join_processes
+    from slora_jax.parallel.processes import ProcessGroup
+    from slora_jax.scheduling import SamplingParams
+else:
+    __getattr__, __dir__ = exported(
+        __name__,
+        {
+            "slora_jax.adapters": ("AdapterInfo",),
+            "slora_jax.engine": ("Delta", "Engine", "EngineConfig", "EngineStats", "Follower", "RequestOutput"),
+            "slora_jax.parallel.join": ("join_processes",),
+            "slora_jax.parallel.processes": ("ProcessGroup",),
+            "slora_jax.scheduling": ("SamplingParams",),
+        },
+    )
 
 __all__ = [
     "AdapterError",

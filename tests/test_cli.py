@@ -1,6 +1,10 @@
 """The console script: `slora generate` against a dense model, exit statuses, messages."""
 
 import json
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,9 +12,11 @@ from tokenizers import Tokenizer
 
 from slora_jax import cli
 from slora_jax.adapters import random_adapter, write_peft
+from slora_jax.demo import run as demo
 from slora_jax.demo.checkpoint import write_checkpoint
 from slora_jax.demo.verify import Weights, dense_logits, load_weights, merge
-from slora_jax.engine import adapter_geometry
+from slora_jax.engine import Engine, adapter_geometry
+from slora_jax.errors import ConfigError
 from slora_jax.models import ModelConfig
 
 PROMPT = "A language model"
@@ -61,13 +67,67 @@ def test_generate_answers_with_each_adapter_under_its_name(model_dir, adapter_di
     assert capsys.readouterr().out == f"[a]\n{texts['a']}\n[b]\n{texts['b']}\n"
 
 
+def test_generate_wraps_the_prompt_in_the_chat_template(model_dir, tmp_path, capsys):
+    chat = tmp_path / "chat"
+    shutil.copytree(model_dir, chat)
+    (chat / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for one in messages %}{{ one.content }}{% endfor %}"
+        "{% if add_generation_prompt %} is{% endif %}"
+    )
+    options = ["--max-tokens", f"{NUM_TOKENS}", "--dtype", "float32"]
+    assert cli.main(["generate", str(chat), "--prompt", PROMPT, "--chat", *options]) == 0
+    text = capsys.readouterr().out
+    assert cli.main(["generate", str(model_dir), "--prompt", f"{PROMPT} is", *options]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_generate_without_adapters_compiles_two_small_programs_without_lora(model_dir, monkeypatch):
+    made = []
+
+    def build(cls, model_dir, config, **options):
+        made.append(config)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr(Engine, "from_pretrained", classmethod(build))
+    assert generate(model_dir) == 2
+    assert generate(model_dir, "--prompt", "word " * 40) == 2
+    assert generate(model_dir, "--prompt", "word " * 100) == 2
+    assert [config.lora for config in made] == ["off"] * 3
+    assert [[bucket.name for bucket in config.buckets()] for config in made] == [
+        ["decode_1", "mixed_64"],
+        ["decode_1", "mixed_128"],
+        ["decode_1", "mixed_256"],
+    ]
+
+
+def test_verbose_writes_the_seconds_of_each_phase_to_stderr(model_dir, capsys):
+    assert generate(model_dir, "--verbose") == 0
+    captured = capsys.readouterr()
+    lines = re.findall(r"slora: (\w[\w ]*\w) +([\d.]+) s\n", captured.err)
+    names = [name for name, _ in lines if name != "programs"]
+    assert names == ["tokenizer", "imports", "weights", "first token", "total"]
+    assert all(float(seconds) <= float(lines[-1][1]) for _, seconds in lines)
+    assert generate(model_dir) == 0
+    assert capsys.readouterr().out == captured.out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--adapter=x=/nowhere"], "/nowhere/adapter_config.json: no such file"),
-        (["--max-tokens=0"], "SamplingParams.max_tokens=0"),
-        (["--temperature=-1"], "SamplingParams.temperature=-1.0"),
-        (["--max-model-len=1"], "EngineConfig.max_model_len=1"),
+        (["--adapter=x=/nowhere"], "--adapter=x=/nowhere: no such directory; give that of a PEFT adapter"),
+        (["--adapter=x"], "--adapter=x: must be NAME=DIR"),
+        (["--adapter=x=/tmp", "--adapter=x=/"], "--adapter=x=/tmp: the name 'x' is given twice"),
+        (["--adapter=x=/"], "/adapter_config.json: no such file; expected a directory saved by PEFT"),
+        (["--max-tokens=0"], "--max-tokens=0: must be a positive integer"),
+        (["--max-tokens=many"], "--max-tokens=many: must be a positive integer"),
+        (["--temperature=-1"], "--temperature=-1.0: must be a finite number of at least 0"),
+        (["--temperature=hot"], "--temperature='hot': must be a number"),
+        (["--seed=-1"], "--seed=-1: must be an integer in [0, 2**32)"),
+        (["--tp=0"], "--tp=0: must be a positive integer"),
+        (["--dtype=int8"], "--dtype='int8': must be one of 'bfloat16', 'float32'"),
+        (["--max-model-len=1"], "--max-model-len=1: must be None or an integer >= 2"),
+        (["--max-model-len=3"], "the prompt has 4 tokens; with max_model_len=3 at most 2"),
+        (["--prompt="], "--prompt='': must not be empty"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr_and_status_2(model_dir, options, message, capsys):
@@ -82,16 +142,16 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(model_dir, options, messag
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tp=3"], "EngineConfig.tp=3: the model's num_heads=8 must be a multiple of it"),
-        (["--max-seqs=0"], "EngineConfig.max_seqs=0: must be a positive integer"),
-        (["--max-tokens=2"], "EngineConfig.max_tokens_per_step=2: must be at least max_seqs=4"),
-        (["--page-size=12"], "EngineConfig.page_size=12: must be 8, 16 or 32"),
-        (["--max-rank=257"], "EngineConfig.max_rank=257: must be in 1..256"),
+        (["--tp=3"], "--tp=3: the model's num_heads=8 must be a multiple of it"),
+        (["--max-seqs=0"], "--max-seqs=0: must be a positive integer"),
+        (["--max-tokens=2"], "--max-tokens=2: must be at least max_seqs=4"),
+        (["--page-size=12"], "--page-size=12: must be 8, 16 or 32"),
+        (["--max-rank=257"], "--max-rank=257: must be in 1..256"),
         (["--gpu-memory-fraction=1.5"], "--gpu-memory-fraction=1.5: must be in (0, 1]"),
-        (["--adapter-slots=0"], "EngineConfig.adapter_slots=0"),
-        (["--max-model-len=100000"], "EngineConfig.max_model_len=100000: the model has"),
-        (["--rank=65"], "rank=65: must be in 1..max_rank=64"),
-        (["--layers=2"], "layers=2: must be in 1..1"),
+        (["--adapter-slots=0"], "--adapter-slots=0: must be a positive integer"),
+        (["--max-model-len=100000"], "--max-model-len=100000: the model has"),
+        (["--rank=65"], "--rank=65: must be in 1..max_rank=64"),
+        (["--layers=2"], "--layers=2: must be in 1..1"),
         (
             ["--programs=decode_4,prefill"],
             "programs: there is no 'prefill'; choose from decode_4, decode_4_lora, mixed_8",
@@ -123,11 +183,11 @@ def test_a_compile_report_refuses_a_model_that_is_not_supported(tmp_path, capsys
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--port", "70000"], "port=70000"),
-        (["--adapters", "no/such/place"], "adapters='no/such/place': not a directory"),
+        (["--port", "70000"], "--port=70000: must be in [0, 65535]"),
+        (["--adapters", "no/such/place"], "--adapters='no/such/place': not a directory"),
         (["--config", "no/such/file.yaml"], "no/such/file.yaml"),
         (["--host", "192.0.2.1"], "cannot listen there"),
-        (["--max-seqs", "0"], "max_seqs=0"),
+        (["--max-seqs", "0"], "--max-seqs=0"),
         (["--process-id", "1"], "--coordinator is missing"),
     ],
 )
@@ -143,20 +203,62 @@ def test_a_directory_without_a_model_is_a_mistake_too(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["serve-nothing"], ["generate"], ["generate", "m", "--prompt=x", "--adapter=m"], ["compile-report"]]
+    ("options", "message"),
+    [
+        ([], "COMMAND"),
+        (["serve-nothing"], "COMMAND='serve-nothing': must be one of 'demo', 'generate'"),
+        (["generate"], "MODEL, --prompt"),
+        (["generate", "m", "--prompt=x", "--adapter=m"], "--adapter=m: must be NAME=DIR"),
+        (["compile-report"], "--model-config"),
+        (["compile-report", "--target=h100"], "--target='h100': must be one of 'h200', 'a100', 'l4'"),
+        (["demo", "--layers=-1"], "--layers=-1: must be a positive integer"),
+        (["demo", "--mistake"], "--mistake"),
+    ],
 )
-def test_a_command_line_that_cannot_be_parsed_is_status_2(options, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(options)
-    assert exit_.value.code == 2
-    assert "error: " in capsys.readouterr().err
+def test_a_command_line_that_cannot_be_parsed_is_one_line_and_status_2(options, message, capsys):
+    assert cli.main(options) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("slora: error: ") and captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [
+        (["--help"], 0),
+        (["serve", "--help"], 0),
+        (["--version"], 0),
+        (["generate", "nowhere", "--prompt=x"], 2),
+        (["generate", "nowhere", "--prompt=x", "--tp=0"], 2),
+        (["compile-report", "--target=h100"], 2),
+        (["demo", "--seed=x"], 2),
+    ],
+)
+def test_help_and_mistakes_are_answered_without_the_heavy_imports(options, status):
+    program = (
+        "import sys\nfrom slora_jax.cli import main\ntry:\n    status = main(sys.argv[1:])\n"
+        "except SystemExit as end:\n    status = end.code\n"
+        "heavy = sys.modules.keys() & {'jax', 'numpy', 'flax', 'transformers', 'tokenizers'}\n"
+        "print([status, *heavy], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *options], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == f"[{status}]"
+
+
+@pytest.mark.parametrize("options", [["--max-model-len=3"], ["--prompt="], ["--chat", "--max-model-len=9"]])
+def test_a_bad_prompt_is_refused_before_jax_is_imported(model_dir, options):
+    program = "import sys\nfrom slora_jax.cli import main\nprint([main(sys.argv[1:]), 'jax' in sys.modules])"
+    command = [sys.executable, "-c", program, "generate", str(model_dir), "--prompt", PROMPT, *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "[2, False]\n"
 
 
 def test_ctrl_c_is_status_130_without_a_traceback(monkeypatch, capsys):
     def interrupt(settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_demo", interrupt)
+    monkeypatch.setattr(demo, "run_demo", interrupt)
     assert cli.main(["demo"]) == 130
     assert capsys.readouterr().err == "slora: interrupted\n"
 
@@ -179,8 +281,8 @@ MEET = "--coordinator=127.0.0.1:1"
             ["--num-processes=2", "--process-id=0"],
             "--coordinator is missing: it goes with --num-processes, --process-id",
         ),
-        ([MEET, "--num-processes=2", "--process-id=2", "--tp=2"], "process_id=2: must be in 0..1"),
-        ([MEET, "--num-processes=0", "--process-id=0"], "num_processes=0: must be at least 2"),
+        ([MEET, "--num-processes=2", "--process-id=2", "--tp=2"], "--process-id=2: must be in 0..1"),
+        ([MEET, "--num-processes=0", "--process-id=0"], "--num-processes=0: must be a positive integer"),
         ([MEET, "--num-processes=2", "--process-id=0", "--tp=3"], "--tp=3: must be a multiple of --num-processes=2"),
         ([MEET, "--num-processes=2", "--process-id=0"], "--tp=1: must be a multiple of --num-processes=2"),
         (["--coordinator=nowhere", "--num-processes=2", "--process-id=1", "--tp=2"], "must be HOST:PORT"),
@@ -188,7 +290,7 @@ MEET = "--coordinator=127.0.0.1:1"
             [MEET, "--num-processes=2", "--process-id=1", "--tp=2", "--join-timeout=0.2"],
             "process 0 cannot be reached at 127.0.0.1:2",
         ),
-        (["--tp=1000"], "EngineConfig.tp=1000"),
+        (["--tp=1000"], "--tp=1000"),
     ],
 )
 def test_wrong_options_of_several_processes_are_told_in_one_line(model_dir, capsys, options, message):

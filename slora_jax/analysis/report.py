@@ -22,7 +22,7 @@ from slora_jax.analysis.kernels import KernelUse, kernels_in
 from slora_jax.analysis.ptxas import ptxas
 from slora_jax.analysis.targets import Target, compile_for, deviceless_mesh
 from slora_jax.engine import EngineConfig
-from slora_jax.engine.batch import Bucket
+from slora_jax.engine.config import Bucket
 from slora_jax.engine.runner import longest_sequence, pool_shape, step_spec
 from slora_jax.engine.step import (
     StepSpec,

@@ -1,5 +1,15 @@
 """The demo: hundreds of adapters of one small model, served from one pool, their answers checked by merged weights."""
 
-from slora_jax.demo.run import DemoSettings, run_demo
+from typing import TYPE_CHECKING
+
+from pallas_kernels.exports import exported
+
+if TYPE_CHECKING:
+    from slora_jax.demo.run import run_demo
+    from slora_jax.demo.settings import DemoSettings
+else:
+    __getattr__, __dir__ = exported(
+        __name__, {"slora_jax.demo.run": ("run_demo",), "slora_jax.demo.settings": ("DemoSettings",)}
+    )
 
 __all__ = ["DemoSettings", "run_demo"]

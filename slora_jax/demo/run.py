@@ -6,13 +6,13 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from slora_jax.demo.adapters import RANKS, DemoAdapter, write_adapters
 from slora_jax.demo.checkpoint import write_checkpoint
+from slora_jax.demo.settings import DemoSettings
 from slora_jax.demo.traffic import DemoRequest, Served, make_traffic, serve
 from slora_jax.demo.verify import first_difference, load_weights, merge
 from slora_jax.engine import Engine, EngineConfig, RequestOutput, adapter_geometry
@@ -20,25 +20,6 @@ from slora_jax.errors import ConfigError
 from slora_jax.models import ModelConfig
 
 MARKER = ".slora-demo"
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """directory: where model, adapters and compiled programs go; created, or left by an earlier demo.
-    num_pages: pages of the pool. checks: answers compared with merged weights."""
-
-    directory: Path = Path(".demo")
-    adapters: int = 200
-    requests: int = 300
-    layers: int = 4
-    num_pages: int = 512
-    checks: int = 13
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("adapters", "requests", "layers", "num_pages", "checks"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
 
 
 def run_demo(settings: DemoSettings) -> bool:

@@ -17,30 +17,12 @@ import numpy as np
 from pallas_kernels.lora import LoraTiles
 from pallas_kernels.lora.layout import ceil_div
 from pallas_kernels.paged_attention import AttentionTiles
+from slora_jax.engine.config import Bucket
 from slora_jax.engine.sampling import SamplingInputs
 from slora_jax.scheduling import Request, StepPlan
 
 DENSE_ROWS = 8
 """From how many rows on an adapter's rows are multiplied as a matrix rather than row by row."""
-
-
-@dataclass(frozen=True, order=True)
-class Bucket:
-    """Static shape of a step program: at most `tokens` rows of at most `seqs` sequences. In a *decode* program every
-    sequence has one row (`tokens == seqs`); a *mixed* one takes prefill chunks and decoding sequences together."""
-
-    tokens: int
-    seqs: int
-    decode: bool
-
-    @property
-    def name(self) -> str:
-        return f"decode_{self.seqs}" if self.decode else f"mixed_{self.tokens}"
-
-    @property
-    def prefill_tile_rows(self) -> int:
-        """Most rows of a prefill attention tile."""
-        return min(self.tokens, 64)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The engine's settings, validated once."""
+"""The engine's settings, validated once. The import is light: the command line reads its defaults here."""
 
 from __future__ import annotations
 
@@ -6,16 +6,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels.paged_attention.api import IMPLEMENTATIONS
-from slora_jax.engine.batch import Bucket
 from slora_jax.errors import ConfigError
 from slora_jax.parallel.layout import LORA_SHARDINGS, LoraSharding
-from slora_jax.scheduling import ADMISSIONS
+from slora_jax.scheduling.admission import ADMISSIONS
 
 LORA = ("paged", "bmm", "merge", "off")
 """Ways to serve adapters: the system's own, and the baselines that it is compared with."""
 
 DEFAULT_COMPILATION_CACHE = "~/.cache/slora-jax/xla"
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """Static shape of a step program: at most `tokens` rows of at most `seqs` sequences. In a *decode* program every
+    sequence has one row (`tokens == seqs`); a *mixed* one takes prefill chunks and decoding sequences together."""
+
+    tokens: int
+    seqs: int
+    decode: bool
+
+    @property
+    def name(self) -> str:
+        return f"decode_{self.seqs}" if self.decode else f"mixed_{self.tokens}"
+
+    @property
+    def prefill_tile_rows(self) -> int:
+        """Most rows of a prefill attention tile."""
+        return min(self.tokens, 64)
 
 
 @dataclass(frozen=True)
@@ -112,9 +129,11 @@ class EngineConfig:
             _require(value is None or (_is_int(value) and value >= low), name, value, f"None or an integer >= {low}")
         _require(_is_int(self.max_rank) and 1 <= self.max_rank <= 256, "max_rank", self.max_rank, "in 1..256")
         _require(_is_int(self.seed) and 0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
-        _require(
-            self.kernels in ("auto", *IMPLEMENTATIONS), "kernels", self.kernels, f"'auto' or one of {IMPLEMENTATIONS}"
-        )
+        if self.kernels != "auto":
+            from pallas_kernels.paged_attention.api import IMPLEMENTATIONS  # imports JAX
+
+            known = self.kernels in IMPLEMENTATIONS
+            _require(known, "kernels", self.kernels, f"'auto' or one of {IMPLEMENTATIONS}")
         first = self.tp_first_device
         _require(
             _is_int(first) and (first == 0 or (first > 0 and self.tp > 1)),

@@ -40,6 +40,7 @@ from slora_jax.memory.prefix import PrefixCounters
 from slora_jax.models import ModelConfig, Params
 from slora_jax.parallel.mesh import cut
 from slora_jax.parallel.processes import ProcessGroup
+from slora_jax.phases import phase
 from slora_jax.scheduling import (
     AdapterUse,
     Fcfs,
@@ -77,11 +78,15 @@ class Engine:
     ) -> None:
         """Compiles every step program (with a progress bar) and allocates the pool.
 
-        params: as `models.load_model` or `models.init_random` return them; under `lora="merge"` they are the engine's
-        from now on, who changes them in place. tokenizer: a fast Hugging Face tokenizer; without one, prompts are token
-        ids and outputs have no text. policy: who comes first (None: `Fcfs`; under `lora="merge"` `OneAdapter`).
-        eviction: what idle content leaves the pool first (None: `Lru`). processes: those that serve the model together
-        (`join_processes`); the engine is process 0's, the others each run a `Follower`.
+        Args:
+          params: as `models.load_model` or `models.init_random` return them; under `lora="merge"` they are the engine's
+            from now on, who changes them in place.
+          tokenizer: a `Tokenizer` or a fast Hugging Face one; without one, prompts are token ids and outputs have no
+            text.
+          policy: who comes first (None: `Fcfs`; under `lora="merge"` `OneAdapter`).
+          eviction: what idle content leaves the pool first (None: `Lru`).
+          processes: those that serve the model together (`join_processes`); the engine is process 0's, the others each
+            run a `Follower`.
 
         Raises:
           ConfigError: settings and model, or policy, do not fit together; or the processes' settings differ.
@@ -136,18 +141,22 @@ class Engine:
         model_dir: str | Path,
         config: EngineConfig | None = None,
         *,
+        tokenizer: Any = None,
         policy: Policy | None = None,
         eviction: EvictionPolicy | None = None,
         processes: ProcessGroup | None = None,
     ) -> Engine:
-        """Loads a Hugging Face directory or a GGUF file: weights, and the tokenizer if one is there.
+        """Loads a Hugging Face directory or a GGUF file: weights, and the tokenizer if one is there and none is given.
 
         Raises:
           UnsupportedModelError, CheckpointError: see `models.load_model`.
         """
         config = config or EngineConfig()
-        tokenizer = load_tokenizer(Path(model_dir))
-        model, graphdef, params = load(model_dir, config)
+        if tokenizer is None:
+            with phase("tokenizer"):
+                tokenizer = load_tokenizer(Path(model_dir))
+        with phase("weights"):
+            model, graphdef, params = load(model_dir, config)
         return cls(
             model, graphdef, params, config, tokenizer=tokenizer, policy=policy, eviction=eviction, processes=processes
         )

@@ -276,6 +276,7 @@ def step_shapes(spec: StepSpec, layout: BatchLayout) -> tuple[Any, ...]:
 
 
 def replicated(parallel: TensorParallel, structs: Any) -> Any:
+    """`structs` as arrays that every device has whole."""
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=parallel.replicated), structs)
 
 

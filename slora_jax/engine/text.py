@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+from slora_jax.engine.tokenizer import Tokenizer
+from slora_jax.errors import CheckpointError
 from slora_jax.models.gguf.header import gguf_file
-from slora_jax.models.gguf.tokenizer import load_gguf_tokenizer
+from slora_jax.models.gguf.tokenizer import read_gguf_tokenizer
+
+LEGACY_FILES = ("tokenizer.model", "vocab.json")
+"""Of which transformers makes a fast tokenizer, where there is no `tokenizer.json`."""
+
+logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(model_dir: Path) -> Any:
-    """The fast tokenizer of a Hugging Face directory or GGUF file; None if there is none."""
+    """The tokenizer of a Hugging Face directory or GGUF file; None if there is none.
+
+    Raises:
+      CheckpointError: its files are damaged, or cannot be made a fast tokenizer.
+    """
     if file := gguf_file(model_dir):
-        return load_gguf_tokenizer(file)
-    if not (model_dir / "tokenizer.json").exists():
+        parts = read_gguf_tokenizer(file)
+        if parts is None:
+            return None
+        return Tokenizer(parts.backend, chat_template=parts.chat_template, special_tokens=parts.special_tokens)
+    if (model_dir / "tokenizer.json").exists():
+        return Tokenizer.from_directory(model_dir)
+    if not any((model_dir / name).exists() for name in LEGACY_FILES):
         return None
+    logger.warning("%s: has no tokenizer.json; transformers makes one of older files, which takes a while", model_dir)
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model_dir)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    except (ImportError, OSError, ValueError) as error:
+        raise CheckpointError(f"{model_dir}: transformers cannot load the tokenizer: {error}") from error
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise CheckpointError(f"{model_dir}: the tokenizer has no fast version; add its tokenizer.json")
+    return tokenizer
 
 
 class TextStream:
     """The text of one request. Text that may yet turn out to be the beginning of a stop string is held back."""
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
-        """`tokenizer` is a fast Hugging Face tokenizer, or None: then there is no text and nothing stops it."""
+        """tokenizer: a `Tokenizer` or a fast Hugging Face one; None: there is no text, and nothing stops it."""
         self._backend = None if tokenizer is None else tokenizer.backend_tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._stop = stop

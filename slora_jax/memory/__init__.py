@@ -1,10 +1,26 @@
 """The unified pool: device arrays and pure updates, the page allocator, adapter residency, the prefix cache."""
 
-from slora_jax.memory.allocator import DUMMY_PAGE, PageAllocator, PageKind
-from slora_jax.memory.eviction import CostAware, EvictionPolicy, Evictor, Immediate, Lru, RestoreCosts
-from slora_jax.memory.pool import Pool, PoolShape, upload_adapter
-from slora_jax.memory.prefix import PrefixCache, PrefixNode
-from slora_jax.memory.residency import AdapterResidency, Resident, Upload
+from typing import TYPE_CHECKING
+
+from pallas_kernels.exports import exported
+
+if TYPE_CHECKING:
+    from slora_jax.memory.allocator import DUMMY_PAGE, PageAllocator, PageKind
+    from slora_jax.memory.eviction import CostAware, EvictionPolicy, Evictor, Immediate, Lru, RestoreCosts
+    from slora_jax.memory.pool import Pool, PoolShape, upload_adapter
+    from slora_jax.memory.prefix import PrefixCache, PrefixNode
+    from slora_jax.memory.residency import AdapterResidency, Resident, Upload
+else:
+    __getattr__, __dir__ = exported(
+        __name__,
+        {
+            "slora_jax.memory.allocator": ("DUMMY_PAGE", "PageAllocator", "PageKind"),
+            "slora_jax.memory.eviction": ("CostAware", "EvictionPolicy", "Evictor", "Immediate", "Lru", "RestoreCosts"),
+            "slora_jax.memory.pool": ("Pool", "PoolShape", "upload_adapter"),
+            "slora_jax.memory.prefix": ("PrefixCache", "PrefixNode"),
+            "slora_jax.memory.residency": ("AdapterResidency", "Resident", "Upload"),
+        },
+    )
 
 __all__ = [
     "DUMMY_PAGE",

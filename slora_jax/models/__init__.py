@@ -1,9 +1,24 @@
 """The base model: Llama, Mistral, Qwen2 and Qwen3 decoders, their Hugging Face weights, and a cache of these."""
 
-from slora_jax.models.config import ModelConfig, RopeConfig
-from slora_jax.models.decoder import Decoder, Params, Stack, StepContext
-from slora_jax.models.init import abstract_decoder, init_random
-from slora_jax.models.load import load_model
+from typing import TYPE_CHECKING
+
+from pallas_kernels.exports import exported
+
+if TYPE_CHECKING:
+    from slora_jax.models.config import ModelConfig, RopeConfig
+    from slora_jax.models.decoder import Decoder, Params, Stack, StepContext
+    from slora_jax.models.init import abstract_decoder, init_random
+    from slora_jax.models.load import load_model
+else:
+    __getattr__, __dir__ = exported(
+        __name__,
+        {
+            "slora_jax.models.config": ("ModelConfig", "RopeConfig"),
+            "slora_jax.models.decoder": ("Decoder", "Params", "Stack", "StepContext"),
+            "slora_jax.models.init": ("abstract_decoder", "init_random"),
+            "slora_jax.models.load": ("load_model",),
+        },
+    )
 
 __all__ = [
     "Decoder",

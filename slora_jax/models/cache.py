@@ -15,15 +15,18 @@ import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp  # type: ignore[import-untyped]
 from flax import traverse_util
 
 from slora_jax.models.config import ModelConfig
 from slora_jax.models.decoder import Params
 from slora_jax.models.hf import ParamPath, checkpoint_files, load_device
+
+if TYPE_CHECKING:  # the import takes seconds, and only this cache needs it
+    import orbax.checkpoint as ocp  # type: ignore[import-untyped]
 
 CONVERTER_VERSION = 1
 """Raised whenever the converted form changes; entries of other versions are stale."""
@@ -100,6 +103,8 @@ def _names(params: Params) -> dict[str, ParamPath]:
 
 
 def _save(path: Path, params: Params) -> None:
+    import orbax.checkpoint as ocp
+
     flat = traverse_util.flatten_dict(params)
     tree = {name: flat[param_path] for name, param_path in _names(params).items()}
     with _checkpointer(tree) as checkpointer:
@@ -107,6 +112,8 @@ def _save(path: Path, params: Params) -> None:
 
 
 def _restore(path: Path, shapes: Params) -> Params:
+    import orbax.checkpoint as ocp
+
     flat = traverse_util.flatten_dict(shapes)
     here = jax.sharding.SingleDeviceSharding(load_device())
     tree = {
@@ -121,11 +128,13 @@ def _restore(path: Path, shapes: Params) -> Params:
     return traverse_util.unflatten_dict({path: arrays[name] for name, path in _names(shapes).items()})
 
 
-def _checkpointer(tree: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> ocp.Checkpointer:
+def _checkpointer(tree: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> "ocp.Checkpointer":
     """An Orbax checkpointer whose buffers in flight stay below a twentieth of the weights, or the largest of them.
 
     Uncompressed: weights hardly compress, and decompression buffers would add to the peak.
     """
+    import orbax.checkpoint as ocp
+
     sizes = [int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in tree.values()]
     in_flight_gb = max(sum(sizes) / 20, max(sizes) + 1) / 1e9
     process = jax.process_index()  # every process keeps its own copy and waits for no other

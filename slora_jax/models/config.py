@@ -1,17 +1,18 @@
-"""Model configuration: a Hugging Face `config.json` or the metadata of a GGUF file, read strictly.
+"""Model configuration: a Hugging Face `config.json` or the metadata of a GGUF file.
 
-A field that would change the computation is honoured or refused by name; a field that is not known is refused too,
-because a silently wrong model is worse than a refusal.
+A field that would change the computation is honoured or refused by name (`config_fields`). Other fields are ignored;
+one warning names those that are not known.
 """
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from slora_jax.errors import CheckpointError, UnsupportedModelError
-from slora_jax.models.config_fields import HARMLESS_FIELDS, NEUTRAL_VALUES, READ_FIELDS
+from slora_jax.models.config_fields import CHANGES_LOGITS, HARMLESS_FIELDS, INACTIVE, NEUTRAL_VALUES, READ_FIELDS
 from slora_jax.models.gguf.config import ROPE_FACTORS, hf_config, rope_factors
 from slora_jax.models.gguf.header import gguf_file, read_header
 
@@ -78,7 +79,7 @@ class ModelConfig:
     def from_dict(cls, hf_config: Mapping[str, Any]) -> "ModelConfig":
         """Reads the dictionary of a `config.json`, as written by transformers 4 or 5.
 
-        Raises `UnsupportedModelError` naming the field, its value and what is supported.
+        Raises `UnsupportedModelError` naming the field, its value and what is supported. Warns of unknown fields.
         """
         name = hf_config.get("model_type")
         if not isinstance(name, str) or name not in _FAMILIES:
@@ -171,14 +172,21 @@ class _Family:
     window_switch: bool = False  # the window counts only if use_sliding_window is set
     qkv_bias: bool = False
     qk_norm: bool = False
-    bias_fields: frozenset[str] = frozenset()
+    bias_fields: frozenset[str] = frozenset()  # switches that are honoured
+    implied_switches: frozenset[str] = frozenset()  # switches that are always on
 
 
 _FAMILIES = {
     "llama": _Family("LlamaForCausalLM", 2048, bias_fields=frozenset({"attention_bias", "mlp_bias"})),
     "mistral": _Family("MistralForCausalLM", 131072, num_kv_heads=8, sliding_window=4096),
     "qwen2": _Family(
-        "Qwen2ForCausalLM", 32768, num_kv_heads=32, sliding_window=4096, window_switch=True, qkv_bias=True
+        "Qwen2ForCausalLM",
+        32768,
+        num_kv_heads=32,
+        sliding_window=4096,
+        window_switch=True,
+        qkv_bias=True,
+        implied_switches=frozenset({"attention_qkv_bias", "qkv_bias", "use_qkv_bias"}),
     ),
     "qwen3": _Family(
         "Qwen3ForCausalLM",
@@ -189,6 +197,7 @@ _FAMILIES = {
         window_switch=True,
         qk_norm=True,
         bias_fields=frozenset({"attention_bias"}),
+        implied_switches=frozenset({"qk_layernorm", "qk_norm", "use_qk_norm"}),
     ),
 }
 
@@ -198,20 +207,33 @@ def _refused(field: str, value: Any, supported: str) -> UnsupportedModelError:
 
 
 def _check_fields(hf_config: Mapping[str, Any], family: _Family) -> None:
-    """Refuses a foreign architecture, a field that changes the computation, and a field that nobody knows."""
+    """Refuses a foreign architecture and fields that change the computation; warns of other unknown fields."""
     architectures = hf_config.get("architectures")
     if architectures is not None and list(architectures) != [family.architecture]:
         raise _refused("architectures", architectures, f"[{family.architecture!r}]")
+    unknown = []
     for field, value in hf_config.items():
-        if field == "architectures" or field in family.bias_fields:
+        if field in ("architectures", *READ_FIELDS, *HARMLESS_FIELDS) and field not in NEUTRAL_VALUES:
             continue
-        if field in NEUTRAL_VALUES:
-            if value not in NEUTRAL_VALUES[field]:
-                raise _refused(field, value, " or ".join(map(repr, NEUTRAL_VALUES[field])))
-        elif field not in READ_FIELDS and field not in HARMLESS_FIELDS:
-            raise _refused(
-                field, value, "no such field is known; if it leaves the logits as they are, delete it from config.json"
-            )
+        if field in family.bias_fields or (value is True and field in family.implied_switches):
+            continue
+        if field in NEUTRAL_VALUES or CHANGES_LOGITS.search(field):
+            neutral = NEUTRAL_VALUES.get(field, INACTIVE)
+            if value not in neutral:
+                allowed = "null, false, 0 or empty" if neutral is INACTIVE else " or ".join(map(_json, neutral))
+                raise _refused(field, value, allowed)
+        elif value not in INACTIVE:
+            unknown.append(field)
+    if unknown:
+        warnings.warn(
+            f"config.json: {', '.join(unknown)}: not known, and ignored; if the model needs one of these fields, its "
+            "answers are wrong",
+            stacklevel=3,
+        )
+
+
+def _json(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _sliding_window(hf_config: Mapping[str, Any], family: _Family, max_positions: int) -> int | None:

@@ -10,14 +10,13 @@ import numpy as np
 
 from slora_jax.errors import ConfigError, RequestError
 from slora_jax.memory import AdapterResidency, PageKind, PrefixCache, PrefixNode
+from slora_jax.scheduling.admission import ADMISSIONS
 from slora_jax.scheduling.plan import ScheduledSequence, StepPlan
 from slora_jax.scheduling.policy import Batch, Policy
 from slora_jax.scheduling.prefetch import AdapterState, Prefetch
 from slora_jax.scheduling.queue import RequestQueue, by_number, remove_sorted
 from slora_jax.scheduling.request import FinishReason, Request, Status
 from slora_jax.scheduling.reservation import Reservation
-
-ADMISSIONS = ("optimistic", "reserve")
 
 MOST_PASSED_OVER = 128
 """Waiting requests whose adapters are not there yet that others may overtake in one step: what a step looks at must not

@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from slora_jax.engine import Engine
 from slora_jax.errors import ConfigError, ProcessLostError, SloraError
 from slora_jax.parallel.processes import EXIT_LOST
+from slora_jax.phases import report, seconds_since_start
 from slora_jax.serving.app import create_app
 from slora_jax.serving.engine_loop import Health
 from slora_jax.serving.errors import ApiError
@@ -217,6 +218,7 @@ class _Engine:
         if service.loop.health is Health.READY:
             stats = service.loop.engine.store.stats()
             say(f"ready: {service.settings.base_name}, {stats.registered} adapters")
+            report("total", seconds_since_start())
         while service.loop.health is not Health.DEAD:
             await asyncio.sleep(0.2)
         error = service.loop.error

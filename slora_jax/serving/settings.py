@@ -6,16 +6,19 @@ import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self, get_type_hints
+from typing import TYPE_CHECKING, Any, Self, get_type_hints
 
 import yaml
 
-from slora_jax.engine import Engine, EngineConfig
+from slora_jax.engine.config import EngineConfig
 from slora_jax.errors import ConfigError
-from slora_jax.parallel.processes import ProcessGroup
-from slora_jax.scheduling import Policy, make_policy
 from slora_jax.serving.access import ApiKey
 from slora_jax.typed import refuse_unknown, typed
+
+if TYPE_CHECKING:  # JAX, which settings must not wait for
+    from slora_jax.engine import Engine
+    from slora_jax.parallel.processes import ProcessGroup
+    from slora_jax.scheduling import Policy
 
 
 @dataclass(frozen=True)
@@ -172,10 +175,14 @@ class ServerSettings:
             return None
         if "name" not in self.policy:
             raise ConfigError(f"policy={dict(self.policy)!r}: has no 'name'")
+        from slora_jax.scheduling import make_policy
+
         return make_policy(**self.policy)
 
     def build_engine(self, processes: ProcessGroup | None = None) -> Engine:
         """The engine of these settings. Raises as `Engine.from_pretrained`."""
+        from slora_jax.engine import Engine
+
         return Engine.from_pretrained(self.model_dir, self.engine, policy=self.make_policy(), processes=processes)
 
 

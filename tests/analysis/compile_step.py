@@ -3,7 +3,7 @@
 from pallas_kernels.devices import compiling_for
 from slora_jax.analysis import TARGETS, compile_for
 from slora_jax.engine import EngineConfig
-from slora_jax.engine.batch import Bucket
+from slora_jax.engine.config import Bucket
 from slora_jax.engine.runner import pool_shape, step_spec
 from slora_jax.engine.step import make_step, step_shapes
 from slora_jax.models import ModelConfig, abstract_decoder

@@ -30,6 +30,35 @@ LLAMA_2_7B = {
     "use_cache": True,
     "vocab_size": 32000,
 }
+SMOLLM2_135M = {
+    "_model_name_or_path": "Smollm2 135M 8k Lc100K Mix1 Ep2",
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "dtype": "float32",
+    "eos_token_id": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "initializer_range": 0.02,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pad_token_id": 2,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 9.999999747378752e-06,
+    "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"},
+    "tie_word_embeddings": True,
+    "transformers_version": "5.17.0",
+    "unk_token_id": 0,
+    "use_cache": True,
+    "vocab_size": 49152,
+}
 LLAMA_3_8B = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -266,7 +295,19 @@ REFUSED = {
     "classifier head": (LLAMA_3_8B, {"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
     "remote code": (LLAMA_3_8B, {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}, "auto_map"),
     "bias on mistral": (MISTRAL_7B_V03, {"attention_bias": True}, "attention_bias=True"),
-    "unknown field": (LLAMA_3_8B, {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+    "soft-capping": (LLAMA_3_8B, {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0.*null"),
+    "multiplier": (LLAMA_3_8B, {"embedding_multiplier": 12.0}, "embedding_multiplier=12.0.*null or 1"),
+    "multiplier of nothing": (LLAMA_3_8B, {"residual_multiplier": 0}, "residual_multiplier=0"),
+    "attention's scale": (LLAMA_3_8B, {"attention_multiplier": 1.0}, "attention_multiplier=1.0.*null"),
+    "another activation": (LLAMA_3_8B, {"hidden_activation": "gelu_pytorch_tanh"}, "hidden_activation"),
+    "experts": (MISTRAL_7B_V03, {"num_local_experts": 8}, "num_local_experts=8"),
+    "layers without positions": (LLAMA_3_8B, {"no_rope_layers": [1, 1, 1, 0]}, "no_rope_layers"),
+    "norm of queries": (LLAMA_3_8B, {"use_qk_norm": True}, "use_qk_norm=True"),
+    "norm of another type": (LLAMA_3_8B, {"norm_type": "layer_norm"}, "norm_type='layer_norm'.*'rms_norm'"),
+    "layer norm": (LLAMA_3_8B, {"layer_norm_eps": 1e-5}, "layer_norm_eps"),
+    "bias of queries": (LLAMA_3_8B, {"qkv_bias": True}, "qkv_bias=True"),
+    "unheard-of multiplier": (LLAMA_3_8B, {"mup_width_multiplier": 8.0}, "mup_width_multiplier=8.0"),
+    "unheard-of positions": (LLAMA_3_8B, {"use_rotary_offset": True}, "use_rotary_offset=True"),
     "no hidden size": (LLAMA_3_8B, {"hidden_size": ...}, "hidden_size=None"),
     "heads do not group": (LLAMA_3_8B, {"num_key_value_heads": 5}, "num_key_value_heads=5"),
     "negative": (LLAMA_3_8B, {"vocab_size": -1}, "vocab_size=-1"),
@@ -282,6 +323,34 @@ def test_refusals_name_field_and_value(case):
     hf_config = {field: value for field, value in {**base, **change}.items() if value is not ...}
     with pytest.raises(UnsupportedModelError, match=message):
         ModelConfig.from_dict(hf_config)
+
+
+@pytest.mark.parametrize("inactive", [None, False, 0, 0.0, "", [], {}])
+def test_inactive_fields_are_ignored_without_a_warning(inactive, recwarn):
+    ModelConfig.from_dict({**LLAMA_3_8B, "num_experts": inactive, "use_alibi": inactive, "unheard_of": inactive})
+    assert not recwarn.list
+
+
+def test_unknown_fields_are_named_in_one_warning(recwarn):
+    known = ModelConfig.from_dict(LLAMA_3_8B)
+    assert not recwarn.list
+    assert ModelConfig.from_dict({**LLAMA_3_8B, "training_corpus": "web", "logo": [1]}) == known
+    [warning] = recwarn.list
+    assert "config.json: training_corpus, logo: not known" in str(warning.message)
+
+
+def test_neutral_factors_and_implied_switches_are_accepted(recwarn):
+    ModelConfig.from_dict({**LLAMA_3_8B, "embedding_multiplier": 1.0, "logits_scaling": 1, "norm_type": "rmsnorm"})
+    ModelConfig.from_dict({**QWEN2_7B, "use_qkv_bias": True})
+    ModelConfig.from_dict({**QWEN3_8B, "use_qk_norm": True})
+    assert not recwarn.list
+
+
+def test_smollm2_is_read_without_a_warning(recwarn):
+    config = ModelConfig.from_dict(SMOLLM2_135M)
+    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (30, 9, 3, 64)
+    assert config.rope == RopeConfig(100000.0)
+    assert not recwarn.list
 
 
 def test_generation_config_names_the_end_of_sequence_first(tmp_path):

@@ -52,7 +52,7 @@ def test_answers_a_question_with_the_logits_of_transformers(file, tmp_path):
     with Engine.from_pretrained(file, CONFIG) as engine:
         messages = [{"role": "user", "content": "What is the capital of France?"}]
         text = engine.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        prompt = engine.tokenizer.encode(text, add_special_tokens=False)
+        prompt = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
         [output] = engine.generate([prompt], SamplingParams(max_tokens=24))
     assert output.text.strip() == "The capital of France is Paris."
     assert output.token_ids[-1] == 2

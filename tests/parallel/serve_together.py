@@ -23,6 +23,7 @@ from slora_jax.adapters import random_adapter
 from slora_jax.engine import adapter_geometry, runner
 from slora_jax.engine.worker import Worker
 from slora_jax.models import ModelConfig, init_random
+from slora_jax.parallel import join as joining
 
 HF_CONFIG = {
     "model_type": "llama",
@@ -135,7 +136,7 @@ def main(mode: str, process: int, processes: int, port: int) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "slora":
-        join = cli.join_processes
-        cli.join_processes = lambda *args, **options: all_write_cache(join(*args, **options))
+        join = joining.join_processes
+        joining.join_processes = lambda *args, **options: all_write_cache(join(*args, **options))
         sys.exit(cli.main(sys.argv[2:]))
     main(sys.argv[1], *map(int, sys.argv[2:]))

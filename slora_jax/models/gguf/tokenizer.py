@@ -1,9 +1,10 @@
-"""The tokenizer of a GGUF file as a fast Hugging Face tokenizer.
+"""The tokenizer of a GGUF file, as one of the `tokenizers` library.
 
 transformers can read one too (`AutoTokenizer.from_pretrained(gguf_file=...)`), a hundred times slower. It ignores
 `tokenizer.ggml.pre`, so Llama 3's words are cut as GPT-2's, and takes BOS for EOS.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +67,17 @@ _WHOLE_WORDS_FIRST = {
 """Values with which a word that is a token is not cut by merges, and a text begins with BOS unless the file says no."""
 
 
-def load_gguf_tokenizer(file: Path) -> Any:
-    """A `PreTrainedTokenizerFast` with the file's special tokens and chat template; None if it has no tokenizer.
+@dataclass(frozen=True)
+class GgufTokenizer:
+    """What a file says of its tokenizer. special_tokens: texts by name ("bos_token")."""
+
+    backend: "Tokenizer"
+    chat_template: str | None
+    special_tokens: dict[str, str]
+
+
+def read_gguf_tokenizer(file: Path) -> GgufTokenizer | None:
+    """The file's tokenizer; None if it has none.
 
     Raises `UnsupportedModelError` for a kind of tokenizer or pre-tokenizer that is not supported, `CheckpointError` for
     metadata that is missing or contradicts itself.
@@ -79,8 +89,6 @@ def load_gguf_tokenizer(file: Path) -> Any:
         return None
     if kind not in _BUILDERS:
         raise _refused(header, "tokenizer.ggml.model", kind, f"one of {sorted(_BUILDERS)}")
-    from transformers import PreTrainedTokenizerFast
-
     tokens = _list(header, "tokens")
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
@@ -91,12 +99,7 @@ def load_gguf_tokenizer(file: Path) -> Any:
     tokenizer = _BUILDERS[kind](header, vocabulary)
     _add_special_tokens(tokenizer, header, tokens)
     _add_post_processor(tokenizer, header, vocabulary, special)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        chat_template=metadata.get("tokenizer.chat_template"),
-        clean_up_tokenization_spaces=False,
-        **special,
-    )
+    return GgufTokenizer(tokenizer, metadata.get("tokenizer.chat_template"), special)
 
 
 def _byte_level(header: GgufHeader, vocabulary: dict[str, int]) -> "Tokenizer":

@@ -1,0 +1,118 @@
+"""`slora compile-report`: what the step programs take on a GPU that is not there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from pallas_kernels.devices import DEVICES
+from slora_jax.cli.values import count
+from slora_jax.engine.config import EngineConfig
+from slora_jax.errors import ConfigError
+from slora_jax.parallel.layout import LORA_SHARDINGS
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "compile-report",
+        help="compile the step for a GPU that is not there, and tell what it takes",
+        description="Compiles an engine's step programs for a GPU that is not there and reports memory, custom kernels "
+        "(registers, spills, shared memory) and collectives. Exit status 1: a kernel spills, or the pool is copied.",
+    )
+    option = parser.add_argument
+    option("--model-config", metavar="FILE", type=Path, required=True, help="a Hugging Face config.json")
+    option("--target", choices=tuple(DEVICES), required=True, help="the GPU")
+    option("--tp", metavar="N", type=count, default=1, help="GPUs the model is spread over (default: %(default)s)")
+    option(
+        "--tp-lora",
+        choices=LORA_SHARDINGS,
+        default=EngineConfig.tp_lora,
+        help="how adapters are cut: as S-LoRA does (the default), A and B as vLLM's default, or A by input everywhere",
+    )
+    option("--max-tokens", metavar="T", type=count, required=True, help="rows of the largest step")
+    option("--max-seqs", metavar="S", type=count, required=True, help="sequences running at once")
+    option("--json", metavar="FILE", type=Path, help="write the report there too")
+    option("--max-rank", metavar="R", type=count, default=64, help="largest LoRA rank served (default: %(default)s)")
+    option("--rank", metavar="R", type=count, default=16, help="rank to count adapters in (default: %(default)s)")
+    option("--page-size", metavar="N", type=count, default=EngineConfig.page_size, help="tokens (default: %(default)s)")
+    option("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of weights (default: %(default)s)")
+    option("--max-model-len", metavar="N", type=count, help="longest sequence (default: the model's)")
+    option("--adapter-slots", metavar="N", type=count, help="adapters in the pool at once (default: as the engine's)")
+    option(
+        "--gpu-memory-fraction",
+        metavar="F",
+        type=float,
+        default=0.75,
+        help="share of the GPU's memory that JAX may take, as XLA_PYTHON_CLIENT_MEM_FRACTION would tell it (default: "
+        "JAX's own, %(default)s); the engine's pool gets 90%% of what weights and temporaries leave",
+    )
+    option(
+        "--programs",
+        metavar="NAME,...",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        help="compile these only, e.g. decode_64,mixed_2048_lora",
+    )
+    option("--layers", metavar="N", type=count, help="compile so many layers only: faster, and labelled so")
+    parser.set_defaults(run=run, fields={"max_tokens_per_step": "max_tokens"})
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report. Returns 1 if it has a problem."""
+    if not args.model_config.is_file():
+        raise ConfigError(f"--model-config={args.model_config}: no such file; give a Hugging Face config.json")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise ConfigError(f"--json={args.json}: no such directory; make {args.json.parent} first")
+    if not 0 < args.gpu_memory_fraction <= 1:
+        raise ConfigError(f"--gpu-memory-fraction={args.gpu_memory_fraction}: must be in (0, 1]")
+    config = EngineConfig(
+        dtype=args.dtype,
+        page_size=args.page_size,
+        max_seqs=args.max_seqs,
+        max_tokens_per_step=args.max_tokens,
+        max_model_len=args.max_model_len,
+        adapter_slots=args.adapter_slots,
+        max_rank=args.max_rank,
+        tp=args.tp,
+        tp_lora=args.tp_lora,
+    )
+    from slora_jax.models.config import ModelConfig, read_json
+
+    model = ModelConfig.from_dict(read_json(args.model_config))
+    _leave_devices_alone()
+    from slora_jax.analysis.report import compile_report
+    from slora_jax.analysis.report_table import report_table
+    from slora_jax.analysis.targets import TARGETS
+
+    report = compile_report(
+        model,
+        TARGETS[args.target],
+        config,
+        adapter_rank=args.rank,
+        programs=args.programs,
+        layers=args.layers,
+        gpu_memory_fraction=args.gpu_memory_fraction,
+    )
+    print(report_table(report))
+    if args.json is not None:
+        args.json.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    for problem in report.problems():
+        print(f"slora: {problem}", file=sys.stderr)
+    return 1 if report.problems() else 0
+
+
+def _leave_devices_alone() -> None:
+    """Before JAX starts: the GPU is not there, and one that is must be left alone; the compiler runs on the host."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    # The compiler logs that it cannot tune for a GPU that is not there, and that the pool leaves less than the fifth of
+    # memory that it likes to have. What fails is raised.
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # as JAX sets it
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")

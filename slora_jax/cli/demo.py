@@ -1,0 +1,39 @@
+"""`slora demo`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from slora_jax.cli.values import count
+from slora_jax.demo.settings import DemoSettings
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command."""
+    parser = commands.add_parser("demo", help="serve hundreds of random adapters and check the answers")
+    parser.add_argument("--dir", type=Path, default=DemoSettings.directory, help="for its files (default: %(default)s)")
+    for name, kind, default, what in (
+        ("adapters", count, DemoSettings.adapters, "number of adapters"),
+        ("requests", count, DemoSettings.requests, "number of requests"),
+        ("layers", count, DemoSettings.layers, "layers of the model"),
+        ("pages", count, DemoSettings.num_pages, "pages of the memory pool"),
+        ("seed", int, DemoSettings.seed, "of weights, prompts and arrivals"),
+    ):
+        parser.add_argument(f"--{name}", metavar="N", type=kind, default=default, help=f"{what} (default: {default})")
+    parser.set_defaults(run=run, fields={"num_pages": "pages"})
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the demo. Returns 1 if its check failed."""
+    settings = DemoSettings(
+        directory=args.dir,
+        adapters=args.adapters,
+        requests=args.requests,
+        layers=args.layers,
+        num_pages=args.pages,
+        seed=args.seed,
+    )
+    from slora_jax.demo.run import run_demo
+
+    return 0 if run_demo(settings) else 1

@@ -1,0 +1,193 @@
+"""`slora generate`: one prompt, answered by the base model or by each of some adapters."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slora_jax.cli.processes import add_parallel_options, check_processes, join
+from slora_jax.cli.values import count, named_directory
+from slora_jax.cli.verbose import add_verbose_option, observe_phases
+from slora_jax.engine.config import EngineConfig
+from slora_jax.errors import ConfigError, RequestError
+from slora_jax.phases import phase, report, seconds_since_start
+from slora_jax.scheduling.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from slora_jax.models.config import ModelConfig
+    from slora_jax.parallel.processes import ProcessGroup
+
+_ROWS = 64
+"""The rows of the prefill program are a multiple of this."""
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "generate",
+        help="answer a prompt",
+        description="Answers a prompt and writes the text as it comes. With several adapters, each answers in turn, "
+        "after a line with its name.",
+    )
+    option = parser.add_argument
+    option("model_dir", metavar="MODEL", type=Path, help="Hugging Face model directory or GGUF file")
+    option("--prompt", metavar="TEXT", required=True, help="text to go on from")
+    option("--chat", action="store_true", help="put the prompt into the model's chat template, as a user's message")
+    option(
+        "--adapter",
+        metavar="NAME=DIR",
+        type=named_directory,
+        action="append",
+        default=[],
+        help="a PEFT directory and a name for it; may be given several times",
+    )
+    option("--max-tokens", metavar="N", type=count, default=128, help="most tokens to generate (default: %(default)s)")
+    option("--max-model-len", metavar="N", type=count, default=4096, help="most with the prompt (default: %(default)s)")
+    option("--temperature", metavar="T", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    option("--seed", metavar="N", type=int, default=0, help="of sampling (default: %(default)s)")
+    option("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of weights (default: %(default)s)")
+    add_verbose_option(parser)
+    add_parallel_options(parser)
+    parser.set_defaults(run=run, tp=1)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Checks settings, model, adapters and prompt, in the order of what that costs; then loads and answers."""
+    observe_phases(args)
+    params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
+    check_processes(args, args.tp)
+    _check_adapters(args)
+    if not args.prompt:
+        raise ConfigError("--prompt='': must not be empty")
+    from slora_jax.models.config import ModelConfig
+
+    model = ModelConfig.from_directory(args.model_dir)
+    config = _engine_config(args, model)
+    before = seconds_since_start()
+    with phase("tokenizer"):
+        tokenizer, prompt = _prompt(args, model, config)
+    config = _with_rows_for(prompt, config)
+    _import_engine(before)
+    with join(args) or nullcontext() as processes:
+        if processes is None or processes.is_leader:
+            return _answer(args, prompt, params, model, config, tokenizer, processes)
+        from slora_jax.engine.follower import Follower
+
+        Follower.from_pretrained(args.model_dir, config, processes).run()
+    return 0
+
+
+def _check_adapters(args: argparse.Namespace) -> None:
+    """Checks names, and the directories that this process reads: only process 0 has adapters.
+
+    Raises:
+      ConfigError: a name is given twice, or a directory does not exist.
+      AdapterError: a directory has no usable config.
+    """
+    names = [name for name, _ in args.adapter]
+    for name, directory in args.adapter:
+        if names.count(name) > 1:
+            raise ConfigError(f"--adapter={name}={directory}: the name {name!r} is given twice; names must differ")
+        if not args.process_id and not directory.is_dir():
+            raise ConfigError(f"--adapter={name}={directory}: no such directory; give that of a PEFT adapter")
+    if args.adapter and not args.process_id:
+        from slora_jax.adapters.config import LoraConfig
+        from slora_jax.adapters.peft_format import CONFIG_FILE
+
+        for _, directory in args.adapter:
+            LoraConfig.from_file(directory / CONFIG_FILE)
+
+
+def _engine_config(args: argparse.Namespace, model: ModelConfig) -> EngineConfig:
+    """The settings, but for the number of pages and the rows of the prefill program."""
+    return EngineConfig(
+        dtype=args.dtype,
+        max_seqs=1,
+        max_model_len=min(args.max_model_len, model.max_position_embeddings),
+        mixed_buckets=(EngineConfig.max_tokens_per_step,),
+        tp=args.tp,
+        lora="paged" if args.adapter else "off",
+    )
+
+
+def _prompt(args: argparse.Namespace, model: ModelConfig, config: EngineConfig) -> tuple[Any, list[int]]:
+    """The tokenizer, and the prompt's tokens.
+
+    Raises:
+      RequestError: there is no tokenizer, or no chat template for `--chat`; the prompt is too long.
+    """
+    from slora_jax.engine.arrival import prompt_ids, text_ids
+    from slora_jax.engine.text import load_tokenizer
+
+    tokenizer = load_tokenizer(args.model_dir)
+    longest = config.max_model_len
+    assert longest is not None
+    if tokenizer is None:
+        raise RequestError(f"--prompt: {args.model_dir} has no tokenizer; slora generate needs one")
+    prompt: str | list[int] = args.prompt
+    if args.chat:
+        if tokenizer.chat_template is None:
+            raise RequestError(f"--chat: {args.model_dir} has no chat template; leave it out")
+        messages = [{"role": "user", "content": args.prompt}]
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:
+            raise RequestError(f"--chat: the model's chat template refuses the prompt: {error}") from error
+        prompt = text_ids(text, tokenizer, longest, add_special_tokens=False)  # the template has written them
+    return tokenizer, prompt_ids(prompt, tokenizer, model.vocab_size, longest)
+
+
+def _with_rows_for(prompt: list[int], config: EngineConfig) -> EngineConfig:
+    """One prefill program, no larger than the prompt needs."""
+    rows = min(EngineConfig.max_tokens_per_step, -(-len(prompt) // _ROWS) * _ROWS)
+    return replace(config, max_tokens_per_step=rows, mixed_buckets=(rows,))
+
+
+def _import_engine(before: float) -> None:
+    """Imports the engine. before: seconds that the process took for its other imports."""
+    start = time.monotonic()
+    import slora_jax.engine.engine
+    import slora_jax.engine.follower  # noqa: F401
+
+    report("imports", before + time.monotonic() - start)
+
+
+def _answer(
+    args: argparse.Namespace,
+    prompt: list[int],
+    params: SamplingParams,
+    model: ModelConfig,
+    config: EngineConfig,
+    tokenizer: Any,
+    processes: ProcessGroup | None,
+) -> int:
+    from pallas_kernels.lora.layout import ceil_div
+    from slora_jax.adapters import read_peft
+    from slora_jax.engine.engine import Engine
+    from slora_jax.engine.runner import adapter_geometry
+    from slora_jax.parallel.mesh import cut
+
+    geometry = adapter_geometry(model, config.page_size, cut(model, args.tp))
+    adapters = {name: read_peft(directory, geometry) for name, directory in args.adapter}
+    assert config.max_model_len is not None
+    adapter_pages = [int(geometry.layout.num_pages(adapter.ranks.max(0))) for adapter in adapters.values()]
+    num_pages = 1 + ceil_div(config.max_model_len, config.page_size) + max(adapter_pages, default=0)
+    config = replace(config, num_pages=num_pages)
+    with Engine.from_pretrained(args.model_dir, config, tokenizer=tokenizer, processes=processes) as engine:
+        for name, adapter in adapters.items():
+            engine.load_adapter(name, adapter)
+        for name in adapters or [None]:
+            if len(adapters) > 1:
+                print(f"[{name}]")
+            start = time.monotonic()
+            for number, delta in enumerate(engine.stream(prompt, params, name)):
+                if number == 0:
+                    report("first token", time.monotonic() - start)
+                print(delta.text, end="", flush=True)
+            print(flush=True)
+    report("total", seconds_since_start())
+    return 0

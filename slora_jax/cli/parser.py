@@ -1,0 +1,54 @@
+"""The command line's grammar: commands, kinds of values, and errors that name the option."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from typing import Any, NoReturn
+
+from slora_jax.cli import compile_report, demo, generate, serve
+from slora_jax.errors import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises `ConfigError` for a mistake: one line that names the option, the value and what is allowed."""
+
+    def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ").replace(": =", "=", 1)
+        message = re.sub(r": invalid choice: (.*) \(choose from (.*)\)$", r"=\1: must be one of \2", message)
+        message = re.sub(r": invalid int value: (.*)$", r"=\1: must be an integer", message)
+        message = re.sub(r": invalid float value: (.*)$", r"=\1: must be a number", message)
+        raise ConfigError(f"{message} ({self.prog} --help)")
+
+
+class _Version(argparse.Action):
+    """Prints the version; looking it up takes longer than all other parsing."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"slora-jax {version('slora-jax')}", file=sys.stdout)
+        parser.exit()
+
+
+def make_parser() -> Parser:
+    """The parser of all commands; the result of a parse has `run`, which takes it and returns the exit status."""
+    parser = Parser(prog="slora", description="One base model, thousands of LoRA adapters, one unified paged pool.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in (demo, generate, serve, compile_report):
+        command.add_parser(commands)
+    return parser
+
+
+def with_options(message: str, args: argparse.Namespace | None) -> str:
+    """An error's message; where it begins with a field that an option has set, with the option in its place."""
+    field = re.match(r"(?:EngineConfig\.|SamplingParams\.)?(\w+)=", message)
+    if args is None or field is None:
+        return message
+    fields: dict[str, str] = getattr(args, "fields", {})
+    name = fields.get(field[1], field[1])
+    if name == "model_dir" or getattr(args, name, None) is None:
+        return message
+    return f"--{name.replace('_', '-')}={message[field.end() :]}"

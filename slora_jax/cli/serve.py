@@ -1,0 +1,80 @@
+"""`slora serve`: the HTTP service."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import nullcontext
+from pathlib import Path
+
+from slora_jax.cli.processes import add_parallel_options, check_processes, join
+from slora_jax.cli.values import count
+from slora_jax.cli.verbose import add_verbose_option, observe_phases
+from slora_jax.engine.config import EngineConfig
+from slora_jax.errors import ConfigError
+from slora_jax.phases import report, seconds_since_start
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "serve",
+        help="serve the model and its adapters over HTTP, as OpenAI's API does",
+        description="Serves the model and its adapters over HTTP, as OpenAI's API does, until SIGTERM or Ctrl-C. The "
+        "config file has all settings (those of slora_jax/serving/settings.py); options take precedence over it.",
+    )
+    option = parser.add_argument
+    option("model_dir", metavar="MODEL", type=Path, help="Hugging Face model directory or GGUF file")
+    option("--adapters", metavar="DIR", type=Path, help="PEFT directories; new ones are registered as they come")
+    option("--config", metavar="FILE", type=Path, help="settings, in YAML")
+    option("--name", metavar="NAME", help="of the base model, for clients (default: the directory's)")
+    option("--host", metavar="ADDRESS", help="to listen on (default: 127.0.0.1, this machine only)")
+    option("--port", metavar="N", type=int, help="to listen on (default: 8000; 0: any that is free)")
+    option("--dtype", choices=("bfloat16", "float32"), help="of weights (default: bfloat16)")
+    option("--max-seqs", metavar="N", type=count, help=f"sequences running at once (default: {EngineConfig.max_seqs})")
+    option("--num-pages", metavar="N", type=count, help="pages of the pool (default: what memory allows)")
+    option("--replicas", metavar="N", type=count, help="engines, behind Ray Serve if more than one (default: 1)")
+    add_verbose_option(parser)
+    add_parallel_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Checks the settings, then serves."""
+    observe_phases(args)
+    try:
+        from slora_jax.serving.settings import ServerSettings
+    except ImportError as error:
+        raise _extra_missing(error) from error
+    engine = {"dtype": args.dtype, "max_seqs": args.max_seqs, "num_pages": args.num_pages, "tp": args.tp}
+    given = {
+        "model_dir": args.model_dir,
+        "adapters": args.adapters,
+        "name": args.name,
+        "host": args.host,
+        "port": args.port,
+        "replicas": args.replicas,
+        "engine": {name: value for name, value in engine.items() if value is not None},
+    }
+    settings = ServerSettings.from_file(args.config, **given)
+    if settings.replicas > 1 and args.coordinator is not None:
+        raise ConfigError(f"--replicas={settings.replicas}: of engines in one process each; leave --coordinator out")
+    check_processes(args, settings.engine.tp)
+    from slora_jax.models.config import ModelConfig
+
+    ModelConfig.from_directory(settings.model_dir)  # what is wrong with it is told before anything listens
+    try:
+        from slora_jax.serving.serve import serve
+    except ImportError as error:
+        raise _extra_missing(error) from error
+    from slora_jax.engine.follower import Follower
+
+    report("imports", seconds_since_start())
+    with join(args) or nullcontext() as processes:
+        if processes is None or processes.is_leader:
+            return serve(settings, lambda: settings.build_engine(processes))
+        Follower.from_pretrained(settings.model_dir, settings.engine, processes).run()
+    return 0
+
+
+def _extra_missing(error: ImportError) -> ConfigError:
+    return ConfigError(f"slora serve needs {error.name}: pip install 'slora-jax[serve]'")

@@ -1,0 +1,22 @@
+"""`--verbose`: the time that each phase of a start takes, on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from slora_jax import phases
+
+
+def add_verbose_option(parser: argparse.ArgumentParser) -> None:
+    """The option that `observe_phases` reads."""
+    parser.add_argument("--verbose", action="store_true", help="write the seconds of each phase of the start to stderr")
+
+
+def observe_phases(args: argparse.Namespace) -> None:
+    """Writes phases to stderr from now on, if they were asked for."""
+    phases.observe(_write if args.verbose else None)
+
+
+def _write(name: str, seconds: float) -> None:
+    print(f"slora: {name:<12} {seconds:7.2f} s", file=sys.stderr, flush=True)
