@@ -46,7 +46,7 @@ CONFIG = EngineConfig(
     mixed_buckets=(2048,),
     progress=False,
 )
-PROGRAMS = ("decode_256_lora", "mixed_2048_lora", "sample_256_logprobs")
+PROGRAMS = ("decode_256_lora", "mixed_2048_lora", "sample_256")
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,31 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 """Every projection that can carry LoRA, in the order of all rank vectors `[..., 7]`."""
 
 
 def ceil_div(a: Any, b: int) -> Any:
     """`a / b` rounded up; `a` is an int or an integer array of numbers >= 0."""
-    if isinstance(a, jax.Array):  # `//` compiles to a dozen operations that mind the signs
-        return jax.lax.div(a + (b - 1), jnp.asarray(b, a.dtype))
+    if _is_traced(a):  # `//` compiles to a dozen operations that mind the signs
+        from jax import lax
+
+        return lax.div(a + (b - 1), lax.full_like(a, b))
     return -(-a // b)
+
+
+def _column(ranks: Any, index: int) -> Any:
+    """`ranks[..., index]`."""
+    if _is_traced(ranks):  # an index would compile to a gather
+        from jax import lax
+
+        return lax.index_in_dim(ranks, index, -1, keepdims=False)
+    return ranks[..., index]
+
+
+def _is_traced(a: Any) -> bool:
+    """Whether `a` is an array of JAX, which is not imported here: the command line needs this module before it."""
+    return hasattr(a, "aval")
 
 
 @dataclass(frozen=True)
@@ -119,11 +132,7 @@ class LoraLayout:
 
     def stack_tiles(self, ranks: Any) -> tuple[tuple[StackTiles, ...], Any]:
         """Tile numbers of every stack for `ranks [..., 7]`, and the adapter's total number of tiles `[...]`."""
-        if isinstance(ranks, jax.Array):  # an index would compile to a gather
-            ranks = jnp.moveaxis(ranks, -1, 0)
-            rank_of = [jax.lax.index_in_dim(ranks, i, 0, keepdims=False) for i in range(len(PROJECTIONS))]
-        else:
-            rank_of = [ranks[..., i] for i in range(len(PROJECTIONS))]
+        rank_of = [_column(ranks, i) for i in range(len(PROJECTIONS))]
         tiles, base = [], 0 * rank_of[0]
         for stack in self.stacks:
             rows = sum(rank_of[i] for i in stack.rank_index)

@@ -27,9 +27,12 @@ from slora_jax.engine.runner import longest_sequence, pool_shape, step_spec
 from slora_jax.engine.step import (
     StepSpec,
     make_sampler,
+    make_scorer,
     make_step,
     sampler_name,
     sampler_shapes,
+    scorer_name,
+    scorer_shapes,
     step_shapes,
 )
 from slora_jax.errors import ConfigError
@@ -193,7 +196,7 @@ def compile_report(
             done.append(_compile(spec, target, bucket, with_lora))
             bar.update()
         for seqs, logprobs in samplers:
-            bar.set_description(f"compiling {sampler_name(seqs, logprobs)}")
+            bar.set_description(f"compiling {scorer_name(seqs) if logprobs else sampler_name(seqs)}")
             done.append(_compile_sampler(spec, target, seqs, logprobs))
             bar.update()
 
@@ -266,11 +269,12 @@ def _name(bucket: Bucket, with_lora: bool) -> str:
 
 
 def _jobs(config: EngineConfig, names: Sequence[str]) -> tuple[list[tuple[Bucket, bool]], list[tuple[int, bool]]]:
-    """The steps (bucket, with LoRA) and the samplers (sequences, with log-probabilities) to compile."""
+    """The steps (bucket, with LoRA), and the samplers and scorers (sequences, whether it is a scorer), to compile."""
     buckets = config.buckets()
     steps = {_name(bucket, with_lora): (bucket, with_lora) for bucket in buckets for with_lora in (False, True)}
     all_seqs = sorted({bucket.seqs for bucket in buckets})
-    samplers = {sampler_name(seqs, logprobs): (seqs, logprobs) for seqs in all_seqs for logprobs in (False, True)}
+    samplers = {sampler_name(seqs): (seqs, False) for seqs in all_seqs}
+    samplers |= {scorer_name(seqs): (seqs, True) for seqs in all_seqs}
     for name in names:
         if name not in steps | samplers:
             raise ConfigError(f"programs: there is no {name!r}; choose from {', '.join((*steps, *samplers))}")
@@ -341,10 +345,14 @@ def _compile(spec: StepSpec, target: Target, bucket: Bucket, with_lora: bool) ->
 
 def _compile_sampler(spec: StepSpec, target: Target, seqs: int, logprobs: bool) -> ProgramReport:
     start = time.perf_counter()
-    compiled = compile_for(target, make_sampler(spec, seqs, logprobs), *sampler_shapes(spec, seqs))
+    if logprobs:
+        name, function, shapes = scorer_name(seqs), make_scorer(spec, seqs), scorer_shapes(spec, seqs)
+    else:
+        name, function, shapes = sampler_name(seqs), make_sampler(spec, seqs), sampler_shapes(spec, seqs)
+    compiled = compile_for(target, function, *shapes)
     memory = compiled.memory_analysis()
     return ProgramReport(
-        name=sampler_name(seqs, logprobs),
+        name=name,
         tokens=seqs,
         seqs=seqs,
         with_lora=False,

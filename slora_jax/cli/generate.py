@@ -111,6 +111,7 @@ def _engine_config(args: argparse.Namespace, model: ModelConfig) -> EngineConfig
         mixed_buckets=(EngineConfig.max_tokens_per_step,),
         tp=args.tp,
         lora="paged" if args.adapter else "off",
+        compile_ahead=False,
     )
 
 

@@ -42,8 +42,8 @@ class EngineConfig:
     dtype: "float32" or "bfloat16", of weights, KV and adapters.
     num_pages: pages of the unified pool, the dummy page included; None sizes it from free device memory (of several
       processes, that of the one with the least).
-    memory_fraction: share of the free device memory that `num_pages=None` may fill (of free host memory, on a CPU,
-      a quarter of it).
+    memory_fraction: share of the free device memory that `num_pages=None` may fill; on a CPU, of an eighth of the
+      host's memory (less if that is not free). The number of pages is rounded down, so that starts share compiled programs.
     page_size: tokens of a KV page, rows of an adapter tile: 8, 16 or 32.
     max_seqs: sequences running at once.
     max_tokens_per_step: rows of one step: decoding sequences, and prompts in chunks.
@@ -79,6 +79,8 @@ class EngineConfig:
       baselines of the paper's evaluation. "bmm": by batched products over zero-padded weights and rows
       (`pallas_kernels.lora.bmm`). "merge": merged into the base weights, one adapter at a time (`engine.merge`), under
       the policy `OneAdapter`. "off": requests name adapters, but the base model answers; nothing is loaded or computed.
+    compile_ahead: True compiles every program before the first request, so that none is compiled while requests wait.
+      False compiles each when it is first used: for a process that answers a request or two.
     keep_logits: outputs carry each generated token's float32 logits (for research; costs a copy of [seqs, vocab]).
     compilation_cache_dir: JAX's persistent compilation cache, for your own account only (who can write there can run
       code as you). A cache that JAX is configured with already is left alone; None: none.
@@ -111,6 +113,7 @@ class EngineConfig:
     tp_lora: LoraSharding = "slora"
     tp_first_device: int = 0
     lora: str = "paged"
+    compile_ahead: bool = True
     keep_logits: bool = False
     compilation_cache_dir: str | Path | None = DEFAULT_COMPILATION_CACHE
     model_cache_dir: str | Path | None = None

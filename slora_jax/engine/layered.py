@@ -6,7 +6,7 @@ compiles in the time of one layer. On a GPU a step is one program (`make_step`),
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -122,7 +122,7 @@ class LayeredStep:
     def parts(self) -> list[Part]:
         return list(self._parts.values())
 
-    def program(self, compiled: dict[str, Callable[..., Any]]) -> LayeredProgram:
+    def program(self, compiled: Mapping[str, Callable[..., Any]]) -> LayeredProgram:
         """The step from its compiled parts, by name."""
         part = {role: compiled[part.name] for role, part in self._parts.items()}
         return LayeredProgram(part["begin"], part.get("prepare"), part["layer"], part["end"])

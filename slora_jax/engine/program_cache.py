@@ -30,6 +30,7 @@ from jax.experimental import serialize_executable
 import pallas_kernels
 import slora_jax
 from slora_jax.engine.step import StepSpec
+from slora_jax.models.hf import load_device
 
 KEPT_SECONDS = 30 * 24 * 3600
 """Entries that were not used for so long are deleted when a new one is written."""
@@ -57,7 +58,9 @@ class ProgramCache:
         path = self._path(name, about)
         try:
             entry = path.read_bytes()
-            compiled = serialize_executable.deserialize_and_load(*pickle.loads(entry))
+            compiled = serialize_executable.deserialize_and_load(
+                *pickle.loads(entry), execution_devices=[load_device()]
+            )
             os.utime(path)
         except FileNotFoundError:
             return None
@@ -102,7 +105,7 @@ def _environment() -> str:
     for file in _source():
         digest.update(file.read_bytes())
     settings = {name: value for name, value in jax.config.values.items() if not _IRRELEVANT_SETTINGS.match(name)}
-    about = [sys.version, jax.__version__, jaxlib.__version__, platform.machine(), _processor(), len(jax.devices())]
+    about = [sys.version, jax.__version__, jaxlib.__version__, platform.machine(), _processor(), load_device().id]
     about += [os.environ.get("XLA_FLAGS"), sorted(settings.items())]
     digest.update(json.dumps(about, default=repr).encode())
     return digest.hexdigest()

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
@@ -27,12 +27,16 @@ from slora_jax.engine.step import (
     Lora,
     StepSpec,
     make_sampler,
+    make_scorer,
     make_step,
     sampler_name,
     sampler_shapes,
+    scorer_name,
+    scorer_shapes,
     step_name,
     step_shapes,
 )
+from slora_jax.phases import phase
 
 StepKey = tuple[int, int]
 """Names a step program: the number of its bucket, and of its LoRA work among the bucket's, the least first."""
@@ -52,14 +56,14 @@ class Program:
 
 
 class StepPrograms:
-    """The compiled steps of an engine, by bucket and LoRA work; and its samplers, by number of sequences, with
-    and without log-probabilities."""
+    """The compiled steps of an engine, by bucket and LoRA work; and its samplers, by number of sequences."""
 
     def __init__(
         self,
         spec: StepSpec,
         buckets: tuple[Bucket, ...],
         *,
+        ahead: bool = True,
         threads: int = 2,
         progress: bool = True,
         cache_dir: Path | None = None,
@@ -67,7 +71,9 @@ class StepPrograms:
         """Compiles all, or loads what earlier starts compiled.
 
         Args:
+          ahead: False compiles each program when it is first used.
           threads: programs compiled at once.
+          progress: whether a bar shows it.
           cache_dir: where compiled programs are kept, on a CPU; None: nowhere.
 
         Raises:
@@ -75,31 +81,27 @@ class StepPrograms:
         """
         self.buckets = buckets
         self.layouts = {bucket: spec.layout(bucket) for bucket in buckets}
+        self._threads, self._progress = threads, progress
         self._lora = {bucket: spec.lora_programs(layout) for bucket, layout in self.layouts.items()}
         keys = [(bucket, lora) for bucket in buckets for lora in self._lora[bucket]]
-        layered = {key: LayeredStep(spec, self.layouts[key[0]], key[1]) for key in keys if spec.layered}
-        parts: dict[str, tuple[Part, str]] = {}
+        self._layered = {key: LayeredStep(spec, self.layouts[key[0]], key[1]) for key in keys if spec.layered}
+        self._parts: dict[str, tuple[Part, str]] = {}
         for bucket, lora in reversed(keys):
-            step = layered.get((bucket, lora))
-            for part in [_whole_step(spec, self.layouts[bucket], lora)] if step is None else step.parts:
-                parts[part.name] = part, repr((self.layouts[bucket], lora))
-        for seqs, logprobs in itertools.product({bucket.seqs for bucket in buckets}, (False, True)):
-            part = _sampler(spec, seqs, logprobs)
-            parts[part.name] = part, ""
-        cache = None
+            layout, layered = self.layouts[bucket], self._layered.get((bucket, lora))
+            for part in [_whole_step(spec, layout, lora)] if layered is None else layered.parts:
+                self._parts[part.name] = part, repr((layout, lora))
+        for seqs, make in itertools.product({bucket.seqs for bucket in buckets}, (_sampler, _scorer)):
+            part = make(spec, seqs)
+            self._parts[part.name] = part, ""
+        self._cache: ProgramCache | None = None
         if cache_dir is not None and spec.layered and spec.parallel is None:
-            cache = ProgramCache(cache_dir, spec)
-        jobs = {name: partial(_compile, part, about, cache) for name, (part, about) in parts.items()}
+            self._cache = ProgramCache(cache_dir, spec)
         self._programs: dict[str, Program] = {}
-        bar = tqdm(total=len(jobs), desc="compiling steps", unit="program", disable=not progress, leave=False)
-        with bar:
-            for name, program in on_threads(jobs, threads):
-                self._programs[name] = program
-                bar.update()
-        self._steps: dict[tuple[Bucket, Lora], Callable[..., Any]] = {
-            key: layered[key].program(self._programs) if spec.layered else self._programs[step_name(*key)]  # type: ignore[arg-type]
-            for key in keys
-        }
+        self._steps: dict[tuple[Bucket, Lora], Callable[..., Any]] = {}
+        if ahead:
+            self._need(self._parts)
+            for key in keys:
+                self._step(*key)
 
     def select(
         self, tokens: int, seqs: int, with_lora: bool, segments: Sequence[int] = ()
@@ -120,23 +122,55 @@ class StepPrograms:
     def step(self, key: StepKey) -> Callable[..., Any]:
         """Called with the arguments of `make_step`'s function."""
         bucket = self.bucket(key)
-        return self._steps[bucket, self._lora[bucket][key[1]]]
+        return self._step(bucket, self._lora[bucket][key[1]])
 
-    def sampler(self, seqs: int, logprobs: bool) -> Program:
-        """The sampler for a bucket of `seqs` sequences."""
-        return self._programs[sampler_name(seqs, logprobs)]
+    def sampler(self, seqs: int) -> Program:
+        """`make_sampler`'s program for a bucket of `seqs` sequences."""
+        return self._need([sampler_name(seqs)])[0]
+
+    def scorer(self, seqs: int) -> Program:
+        """`make_scorer`'s program for a bucket of `seqs` sequences."""
+        return self._need([scorer_name(seqs)])[0]
 
     @property
     def programs(self) -> list[Program]:
         return list(self._programs.values())
+
+    def _step(self, bucket: Bucket, lora: Lora) -> Callable[..., Any]:
+        step = self._steps.get((bucket, lora))
+        if step is None:
+            layered = self._layered.get((bucket, lora))
+            if layered is None:
+                step = self._need([step_name(bucket, lora)])[0]
+            else:
+                self._need([part.name for part in layered.parts])
+                step = layered.program(self._programs)
+            self._steps[bucket, lora] = step
+        return step
+
+    def _need(self, names: Collection[str]) -> list[Program]:
+        """Programs by name; those that are missing are compiled."""
+        missing = [name for name in names if name not in self._programs]
+        if missing:
+            jobs = {name: partial(_compile, *self._parts[name], self._cache) for name in missing}
+            bar = tqdm(total=len(jobs), desc="compiling steps", unit="program", disable=not self._progress, leave=False)
+            with phase("programs"), bar:
+                for name, program in on_threads(jobs, self._threads):
+                    self._programs[name] = program
+                    bar.update()
+        return [self._programs[name] for name in names]
 
 
 def _whole_step(spec: StepSpec, layout: BatchLayout, lora: Lora) -> Part:
     return Part(step_name(layout.bucket, lora), make_step(spec, layout, lora), lambda: step_shapes(spec, layout))
 
 
-def _sampler(spec: StepSpec, seqs: int, logprobs: bool) -> Part:
-    return Part(sampler_name(seqs, logprobs), make_sampler(spec, seqs, logprobs), lambda: sampler_shapes(spec, seqs))
+def _sampler(spec: StepSpec, seqs: int) -> Part:
+    return Part(sampler_name(seqs), make_sampler(spec, seqs), lambda: sampler_shapes(spec, seqs))
+
+
+def _scorer(spec: StepSpec, seqs: int) -> Part:
+    return Part(scorer_name(seqs), make_scorer(spec, seqs), lambda: scorer_shapes(spec, seqs))
 
 
 def _compile(part: Part, about: str, cache: ProgramCache | None) -> Program:
@@ -158,7 +192,7 @@ GRACE_SECONDS = 2.0
 _running: set[threading.Thread] = set()
 
 
-def on_threads(jobs: dict[str, Callable[[], Program]], threads: int) -> Iterator[tuple[str, Program]]:
+def on_threads(jobs: Mapping[str, Callable[[], Program]], threads: int) -> Iterator[tuple[str, Program]]:
     """Runs the jobs, `threads` at once, and yields each result with its name as it comes.
 
     An exception, Ctrl-C's too, leaves at once: no further job begins, and those under way (XLA cannot be interrupted)

@@ -317,7 +317,7 @@ def pages_that_fit(model: ModelConfig, config: EngineConfig) -> int:
     width = adapter_geometry(model, config.page_size, shards).layout.width  # of a device's pages
     page_bytes = model.num_layers * 2 * config.page_size * width * jnp.dtype(config.dtype).itemsize
     free, where = _free_memory(shards.of_model(model), config)
-    num_pages = free // page_bytes
+    num_pages = coarse(free // page_bytes)
     size = f"{page_bytes / 2**20:.2f} MiB each over all layers, {num_pages * page_bytes / 2**30:.2f} GiB of {where}"
     message = f"pool: {num_pages} pages of {config.page_size} tokens ({size})"
     logger.info(message)
@@ -330,12 +330,22 @@ def pages_that_fit(model: ModelConfig, config: EngineConfig) -> int:
     return num_pages
 
 
+def coarse(num_pages: int) -> int:
+    """`num_pages` rounded down to five binary digits, at most 6% less. The pool's size is part of every compiled
+    program, and free memory differs a little at each start: the programs of one start must serve the next."""
+    unit = 1 << max(0, num_pages.bit_length() - 5)
+    return num_pages // unit * unit
+
+
 def _free_memory(model: ModelConfig, config: EngineConfig) -> tuple[int, str]:
     """Bytes the pool may take of a device that runs `model`, and a word on where they are."""
     stats = jax.local_devices()[0].memory_stats()
-    if stats is None:  # a CPU: leave most of the host's memory to the host
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return int(free * config.memory_fraction / 4 / config.tp), "host memory"
+    if stats is None:  # a CPU: an eighth of the host's memory, or of that a half, a quarter..., while it is not free
+        whole, free = (os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+        share = int(whole * config.memory_fraction / 8)
+        while share > free * config.memory_fraction / 2:
+            share //= 2
+        return share // config.tp, "host memory"
     widest = model.q_width + 2 * model.kv_width + 2 * model.hidden_size + 3 * model.intermediate_size
     activations = config.max_tokens_per_step * widest * 4 * 2 + config.max_seqs * model.vocab_size * 4 * 6
     layer_page = 2 * config.page_size * model.kv_width * jnp.dtype(config.dtype).itemsize

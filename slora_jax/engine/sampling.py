@@ -52,13 +52,17 @@ def greedy(logits: jax.Array) -> jax.Array:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def sample(logits: jax.Array, inputs: SamplingInputs, *, logprobs: bool) -> Sampled:
-    """Draws one token per row of `logits` float32 `[S, V]`; logprobs (static): report log-probabilities too.
+def sample(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
+    """Draws one token per row of `logits` float32 `[S, V]`: int32 `[S]`.
 
     A row's draw depends on its own logits, parameters, seed and output index only.
     """
-    token = _in_chunks(_draw, logits, inputs)
-    return Sampled(token, *(_in_chunks(_logprobs, logits, token) if logprobs else ()))
+    return _in_chunks(_draw, logits, inputs)
+
+
+def score(logits: jax.Array, token: jax.Array) -> Sampled:
+    """Each row's `token` int32 `[S]`, with log-probabilities from `logits` float32 `[S, V]`."""
+    return Sampled(token, *_in_chunks(_logprobs, logits, token))
 
 
 def _in_chunks(function: Callable[..., Any], *arrays: Any) -> Any:

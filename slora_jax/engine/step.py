@@ -28,7 +28,7 @@ from slora_jax.engine.batch import (
     unpack,
     unpack_sampling,
 )
-from slora_jax.engine.sampling import Sampled, greedy, sample
+from slora_jax.engine.sampling import Sampled, greedy, sample, score
 from slora_jax.memory import Pool, PoolShape
 from slora_jax.models import ModelConfig, Params
 from slora_jax.models.decoder import Embedding
@@ -280,37 +280,67 @@ def replicated(parallel: TensorParallel, structs: Any) -> Any:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=parallel.replicated), structs)
 
 
-def make_sampler(spec: StepSpec, seqs: int, logprobs: bool) -> Any:
-    """What follows a step in which a sequence does not simply take its likeliest token, or asks for log-probabilities:
-    `(last_token, logits float32 [seqs, vocab], metadata int32 [7 seqs]) -> (last_token, Sampled)`, jitted; last_token,
-    of the sequence state, is donated. A program of its own: on a GPU, a branch inside the step would stop the host
-    until the device knows which way to go. Over several shards, each gathers the whole logits and samples all."""
+def make_sampler(spec: StepSpec, seqs: int) -> Any:
+    """What follows a step in which a sequence does not simply take its likeliest token: `(last_token, logits float32
+    [seqs, vocab], metadata int32 [7 seqs]) -> (last_token, token int32 [seqs])`, jitted; last_token, of the sequence
+    state, is donated. A program of its own: on a GPU, a branch inside the step would stop the host until the device
+    knows which way to go. Over several shards, each gathers the whole logits and samples all."""
 
-    def sampler(last_token: jax.Array, logits: jax.Array, metadata: jax.Array) -> tuple[jax.Array, Sampled]:
+    def sampler(last_token: jax.Array, logits: jax.Array, metadata: jax.Array) -> tuple[jax.Array, jax.Array]:
         slot, inputs = unpack_sampling(metadata, seqs)
-        if spec.parallel is not None:
-            logits = vocabulary.gather_logits(logits, spec.model.vocab_size)
-        sampled = sample(logits, inputs, logprobs=logprobs)
-        return last_token.at[slot].set(sampled.token), sampled
+        token = sample(_whole_logits(spec, logits), inputs)
+        return last_token.at[slot].set(token), token
 
+    return _after_step(spec, sampler, sampler_name(seqs), (REPLICATED, LOGITS, REPLICATED), donated=(0,))
+
+
+def make_scorer(spec: StepSpec, seqs: int) -> Any:
+    """What follows where a sequence asks for log-probabilities: `(token int32 [seqs], logits float32 [seqs, vocab]) ->
+    Sampled`, jitted."""
+
+    def scorer(token: jax.Array, logits: jax.Array) -> Sampled:
+        return score(_whole_logits(spec, logits), token)
+
+    return _after_step(spec, scorer, scorer_name(seqs), (REPLICATED, LOGITS))
+
+
+def _whole_logits(spec: StepSpec, logits: jax.Array) -> jax.Array:
+    return logits if spec.parallel is None else vocabulary.gather_logits(logits, spec.model.vocab_size)
+
+
+def _after_step(spec: StepSpec, function: Any, name: str, specs: tuple[Any, ...], donated: tuple[int, ...] = ()) -> Any:
     if spec.parallel is not None:
-        specs = (REPLICATED, LOGITS, REPLICATED)
-        sampler = jax.shard_map(sampler, mesh=spec.parallel.mesh, in_specs=specs, out_specs=REPLICATED, check_vma=False)
-    sampler.__name__ = sampler_name(seqs, logprobs)
-    return jax.jit(sampler, donate_argnums=0)
+        mesh = spec.parallel.mesh
+        function = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=REPLICATED, check_vma=False)
+    function.__name__ = name
+    return jax.jit(function, donate_argnums=donated)
 
 
-def sampler_name(seqs: int, logprobs: bool) -> str:
+def sampler_name(seqs: int) -> str:
     """Of `make_sampler`'s program."""
-    return f"sample_{seqs}" + ("_logprobs" if logprobs else "")
+    return f"sample_{seqs}"
+
+
+def scorer_name(seqs: int) -> str:
+    """Of `make_scorer`'s program."""
+    return f"logprobs_{seqs}"
 
 
 def sampler_shapes(spec: StepSpec, seqs: int) -> tuple[Any, ...]:
     """As `step_shapes`, of a sampler's arguments."""
-    logits = jax.ShapeDtypeStruct((seqs, spec.shard_model.vocab_size), jnp.float32)
     metadata = jax.ShapeDtypeStruct((len(SAMPLER_FIELDS) * seqs,), jnp.int32)
     last_token = spec.state_struct().last_token
     if spec.parallel is not None:
-        logits = spec.parallel.struct(logits, LOGITS)
         last_token, metadata = replicated(spec.parallel, (last_token, metadata))
-    return last_token, logits, metadata
+    return last_token, _logits_shape(spec, seqs), metadata
+
+
+def scorer_shapes(spec: StepSpec, seqs: int) -> tuple[Any, ...]:
+    """As `step_shapes`, of a scorer's arguments."""
+    token = jax.ShapeDtypeStruct((seqs,), jnp.int32)
+    return token if spec.parallel is None else replicated(spec.parallel, token), _logits_shape(spec, seqs)
+
+
+def _logits_shape(spec: StepSpec, seqs: int) -> jax.ShapeDtypeStruct:
+    logits = jax.ShapeDtypeStruct((seqs, spec.shard_model.vocab_size), jnp.float32)
+    return logits if spec.parallel is None else spec.parallel.struct(logits, LOGITS)

@@ -43,6 +43,7 @@ class Worker:
         self.programs = StepPrograms(
             spec,
             config.buckets(),
+            ahead=config.compile_ahead,
             progress=config.progress,
             cache_dir=None if cache is None else Path(cache).expanduser() / "programs",
         )
@@ -52,7 +53,8 @@ class Worker:
         self._page_sharding = None if parallel is None else parallel.sharding(PAGES)
         self._columns = slice(0, spec.pool.width) if parallel is None else parallel.columns(spec.pool.width)
         self._staged: deque[list[jax.Array]] = deque()
-        self._warm_up()
+        if config.compile_ahead:
+            self._warm_up()
 
     def step(
         self, key: StepKey, metadata: np.ndarray, rows: Sequence[TableRows], logprobs: bool | None
@@ -64,12 +66,12 @@ class Worker:
             self.state = replace(self.state, page_table=set_table_rows(self.state.page_table, slot, pages))
         program = self.programs.step(key)
         self.pool, self.state, output = program(self.params, self.pool, self.table, self.state, metadata)
-        sampled = Sampled(output.token)
+        token, seqs = output.token, self.programs.bucket(key).seqs
         if logprobs is not None:
-            seqs = self.programs.bucket(key).seqs
-            sampler, part = self.programs.sampler(seqs, logprobs), metadata[: len(SAMPLER_FIELDS) * seqs]
-            last_token, sampled = sampler(self.state.last_token, output.logits, part)
+            part = metadata[: len(SAMPLER_FIELDS) * seqs]
+            last_token, token = self.programs.sampler(seqs)(self.state.last_token, output.logits, part)
             self.state = replace(self.state, last_token=last_token)
+        sampled = self.programs.scorer(seqs)(token, output.logits) if logprobs else Sampled(token)
         return sampled, output.logits
 
     def read(self, array: jax.Array) -> np.ndarray:

@@ -154,5 +154,5 @@ def test_without_adapters_only_the_base_sends():
 
 def test_the_sampler_gathers_the_logits_once():
     spec = spec_of("h200", 4)
-    compiled = compile_for(TARGETS["h200"], make_sampler(spec, SEQS, True), *sampler_shapes(spec, SEQS))
+    compiled = compile_for(TARGETS["h200"], make_sampler(spec, SEQS), *sampler_shapes(spec, SEQS))
     assert counted(compiled) == Counter({("all-gather", SEQS * 1004 * 4): 1})
