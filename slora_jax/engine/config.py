@@ -43,7 +43,8 @@ class EngineConfig:
     num_pages: pages of the unified pool, the dummy page included; None sizes it from free device memory (of several
       processes, that of the one with the least).
     memory_fraction: share of the free device memory that `num_pages=None` may fill; on a CPU, of an eighth of the
-      host's memory (less if that is not free). The number of pages is rounded down, so that starts share compiled programs.
+      host's memory (less if that is not free). The number of pages is rounded down, so that every start finds the
+      programs that an earlier one compiled.
     page_size: tokens of a KV page, rows of an adapter tile: 8, 16 or 32.
     max_seqs: sequences running at once.
     max_tokens_per_step: rows of one step: decoding sequences, and prompts in chunks.

@@ -57,9 +57,9 @@ class ProgramCache:
         """
         path = self._path(name, about)
         try:
-            entry = path.read_bytes()
+            payload, arguments, results = pickle.loads(path.read_bytes())
             compiled = serialize_executable.deserialize_and_load(
-                *pickle.loads(entry), execution_devices=[load_device()]
+                payload, arguments, results, execution_devices=[load_device()]
             )
             os.utime(path)
         except FileNotFoundError:
