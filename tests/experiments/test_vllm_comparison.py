@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from tiny_model import TinyModel
 
 from experiments.vllm_comparison import compare
+from experiments.vllm_comparison.__main__ import main
 from experiments.vllm_comparison.requests import Requests, make_requests
 from experiments.vllm_comparison.settings import QUICK
 from experiments.vllm_comparison.worker import slora_worker, vllm_environment
@@ -48,11 +48,13 @@ def test_the_table_has_both_sides_and_the_ratios():
     assert "base only" in text and "5 of 6 requests" in text and "1.25" in text
 
 
-def test_a_missing_vllm_is_refused_with_the_remedy(tmp_path):
-    command = [sys.executable, "-m", "experiments.vllm_comparison", "--vllm-python", str(tmp_path / "python")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert str(tmp_path / "python") in done.stderr and "make bench-vllm" in done.stderr
+def test_a_missing_vllm_is_refused_with_the_remedy(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vllm_comparison", "--vllm-python", str(tmp_path / "python")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    refusal = capsys.readouterr().err
+    assert str(tmp_path / "python") in refusal and "make bench-vllm" in refusal
 
 
 def test_vllm_gets_all_cores(tmp_path):
