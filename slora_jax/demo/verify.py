@@ -1,7 +1,7 @@
 """The answers again, from merged weights: NumPy, float64, one request at a time, nothing shared with the engine.
 
-The weights come straight from the safetensors files, the adapter is added to them as `W + (alpha / r) B A`, and the
-model is a dense Llama forward pass without cache, pages or batching.
+The weights come straight from the model's files (`demo.reference_weights`), the adapter is added to them as
+`W + (alpha / r) B A`, and the model is a dense Llama forward pass without cache, pages or batching.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 Weights = dict[str, np.ndarray]
-ROUNDING = 1e-4
-"""Logits closer than this are a tie, which float32 rounding may decide either way."""
+ROUNDING = 3e-5
+"""Logits closer than this share of the largest are a tie, which float32 rounding may decide either way."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,13 @@ def merge(base: Weights, adapter_dir: Path) -> Weights:
     return merged
 
 
-def dense_logits(weights: Weights, config: dict, tokens: Sequence[int]) -> np.ndarray:
-    """Logits `[T, vocab]` after each of the T `tokens`; `config` is the checkpoint's config.json."""
+def dense_logits(weights: Weights, config: dict, tokens: Sequence[int], first: int = 0) -> np.ndarray:
+    """Logits `[T - first, vocab]`, float64, after each of the T `tokens` from the one at `first`.
+
+    `config` has the names of a config.json. Weights may be float32; activations are float64.
+    """
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    length, head_dim = len(tokens), config["hidden_size"] // heads
+    length, head_dim = len(tokens), config.get("head_dim") or config["hidden_size"] // heads
     frequency = config["rope_theta"] ** (-np.arange(0, head_dim, 2) / head_dim)
     angle = np.arange(length)[:, None, None] * frequency  # [T, 1, head_dim / 2]
     future = np.triu(np.full((length, length), -np.inf), 1)
@@ -66,7 +69,7 @@ def dense_logits(weights: Weights, config: dict, tokens: Sequence[int]) -> np.nd
             [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)], -1
         )
 
-    x = weights["model.embed_tokens.weight"][list(tokens)]
+    x = weights["model.embed_tokens.weight"][list(tokens)].astype(np.float64)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
 
@@ -85,7 +88,7 @@ def dense_logits(weights: Weights, config: dict, tokens: Sequence[int]) -> np.nd
         h = norm(x, f"{prefix}.post_attention_layernorm")
         gate, up = linear(h, "mlp.gate_proj"), linear(h, "mlp.up_proj")
         x = x + linear(gate / (1 + np.exp(-gate)) * up, "mlp.down_proj")
-    return norm(x, "model.norm") @ weights["lm_head.weight"].T
+    return norm(x[first:], "model.norm") @ weights["lm_head.weight"].T
 
 
 def first_difference(
@@ -96,12 +99,12 @@ def first_difference(
     One pass over prompt and answer suffices: the answer is greedy if each of its tokens is the most likely one after
     all that precede it.
     """
-    eos = config["eos_token_id"]
-    logits = dense_logits(weights, config, [*prompt, *answer])[len(prompt) - 1 :]
+    ends = np.atleast_1d(config["eos_token_id"])
+    logits = dense_logits(weights, config, [*prompt, *answer], first=len(prompt) - 1)
     for position, (row, token) in enumerate(zip(logits[:-1], answer, strict=True)):
-        if position and answer[position - 1] == eos:
+        if position and answer[position - 1] in ends:
             return Difference(position, token, None)
-        if row[token] < row.max() - ROUNDING:
+        if row[token] < row.max() - ROUNDING * np.abs(row).max():
             return Difference(position, token, int(row.argmax()))
-    ended = len(answer) == max_tokens or (len(answer) > 0 and answer[-1] == eos)
+    ended = len(answer) == max_tokens or (len(answer) > 0 and answer[-1] in ends)
     return None if ended else Difference(len(answer), None, int(logits[-1].argmax()))
