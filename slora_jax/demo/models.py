@@ -38,8 +38,26 @@ class Load:
     chat: bool
 
 
-TINY_LOAD = Load((8, 16, 32, 64), (QV, ATTENTION, ALL), 300, 512, 32, 512, checks=13, chat=False)
-CHAT_LOAD = Load((4, 8, 16, 32), (*[QV] * 6, ATTENTION, ALL), 100, 384, 32, 256, checks=8, chat=True)
+TINY_LOAD = Load(
+    ranks=(8, 16, 32, 64),
+    targets=(QV, ATTENTION, ALL),
+    requests=300,
+    num_pages=512,
+    max_seqs=32,
+    max_model_len=512,
+    checks=13,
+    chat=False,
+)
+CHAT_LOAD = Load(
+    ranks=(4, 8, 16, 32),
+    targets=(*[QV] * 6, ATTENTION, ALL),
+    requests=80,
+    num_pages=384,
+    max_seqs=32,
+    max_model_len=256,
+    checks=6,
+    chat=True,
+)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from slora_jax.errors import ConfigError, UnsupportedModelError
 from slora_jax.scheduling import SamplingParams
 
 MARKER = ".slora-demo"
-QUESTION = "What is the capital of France, and what is it famous for?"
+QUESTION = "What is the capital of France and what can I see there? Answer in two short sentences."
 ANSWER_TOKENS = 48
 COLUMNS = 96
 SHOWN_ANSWERS = 4
@@ -72,7 +72,8 @@ def run_demo(settings: DemoSettings) -> bool:
         print(f"   Their ranks are {ranks}, on 2, 4 or 7 modules of each layer; they are in {adapters_dir}")
         print(f"   The memory pool has {engine.allocator.capacity} pages, for adapters and keys and values together.")
         print(f"   All adapters at once would take {pages}: they must come and go.")
-        requests = make_traffic(adapters, settings.requests or load.requests, settings.seed, load.chat)
+        count = settings.requests or load.requests
+        requests = make_traffic(adapters, count, settings.seed, load.chat)
         print(f"3. Serving {len(requests)} requests, which arrive while others are being answered.")
         served = serve(engine, requests)
     for line in _table(requests, served, engine.allocator.capacity):
@@ -140,11 +141,12 @@ def _print_wrapped(label: str, pieces: Iterable[str]) -> None:
     for piece in chain(pieces, " "):
         *words, word = re.split(r"\s+", word + piece)
         for complete in filter(None, words):
-            if column > len(label) and column + len(complete) > COLUMNS:
+            if column > len(label) and column + 1 + len(complete) > COLUMNS:
                 print("\n" + " " * len(label), end="")
                 column = len(label)
-            print(complete, end=" ", flush=True)
-            column += len(complete) + 1
+            space = " " if column > len(label) else ""
+            print(space + complete, end="", flush=True)
+            column += len(space + complete)
     print()
 
 
