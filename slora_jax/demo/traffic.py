@@ -57,7 +57,7 @@ def make_traffic(adapters: Sequence[DemoAdapter], count: int, seed: int, chat: b
     while len(uses) < count:
         uses += [adapters[i] for i in rng.permutation(len(adapters))[: count - len(uses)]]
     steps = np.cumsum(rng.exponential(1 / ARRIVALS_PER_STEP, count)).astype(int)
-    requests = []
+    requests: list[DemoRequest] = []
     for use, step in zip(rng.permutation(np.array(uses, object)), steps.tolist(), strict=True):
         sentences = rng.choice(SENTENCES, rng.integers(1, MAX_SENTENCES, endpoint=True), replace=False)
         max_tokens = int(rng.integers(MIN_TOKENS, MAX_TOKENS, endpoint=True))
