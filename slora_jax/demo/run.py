@@ -1,66 +1,96 @@
-"""The demo from beginning to end: make, start, serve, check, and say what happened."""
+"""The demo from beginning to end: start, ask, make adapters, serve, check, and say what happened."""
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from slora_jax.demo.adapters import RANKS, DemoAdapter, write_adapters
+from slora_jax.demo.adapters import DemoAdapter, write_adapters
 from slora_jax.demo.checkpoint import write_checkpoint
+from slora_jax.demo.models import DemoModel, choose_model
+from slora_jax.demo.reference_weights import read_reference
 from slora_jax.demo.settings import DemoSettings
-from slora_jax.demo.traffic import DemoRequest, Served, make_traffic, serve
-from slora_jax.demo.verify import first_difference, load_weights, merge
-from slora_jax.engine import Engine, EngineConfig, RequestOutput, adapter_geometry
-from slora_jax.errors import ConfigError
-from slora_jax.models import ModelConfig
+from slora_jax.demo.traffic import DemoRequest, Served, chat_prompt, make_traffic, serve
+from slora_jax.demo.verify import Weights, first_difference, merge
+from slora_jax.engine import Engine, EngineConfig, RequestOutput
+from slora_jax.errors import ConfigError, UnsupportedModelError
+from slora_jax.scheduling import SamplingParams
 
 MARKER = ".slora-demo"
+QUESTION = "What is the capital of France and what can I see there? Answer in two short sentences."
+ANSWER_TOKENS = 48
+COLUMNS = 96
+SHOWN_ANSWERS = 4
 
 
 def run_demo(settings: DemoSettings) -> bool:
     """Runs the demo, talking to stdout. Returns whether every checked answer agrees with its merged weights.
 
     Raises:
-      ConfigError: the directory holds something else.
+      ConfigError: the directory holds something else, or the model is not there.
     """
-    model_dir, adapters_dir = settings.directory / "model", settings.directory / "adapters"
+    model, adapters_dir = choose_model(settings.model), settings.directory / "adapters"
+    load = model.load
     _prepare(settings.directory)
+    if model.notice:
+        print(model.notice)
+    print(f"1. The model: {model.name}.")
+    path = _place(model, settings)
     config = EngineConfig(
         dtype="float32",
-        num_pages=settings.num_pages,
-        max_seqs=32,
+        num_pages=settings.num_pages or load.num_pages,
+        max_seqs=load.max_seqs,
         max_tokens_per_step=128,
-        decode_buckets=(32,),
+        max_model_len=load.max_model_len,
+        decode_buckets=(1, load.max_seqs) if load.chat else (load.max_seqs,),
         mixed_buckets=(128,),
-        max_rank=max(RANKS),
+        max_rank=max(load.ranks),
         compilation_cache_dir=settings.directory / "compiled",
     )
-    print(f"1. Making a small Llama model and {settings.adapters} LoRA adapters, all with random weights.")
-    parameters = write_checkpoint(model_dir, settings.layers, settings.seed)
-    geometry = adapter_geometry(ModelConfig.from_directory(model_dir), config.page_size)
-    adapters = write_adapters(adapters_dir, geometry, settings.adapters, settings.seed)
-    print(f"   The model, with {parameters / 1e6:.1f} million parameters, is in {model_dir}")
-    ranks = ", ".join(map(str, RANKS))
-    print(f"   The adapters, of ranks {ranks} on 2, 4 or 7 modules of each layer, are in {adapters_dir}")
-
-    print("2. Starting the engine: every program that it will ever run is compiled now.")
-    with Engine.from_pretrained(model_dir, config) as engine:
+    print("   Starting the engine. The first start compiles its programs; later starts find them on disk.", flush=True)
+    start = time.perf_counter()
+    with Engine.from_pretrained(path, config) as engine:
+        print(f"   Ready after {time.perf_counter() - start:.0f} s.")
+        if load.chat and engine.tokenizer.chat_template is None:
+            load = replace(load, chat=False)
+        if load.chat:
+            _ask(engine)
+        print(f"2. Making {settings.adapters} LoRA adapters with random weights.")
+        geometry = engine.store.geometry
+        adapters = write_adapters(adapters_dir, geometry, settings.adapters, settings.seed, load.ranks, load.targets)
         pages = sum(info.num_pages for info in engine.load_adapters(adapters_dir))
+        ranks = ", ".join(map(str, load.ranks))
+        print(f"   Their ranks are {ranks}, on 2, 4 or 7 modules of each layer; they are in {adapters_dir}")
         print(f"   The memory pool has {engine.allocator.capacity} pages, for adapters and keys and values together.")
         print(f"   All adapters at once would take {pages}: they must come and go.")
-        requests = make_traffic(adapters, settings.requests, settings.seed)
-        print(f"3. Serving {len(requests)} requests for them, which arrive while others are being answered.")
+        count = settings.requests or load.requests
+        requests = make_traffic(adapters, count, settings.seed, load.chat)
+        print(f"3. Serving {len(requests)} requests, which arrive while others are being answered.")
         served = serve(engine, requests)
     for line in _table(requests, served, engine.allocator.capacity):
         print("   " + line)
+    if load.chat:
+        for line in _answers(requests, served.outputs):
+            print("   " + line)
 
-    print("4. Checking answers: each again, alone, by a plain NumPy model with the adapter merged into its weights.")
-    return _check(model_dir, requests, served.outputs, settings.checks)
+    print("4. Checking answers: each again, alone, in NumPy, with the adapter merged into the weights.", flush=True)
+    try:
+        base, reference_config = read_reference(path)
+    except UnsupportedModelError as error:
+        print(f"   Skipped, because the check computes plain Llama models only. {error}")
+        return True
+    agree = _check(base, reference_config, requests, served.outputs, settings.checks or load.checks)
+    print(f"Try them: slora serve {path} --adapters {adapters_dir} --dtype float32")
+    return agree
 
 
 def _prepare(directory: Path) -> None:
@@ -69,8 +99,65 @@ def _prepare(directory: Path) -> None:
         raise ConfigError(f"{directory}: holds something that no earlier demo left there; choose another directory")
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MARKER).touch()
+    (directory / "model.gguf").unlink(missing_ok=True)
     for name in ("model", "adapters"):
         shutil.rmtree(directory / name, ignore_errors=True)
+
+
+def _place(model: DemoModel, settings: DemoSettings) -> Path:
+    """Where the model is: the tiny one is written to the directory, a GGUF file gets a short name there."""
+    if model.path is None:
+        path = settings.directory / "model"
+        parameters = write_checkpoint(path, settings.layers, settings.seed)
+        print(f"   It has {parameters / 1e6:.1f} million parameters and is in {path}")
+        return path
+    if model.path.is_dir():
+        return model.path
+    link = settings.directory / "model.gguf"
+    link.symlink_to(model.path.resolve())
+    return link
+
+
+def _ask(engine: Engine) -> None:
+    """Asks the base model a question and prints its answer as it comes."""
+    start, first = time.perf_counter(), None
+
+    def pieces() -> Iterable[str]:
+        nonlocal first
+        prompt = chat_prompt(engine.tokenizer, QUESTION)
+        for delta in engine.stream(prompt, SamplingParams(max_tokens=ANSWER_TOKENS)):
+            first = first or time.perf_counter() - start
+            yield delta.text
+
+    print(f"   Question: {QUESTION}")
+    _print_wrapped("   Answer:   ", pieces())
+    print(f"   The first token came after {first:.2f} s, the last after {time.perf_counter() - start:.2f} s.")
+
+
+def _print_wrapped(label: str, pieces: Iterable[str]) -> None:
+    """Prints text word by word as its pieces come, in lines of at most `COLUMNS`."""
+    print(label, end="", flush=True)
+    column, word = len(label), ""
+    for piece in chain(pieces, " "):
+        *words, word = re.split(r"\s+", word + piece)
+        for complete in filter(None, words):
+            if column > len(label) and column + 1 + len(complete) > COLUMNS:
+                print("\n" + " " * len(label), end="")
+                column = len(label)
+            space = " " if column > len(label) else ""
+            print(space + complete, end="", flush=True)
+            column += len(space + complete)
+    print()
+
+
+def _answers(requests: Sequence[DemoRequest], outputs: Sequence[RequestOutput]) -> list[str]:
+    """Some of the answers, one line each, of different adapters."""
+    rows = ["some of the answers:"]
+    for request, output in list(zip(requests, outputs, strict=True))[:: len(requests) // SHOWN_ANSWERS + 1]:
+        name = "base model" if request.adapter is None else request.adapter.name
+        line = f"{name:12}  {request.prompt} {' '.join((output.text or '').split())}"
+        rows.append(line if len(line) <= COLUMNS - 3 else line[: COLUMNS - 6] + "...")
+    return rows
 
 
 def _table(requests: Sequence[DemoRequest], served: Served, capacity: int) -> list[str]:
@@ -96,10 +183,14 @@ def _table(requests: Sequence[DemoRequest], served: Served, capacity: int) -> li
     return [f"{label:{width}}  {value}" for label, value in rows.items()]
 
 
-def _check(model_dir: Path, requests: Sequence[DemoRequest], outputs: Sequence[RequestOutput], checks: int) -> bool:
+def _check(
+    base: Weights,
+    config: dict[str, Any],
+    requests: Sequence[DemoRequest],
+    outputs: Sequence[RequestOutput],
+    checks: int,
+) -> bool:
     """Compares a sample with its merged weights, says so request by request, and returns whether all agree."""
-    config = json.loads((model_dir / "config.json").read_text())
-    base = load_weights(model_dir / "model.safetensors")
     sample = _sample(requests, outputs, checks)
     with_adapter = changed = failed = 0
     for i in sample:
@@ -117,7 +208,7 @@ def _check(model_dir: Path, requests: Sequence[DemoRequest], outputs: Sequence[R
             with_adapter += 1
             changed += first_difference(base, config, *answer) is not None
             what = f"{adapter.name}, rank {adapter.rank:2}, {' '.join(adapter.targets)}"
-        print(f"   request {i:4}  {what:45}  {verdict}")
+        print(f"   request {i:4}  {what:48}  {verdict}", flush=True)
     if failed:
         print(f"   {failed} of {len(sample)} answers DIFFER from those of the merged weights. The engine is wrong.")
         return False

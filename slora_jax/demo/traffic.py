@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from slora_jax.demo.adapters import DemoAdapter
-from slora_jax.demo.corpus import SENTENCES
+from slora_jax.demo.corpus import QUESTIONS, SENTENCES
 from slora_jax.engine import Engine, EngineStats, RequestOutput
 from slora_jax.scheduling import SamplingParams
 
@@ -23,12 +24,16 @@ MIN_TOKENS, MAX_TOKENS = 16, 32
 
 @dataclass(frozen=True)
 class DemoRequest:
-    """`max_tokens` greedy tokens after `prompt`, from `adapter` (None: the base model), added before step `step`."""
+    """`max_tokens` greedy tokens after `prompt`, from `adapter` (None: the base model), added before step `step`.
+
+    chat: whether the prompt is a user's message for the model's chat template.
+    """
 
     prompt: str
     adapter: DemoAdapter | None
     max_tokens: int
     step: int
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,20 +46,31 @@ class Served:
     pages: dict[str, np.ndarray]  # kind -> int [steps]
 
 
-def make_traffic(adapters: Sequence[DemoAdapter], count: int, seed: int) -> list[DemoRequest]:
-    """`count` requests in order of arrival. Every adapter is asked for once before any is asked for again."""
+def make_traffic(adapters: Sequence[DemoAdapter], count: int, seed: int, chat: bool = False) -> list[DemoRequest]:
+    """`count` requests in order of arrival: questions if `chat`, else texts.
+
+    Every adapter is asked for once before any is asked for again.
+    """
     rng = np.random.default_rng(seed)
     num_base = round(count * BASE_ONLY)
     uses: list[DemoAdapter | None] = [None] * num_base
     while len(uses) < count:
         uses += [adapters[i] for i in rng.permutation(len(adapters))[: count - len(uses)]]
     steps = np.cumsum(rng.exponential(1 / ARRIVALS_PER_STEP, count)).astype(int)
-    requests = []
+    requests: list[DemoRequest] = []
     for use, step in zip(rng.permutation(np.array(uses, object)), steps.tolist(), strict=True):
         sentences = rng.choice(SENTENCES, rng.integers(1, MAX_SENTENCES, endpoint=True), replace=False)
         max_tokens = int(rng.integers(MIN_TOKENS, MAX_TOKENS, endpoint=True))
-        requests.append(DemoRequest(" ".join(sentences), use, max_tokens, step))
+        prompt = QUESTIONS[len(requests) % len(QUESTIONS)] if chat else " ".join(sentences)
+        requests.append(DemoRequest(prompt, use, max_tokens, step, chat))
     return requests
+
+
+def chat_prompt(tokenizer: Any, message: str) -> list[int]:
+    """The tokens of a user's message in the model's chat template, up to where the answer begins."""
+    messages = [{"role": "user", "content": message}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def serve(engine: Engine, requests: Sequence[DemoRequest]) -> Served:
@@ -70,7 +86,8 @@ def serve(engine: Engine, requests: Sequence[DemoRequest]) -> Served:
                 i, request = waiting.pop()
                 params = SamplingParams(max_tokens=request.max_tokens)
                 name = None if request.adapter is None else request.adapter.name
-                engine.add_request(request.prompt, params, name, request_id=str(i))
+                prompt = chat_prompt(engine.tokenizer, request.prompt) if request.chat else request.prompt
+                engine.add_request(prompt, params, name, request_id=str(i))
             for delta in engine.step():
                 if delta.output is not None:
                     outputs[delta.request_id] = delta.output

@@ -1,12 +1,13 @@
-"""The answers again, from merged weights: NumPy, float64, one request at a time, nothing shared with the engine.
+"""The answers again, from merged weights: NumPy, one request at a time, nothing shared with the engine.
 
-The weights come straight from the safetensors files, the adapter is added to them as `W + (alpha / r) B A`, and the
-model is a dense Llama forward pass without cache, pages or batching.
+The weights come straight from the model's files (`demo.reference_weights`), the adapter is added to them as
+`W + (alpha / r) B A`, and the model is a dense Llama forward pass without cache, pages or batching.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 Weights = dict[str, np.ndarray]
-ROUNDING = 1e-4
-"""Logits closer than this are a tie, which float32 rounding may decide either way."""
+ROUNDING = 1e-5
+"""Logits closer than this share of the largest are a tie, which float32 rounding may decide either way."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,23 @@ def merge(base: Weights, adapter_dir: Path) -> Weights:
         if name.endswith(".lora_A.weight"):
             b = lora[name.replace(".lora_A.", ".lora_B.")]
             target = name.removeprefix("base_model.model.").replace(".lora_A.", ".")
-            merged[target] = base[target] + alpha / len(a) * b @ a
+            kernel = base[target]
+            merged[target] = kernel + (alpha / len(a) * b).astype(kernel.dtype) @ a.astype(kernel.dtype)
     return merged
 
 
-def dense_logits(weights: Weights, config: dict, tokens: Sequence[int]) -> np.ndarray:
-    """Logits `[T, vocab]` after each of the T `tokens`; `config` is the checkpoint's config.json."""
+def dense_logits(weights: Weights, config: dict, tokens: Sequence[int], first: int = 0) -> np.ndarray:
+    """Logits `[T - first, vocab]` after each of the T `tokens` from the one at `first`, computed in the weights' dtype.
+
+    `config` has the names of a config.json.
+    """
+    embedding = weights["model.embed_tokens.weight"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    length, head_dim = len(tokens), config["hidden_size"] // heads
+    length, head_dim = len(tokens), config.get("head_dim") or config["hidden_size"] // heads
     frequency = config["rope_theta"] ** (-np.arange(0, head_dim, 2) / head_dim)
     angle = np.arange(length)[:, None, None] * frequency  # [T, 1, head_dim / 2]
-    future = np.triu(np.full((length, length), -np.inf), 1)
+    cos, sin = np.cos(angle).astype(embedding.dtype), np.sin(angle).astype(embedding.dtype)
+    future = np.triu(np.full((length, length), -np.inf, embedding.dtype), 1)
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
         return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + config["rms_norm_eps"]) * weights[f"{name}.weight"]
@@ -61,12 +68,10 @@ def dense_logits(weights: Weights, config: dict, tokens: Sequence[int]) -> np.nd
         return x.reshape(length, count, head_dim)
 
     def rotate(x: np.ndarray) -> np.ndarray:
-        first, second = np.split(x, 2, axis=-1)
-        return np.concatenate(
-            [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)], -1
-        )
+        left, right = np.split(x, 2, axis=-1)
+        return np.concatenate([left * cos - right * sin, right * cos + left * sin], -1)
 
-    x = weights["model.embed_tokens.weight"][list(tokens)]
+    x = embedding[list(tokens)]
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
 
@@ -77,7 +82,7 @@ def dense_logits(weights: Weights, config: dict, tokens: Sequence[int]) -> np.nd
         q = rotate(split_heads(linear(h, "self_attn.q_proj"), heads))
         k = rotate(split_heads(linear(h, "self_attn.k_proj"), kv_heads)).repeat(heads // kv_heads, axis=1)
         v = split_heads(linear(h, "self_attn.v_proj"), kv_heads).repeat(heads // kv_heads, axis=1)
-        scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(head_dim) + future
+        scores = np.einsum("qhd,khd->hqk", q, k) / math.sqrt(head_dim) + future
         scores = np.exp(scores - scores.max(-1, keepdims=True))
         mixed = np.einsum("hqk,khd->qhd", scores / scores.sum(-1, keepdims=True), v)
         x = x + linear(mixed.reshape(length, -1), "self_attn.o_proj")
@@ -85,7 +90,7 @@ def dense_logits(weights: Weights, config: dict, tokens: Sequence[int]) -> np.nd
         h = norm(x, f"{prefix}.post_attention_layernorm")
         gate, up = linear(h, "mlp.gate_proj"), linear(h, "mlp.up_proj")
         x = x + linear(gate / (1 + np.exp(-gate)) * up, "mlp.down_proj")
-    return norm(x, "model.norm") @ weights["lm_head.weight"].T
+    return norm(x[first:], "model.norm") @ weights["lm_head.weight"].T
 
 
 def first_difference(
@@ -96,12 +101,12 @@ def first_difference(
     One pass over prompt and answer suffices: the answer is greedy if each of its tokens is the most likely one after
     all that precede it.
     """
-    eos = config["eos_token_id"]
-    logits = dense_logits(weights, config, [*prompt, *answer])[len(prompt) - 1 :]
+    ends = np.atleast_1d(config["eos_token_id"])
+    logits = dense_logits(weights, config, [*prompt, *answer], first=len(prompt) - 1)
     for position, (row, token) in enumerate(zip(logits[:-1], answer, strict=True)):
-        if position and answer[position - 1] == eos:
+        if position and answer[position - 1] in ends:
             return Difference(position, token, None)
-        if row[token] < row.max() - ROUNDING:
+        if row[token] < row.max() - ROUNDING * np.abs(row).max():
             return Difference(position, token, int(row.argmax()))
-    ended = len(answer) == max_tokens or (len(answer) > 0 and answer[-1] == eos)
+    ended = len(answer) == max_tokens or (len(answer) > 0 and answer[-1] in ends)
     return None if ended else Difference(len(answer), None, int(logits[-1].argmax()))
