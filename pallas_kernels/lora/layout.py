@@ -22,17 +22,22 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def ceil_div(a: Any, b: int) -> Any:
-    """`a / b` rounded up; `a` is an int or an integer array of numbers >= 0."""
-    if _is_traced(a):  # `//` compiles to a dozen operations that mind the signs
-        from jax import lax
-
-        return lax.div(a + (b - 1), lax.full_like(a, b))
+    """`a / b` rounded up; `a` is an int or an integer array."""
     return -(-a // b)
 
 
+def _blocks(rows: Any, size: int) -> Any:
+    """`ceil_div` of numbers >= 0, which compiles to two operations instead of a dozen that mind the signs."""
+    if _is_traced(rows):
+        from jax import lax
+
+        return lax.div(rows + (size - 1), lax.full_like(rows, size))
+    return ceil_div(rows, size)
+
+
 def _column(ranks: Any, index: int) -> Any:
-    """`ranks[..., index]`."""
-    if _is_traced(ranks):  # an index would compile to a gather
+    """`ranks[..., index]`, which would compile to a gather."""
+    if _is_traced(ranks):
         from jax import lax
 
         return lax.index_in_dim(ranks, index, -1, keepdims=False)
@@ -136,12 +141,12 @@ class LoraLayout:
         tiles, base = [], 0 * rank_of[0]
         for stack in self.stacks:
             rows = sum(rank_of[i] for i in stack.rank_index)
-            blocks = a_blocks = ceil_div(rows, self.page_size)
+            blocks = a_blocks = _blocks(rows, self.page_size)
             a_rows = rows
             if stack.rank_shards > 1:
                 a_rows = sum(stack.a_ranks(rank_of[i]) for i in stack.rank_index)
-                a_blocks = ceil_div(a_rows, self.page_size)
-            wide_blocks = ceil_div(rank_of[stack.rank_index[0]], self.page_size)
+                a_blocks = _blocks(a_rows, self.page_size)
+            wide_blocks = _blocks(rank_of[stack.rank_index[0]], self.page_size)
             wide, narrow = self.b_chunks(stack)
             b_base = base + a_blocks * self.a_chunks(stack)
             tiles.append(StackTiles(base, b_base, a_rows, rows, wide_blocks))

@@ -16,6 +16,7 @@ import platform
 import re
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -36,6 +37,10 @@ KEPT_SECONDS = 30 * 24 * 3600
 """Entries that were not used for so long are deleted when a new one is written."""
 
 _IRRELEVANT_SETTINGS = re.compile(r"jax_(compilation_cache|persistent_cache|log|debug|traceback|dump).*")
+_JAX_CACHE_HIT = "/jax/compilation_cache/cache_hits"
+_OPTION_WITHOUT_EFFECT = "xla_gpu_kernel_cache_file"
+"""A compiler option that takes any text, and is not read on a CPU."""
+
 logger = logging.getLogger("slora_jax")
 
 
@@ -48,6 +53,28 @@ class ProgramCache:
     def __init__(self, directory: Path, spec: StepSpec) -> None:
         self._directory = directory
         self._engine = f"{_environment()} {_of_spec(spec)}"
+
+    def compile(self, name: str, about: str, lowered: Any) -> Any:
+        """Compiles a program that `load` did not find, and writes its entry.
+
+        An executable that JAX took from its own cache cannot be serialized again (XLA drops its functions), so that
+        cache is given a key of this entry's own, and if it has the program all the same, nothing is written.
+        """
+        path = self._path(name, about)
+        found, thread = [], threading.get_ident()
+
+        def listen(event: str, **_: Any) -> None:
+            if event == _JAX_CACHE_HIT and threading.get_ident() == thread:
+                found.append(event)
+
+        jax.monitoring.register_event_listener(listen)
+        try:
+            compiled = lowered.compile({_OPTION_WITHOUT_EFFECT: path.name})
+        finally:
+            jax.monitoring.unregister_event_listener(listen)
+        if not found:
+            self._store(path, compiled)
+        return compiled
 
     def load(self, name: str, about: str) -> Any | None:
         """The compiled program, or None.
@@ -69,9 +96,8 @@ class ProgramCache:
             return None
         return compiled
 
-    def store(self, name: str, about: str, compiled: Any) -> None:
+    def _store(self, path: Path, compiled: Any) -> None:
         """Writes an entry. What prevents it is logged, not raised."""
-        path = self._path(name, about)
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self._directory, delete=False) as file:

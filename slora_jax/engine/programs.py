@@ -6,6 +6,7 @@ import atexit
 import ctypes
 import itertools
 import os
+import signal
 import sys
 import threading
 import time
@@ -180,9 +181,8 @@ def _compile(part: Part, about: str, cache: ProgramCache | None) -> Program:
     compiled = None if cache is None else cache.load(part.name, about)
     is_cached = compiled is not None
     if compiled is None:
-        compiled = part.function.lower(*part.shapes()).compile()
-        if cache is not None:
-            cache.store(part.name, about, compiled)
+        lowered = part.function.lower(*part.shapes())
+        compiled = lowered.compile() if cache is None else cache.compile(part.name, about, lowered)
     return Program(part.name, compiled, time.perf_counter() - start, is_cached)
 
 
@@ -242,6 +242,9 @@ def on_threads(jobs: Mapping[str, Callable[[], Program]], threads: int) -> Itera
 @atexit.register
 def _leave() -> None:
     """A thread inside XLA must not outlive the interpreter, where it would crash: the process ends without it."""
+    if not _running:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut this short
     end = time.monotonic() + GRACE_SECONDS
     for thread in list(_running):
         thread.join(max(0.0, end - time.monotonic()))

@@ -1,5 +1,7 @@
 """The compiled step updates the pool in place: read from the program, on the CPU and for an H200 that is not there."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,9 +9,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from slora_jax.analysis import TARGETS, deviceless_mesh, pool_use
 from slora_jax.engine.batch import BatchLayout, Bucket
+from slora_jax.engine.layered import LayeredStep
 from slora_jax.engine.step import StepSpec, make_step, step_shapes
 from slora_jax.memory import PoolShape
-from slora_jax.memory.pool import set_table_row, upload_pages
+from slora_jax.memory.pool import set_table_row, upload_layer, upload_layers
 from slora_jax.models import ModelConfig, RopeConfig, abstract_decoder
 
 DECODE = Bucket(tokens=16, seqs=16, decode=True)
@@ -56,12 +59,13 @@ def _layout(spec: StepSpec, bucket: Bucket) -> BatchLayout:
 @pytest.mark.parametrize("with_lora", [False, True])
 @pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=lambda b: b.name)
 def test_the_cpu_step_aliases_the_whole_pool_and_copies_none_of_it(bucket, with_lora):
-    layout = _layout(SMALL, bucket)
-    compiled = make_step(SMALL, layout, with_lora).lower(*step_shapes(SMALL, layout)).compile()
-    use = pool_use(compiled, SMALL.pool)
-    assert use.aliased_bytes >= use.pool_bytes
-    assert use.copies == ()
-    assert use.temp_bytes < use.pool_bytes
+    one_layer = replace(SMALL.pool, num_layers=1)
+    for part in LayeredStep(SMALL, _layout(SMALL, bucket), with_lora).parts:
+        use = pool_use(part.function.lower(*part.shapes()).compile(), one_layer)
+        assert use.copies == ()
+        assert use.temp_bytes < use.pool_bytes
+        if part.name.endswith("_layer"):
+            assert use.aliased_bytes >= use.pool_bytes
 
 
 @pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=lambda b: b.name)
@@ -82,9 +86,14 @@ def test_an_upload_writes_the_pool_in_place():
     shape = SMALL.pool
     page = jax.ShapeDtypeStruct((4,), jnp.int32)
     contents = jax.ShapeDtypeStruct((2, 4, 2, shape.page_size, shape.width), jnp.float32)
-    use = pool_use(upload_pages.lower(shape.pool_struct(), page, contents).compile(), shape)
-    assert use.aliased_bytes == use.pool_bytes
-    assert use.copies == ()
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    for compiled, part in (
+        (upload_layers.lower(shape.pool_struct(), page, contents).compile(), shape),
+        (upload_layer.lower(shape.pool_struct()[0], page, contents, number).compile(), replace(shape, num_layers=1)),
+    ):
+        use = pool_use(compiled, part)
+        assert use.aliased_bytes == use.pool_bytes
+        assert use.copies == ()
     row = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((), (shape.max_adapter_pages,), (7,))]
     table = set_table_row.lower(shape.table_struct(), *row).compile().memory_analysis()
     assert table.alias_size_in_bytes >= 4 * shape.adapter_slots * (shape.max_adapter_pages + 7)

@@ -1,7 +1,5 @@
 """Sampling on the device against float64 references, and random streams that depend on nothing else in the batch."""
 
-from functools import partial
-
 import jax
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ from slora_jax.engine import sampling
 from slora_jax.engine.sampling import SamplingInputs
 
 VOCAB = 97
-sample = jax.jit(partial(sampling.sample, logprobs=True))
+sample = jax.jit(lambda logits, inputs: sampling.score(logits, sampling.sample(logits, inputs)))
 masks = jax.jit(sampling._masks)
 
 

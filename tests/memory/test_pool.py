@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from slora_jax.memory import PoolShape, upload_adapter
-from slora_jax.memory.pool import UPLOAD_PAGES, upload_pages
+from slora_jax.memory.pool import UPLOAD_PAGES, upload_layer, upload_layers
 
 SHAPE = PoolShape(
     num_layers=3, num_pages=90, page_size=8, width=6, dtype="float32", adapter_slots=5, max_adapter_pages=75
@@ -76,20 +76,20 @@ def test_an_upload_consumes_the_pool_and_the_table():
 def test_all_upload_sizes_together_compile_one_program_each():
     shape = PoolShape(**(vars(SHAPE) | {"width": 5}))  # no other test's
     pool, table = shape.make_pool(), shape.make_table()
-    before = upload_pages._cache_size()
+    before = upload_layer._cache_size()
     for count in (70, 1, 2, 3, 5, 31, 32, 33):
         contents = np.ones((3, count, 2, 8, 5), np.float32)
         pool, table = upload_adapter(
             pool, table, count % 5, np.arange(1, count + 1, dtype=np.int32), np.ones(7, np.int32), contents
         )
-    assert upload_pages._cache_size() - before == len(UPLOAD_PAGES)
+    assert upload_layer._cache_size() - before == len(UPLOAD_PAGES)
 
 
 @pytest.mark.parametrize("size", UPLOAD_PAGES)
-def test_the_upload_program_aliases_every_layer(size):
+def test_the_program_that_uploads_to_all_layers_aliases_every_one(size):
     pages = jax.ShapeDtypeStruct((size,), jnp.int32)
     contents = jax.ShapeDtypeStruct((3, size, 2, 8, 6), jnp.float32)
-    compiled = upload_pages.lower(SHAPE.pool_struct(), pages, contents).compile()
+    compiled = upload_layers.lower(SHAPE.pool_struct(), pages, contents).compile()
     nbytes = SHAPE.num_pages * SHAPE.page_bytes
     assert compiled.memory_analysis().alias_size_in_bytes == nbytes
     assert not [line for line in compiled.as_text().splitlines() if "= f32[90,2,8,6]" in line and " copy(" in line]

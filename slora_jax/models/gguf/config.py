@@ -4,8 +4,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from slora_jax.errors import CheckpointError, UnsupportedModelError
 from slora_jax.models.gguf.header import GgufHeader
 
@@ -93,6 +91,8 @@ def rope_factors(header: GgufHeader) -> tuple[float, ...]:
         return ()
     if tensor.type_id != 0 or len(tensor.shape) != 1:
         raise CheckpointError(f"{header.file}: tensor {ROPE_FACTORS}: expected float32 numbers in one dimension")
+    import numpy as np
+
     factors = np.fromfile(header.file, "<f4", tensor.shape[0], offset=tensor.offset)
     if factors.shape != tensor.shape or not (factors > 0).all():
         raise CheckpointError(f"{header.file}: tensor {ROPE_FACTORS}: truncated, or a factor is not positive")
@@ -138,7 +138,7 @@ class _Fields:
         value = self._header.metadata.get(self._prefix + name, default)
         if value is None:
             raise CheckpointError(f"{self._header.file}: metadata {self._prefix}{name} is missing")
-        if isinstance(value, np.ndarray):  # one value for each layer
+        if hasattr(value, "tolist"):  # one value for each layer
             if not value.size or (value != value[0]).any():
                 raise _refused(self._header, self._prefix + name, value.tolist(), "the same value in every layer")
             return value[0].item()

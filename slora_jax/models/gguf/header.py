@@ -8,11 +8,12 @@ import dataclasses
 import mmap
 import struct
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from slora_jax.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -126,9 +127,11 @@ class _Cursor:
         item_type, count = self._unpack("<I"), self._unpack("<Q")
         return self._strings(count) if item_type == _STRING else self._numbers(item_type, count)
 
-    def _numbers(self, type_id: int, count: int) -> np.ndarray:
+    def _numbers(self, type_id: int, count: int) -> "np.ndarray":
         if type_id not in _NUMBERS:
             raise ValueError(f"metadata type {type_id} is not known")
+        import numpy as np
+
         numbers = np.frombuffer(self._data, _NUMBERS[type_id], count, self._at).copy()  # the file is closed soon
         self._at += numbers.nbytes
         return numbers

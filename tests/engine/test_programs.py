@@ -1,0 +1,173 @@
+"""Step programs: compiled in parts on a CPU, kept on disk, found again, left at once by Ctrl-C."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slora_jax import SamplingParams
+from slora_jax.adapters import random_adapter
+from slora_jax.engine.programs import on_threads
+from slora_jax.engine.runner import coarse
+from slora_jax.engine.step import StepSpec
+
+PROMPTS = [[3, 17, 5, 9], [40, 41], list(range(60, 90))]
+
+
+def answers(engine, **params):
+    """Tokens and logits of base and adapter requests."""
+    engine.load_adapter("a", random_adapter(engine.store.geometry, rank=8, targets=("q", "v", "down"), seed=1))
+    outputs = engine.generate(PROMPTS, SamplingParams(max_tokens=6, ignore_eos=True, **params), [None, "a", "a"])
+    return [o.token_ids for o in outputs], np.concatenate([o.logits for o in outputs])
+
+
+def test_a_step_in_parts_computes_what_the_whole_step_does(tiny, monkeypatch):
+    with tiny.engine(keep_logits=True) as engine:
+        names = {program.name for program in engine._runner.worker.programs.programs}
+        tokens, logits = answers(engine)
+    assert any(name.endswith("_layer") for name in names)
+    monkeypatch.setattr(StepSpec, "layered", False)
+    with tiny.engine(keep_logits=True) as engine:
+        assert not any(program.name.endswith("_layer") for program in engine._runner.worker.programs.programs)
+        whole_tokens, whole_logits = answers(engine)
+    assert tokens == whole_tokens
+    np.testing.assert_allclose(logits, whole_logits, atol=1e-5)
+
+
+def test_a_program_found_on_disk_answers_alike_and_updates_the_pool_in_place(tiny, tmp_path):
+    with tiny.engine(keep_logits=True, compilation_cache_dir=tmp_path) as engine:
+        assert not any(program.is_cached for program in engine._runner.worker.programs.programs)
+        first = answers(engine)
+    with tiny.engine(keep_logits=True, compilation_cache_dir=tmp_path) as engine:
+        assert all(program.is_cached for program in engine._runner.worker.programs.programs)
+        places = [layer.unsafe_buffer_pointer() for layer in engine._runner.worker.pool]
+        second = answers(engine)
+        assert [layer.unsafe_buffer_pointer() for layer in engine._runner.worker.pool] == places
+    assert first[0] == second[0]
+    np.testing.assert_array_equal(first[1], second[1])
+
+
+def test_another_shape_is_another_program(tiny, tmp_path):
+    with tiny.engine(compilation_cache_dir=tmp_path):
+        pass
+    with tiny.engine(compilation_cache_dir=tmp_path, max_rank=24) as engine:
+        assert not any(program.is_cached for program in engine._runner.worker.programs.programs)
+
+
+def test_a_damaged_entry_is_compiled_again(tiny, tmp_path, caplog):
+    with tiny.engine(compilation_cache_dir=tmp_path):
+        pass
+    damaged = next((tmp_path / "programs").glob("*_begin-*"))
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with caplog.at_level(logging.WARNING, "slora_jax"), tiny.engine(compilation_cache_dir=tmp_path) as engine:
+        compiled = [program.name for program in engine._runner.worker.programs.programs if not program.is_cached]
+    assert compiled == [damaged.name.rpartition("-")[0]]
+    assert f"{damaged}: this compiled program cannot be used" in caplog.text
+
+
+def test_compiling_on_use_compiles_what_a_request_needs(tiny):
+    config = {"compile_ahead": False, "max_seqs": 1, "decode_buckets": (1,), "mixed_buckets": (16,)}
+    with tiny.engine(max_tokens_per_step=16, **config) as engine:
+        programs = engine._runner.worker.programs
+        assert programs.programs == []
+        engine.generate([[1, 2, 3]], SamplingParams(max_tokens=1, ignore_eos=True))
+        assert {p.name for p in programs.programs} == {"mixed_16_begin", "mixed_16_layer", "mixed_16_end"}
+        engine.generate([[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True, temperature=1.0, logprobs=1))
+        new = {"decode_1_begin", "decode_1_layer", "decode_1_end", "sample_1", "logprobs_1"}
+        assert {p.name for p in programs.programs} == new | {"mixed_16_begin", "mixed_16_layer", "mixed_16_end"}
+
+
+def test_pools_of_nearly_the_same_memory_have_one_size():
+    for pages in (1, 2, 31, 32, 33, 1000, 9983, 123456):
+        assert pages * 15 / 16 < coarse(pages) <= pages
+    assert coarse(9983) == coarse(9876) == 9728
+    assert len({coarse(pages) for pages in range(1000, 2000)}) <= 17
+
+
+START = """
+import sys, jax
+from slora_jax import Engine, EngineConfig
+from slora_jax.engine import runner
+misses = []
+jax.monitoring.register_event_listener(lambda name, **_: misses.append(name) if name.endswith("cache_misses") else None)
+whole = runner.os.sysconf("SC_PHYS_PAGES")
+runner.os = type("os", (), {"sysconf": lambda name, real=runner.os.sysconf: {
+    "SC_PHYS_PAGES": 1 << 18, "SC_AVPHYS_PAGES": int(float(sys.argv[3]) * (1 << 18))}.get(name, real(name))})
+with Engine.from_pretrained(sys.argv[1], EngineConfig(compilation_cache_dir=sys.argv[2], dtype="float32")) as engine:
+    programs = engine._runner.worker.programs.programs
+    print(sum(not program.is_cached for program in programs), len(misses), engine.allocator.capacity)
+"""
+
+
+def test_a_second_start_with_default_settings_compiles_nothing_though_free_memory_differs(model_dir, tmp_path):
+    """Counted over the whole process: step programs that were not on disk, and misses of JAX's own cache."""
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": ""}
+    environment.pop("JAX_COMPILATION_CACHE_DIR")
+    counts = []
+    for free in ("0.93", "0.71"):
+        done = subprocess.run(
+            [sys.executable, "-c", START, str(model_dir), str(tmp_path), free],
+            capture_output=True, text=True, env=environment, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        counts.append([int(n) for n in done.stdout.split()])
+    first, second = counts
+    assert first[0] > 0
+    assert first[1] > 0
+    assert second[:2] == [0, 0]
+    assert first[2] == second[2]
+
+
+def test_an_exception_leaves_programs_that_are_being_compiled():
+    release, begun = threading.Event(), []
+
+    def fails():
+        raise ValueError("no such shape")
+
+    def waits():
+        begun.append(1)
+        release.wait(60)
+
+    jobs = {"fails": fails, **{f"waits{i}": waits for i in range(6)}}
+    with pytest.raises(ValueError, match="no such shape"):
+        list(on_threads(jobs, 2))
+    release.set()
+    while any(thread.name == "compile" for thread in threading.enumerate()):
+        time.sleep(0.01)
+    assert len(begun) <= 2
+
+
+INTERRUPTED = """
+import sys
+from slora_jax import Engine, EngineConfig
+from slora_jax.engine import programs
+compile = programs._compile
+def told(*args):
+    print("compiling", flush=True)
+    return compile(*args)
+programs._compile = told
+Engine.from_pretrained(sys.argv[1], EngineConfig(compilation_cache_dir=None, dtype="float32", num_pages=100))
+"""
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_ctrl_c_while_programs_compile_ends_the_process_cleanly(times, model_dir: Path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, str(model_dir)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert "KeyboardInterrupt" in errors
+    assert "Fatal" not in errors
