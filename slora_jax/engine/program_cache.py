@@ -16,8 +16,8 @@ import platform
 import re
 import sys
 import tempfile
-import threading
 import time
+import uuid
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -37,7 +37,6 @@ KEPT_SECONDS = 30 * 24 * 3600
 """Entries that were not used for so long are deleted when a new one is written."""
 
 _IRRELEVANT_SETTINGS = re.compile(r"jax_(compilation_cache|persistent_cache|log|debug|traceback|dump).*")
-_JAX_CACHE_HIT = "/jax/compilation_cache/cache_hits"
 _OPTION_WITHOUT_EFFECT = "xla_gpu_kernel_cache_file"
 """A compiler option that takes any text, and is not read on a CPU."""
 
@@ -57,23 +56,11 @@ class ProgramCache:
     def compile(self, name: str, about: str, lowered: Any) -> Any:
         """Compiles a program that `load` did not find, and writes its entry.
 
-        An executable that JAX took from its own cache cannot be serialized again (XLA drops its functions), so that
-        cache is given a key of this entry's own, and if it has the program all the same, nothing is written.
+        XLA cannot serialize an executable that was itself read from JAX's cache (it has lost its functions), so the
+        compilation is given an option that makes it new to that cache.
         """
-        path = self._path(name, about)
-        found, thread = [], threading.get_ident()
-
-        def listen(event: str, **_: Any) -> None:
-            if event == _JAX_CACHE_HIT and threading.get_ident() == thread:
-                found.append(event)
-
-        jax.monitoring.register_event_listener(listen)
-        try:
-            compiled = lowered.compile({_OPTION_WITHOUT_EFFECT: path.name})
-        finally:
-            jax.monitoring.unregister_event_listener(listen)
-        if not found:
-            self._store(path, compiled)
+        compiled = lowered.compile({_OPTION_WITHOUT_EFFECT: uuid.uuid4().hex})
+        self._store(self._path(name, about), compiled)
         return compiled
 
     def load(self, name: str, about: str) -> Any | None:
