@@ -136,8 +136,9 @@ class Runner:
         sampled, logits = worker.step(key, metadata, rows, logprobs if has_sampler else None)
         self.launch_seconds += time.thread_time() - start
         step = InFlight(requests, samples, sampled, logits if self._keep_logits else None)
-        for leaf in jax.tree.leaves((step.sampled, step.logits)):
-            leaf.copy_to_host_async()
+        if not worker.spec.layered:  # on a CPU they are read where they lie
+            for leaf in jax.tree.leaves((step.sampled, step.logits)):
+                leaf.copy_to_host_async()
         return step
 
     def read(self, step: InFlight) -> np.ndarray:
