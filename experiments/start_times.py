@@ -118,7 +118,7 @@ def measure(checkouts: dict[str, Path], model: Path) -> dict[str, dict[str, Star
                 bar.set_description(f"{name}: {case}")
                 home = Path(scratch) / name / case.split(",")[0]  # first and second starts share it
                 home.mkdir(parents=True, exist_ok=True)
-                url = None if ready is None else f"http://127.0.0.1:{port}/ready"
+                url = ready and f"http://127.0.0.1:{port}/{ready}"
                 results.setdefault(case, {})[name] = run(checkout, home, arguments, url)
                 bar.update()
     return results
