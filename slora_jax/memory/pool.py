@@ -57,7 +57,7 @@ class PoolShape:
 def upload_pages(pool: Pool, page: np.ndarray, contents: np.ndarray | jax.Array) -> Pool:
     """Writes pages `contents [num_layers, K, 2, page_size, W]` to ids `page [K]` in every layer, in place; on a CPU by
     a program for one layer, which compiles in less time."""
-    if next(iter(pool[0].devices())).platform != "cpu":  # type: ignore[attr-defined]  # not in Device's annotations
+    if next(iter(pool[0].devices())).platform != "cpu":
         return upload_layers(pool, page, contents)
     if isinstance(contents, np.ndarray):  # once, not once a layer
         contents = jax.device_put(contents)
