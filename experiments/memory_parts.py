@@ -1,4 +1,4 @@
-"""What an engine on a CPU keeps in memory, part by part: `python -m experiments.memory_parts --model MODEL`.
+"""Memory of an engine on a CPU, part by part: `python -m experiments.memory_parts --model MODEL`.
 
 Resident memory of this process after each part of a start, in MiB; the anonymous part of it is what no other process
 shares and no file backs. With CUDA wheels installed, JAX maps their libraries, which count as resident.

@@ -1,4 +1,4 @@
-"""Phases of a start are reported to who observes them, and only then."""
+"""Phases of a start are reported to an observer, if there is one."""
 
 import time
 

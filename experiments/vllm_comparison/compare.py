@@ -152,7 +152,7 @@ class Comparison:
         return {"directory": self._model.name}
 
     def _environment(self) -> dict[str, str]:
-        """What vLLM was started with; of preloaded libraries, the file names."""
+        """Environment of the vLLM worker; preloaded libraries by file name."""
         if self._python is None:
             return {}
         environment = vllm_environment(self._python, self.settings.vllm_kv_gib)

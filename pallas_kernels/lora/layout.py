@@ -45,7 +45,7 @@ def _column(ranks: Any, index: int) -> Any:
 
 
 def _is_traced(a: Any) -> bool:
-    """Whether `a` is an array of JAX, which is not imported here: the command line needs this module before it."""
+    """Returns whether `a` is an array of JAX, which is not imported here: the command line needs this module first."""
     return hasattr(a, "aval")
 
 

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     check_processes(args, settings.engine.tp)
     from slora_jax.models.config import ModelConfig
 
-    ModelConfig.from_directory(settings.model_dir)  # what is wrong with it is told before anything listens
+    ModelConfig.from_directory(settings.model_dir)  # raises before anything listens
     try:
         from slora_jax.serving.serve import serve
     except ImportError as error:

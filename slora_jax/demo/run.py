@@ -105,7 +105,7 @@ def _prepare(directory: Path) -> None:
 
 
 def _place(model: DemoModel, settings: DemoSettings) -> Path:
-    """Where the model is: the tiny one is written to the directory, a GGUF file gets a short name there."""
+    """Path of the model. The tiny one is written to the directory; a GGUF file gets a short name there."""
     if model.path is None:
         path = settings.directory / "model"
         parameters = write_checkpoint(path, settings.layers, settings.seed)

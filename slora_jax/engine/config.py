@@ -83,8 +83,9 @@ class EngineConfig:
     compile_ahead: True compiles every program before the first request, so that none is compiled while requests wait.
       False compiles each when it is first used: for a process that answers a request or two.
     keep_logits: outputs carry each generated token's float32 logits (for research; costs a copy of [seqs, vocab]).
-    compilation_cache_dir: JAX's persistent compilation cache, for your own account only (who can write there can run
-      code as you). A cache that JAX is configured with already is left alone; None: none.
+    compilation_cache_dir: directory of compiled programs: JAX's persistent compilation cache, and on a CPU the engine's
+      own (`engine.program_cache`) in `programs/`. It must be writable by your account only: entries can run code. A
+      cache that JAX is configured with already is left alone. None: none.
     model_cache_dir: Orbax cache of converted weights; None: none. Several processes do without: each reads its own part
       of the checkpoint.
     progress: progress bars on stderr for loading and compiling.

@@ -39,7 +39,7 @@ LoraWork = LoraProduct | LoraHalves | None
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepShared:
-    """What every layer of one step reads. cos, sin: float32 `[T, 1, head_dim / 2]`."""
+    """Inputs that all layers of one step share. cos, sin: float32 `[T, 1, head_dim / 2]`."""
 
     batch: StepBatch
     cos: jax.Array
@@ -83,7 +83,7 @@ class LayeredProgram:
 
 
 class LayeredStep:
-    """What the parts of one step compute, and for which shapes."""
+    """The functions of one step's parts, and the shapes to compile them for."""
 
     def __init__(self, spec: StepSpec, layout: BatchLayout, with_lora: Lora) -> None:
         self._spec, self._layout, self._with_lora = spec, layout, with_lora
@@ -161,7 +161,7 @@ class LayeredStep:
 
     @cached_property
     def _ends_graph(self) -> nnx.GraphDef:
-        """Of the decoder without its layers."""
+        """Graph definition of the decoder without its layers."""
         return abstract_decoder(replace(self._spec.shard_model, num_layers=0), self._dtype)[0]
 
     @cached_property

@@ -157,7 +157,7 @@ class StepSpec:
 
     @property
     def layered(self) -> bool:
-        """Whether a step is compiled in parts (`layered`): on a CPU."""
+        """True on a CPU, where a step is compiled in parts (`engine.layered`)."""
         return devices.target() is None
 
     @property
@@ -204,7 +204,7 @@ class StepSpec:
 def lora_work(
     spec: StepSpec, layout: BatchLayout, table: AdapterTable, tiles: LoraTiles, with_lora: Lora
 ) -> LoraProduct | LoraHalves | None:
-    """Where the weights of a step's adapters lie, worked out once for all layers; None: the program has no LoRA."""
+    """Locates the weights of a step's adapters, once for all layers. Returns None in a program without LoRA."""
     if not with_lora:
         return None
     product: Any = LoraHalves
@@ -255,7 +255,7 @@ def make_step(spec: StepSpec, layout: BatchLayout, with_lora: Lora) -> Any:
 
 
 def likeliest(spec: StepSpec, logits: jax.Array) -> jax.Array:
-    """The likeliest token of each row of (a shard's part of) the logits, int32 `[S]`."""
+    """Returns the token of the largest logit of each row, int32 `[S]`; `logits` may be a shard's part of them."""
     return greedy(logits) if spec.parallel is None else vocabulary.greedy(logits, spec.model.vocab_size)
 
 
@@ -281,7 +281,7 @@ def replicated(parallel: TensorParallel, structs: Any) -> Any:
 
 
 def make_sampler(spec: StepSpec, seqs: int) -> Any:
-    """What follows a step in which a sequence does not simply take its likeliest token: `(last_token, logits float32
+    """The program that runs after a step in which a sequence is sampled: `(last_token, logits float32
     [seqs, vocab], metadata int32 [7 seqs]) -> (last_token, token int32 [seqs])`, jitted; last_token, of the sequence
     state, is donated. A program of its own: on a GPU, a branch inside the step would stop the host until the device
     knows which way to go. Over several shards, each gathers the whole logits and samples all."""
@@ -295,8 +295,8 @@ def make_sampler(spec: StepSpec, seqs: int) -> Any:
 
 
 def make_scorer(spec: StepSpec, seqs: int) -> Any:
-    """What follows where a sequence asks for log-probabilities: `(token int32 [seqs], logits float32 [seqs, vocab]) ->
-    Sampled`, jitted."""
+    """The program that runs after a step in which a sequence asks for log-probabilities: `(token int32 [seqs], logits
+    float32 [seqs, vocab]) -> Sampled`, jitted."""
 
     def scorer(token: jax.Array, logits: jax.Array) -> Sampled:
         return score(_whole_logits(spec, logits), token)
@@ -317,17 +317,17 @@ def _after_step(spec: StepSpec, function: Any, name: str, specs: tuple[Any, ...]
 
 
 def sampler_name(seqs: int) -> str:
-    """Of `make_sampler`'s program."""
+    """Name of `make_sampler`'s program."""
     return f"sample_{seqs}"
 
 
 def scorer_name(seqs: int) -> str:
-    """Of `make_scorer`'s program."""
+    """Name of `make_scorer`'s program."""
     return f"logprobs_{seqs}"
 
 
 def sampler_shapes(spec: StepSpec, seqs: int) -> tuple[Any, ...]:
-    """As `step_shapes`, of a sampler's arguments."""
+    """Returns the shapes of a sampler's arguments, like `step_shapes`."""
     metadata = jax.ShapeDtypeStruct((len(SAMPLER_FIELDS) * seqs,), jnp.int32)
     last_token = spec.state_struct().last_token
     if spec.parallel is not None:
@@ -336,7 +336,7 @@ def sampler_shapes(spec: StepSpec, seqs: int) -> tuple[Any, ...]:
 
 
 def scorer_shapes(spec: StepSpec, seqs: int) -> tuple[Any, ...]:
-    """As `step_shapes`, of a scorer's arguments."""
+    """Returns the shapes of a scorer's arguments, like `step_shapes`."""
     token = jax.ShapeDtypeStruct((seqs,), jnp.int32)
     return token if spec.parallel is None else replicated(spec.parallel, token), _logits_shape(spec, seqs)
 

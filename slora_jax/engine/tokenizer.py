@@ -74,7 +74,7 @@ class Tokenizer:
         else:
             _add_special(backend, filter(None, map(_text, extra)))
         backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
-        # transformers cleans up for WordPiece, and for BPE only if it is told twice
+        # transformers cleans up for WordPiece, and for BPE only if two fields ask for it
         asks_for_it = bool(config.get("clean_up_tokenization_spaces", False))
         insists = bool(config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False))
         return cls(
@@ -232,7 +232,7 @@ def _add_special(backend: Backend, tokens: Iterable[str]) -> None:
 
 
 def _is_ordinary(backend: Backend, token: str) -> bool:
-    """Whether the vocabulary has this token as one that is put together from pieces of text."""
+    """Returns whether this token of the vocabulary is built from pieces of text."""
     index = backend.token_to_id(token)
     return index is not None and index not in backend.get_added_tokens_decoder()
 

@@ -173,7 +173,7 @@ class Decoder(nnx.Module):
     def begin(
         self, tokens: jax.Array, positions: jax.Array, context: StepContext
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What the first layer reads: embeddings `[T, d]`, and cosines and sines `[T, 1, head_dim / 2]`."""
+        """Inputs of the first layer: embeddings `[T, d]`, and cosines and sines `[T, 1, head_dim / 2]`."""
         with jax.named_scope("embed"):
             x = context.lookup(self.embed, tokens)  # [T, d]
             return x, *rotary_tables(positions, inverse_frequencies(self.config.rope, self.config.head_dim))

@@ -63,7 +63,7 @@ def unpermuted(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def gguf_metadata(config: Any, architecture: str) -> dict[str, Any]:
-    """What the converter writes of a transformers config, and a tokenizer of as many tokens as the model has."""
+    """Metadata that the converter writes for a transformers config, with a tokenizer of the model's vocabulary size."""
     prefix, head_dim = architecture, getattr(config, "head_dim", None)
     head_dim = head_dim or config.hidden_size // config.num_attention_heads
     return {

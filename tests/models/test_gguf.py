@@ -66,7 +66,7 @@ def assert_same_logits(file, expected, decoder_logits):
 
 
 def transformers_logits(file) -> np.ndarray:
-    """Of transformers' own reading of the file."""
+    """Logits of transformers' own reading of the file."""
     options = {"gguf_file": file.name, "dtype": torch.float32, "attn_implementation": "eager"}
     return torch_logits(transformers.AutoModelForCausalLM.from_pretrained(file.parent, **options).eval())
 
@@ -258,7 +258,7 @@ def test_a_truncated_file_is_named(kept, llama_file, tmp_path):
         load_model(file, "float32", progress=False)
 
 
-def test_what_is_no_gguf_file_is_named(tmp_path):
+def test_a_file_that_is_not_gguf_is_refused_by_name(tmp_path):
     with pytest.raises(CheckpointError, match="gone.gguf: no such file"):
         ModelConfig.from_directory(tmp_path / "gone.gguf")
     (tmp_path / "model.gguf").write_bytes(b"PK\x03\x04 and so on")

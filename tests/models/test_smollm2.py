@@ -99,7 +99,7 @@ def test_answers_a_question_in_words(engine):
 
 
 def test_generates_the_tokens_of_transformers_and_peft_with_adapters_of_mixed_ranks(engine, reference):
-    """One pass over prompt and answer suffices: an answer is greedy if each of its tokens is the likeliest."""
+    """One pass over prompt and answer suffices: an answer is greedy if each token has the largest logit."""
     model, _ = reference
     prompt, names = chat(engine, QUESTION), [None, *ADAPTERS]
     params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)

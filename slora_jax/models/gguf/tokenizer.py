@@ -69,7 +69,7 @@ _WHOLE_WORDS_FIRST = {
 
 @dataclass(frozen=True)
 class GgufTokenizer:
-    """What a file says of its tokenizer. special_tokens: texts by name ("bos_token")."""
+    """The tokenizer in a file's metadata. special_tokens: texts by name ("bos_token")."""
 
     backend: "Tokenizer"
     chat_template: str | None
