@@ -22,7 +22,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.vllm_comparison.compare import Comparison, table
+from experiments.vllm_comparison.compare import PHASES, Comparison, table
 from experiments.vllm_comparison.settings import QUICK, Settings
 from experiments.vllm_comparison.worker import require_vllm
 
@@ -33,7 +33,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a toy model, in minutes; its numbers mean nothing")
     parser.add_argument("--vllm-python", type=Path, default=Path(".vllm/bin/python"), help="of vLLM's environment")
-    parser.add_argument("--without-vllm", action="store_true", help="only the phase of slora-jax alone")
+    parser.add_argument(
+        "--phases", default=",".join(PHASES), help="base and lora beside vLLM, alone without it (default: %(default)s)"
+    )
     parser.add_argument("--vllm-compiled", action="store_true", help="vLLM with torch.compile")
     parser.add_argument("--model", type=Path, help="a Hugging Face directory instead of the random Llama")
     parser.add_argument("--rounds", type=int, help="timed repetitions, of phases base and alone")
@@ -41,7 +43,10 @@ def main() -> None:
     parser.add_argument("--note", default="", help="about the machine during the run; kept in the file")
     parser.add_argument("--output", type=Path, default=Path("experiments/results/vllm_comparison.json"))
     args = parser.parse_args()
-    if not args.without_vllm:
+    phases = args.phases.split(",")
+    if unknown := set(phases) - set(PHASES):
+        parser.error(f"--phases {args.phases}: {', '.join(sorted(unknown))} is none of {', '.join(PHASES)}")
+    if phases != ["alone"]:
         try:
             require_vllm(args.vllm_python)
         except FileNotFoundError as error:
@@ -51,9 +56,9 @@ def main() -> None:
     settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the workers, as Ctrl-C does
     with tempfile.TemporaryDirectory() as scratch:
-        python = None if args.without_vllm else args.vllm_python.absolute()
+        python = None if phases == ["alone"] else args.vllm_python.absolute()
         results = {"note": args.note, "equal_tokens": NEAR_TIES}
-        results |= Comparison(settings, Path(scratch), python, args.model).run()
+        results |= Comparison(settings, Path(scratch), python, args.model).run(phases)
     print(table(results))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(results, indent=2) + "\n")

@@ -21,6 +21,8 @@ from slora_jax.engine.runner import adapter_geometry
 from slora_jax.models import ModelConfig
 
 PAGE_SIZE = 16
+PHASES = ("base", "lora", "alone")
+"""Base model beside vLLM, adapters beside vLLM, slora-jax alone."""
 MIXED, MANY = "mixed-", "many-"
 """Prefixes of adapters' names: those that both sides serve, and those of slora-jax alone."""
 
@@ -69,14 +71,16 @@ class Comparison:
             self._adapters[f"{MIXED}{i}"] = str(write_peft(scratch / f"adapter-{i}", adapter))
         self.versions: dict[str, dict[str, str]] = {}
 
-    def run(self) -> dict[str, Any]:
-        """All phases, as JSON values."""
+    def run(self, names: Sequence[str] = PHASES) -> dict[str, Any]:
+        """The phases `names`, as JSON values."""
         settings = self.settings
         phases = {}
-        if self._python is not None:
+        if "base" in names:
             phases["base"] = self._beside_vllm(0, settings.rounds)
+        if "lora" in names:
             phases["lora"] = self._beside_vllm(settings.adapters, settings.lora_rounds)
-        phases["alone"] = self._alone()
+        if "alone" in names:
+            phases["alone"] = self._alone()
         return {
             "settings": asdict(settings) | {"model": self._describe()},
             "vllm_environment": self._environment(),
@@ -204,7 +208,7 @@ def table(results: dict[str, Any]) -> str:
             lines.append(
                 f"{title:36s} {rates[0]:10.1f} {rates[1]:10.1f} {ratio:7.2f}  {same['equal']} of {same['of']} requests"
             )
-    for name, values in results["phases"]["alone"].items():
+    for name, values in results["phases"].get("alone", {}).items():
         if "pairs" in values:
             lines.append(f"{'slora-jax: ' + name:36s} {'':10s} {'':10s} {values['median_of_pairs']:7.2f}")
         else:
