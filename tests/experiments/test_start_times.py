@@ -13,8 +13,8 @@ def test_a_start_is_measured_from_the_command_line_to_the_first_output(tmp_path)
 
 
 def test_a_start_that_fails_is_not_a_measurement(tmp_path):
-    with pytest.raises(RuntimeError, match="status 1"):
-        run(ROOT, tmp_path, ["demo", "--dir", "/proc/nowhere", "--model", "tiny"])
+    with pytest.raises(RuntimeError, match="the server ended with status 2 before"):
+        run(ROOT, tmp_path, ["serve", "nowhere"], ready="http://127.0.0.1:9/ready")
 
 
 def test_first_and_second_starts_run_the_same_command():
