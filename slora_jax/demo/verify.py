@@ -17,7 +17,9 @@ from safetensors.numpy import load_file
 
 Weights = dict[str, np.ndarray]
 ROUNDING = 1e-5
-"""Logits closer than this share of the largest are a tie, which float32 rounding may decide either way."""
+"""Logits closer than this share of the largest are a tie, which float32 rounding may decide either way..."""
+LARGEST_TIE = 1e-4
+"""...and no more than this apart."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def first_difference(
     for position, (row, token) in enumerate(zip(logits[:-1], answer, strict=True)):
         if position and answer[position - 1] in ends:
             return Difference(position, token, None)
-        if row[token] < row.max() - ROUNDING * np.abs(row).max():
+        if row[token] < row.max() - min(ROUNDING * np.abs(row).max(), LARGEST_TIE):
             return Difference(position, token, int(row.argmax()))
     ended = len(answer) == max_tokens or (len(answer) > 0 and answer[-1] in ends)
     return None if ended else Difference(len(answer), None, int(logits[-1].argmax()))
