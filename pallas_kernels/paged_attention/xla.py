@@ -118,6 +118,11 @@ def paged_attention(
         first = begin // page_size  # [M]: pages before it are skipped
         table = tiles.page_table.at[seq].get(mode="clip")  # [M, max_pages]
 
+        def masked_value(ids: jax.Array, seen: jax.Array, j: int) -> jax.Array:
+            """Token j of each page, `[M, Hkv, hd]`: a gather of its own, which XLA fuses into its use on a CPU."""
+            v = pool.at[ids, 1, j].get(mode="clip").reshape(chunk, num_kv_heads, head_dim)
+            return jnp.where(seen[:, j, None, None], v, 0)
+
         def body(block: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             highest, total, acc = state
             column = first + block
@@ -131,8 +136,12 @@ def paged_attention(
             new = jnp.maximum(highest, scores.max(1))
             decay, p = jnp.exp(highest - new), jnp.exp(scores - new[:, None])
             p = lax.optimization_barrier(p)  # computed once, not once per column of the values
-            v = jnp.where(seen[..., None, None], pages(ids, 1), 0)  # [M, page_size, Hkv, hd]; 0 * NaN is NaN
-            pv = sum(p[:, j, :, :, None] * v[:, j, :, None] for j in range(page_size))
+            # An unseen value may be NaN, and 0 * NaN is NaN.
+            if group == 1:
+                v = [masked_value(ids, seen, j) for j in range(page_size)]
+            else:  # the group reads a value several times: one copy of the page is faster
+                v = jnp.unstack(jnp.where(seen[..., None, None], pages(ids, 1), 0), axis=1)
+            pv = sum(p[:, j, :, :, None] * v[j][:, :, None] for j in range(page_size))
             return new, total * decay + p.sum(1), acc * decay[..., None] + pv
 
         state = initial(chunk, num_kv_heads, group)
