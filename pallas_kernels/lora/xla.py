@@ -26,8 +26,9 @@ from pallas_kernels.lora.layout import LoraLayout, Stack, StackTiles, ceil_div
 GROUP = 16
 """Ranks per projection in one unit of work."""
 
-ROW_CHUNK = 64
-"""Rows that are worked on together in the row regime."""
+ROW_CHUNK = 8
+"""Rows that are worked on together in the row regime, as long as the highest rank among them takes. Rows are in order of
+rank: small chunks waste little on low ranks."""
 
 LANES = 64
 """Columns summed side by side in the row regime's shrink, so that a CPU's vector units are filled."""
