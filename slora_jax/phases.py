@@ -12,6 +12,19 @@ Observer = Callable[[str, float], None]
 
 _imported = time.monotonic()
 _observer: Observer | None = None
+_now: str | None = None
+_done: tuple[int, int] | None = None
+
+
+def now() -> tuple[str | None, tuple[int, int] | None]:
+    """The phase under way, None between two, and how many of its parts are done of how many, where that is known."""
+    return _now, _done
+
+
+def advance(done: int, total: int) -> None:
+    """The phase under way has `done` parts of `total`."""
+    global _done
+    _done = (done, total)
 
 
 def observe(observer: Observer | None) -> None:
@@ -23,8 +36,13 @@ def observe(observer: Observer | None) -> None:
 @contextmanager
 def phase(name: str) -> Iterator[None]:
     """The block is a phase of the start; one that raises is not reported."""
+    global _now, _done
     start = time.monotonic()
-    yield
+    _now, _done = name, None
+    try:
+        yield
+    finally:
+        _now = _done = None
     report(name, time.monotonic() - start)
 
 

@@ -45,3 +45,13 @@ def split_anywhere(tokenizer: Tokenizer, text: str, seed: int) -> list[int]:
         ids.append(token)
         at = end
     return ids
+
+
+def byte_fallback_backend() -> Tokenizer:
+    """Decodes as Llama 2 and Mistral do: `<0xNN>` tokens stand for bytes, and a run of them is decoded as one."""
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁the", "▁a", "b", "猫", "."]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return backend

@@ -27,8 +27,8 @@ GROUP = 16
 """Ranks per projection in one unit of work."""
 
 ROW_CHUNK = 8
-"""Rows that are worked on together in the row regime, as long as the highest rank among them takes. Rows are in order of
-rank: small chunks waste little on low ranks."""
+"""Rows that are worked on together in the row regime, for as long as the highest rank among them takes. They come in
+order of rank, so that few rows wait for others."""
 
 LANES = 64
 """Columns summed side by side in the row regime's shrink, so that a CPU's vector units are filled."""

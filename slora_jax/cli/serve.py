@@ -29,6 +29,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     option("--name", metavar="NAME", help="of the base model, for clients (default: the directory's)")
     option("--host", metavar="ADDRESS", help="to listen on (default: 127.0.0.1, this machine only)")
     option("--port", metavar="N", type=int, help="to listen on (default: 8000; 0: any that is free)")
+    option("--cors-origin", metavar="URL", action="append", help="of web pages that may call the service; *: any")
     option("--dtype", choices=("bfloat16", "float32"), help="of weights (default: bfloat16)")
     option("--max-seqs", metavar="N", type=count, help=f"sequences running at once (default: {EngineConfig.max_seqs})")
     option("--num-pages", metavar="N", type=count, help="pages of the pool (default: what memory allows)")
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         "host": args.host,
         "port": args.port,
         "replicas": args.replicas,
+        "cors_origins": args.cors_origin and tuple(args.cors_origin),
         "engine": {name: value for name, value in engine.items() if value is not None},
     }
     settings = ServerSettings.from_file(args.config, **given)

@@ -86,6 +86,14 @@ def check_fits(prompt: int, new: int, page_size: int, adapter: AdapterUse | None
         )
 
 
+def most_tokens(page_size: int, adapter: AdapterUse | None, allocator: PageAllocator) -> int:
+    """Of prompt and output of a request that runs alone in the pool."""
+    pages = allocator.capacity_for(PageKind.KV)
+    if allocator.adapter_pages is None and adapter is not None:
+        pages = allocator.capacity - adapter.num_pages
+    return pages * page_size + 1  # the last token's keys and values are never needed
+
+
 def is_ids(prompts: Any) -> bool:
     """Whether this is one prompt of token ids, rather than several prompts."""
     return len(prompts) > 0 and all(isinstance(token, (int, np.integer)) for token in prompts)

@@ -19,7 +19,7 @@ from pallas_kernels.lora.layout import ceil_div
 from pallas_kernels.paged_attention import AttentionTiles
 from slora_jax.engine.config import Bucket
 from slora_jax.engine.sampling import SamplingInputs
-from slora_jax.scheduling import Request, StepPlan
+from slora_jax.scheduling import Request, ScheduledSequence, StepPlan
 
 DENSE_ROWS = 8
 """From how many rows on an adapter's rows are multiplied as a matrix rather than row by row."""
@@ -61,8 +61,9 @@ def shared_rows(requests: Sequence[Request], page_table: jax.Array) -> Iterator[
         yield slot, pages
 
 
-SAMPLER_FIELDS = ("slot", "temperature", "top_k", "top_p", "min_p", "seed", "output_index")
-"""Fields of a step's metadata that the sampler reads, one number per sequence each; they come first in the buffer."""
+SAMPLER_FIELDS = ("slot", "target", "temperature", "top_k", "top_p", "min_p", "seed", "output_index")
+"""Fields of a step's metadata that the sampler and the scorer read, one number per sequence each; they come first in
+the buffer. target: the prompt's token that is scored, -1 if it is the token that is chosen."""
 
 
 @dataclass(frozen=True)
@@ -121,21 +122,22 @@ class StepBatch:
     lora: LoraTiles
 
 
-def build_metadata(plan: StepPlan, layout: BatchLayout) -> tuple[np.ndarray, list[Request], list[bool]]:
-    """Packs a plan into the bucket's buffer: int32 `[layout.size]`; and, in the order of its sequences, the requests
-    and whether each samples a token."""
+def build_metadata(plan: StepPlan, layout: BatchLayout) -> tuple[np.ndarray, list[ScheduledSequence]]:
+    """Packs a plan into the bucket's buffer: int32 `[layout.size]`; and the sequences in the order of the batch, scored
+    tokens as one each."""
     buffer = np.zeros(layout.size, np.int32)
     view = {name: buffer[offset : offset + length] for name, (offset, length) in layout.fields.items()}
     for name in ("temperature", "top_p", "min_p"):
         view[name] = view[name].view(np.float32)
 
-    count = np.array([s.count for s in plan.sequences], np.int32)
-    adapter = np.array([s.request.adapter_slot for s in plan.sequences], np.int32)
-    rank = np.array([0 if s.request.adapter is None else s.request.adapter.rows for s in plan.sequences], np.int32)
+    planned = [one for s in plan.sequences for one in _each_scored(s)] if plan.extra else plan.sequences
+    count = np.array([s.count for s in planned], np.int32)
+    adapter = np.array([s.request.adapter_slot for s in planned], np.int32)
+    rank = np.array([0 if s.request.adapter is None else s.request.adapter.rows for s in planned], np.int32)
     dense = (np.bincount(adapter + 1, count)[adapter + 1] >= DENSE_ROWS) & (not layout.bucket.decode)
     order = np.lexsort((adapter, -rank, ~dense, adapter < 0))
 
-    sequences = [plan.sequences[i] for i in order]
+    sequences = [planned[i] for i in order]
     requests = [s.request for s in sequences]
     n = len(sequences)
     count, adapter = count[order], adapter[order]
@@ -149,7 +151,7 @@ def build_metadata(plan: StepPlan, layout: BatchLayout) -> tuple[np.ndarray, lis
     view["num_rows"][0] = plan.num_tokens
     _put_tokens(view, sequences, first_row)
     _put_page_deltas(view, sequences, layout)
-    _put_sampling(view, requests)
+    _put_sampling(view, sequences)
     _put_lora_tiles(view, count, adapter, dense[order], layout.lora_tile_rows)
 
     decode = np.flatnonzero(count == 1)
@@ -159,7 +161,13 @@ def build_metadata(plan: StepPlan, layout: BatchLayout) -> tuple[np.ndarray, lis
     tile_seq, tile_row = _cut(count[prefill], layout.bucket.prefill_tile_rows)
     view["num_prefill"][0] = tile_seq.size
     view["prefill_seq"][: tile_seq.size], view["prefill_row"][: tile_seq.size] = prefill[tile_seq], tile_row
-    return buffer, requests, [s.samples for s in sequences]
+    return buffer, sequences
+
+
+def _each_scored(sequence: ScheduledSequence) -> list[ScheduledSequence]:
+    if sequence.start >= sequence.request.num_scored:
+        return [sequence]
+    return [ScheduledSequence(sequence.request, sequence.start + i, 1, False) for i in range(sequence.count)]
 
 
 def _cut(lengths: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -200,15 +208,24 @@ def _put_page_deltas(view: dict[str, np.ndarray], sequences: list, layout: Batch
     slot[at:] = layout.max_seqs  # padding: the slot that absorbs it
 
 
-def _put_sampling(view: dict[str, np.ndarray], requests: list[Request]) -> None:
-    n = len(requests)
+def _put_sampling(view: dict[str, np.ndarray], sequences: list[ScheduledSequence]) -> None:
+    n = len(sequences)
+    requests = [s.request for s in sequences]
     params = [r.params for r in requests]
+    view["target"][:] = -1
+    if any(p.prompt_logprobs is not None for p in params):
+        view["target"][:n] = [_target(s) for s in sequences]
     view["temperature"][:n] = [p.temperature for p in params]
     view["top_k"][:n] = [p.top_k for p in params]
     view["top_p"][:n] = [p.top_p for p in params]
     view["min_p"][:n] = [p.min_p for p in params]
     view["seed"][:n] = np.array([r.seed for r in requests], np.uint32).view(np.int32)
     view["output_index"][:n] = [r.num_sampled for r in requests]
+
+
+def _target(sequence: ScheduledSequence) -> int:
+    request, start = sequence.request, sequence.start
+    return request.prompt[start + 1] if start < request.num_scored else -1
 
 
 def _put_lora_tiles(
@@ -281,10 +298,11 @@ def unpack(buffer: jax.Array, state: SequenceState, layout: BatchLayout) -> tupl
     return batch, SequenceState(page_table=page_table, last_token=state.last_token)
 
 
-def unpack_sampling(buffer: jax.Array, seqs: int) -> tuple[jax.Array, SamplingInputs]:
-    """On the device: from the first `len(SAMPLER_FIELDS) * seqs` numbers of a step's metadata, the sequence slots and
-    what the sampler reads."""
+def unpack_sampling(buffer: jax.Array, seqs: int) -> tuple[jax.Array, jax.Array, SamplingInputs]:
+    """On the device: from the first `len(SAMPLER_FIELDS) * seqs` numbers of a step's metadata, the sequence slots, the
+    targets, and what the sampler reads."""
     field = dict(zip(SAMPLER_FIELDS, buffer.reshape(len(SAMPLER_FIELDS), seqs), strict=True))
     real = {name: jax.lax.bitcast_convert_type(field[name], jnp.float32) for name in ("temperature", "top_p", "min_p")}
     seed = field.pop("seed").astype(jnp.uint32)
-    return field.pop("slot"), SamplingInputs(**(field | real), seed=seed)
+    slot, target = field.pop("slot"), field.pop("target")
+    return slot, target, SamplingInputs(**(field | real), seed=seed)

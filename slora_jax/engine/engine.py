@@ -15,7 +15,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from slora_jax.adapters import AdapterInfo, AdapterStore, LoraAdapter, PreparedAdapter
-from slora_jax.engine.arrival import check_fits, is_ids, one_each, prompt_ids
+from slora_jax.engine.arrival import check_fits, is_ids, most_tokens, one_each, prompt_ids
 from slora_jax.engine.config import EngineConfig
 from slora_jax.engine.interrupts import InterruptHeld, uninterrupted
 from slora_jax.engine.outputs import Delta, EngineStats, Prompt, RequestOutput
@@ -246,8 +246,12 @@ class Engine:
         if request_id in self._requests.progress:
             raise RequestError(f"request_id={request_id!r} is in use by an unfinished request")
         room = self.max_model_len - len(ids)
-        max_new = room if params.max_tokens is None else min(params.max_tokens, room)
         use = self._use(adapter)
+        if params.max_tokens is None:
+            fits = most_tokens(self.config.page_size, use, self.allocator) - len(ids)
+            max_new = max(1, min(room, fits))
+        else:
+            max_new = min(params.max_tokens, room)
         check_fits(len(ids), max_new, self.config.page_size, use, self.allocator)
         request = Request(
             id=request_id,
@@ -269,6 +273,10 @@ class Engine:
         """Ends a request now; its pages are free when this returns, and the next `step` reports it. Returns whether
         there was such a request."""
         return self._requests.cancel(request_id)
+
+    def longest_request(self) -> int:
+        """Most tokens of prompt and output that `max_model_len` and the pool have room for, without an adapter."""
+        return min(self.max_model_len, most_tokens(self.config.page_size, None, self.allocator))
 
     def has_work(self) -> bool:
         """Whether `step` has anything left to do or to report."""

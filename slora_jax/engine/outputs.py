@@ -29,7 +29,8 @@ class RequestOutput:
     """A finished request.
 
     text: generated text, None without a tokenizer. token_ids: generated tokens, a stop token included. logprobs: one
-    entry per token, if asked for. logits: float32 `[len(token_ids), vocab]` with `EngineConfig.keep_logits`.
+    entry per token, if asked for. prompt_logprobs: one per token of the prompt, if asked for; None for the first, which
+    nothing precedes. logits: float32 `[len(token_ids), vocab]` with `EngineConfig.keep_logits`.
     error: why, when `finish_reason` is "error" or "abort". metrics: seconds on the engine's clock; token_times: when
     the host had each token, on the same clock.
     """
@@ -43,6 +44,7 @@ class RequestOutput:
     metrics: RequestMetrics
     token_times: list[float]
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     logits: np.ndarray | None = None
     error: str | None = None
 
@@ -50,13 +52,14 @@ class RequestOutput:
 @dataclass(frozen=True)
 class Delta:
     """What a step brought for one request: new tokens (and their logprobs, if asked for), newly certain text, and, the
-    last time, the whole output."""
+    last time, the whole output. prompt_logprobs: if asked for, with the first token."""
 
     request_id: str
     token_ids: list[int]
     text: str
     output: RequestOutput | None = None
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
     @property
     def finish_reason(self) -> FinishReason | None:

@@ -19,6 +19,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,9 @@ class ProgramCache:
     def _delete_unused(self) -> None:
         oldest = time.time() - KEPT_SECONDS
         for path in self._directory.iterdir():
-            if path.stat().st_mtime < oldest:
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another process has renamed or deleted it
+                if path.stat().st_mtime < oldest:
+                    path.unlink()
 
 
 def _of_spec(spec: StepSpec) -> str:

@@ -38,7 +38,7 @@ from slora_jax.engine.step import (
     step_name,
     step_shapes,
 )
-from slora_jax.phases import phase
+from slora_jax.phases import advance, phase
 
 StepKey = tuple[int, int]
 """Names a step program: the number of its bucket, and of its LoRA work among the bucket's, the least first."""
@@ -158,9 +158,11 @@ class StepPrograms:
             jobs = {name: partial(_compile, *self._parts[name], self._cache) for name in missing}
             bar = tqdm(total=len(jobs), desc="compiling steps", unit="program", disable=not self._progress, leave=False)
             with phase("programs"), bar:
-                for name, program in on_threads(jobs, self._threads):
+                advance(0, len(jobs))
+                for done, (name, program) in enumerate(on_threads(jobs, self._threads), 1):
                     self._programs[name] = program
                     bar.update()
+                    advance(done, len(jobs))
         return [self._programs[name] for name in names]
 
 

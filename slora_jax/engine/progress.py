@@ -24,10 +24,12 @@ class Progress:
         self._adapter = adapter
         self.request = request
         self._has_text = tokenizer is not None
-        self._text = TextStream(tokenizer, tuple(params.stop))
+        self._text = TextStream(tokenizer, tuple(params.stop), request.prompt)
         self._ends = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_token_ids)
         self._token_times: list[float] = []
         self._logprobs: list[TokenLogprobs] = []
+        scored = params.prompt_logprobs is not None
+        self._prompt_logprobs: list[TokenLogprobs | None] | None = [None] * len(request.prompt) if scored else None
         self._logits: list[np.ndarray] = []
 
     def append(self, token: int, step: InFlight, row: int, now: float) -> FinishReason | None:
@@ -44,9 +46,16 @@ class Progress:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(request.output) >= request.max_new else None
 
+    def score(self, position: int, step: InFlight, row: int) -> None:
+        """Takes the log-probabilities of the prompt's token at `position` from the sequence `row` of `step`."""
+        count = self.request.params.prompt_logprobs
+        assert self._prompt_logprobs is not None and count is not None
+        self._prompt_logprobs[position] = _logprobs(step.sampled, row, count)
+
     def delta(self, tokens: list[int]) -> Delta:
         """What the newest tokens bring, while the request goes on."""
-        return Delta(self.request.id, tokens, self._text.take(), logprobs=self._newest(tokens))
+        logprobs, of_prompt = self._newest(tokens), self._first(tokens)
+        return Delta(self.request.id, tokens, self._text.take(), logprobs=logprobs, prompt_logprobs=of_prompt)
 
     def end(self, reason: FinishReason) -> FinishReason:
         """No token follows. Returns the reason, which is a stop string if the text's last bytes complete one."""
@@ -67,13 +76,19 @@ class Progress:
             metrics=request.metrics,
             token_times=self._token_times,
             logprobs=None if request.params.logprobs is None else self._logprobs,
+            prompt_logprobs=self._prompt_logprobs,
             logits=np.stack(self._logits) if self._logits else None,
             error=error,
         )
-        return Delta(request.id, tokens, self._text.take(last=True), output, self._newest(tokens))
+        logprobs, of_prompt = self._newest(tokens), self._first(tokens)
+        return Delta(request.id, tokens, self._text.take(last=True), output, logprobs, of_prompt)
 
     def _newest(self, tokens: list[int]) -> list[TokenLogprobs] | None:
         return None if self.request.params.logprobs is None else self._logprobs[len(self._logprobs) - len(tokens) :]
+
+    def _first(self, tokens: list[int]) -> list[TokenLogprobs | None] | None:
+        """The prompt's log-probabilities, with the first token."""
+        return self._prompt_logprobs if tokens and len(tokens) == len(self.request.output) else None
 
 
 def _logprobs(sampled: Sampled, row: int, count: int) -> TokenLogprobs:

@@ -48,9 +48,14 @@ class Requests:
     def read(self, step: InFlight, tokens: np.ndarray, now: float) -> list[Delta]:
         """Hands out a step's tokens. Requests that ended meanwhile get none: their surplus token is dropped."""
         deltas = []
-        for row, (request, token) in enumerate(zip(step.requests, tokens.tolist(), strict=False)):
+        for row, (sequence, token) in enumerate(zip(step.sequences, tokens.tolist(), strict=False)):
+            request = sequence.request
             progress = self.progress.get(request.id)
-            if not step.samples[row] or progress is None or progress.request is not request:
+            if progress is None or progress.request is not request:
+                continue
+            if not sequence.samples:
+                if sequence.start < request.num_scored:
+                    progress.score(sequence.start + 1, step, row)
                 continue
             self.generated += 1
             if request.metrics.first_token is None:

@@ -32,18 +32,17 @@ from slora_jax.models.shards import shard_params
 from slora_jax.parallel.layout import ONE_DEVICE, Shards
 from slora_jax.parallel.mesh import TensorParallel, cut, tensor_parallel
 from slora_jax.parallel.processes import ProcessGroup
-from slora_jax.scheduling import Request, StepPlan
+from slora_jax.scheduling import ScheduledSequence, StepPlan
 
 logger = logging.getLogger("slora_jax")
 
 
 @dataclass(frozen=True)
 class InFlight:
-    """A dispatched step: its requests in the order of its sequences, whether each sampled, and what will come; logits
-    float32 `[S, vocab]` (several shards round the vocabulary up), or None unless the engine keeps them."""
+    """A dispatched step: the sequences in the order of its batch, and what will come; logits float32 `[S, vocab]`
+    (several shards round the vocabulary up), or None unless the engine keeps them."""
 
-    requests: list[Request]
-    samples: list[bool]
+    sequences: list[ScheduledSequence]
     sampled: Sampled
     logits: jax.Array | None
 
@@ -127,15 +126,15 @@ class Runner:
             worker.params = self._merge.before_step(worker.params, worker.pool, worker.table, plan)
         with_lora = self._merge is None and any(s.request.adapter_slot >= 0 for s in plan.sequences)
         segments = _segments(plan) if self._lora == "bmm" else ()
-        key, layout = worker.programs.select(plan.num_tokens, len(plan.sequences), with_lora, segments)
-        metadata, requests, samples = build_metadata(plan, layout)
-        logprobs = any(r.params.logprobs is not None for r in requests)
-        has_sampler = logprobs or any(r.params.temperature > 0 for r in requests)
+        key, layout = worker.programs.select(plan.num_tokens, plan.num_sequences, with_lora, segments)
+        metadata, sequences = build_metadata(plan, layout)
+        logprobs = any(s.request.params.logprobs is not None or s.start < s.request.num_scored for s in sequences)
+        has_sampler = logprobs or any(s.request.params.temperature > 0 for s in sequences)
         start = time.thread_time()
         rows = list(shared_rows(plan.hits, worker.state.page_table))
         sampled, logits = worker.step(key, metadata, rows, logprobs if has_sampler else None)
         self.launch_seconds += time.thread_time() - start
-        step = InFlight(requests, samples, sampled, logits if self._keep_logits else None)
+        step = InFlight(sequences, sampled, logits if self._keep_logits else None)
         if not worker.spec.layered:  # on a CPU they are read where they lie
             for leaf in jax.tree.leaves((step.sampled, step.logits)):
                 leaf.copy_to_host_async()

@@ -282,12 +282,12 @@ def replicated(parallel: TensorParallel, structs: Any) -> Any:
 
 def make_sampler(spec: StepSpec, seqs: int) -> Any:
     """The program that runs after a step in which a sequence is sampled: `(last_token, logits float32
-    [seqs, vocab], metadata int32 [7 seqs]) -> (last_token, token int32 [seqs])`, jitted; last_token, of the sequence
+    [seqs, vocab], metadata int32 [8 seqs]) -> (last_token, token int32 [seqs])`, jitted; last_token, of the sequence
     state, is donated. A program of its own: on a GPU, a branch inside the step would stop the host until the device
     knows which way to go. Over several shards, each gathers the whole logits and samples all."""
 
     def sampler(last_token: jax.Array, logits: jax.Array, metadata: jax.Array) -> tuple[jax.Array, jax.Array]:
-        slot, inputs = unpack_sampling(metadata, seqs)
+        slot, _, inputs = unpack_sampling(metadata, seqs)
         token = sample(_whole_logits(spec, logits), inputs)
         return last_token.at[slot].set(token), token
 
@@ -296,12 +296,13 @@ def make_sampler(spec: StepSpec, seqs: int) -> Any:
 
 def make_scorer(spec: StepSpec, seqs: int) -> Any:
     """The program that runs after a step in which a sequence asks for log-probabilities: `(token int32 [seqs], logits
-    float32 [seqs, vocab]) -> Sampled`, jitted."""
+    float32 [seqs, vocab], metadata int32 [8 seqs]) -> Sampled`, jitted. A target takes the token's place."""
 
-    def scorer(token: jax.Array, logits: jax.Array) -> Sampled:
-        return score(_whole_logits(spec, logits), token)
+    def scorer(token: jax.Array, logits: jax.Array, metadata: jax.Array) -> Sampled:
+        _, target, _ = unpack_sampling(metadata, seqs)
+        return score(_whole_logits(spec, logits), jnp.where(target < 0, token, target))
 
-    return _after_step(spec, scorer, scorer_name(seqs), (REPLICATED, LOGITS))
+    return _after_step(spec, scorer, scorer_name(seqs), (REPLICATED, LOGITS, REPLICATED))
 
 
 def _whole_logits(spec: StepSpec, logits: jax.Array) -> jax.Array:
@@ -338,7 +339,8 @@ def sampler_shapes(spec: StepSpec, seqs: int) -> tuple[Any, ...]:
 def scorer_shapes(spec: StepSpec, seqs: int) -> tuple[Any, ...]:
     """Returns the shapes of a scorer's arguments, like `step_shapes`."""
     token = jax.ShapeDtypeStruct((seqs,), jnp.int32)
-    return token if spec.parallel is None else replicated(spec.parallel, token), _logits_shape(spec, seqs)
+    _, logits, metadata = sampler_shapes(spec, seqs)
+    return token if spec.parallel is None else replicated(spec.parallel, token), logits, metadata
 
 
 def _logits_shape(spec: StepSpec, seqs: int) -> jax.ShapeDtypeStruct:

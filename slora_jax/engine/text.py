@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +47,25 @@ def load_tokenizer(model_dir: Path) -> Any:
     return tokenizer
 
 
-class TextStream:
-    """The text of one request. Text that may yet turn out to be the beginning of a stop string is held back."""
+CONTEXT_TOKENS = 64
+"""Last tokens of a prompt that decide how the output's first ones read."""
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
+
+class TextStream:
+    """The text of one request: what its tokens add to the prompt's text. (By itself, a SentencePiece tokenizer decodes
+    the first token without its space.) Text that may yet turn out to be the beginning of a stop string is held back."""
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], prompt: Sequence[int] = ()) -> None:
         """tokenizer: a `Tokenizer` or a fast Hugging Face one; None: there is no text, and nothing stops it."""
         self._backend = None if tokenizer is None else tokenizer.backend_tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)
         self._stop = stop
-        self._ids: list[int] = []
+        self._ids: list[int] = []  # and the last ones of the prompt
+        self._before = ""  # their text
         self._text = ""
         self._emitted = 0
         self.stopped = False
+        if self._backend is not None:
+            self._decoder = self._begin(list(prompt[-CONTEXT_TOKENS:]))
 
     @property
     def text(self) -> str:
@@ -79,15 +87,28 @@ class TextStream:
         A stop string that they complete still ends the text."""
         if self._backend is None or self.stopped:
             return
-        whole = self._backend.decode(self._ids, skip_special_tokens=True)
-        if whole.startswith(self._text) and len(whole) > len(self._text):
-            self._append(whole[len(self._text) :])
+        known, whole = self._before + self._text, self._backend.decode(self._ids, skip_special_tokens=True)
+        if whole.startswith(known) and len(whole) > len(known):
+            self._append(whole[len(known) :])
 
     def take(self, last: bool = False) -> str:
         """Text that is certain and was not taken before; `last`: nothing follows, so all of it is certain."""
         end = len(self._text) if last or self.stopped else self._certain()
         piece, self._emitted = self._text[self._emitted : end], max(self._emitted, end)
         return piece
+
+    def _begin(self, context: list[int]) -> DecodeStream:
+        """A decoder that has read `context`, of which tokens of an incomplete last character may be completed yet."""
+        decode = self._backend.decode  # type: ignore[union-attr]
+        end = len(context)
+        while end and decode(context[:end], skip_special_tokens=True).endswith("\ufffd"):
+            end -= 1
+        self._ids, self._before = context[:end], decode(context[:end], skip_special_tokens=True)
+        self._decoder = DecodeStream(ids=context[:end], skip_special_tokens=True)
+        for token in context[end:]:
+            self._ids.append(token)
+            self._before += self._decode(token) or ""
+        return self._decoder
 
     def _decode(self, token: int) -> str | None:
         """Text that this token completes, None while a character is incomplete."""

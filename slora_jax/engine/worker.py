@@ -67,11 +67,11 @@ class Worker:
         program = self.programs.step(key)
         self.pool, self.state, output = program(self.params, self.pool, self.table, self.state, metadata)
         token, seqs = output.token, self.programs.bucket(key).seqs
+        part = metadata[: len(SAMPLER_FIELDS) * seqs]
         if logprobs is not None:
-            part = metadata[: len(SAMPLER_FIELDS) * seqs]
             last_token, token = self.programs.sampler(seqs)(self.state.last_token, output.logits, part)
             self.state = replace(self.state, last_token=last_token)
-        sampled = self.programs.scorer(seqs)(token, output.logits) if logprobs else Sampled(token)
+        sampled = self.programs.scorer(seqs)(token, output.logits, part) if logprobs else Sampled(token)
         return sampled, output.logits
 
     def read(self, array: jax.Array) -> np.ndarray:

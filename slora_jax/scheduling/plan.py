@@ -11,7 +11,8 @@ from slora_jax.scheduling.request import Request
 @dataclass(slots=True)
 class ScheduledSequence:
     """`count` tokens of a request from position `start` on. `samples`: its last known token is among them, so the next
-    one is sampled."""
+    one is sampled. If `start` is below the request's `num_scored`, each of the tokens gives logits: each is a sequence
+    of one row in the step's batch."""
 
     request: Request
     start: int
@@ -26,6 +27,7 @@ class StepPlan:
     loads: adapters to upload before the step. uploads: pages of adapters to copy beside it; each is answered by
     `AdapterResidency.land` when it is there. A plan has the one or the other, by `SchedulerLimits.prefetch`.
     hits: requests admitted with pages of the prefix cache, of which the device's page table does not know yet.
+    extra: sequences of the batch beyond `sequences`, as there is one for each scored token.
     registered: what it brings to the prefix cache: deepest new node of a request, and pages before the first new one.
     """
 
@@ -33,7 +35,13 @@ class StepPlan:
     loads: list[Resident] = field(default_factory=list)
     uploads: list[Upload] = field(default_factory=list)
     num_tokens: int = 0
+    extra: int = 0
     preempted: int = 0
     aborted: list[tuple[Request, str]] = field(default_factory=list)
     hits: list[Request] = field(default_factory=list)
     registered: list[tuple[PrefixNode, int]] = field(default_factory=list)
+
+    @property
+    def num_sequences(self) -> int:
+        """Of the step's batch."""
+        return len(self.sequences) + self.extra

@@ -126,6 +126,11 @@ class Request:
         return self.num_sampled >= self.max_new
 
     @property
+    def num_scored(self) -> int:
+        """How many tokens of the prompt, from the first on, are to give the log-probability of the one that follows."""
+        return 0 if self.params.prompt_logprobs is None else len(self.prompt) - 1
+
+    @property
     def num_shared(self) -> int:
         """How many of its pages, from the first on, are the prefix cache's."""
         return 0 if self.prefix is None else self.prefix.depth

@@ -16,7 +16,7 @@ MAX_LOGPROBS = 20
 class SamplingParams:
     """Sampling and stopping of one request.
 
-    max_tokens: most tokens to generate; None means up to the engine's `max_model_len`.
+    max_tokens: most tokens to generate; None means as many as `max_model_len` and the pool allow.
     temperature: 0 is greedy; otherwise logits are divided by it.
     top_k: keep the k most likely tokens; 0 keeps all.
     top_p: keep the smallest set of most likely tokens whose probability reaches this.
@@ -27,6 +27,8 @@ class SamplingParams:
       included in `token_ids`). ignore_eos: go on past the model's end-of-sequence tokens.
     logprobs: None, or how many alternatives to report per token beside the chosen one (0 to 20), from the model's own
       distribution before temperature and masks.
+    prompt_logprobs: the same of each prompt token but the first. Such a prompt takes more steps, and reads nothing of
+      the prefix cache.
     """
 
     max_tokens: int | None = 16
@@ -39,6 +41,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] | list[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -67,12 +70,14 @@ class SamplingParams:
             self.stop_token_ids,
             "token ids, integers of at least 0",
         )
-        _require(
-            self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
-            "logprobs",
-            self.logprobs,
-            f"None or an integer in [0, {MAX_LOGPROBS}]",
-        )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _require(
+                value is None or (_is_int(value) and 0 <= value <= MAX_LOGPROBS),
+                name,
+                value,
+                f"None or an integer in [0, {MAX_LOGPROBS}]",
+            )
 
 
 def _is_int(value: Any) -> bool:

@@ -218,6 +218,8 @@ class Scheduler:
             start = request.num_computed
             known = len(request.prompt) + sampled
             end = known if known - start <= budget else start + budget
+            if end - start > 1 and start < request.num_scored:
+                end = self._end_scored(plan, request, start, end)
             if end > len(request.pages) * page_size:
                 needed = -(-end // page_size) - len(request.pages)
                 while taken + needed > within_reach and last > position:
@@ -259,6 +261,8 @@ class Scheduler:
                 passed_over = position - 1 - len(started)
                 if budget == 0 or not self._free_slots or passed_over > MOST_PASSED_OVER:
                     break
+                if plan.extra and len(self.running) + plan.extra >= self.limits.max_seqs:
+                    break
                 if request.in_flight or request.status is not Status.WAITING:
                     continue  # preempted a moment ago, its newest token is not read yet; or admitted already
                 if not self._on_host(request.digest, absent):
@@ -277,6 +281,9 @@ class Scheduler:
                 started.append(request)
                 self._start(plan, request, prefix, now)
                 count = min(request.num_tokens - request.num_computed, budget)
+                if count > 1 and request.num_computed < request.num_scored:
+                    start = request.num_computed
+                    count = self._end_scored(plan, request, start, start + count) - start
                 self._schedule_tokens(plan, request, count, self.pages_for(request.num_tokens) - len(request.pages))
                 self._register(request, plan)
         finally:
@@ -284,12 +291,21 @@ class Scheduler:
                 self.waiting.remove(request)
         return bool(started)
 
+    def _end_scored(self, plan: StepPlan, request: Request, start: int, end: int) -> int:
+        """Where a chunk of scored tokens from `start` to at most `end` ends: before the last token of the prompt, and
+        so that a step's batch, in which each is a sequence, has `max_seqs` of them beside the running requests'."""
+        spare = max(0, self.limits.max_seqs - len(self.running) - plan.extra)
+        count = min(end, request.num_scored) - start
+        count = min(count, 1 + spare)
+        plan.extra += count - 1
+        return start + count
+
     def _reservation(self) -> Reservation:
         return Reservation(self.running, self.evictor.within_reach(PageKind.KV), self.limits.page_size)
 
     def _match(self, request: Request) -> PrefixNode | None:
         """What the prefix cache has of a request's tokens: never all of them, as computing the last one samples."""
-        if self.prefixes is None:
+        if self.prefixes is None or request.num_scored:
             return None
         most = (request.num_tokens - 1) // self.limits.page_size
         return self.prefixes.match(request.digest, request.token_bytes(), most)

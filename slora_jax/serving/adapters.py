@@ -21,6 +21,7 @@ from slora_jax.adapters import AdapterInfo
 from slora_jax.adapters.store import PreparedAdapter
 from slora_jax.engine import Engine
 from slora_jax.errors import AdapterError
+from slora_jax.phases import advance, phase
 from slora_jax.serving.adapter_roots import AdapterRoots, Version, adapters_in, version_of
 from slora_jax.serving.engine_loop import EngineLoop
 from slora_jax.serving.errors import ApiError
@@ -72,7 +73,7 @@ class Adapters:
         self._registered: dict[str, Wanted] = {}
         self._seen: dict[str, Wanted] = {}  # at the last look; what changes while it is looked at is not complete
         self._known: set[str] = set()  # names that were registered when the last look began
-        self._look_seconds = 0.0  # that the last look took, without what it led to
+        self._look_seconds = 0.0  # of CPU time that the last look took, without what it led to
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of names in somebody's hands
         self._readers = asyncio.Semaphore(settings.limits.adapter_loads)
         self.refused: dict[str, str] = {}  # by name: why an adapter that should be there is not
@@ -80,7 +81,7 @@ class Adapters:
     def register_all(self, engine: Engine) -> None:
         """At the start, on the engine's thread, with a progress bar. A bad one is logged and left out."""
         wanted = self._seen = self._wanted()
-        with ThreadPoolExecutor(self._settings.limits.adapter_loads) as pool:
+        with phase("adapters"), ThreadPoolExecutor(self._settings.limits.adapter_loads) as pool:
             read = pool.map(lambda item: self._read_or_reason(engine, *item), wanted.items())
             bar = tqdm(
                 zip(wanted.items(), read, strict=True),
@@ -89,7 +90,8 @@ class Adapters:
                 unit="adapter",
                 disable=not engine.config.progress,
             )
-            for (name, one), prepared in bar:
+            for done, ((name, one), prepared) in enumerate(bar):
+                advance(done, len(wanted))
                 self._registered[name] = one
                 if isinstance(prepared, str):
                     self._refuse(name, prepared)
@@ -160,9 +162,9 @@ class Adapters:
         self._known, registered = set(self._registered), dict(self._registered)
 
         def compare() -> tuple[dict[str, Wanted], list[str]]:
-            start = time.perf_counter()
+            start = time.thread_time()  # not the time that busy threads make it wait
             seen = self._wanted()
-            self._look_seconds = time.perf_counter() - start
+            self._look_seconds = time.thread_time() - start
             come = [name for name, one in seen.items() if before.get(name) == one != registered.get(name)]
             # What a client has just loaded may be registered, and not in the state file yet.
             gone = [name for name in self._known & known_before if name not in seen and name not in before]

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import APIRouter, FastAPI, Request
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from slora_jax.engine import Engine
@@ -69,4 +70,12 @@ def create_app(settings: ServerSettings, build: Callable[[], Engine]) -> FastAPI
         app.state.service.metrics.http(route, method, status, seconds)
 
     app.add_middleware(Gate, limits=settings.limits, access=Access(settings.api_keys), on_request=done)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     return app

@@ -39,7 +39,9 @@ async def completions(request: Request, client: MayServe, body: CompletionBody) 
             service.token_text,
             logprobs=body.logprobs is not None,
             token_ids=body.return_token_ids,
+            prompt_logprobs=body.prompt_logprobs is not None,
             echoes=echoes,
+            prompts=each,
         )
         max_tokens = 16 if body.max_tokens is None else body.max_tokens
         return await _answer(service, client, request, body, each, max_tokens, body.logprobs, shape, adapter, held)
@@ -58,6 +60,8 @@ async def chat_completions(request: Request, client: MayServe, body: ChatBody) -
             service.token_text,
             logprobs=bool(body.logprobs),
             token_ids=body.return_token_ids,
+            prompt_logprobs=body.prompt_logprobs is not None,
+            prompt=prompts[0],
         )
         max_tokens = body.max_completion_tokens or body.max_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -69,7 +73,7 @@ async def models(request: Request, client: MayLook) -> Response:
     """The base model and every adapter."""
     service = service_of(request)
     base = service.settings.base_name
-    data = [_model(base, service.started, None, {"max_model_len": service.loop.engine.max_model_len})]
+    data = [_model(base, service.started, None, {"max_model_len": service.loop.engine.longest_request()})]
     data += [_model(info.name, service.started, base, {}) for info in service.loop.engine.store.infos()]
     return JsonResponse({"object": "list", "data": data})
 
@@ -95,11 +99,16 @@ async def _answer(
     adapter: str | None,
     held: AsyncExitStack,
 ) -> Response:
-    params = [body.sampling(index % body.choices, max_tokens, logprobs) for index in range(len(prompts))]
+    of_prompt = logprobs if isinstance(body, CompletionBody) and body.echo else body.prompt_logprobs
+    params = [body.sampling(index % body.choices, max_tokens, logprobs, of_prompt) for index in range(len(prompts))]
     tenant = client.name if service.settings.tenants == "client" else ""
     stream = (body.stream_options or StreamOptions()) if body.stream else None
-    sequences = Sequences(prompts, params, adapter, tenant)
-    return await generate(request, sequences, shape, stream, service.loop, held)
+    sequences = Sequences(prompts, params, adapter, tenant, body.choices)
+    answer = await generate(request, sequences, shape, stream, service.loop, held)
+    room = service.loop.engine.max_model_len - max(map(len, prompts))
+    if max_tokens is not None and max_tokens > room:
+        answer.headers["X-Max-Tokens-Lowered-To"] = str(room)
+    return answer
 
 
 def _render(service: Service, body: ChatBody) -> list[int]:

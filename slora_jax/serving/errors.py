@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from slora_jax.errors import AdapterError, ConfigError, RequestError, SloraError, UnknownAdapterError
+from slora_jax.serving.protocol import NOT_SUPPORTED
 
 logger = logging.getLogger("slora_jax.serving")
 
@@ -113,7 +114,7 @@ def install(app: FastAPI) -> None:
         code, message = {
             400: ("bad_json", "the body cannot be read: nested too deep, a number too long, or no UTF-8"),
             404: ("no_such_path", f"no such path: {path[:MAX_PARAM]}"),
-            405: ("wrong_method", f"{path[:MAX_PARAM]} does not take {request.method}"),
+            405: ("wrong_method", f"{path[:MAX_PARAM]} does not take {request.method}{_cors(request)}"),
         }.get(error.status_code, (None, str(error.detail)))
         return answer(request, ApiError(error.status_code, message, code=code, headers=error.headers))
 
@@ -124,6 +125,12 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, ours)
 
 
+def _cors(request: Request) -> str:
+    """What a browser's preflight request is missing."""
+    asks = request.method == "OPTIONS" and "origin" in request.headers
+    return "; slora serve --cors-origin lets pages of other origins call" if asks else ""
+
+
 def _invalid(error: RequestValidationError) -> ApiError:
     """Says of the first wrong field which it is, what was found, and what it must be."""
     problem = max(error.errors(), key=_meant)
@@ -131,6 +138,10 @@ def _invalid(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"the body is not valid JSON: {problem.get('ctx', {}).get('error', '')}", code="bad_json")
     _, *names = map(str, problem["loc"])  # after "body" or "query"
     field = ".".join(name for i, name in enumerate(names) if not (i and _is_type(name)))
+    if problem["type"] == "not_supported" or (problem["type"] == "extra_forbidden" and names[-1] in NOT_SUPPORTED):
+        found = _found.repr(problem.get("input"))[:80]
+        message = f"{field}: slora-jax does not support this; leave the field out (found {found})"
+        return ApiError(400, message, code="not_supported", param=field)
     if problem["type"] == "extra_forbidden":
         return ApiError(400, f"unknown field {field!r}", code="unknown_field", param=field)
     if problem["type"] == "missing":

@@ -27,12 +27,14 @@ class ClientGoneError(Exception):
 
 @dataclass(frozen=True)
 class Sequences:
-    """What an HTTP request has generated: a prompt and parameters for each choice, in the answer's order."""
+    """What an HTTP request has generated: a prompt and parameters for each choice, in the answer's order. choices: of
+    each prompt, in a row."""
 
     prompts: Sequence[list[int]]
     params: Sequence[SamplingParams]
     adapter: str | None
     tenant: str
+    choices: int
 
 
 async def generate(
@@ -62,10 +64,10 @@ async def generate(
     try:
         first = await mailbox.take()
         if stream is None:
-            return JsonResponse(await _whole(first, mailbox, len(ids), shape))
+            return JsonResponse(await _whole(first, mailbox, sequences, shape))
     except ClientGoneError:
         return Response(status_code=499)  # for the log; nobody reads it
-    return EventStream(_events(first, mailbox, sequences.prompts, shape, stream), held.pop_all())
+    return EventStream(_events(first, mailbox, sequences, shape, stream), held.pop_all())
 
 
 class EventStream(Response):
@@ -92,8 +94,9 @@ async def _until_gone(request: Request, mailbox: Mailbox) -> None:
     mailbox.fail(ClientGoneError())
 
 
-async def _whole(arrived: dict[int, Arrived], mailbox: Mailbox, count: int, shape: Shape) -> Json:
+async def _whole(arrived: dict[int, Arrived], mailbox: Mailbox, sequences: Sequences, shape: Shape) -> Json:
     wholes: dict[int, Arrived] = {}
+    count = len(sequences.prompts)
     while True:
         for index, part in arrived.items():
             if part.output is not None:
@@ -103,31 +106,32 @@ async def _whole(arrived: dict[int, Arrived], mailbox: Mailbox, count: int, shap
         arrived = await mailbox.take()
     choices = [shape.choice(index, wholes[index]) for index in range(count)]
     outputs = [whole.output for _, whole in sorted(wholes.items()) if whole.output is not None]
-    return shape.envelope(choices, streamed=False) | {"usage": usage(outputs)}
+    return shape.envelope(choices, streamed=False) | {"usage": usage(outputs, sequences.choices)}
 
 
 def _all_of(output: RequestOutput) -> Arrived:
-    return Arrived(output.text or "", output.token_ids, output.logprobs or [], output)
+    return Arrived(output.text or "", output.token_ids, output.logprobs or [], output, output.prompt_logprobs)
 
 
 async def _events(
     arrived: dict[int, Arrived],
     mailbox: Mailbox,
-    prompts: Sequence[list[int]],
+    sequences: Sequences,
     shape: Shape,
     options: StreamOptions,
 ) -> AsyncIterator[bytes]:
     """An event a choice for whatever has come, all in one write. Ends with [DONE], or with an error's body."""
     outputs: dict[int, RequestOutput] = {}
     opened: set[int] = set()
-    prompt_tokens, generated = sum(map(len, {tuple(prompt) for prompt in prompts})), 0
+    count = len(sequences.prompts)
+    prompt_tokens, generated = sum(map(len, sequences.prompts[:: sequences.choices])), 0
     try:
         while True:
             events = []
             for index, part in sorted(arrived.items()):
                 if index not in opened:
                     opened.add(index)
-                    if (opening := shape.opening(index)) is not None:
+                    if (opening := shape.opening(index, part)) is not None:
                         events.append(shape.envelope([opening], streamed=True))
                 events.append(shape.envelope([shape.piece(index, part)], streamed=True))
                 generated += len(part.token_ids)
@@ -135,9 +139,9 @@ async def _events(
                     events[-1]["usage"] = counts(prompt_tokens, generated)
                 if part.output is not None:
                     outputs[index] = part.output
-            has_ended = len(outputs) == len(prompts)
+            has_ended = len(outputs) == count
             if has_ended and options.include_usage:
-                whole = usage([outputs[index] for index in range(len(prompts))])
+                whole = usage([outputs[index] for index in range(count)], sequences.choices)
                 events.append(shape.envelope([], streamed=True) | {"usage": whole})
             yield b"".join(map(_event, events)) + (b"data: [DONE]\n\n" if has_ended else b"")
             if has_ended:

@@ -32,6 +32,9 @@ class Gate:
             await self._app(scope, receive, send)
             return
         start, status, body = time.perf_counter(), 0, _Body(receive, self._limits.body_seconds)
+        method = scope["method"]
+        if method == "HEAD":
+            scope = {**scope, "method": "GET"}  # the server that called sends no body
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -62,7 +65,7 @@ class Gate:
         finally:
             self._bodies_bytes -= body.size
             route = getattr(scope.get("route"), "path", None)
-            self._on_request(route, scope["method"], status, time.perf_counter() - start)
+            self._on_request(route, method, status, time.perf_counter() - start)
 
     def _check(self, scope: Scope) -> None:
         """Before anything of a body is read. Raises ApiError."""

@@ -17,12 +17,14 @@ class Arrived:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     output: RequestOutput | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs or ()
         self.output = delta.output
+        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
 
 
 class Mailbox:

@@ -7,8 +7,8 @@ many adapters are registered. All else here works on what they return, and on th
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -156,7 +156,8 @@ class AdapterUsage:
 
 @dataclass(frozen=True)
 class AdapterState:
-    """A registered adapter, where it is, and what it was used for. nbytes: in host memory."""
+    """A registered adapter, where it is, and what it was used for. nbytes: in host memory. aliases: other names of the
+    same content."""
 
     name: str
     digest: str
@@ -165,6 +166,7 @@ class AdapterState:
     nbytes: int
     state: State
     usage: Usage
+    aliases: tuple[str, ...]
 
     def to_json(self) -> dict[str, object]:
         """An entry of `/v1/adapters`. Times in seconds; `last_used` is unix time, null if it never was."""
@@ -172,6 +174,7 @@ class AdapterState:
         return {
             "name": self.name,
             "digest": self.digest,
+            "aliases": list(self.aliases),
             "rank": self.rank,
             "pages": self.num_pages,
             "bytes": self.nbytes,
@@ -188,8 +191,11 @@ class AdapterState:
 def adapter_states(store: AdapterStore, device: Mapping[str, State], usage: AdapterUsage) -> list[AdapterState]:
     """Every registered adapter, the one used last first, never used ones at the end in order of registration. For the
     event loop's thread. device: of the newest `EngineSnapshot`."""
-    tiers = store.tiers()
-    states = [_state(info, tiers, device, usage.of(info.name)) for info in store.infos()]
+    tiers, infos = store.tiers(), store.infos()
+    names: defaultdict[str, list[str]] = defaultdict(list)
+    for info in infos:
+        names[info.digest].append(info.name)
+    states = [_state(info, tiers, device, usage.of(info.name), names[info.digest]) for info in infos]
     states.sort(key=lambda state: state.usage.last_used or 0.0, reverse=True)
     return states
 
@@ -200,6 +206,9 @@ def queue_seconds(output: RequestOutput) -> float | None:
     return None if metrics.admitted is None else metrics.admitted - metrics.arrival
 
 
-def _state(info: AdapterInfo, tiers: Mapping[str, Tier], device: Mapping[str, State], usage: Usage) -> AdapterState:
+def _state(
+    info: AdapterInfo, tiers: Mapping[str, Tier], device: Mapping[str, State], usage: Usage, names: Sequence[str]
+) -> AdapterState:
     state = device.get(info.digest) or tiers.get(info.digest, "disk")
-    return AdapterState(info.name, info.digest, info.rank, info.num_pages, info.nbytes, state, usage)
+    aliases = tuple(name for name in names if name != info.name)
+    return AdapterState(info.name, info.digest, info.rank, info.num_pages, info.nbytes, state, usage, aliases)

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from slora_jax import phases
 from slora_jax.serving.engine_loop import Health
 from slora_jax.serving.errors import ApiError
 from slora_jax.serving.observation import page_kinds
@@ -57,6 +58,17 @@ def _file(name: str) -> Response:
     return Response(content, media_type=kind, headers=headers)
 
 
+def _phase() -> str:
+    """What the start is busy with."""
+    name, parts = phases.now()
+    match name, parts:
+        case "programs", (done, total):
+            return f"Program {min(done + 1, total)} of {total}."
+        case ((None | "programs"), _):
+            return "Preparing."
+    return f"Loading: {name}" + (f", {parts[0]} of {parts[1]}." if parts else ".")
+
+
 def _status(service: Service) -> tuple[Status, str | None]:
     loop = service.loop
     if service.is_draining:
@@ -65,5 +77,5 @@ def _status(service: Service) -> tuple[Status, str | None]:
         case Health.READY:
             return "ready", None
         case Health.STARTING:
-            return "starting", "loading, compiling"
+            return "starting", _phase()
     return "failed", f"{loop.health}: {loop.error!r}"

@@ -1,11 +1,22 @@
 """What clients send: OpenAI's fields, and vLLM's names for what OpenAI has not. A field that is not known, or that asks
-for what the engine cannot do, is refused: nobody is served something else than they asked for."""
+for what the engine cannot do, is refused: nobody is served something else than they asked for. A field that asks for
+nothing is accepted: clients send null, and messages as they received them."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core.core_schema import no_info_plain_validator_function
 
 from slora_jax.scheduling import SamplingParams
 from slora_jax.scheduling.sampling_params import MAX_LOGPROBS
@@ -27,11 +38,35 @@ def at_most(count: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def _boolean(data: Any) -> Any:
-    """To Python, 0.0 is False."""
-    if not isinstance(data, bool):
-        raise ValueError("must be false")
-    return data
+NOT_SUPPORTED = frozenset(
+    (
+        *("audio", "prediction", "reasoning_effort", "web_search_options", "verbosity"),
+        *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "grammar"),
+        *("use_beam_search", "length_penalty", "min_tokens", "bad_words", "allowed_token_ids", "logits_processors"),
+        *("truncate_prompt_tokens", "skip_special_tokens", "include_stop_str_in_output", "priority", "dry_multiplier"),
+    )
+)
+"""Fields of OpenAI's and other servers' that are refused as not supported, rather than as unknown."""
+NOTHING = (None, "", [], {})
+"""Values of fields that ask for nothing, whatever the field."""
+
+
+class Only:
+    """Of the type of a field that is not supported: it must have one of `values`, with which it asks for nothing."""
+
+    def __init__(self, *values: Any) -> None:
+        self._values = values
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": list(self._values)}
+
+    def _check(self, data: Any) -> Any:
+        if not any(type(data) is type(value) and data == value for value in self._values):
+            raise PydanticCustomError("not_supported", "not supported")
+        return data
 
 
 # fail_fast: of a list with a million wrong items, one is told; complaints about all would take gigabytes.
@@ -45,15 +80,22 @@ Several = Field(min_length=1, max_length=1024, fail_fast=True)
 
 
 class Body(BaseModel):
-    """Strict: no field is guessed, no text taken for a number."""
+    """Strict: no field is guessed, no text taken for a number. An unknown field is refused, unless it is empty."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        json_schema_extra={"additionalProperties": {"enum": list(NOTHING)}},
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _check_size(cls, data: Any) -> Any:
         if isinstance(data, dict) and len(data) > MAX_FIELDS:
             raise ValueError(f"an object with {len(data)} fields; at most {MAX_FIELDS} can be")
+        if isinstance(data, dict):
+            return {name: value for name, value in data.items() if name in cls.model_fields or value not in NOTHING}
         return data
 
 
@@ -68,8 +110,9 @@ class StreamOptions(Body):
 class Generation(Body):
     """What completions and chat have in common.
 
-    Beyond OpenAI's: top_k, min_p, stop_token_ids, ignore_eos (as `SamplingParams` has them) and return_token_ids (each
-    choice then has `token_ids`). Of a request with a seed, choice i of each prompt has the seed plus i, modulo 2**32.
+    Beyond OpenAI's: top_k, min_p, stop_token_ids, ignore_eos, prompt_logprobs (as `SamplingParams` has them) and
+    return_token_ids (each choice then has `token_ids`). Of a request with a seed, choice i of each prompt has the seed
+    plus i, modulo 2**32.
     """
 
     model: Name | None = None
@@ -89,13 +132,15 @@ class Generation(Body):
     min_p: float | None = Field(0.0, ge=0, le=1)
     stop_token_ids: Annotated[list[Token], Field(fail_fast=True, max_length=256)] | None = None
     ignore_eos: bool = False
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     return_token_ids: bool = False
-    # Accepted where they change nothing:
-    presence_penalty: float | None = Field(None, ge=0, le=0)
-    frequency_penalty: float | None = Field(None, ge=0, le=0)
-    repetition_penalty: float | None = Field(None, ge=1, le=1)
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     user: Annotated[str, Field(max_length=4096)] | None = None
+    presence_penalty: Annotated[Any, Only(None, 0, 0.0)] = None
+    frequency_penalty: Annotated[Any, Only(None, 0, 0.0)] = None
+    repetition_penalty: Annotated[Any, Only(None, 1, 1.0)] = None
+    logit_bias: Annotated[Any, Only(None, {})] = None
+    response_format: Annotated[Any, Only(None, {"type": "text"})] = None
+    service_tier: Annotated[Any, Only(None, "auto", "default")] = None
 
     @model_validator(mode="after")
     def _check(self) -> Generation:
@@ -103,7 +148,9 @@ class Generation(Body):
             raise ValueError("stream_options goes with stream=true")
         return self
 
-    def sampling(self, index: int, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def sampling(
+        self, index: int, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
+    ) -> SamplingParams:
         """Of choice `index`. Raises ConfigError."""
         return SamplingParams(
             max_tokens=max_tokens,
@@ -116,6 +163,7 @@ class Generation(Body):
             stop_token_ids=self.stop_token_ids or (),
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
 
     @property
@@ -136,14 +184,12 @@ class CompletionBody(Generation):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = False
     best_of: int | None = Field(None, ge=1)
-    suffix: None = None
+    suffix: Annotated[Any, Only(None, "")] = None
 
     @model_validator(mode="after")
     def _check_completion(self) -> CompletionBody:
         if self.best_of is not None and self.best_of != self.choices:
             raise ValueError("best_of must equal n: choices are not ranked")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo does not go with logprobs: a prompt has none")
         return self
 
     @property
@@ -161,22 +207,20 @@ class TextPart(Body):
 
 
 class Message(Body):
-    """One of a chat. The model's template decides which roles there are."""
+    """One of a chat. The model's template decides which roles there are. An answer's own fields may come back with it,
+    as long as they are empty."""
 
     role: Text
     content: str | Annotated[list[TextPart], Field(fail_fast=True), at_most(MAX_MESSAGES)] | None = None
     name: Text | None = None
+    type: Annotated[Any, Only(None, "text", "message")] = None
+    tool_calls: Annotated[Any, Only(None, [])] = None
+    function_call: Annotated[Any, Only(None)] = None
 
     def for_template(self) -> dict[str, Any]:
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         return {"role": self.role, "content": text} | ({} if self.name is None else {"name": self.name})
-
-
-class ResponseFormat(Body):
-    """Free text: decoding is not constrained."""
-
-    type: Literal["text"]
 
 
 class ChatBody(Generation):
@@ -188,14 +232,16 @@ class ChatBody(Generation):
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    response_format: ResponseFormat | None = None
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_FIELDS)] | None = None
     add_generation_prompt: bool = True
-    # Accepted where they change nothing:
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none"] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16), at_most(16)] | None = None
-    store: Annotated[Literal[False], BeforeValidator(_boolean)] | None = None
+    tools: Annotated[Any, Only(None, [])] = None
+    tool_choice: Annotated[Any, Only(None, "none", "auto")] = None
+    parallel_tool_calls: Annotated[Any, Only(None, True, False)] = None
+    functions: Annotated[Any, Only(None, [])] = None
+    function_call: Annotated[Any, Only(None, "none", "auto")] = None
+    modalities: Annotated[Any, Only(None, [], ["text"])] = None
+    store: Annotated[Any, Only(None, False)] = None
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatBody:

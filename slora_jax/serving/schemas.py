@@ -51,20 +51,29 @@ class Usage(Answer):
 
 
 class CompletionLogprobs(Answer):
-    """By token."""
+    """By token; null for the first one of an echoed prompt."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
+class PromptLogprob(Answer):
+    """Of a token in the place of a prompt's. rank: 1 is the likeliest; null: not among those asked for."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
 class Choice(Answer):
-    """Of either endpoint. token_ids: there if asked for."""
+    """Of either endpoint. token_ids, prompt_logprobs (by token id; null for the first token): there if asked for."""
 
     index: int
     finish_reason: FinishReason
     token_ids: list[int] = []
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] = []
 
 
 class CompletionChoice(Choice):
@@ -151,10 +160,12 @@ class ModelList(Answer):
 
 
 class Adapter(Answer):
-    """Where an adapter is and how it was used. Times in seconds; `last_used` is unix time."""
+    """Where an adapter is and how it was used. aliases: other names of the same content. Times in seconds; `last_used`
+    is unix time."""
 
     name: str
     digest: str
+    aliases: list[str]
     rank: int
     pages: int
     bytes: int

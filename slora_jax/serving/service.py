@@ -24,8 +24,8 @@ from slora_jax.serving.limits import Shares
 from slora_jax.serving.metrics import ServerMetrics
 from slora_jax.serving.observation import AdapterUsage
 from slora_jax.serving.settings import ServerSettings
-from slora_jax.serving.shapes import TokenText
 from slora_jax.serving.state import LiveState
+from slora_jax.serving.token_text import TokenText
 
 TEXT_THREADS = 4
 """That tokenize and fill in chat templates; long texts hold up other texts, and nothing else."""

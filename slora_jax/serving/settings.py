@@ -63,6 +63,7 @@ class ServerSettings:
     state_file: remembers what clients loaded and unloaded, for the next start; None: `.slora-adapters.json` in
       `adapters`.
     api_keys: who may do what; none: everybody may do everything.
+    cors_origins: web pages of other origins ("https://example.org", "*") that browsers let call the service.
     engine: the engine's settings. policy: a name and settings, as `make_policy` takes them; None: first come, first
       served. tenants: whom a fair-share policy charges: the "adapter" or the "client" (API key).
     replicas: engines, each in a process of its own behind Ray Serve's router (`replicas`); 1: one, in this process.
@@ -81,6 +82,7 @@ class ServerSettings:
     watch_seconds: float = 2.0
     state_file: Path | None = None
     api_keys: tuple[ApiKey, ...] = ()
+    cors_origins: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     engine: EngineConfig = field(default_factory=EngineConfig)
     policy: Mapping[str, Any] | None = None

@@ -114,10 +114,9 @@ class Step:
             before = -(-s.start // layout.page_size)
             self.page_table[s.request.slot, :before] = s.request.pages[:before]
 
-        self.metadata, self.requests, self.samples = build_metadata(plan, layout)
+        self.metadata, self.sequences = build_metadata(plan, layout)
+        self.requests = [s.request for s in self.sequences]
         self.batch, self.state = unpacked(layout)(self.metadata, SequenceState(self.page_table, self.last_token))
-        by_request = {id(s.request): s for s in plan.sequences}
-        self.sequences = [by_request[id(r)] for r in self.requests]
         self.rows = [row for s in self.sequences for row in self._rows(s)]
 
     def _rows(self, sequence: ScheduledSequence) -> list[Row]:
@@ -154,7 +153,6 @@ def over_plans(test):
 @over_plans
 def test_the_plans_sequences_come_grouped_by_adapter_dense_then_high_ranks_first_and_none_last(step):
     assert Counter(map(id, step.requests)) == Counter(id(s.request) for s in step.plan.sequences)
-    assert step.samples == [s.samples for s in step.sequences]
     slots = [r.adapter_slot for r in step.requests]
     groups = [slot for i, slot in enumerate(slots) if i == 0 or slot != slots[i - 1]]
     assert len(groups) == len(set(groups))
@@ -251,8 +249,9 @@ def test_attention_takes_every_row_once_long_sequences_in_tiles_single_rows_long
 def test_sampling_inputs_are_each_requests_own(step):
     seqs, n = step.bucket.seqs, len(step.requests)
     numbers = jnp.asarray(step.metadata[: len(SAMPLER_FIELDS) * seqs])
-    slot, inputs = jax.tree.map(np.asarray, unpack_sampling(numbers, seqs))
+    slot, target, inputs = jax.tree.map(np.asarray, unpack_sampling(numbers, seqs))
     np.testing.assert_array_equal(slot, step.batch.slot)
+    assert (target == -1).all()  # no plan scores its prompt
     assert not inputs.temperature[n:].any()  # padding samples greedily
     for seq, request in enumerate(step.requests):
         params = request.params

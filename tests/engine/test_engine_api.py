@@ -34,6 +34,16 @@ def test_no_max_tokens_runs_to_the_engines_longest_length(engine) -> None:
     assert (len(output.token_ids), output.finish_reason) == (1, "length")
 
 
+def test_no_max_tokens_runs_to_what_the_pool_holds_beside_the_adapter(engine, tiny, monkeypatch) -> None:
+    pages = engine.load_adapter("a", random_adapter(tiny.geometry, 4, seed=0)).num_pages
+    monkeypatch.setattr(type(engine.allocator), "capacity", pages + 5)
+    assert engine.longest_request() == min(96, (pages + 5) * 8 + 1)
+    params = SamplingParams(max_tokens=None, ignore_eos=True)
+    assert len(engine.generate([[5] * 15], params, "a")[0].token_ids) == 5 * 8 + 1 - 15
+    with pytest.raises(RequestError, match="can never fit"):
+        engine.generate([[5] * 42], params, "a")
+
+
 def test_stop_token_is_in_the_tokens_and_not_in_the_text(engine, answer) -> None:
     stop = answer.token_ids[6]
     count = answer.token_ids.index(stop) + 1

@@ -1,10 +1,12 @@
 """Streamed text equals decoded text, stops at the first stop string, and never takes anything back."""
 
+from collections.abc import Sequence
+
 import pytest
-from byte_level import BYTE_CHARS, SENTENCES, split_anywhere, train_tokenizer
-from hypothesis import given, settings
+from byte_level import BYTE_CHARS, SENTENCES, byte_fallback_backend, split_anywhere, train_tokenizer
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer
 
 from slora_jax.engine.text import TextStream
 
@@ -22,16 +24,6 @@ class FastTokenizer:
         return split_anywhere(self.backend_tokenizer, text, seed)
 
 
-def byte_fallback_backend() -> Tokenizer:
-    """Decodes as Llama 2 and Mistral do: `<0xNN>` tokens stand for bytes, and a run of them is decoded as one."""
-    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁the", "▁a", "b", "猫", "."]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    backend.decoder = decoders.Sequence(steps)
-    return backend
-
-
 TOKENIZER = FastTokenizer(train_tokenizer())
 BYTE_FALLBACK = FastTokenizer(byte_fallback_backend())
 SIZE = TOKENIZER.backend_tokenizer.get_vocab_size()
@@ -40,10 +32,13 @@ seeds = st.integers(0, 2**32)
 
 
 def stream(
-    ids: list[int], stop: tuple[str, ...] = (), tokenizer: FastTokenizer = TOKENIZER
+    ids: list[int],
+    stop: tuple[str, ...] = (),
+    tokenizer: FastTokenizer = TOKENIZER,
+    prompt: Sequence[int] = (),
 ) -> tuple[TextStream, list[str]]:
     """Pushes ids until a stop string is met; the stream, and the pieces taken after each token and at the end."""
-    text = TextStream(tokenizer, stop)
+    text = TextStream(tokenizer, stop, prompt)
     pieces = []
     for token in ids:
         stopped = text.push(token)
@@ -68,6 +63,27 @@ def test_any_split_of_any_text_streams_to_the_same_text(text: str, seed: int) ->
 def test_tokens_that_are_no_valid_utf8_stream_to_what_the_tokenizer_decodes(ids: list[int]) -> None:
     result, pieces = stream(ids)
     assert result.text == "".join(pieces) == TOKENIZER.decode(ids)
+
+
+@settings(max_examples=300)
+@given(st.booleans(), st.lists(st.integers(0, 261), max_size=80), st.lists(st.integers(0, 261), max_size=12))
+def test_text_is_what_the_output_adds_to_the_prompts(byte_level: bool, prompt: list[int], ids: list[int]) -> None:
+    tokenizer = TOKENIZER if byte_level else BYTE_FALLBACK
+    size = tokenizer.backend_tokenizer.get_vocab_size()
+    prompt, ids = [token % size for token in prompt], [token % size for token in ids]
+    before, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + ids)
+    assume(not before.endswith("\ufffd") and whole.startswith(before))
+    if not byte_level:
+        assume("\ufffd" not in whole[len(before) :])  # a run of bytes reads as U+FFFD from its start, once it breaks
+    assert stream(ids, tokenizer=tokenizer, prompt=prompt)[0].text == whole[len(before) :]
+
+
+def test_a_sentencepiece_continuation_keeps_its_first_space_and_completes_the_prompts_last_character() -> None:
+    the, a, cat = (BYTE_FALLBACK.backend_tokenizer.token_to_id(token) for token in ("▁the", "▁a", "猫"))
+    assert stream([a, cat], tokenizer=BYTE_FALLBACK, prompt=[the])[1] == [" a", "猫", ""]
+    assert stream([a, cat], (" a",), tokenizer=BYTE_FALLBACK, prompt=[the])[0].text == ""
+    first, *rest = [BYTE_FALLBACK.backend_tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "é".encode()]
+    assert stream([*rest, cat], tokenizer=BYTE_FALLBACK, prompt=[the, first])[0].text == "é猫"
 
 
 @given(texts, st.lists(st.text(alphabet="ab .é€猫🙂", min_size=1, max_size=4), min_size=1, max_size=3), seeds)

@@ -45,6 +45,10 @@ setTimeout(() => {
     type(inside, "key", asked.get("key"));
     inside.getElementById("key-form").requestSubmit();
   }
+  if (asked.get("prompt")) {
+    type(inside, "try-prompt", asked.get("prompt"));
+    inside.getElementById("try-form").requestSubmit();
+  }
 }, 1500);
 setTimeout(() => {
   const frame = document.getElementById("page"), inside = frame.contentDocument, view = frame.contentWindow;
@@ -90,6 +94,7 @@ class LivePage:
     state: dict[str, Any]
     kinds: bytes
     adapters: list[dict[str, Any]]
+    refused: dict[str, str] = field(default_factory=dict)
     key: str | None = None
     failing: bool = False
     asked: list[str] = field(default_factory=list)
@@ -128,7 +133,15 @@ class LivePage:
         @app.get("/v1/adapters")
         def adapters(limit: int, search: str) -> dict[str, Any]:
             found = [one for one in self.adapters if search in one["name"]]
-            return {"object": "list", "data": found[:limit], "total": len(found)}
+            return {"object": "list", "data": found[:limit], "total": len(found), "refused": self.refused}
+
+        @app.post("/v1/chat/completions")
+        async def chat(request: Request) -> Response:
+            body = await request.json()
+            text = f"You said <b>{body['messages'][0]['content']}</b>."
+            events = [{"choices": [{"delta": {"content": text[i : i + 7]}}]} for i in range(0, len(text), 7)]
+            lines = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+            return Response(lines, media_type="text/event-stream")
 
         @app.get("/")
         def index() -> Response:
@@ -142,8 +155,8 @@ class LivePage:
         return app
 
     def open(self, profile: Path, width: int, *flags: str, **typed: str) -> tuple[dict[str, Any], list[str]]:
-        """The harness' report of the page at this width, and what the browser's console said. typed: a `key` or a
-        `search`, after 1.5 seconds."""
+        """The harness' report of the page at this width, and what the browser's console said. typed: a `key`, a
+        `search` or a `prompt`, after 1.5 seconds."""
         query = urlencode({"width": width, "height": 1600, "kinds": ",".join(PAGE_KINDS), **typed})
         url = f"{self.address}/harness?{query}"
         errors, dom = browse(profile, url, "--dump-dom", *flags)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 
 import pytest
 from live_server import MANAGE_KEY, SERVE_KEY
@@ -288,6 +289,14 @@ def test_a_body_behind_an_upgrade_is_no_request(server, upgrade) -> None:
 def test_other_methods_are_405_and_tell_the_right_one(server, method) -> None:
     reply = exchange(server, head(method, COMPLETIONS, SERVE_KEY) + b"\r\n")
     assert reply.status == 405 and reply.headers["allow"] == "POST" and method in reply.message
+
+
+def test_head_is_get_without_its_body(server) -> None:
+    for path in ("/health", "/ready", "/v1/models"):
+        request = urllib.request.Request(server.url + path, method="HEAD")
+        request.add_header("Authorization", f"Bearer {SERVE_KEY}")
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            assert answer.status == 200 and answer.read() == b"" and int(answer.headers["Content-Length"]) > 0
 
 
 # Paths of URLs

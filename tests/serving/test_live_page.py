@@ -20,7 +20,7 @@ def adapters(count: int) -> list[dict[str, object]]:
     names = HOSTILE + [f"adapter-{n}" for n in range(count - len(HOSTILE))]
     usage = [Usage(n + 1, 10, 1000 + n, now - n, n + 1, 0.5, 0.5) for n in range(count)]
     return [
-        AdapterState(name, f"{n:064x}", 8, 4, 2048, "pinned" if n % 2 else "disk", usage[n]).to_json()
+        AdapterState(name, f"{n:064x}", 8, 4, 2048, "pinned" if n % 2 else "disk", usage[n], ()).to_json()
         for n, name in enumerate(names)
     ]
 
@@ -101,6 +101,17 @@ def test_a_key_is_asked_for_and_adapters_are_found(fresh, tmp_path) -> None:
     assert [row[0] for row in report["rows"]] == [HOSTILE[2]] and report["text"]["shown"] == "1 found"
     report, _ = fresh.open(tmp_path, 1300, key="wrong")
     assert report["status"] == "key" and "refused" in report["text"]["key-why"] and report["rows"] == []
+
+
+@browser
+def test_a_prompt_is_answered_and_adapters_left_out_and_aliases_are_told(fresh, tmp_path) -> None:
+    fresh.refused = {"bad <i>one</i>": "no weights"}
+    fresh.adapters = [fresh.adapters[4] | {"aliases": ["twin", "third"]}, *fresh.adapters[:2]]
+    report, console = fresh.open(tmp_path, 390, prompt="Hi & bye")
+    assert console == [] and report["beyond"] == []
+    assert report["text"]["try-answer"] == "You said <b>Hi & bye</b>." and report["text"]["try-send"] == "Send"
+    assert not report["hidden"]["refused-box"] and report["text"]["refused"] == "bad <i>one</i>: no weights"
+    assert report["rows"][0][0] == "adapter-0 (also twin, third)"
 
 
 @browser

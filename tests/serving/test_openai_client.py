@@ -78,6 +78,15 @@ def test_usage_comes_with_every_event_if_asked_for(client) -> None:
     assert {part.usage.prompt_tokens for part in [*parts, last]} == {last.usage.prompt_tokens}
 
 
+def test_equal_prompts_are_counted_each(client) -> None:
+    ask = {"model": "base", "prompt": ["Hello", "Hello"], "n": 2, "max_tokens": 3, "extra_body": {"ignore_eos": True}}
+    one = client.completions.create(**ask | {"prompt": "Hello"}).usage.prompt_tokens
+    assert client.completions.create(**ask).usage.prompt_tokens == 2 * one
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    for part in client.completions.create(**ask, stream=True, stream_options=options):
+        assert part.usage.prompt_tokens == 2 * one
+
+
 def test_several_prompts_and_choices_come_in_order(client, expected) -> None:
     prompts = ["One", "Two and three"]
     answer = client.completions.create(
@@ -133,6 +142,40 @@ def test_completion_logprobs_are_the_engines(client, expected, stream) -> None:
     best = [max(values.values()) for part in parts for values in part.top_logprobs]
     assert best == pytest.approx([one.top[0][1] for one in output.logprobs], abs=1e-5)
     assert "".join(token for part in parts for token in part.tokens) or output.text == ""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", [PROMPT, [5, 300, 17, 42, 8]], ids=["text", "ids"])
+def test_echo_with_logprobs_scores_the_prompt(client, expected, prompt, stream) -> None:
+    ask = {"model": "adapter-1", "prompt": prompt, "max_tokens": 4, "temperature": 0, "logprobs": 2, "echo": True}
+    output = expected(prompt, "adapter-1", max_tokens=4, logprobs=2, prompt_logprobs=2)
+    answers = list(client.completions.create(**ask, stream=True)) if stream else [client.completions.create(**ask)]
+    text = "".join(answer.choices[0].text for answer in answers)
+    parts = [answer.choices[0].logprobs for answer in answers]
+    values = [value for part in parts for value in part.token_logprobs]
+    scored = [one and one.logprob for one in [*output.prompt_logprobs, *output.logprobs]]
+    assert values[0] is None and values[1:] == pytest.approx(scored[1:], abs=1e-5)
+    best = [top and max(top.values()) for part in parts for top in part.top_logprobs]
+    assert best[1:] == pytest.approx(
+        [one.top[0][1] for one in [*output.prompt_logprobs, *output.logprobs][1:]], abs=1e-5
+    )
+    assert all(len(top) == 2 for part in parts for top in part.top_logprobs if top)
+    tokens = [token for part in parts for token in part.tokens]
+    offsets = [at for part in parts for at in part.text_offset]
+    for token, at in zip(tokens, offsets, strict=True):
+        assert token.startswith("bytes:") or text.startswith(token, at) or at == len(text)
+
+
+def test_prompt_logprobs_come_by_token_id(client, expected) -> None:
+    ids = [5, 300, 17, 42]
+    ask = {"model": "adapter-1", "prompt": ids, "max_tokens": 1, "extra_body": {"prompt_logprobs": 1}}
+    first, *rest = client.completions.create(**ask).choices[0].prompt_logprobs
+    output = expected(ids, "adapter-1", max_tokens=1, prompt_logprobs=1)
+    assert first is None
+    for token, entry, one in zip(ids[1:], rest, output.prompt_logprobs[1:], strict=True):
+        assert entry[str(token)]["logprob"] == pytest.approx(one.logprob, abs=1e-5)
+        best, value = one.top[0]
+        assert entry[str(best)]["rank"] == 1 and entry[str(best)]["logprob"] == pytest.approx(value, abs=1e-5)
 
 
 MESSAGES = [{"role": "system", "content": "You answer briefly."}, {"role": "user", "content": "Who are you?"}]
@@ -191,6 +234,65 @@ def test_chat_logprobs_are_the_engines(client, expected, reference) -> None:
     assert all(len(one.top_logprobs) == 2 for one in values)
 
 
+def test_a_conversation_of_five_turns_sends_the_answers_back(client, expected, reference) -> None:
+    messages: list = []
+    for turn in ("Who?", "And then?", "Why?", "When?", "Where?"):
+        messages.append({"role": "user", "content": turn})
+        answer = client.chat.completions.create(model="adapter-2", messages=messages, max_tokens=4, temperature=0)
+        text = reference.tokenizer.apply_chat_template(
+            [{"role": m["role"], "content": m["content"]} if isinstance(m, dict) else
+             {"role": m.role, "content": m.content} for m in messages],
+            add_generation_prompt=True,
+        )  # fmt: skip
+        ids = reference.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert answer.choices[0].message.content == expected(ids, "adapter-2", max_tokens=4).text
+        messages.append(answer.choices[0].message)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}, None),
+        ({"type": "text"}, None),
+        ({"tool_calls": [{"id": "1"}]}, "messages.0.tool_calls"),
+        ({"thinking": "aloud"}, "messages.0.thinking"),
+    ],
+)
+def test_empty_fields_of_messages_are_accepted_and_others_named(client, fields, param) -> None:
+    ask = {"model": "base", "messages": [{"role": "user", "content": "Hi", **fields}], "max_tokens": 2}
+    if param is None:
+        assert client.chat.completions.create(**ask).choices
+    else:
+        with pytest.raises(openai.BadRequestError) as raised:
+            client.chat.completions.create(**ask)
+        assert raised.value.param == param
+
+
+def test_fields_that_ask_for_nothing_are_accepted_and_the_same_with_something_are_not_supported(client) -> None:
+    ask = {"model": "base", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    neutral = {
+        "tools": [], "tool_choice": "none", "parallel_tool_calls": True, "response_format": {"type": "text"},
+        "logit_bias": {}, "service_tier": "auto", "store": False, "frequency_penalty": 0, "presence_penalty": 0.0,
+        "modalities": ["text"], "extra_body": {"audio": None, "prediction": None, "metadata": None, "made_up": []},
+    }  # fmt: skip
+    assert client.chat.completions.create(**ask, **neutral).choices
+    asked = {
+        "tools": [{"type": "function", "function": {"name": "f"}}], "response_format": {"type": "json_object"},
+        "logit_bias": {"5": 100}, "frequency_penalty": 0.1, "modalities": ["audio"], "reasoning_effort": "low",
+    }  # fmt: skip
+    for field, value in asked.items():
+        with pytest.raises(openai.BadRequestError, match=f"{field}: slora-jax does not support this") as raised:
+            client.chat.completions.create(**ask, **{field: value})
+        assert raised.value.code == "not_supported" and raised.value.param == field
+
+
+def test_max_tokens_beyond_the_model_is_lowered_and_the_answer_says_so(client) -> None:
+    ask = {"model": "base", "prompt": [5] * 90, "extra_body": {"ignore_eos": True}}
+    raw = client.completions.with_raw_response.create(**ask, max_tokens=50)
+    assert raw.headers["X-Max-Tokens-Lowered-To"] == "6" and raw.parse().usage.completion_tokens == 6
+    assert "X-Max-Tokens-Lowered-To" not in client.completions.with_raw_response.create(**ask, max_tokens=6).headers
+
+
 def test_models_are_the_base_and_the_adapters(client) -> None:
     names = [model.id for model in client.models.list()]
     assert names[0] == "base" and {f"adapter-{i}" for i in range(12)} <= set(names)
@@ -213,9 +315,9 @@ def test_models_are_the_base_and_the_adapters(client) -> None:
         ({"prompt": [5] * 200}, "prompt", "max_model_len=96"),
         ({"prompt": "x", "stop": [""]}, "stop.0", "at least 1 character"),
         ({"logprobs": 50}, "logprobs", "less than or equal to 20"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "frequency_penalty=0.5"),
-        ({"extra_body": {"guided_json": {}}}, "guided_json", "unknown field"),
-        ({"echo": True, "logprobs": 1}, None, "echo does not go with logprobs"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "not support this; leave the field out (found 0.5)"),
+        ({"extra_body": {"guided_json": {"type": "object"}}}, "guided_json", "slora-jax does not support this"),
+        ({"extra_body": {"max_token": 3}}, "max_token", "unknown field 'max_token'"),
         ({"best_of": 4}, None, "best_of must equal n"),
         ({"prompt": ["a"] * 200}, "n", "one request may have"),
     ],

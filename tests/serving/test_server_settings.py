@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 from slora_jax import ConfigError
 from slora_jax.serving.access import ApiKey
+from slora_jax.serving.app import create_app
 from slora_jax.serving.settings import ServerSettings
 
 
@@ -95,3 +98,17 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str) -> N
         ServerSettings.from_file(file, model_dir=Path("x"))
     with pytest.raises(ConfigError, match="missing.yaml"):
         ServerSettings.from_file(tmp_path / "missing.yaml", model_dir=Path("x"))
+
+
+def test_a_browsers_preflight_is_answered_for_the_origins_that_were_named() -> None:
+    def build() -> Any:
+        raise AssertionError("nothing is served")
+
+    app = create_app(settings(cors_origins=["https://notebook.example"]), build)
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    client = TestClient(app)  # without its lifespan: a preflight never reaches the service
+    named = client.options("/v1/chat/completions", headers=asks | {"Origin": "https://notebook.example"})
+    assert named.status_code == 200 and named.headers["access-control-allow-origin"] == "https://notebook.example"
+    assert "POST" in named.headers["access-control-allow-methods"]
+    other = client.options("/v1/chat/completions", headers=asks | {"Origin": "https://evil.example"})
+    assert other.status_code == 400 and "access-control-allow-origin" not in other.headers

@@ -344,17 +344,82 @@ async function showAdapters() {
   while (body.rows.length > found.length) body.deleteRow(-1);
   found.forEach((one, at) => {
     const row = body.rows[at] || newRow(body), cells = row.cells;
-    write(cells[0], one.name);
-    cells[0].title = one.name;
-    const [swatch, text] = cells[1].firstChild.children;
+    const text = one.aliases.length ? `${one.name} (also ${one.aliases.join(", ")})` : one.name;
+    write(cells[0], text);
+    cells[0].title = text;
+    const [swatch, state] = cells[1].firstChild.children;
     swatch.className = `swatch ${one.state in names ? one.state : ""}`;
-    write(text, names[one.state] || String(one.state));
+    write(state, names[one.state] || String(one.state));
     const used = one.last_used == null ? "never" : `${span(Math.max(0, Date.now() / 1000 - one.last_used))} ago`;
     const figures = [count(one.rank), count(one.pages), bytes(one.bytes), used, count(one.requests),
       count(one.generated_tokens), seconds(one.queue_seconds_mean), one.digest.slice(0, 12)];
     figures.forEach((figure, column) => write(cells[column + 2], figure));
   });
+  const refused = Object.entries(answer.refused ?? {});
+  write($("refused-count"), count(refused.length));
+  $("refused-box").hidden = !refused.length;
+  $("refused").replaceChildren(...refused.slice(0, MOST_ROWS).map(([name, why]) => html("li", "", `${name}: ${why}`)));
+  if (!wanted) $("try-models").replaceChildren(...found.map(one => Object.assign(html("option"), { value: one.name })));
 }
+
+// A prompt, answered as it comes
+
+let answering = null; // aborts the answer under way
+
+async function post(path, body) {
+  const key = sessionStorage.getItem(KEY);
+  const headers = { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+  return fetch(path, { method: "POST", headers, body: JSON.stringify(body), signal: answering.signal });
+}
+
+async function* pieces(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (let read = await reader.read(); !read.done; read = await reader.read()) {
+    const lines = (rest + read.value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (!line.startsWith("data: ") || line === "data: [DONE]") continue;
+      const event = JSON.parse(line.slice(6));
+      if (event.error) throw new Error(event.error.message);
+      yield event.choices[0]?.delta?.content ?? event.choices[0]?.text ?? "";
+    }
+  }
+}
+
+async function answer() {
+  const prompt = $("try-prompt").value, model = $("try-model").value.trim();
+  const asked = { ...(model ? { model } : {}), stream: true, max_tokens: 256 };
+  let response = await post("v1/chat/completions", { ...asked, messages: [{ role: "user", content: prompt }] });
+  let problem = response.ok ? null : (await response.json()).error;
+  if (problem?.code === "no_chat_template") { // not a chat model: it continues the text
+    response = await post("v1/completions", { ...asked, prompt });
+    problem = response.ok ? null : (await response.json()).error;
+  }
+  if (problem) throw new Error(problem.message);
+  for await (const text of pieces(response)) $("try-answer").append(text);
+}
+
+$("try-form").addEventListener("submit", async event => {
+  event.preventDefault();
+  if (answering) { answering.abort(); return; }
+  answering = new AbortController();
+  $("try-answer").hidden = false;
+  $("try-answer").replaceChildren();
+  $("try-answer").classList.remove("wrong");
+  write($("try-send"), "Stop");
+  try {
+    await answer();
+  } catch (error) {
+    if (error.name !== "AbortError") {
+      $("try-answer").append(error.message);
+      $("try-answer").classList.add("wrong");
+    }
+  } finally {
+    answering = null;
+    write($("try-send"), "Send");
+  }
+});
 
 function newRow(body) {
   const row = body.insertRow();

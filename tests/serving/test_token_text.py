@@ -1,0 +1,63 @@
+"""Names and bytes of tokens, and where they begin in a text."""
+
+from types import SimpleNamespace
+
+import pytest
+from byte_level import BYTE_CHARS, byte_fallback_backend, train_tokenizer
+from tokenizers import AddedToken
+
+from slora_jax.engine.outputs import TokenLogprobs
+from slora_jax.serving.mailbox import Arrived
+from slora_jax.serving.shapes import CompletionShape
+from slora_jax.serving.token_text import TokenText
+
+EMOJI = "🙂".encode()
+
+
+@pytest.fixture(params=["byte-level", "byte-fallback"])
+def backend(request):
+    made = train_tokenizer() if request.param == "byte-level" else byte_fallback_backend()
+    made.add_special_tokens([AddedToken("<|end|>", special=True)])
+    return made
+
+
+def byte_tokens(backend, data: bytes) -> list[int]:
+    names = [(BYTE_CHARS[byte], f"<0x{byte:02X}>") for byte in data]
+    return [next(id for name in pair if (id := backend.token_to_id(name)) is not None) for pair in names]
+
+
+def test_parts_of_a_character_have_their_own_bytes_and_names_that_differ(backend) -> None:
+    text, tokens = TokenText(SimpleNamespace(backend_tokenizer=backend)), byte_tokens(backend, EMOJI)
+    assert b"".join(text.raw(token) for token in tokens) == EMOJI
+    assert [text.name(token) for token in tokens] == [f"bytes:\\x{byte:02x}" for byte in EMOJI]
+    end = backend.token_to_id("<|end|>")
+    assert text.name(end) == "<|end|>" and text.is_special(end) and not text.is_special(tokens[0])
+
+
+def test_every_token_of_a_text_gives_its_bytes(backend) -> None:
+    text = TokenText(SimpleNamespace(backend_tokenizer=backend))
+    for word in ("the the a", "b.the é猫🙂"):
+        ids = backend.encode(word).ids if backend.token_to_id("<unk>") is None else None
+        if ids is None:  # the byte-fallback vocabulary has no merges: these are its pieces
+            ids = [backend.token_to_id(piece) for piece in ("▁the", "▁a", "b", "猫")]
+            word = " the ab猫"
+        assert b"".join(text.raw(token) for token in ids).decode() == word
+
+
+def test_tokens_that_read_alike_keep_as_many_values() -> None:
+    text = TokenText(SimpleNamespace(backend_tokenizer=byte_fallback_backend()))
+    b, byte_b = (text._backend.token_to_id(name) for name in ("b", "<0x62>"))
+    assert text.name(b) == text.name(byte_b) == "b"
+    assert text.values(((byte_b, -0.5), (b, -1.0))) == {f"token_id:{b}": -1.0, "b": -0.5}
+
+
+def test_offsets_follow_the_text_and_not_the_names(backend) -> None:
+    end = backend.token_to_id("<|end|>")
+    tokens = [*byte_tokens(backend, EMOJI), *byte_tokens(backend, b"xy"), end]
+    scores = [TokenLogprobs(-1.0, ((token, -1.0),)) for token in tokens]
+    shape = CompletionShape(
+        "m", TokenText(SimpleNamespace(backend_tokenizer=backend)), logprobs=True, token_ids=False,
+        prompt_logprobs=False, echoes=["ab"], prompts=[byte_tokens(backend, b"ab")],
+    )  # fmt: skip
+    piece = shape.piece(0, Arrived("🙂xy", tokens, scores))
+    assert piece["logprobs"]["text_offset"] == [2, 2, 2, 2, 3, 4, 5]
