@@ -46,6 +46,7 @@ SMALL = {
 }
 """One engine shape for all tests that need no other: compiled once."""
 MEDIUM = SMALL | {
+    "max_model_len": 128,
     "num_pages": 160,
     "max_seqs": 16,
     "max_tokens_per_step": 32,

@@ -177,11 +177,15 @@ class _Offsets:
     def next(self, token: int) -> int:
         """Of the next token."""
         at = self._at
-        if self._known is None:
-            if not self._token_text.is_special(token):
-                self._at += len(self._decoder.decode(self._token_text.raw(token)))
+        if self._known is None and self._token_text.is_special(token):
             return at
+        incomplete, _ = self._decoder.getstate()
         piece = self._decoder.decode(self._token_text.raw(token))
+        if incomplete and piece.startswith("\ufffd"):  # it stays so, and the token begins after it
+            at, self._at, piece = at + 1, self._at + 1, piece[1:]
+        if self._known is None:
+            self._at += len(piece)
+            return at
         for written in (piece, piece.removeprefix(" ")):  # without the space that a tokenizer puts before a text
             if self._known.startswith(written, at):
                 self._at += len(written)

@@ -33,6 +33,7 @@ def score(tmp_path, monkeypatch):
     """Evaluates the task: its metrics, and the log-likelihoods of all choices."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OPENAI_API_KEY", SERVE_KEY)
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -42,8 +43,8 @@ def score(tmp_path, monkeypatch):
     (tmp_path / "task" / "tiny.yaml").write_text(TASK.replace("FILE", str(tmp_path / "rows.jsonl")))
     manager = TaskManager(include_path=str(tmp_path / "task"), include_defaults=False)
 
-    def run(model: str, **arguments: Any) -> tuple[dict[str, float], list[float]]:
-        done = lm_eval.simple_evaluate(model, arguments, tasks=["tiny_choice"], task_manager=manager, bootstrap_iters=0)
+    def run(kind: str, /, **arguments: Any) -> tuple[dict[str, float], list[float]]:
+        done = lm_eval.simple_evaluate(kind, arguments, tasks=["tiny_choice"], task_manager=manager, bootstrap_iters=0)
         metrics = {name: value for name, value in done["results"]["tiny_choice"].items() if name.startswith("acc")}
         samples = sorted(done["samples"]["tiny_choice"], key=lambda sample: sample["doc_id"])
         return metrics, [float(one[0][0]) for sample in samples for one in sample["resps"]]
@@ -54,10 +55,10 @@ def score(tmp_path, monkeypatch):
 @pytest.mark.parametrize("adapter", [None, "adapter-4"])
 def test_scores_are_those_through_transformers(server: LiveServer, files: Files, score, adapter) -> None:
     served = score(
-        "local-completions", model=adapter or "base", base_url=f"{server.url}/v1/completions", auth_token=SERVE_KEY,
-        tokenizer_backend="huggingface", tokenizer=str(files.model), max_length=95, num_concurrent=4,
+        "local-completions", model=adapter or "base", base_url=f"{server.url}/v1/completions",
+        tokenizer_backend="huggingface", tokenizer=str(files.model), max_length=127, num_concurrent=4,
     )  # fmt: skip
     peft = {} if adapter is None else {"peft": str(files.adapters / adapter)}
-    expected = score("hf", pretrained=str(files.model), dtype="float32", device="cpu", max_length=95, **peft)
+    expected = score("hf", pretrained=str(files.model), dtype="float32", device="cpu", max_length=127, **peft)
     assert served[0] == expected[0] and len(served[1]) == sum(len(choices) for _, choices, _ in QUESTIONS)
     assert served[1] == pytest.approx(expected[1], abs=1e-3)

@@ -52,12 +52,14 @@ def test_tokens_that_read_alike_keep_as_many_values() -> None:
 
 
 def test_offsets_follow_the_text_and_not_the_names(backend) -> None:
-    end = backend.token_to_id("<|end|>")
-    tokens = [*byte_tokens(backend, EMOJI), *byte_tokens(backend, b"xy"), end]
-    scores = [TokenLogprobs(-1.0, ((token, -1.0),)) for token in tokens]
-    shape = CompletionShape(
-        "m", TokenText(SimpleNamespace(backend_tokenizer=backend)), logprobs=True, token_ids=False,
-        prompt_logprobs=False, echoes=["ab"], prompts=[byte_tokens(backend, b"ab")],
-    )  # fmt: skip
-    piece = shape.piece(0, Arrived("🙂xy", tokens, scores))
-    assert piece["logprobs"]["text_offset"] == [2, 2, 2, 2, 3, 4, 5]
+    def offsets(echo: str, text: str, tokens: list[int]) -> list[int]:
+        shape = CompletionShape(
+            "m", TokenText(SimpleNamespace(backend_tokenizer=backend)), logprobs=True, token_ids=False,
+            prompt_logprobs=False, echoes=[echo], prompts=[byte_tokens(backend, echo.encode())],
+        )  # fmt: skip
+        scores = [TokenLogprobs(-1.0, ((token, -1.0),)) for token in tokens]
+        return shape.piece(0, Arrived(text, tokens, scores))["logprobs"]["text_offset"]
+
+    emoji, xy, end = byte_tokens(backend, EMOJI), byte_tokens(backend, b"xy"), backend.token_to_id("<|end|>")
+    assert offsets("ab", "🙂xy", [*emoji, *xy, end]) == [2, 2, 2, 2, 3, 4, 5]
+    assert offsets("", "\ufffdxy", [emoji[0], *xy]) == [0, 1, 2]
