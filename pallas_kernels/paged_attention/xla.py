@@ -140,7 +140,7 @@ def paged_attention(
             if group == 1:
                 v = [masked_value(ids, seen, j) for j in range(page_size)]
             else:  # the group reads a value several times: one copy of the page is faster
-                v = jnp.unstack(jnp.where(seen[..., None, None], pages(ids, 1), 0), axis=1)
+                v = list(jnp.unstack(jnp.where(seen[..., None, None], pages(ids, 1), 0), axis=1))
             pv = sum(p[:, j, :, :, None] * v[j][:, :, None] for j in range(page_size))
             return new, total * decay + p.sum(1), acc * decay[..., None] + pv
 

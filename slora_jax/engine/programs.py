@@ -248,9 +248,9 @@ def _leave() -> None:
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut this short
     end = time.monotonic() + GRACE_SECONDS
-    for thread in list(_running):
-        thread.join(max(0.0, end - time.monotonic()))
-    if any(thread.is_alive() for thread in _running):
+    while _running and time.monotonic() < end:  # not `join`: Ctrl-C within `start` leaves a thread that has none
+        time.sleep(0.01)
+    if _running:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(130)

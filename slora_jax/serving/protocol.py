@@ -47,7 +47,7 @@ NOT_SUPPORTED = frozenset(
     )
 )
 """Fields of OpenAI's and other servers' that are refused as not supported, rather than as unknown."""
-NOTHING = (None, "", [], {})
+NOTHING: tuple[Any, ...] = (None, "", [], {})
 """Values of fields that ask for nothing, whatever the field."""
 
 

@@ -171,3 +171,14 @@ def test_ctrl_c_while_programs_compile_ends_the_process_cleanly(times, model_dir
     assert process.returncode in (130, -signal.SIGINT)
     assert "KeyboardInterrupt" in errors
     assert "Fatal" not in errors
+
+
+def test_a_compile_thread_whose_start_was_interrupted_ends_the_process_without_a_crash():
+    code = """
+import threading
+from slora_jax.engine import programs
+programs.GRACE_SECONDS = 0.1
+programs._running.add(threading.Thread())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "")
