@@ -233,7 +233,8 @@ def _tensor_names(
             raise AdapterError(f"{path}: tensors {quoted(other)} and {quoted(name)} are the same weight twice")
     if unexpected:
         first, *others = unexpected
-        more = f" (and {len(others)} more: {', '.join(map(quoted, others[:2]))}, ...)" if others else ""
+        shown = ", ".join([*map(quoted, others[:2]), *(["..."] if len(others) > 2 else [])])
+        more = f" (and {len(others)} more: {shown})" if others else ""
         raise AdapterError(f"{path}: unexpected tensor {quoted(first)}{more}: {unexpected[first]}")
     return places
 
