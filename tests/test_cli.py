@@ -1,5 +1,6 @@
 """The console script: `slora generate` against a dense model, exit statuses, messages."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
@@ -195,6 +197,14 @@ def test_a_mistake_in_serving_is_told_before_anything_is_loaded(model_dir, optio
     assert cli.main(["serve", str(model_dir), *options]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("slora: error: ") and message in line
+
+
+def test_logits_that_are_not_finite_are_an_error(model_dir, tmp_path, capsys):
+    geometry = adapter_geometry(ModelConfig.from_directory(model_dir), page_size=16)
+    adapter = random_adapter(geometry, 8)
+    huge = dataclasses.replace(adapter, b={key: matrix * np.float32(1e30) for key, matrix in adapter.b.items()})
+    assert generate(model_dir, f"--adapter=huge={write_peft(tmp_path, huge)}") == 2
+    assert "adapter 'huge': the logits of output token 0 are not finite" in capsys.readouterr().err
 
 
 def test_a_directory_without_a_model_is_a_mistake_too(tmp_path, capsys):

@@ -1,7 +1,7 @@
 """adapter_config.json as PEFT writes it: every field is honoured, provably harmless, or refused by name.
 
-The fields are those of PEFT 0.21.2's `LoraConfig`. A field that is not known here is refused unless null: ignoring
-fields is how adapters come to run with a silently wrong scale.
+The fields are those of PEFT 0.21.2's `LoraConfig`. A field that is not known here is refused unless it is inactive
+(null, false, zero or empty): ignoring active fields is how adapters come to run with a silently wrong scale.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ HARMLESS = frozenset(
     {
         # Provenance and training-time settings: no effect on a loaded adapter's output.
         "auto_mapping",
-        "base_model_name_or_path",
+        # What it would tie (embeddings, lm_head, saved modules, trained tokens) is refused under its own name.
+        "ensure_weight_tying",
         "inference_mode",
         "lora_dropout",
         "merge_weights",
@@ -55,7 +56,6 @@ HARMLESS = frozenset(
 REFUSED = {
     "alora_invocation_tokens": "activated LoRA applies only after an invocation string",
     "arrow_config": "Arrow routes every token among several adapters",
-    "ensure_weight_tying": "tied embedding adapters are not supported",
     "enable_lora": "the merged linear layers of early PEFT versions are not supported",
     "kasa_config": "KaSA changes the base weights",
     "layer_replication": "it changes the number of layers of the base model",
@@ -70,7 +70,13 @@ REFUSED = {
     "use_qalora": "QA-LoRA pools the inputs of quantised layers",
     "velora_config": "VeLoRA's extra state is not supported",
 }
-"""Fields that must be unset (null, false or an empty list), and why."""
+"""Fields that must be inactive (null, false, zero or empty), and why."""
+
+SWITCHED_ON_EMPTY = frozenset({"arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "velora_config"})
+"""Refused fields for which PEFT takes an empty object as "on, with the defaults"."""
+
+INACTIVE: tuple[Any, ...] = (None, False, 0, "", [], {})
+"""Values with which a field, known or not, changes nothing."""
 
 PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 """Named initialisations that leave the base weights untouched, so that the saved A and B mean plain LoRA."""
@@ -83,6 +89,7 @@ class LoraConfig:
     `target_modules` and `exclude_modules` are a tuple of module-name suffixes or one regular expression that must match
     the whole name; `target_modules` may be "all-linear", and None means PEFT's default for this family of models.
     `fan_in_fan_out` describes the base weight's storage; PEFT sets it to False for linear layers, so it has no effect.
+    `base_model_name_or_path` names the base model that the adapter was trained on; it is only compared.
     """
 
     r: int = 8
@@ -95,6 +102,7 @@ class LoraConfig:
     layers_to_transform: tuple[int, ...] | int | None = None
     layers_pattern: tuple[str, ...] | str | None = None
     fan_in_fan_out: bool = False
+    base_model_name_or_path: str | None = None
 
     @classmethod
     def from_json(cls, data: object) -> LoraConfig:
@@ -139,7 +147,7 @@ class LoraConfig:
         """The contradictions that PEFT refuses, and every regular expression in the form in which it is matched."""
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
+                if getattr(self, name) not in (None, (), ""):
                     raise AdapterError(f"{name}: cannot be combined with target_modules {quoted(self.target_modules)}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise AdapterError("layers_pattern: needs layers_to_transform")
@@ -168,14 +176,14 @@ def _refuse_unsupported(data: dict[str, Any]) -> None:
         if name in _READERS or name in HARMLESS or name == "peft_type":
             continue
         if name == "bias":
-            if value not in ("none", None):
+            if value != "none" and value not in INACTIVE:
                 raise AdapterError(f"bias: only 'none' is supported, found {quoted(value)}")
         elif name == "init_lora_weights":
             _refuse_changed_base(value)
         elif name in REFUSED:
-            if value not in (None, False, [], ""):  # PEFT takes an empty object for a sub-config of defaults: set
+            if value not in INACTIVE or (value == {} and name in SWITCHED_ON_EMPTY):
                 raise AdapterError(f"{name}: {REFUSED[name]}; must be unset, found {quoted(value)}")
-        elif value is not None:
+        elif value not in INACTIVE:
             raise AdapterError(
                 f"{clipped(name)}: unknown field with value {quoted(value)}; "
                 "remove it if it does not change the computation"
@@ -219,9 +227,15 @@ def _alpha(name: str, value: Any) -> float:
 
 
 def _flag(name: str, value: Any) -> bool:
+    if value is None:
+        return False
     if not isinstance(value, bool):
         raise AdapterError(f"{name}: must be true or false, found {quoted(value)}")
     return value
+
+
+def _text(name: str, value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
 
 
 def _names(name: str, value: Any) -> tuple[str, ...] | str | None:
@@ -260,4 +274,5 @@ _READERS = {
     "layers_to_transform": _layers,
     "layers_pattern": _names,
     "fan_in_fan_out": _flag,
+    "base_model_name_or_path": _text,
 }

@@ -21,9 +21,9 @@ MODULES = {
 """Projection name -> module name within a decoder layer."""
 
 
-def module_name(layer: int, projection: str) -> str:
-    """The module's full Hugging Face name, e.g. `model.layers.0.self_attn.q_proj`."""
-    return f"model.layers.{layer}.{MODULES[projection]}"
+def module_name(layer: int, projection: str, parent: str = "model") -> str:
+    """The module's full Hugging Face name, e.g. `model.layers.0.self_attn.q_proj`. parent: what holds the layers."""
+    return f"{parent}.layers.{layer}.{MODULES[projection]}"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -24,12 +26,20 @@ from slora_jax.errors import AdapterError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)
 PREFIX = "base_model.model."
 
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
+"""Parts of a name that torch.compile, FSDP, activation checkpointing and DDP add."""
+_LAYERS = (
+    r"(base_model\.model\.)?"
+    r"((?P<parent>model|language_model|model\.language_model|language_model\.model)\.)?layers\."
+)
 _WEIGHT = re.compile(
-    r"base_model\.model\.model\.layers\.(?P<layer>0|[1-9]\d{0,5})\.(?P<module>[a-z_]+\.[a-z_]+)"
+    _LAYERS + r"(?P<layer>0|[1-9]\d{0,5})\.(?P<module>[a-z_]+\.[a-z_]+)"
     r"\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\.weight"
 )
+_MOST_INNER = 1000  # entries of a folder that are searched for adapters
 _PROJECTION_OF = {module: projection for projection, module in MODULES.items()}
 _UNSUPPORTED_PARTS = {
     "lora_magnitude_vector": "a DoRA magnitude",
@@ -42,6 +52,29 @@ _UNSUPPORTED_PARTS = {
 }
 
 Key = tuple[int, str]
+
+
+class WeightName(NamedTuple):
+    """What a tensor's name says: which side ("A" or "B") of which projection's LoRA it is, and which module holds the
+    decoder's layers."""
+
+    parent: str
+    key: Key
+    side: str
+
+
+def weight_name(name: str) -> WeightName | None:
+    """Reads a tensor's name. Wrappers' parts are skipped, PEFT's prefix may be missing, and the layers may be those of
+    a multimodal model's language model. Returns None unless it is a LoRA weight of one of the projections."""
+    match = _WEIGHT.fullmatch(_unwrapped(name))
+    projection = _PROJECTION_OF.get(match["module"]) if match else None
+    if match is None or projection is None:
+        return None
+    return WeightName(match["parent"] or "model", (int(match["layer"]), projection), match["side"])
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def read_peft(
@@ -66,10 +99,6 @@ def _read_peft(
     directory: Path, geometry: BaseGeometry, check_ranks: Callable[[np.ndarray], object] | None
 ) -> LoraAdapter:
     config = LoraConfig.from_file(directory / CONFIG_FILE)
-    try:
-        targets = resolve_targets(config, geometry.num_layers)
-    except AdapterError as error:
-        raise AdapterError(f"{directory / CONFIG_FILE}: {error}") from None
     path = directory / WEIGHTS_FILE
     if not path.exists() and (directory / PICKLE_FILE).exists():
         raise AdapterError(
@@ -77,7 +106,18 @@ def _read_peft(
             f"save the adapter as {WEIGHTS_FILE} (PEFT: safe_serialization=True)"
         )
     with TensorFile(path) as file:
-        tensors = _Tensors(file, _tensor_names(path, list(file.entries), targets, geometry))
+        names = {name: weight_name(name) for name in file.entries}
+        parents = {found.parent: name for name, found in names.items() if found is not None}
+        try:
+            targets = resolve_targets(config, geometry.num_layers, next(iter(parents), "model"))
+        except AdapterError as error:
+            raise AdapterError(f"{directory / CONFIG_FILE}: {error}") from None
+        tensors = _Tensors(file, _tensor_names(path, names, targets, geometry))
+        if len(parents) > 1:
+            raise AdapterError(
+                f"{path}: tensors {' and '.join(map(quoted, parents.values()))} have their layers in different modules "
+                f"({' and '.join(parents)}); expected one for all"
+            )
         tensors.check_complete(targets)
         for key, target in targets.items():
             tensors.check_shapes(key, target, geometry)
@@ -86,6 +126,30 @@ def _read_peft(
         a = {key: tensors.read(key, "A") for key in targets}
         b = {key: tensors.read(key, "B") for key in targets}
     return adapter_of(config, targets, a, b, geometry.num_layers)
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether a folder has a file of an adapter's, so that it is served or refused as one."""
+    return any(os.path.exists(directory / file) for file in ADAPTER_FILES)
+
+
+def misplaced(root: Path) -> dict[str, str]:
+    """Why a search of `root` for adapters misses some, by folder: `root` is an adapter itself, folders hold adapters,
+    folders cannot be read. Hidden folders are passed over."""
+    reasons = {}
+    if is_adapter(root):
+        reasons[root.resolve().name] = f"{root} is an adapter itself; name the directory that it is in"
+    for folder in sorted(root.iterdir()):
+        if folder.name.startswith(".") or is_adapter(folder) or not folder.is_dir():
+            continue
+        try:
+            inner = next((one.name for one in islice(folder.iterdir(), _MOST_INNER) if is_adapter(one)), None)
+        except OSError as error:
+            reasons[folder.name] = f"{folder} cannot be read: {error.strerror}"
+        else:
+            if inner is not None:
+                reasons[folder.name] = f"{folder} holds adapters ({inner!r}) and is none itself; name this directory"
+    return reasons
 
 
 def adapter_of(
@@ -125,7 +189,8 @@ def write_peft(
             tensors[f"{PREFIX}{module_name(*key)}.lora_{side}.weight"] = np.ascontiguousarray(matrix, np.dtype(dtype))
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    config = adapter.config.to_json() | {"base_model_name_or_path": base_model_name_or_path}
+    base = base_model_name_or_path or adapter.config.base_model_name_or_path
+    config = adapter.config.to_json() | {"base_model_name_or_path": base}
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     return directory
@@ -151,31 +216,36 @@ def _versions(directory: Path) -> list[tuple[int, int] | None]:
 
 
 def _tensor_names(
-    path: Path, names: list[str], targets: Mapping[Key, Target], geometry: BaseGeometry
+    path: Path, names: Mapping[str, WeightName | None], targets: Mapping[Key, Target], geometry: BaseGeometry
 ) -> dict[tuple[Key, str], str]:
-    """`((layer, projection), "A" | "B") -> tensor name`; raises AdapterError at the first tensor that has no place."""
-    found: dict[tuple[Key, str], str] = {}
-    for name in names:
-        match = _WEIGHT.fullmatch(name)
-        projection = _PROJECTION_OF.get(match["module"]) if match else None
-        if match is None or projection is None:
-            part = next((what for part, what in _UNSUPPORTED_PARTS.items() if part in name), "no known LoRA weight")
-            raise AdapterError(
-                f"{path}: unexpected tensor {quoted(name)}: {part}; only LoRA on {', '.join(MODULES)} is read"
-            )
-        layer = int(match["layer"])
-        if layer >= geometry.num_layers:
-            raise AdapterError(
-                f"{path}: unexpected tensor {quoted(name)}: the base model has {geometry.num_layers} layers; "
-                "the adapter was probably trained on another base model"
-            )
-        if (layer, projection) not in targets:
-            raise AdapterError(f"{path}: unexpected tensor {quoted(name)}: {CONFIG_FILE} does not target this module")
-        slot = ((layer, projection), match["side"])
-        if slot in found:
-            raise AdapterError(f"{path}: tensors {quoted(found[slot])} and {quoted(name)} are the same weight twice")
-        found[slot] = name
-    return found
+    """`((layer, projection), "A" | "B") -> tensor name`; raises AdapterError if a tensor has no place."""
+    places: dict[tuple[Key, str], str] = {}
+    unexpected: dict[str, str] = {}  # tensor name -> reason
+    for name, found in names.items():
+        if found is None:
+            unexpected[name] = _unknown(name)
+        elif found.key[0] >= geometry.num_layers:
+            layers = f"the base model has {geometry.num_layers} layers"
+            unexpected[name] = f"{layers}; the adapter was probably trained on another base model"
+        elif found.key not in targets:
+            unexpected[name] = f"{CONFIG_FILE} does not target this module"
+        elif (other := places.setdefault((found.key, found.side), name)) != name:
+            raise AdapterError(f"{path}: tensors {quoted(other)} and {quoted(name)} are the same weight twice")
+    if unexpected:
+        first, *others = unexpected
+        shown = ", ".join([*map(quoted, others[:2]), *(["..."] if len(others) > 2 else [])])
+        more = f" (and {len(others)} more: {shown})" if others else ""
+        raise AdapterError(f"{path}: unexpected tensor {quoted(first)}{more}: {unexpected[first]}")
+    return places
+
+
+def _unknown(name: str) -> str:
+    """Why a tensor is not read."""
+    reason = next((what for part, what in _UNSUPPORTED_PARTS.items() if part in name), "no known LoRA weight")
+    prefix, layers, _ = name.partition("layers.")
+    if not re.fullmatch(_LAYERS, _unwrapped(prefix + layers)):
+        reason += f" (expected the prefix '{PREFIX}model.layers.', found {quoted(prefix)})"
+    return f"{reason}; only LoRA on {', '.join(MODULES)} is read"
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ request pins it, so reloading a name with new weights never disturbs, or is mist
 from __future__ import annotations
 
 import difflib
-import os
+import re
 import threading
+import warnings
 from bisect import bisect
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from slora_jax.adapters.adapter import LoraAdapter
 from slora_jax.adapters.config import MAX_RANK
 from slora_jax.adapters.geometry import BaseGeometry
 from slora_jax.adapters.host_cache import DiskObserver, HostCache, Tier
-from slora_jax.adapters.peft_format import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, read_peft
+from slora_jax.adapters.peft_format import is_adapter, misplaced, read_peft
+from slora_jax.adapters.quoting import quoted
 from slora_jax.adapters.tiles import AdapterTiles, pack_tiles, tile_dtype, tile_shape
 from slora_jax.errors import AdapterError, UnknownAdapterError
 
@@ -88,6 +90,8 @@ class AdapterStore:
         max_rank: int = MAX_RANK,
         max_pages: int | None = None,
     ) -> None:
+        self.base_names: frozenset[str] = frozenset()
+        """Lower-case names of the base model; empty: unknown, so that no adapter is warned about."""
         self.geometry = geometry
         self._max_rank = max_rank
         self._max_pages = max_pages
@@ -147,14 +151,14 @@ class AdapterStore:
     def load_directory(self, root: str | Path, progress: bool = True, threads: int = 2) -> LoadReport:
         """Registers every adapter directory in `root` under its folder's name; `threads` of them at a time.
 
-        A bad adapter is reported and disturbs no other. Raises AdapterError only when `root` is not a directory.
+        A bad adapter, or one that lies a level too high or too low, is reported and disturbs no other. Raises
+        AdapterError only when `root` is not a directory.
         """
         root = Path(root)
         if not root.is_dir():
             raise AdapterError(f"{root}: not a directory")
-        files = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)
-        directories = sorted(d for d in root.iterdir() if any(os.path.exists(d / file) for file in files))
-        report = LoadReport([], [])
+        directories = sorted(filter(is_adapter, root.iterdir()))
+        report = LoadReport([], [(name, AdapterError(reason)) for name, reason in misplaced(root).items()])
         with ThreadPoolExecutor(threads) as pool:
             results = pool.map(self._register_or_error, directories)
             for directory, result in tqdm(
@@ -279,6 +283,7 @@ class AdapterStore:
 
     def _prepare(self, name: str, adapter: LoraAdapter, source: Path | None) -> PreparedAdapter:
         adapter.check(self.geometry)
+        self._check_base(name, adapter.config.base_model_name_or_path)
         num_pages, nbytes = self._check_size(name, adapter.ranks)
         ranks = tuple(int(rank) for rank in adapter.ranks.max(axis=0))
         info = AdapterInfo(name, adapter.digest, max(ranks), ranks, num_pages, nbytes)
@@ -318,6 +323,17 @@ class AdapterStore:
                 f"raise it to at least {nbytes}"
             )
         return num_pages, nbytes
+
+    def _check_base(self, name: str, trained_on: str | None) -> None:
+        """Warns if an adapter's config names another base model than this one."""
+        *_, last = re.split(r"[/\\]", (trained_on or "").rstrip("/\\").lower())
+        if last and self.base_names and last not in self.base_names:
+            warnings.warn(
+                f"adapter {name!r}: base_model_name_or_path={quoted(trained_on)} is another name than that of the base "
+                f"model, {' or '.join(sorted(self.base_names))}; if it was trained on another model, its answers are "
+                "wrong",
+                stacklevel=2,
+            )
 
     def _register_or_error(self, directory: Path) -> AdapterInfo | AdapterError:
         try:

@@ -17,7 +17,7 @@ from slora_jax.errors import AdapterError
 DEFAULT_TARGETS = ("q_proj", "v_proj")
 """What PEFT adapts in Llama, Mistral, Qwen2 and Qwen3 when `target_modules` is null."""
 
-OTHER_MODULES = ("model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
+OTHER_MODULES = ("", ".embed_tokens", ".layers", ".norm", ".rotary_emb")
 OTHER_LAYER_MODULES = ("", ".self_attn", ".mlp", ".mlp.act_fn", ".input_layernorm", ".post_attention_layernorm")
 
 
@@ -29,8 +29,9 @@ class Target:
     scale: float
 
 
-def resolve_targets(config: LoraConfig, num_layers: int) -> dict[tuple[int, str], Target]:
-    """`(layer, projection) -> Target`, in layer-major order, exactly as PEFT would adapt a model of `num_layers`.
+def resolve_targets(config: LoraConfig, num_layers: int, parent: str = "model") -> dict[tuple[int, str], Target]:
+    """`(layer, projection) -> Target`, in layer-major order, exactly as PEFT would adapt a model of `num_layers` that
+    the module `parent` holds.
 
     Raises AdapterError when a module other than the seven projections is targeted (an embedding, lm_head),
     or none of them.
@@ -41,8 +42,8 @@ def resolve_targets(config: LoraConfig, num_layers: int) -> dict[tuple[int, str]
     matcher = Matcher()
     all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     if not all_linear:
-        layers = (f"model.layers.{i}{suffix}" for i in range(num_layers) for suffix in OTHER_LAYER_MODULES)
-        for name in (*OTHER_MODULES, *layers):
+        layers = (f"{parent}.layers.{i}{suffix}" for i in range(num_layers) for suffix in OTHER_LAYER_MODULES)
+        for name in (*(parent + suffix for suffix in OTHER_MODULES), "lm_head", *layers):
             if is_targeted(config, name, matcher):
                 raise AdapterError(
                     f"target_modules: matches {name!r}; only attention and MLP projections can be adapted"
@@ -50,7 +51,7 @@ def resolve_targets(config: LoraConfig, num_layers: int) -> dict[tuple[int, str]
     targets = {}
     for layer in range(num_layers):
         for projection in PROJECTIONS:
-            name = module_name(layer, projection)
+            name = module_name(layer, projection, parent)
             if not _is_excluded(config, name, matcher) if all_linear else is_targeted(config, name, matcher):
                 targets[layer, projection] = _target(config, name, matcher)
     if not targets:

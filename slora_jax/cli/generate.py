@@ -189,6 +189,8 @@ def _answer(
                 if number == 0:
                     report("first token", time.monotonic() - start)
                 print(delta.text, end="", flush=True)
+                if delta.output is not None and delta.output.error is not None:
+                    raise RequestError(delta.output.error)
             print(flush=True)
     report("total", seconds_since_start())
     return 0

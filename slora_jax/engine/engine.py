@@ -38,6 +38,7 @@ from slora_jax.memory import (
 )
 from slora_jax.memory.prefix import PrefixCounters
 from slora_jax.models import ModelConfig, Params
+from slora_jax.models.config import model_names
 from slora_jax.parallel.mesh import cut
 from slora_jax.parallel.processes import ProcessGroup
 from slora_jax.phases import phase
@@ -157,9 +158,11 @@ class Engine:
                 tokenizer = load_tokenizer(Path(model_dir))
         with phase("weights"):
             model, graphdef, params = load(model_dir, config)
-        return cls(
+        engine = cls(
             model, graphdef, params, config, tokenizer=tokenizer, policy=policy, eviction=eviction, processes=processes
         )
+        engine.store.base_names = model_names(model_dir)
+        return engine
 
     # Adapters
 

@@ -11,6 +11,7 @@ from slora_jax.adapters import AdapterStore
 from slora_jax.engine.outputs import Delta
 from slora_jax.engine.progress import Progress
 from slora_jax.engine.runner import InFlight
+from slora_jax.engine.sampling import NOT_FINITE
 from slora_jax.scheduling import FinishReason, Request, Scheduler, StepPlan
 
 
@@ -46,7 +47,8 @@ class Requests:
         return deltas
 
     def read(self, step: InFlight, tokens: np.ndarray, now: float) -> list[Delta]:
-        """Hands out a step's tokens. Requests that ended meanwhile get none: their surplus token is dropped."""
+        """Hands out a step's tokens. Requests that ended meanwhile get none: their surplus token is dropped. A request
+        whose logits are not finite ends with an error."""
         deltas = []
         for row, (sequence, token) in enumerate(zip(step.sequences, tokens.tolist(), strict=False)):
             request = sequence.request
@@ -56,6 +58,9 @@ class Requests:
             if not sequence.samples:
                 if sequence.start < request.num_scored:
                     progress.score(sequence.start + 1, step, row)
+                continue
+            if token == NOT_FINITE:
+                deltas.append(self._end_not_finite(progress, now))
                 continue
             self.generated += 1
             if request.metrics.first_token is None:
@@ -88,6 +93,16 @@ class Requests:
         for request in list(self._scheduler.waiting.by_adapter.get(digest, ())):
             assert request.adapter is not None
             self.end_failed(request, f"adapter {request.adapter.name!r}: {error}")
+
+    def _end_not_finite(self, progress: Progress, now: float) -> Delta:
+        """Ends a request whose logits are not finite. What its adapter computed is not shared any more."""
+        request = progress.request
+        model = "the base model" if request.adapter is None else f"adapter {request.adapter.name!r}"
+        error = f"{model}: the logits of output token {len(request.output)} are not finite (NaN or infinity)"
+        delta = self._end(progress, FinishReason.ERROR, [], now, error)
+        if self._scheduler.prefixes is not None:
+            self._scheduler.prefixes.drop(request.digest)
+        return delta
 
     def _end(
         self, progress: Progress, reason: FinishReason, tokens: list[int], now: float, error: str | None = None

@@ -21,6 +21,10 @@ CHUNK_ROWS = 32
 """Most rows that are worked on at a time: 16 MiB of float32 for a vocabulary of 128k."""
 
 
+NOT_FINITE = -1
+"""Token of a row whose largest logit is NaN or infinite."""
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplingInputs:
@@ -38,8 +42,8 @@ class SamplingInputs:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampled:
-    """token int32 `[S]`. If logprobs are asked for: logprob float32 `[S]` of it; top_token int32, top_logprob float32
-    `[S, MAX_LOGPROBS]`, best first."""
+    """token int32 `[S]`, or `NOT_FINITE`. If logprobs are asked for: logprob float32 `[S]` of it; top_token int32,
+    top_logprob float32 `[S, MAX_LOGPROBS]`, best first."""
 
     token: jax.Array
     logprob: jax.Array | None = None
@@ -48,12 +52,14 @@ class Sampled:
 
 
 def greedy(logits: jax.Array) -> jax.Array:
-    """The likeliest token of each row of `logits` `[S, V]`: int32 `[S]`."""
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    """The likeliest token of each row of `logits` `[S, V]`, or `NOT_FINITE`: int32 `[S]`."""
+    token = jnp.argmax(logits, axis=-1)  # of a NaN, if there is one
+    largest = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+    return jnp.where(jnp.isfinite(largest), token, NOT_FINITE).astype(jnp.int32)
 
 
 def sample(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
-    """Draws one token per row of `logits` float32 `[S, V]`: int32 `[S]`.
+    """Draws one token per row of `logits` float32 `[S, V]`, or `NOT_FINITE`: int32 `[S]`.
 
     A row's draw depends on its own logits, parameters, seed and output index only.
     """
@@ -88,6 +94,7 @@ def _in_chunks(function: Callable[..., Any], *arrays: Any) -> Any:
 def _logprobs(logits: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probability of each row's `token`, and the likeliest tokens with theirs."""
     logprobs = jax.nn.log_softmax(logits, axis=-1)
+    logprobs = jnp.maximum(logprobs, jnp.finfo(logprobs.dtype).min)  # JSON has no infinity
     top_logprob, top_token = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))
     return jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0], top_token.astype(jnp.int32), top_logprob
 
@@ -95,6 +102,7 @@ def _logprobs(logits: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array
 def _draw(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
     """Gumbel-max over the masked, scaled logits; greedy rows keep their argmax."""
     stochastic = inputs.temperature > 0
+    likeliest = greedy(logits)
     scaled = logits - logits.max(axis=-1, keepdims=True)  # before the division, which may overflow
     scaled = scaled / jnp.where(stochastic, inputs.temperature, 1.0)[:, None]
     keep = _masks(scaled, inputs)
@@ -104,7 +112,8 @@ def _draw(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
         return jax.random.gumbel(key, logits.shape[-1:])
 
     perturbed = jnp.where(keep, scaled + jax.vmap(noise)(inputs.seed, inputs.output_index), -jnp.inf)
-    return jnp.where(stochastic, greedy(perturbed), greedy(logits))
+    drawn = jnp.argmax(perturbed, axis=-1).astype(jnp.int32)
+    return jnp.where(stochastic & (likeliest != NOT_FINITE), drawn, likeliest)
 
 
 def _masks(scaled: jax.Array, inputs: SamplingInputs) -> jax.Array:

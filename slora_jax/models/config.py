@@ -6,6 +6,7 @@ one warning names those that are not known.
 
 import dataclasses
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -333,6 +334,21 @@ def _token_ids(value: Any) -> tuple[int, ...]:
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
         raise _refused("eos_token_id", value, "an integer, a list of integers, or null")
     return ids
+
+
+_QUANTISATION = re.compile(r"[.-](i?q\d\w*|b?f16|f32)$")
+
+
+def model_names(path: str | Path) -> frozenset[str]:
+    """Lower-case names of the model in a directory or GGUF file: the directory's, or in Hugging Face's cache the
+    repository's, and the last part of `_name_or_path` in `config.json`."""
+    if file := gguf_file(path):
+        return frozenset({_QUANTISATION.sub("", file.stem.lower())})
+    path = Path(path).resolve()
+    name = path.parent.parent.name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
+    other = read_json(path / "config.json").get("_name_or_path")
+    names = {name, *([] if not isinstance(other, str) else [other.rstrip("/").rpartition("/")[2]])}
+    return frozenset(name.lower() for name in names if name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,8 +10,9 @@ device ever holds more, and a process reads what its devices hold.
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from slora_jax.models.decoder import Params, model_dtype
 from slora_jax.models.gguf.header import gguf_file
 from slora_jax.models.gguf.tensors import GgufSlice, GgufTensors, open_gguf
 from slora_jax.models.init import abstract_decoder
+from slora_jax.models.rotary import inverse_frequencies
 from slora_jax.models.safetensors_file import SafetensorsSlice, SafetensorsTensors, open_safetensors
 from slora_jax.parallel.layout import ONE_DEVICE, ROW_PARALLEL, Shards
 from slora_jax.parallel.mesh import TensorParallel, parameter_spec, whole_shape
@@ -33,6 +35,7 @@ from slora_jax.parallel.mesh import TensorParallel, parameter_spec, whole_shape
 _BLOCK_BYTES = 1 << 20
 _ALIGNMENT = 64  # bytes; the CPU backend adopts a buffer so aligned instead of copying it
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 ParamPath = tuple[str | int, ...]
 
@@ -66,13 +69,11 @@ def tensor_placements(config: ModelConfig, shards: Shards = ONE_DEVICE, shard: i
     d, ffn, q, kv = config.hidden_size, config.intermediate_size, config.q_width, config.kv_width
     whole, vocabulary = slice(0, d), shards.vocabulary(config.vocab_size, shard)
     placements = {
-        "model.embed_tokens.weight": Placement(
-            ("embed", "embedding"), (config.vocab_size, d), part=(vocabulary, whole)
-        ),
+        _EMBEDDING: Placement(("embed", "embedding"), (config.vocab_size, d), part=(vocabulary, whole)),
         "model.norm.weight": Placement(("norm", "scale"), (d,)),
     }
     if not config.tie_word_embeddings:
-        placements["lm_head.weight"] = Placement(
+        placements[_HEAD] = Placement(
             ("lm_head", "kernel"), (config.vocab_size, d), transposed=True, part=(vocabulary, whole)
         )
     by_q, by_kv, by_ffn = shards.part(q, shard), shards.kv_part(kv, shard), shards.part(ffn, shard)
@@ -133,6 +134,39 @@ def checkpoint_files(model_dir: str | Path) -> list[Path]:
     raise CheckpointError(f"{model_dir}: neither {single.name} nor {index.name} is there")
 
 
+def untied_if_heads_differ(model_dir: str | Path, config: ModelConfig, dtype: Any) -> ModelConfig:
+    """Returns the config to load a checkpoint with: untied, with a warning, if embeddings that the config ties lie
+    beside an output head with other values (in `dtype`). transformers uses such a head too.
+
+    Raises `CheckpointError` for files that are missing or damaged.
+    """
+    if not config.tie_word_embeddings:
+        return config
+    with ExitStack() as opened:
+        found: dict[str, SafetensorsSlice | GgufSlice] = {}
+        for file in checkpoint_files(model_dir):
+            tensors = opened.enter_context(_open(file))
+            found |= {name: tensors.get(name) for name in {_EMBEDDING, _HEAD}.intersection(tensors.names())}
+        if len(found) < 2 or _are_equal(found[_EMBEDDING], found[_HEAD], model_dtype(dtype)):
+            return config
+    warnings.warn(
+        f"{model_dir}: config.json: tie_word_embeddings=true, but {_HEAD} and {_EMBEDDING} have different values; the "
+        "head is used. Set tie_word_embeddings=false",
+        stacklevel=3,
+    )
+    return dataclasses.replace(config, tie_word_embeddings=False)
+
+
+def _are_equal(one: SafetensorsSlice | GgufSlice, other: SafetensorsSlice | GgufSlice, dtype: np.dtype) -> bool:
+    """Whether two tensors have the same values in `dtype`; read in blocks of rows."""
+    if one.shape != other.shape:
+        return False
+    step = max(1, int(_BLOCK_BYTES / (one.element_bytes * math.prod(one.shape[1:]))))
+    whole = tuple(slice(0, size) for size in one.shape[1:])
+    blocks = (slice(start, min(start + step, one.shape[0])) for start in range(0, one.shape[0], step))
+    return all(np.array_equal(one[rows, *whole].astype(dtype), other[rows, *whole].astype(dtype)) for rows in blocks)
+
+
 def load_weights(
     model_dir: str | Path,
     config: ModelConfig,
@@ -145,7 +179,8 @@ def load_weights(
 
     dtype is "float32" or "bfloat16"; norm scales are float32 in both. `progress` shows bytes read, on stderr.
 
-    Raises `CheckpointError` for missing, unexpected or misshapen tensors and damaged files, before reading weights.
+    Raises `CheckpointError` for missing, unexpected or misshapen tensors and damaged files, before reading weights; and
+    for a tensor that has NaN or infinity.
     """
     files = checkpoint_files(model_dir)
     builders = _builders(config, dtype, parallel)
@@ -156,8 +191,12 @@ def load_weights(
                 for name in tensors.names():
                     for builder in builders:
                         if name in builder.placements:
-                            for block_bytes in builder.read(tensors.get(name), builder.placements[name]):
-                                bar.update(block_bytes)
+                            try:
+                                for block_bytes in builder.read(tensors.get(name), builder.placements[name]):
+                                    bar.update(block_bytes)
+                            except FloatingPointError as error:
+                                shown = tensors.name_in_file(name)
+                                raise CheckpointError(f"{file}: tensor {shown}: {error}") from None
     if parallel is None:
         return traverse_util.unflatten_dict(builders[0].arrays)
     joined = {}
@@ -195,19 +234,25 @@ class _ParamBuilder:
         return {path: self._arrays[path] for path in self._shapes}
 
     def read(self, tensor: SafetensorsSlice | GgufSlice, placement: Placement) -> Iterator[float]:
-        """Copies a tensor's part into its parameter block by block, casting; yields the bytes of each block."""
+        """Copies a tensor's part into its parameter block by block, casting; yields the bytes of each block.
+
+        Raises `FloatingPointError` for NaN or infinity.
+        """
         rows, *columns = placement.part
         row_bytes = tensor.element_bytes * math.prod(axis.stop - axis.start for axis in columns)
         step = max(1, int(_BLOCK_BYTES / row_bytes))
         buffer = self._buffer(placement.path)
         for start in range(rows.start, rows.stop, step):
             block = tensor[(slice(start, min(start + step, rows.stop)), *columns)]  # [step, d_in] or [step]
+            with np.errstate(over="ignore"):  # found below
+                block = block.astype(buffer.dtype, copy=False)
+            block = block.view(f"u{block.itemsize}")  # bytes move faster than ml_dtypes elements
+            if _has_nonfinite(block):
+                raise FloatingPointError(f"expected finite values of {buffer.dtype.name}, found NaN or infinity")
             first = placement.column + start - rows.start
             place = slice(first, first + len(block))
             target = buffer[:, place].T if placement.transposed else buffer[place]  # [step, d_in] or [step]
-            if target.dtype == block.dtype:  # bytes move faster than ml_dtypes elements
-                target, block = target.view(f"u{target.itemsize}"), block.view(f"u{block.itemsize}")
-            target[...] = block
+            target.view(block.dtype)[...] = block
             yield len(block) * row_bytes
         self._part_done(placement.path)
 
@@ -239,6 +284,12 @@ def _builders(config: ModelConfig, dtype: Any, parallel: TensorParallel | None) 
     ]
 
 
+def _has_nonfinite(bits: np.ndarray) -> bool:
+    """Whether float32 (as uint32) or bfloat16 (as uint16) numbers include NaN or infinity: all exponent bits set."""
+    exponent = bits.dtype.type(0x7F800000 if bits.itemsize == 4 else 0x7F80)
+    return bool(bits.size) and bool((bits & exponent).max() == exponent)
+
+
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     nbytes = int(np.prod(shape)) * dtype.itemsize
     raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
@@ -251,13 +302,16 @@ def _check_headers(
 ) -> float:
     """Checks names, shapes and dtypes of all files against the config; returns the bytes that `shards` are to read."""
     found: dict[str, Path] = {}
-    total_bytes = 0.0
+    total_bytes, unlike = 0.0, False
     for file in files:
         with _open(file) as tensors:
             for name in tensors.names():
                 shown = tensors.name_in_file(name)
                 if name not in placements:
-                    if _ROTARY_BUFFER.fullmatch(name) or (name == "lm_head.weight" and config.tie_word_embeddings):
+                    if name == _HEAD and config.tie_word_embeddings:
+                        continue  # equal to the embeddings: `untied_if_heads_differ`
+                    if _ROTARY_BUFFER.fullmatch(name):
+                        unlike |= not _are_frequencies(tensors.get(name), config)
                         continue
                     raise CheckpointError(f"{file}: unexpected tensor {shown}: the config describes no such part")
                 if name in found:
@@ -268,10 +322,25 @@ def _check_headers(
                     raise CheckpointError(f"{file}: tensor {shown}: expected shape {expected}, found {tensor.shape}")
                 total_bytes += sum(own[name].size for own in shards) * tensor.element_bytes
             names_in_file = {name: tensors.name_in_file(name) for name in placements.keys() - found.keys()}
+    if unlike:
+        warnings.warn(
+            f"{files[0].parent}: rotary_emb.inv_freq in the checkpoint differs from the frequencies that config.json "
+            "describes, which are used",
+            stacklevel=4,
+        )
     if missing := sorted(names_in_file.values()):
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise CheckpointError(f"{files[0].parent}: missing tensors in {', '.join(f.name for f in files)}: {shown}")
     return total_bytes
+
+
+def _are_frequencies(tensor: SafetensorsSlice | GgufSlice, config: ModelConfig) -> bool:
+    """Whether a rotary buffer holds what the config describes, up to the rounding of half precision."""
+    expected = inverse_frequencies(config.rope, config.head_dim)
+    if tensor.shape != expected.shape:
+        return False
+    found = tensor[(slice(0, len(expected)),)].astype(np.float32)
+    return np.allclose(found, expected, rtol=1e-2, atol=1e-6)
 
 
 def _open(file: Path) -> AbstractContextManager[SafetensorsTensors | GgufTensors]:

@@ -9,7 +9,7 @@ from flax import nnx
 from slora_jax.models.cache import checkpoint_key, entry_path, read_entry, write_entry
 from slora_jax.models.config import ModelConfig
 from slora_jax.models.decoder import Params, model_dtype
-from slora_jax.models.hf import load_weights
+from slora_jax.models.hf import load_weights, untied_if_heads_differ
 from slora_jax.models.init import abstract_decoder, abstract_shards
 from slora_jax.parallel.mesh import TensorParallel
 
@@ -30,8 +30,8 @@ def load_model(
 
     Raises `CheckpointError` for missing or damaged files, `UnsupportedModelError` for a model that is not supported.
     """
-    config = ModelConfig.from_directory(model_dir)
     dtype = model_dtype(dtype)
+    config = untied_if_heads_differ(model_dir, ModelConfig.from_directory(model_dir), dtype)
     if parallel is None:
         graphdef, shapes = abstract_decoder(config, dtype)
     else:

@@ -23,7 +23,8 @@ def embed(lookup: Callable[[jax.Array], jax.Array], tokens: jax.Array, size: int
 
 def greedy(logits: jax.Array, vocab_size: int) -> jax.Array:
     """The likeliest token of each row, int32 `[S]`, from a shard's `logits [S, V]` each: the shards exchange their
-    largest values and where these are, 8 bytes a row. Of equal ones the first wins, as on one device."""
+    largest values and where these are, 8 bytes a row. Of equal ones the first wins, and a value that is not finite
+    gives -1, as on one device (`sampling.greedy`)."""
     size = logits.shape[1]
     first = lax.axis_index(AXIS) * size
     logits = jnp.where(first + jnp.arange(size) < vocab_size, logits, -jnp.inf)  # the last shards' rounding up
@@ -33,8 +34,10 @@ def greedy(logits: jax.Array, vocab_size: int) -> jax.Array:
     pair = jnp.concatenate([lax.bitcast_convert_type(value, jnp.int32), token], axis=1)  # [S, 2]
     with jax.named_scope("all_gather_greedy"):
         pairs = lax.all_gather(pair, AXIS)  # [N, S, 2]
-    winner = jnp.argmax(lax.bitcast_convert_type(pairs[..., 0], jnp.float32), axis=0)  # [S]
-    return jnp.take_along_axis(pairs[..., 1], winner[None], axis=0)[0]
+    values = lax.bitcast_convert_type(pairs[..., 0], jnp.float32)  # [N, S]
+    winner = jnp.argmax(values, axis=0)[None]  # [1, S]
+    value, token = (jnp.take_along_axis(x, winner, axis=0)[0] for x in (values, pairs[..., 1]))
+    return jnp.where(jnp.isfinite(value), token, -1)
 
 
 def gather_logits(logits: jax.Array, vocab_size: int) -> jax.Array:

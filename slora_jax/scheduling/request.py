@@ -31,7 +31,8 @@ class FinishReason(StrEnum):
     ABORT = "abort"
     """The policy gave it up before its first token; the reason is in the output's `error`."""
     ERROR = "error"
-    """The request's adapter could not be brought back from disk, or its step could not be dispatched."""
+    """The request's adapter could not be read back from disk, its step could not be dispatched, or its logits are not
+    finite."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from slora_jax.adapters.peft_format import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
+from slora_jax.adapters.peft_format import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE
 from slora_jax.errors import AdapterError
 from slora_jax.serving.errors import ApiError
 
@@ -58,20 +58,19 @@ class AdapterRoots:
 
 
 def adapters_in(root: Path) -> dict[str, Version]:
-    """The adapter directories in `root` by name. Those that vanish meanwhile are left out, and names that do not print,
-    which no client could send."""
+    """The adapter directories in `root` by name, but for hidden ones. Those that vanish meanwhile are left out."""
     found = {}
     with os.scandir(root) as entries:
         for entry in entries:
             version = version_of(Path(entry.path))
-            if any(version) and not entry.name.startswith(".") and entry.name.isprintable():
+            if any(version) and not entry.name.startswith("."):
                 found[entry.name] = version
     return dict(sorted(found.items()))
 
 
 def version_of(directory: Path) -> Version:
     """Of the files that say whether, and which, adapter lies there; None for one that is not there."""
-    return tuple(_stamp(directory / file) for file in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE))
+    return tuple(_stamp(directory / file) for file in ADAPTER_FILES)
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

@@ -13,11 +13,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary
 
 from tqdm import tqdm
 
 from slora_jax.adapters import AdapterInfo
+from slora_jax.adapters.peft_format import misplaced
 from slora_jax.adapters.store import PreparedAdapter
 from slora_jax.engine import Engine
 from slora_jax.errors import AdapterError
@@ -36,11 +38,19 @@ POLL_SECONDS, MAX_POLL_SECONDS = 0.02, 0.5
 
 @dataclass(frozen=True)
 class Changes:
-    """What clients changed: directories by name of those they loaded, and names of the watched directory that they
-    unloaded."""
+    """What clients changed.
+
+    Attributes:
+      loaded: directory of each adapter that they loaded, by name.
+      unloaded: sizes and times of the files of each adapter of the watched directory that they unloaded, by name.
+    """
 
     loaded: dict[str, str]
-    unloaded: frozenset[str]
+    unloaded: dict[str, Any]
+
+    def has_unloaded(self, name: str, version: Version) -> bool:
+        """Whether a client unloaded the files that now lie there; files deployed since are another adapter."""
+        return name in self.unloaded and self.unloaded[name] in (None, _contents(version))
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,13 @@ class Adapters:
         self._look_seconds = 0.0  # of CPU time that the last look took, without what it led to
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of names in somebody's hands
         self._readers = asyncio.Semaphore(settings.limits.adapter_loads)
-        self.refused: dict[str, str] = {}  # by name: why an adapter that should be there is not
+        self._refused: dict[str, str] = {}  # by name: why an adapter cannot be used
+        self._left_out: dict[str, str] = {}  # by name: why a folder of the watched directory is not registered
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """By name, why an adapter that might be expected is not there."""
+        return self._left_out | self._refused
 
     def register_all(self, engine: Engine) -> None:
         """At the start, on the engine's thread, with a progress bar. A bad one is logged and left out."""
@@ -134,7 +150,8 @@ class Adapters:
             is_gone = await loop.call(lambda engine: engine.unload_adapter(name))
             self._forget(name)
             root = self._settings.adapters
-            await asyncio.to_thread(self._file.unloaded, name, root is not None and os.path.isdir(root / name))
+            version = version_of(root / name) if root is not None and os.path.isdir(root / name) else None
+            await asyncio.to_thread(self._file.unloaded, name, version)
         shared, poll = store.is_named(info.digest), POLL_SECONDS
         while not is_gone and not shared and time.monotonic() - start < drain_seconds:
             await asyncio.sleep(poll)
@@ -182,8 +199,8 @@ class Adapters:
                     await loop.call(lambda engine: engine.unload_adapter(name))
                     logger.info("adapter %r is gone", name)
             elif one != self._registered.get(name):
-                if name in (await asyncio.to_thread(self._file.read)).unloaded:
-                    return  # by a client, since the directory was looked at
+                if (await asyncio.to_thread(self._file.read)).has_unloaded(name, one.version):
+                    return  # since the directory was looked at
                 try:
                     await self._bring(loop, name, one)
                     logger.info("adapter %r registered", name)
@@ -200,7 +217,7 @@ class Adapters:
             loop.engine.discard_adapter(prepared)
             raise
         self._registered[name] = one
-        self.refused.pop(name, None)
+        self._refused.pop(name, None)
         return info
 
     def _read(self, engine: Engine, name: str, one: Wanted) -> PreparedAdapter:
@@ -222,21 +239,33 @@ class Adapters:
             return repr(error)
 
     def _wanted(self) -> dict[str, Wanted]:
-        """What should be registered now, by the watched directory and by what clients changed. Reads disks."""
+        """What should be registered now, by the watched directory and by what clients changed. Logs the folders that
+        should not. Reads disks."""
         changes = self._file.read()
         root = self._settings.adapters
-        found = {} if root is None else adapters_in(root)
-        wanted = {
-            name: Wanted(root / name, version)  # type: ignore[operator]
-            for name, version in found.items()
-            if name not in changes.unloaded and name != self._settings.base_name
-        }
+        wanted: dict[str, Wanted] = {}
+        left_out = {} if root is None else misplaced(root)
+        for name, version in adapters_in(root).items() if root is not None else ():
+            if name in changes.loaded:
+                left_out[name] = f"a client loaded {changes.loaded[name]} under this name"
+            elif name == self._settings.base_name:
+                left_out[name] = "it has the base model's name; rename the folder, or the base model (name)"
+            elif not name.isprintable():
+                left_out[ascii(name)] = "its name has characters that do not print; rename the folder"
+            elif changes.has_unloaded(name, version):
+                left_out[name] = "a client unloaded it; load it again, or replace its files"
+            else:
+                wanted[name] = Wanted(root / name, version)  # type: ignore[operator]
         for name, directory in changes.loaded.items():
             wanted[name] = Wanted(Path(directory), version_of(Path(directory)))
+        for name, reason in left_out.items():
+            if self._left_out.get(name) != reason:
+                logger.warning("adapter %r is left out: %s", name, reason)
+        self._left_out = left_out
         return wanted
 
     def _refuse(self, name: str, reason: str) -> None:
-        self.refused[name] = reason
+        self._refused[name] = reason
         logger.warning("adapter %r is left out: %s", name, reason)
 
     def _alone(self, name: str) -> asyncio.Lock:
@@ -245,7 +274,7 @@ class Adapters:
 
     def _forget(self, name: str) -> None:
         self._registered.pop(name, None)
-        self.refused.pop(name, None)
+        self._refused.pop(name, None)
         self._on_gone(name)
 
 
@@ -255,7 +284,7 @@ class StateFile:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._known = Changes({}, frozenset())  # read or written last
+        self._known = Changes({}, {})  # read or written last
 
     def read(self) -> Changes:
         """What there is to know."""
@@ -264,7 +293,8 @@ class StateFile:
         try:
             data = json.loads(self._path.read_text())
             loaded = {str(name): str(directory) for name, directory in data["loaded"].items()}
-            self._known = Changes(loaded, frozenset(map(str, data["unloaded"])))
+            unloaded = data["unloaded"]  # of earlier versions a list of names
+            self._known = Changes(loaded, unloaded if isinstance(unloaded, dict) else dict.fromkeys(map(str, unloaded)))
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -274,11 +304,14 @@ class StateFile:
     def loaded(self, name: str, directory: Path | None) -> None:
         """A client loaded `name`. directory None: it lies in the watched directory, under that name."""
         elsewhere = {} if directory is None else {name: str(directory)}
-        self._change(lambda changes: Changes(_without(name, changes.loaded) | elsewhere, changes.unloaded - {name}))
+        self._change(
+            lambda changes: Changes(_without(name, changes.loaded) | elsewhere, _without(name, changes.unloaded))
+        )
 
-    def unloaded(self, name: str, is_watched: bool) -> None:
-        """A client unloaded `name`. is_watched: the watched directory has an adapter of this name."""
-        more = {name} if is_watched else set()
+    def unloaded(self, name: str, version: Version | None) -> None:
+        """A client unloaded `name`. version: of the files in the watched directory's folder of this name, if it has
+        one."""
+        more = {} if version is None else {name: _contents(version)}
         self._change(lambda changes: Changes(_without(name, changes.loaded), changes.unloaded | more))
 
     def _change(self, change: Callable[[Changes], Changes]) -> None:
@@ -289,7 +322,7 @@ class StateFile:
             with open(self._path.with_suffix(".lock"), "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # other servers, and this one's other threads
                 self._known = change(self.read())
-                data = {"loaded": self._known.loaded, "unloaded": sorted(self._known.unloaded)}
+                data = {"loaded": self._known.loaded, "unloaded": self._known.unloaded}
                 new = self._path.with_suffix(f".{os.getpid()}.tmp")
                 new.write_text(json.dumps(data, indent=1) + "\n")
                 os.replace(new, self._path)
@@ -299,8 +332,13 @@ class StateFile:
             self._change(change)
 
 
-def _without(name: str, loaded: dict[str, str]) -> dict[str, str]:
-    return {key: directory for key, directory in loaded.items() if key != name}
+def _without[T](name: str, items: dict[str, T]) -> dict[str, T]:
+    return {key: item for key, item in items.items() if key != name}
+
+
+def _contents(version: Version) -> list[list[int] | None]:
+    """Sizes and times as JSON has them; without inodes, which a restart may change."""
+    return [stamp and list(stamp[1:]) for stamp in version]
 
 
 def _pages_held(engine: Engine, digest: str) -> int:

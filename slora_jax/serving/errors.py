@@ -57,12 +57,13 @@ class ApiError(HTTPException):
 
 
 class JsonResponse(Response):
-    """JSON in ASCII: whatever a client sent can be quoted, half of a surrogate pair too."""
+    """JSON in ASCII: whatever a client sent can be quoted, half of a surrogate pair too. NaN and infinity, which JSON
+    does not have, are errors."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, separators=(",", ":")).encode()
+        return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
 
 
 def unavailable(message: str, *, code: str, retry_after: float | None = None) -> ApiError:

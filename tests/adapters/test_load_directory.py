@@ -42,6 +42,14 @@ def test_bad_adapters_are_reported_and_disturb_no_other(geometry, folder):
             assert isinstance(error, AdapterError) and reason in str(error) and str(folder / name) in str(error)
 
 
+def test_adapters_a_level_too_high_or_too_low_are_reported(geometry, folder, tmp_path):
+    with AdapterStore(geometry, "float32", 10**9) as store:
+        infos, [(name, error)] = store.load_directory(tmp_path, progress=False)
+        assert infos == [] and name == "adapters" and "holds adapters" in str(error)
+        infos, [(name, error)] = store.load_directory(folder / "a0", progress=False)
+        assert infos == [] and name == "a0" and "is an adapter itself" in str(error)
+
+
 def test_unforeseen_error_of_one_adapter_is_reported_too(geometry, folder, monkeypatch):
     from slora_jax.adapters import store as module
 

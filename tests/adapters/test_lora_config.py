@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from slora_jax.adapters.config import HARMLESS, REFUSED, LoraConfig
+from slora_jax.adapters.config import HARMLESS, REFUSED, SWITCHED_ON_EMPTY, LoraConfig
+from slora_jax.adapters.targets import resolve_targets
 from slora_jax.errors import AdapterError
 
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
@@ -35,9 +36,10 @@ def test_peft_defaults_are_ours():
 
 @pytest.mark.parametrize("field", sorted(REFUSED))
 def test_unsupported_field_is_refused_by_name(field):
-    for unset in (None, False, []):
+    on_empty = field in SWITCHED_ON_EMPTY  # PEFT fills it with defaults
+    for unset in (None, False, 0, "", [], *([] if on_empty else [{}])):
         LoraConfig.from_json(PLAIN | {field: unset})
-    for value in (True, [1], {}, {"a": 1}, "x", 1):
+    for value in (True, [1], {"a": 1}, "x", 1, *([{}] if on_empty else [])):
         with pytest.raises(AdapterError, match=f"^{field}: .*must be unset"):
             LoraConfig.from_json(PLAIN | {field: value})
 
@@ -68,11 +70,56 @@ def test_corda_adapter_converted_to_plain_lora_is_accepted():
     LoraConfig.from_json(PLAIN | {"init_lora_weights": True, "corda_config": {"corda_method": "ipm"}})
 
 
-@pytest.mark.parametrize("value", [1, True, False, "x", [], {}])
-def test_unknown_field_with_a_value_is_refused(value):
-    LoraConfig.from_json(PLAIN | {"future_field": None})
+@pytest.mark.parametrize("value", [None, False, 0, 0.0, "", [], {}])
+def test_unknown_inactive_field_is_ignored(value):
+    assert LoraConfig.from_json(PLAIN | {"future_field": value}) == LoraConfig.from_json(PLAIN)
+
+
+@pytest.mark.parametrize("value", [1, True, "x", [0], {"x": 1}])
+def test_unknown_active_field_is_refused(value):
     with pytest.raises(AdapterError, match=r"^future_field: unknown field"):
         LoraConfig.from_json(PLAIN | {"future_field": value})
+
+
+PUBLISHED = {
+    "regex exclude": {"exclude_modules": r".*layers\.0\..*"},
+    "integer dropout": {"lora_dropout": 0},
+    "sequence-to-sequence task on a causal model": {"task_type": "SEQ_2_SEQ_LM"},
+    "no task": {"task_type": None},
+    "PEFT 0.2 fields": {"enable_lora": None, "merge_weights": False},
+    "inactive fields of PEFT 0.21": {
+        **dict.fromkeys(("lora_ga_config", "velora_config", "monteclora_config", "kasa_config", "arrow_config")),
+        **dict.fromkeys(("use_bdlora", "alora_invocation_tokens", "trainable_token_indices", "target_parameters")),
+        "layer_replication": None,
+        "use_qalora": False,
+        "qalora_group_size": 16,
+        "ensure_weight_tying": False,
+    },
+    "weight tying asked for, nothing tied": {"ensure_weight_tying": True},
+    "alpha below rank": {"r": 64, "lora_alpha": 16},
+    "rank pattern with anchors": {"rank_pattern": {"^model.layers.0.self_attn.q_proj$": 4}},
+    "null flags": {"use_rslora": None, "fan_in_fan_out": None},
+    "empty layer selection beside a regex": {
+        "target_modules": ".*q_proj",
+        "layers_to_transform": [],
+        "layers_pattern": "",
+    },
+}
+
+
+@pytest.mark.parametrize("fields", PUBLISHED.values(), ids=PUBLISHED.keys())
+def test_published_config_is_accepted(fields):
+    plain = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+    targets = resolve_targets(LoraConfig.from_json(plain | fields), 2)
+    expected = {(layer, name) for layer in range(2) for name in "qv"}
+    if "exclude_modules" in fields:
+        expected = {key for key in expected if key[0] == 1}
+    if "target_modules" in fields:
+        expected = {key for key in expected if key[1] == "q"}
+    assert targets.keys() == expected
+    assert targets[1, "q"].scale == fields.get("lora_alpha", 16) / fields.get("r", 8)
+    if "rank_pattern" in fields:
+        assert targets[0, "q"].rank == 4
 
 
 @pytest.mark.parametrize("peft_type", [None, "LOHA", "lora", 3])
@@ -178,5 +225,6 @@ def test_to_json_reads_back_equal():
         layers_to_transform=(0, 2),
         layers_pattern=("layers",),
         fan_in_fan_out=True,
+        base_model_name_or_path="org/base",
     )
     assert LoraConfig.from_json(json.loads(json.dumps(config.to_json()))) == config

@@ -118,17 +118,38 @@ def test_missing_tensor_of_a_targeted_module_is_refused(directory, geometry, ten
         ("base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight", "no known LoRA weight"),
         ("base_model.model.model.layers.00.self_attn.q_proj.lora_A.weight", "no known LoRA weight"),
         ("base_model.model.model.layers.-1.self_attn.q_proj.lora_A.weight", "no known LoRA weight"),
-        ("model.layers.0.self_attn.q_proj.lora_A.weight", "no known LoRA weight"),
         ("", "no known LoRA weight"),
+        (
+            "base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+            "expected the prefix 'base_model.model.model.layers.', "
+            "found 'base_model.model.model.vision_tower.encoder.'",
+        ),
+        (
+            "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight",
+            "expected the prefix 'base_model.model.model.layers.', found 'lora_te_text_model",
+        ),
         ("base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight", "another base model"),
         ("base_model.model.model.layers.99999.self_attn.q_proj.lora_A.weight", "another base model"),
         ("base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight", "does not target this module"),
         ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.other.weight", "the same weight twice"),
+        ("model.layers.0.self_attn.q_proj.lora_A.weight", "the same weight twice"),
+        ("base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight", "the same weight twice"),
     ],
 )
 def test_unexpected_tensor_is_refused(directory, geometry, name, reason):
     edit_tensors(directory, lambda t: t.update({name: np.zeros((4, 24), np.float32)}))
     refused(directory, geometry, repr(name), reason)
+
+
+def test_the_first_of_many_unexpected_tensors_are_named(directory, geometry):
+    edit_tensors(directory, lambda t: t.update({f"x.{i}": np.zeros(1, np.float32) for i in range(9)}))
+    refused(directory, geometry, "unexpected tensor 'x.0' (and 8 more: 'x.1', 'x.2', ...)")
+
+
+def test_layers_of_two_modules_are_refused(directory, geometry):
+    other = Q0_A.replace("model.layers", "model.language_model.layers")
+    edit_tensors(directory, lambda t: t.update({other: t.pop(Q0_A)}))
+    refused(directory, geometry, repr(other), "different modules")
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int8, np.int32])

@@ -5,9 +5,11 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from slora_jax.adapters import LoraConfig, random_adapter, read_peft, write_peft
 from slora_jax.adapters.geometry import module_name
+from slora_jax.adapters.peft_format import weight_name
 from slora_jax.errors import AdapterError
 
 torch = pytest.importorskip("torch")
@@ -80,13 +82,66 @@ def test_half_precision_weights_are_read_exactly(peft_with_weights, geometry, tm
         np.testing.assert_array_equal(adapter.b[key], layer.lora_B["default"].weight.detach().float().numpy())
 
 
-def test_tensor_names_with_an_adapter_name_are_read(geometry, tmp_path):
-    from safetensors.numpy import load_file, save_file
+Q = "self_attn.q_proj.lora_A.weight"
+NAMES = {  # module that holds the layers -> tensor names of layer 12's q_proj, side A
+    "model": [
+        f"base_model.model.model.layers.12.{Q}",
+        "base_model.model.model.layers.12.self_attn.q_proj.lora_A.default.weight",
+        f"model.layers.12.{Q}",
+        f"layers.12.{Q}",
+        f"base_model.model.layers.12.{Q}",
+        f"module.base_model.model.model.layers.12.{Q}",
+        f"base_model.model._orig_mod.model.layers.12.{Q}",
+        f"_orig_mod.base_model.model.model.layers.12.{Q}",
+        f"base_model.model._fsdp_wrapped_module.model.layers.12._fsdp_wrapped_module.{Q}",
+        f"base_model.model.model.layers.12._checkpoint_wrapped_module.{Q}",
+    ],
+    "model.language_model": [f"base_model.model.model.language_model.layers.12.{Q}"],
+    "language_model.model": [
+        f"base_model.model.language_model.model.layers.12.{Q}",
+        f"language_model.model.layers.12.{Q}",
+    ],
+    None: [
+        f"base_model.model.model.vision_tower.encoder.layers.12.{Q}",
+        "lora_te_text_model_encoder_layers_12_self_attn_q_proj.lora_down.weight",
+        "base_model.model.model.layers.12.self_attn.qkv_proj.lora_A.weight",
+        f"base_model.model.model.layers.012.{Q}",
+        f"base_model.model.transformer.layers.12.{Q}",
+        "base_model.model.model.embed_tokens.lora_embedding_A",
+    ],
+}
 
+
+@pytest.mark.parametrize(("parent", "name"), [(parent, name) for parent, names in NAMES.items() for name in names])
+def test_tensor_names_of_wrapped_models_are_read(parent, name):
+    assert weight_name(name) == (None if parent is None else (parent, (12, "q"), "A"))
+
+
+def rename(directory, change):
+    path = directory / "adapter_model.safetensors"
+    save_file({change(name): tensor for name, tensor in load_file(path).items()}, path)
+
+
+def test_adapter_of_a_wrapped_model_is_the_same_adapter(geometry, tmp_path):
     adapter = random_adapter(geometry, 4, seed=1)
-    path = write_peft(tmp_path, adapter) / "adapter_model.safetensors"
-    save_file({name.replace(".weight", ".default.weight"): t for name, t in load_file(path).items()}, path)
-    assert read_peft(tmp_path, geometry).digest == adapter.digest
+    for prefix in ("module.base_model.model.model", "layers", "base_model.model.model.language_model"):
+        write_peft(tmp_path, adapter)
+        rename(tmp_path, lambda name, to=prefix: name.replace("base_model.model.model.layers", f"{to}.layers"))
+        rename(tmp_path, lambda name: name.removeprefix("layers."))
+        assert read_peft(tmp_path, geometry).digest == adapter.digest
+
+
+def test_patterns_of_a_multimodal_models_adapter_match_its_own_names(geometry, tmp_path):
+    write_peft(tmp_path, random_adapter(geometry, 4, ("q", "v"), alpha=4))
+    rename(tmp_path, lambda name: name.replace("model.layers", "model.language_model.layers"))
+    path = tmp_path / "adapter_config.json"
+    fields = {
+        "target_modules": r".*language_model.*\.(q_proj|v_proj)",
+        "alpha_pattern": {"model.language_model.layers.1.self_attn.q_proj": 32},
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    scales = read_peft(tmp_path, geometry).scales
+    assert scales == {(layer, p): 8 if (layer, p) == (1, "q") else 1 for layer in range(3) for p in "qv"}
 
 
 @pytest.mark.parametrize("fields", ADAPTERS.values(), ids=ADAPTERS.keys())

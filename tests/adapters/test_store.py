@@ -1,5 +1,7 @@
 """The host store: names, content shared by names, reference counts."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -28,6 +30,29 @@ def test_register_describes_and_keeps_an_adapter(open_store, geometry, tmp_path)
     assert (info.num_pages, info.nbytes) == (tiles.num_pages, tiles.nbytes)
     assert store.info("sql") == info and store.infos() == [info]
     assert store.stats().registered == 1 and store.stats().resident_bytes == info.nbytes
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "warns"),
+    [
+        (None, False),
+        ("meta-llama/Llama-3.2-1B-Instruct", False),
+        ("/kaggle/input/llama-3.2-1b-instruct/", False),
+        ("unsloth/llama-3.2-1b-instruct-bnb-4bit", True),
+        ("somebody/another-model", True),
+    ],
+)
+def test_adapter_made_for_another_base_warns_once(open_store, adapters, tmp_path, trained_on, warns):
+    write_peft(tmp_path / "a", adapters[0], base_model_name_or_path=trained_on)
+    for names in ((), ("llama-3.2-1b-instruct", "local")):
+        store = open_store(10**9)
+        store.base_names = frozenset(names)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            store.register("sql", tmp_path / "a")
+        assert len(caught) == (1 if names and warns else 0)
+        for warning in caught:
+            assert "'sql'" in str(warning.message) and trained_on in str(warning.message)
 
 
 def test_two_names_share_one_content_until_both_are_gone(open_store, adapters, size):

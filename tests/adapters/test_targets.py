@@ -43,6 +43,12 @@ CASES = {
     "full_names": {"target_modules": ["model.layers.2.self_attn.v_proj", "gate_proj"]},
     "regex": {"target_modules": r".*\.[02]\.self_attn\.(q|v)_proj"},
     "regex_of_the_whole_name": {"target_modules": r"model\.layers\.\d+\.mlp\.(up|down)_proj"},
+    "regex_with_lookahead": {"target_modules": r"^(?!.*visual).*(q_proj|down_proj)$"},
+    "regex_of_unsloth": {
+        "target_modules": r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+        r"(?:k_proj|v_proj|q_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn"
+        r"|dense)\.(?:(?:k_proj|v_proj|q_proj)))"
+    },
     "all_linear": {"target_modules": "all-linear"},
     "all_linear_any_case": {"target_modules": "All-Linear"},
     "all_linear_excluding": {"target_modules": "all-linear", "exclude_modules": ["k_proj", "layers.1.mlp.up_proj"]},

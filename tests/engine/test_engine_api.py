@@ -1,10 +1,12 @@
 """What a caller sees: stopping, streaming, refusals, statistics, several parameters at once."""
 
+import warnings
+
 import numpy as np
 import pytest
 
 from slora_jax import AdapterError, ConfigError, Engine, EngineConfig, RequestError, SamplingParams
-from slora_jax.adapters import random_adapter
+from slora_jax.adapters import random_adapter, write_peft
 
 PROMPT = "The quick brown"
 LONG = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -197,6 +199,18 @@ def test_adapter_above_max_rank_is_refused_on_load_and_changes_nothing(engine, t
         with pytest.raises(AdapterError, match="rank 17 but max_rank is 16"):
             engine.load_adapter(name, random_adapter(tiny.geometry, {"q": 17}))
     assert engine.adapters() == before
+
+
+def test_adapter_that_names_another_base_model_warns(engine, tiny, model_dir, tmp_path) -> None:
+    adapter = random_adapter(tiny.geometry, 4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for base in (str(model_dir), "somebody/another-model"):
+            engine.load_adapter("a", write_peft(tmp_path, adapter, base_model_name_or_path=base))
+    [warning] = caught
+    assert f"'somebody/another-model' is another name than that of the base model, {model_dir.name}" in str(
+        warning.message
+    )
 
 
 def test_request_id_in_use_is_refused_and_free_again_afterwards(engine) -> None:

@@ -156,6 +156,28 @@ def test_logprobs_are_the_log_softmax_of_the_models_own_logits(rng: np.random.Ge
     np.testing.assert_allclose(result.top_logprob, np.take_along_axis(expected, best, -1), atol=1e-5)
 
 
+def test_rows_that_are_not_finite_have_no_token_and_disturb_no_other(rng: np.random.Generator) -> None:
+    logits = (3 * rng.standard_normal((8, VOCAB))).astype(np.float32)
+    fields = {"seed": np.arange(8), "temperature": [0.0, 1.0] * 4, "top_k": [0, 5, 0, 0, 0, 0, 5, 5]}
+    expected = jax.tree.map(np.asarray, sample(logits, inputs(8, **fields)))
+    bad = logits.copy()
+    bad[0, 3] = bad[1, 4] = np.nan
+    bad[2, 5] = bad[3, 6] = np.inf
+    bad[4] = bad[5] = -np.inf
+    found = sample(bad, inputs(8, **fields))
+    np.testing.assert_array_equal(found.token, [-1] * 6 + expected.token[6:].tolist())
+    np.testing.assert_array_equal(sampling.greedy(bad), [-1] * 6 + logits[6:].argmax(-1).tolist())
+    np.testing.assert_array_equal(found.logprob[6:], expected.logprob[6:])
+    np.testing.assert_array_equal(found.top_logprob[6:], expected.top_logprob[6:])
+
+
+def test_logprobs_are_finite_where_a_token_is_impossible() -> None:
+    logits = np.full((1, VOCAB), -np.inf, np.float32)
+    logits[0, 4] = 1.0
+    found = sample(logits, inputs(1, temperature=0))
+    assert found.token[0] == 4 and found.logprob[0] == 0 and np.isfinite(found.top_logprob).all()
+
+
 def test_seeded_stream_is_the_same_alone_in_a_batch_at_another_slot_and_after_preemption(engine, tiny, squeeze) -> None:
     engine.load_adapter("a", random_adapter(tiny.geometry, 4, seed=1))
     prompt = list(range(40, 60))

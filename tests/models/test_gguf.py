@@ -230,6 +230,7 @@ def test_metadata_that_is_not_known_is_named_in_a_warning(llama, tmp_path, caplo
 
 
 ROW = np.zeros((64, 64), np.float32)
+NAN_ROW = np.where(np.arange(64) == 7, np.float32(np.nan), ROW)
 REFUSED_TENSORS = [
     ({"blk.0.attn_k.weight": None}, "missing tensors in model.gguf: blk.0.attn_k.weight"),
     ({"blk.0.ffn_gate_exps.weight": (ROW, "F32")}, "unexpected tensor blk.0.ffn_gate_exps.weight"),
@@ -239,6 +240,7 @@ REFUSED_TENSORS = [
         r"attn_output.weight: expected shape \(64, 64\), .*\(64, 32\)",
     ),
     ({"blk.0.attn_output.weight": (np.zeros((64, 36), np.uint8), "IQ4_NL")}, "attn_output.weight: type IQ4_NL.*Q6_K"),
+    ({"blk.1.attn_q.weight": (NAN_ROW, "F32")}, "tensor blk.1.attn_q.weight: expected finite values"),
     ({"rope_freqs.weight": (np.ones(7, np.float32), "F32")}, "rope_freqs.weight: expected 8 factors, found 7"),
 ]
 

@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from slora_jax.errors import CheckpointError
@@ -95,17 +98,65 @@ def test_index_without_a_weight_map(tiny_checkpoint, tmp_path):
     check_refused(directory, "weight_map")
 
 
-def test_rotary_buffers_and_the_head_of_a_tied_model_are_ignored(make_checkpoint, tmp_path):
-    directory = tmp_path / "model"
+@pytest.fixture
+def tied(make_checkpoint, tmp_path):
+    """A copy of a tied model, as (directory, tensors)."""
+    directory = tmp_path / "tied"
     shutil.copytree(make_checkpoint("llama", tie_word_embeddings=True)[0], directory)
     tensors = load_file(directory / "model.safetensors")
     assert "lm_head.weight" not in tensors
-    tensors["lm_head.weight"] = np.full((96, 64), np.nan, np.float32)
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    return directory, tensors
+
+
+def test_redundant_tensors_with_the_expected_values_are_ignored(tied):
+    directory, tensors = tied
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    frequencies = 10000.0 ** -(np.arange(0, 16, 2) / 16)
+    for index in range(2):
+        tensors[f"model.layers.{index}.self_attn.rotary_emb.inv_freq"] = frequencies.astype(np.float16)
     save_file(tensors, directory / "model.safetensors")
-    _, params, _ = load_model(directory, "float32", progress=False)
-    assert "lm_head" not in params
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, params, config = load_model(directory, "float32", progress=False)
+    assert "lm_head" not in params and config.tie_word_embeddings
     np.testing.assert_array_equal(params["embed"]["embedding"], tensors["model.embed_tokens.weight"])
+
+
+def test_rotary_buffers_with_other_values_warn_once(tied):
+    directory, tensors = tied
+    for index in range(2):
+        tensors[f"model.layers.{index}.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.warns(UserWarning, match="inv_freq in the checkpoint differs") as caught:
+        load_model(directory, "float32", progress=False)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_own_head_of_a_tied_model_is_used_as_transformers_does(family, make_checkpoint, decoder_logits, tmp_path):
+    directory = shutil.copytree(make_checkpoint(family, tie_word_embeddings=True)[0], tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][::-1].copy()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="tie_word_embeddings=true, but .* different values; the head is used"):
+        graphdef, params, config = load_model(directory, "float32", progress=False)
+    assert not config.tie_word_embeddings
+    prompt = np.random.default_rng(0).integers(0, 96, 17)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(torch.from_numpy(prompt)[None]).logits[0].numpy()
+    found = decoder_logits(graphdef, params, [prompt])
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("float32", np.nan), ("bfloat16", -np.inf), ("bfloat16", 3.4e38)])
+def test_value_that_is_not_finite_is_refused(checkpoint, dtype, value):
+    """Also one that is beyond bfloat16."""
+    directory, tensors = checkpoint
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model.safetensors: tensor model.layers.0.mlp.up_proj.weight: .*finite"):
+        load_model(directory, dtype, progress=False)
 
 
 def test_rows_are_split_into_blocks_without_loss(checkpoint, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 
 from slora_jax.errors import CheckpointError, UnsupportedModelError
 from slora_jax.models import ModelConfig, RopeConfig
+from slora_jax.models.config import model_names
 
 LLAMA_2_7B = {
     "_name_or_path": "meta-llama/Llama-2-7b-hf",
@@ -362,6 +363,23 @@ def test_generation_config_names_the_end_of_sequence_first(tmp_path):
     assert ModelConfig.from_directory(tmp_path).eos_token_ids == (128001,)
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA_3_8B, "eos_token_id": None}))
     assert ModelConfig.from_directory(tmp_path).eos_token_ids == ()
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "names"),
+    [
+        ("Tiny-Llama", {}, {"tiny-llama"}),
+        ("local", {"_name_or_path": "org/Tiny-Llama/"}, {"local", "tiny-llama"}),
+        ("hub/models--org--Tiny-Llama/snapshots/0a1b", {}, {"tiny-llama"}),
+        ("Tiny-Llama-Q4_K_M.gguf", None, {"tiny-llama"}),
+        ("Tiny-Llama.f16.gguf", None, {"tiny-llama"}),
+    ],
+)
+def test_names_of_a_model_are_those_of_its_files(tmp_path, path, fields, names):
+    if fields is not None:
+        (tmp_path / path).mkdir(parents=True)
+        (tmp_path / path / "config.json").write_text(json.dumps(fields))
+    assert model_names(tmp_path / path) == names
 
 
 def test_an_unreadable_config_file_is_a_checkpoint_error(tmp_path):

@@ -21,10 +21,19 @@ def over_shards(function, *arrays, specs):
 def test_greedy_is_argmax_and_the_first_of_equals(rng: np.random.Generator) -> None:
     logits = np.full((64, DEGREE * SIZE), 99.0, np.float32)  # what is rounded up must not win
     logits[:, :VOCAB] = rng.integers(-4, 4, (64, VOCAB))  # many ties, between shards too
-    logits[0, :VOCAB] = -np.inf
+    logits[0, 3:5] = -np.inf
     tokens = over_shards(partial(vocabulary.greedy, vocab_size=VOCAB), logits, specs=P(None, AXIS))
     np.testing.assert_array_equal(tokens, logits[:, :VOCAB].argmax(-1))
     assert tokens.dtype == np.int32
+
+
+def test_rows_that_are_not_finite_have_no_token(rng: np.random.Generator) -> None:
+    logits = rng.standard_normal((2 * VOCAB + 2, DEGREE * SIZE)).astype(np.float32)
+    for token in range(VOCAB):
+        logits[2 * token, token], logits[2 * token + 1, token] = np.nan, np.inf
+    logits[-2, :VOCAB] = -np.inf
+    tokens = over_shards(partial(vocabulary.greedy, vocab_size=VOCAB), logits, specs=P(None, AXIS))
+    np.testing.assert_array_equal(tokens, [-1] * (2 * VOCAB + 1) + [logits[-1, :VOCAB].argmax()])
 
 
 def test_every_token_has_its_own_embedding(rng: np.random.Generator) -> None:

@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from live_server import MANAGE_KEY, SERVE_KEY, Files, LiveServer, write_adapter
+from safetensors.numpy import load_file, save_file
+from wire import exchange, post
 
 PROMPT = {"prompt": "List all users", "max_tokens": 12, "temperature": 0}
 
@@ -104,6 +107,23 @@ def test_a_bad_adapter_changes_nothing(server, files, tiny) -> None:
     assert status == 400 and "use_dora" in answer["error"]["message"] and answer["error"]["code"] == "invalid_adapter"
     assert "bad" not in names(server)
     assert load(server, "bad", files.uploads / "nowhere")[0] == 404
+
+
+@pytest.mark.parametrize("more", [{}, {"temperature": 0.8}, {"logprobs": 2}], ids=str)
+def test_logits_that_are_not_finite_end_the_request_with_an_error(server, files, tiny, more) -> None:
+    directory = write_adapter(files.uploads / "huge", tiny, seed=105)
+    weights = load_file(directory / "adapter_model.safetensors")
+    huge = {name: tensor * np.float32(1e30 if "lora_B" in name else 1) for name, tensor in weights.items()}
+    save_file(huge, directory / "adapter_model.safetensors")
+    assert load(server, "huge", directory)[0] == 200
+    expected = text(server, "base")
+    body = {"model": "huge", **PROMPT, **more}
+    status, answer = server.post("/v1/completions", body, SERVE_KEY)
+    assert status == 500 and answer["error"]["type"] == "server_error"
+    assert answer["error"]["message"].startswith("adapter 'huge': the logits of output token 0 are not finite")
+    stream = exchange(server, post("/v1/completions", body | {"stream": True}, SERVE_KEY))
+    assert stream.status == 500 and stream.json == answer, "errors up to the first token are statuses"
+    assert text(server, "base") == expected
 
 
 @pytest.mark.parametrize("path", ["/etc", "../model", "x/../../model", "/"])

@@ -1,6 +1,7 @@
 """A look at the watched directory that meets a client's load or unload half-way: the client's word counts."""
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from slora_jax.serving.adapters import Adapters, StateFile
+from slora_jax.serving.adapters import STATE_FILE, Adapters, StateFile
 from slora_jax.serving.settings import ServerSettings
 
 
@@ -124,6 +125,76 @@ def test_what_a_client_unloads_during_a_look_does_not_come_back(made, monkeypatc
             assert engine.names == set()
 
     asyncio.run(play())
+
+
+def test_what_a_client_unloaded_comes_back_when_its_files_are_replaced(made, tmp_path):
+    adapters, engine = made
+    folder = tmp_path / "watched" / "one"
+
+    async def look() -> dict[str, str]:
+        for _ in range(2):
+            await adapters.look(engine)
+        return adapters.refused
+
+    async def play() -> None:
+        nonlocal adapters
+        assert await look() == {} and engine.names == {"one"}
+        await adapters.unload(engine, "one", 1.0)
+        adapters = Adapters(adapters._settings, lambda name: None)  # after a restart
+        assert "a client unloaded it" in (await look())["one"] and engine.names == set()
+        (folder / "adapter_model.safetensors").write_text("{ }")
+        assert await look() == {} and engine.names == {"one"}
+
+        await adapters.unload(engine, "one", 1.0)
+        folder.rename(tmp_path / "elsewhere")
+        assert await look() == {}
+        adapter(folder)
+        assert await look() == {} and engine.names == {"one"}
+
+    asyncio.run(play())
+
+
+def test_names_that_an_earlier_version_unloaded_stay_unloaded(made, tmp_path):
+    adapters, engine = made
+    (tmp_path / "watched" / STATE_FILE).write_text(json.dumps({"loaded": {}, "unloaded": ["one"]}))
+
+    async def play() -> None:
+        for _ in range(2):
+            await adapters.look(engine)
+        assert "a client unloaded it" in adapters.refused["one"] and engine.names == set()
+        await adapters.load(engine, "one", "one", False)
+        await adapters.look(engine)
+        assert adapters.refused == {} and engine.names == {"one"}
+
+    asyncio.run(play())
+
+
+def test_folders_that_are_not_served_are_listed_with_the_reason(made, tmp_path, caplog):
+    adapters, engine = made
+    watched = tmp_path / "watched"
+    adapter(watched / adapters._settings.base_name)
+    adapter(watched / "group" / "inner")
+    adapter(watched / "a\nb")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (watched / file).write_text("{}")
+    (watched / "notes").mkdir()
+    reasons = {
+        adapters._settings.base_name: "base model's name",
+        "group": "holds adapters ('inner')",
+        "'a\\nb'": "do not print",
+        "watched": "is an adapter itself",
+    }
+
+    async def play() -> None:
+        for _ in range(3):
+            await adapters.look(engine)
+        assert engine.names == {"one"}
+
+    asyncio.run(play())
+    assert adapters.refused.keys() == reasons.keys() and len(caplog.messages) >= len(reasons)
+    for name, reason in reasons.items():
+        assert reason in adapters.refused[name]
+        assert sum(reason in message for message in caplog.messages) == 1
 
 
 def test_what_leaves_the_directory_goes_after_two_looks(made, tmp_path):

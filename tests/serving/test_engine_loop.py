@@ -12,6 +12,7 @@ import pytest
 from borrowed_engine import Borrowed, until
 
 from slora_jax import Engine, RequestOutput, SamplingParams
+from slora_jax.engine.sampling import NOT_FINITE
 from slora_jax.errors import RequestError
 from slora_jax.serving.engine_loop import EngineLoop, Health
 from slora_jax.serving.errors import ApiError
@@ -166,6 +167,34 @@ def test_a_failed_step_fails_what_it_touched_and_nothing_else(engine, trap, plac
             assert heard.health[:3] == [Health.READY, Health.RECOVERING, Health.READY] and len(heard.faults) == 1
             assert len((await finish(submit(loop, [9])[1]))[0]) == 80
             await loop.call(lambda engine: engine.check())
+
+    run(scenario)
+
+
+def test_a_sequence_without_finite_logits_fails_alone(engine, monkeypatch) -> None:
+    read = engine._runner.read
+    requests = []
+
+    def spoilt(step: Any) -> Any:
+        tokens = read(step).copy()
+        rows = [row for row, request in enumerate(step.requests) if request.prompt == [3, 4]]
+        requests.extend(rows)
+        tokens[rows] = NOT_FINITE if len(requests) > 4 else tokens[rows]
+        return tokens
+
+    monkeypatch.setattr(engine._runner, "read", spoilt)
+
+    async def scenario() -> None:
+        heard = Heard()
+        async with looping(engine, heard) as loop:
+            boxes = [submit(loop, prompt)[1] for prompt in ([3, 4], [4, 5])]
+            with pytest.raises(ApiError, match="the base model: the logits of output token 4 are not finite") as raised:
+                while True:
+                    await boxes[0].take()
+            assert raised.value.status_code == 500
+            assert len((await finish(boxes[1]))[0]) == 80
+            await loop.call(lambda engine: engine.check())
+        assert heard.health == [Health.READY, Health.STOPPED] and not heard.faults
 
     run(scenario)
 
