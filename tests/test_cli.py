@@ -189,9 +189,14 @@ def test_a_compile_report_refuses_a_model_that_is_not_supported(tmp_path, capsys
         (["--host", "192.0.2.1"], "cannot listen there"),
         (["--max-seqs", "0"], "--max-seqs=0"),
         (["--process-id", "1"], "--coordinator is missing"),
+        (["--config", "long.yaml"], "EngineConfig.max_model_len=9999: the model has"),
     ],
 )
-def test_a_mistake_in_serving_is_told_before_anything_is_loaded(model_dir, options, message, capsys):
+def test_a_mistake_in_serving_is_told_before_anything_is_loaded(
+    model_dir, options, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("long.yaml").write_text("engine: {max_model_len: 9999}")
     assert cli.main(["serve", str(model_dir), *options]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("slora: error: ") and message in line

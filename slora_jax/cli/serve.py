@@ -61,13 +61,15 @@ def run(args: argparse.Namespace) -> int:
     check_processes(args, settings.engine.tp)
     from slora_jax.models.config import ModelConfig
 
-    ModelConfig.from_directory(settings.model_dir)  # raises before anything listens
+    model = ModelConfig.from_directory(settings.model_dir)  # raises before anything listens
     try:
         from slora_jax.serving.serve import serve
     except ImportError as error:
         raise _extra_missing(error) from error
     from slora_jax.engine.follower import Follower
+    from slora_jax.engine.runner import longest_sequence
 
+    longest_sequence(model, settings.engine)
     report("imports", seconds_since_start())
     with join(args) or nullcontext() as processes:
         if processes is None or processes.is_leader:

@@ -9,6 +9,7 @@ from typing import Any
 from slora_jax.errors import ConfigError
 from slora_jax.parallel.layout import LORA_SHARDINGS, LoraSharding
 from slora_jax.scheduling.admission import ADMISSIONS
+from slora_jax.typed import checks_keywords
 
 LORA = ("paged", "bmm", "merge", "off")
 """Ways to serve adapters: the system's own, and the baselines that it is compared with."""
@@ -35,6 +36,7 @@ class Bucket:
         return min(self.tokens, 64)
 
 
+@checks_keywords
 @dataclass(frozen=True)
 class EngineConfig:
     """Settings of an `Engine`.
@@ -147,7 +149,11 @@ class EngineConfig:
             "0, or with tp > 1 a positive integer",
         )
         _require(self.tp_lora in LORA_SHARDINGS, "tp_lora", self.tp_lora, f"one of {LORA_SHARDINGS}")
-        _require(isinstance(self.prefix_cache, bool), "prefix_cache", self.prefix_cache, "True or False")
+        for name in ("prefix_cache", "compile_ahead", "keep_logits", "progress"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        for name in ("spill_dir", "compilation_cache_dir", "model_cache_dir"):
+            value = getattr(self, name)
+            _require(isinstance(value, str | Path | None), name, value, "None or a directory")
         _require(self.lora in LORA, "lora", self.lora, f"one of {LORA}")
         _require(
             self.tp == 1 or self.lora in ("paged", "off"),
@@ -169,13 +175,18 @@ class EngineConfig:
             ("mixed_buckets", self.max_tokens_per_step, "max_tokens_per_step"),
         ):
             value = getattr(self, name)
-            ok = value is None or (all(_is_int(n) and n >= 1 for n in value) and max(value, default=0) == largest)
+            ok = value is None or (
+                isinstance(value, tuple | list)
+                and all(_is_int(n) and n >= 1 for n in value)
+                and max(value, default=0) == largest
+            )
             _require(ok, name, value, f"None or positive integers, the largest equal to {of}={largest}")
 
     def buckets(self) -> tuple[Bucket, ...]:
         """The step programs' shapes: decode programs, smallest first, then mixed ones, smallest first."""
         decode = self.decode_buckets or {min(n, self.max_seqs) for n in (8, 32, self.max_seqs)}
-        mixed = self.mixed_buckets or {min(4 * self.max_seqs, self.max_tokens_per_step // 4), self.max_tokens_per_step}
+        most = self.max_tokens_per_step
+        mixed = self.mixed_buckets or {max(1, min(4 * self.max_seqs, most // 4)), most}
         return (
             *(Bucket(tokens=n, seqs=n, decode=True) for n in sorted(decode)),
             *(Bucket(tokens=n, seqs=min(n, self.max_seqs), decode=False) for n in sorted(mixed)),
