@@ -81,6 +81,82 @@ def test_generate_wraps_the_prompt_in_the_chat_template(model_dir, tmp_path, cap
     assert capsys.readouterr().out == text
 
 
+@pytest.fixture
+def chat_dir(model_dir, tmp_path):
+    """A model whose template shows the whole conversation."""
+    chat = tmp_path / "chat"
+    shutil.copytree(model_dir, chat)
+    (chat / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for one in messages %}<{{ one.role }}> {{ one.content }} {% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    return chat
+
+
+def talk(monkeypatch, chat_dir: Path, lines: list, *more: str) -> list[tuple[str, str | None]]:
+    """Runs `slora chat` with these lines as input, exceptions among them raised. Returns prompts and adapters."""
+    asked, real, lines = [], Engine.stream, [*lines, EOFError]
+
+    def read(prompt: str) -> str:
+        line = lines.pop(0)
+        if not isinstance(line, str):
+            raise line
+        return line
+
+    def stream(engine, prompt, params, adapter):
+        asked.append((engine.tokenizer.decode(prompt), adapter))
+        return real(engine, prompt, params, adapter)
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(Engine, "stream", stream)
+    assert cli.main(["chat", str(chat_dir), "--max-tokens=4", "--dtype=float32", *more]) == 0
+    return asked
+
+
+def test_chat_keeps_the_conversation_until_reset(monkeypatch, chat_dir, capsys):
+    asked = talk(
+        monkeypatch, chat_dir, ["One", "Two", "/reset", "", KeyboardInterrupt, "/nothing", "Three"], "--system=Be"
+    )
+    first, _ = asked[0]
+    answer = capsys.readouterr().out.splitlines()[1].removesuffix(" [cut: max_tokens]")
+    assert first.endswith("<system> Be <user> One <assistant>")
+    assert asked[1][0] == first + f" {answer} <user> Two <assistant>"
+    assert asked[2] == (first.replace("One", "Three"), None)
+
+
+def test_chat_goes_on_with_another_adapter(monkeypatch, chat_dir, adapter_dirs, capsys):
+    lines = ["One", "/adapter b", "Two", "/adapter c", "/adapter", "Three"]
+    asked = talk(monkeypatch, chat_dir, lines, *(f"--adapter={name}={path}" for name, path in adapter_dirs.items()))
+    assert [adapter for _, adapter in asked] == ["a", "b", None]
+    assert "there is no adapter 'c'; there are a, b" in capsys.readouterr().out
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(monkeypatch, chat_dir, capsys):
+    steps, real = [], Engine.step
+
+    def step(engine):
+        steps.append(engine)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return real(engine)
+
+    monkeypatch.setattr(Engine, "step", step)
+    asked = talk(monkeypatch, chat_dir, ["One", "Two"])
+    stopped = next(line for line in capsys.readouterr().out.splitlines() if line.endswith(" [stopped]"))
+    assert asked[1][0] == asked[0][0] + f" {stopped.removesuffix(' [stopped]')} <user> Two <assistant>"
+
+
+def test_a_conversation_that_is_too_long_is_told_and_can_be_reset(monkeypatch, chat_dir, capsys):
+    asked = talk(monkeypatch, chat_dir, ["word " * 40, "/reset", "One"], "--max-model-len=40")
+    assert len(asked) == 2 and "One" in asked[1][0]
+    assert "with max_model_len=40 at most 39 leave room for an answer (/reset begins a new" in capsys.readouterr().err
+
+
+def test_chat_without_a_chat_template_is_refused(model_dir, capsys):
+    assert cli.main(["chat", str(model_dir)]) == 2
+    assert "has no chat template; slora chat needs one: use slora generate" in capsys.readouterr().err
+
+
 def test_generate_without_adapters_compiles_two_small_programs_without_lora(model_dir, monkeypatch):
     made = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -181,6 +182,7 @@ def compile_report(
         leave=False,
     )
     with bar:
+        said = _say_misfit(0, budget.pages(0, 0), least, budget)
         largest = max(jobs, key=lambda job: (job[0].tokens, job[1]))
         pages = max(least, budget.pages(0, 0) * 9 // 10)
         guess = _spec(model, min(SIZING_LAYERS, num_layers), config, pages, parallel)
@@ -188,6 +190,7 @@ def compile_report(
         other = sizing.argument_bytes - sizing.pool_bytes - _bytes(guess.params)
         step_bytes = sizing.temp_bytes + sizing.output_bytes
         num_pages = budget.pages(int(step_bytes * SIZING_MARGIN[0]) + SIZING_MARGIN[1], other)
+        said = said or _say_misfit(step_bytes + other, num_pages, least, budget)
         bar.update()
         spec = _spec(model, num_layers, config, max(least, num_pages), parallel)
         done = []
@@ -262,6 +265,21 @@ class _Budget:
         """Pages there is room for; none or less where the rest takes it all."""
         free = self.memory_bytes - self.weight_bytes - temp_bytes - other_bytes
         return int(free * self.memory_fraction) // self.page_bytes
+
+
+def _say_misfit(step_bytes: int, num_pages: int, least: int, budget: _Budget) -> bool:
+    """Says on stderr, before minutes of compiling, that the pool does not hold one sequence of the greatest length.
+    Returns whether it does not."""
+    if num_pages >= least:
+        return False
+    sizes = [f"{nbytes / 2**30:.2f} GiB" for nbytes in (budget.memory_bytes, budget.weight_bytes, step_bytes)]
+    tqdm.write(
+        f"DOES NOT FIT: of {sizes[0]}, weights take {sizes[1]} and a step {sizes[2]}, which leaves "
+        f"{max(0, num_pages)} pages; one sequence of the greatest length takes {least}. Compiling the programs "
+        "nevertheless (Ctrl-C stops)",
+        file=sys.stderr,
+    )
+    return True
 
 
 def _name(bucket: Bucket, with_lora: bool) -> str:

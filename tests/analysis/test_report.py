@@ -106,8 +106,11 @@ def test_fewer_layers_are_labelled_and_the_pool_is_for_all(model_file, written, 
 def test_a_pool_that_does_not_fit_is_told(model_file, written, tmp_path, monkeypatch, capsys) -> None:
     path = tmp_path / "report.json"
     program = report.ProgramReport(**{**written["programs"][0], "copies": (), "kernels": (), "collectives": ()})
-    monkeypatch.setattr(report, "_compile", lambda *args: program)
+    said = []
+    monkeypatch.setattr(report, "_compile", lambda *args: said.append(capsys.readouterr().err) or program)
     assert run(model_file, "--gpu-memory-fraction=0.0001", f"--json={path}") == 0
+    assert "DOES NOT FIT: of 0.00 GiB, weights take 0.00 GiB" in said[0]  # before anything is compiled
+    assert not any("DOES NOT FIT" in text for text in said[1:])
     assert "DOES NOT FIT" in capsys.readouterr().out
     pool = json.loads(path.read_text())["pool"]
     assert not pool["fits"]

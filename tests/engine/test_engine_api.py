@@ -159,7 +159,8 @@ def test_tokenizer_mappings_and_integer_arrays_are_prompts_row_by_row(engine) ->
 
 NO_PROMPTS = [
     {"prompt": "fox"}, {"input_ids": "fox"}, {"input_ids": [1.5]}, b"fox", {"fox"}, {4, 5}, True, [True], 5, 1.5, None,
-    [1.5], np.array([1.5]), np.array(5), np.ones(3, bool), [4, "fox"], ["fox", None], [[[[4]]]], iter(["fox"]), object(),
+    [1.5], np.array([1.5]), np.array(5), np.ones(3, bool), [4, "fox"], ["fox", None], [[[[4]]]], iter(["fox"]),
+    object(),
 ]  # fmt: skip
 
 
