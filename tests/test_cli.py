@@ -200,7 +200,7 @@ def test_verbose_writes_the_seconds_of_each_phase_to_stderr(model_dir, capsys):
         (["--temperature=hot"], "--temperature='hot': must be a number"),
         (["--seed=-1"], "--seed=-1: must be an integer in [0, 2**32)"),
         (["--tp=0"], "--tp=0: must be a positive integer"),
-        (["--dtype=int8"], "--dtype='int8': must be one of 'bfloat16', 'float32'"),
+        (["--dtype=int8"], "--dtype='int8': must be one of 'auto', 'bfloat16', 'float32'"),
         (["--max-model-len=1"], "--max-model-len=1: must be None or an integer >= 2"),
         (["--max-model-len=3"], "the prompt has 4 tokens; with max_model_len=3 at most 2"),
         (["--prompt="], "--prompt='': must not be empty"),

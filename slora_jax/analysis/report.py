@@ -152,7 +152,8 @@ def compile_report(
     layers: int | None = None,
     gpu_memory_fraction: float = 0.75,
 ) -> CompileReport:
-    """Compiles the step programs of an engine with `config` for `target`. `config.num_pages` is not looked at.
+    """Compiles the step programs of an engine with `config` for `target`. `config.num_pages` is not looked at, and
+    dtype="auto" is bfloat16.
 
     adapter_rank: of which to tell how many adapters fit. programs: names of those to compile; empty: all. layers:
     compile so many only. gpu_memory_fraction: share of the GPU's memory that JAX may take (as it reads from
@@ -161,6 +162,8 @@ def compile_report(
     Raises:
       ConfigError: a setting is out of range, or something that compiling needs is not installed.
     """
+    if config.dtype == "auto":
+        config = dataclasses.replace(config, dtype="bfloat16")
     jobs, samplers = _jobs(config, programs)
     if not 1 <= adapter_rank <= config.max_rank:
         raise ConfigError(f"rank={adapter_rank}: must be in 1..max_rank={config.max_rank}")
@@ -312,7 +315,7 @@ def _require_compilers() -> None:
     if missing:
         raise ConfigError(
             f"compiling for a GPU needs {' and '.join(missing)}: install the extra that brings it (no GPU is needed), "
-            "pip install 'slora-jax[cuda12]'"
+            "make install EXTRAS=cuda12"
         )
     ptxas()
 

@@ -6,10 +6,10 @@ import argparse
 import sys
 from contextlib import closing, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slora_jax.cli.generate import add_sampling_options, check_adapters, import_engine, loaded_engine
+from slora_jax.cli.values import MODEL_HELP, model_path
 from slora_jax.cli.verbose import add_verbose_option, observe_phases
 from slora_jax.engine.config import EngineConfig
 from slora_jax.errors import RequestError
@@ -31,7 +31,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         f"is generated. Ctrl-C stops an answer, Ctrl-D leaves; {COMMANDS}.",
     )
     option = parser.add_argument
-    option("model_dir", metavar="MODEL", type=Path, help="Hugging Face model directory or GGUF file")
+    option("model_dir", metavar="MODEL", type=model_path, help=MODEL_HELP)
     option("--system", metavar="TEXT", help="instructions: the first message of every conversation")
     add_sampling_options(parser, max_tokens=512)
     add_verbose_option(parser)

@@ -7,13 +7,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slora_jax.cli.processes import add_parallel_options, check_processes, join
-from slora_jax.cli.values import count, named_directory
+from slora_jax.cli.values import MODEL_HELP, count, model_path, named_directory
 from slora_jax.cli.verbose import add_verbose_option, observe_phases
-from slora_jax.engine.config import EngineConfig
+from slora_jax.engine.config import DTYPES, EngineConfig
 from slora_jax.errors import ConfigError, RequestError
 from slora_jax.phases import phase, report, seconds_since_start
 from slora_jax.scheduling.sampling_params import SamplingParams
@@ -36,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "after a line with its name.",
     )
     option = parser.add_argument
-    option("model_dir", metavar="MODEL", type=Path, help="Hugging Face model directory or GGUF file")
+    option("model_dir", metavar="MODEL", type=model_path, help=MODEL_HELP)
     option("--prompt", metavar="TEXT", required=True, help="text to go on from")
     option("--chat", action="store_true", help="put the prompt into the model's chat template, as a user's message")
     add_sampling_options(parser, max_tokens=128)
@@ -60,7 +59,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
     option("--max-model-len", metavar="N", type=count, default=4096, help="most with the prompt (default: %(default)s)")
     option("--temperature", metavar="T", type=float, default=0.0, help="0, the default, takes the likeliest token")
     option("--seed", metavar="N", type=int, default=0, help="of sampling (default: %(default)s)")
-    option("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of weights (default: %(default)s)")
+    option("--dtype", default="auto", choices=DTYPES, help="of weights (default: float32 on a CPU, else bfloat16)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from slora_jax.typed import checks_keywords
 
 LORA = ("paged", "bmm", "merge", "off")
 """Ways to serve adapters: the system's own, and the baselines that it is compared with."""
+
+DTYPES = ("auto", "bfloat16", "float32")
 
 DEFAULT_COMPILATION_CACHE = "~/.cache/slora-jax/xla"
 
@@ -41,7 +43,8 @@ class Bucket:
 class EngineConfig:
     """Settings of an `Engine`.
 
-    dtype: "float32" or "bfloat16", of weights, KV and adapters.
+    dtype: "float32" or "bfloat16", of weights, KV and adapters; "auto": float32 on a CPU, where bfloat16 is slower (and
+      takes half the memory), and bfloat16 elsewhere.
     num_pages: pages of the unified pool, the dummy page included; None sizes it from free device memory (of several
       processes, that of the one with the least).
     memory_fraction: share of the free device memory that `num_pages=None` may fill; on a CPU, of an eighth of the
@@ -93,7 +96,7 @@ class EngineConfig:
     progress: progress bars on stderr for loading and compiling.
     """
 
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     num_pages: int | None = None
     memory_fraction: float = 0.9
     page_size: int = 16
@@ -124,7 +127,7 @@ class EngineConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, '"float32" or "bfloat16"')
+        _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {DTYPES}")
         _require(self.page_size in (8, 16, 32), "page_size", self.page_size, "8, 16 or 32")
         _require(_is_int(self.prefetch) and self.prefetch >= 0, "prefetch", self.prefetch, "an integer >= 0")
         for name in ("max_seqs", "max_tokens_per_step", "host_adapter_bytes", "upload_pages_per_step", "tp"):
@@ -181,6 +184,14 @@ class EngineConfig:
                 and max(value, default=0) == largest
             )
             _require(ok, name, value, f"None or positive integers, the largest equal to {of}={largest}")
+
+    def with_dtype(self) -> EngineConfig:
+        """Decides "auto". JAX must be free to look for devices (`join_processes` comes first)."""
+        if self.dtype != "auto":
+            return self
+        import jax
+
+        return replace(self, dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
 
     def buckets(self) -> tuple[Bucket, ...]:
         """The step programs' shapes: decode programs, smallest first, then mixed ones, smallest first."""

@@ -100,8 +100,7 @@ class Engine:
         Raises:
           ConfigError: settings and model, or policy, do not fit together; or the processes' settings differ.
         """
-        if not isinstance(config, EngineConfig):
-            raise ConfigError(f"config={config!r}: must be an EngineConfig; write EngineConfig(**config)")
+        config = _checked(config)
         policy = policy or (OneAdapter() if config.lora == "merge" else Fcfs())
         if config.lora == "merge" and not isinstance(policy, OneAdapter):
             raise ConfigError(
@@ -162,9 +161,7 @@ class Engine:
         Raises:
           UnsupportedModelError, CheckpointError: see `models.load_model`.
         """
-        config = EngineConfig() if config is None else config
-        if not isinstance(config, EngineConfig):
-            raise ConfigError(f"config={config!r}: must be an EngineConfig; write EngineConfig(**config)")
+        config = _checked(EngineConfig() if config is None else config)
         if tokenizer is None:
             with phase("tokenizer"):
                 tokenizer = load_tokenizer(Path(model_dir))
@@ -561,6 +558,13 @@ class Engine:
         if self.prefixes is not None:
             self.prefixes.drop(digest)
         return self.residency.drop(digest)
+
+
+def _checked(config: Any) -> EngineConfig:
+    """The settings, with their dtype decided. Raises ConfigError if they are of another type."""
+    if not isinstance(config, EngineConfig):
+        raise ConfigError(f"config={config!r}: must be an EngineConfig; write EngineConfig(**config)")
+    return config.with_dtype()
 
 
 def _require_name(name: Any) -> None:

@@ -347,6 +347,12 @@ def test_bad_setting_is_refused_with_field_and_value(field, value) -> None:
     assert f"EngineConfig.{field}={value!r}" in str(error.value)
 
 
+def test_automatic_dtype_is_float32_on_a_cpu(tiny) -> None:
+    assert EngineConfig().dtype == "auto" and EngineConfig(dtype="bfloat16").with_dtype().dtype == "bfloat16"
+    with tiny.engine(dtype="auto") as engine:
+        assert engine.config.dtype == "float32" and engine.store.dtype == np.float32
+
+
 def test_unknown_setting_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match=r"EngineConfig\.max_seq is unknown \(did you mean 'max_seqs'\?\)"):
         EngineConfig(max_seq=3)  # type: ignore[call-arg]
