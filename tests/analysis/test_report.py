@@ -143,7 +143,5 @@ def test_what_is_missing_is_named(monkeypatch) -> None:
     missing = ("jax_triton", "jax_cuda12_plugin", "jax_cuda13_plugin")
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: name not in missing and find_spec(name))
     config = EngineConfig(max_seqs=4, max_tokens_per_step=32)
-    with pytest.raises(
-        ConfigError, match=r"needs JAX's CUDA plugin and jax-triton: .*make install EXTRAS=cuda12"
-    ):
+    with pytest.raises(ConfigError, match=r"needs JAX's CUDA plugin and jax-triton: .*make install EXTRAS=cuda12"):
         report.compile_report(ModelConfig.from_dict(MODEL), TARGETS["l4"], config)
