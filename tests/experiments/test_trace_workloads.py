@@ -241,25 +241,19 @@ def test_replay_keeps_times_adapters_and_prompts(write) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("changes", "message"),
     [
-        ('{"time": 0, "adapter": "a", "prompt_tokens": 1}', "line 1: the field output_tokens is missing"),
-        ('{"time": 0, "adapter": 3, "prompt_tokens": 1, "output_tokens": 1}', "adapter='3': must be a name"),
-        (
-            '{"time": 0, "adapter": "a", "prompt_tokens": 0, "output_tokens": 1}',
-            "prompt_tokens='0': must be at least 1",
-        ),
-        (
-            '{"time": 0, "adapter": "a", "prompt_tokens": [], "output_tokens": 1}',
-            "must be a number of tokens, or a list",
-        ),
-        (
-            '{"time": 0, "adapter": "a", "prompt_tokens": 1, "output_tokens": 0}',
-            "output_tokens='0': must be at least 1",
-        ),
-        ("", "has no requests"),
+        ({"output_tokens": ...}, "line 1: the field output_tokens is missing"),
+        ({"adapter": 3}, "adapter='3': must be a name"),
+        ({"prompt_tokens": 0}, "prompt_tokens='0': must be at least 1"),
+        ({"prompt_tokens": []}, "must be a number of tokens, or a list"),
+        ({"prompt_tokens": [1.5]}, "must be a number of tokens, or a list"),
+        ({"output_tokens": 0}, "output_tokens='0': must be at least 1"),
+        (None, "has no requests"),
     ],
 )
-def test_replay_refuses_a_row_by_line_and_field(write, row, message) -> None:
+def test_replay_refuses_a_row_by_line_and_field(write, changes, message) -> None:
+    row = {"time": 0, "adapter": "a", "prompt_tokens": 1, "output_tokens": 1} | (changes or {})
+    text = json.dumps({name: value for name, value in row.items() if value is not ...})
     with pytest.raises(LogError, match=message):
-        replay_of(write(row, "log.jsonl"))
+        replay_of(write("" if changes is None else text, "log.jsonl"))
