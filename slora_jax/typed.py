@@ -66,7 +66,7 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
 
 def checks_keywords[T](kind: type[T]) -> type[T]:
     """Class decorator of a dataclass: a keyword that is no field raises ConfigError, with the nearest one that is."""
-    made, known = kind.__init__, [field.name for field in fields(kind)]  # type: ignore[arg-type, misc]
+    made, known = kind.__init__, [field.name for field in fields(kind)]  # type: ignore[arg-type]
 
     @wraps(made)
     def init(self: T, *args: Any, **given: Any) -> None:
@@ -74,7 +74,7 @@ def checks_keywords[T](kind: type[T]) -> type[T]:
             refuse_unknown(given, known, f"{kind.__name__}.")
         made(self, *args, **given)
 
-    kind.__init__ = init  # type: ignore[misc]
+    kind.__init__ = init  # type: ignore[method-assign, assignment]
     return kind
 
 

@@ -93,8 +93,9 @@ def chat_dir(model_dir, tmp_path):
     return chat
 
 
-def talk(monkeypatch, chat_dir: Path, lines: list, *more: str) -> list[tuple[str, str | None]]:
-    """Runs `slora chat` with these lines as input, exceptions among them raised. Returns prompts and adapters."""
+def talk(monkeypatch, chat_dir: Path, lines: list, *more: str) -> list[list[str | None]]:
+    """Runs `slora chat` with these lines as input, exceptions among them raised. Returns each request's prompt, adapter
+    and streamed answer."""
     asked, real, lines = [], Engine.stream, [*lines, EOFError]
 
     def read(prompt: str) -> str:
@@ -104,8 +105,10 @@ def talk(monkeypatch, chat_dir: Path, lines: list, *more: str) -> list[tuple[str
         return line
 
     def stream(engine, prompt, params, adapter):
-        asked.append((engine.tokenizer.decode(prompt), adapter))
-        return real(engine, prompt, params, adapter)
+        asked.append([engine.tokenizer.decode(prompt), adapter, ""])
+        for delta in real(engine, prompt, params, adapter):
+            asked[-1][2] += delta.text
+            yield delta
 
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr(Engine, "stream", stream)
@@ -114,20 +117,19 @@ def talk(monkeypatch, chat_dir: Path, lines: list, *more: str) -> list[tuple[str
 
 
 def test_chat_keeps_the_conversation_until_reset(monkeypatch, chat_dir, capsys):
-    asked = talk(
-        monkeypatch, chat_dir, ["One", "Two", "/reset", "", KeyboardInterrupt, "/nothing", "Three"], "--system=Be"
-    )
-    first, _ = asked[0]
-    answer = capsys.readouterr().out.splitlines()[1].removesuffix(" [cut: max_tokens]")
+    lines = ["One", "Two", "/reset", "", KeyboardInterrupt, "/nothing", "Three"]
+    (first, _, answer), (second, _, _), (third, _, _) = talk(monkeypatch, chat_dir, lines, "--system=Be")
     assert first.endswith("<system> Be <user> One <assistant>")
-    assert asked[1][0] == first + f" {answer} <user> Two <assistant>"
-    assert asked[2] == (first.replace("One", "Three"), None)
+    assert second == first + f" {answer} <user> Two <assistant>"
+    assert third == first.replace("One", "Three")
+    out = capsys.readouterr().out
+    assert answer and f"{answer} [cut: max_tokens]\n" in out and "there is no command /nothing" in out
 
 
 def test_chat_goes_on_with_another_adapter(monkeypatch, chat_dir, adapter_dirs, capsys):
     lines = ["One", "/adapter b", "Two", "/adapter c", "/adapter", "Three"]
     asked = talk(monkeypatch, chat_dir, lines, *(f"--adapter={name}={path}" for name, path in adapter_dirs.items()))
-    assert [adapter for _, adapter in asked] == ["a", "b", None]
+    assert [adapter for _, adapter, _ in asked] == ["a", "b", None]
     assert "there is no adapter 'c'; there are a, b" in capsys.readouterr().out
 
 
@@ -141,9 +143,9 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(monkeypatch, chat_di
         return real(engine)
 
     monkeypatch.setattr(Engine, "step", step)
-    asked = talk(monkeypatch, chat_dir, ["One", "Two"])
-    stopped = next(line for line in capsys.readouterr().out.splitlines() if line.endswith(" [stopped]"))
-    assert asked[1][0] == asked[0][0] + f" {stopped.removesuffix(' [stopped]')} <user> Two <assistant>"
+    (first, _, answer), (second, _, _) = talk(monkeypatch, chat_dir, ["One", "Two"])
+    assert second == first + f" {answer} <user> Two <assistant>"
+    assert answer and f"{answer} [stopped]\n" in capsys.readouterr().out
 
 
 def test_a_conversation_that_is_too_long_is_told_and_can_be_reset(monkeypatch, chat_dir, capsys):

@@ -107,16 +107,9 @@ def each_prompt(prompts: Any) -> list[Any]:
 
 
 def each_conversation(messages: Any) -> list[Any]:
-    """Returns a list of conversations: the one that was given, or each of a list of them.
-
-    Raises:
-      RequestError: neither.
-    """
-    if not _is_list(messages) or not all(isinstance(one, Mapping) or _is_list(one) for one in messages):
-        raise RequestError(
-            f"messages={reprlib.repr(messages)}: must be a list of mappings with role and content, or of such lists"
-        )
-    return [messages] if any(isinstance(one, Mapping) for one in messages) else list(messages)
+    """Returns a list of conversations: the one that was given, or the items of a list. `chat_ids` checks each."""
+    is_one = not _is_list(messages) or any(isinstance(one, Mapping) for one in messages)
+    return [messages] if is_one else list(messages)
 
 
 def chat_ids(messages: Any, tokenizer: Any, max_model_len: int, **variables: Any) -> list[int]:
@@ -127,8 +120,10 @@ def chat_ids(messages: Any, tokenizer: Any, max_model_len: int, **variables: Any
       variables: of the template.
 
     Raises:
-      RequestError: there is no template, or it refuses the messages.
+      RequestError: these are no messages, there is no template, or it refuses them.
     """
+    if not (_is_list(messages) and all(isinstance(one, Mapping) and "role" in one for one in messages)):
+        raise RequestError(f"messages={reprlib.repr(messages)}: must be a list of mappings with role and content")
     if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
         raise RequestError("the model has no chat template: give prompts as text or token ids instead")
     options = {"add_generation_prompt": True} | variables

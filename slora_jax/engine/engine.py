@@ -359,7 +359,7 @@ class Engine:
         outputs: dict[str, RequestOutput] = {}
         try:
             for prompt, one, adapter, tenant in zip(many, all_params, all_adapters, all_tenants, strict=True):
-                ids.append(self.add_request(prompt, one, adapter, tenant=tenant))  # type: ignore[arg-type]
+                ids.append(self.add_request(prompt, one, adapter, tenant=tenant))
             bar = tqdm(total=len(ids), desc="generating", unit="req", disable=not self.config.progress or len(ids) < 2)
             with bar:
                 while self.has_work():
