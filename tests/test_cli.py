@@ -154,8 +154,10 @@ def test_a_conversation_that_is_too_long_is_told_and_can_be_reset(monkeypatch, c
     assert "with max_model_len=40 at most 39 leave room for an answer (/reset begins a new" in capsys.readouterr().err
 
 
-def test_chat_without_a_chat_template_is_refused(model_dir, capsys):
-    assert cli.main(["chat", str(model_dir)]) == 2
+def test_chat_without_a_chat_template_is_refused(chat_dir, capsys):
+    (chat_dir / "chat_template.jinja").unlink()
+    (chat_dir / "tokenizer_config.json").write_text("{}")
+    assert cli.main(["chat", str(chat_dir)]) == 2
     assert "has no chat template; slora chat needs one: use slora generate" in capsys.readouterr().err
 
 

@@ -8,6 +8,7 @@ import runpy
 import shlex
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tiny_model import TinyModel
 
 from experiments.config import load_experiment, make_experiment
 from experiments.runners.simulated import run_simulated
-from slora_jax import cli
+from slora_jax import Engine, cli
 from slora_jax.adapters import random_adapter, write_peft
 from slora_jax.cli.parser import make_parser
 from slora_jax.engine import adapter_geometry
@@ -67,7 +68,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("text", [text for text in blocks("python") if not text.startswith("# study.py")])
-def test_a_python_block_runs_as_it_stands(place, text, capsys) -> None:
+def test_a_python_block_runs_as_it_stands(place, text, monkeypatch) -> None:
+    real = Engine.from_pretrained
+    lazily = staticmethod(
+        lambda model, config: real(model, replace(config, compile_ahead=False))
+    )  # programs in use only
+    monkeypatch.setattr(Engine, "from_pretrained", lazily)
     exec(compile(text, "README.md", "exec"), {"__name__": "__main__"})
 
 
@@ -139,7 +145,11 @@ def test_a_command_is_accepted_by_its_own_parser(place, line, monkeypatch) -> No
         case ["slora" | ".venv/bin/slora", *arguments]:
             monkeypatch.setattr("slora_jax.demo.smollm2.smollm2_path", lambda: Path("smollm2.gguf"))
             given = [word.replace("HOST:PORT", "h:1") for word in arguments]
-            make_parser().parse_args(["MODEL" if word == "..." else word for word in given])
+            if len(given) < 2:  # a command's name
+                with pytest.raises(SystemExit, match="0"):
+                    make_parser().parse_args([*given, "--help"])
+            else:
+                make_parser().parse_args(["MODEL" if word == "..." else word for word in given])
         case ["python", "-m", *rest]:
             if "--dry-run" not in rest:
                 parse_and_stop(monkeypatch)
