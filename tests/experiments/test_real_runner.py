@@ -223,7 +223,9 @@ def test_a_model_and_adapters_of_ones_own_answer_as_the_engine_does(runner, ran,
     runner.run(config)
     work = run_workload(config)
     requests = engine_requests(work, config.model_config().vocab_size, config.seed)
-    with Engine.from_pretrained(own / "model", EngineConfig(max_seqs=4, num_pages=64, progress=False)) as engine:
+    with Engine.from_pretrained(
+        own / "model", EngineConfig(max_seqs=4, num_pages=64, compile_ahead=False, progress=False)
+    ) as engine:
         engine.load_adapters(own / "adapters")
         outputs = engine.generate(
             [request.prompt for request in requests],

@@ -10,12 +10,12 @@ from experiments.runners import run_served
 from slora_jax import ConfigError
 
 
-def run_of(server, log, monkeypatch, **changes):
+def run_of(live, log, monkeypatch, **changes):
     monkeypatch.setenv("SERVE_KEY", SERVE_KEY)
     content = {
         "mode": "served",
         "model": "mini-llama",
-        "server": {"url": server.url, "key_env": "SERVE_KEY"},
+        "server": {"url": live.url, "key_env": "SERVE_KEY"},
         "workload": {"kind": "replay", "path": str(log), "speed": 10},
     }
     (run,) = make_experiment("x", content | changes).runs
