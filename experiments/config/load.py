@@ -24,7 +24,8 @@ ABOUT = {"title": str, "about": str, "metrics": tuple[str, ...], "expected_secon
 
 @dataclass(frozen=True)
 class Run:
-    """A run and where it is shown. panel, curve: of the figure. x: the field that the panel has on its axis, by its
+    """A run and where it is shown. panel, curve: of the figure; without a label, the system's name, with the policy
+    where several differ in it. x: the field that the panel has on its axis, by its
     dotted name. published: the paper's file of raw results that has the same run, or none ("")."""
 
     config: RunConfig
@@ -79,15 +80,29 @@ def make_experiment(name: str, content: Mapping[str, Any], overrides: Mapping[st
     """
     content = dict(content)
     about = {key: typed(content.pop(key), kind, key) for key, kind in ABOUT.items() if key in content}
-    runs = []
+    made: list[tuple[RunConfig, dict[str, Any]]] = []
     for case in _cases(content):
         for one in _sweep(_merged(case, overrides or {})):
             labels = {key: typed(one.pop(key), kind, key) for key, kind in LABELS.items() if key in one}
-            config = run_config(one)
-            labels.setdefault("curve", config.system.name)
-            runs.append(Run(config, **{key: _filled(text, config) for key, text in labels.items()}))
+            made.append((run_config(one), labels))
+    policies: dict[str, set[str]] = {}  # of each system's runs without a label
+    for config, labels in made:
+        if "curve" not in labels:
+            policies.setdefault(config.system.name, set()).add(_policy_text(config))
+    runs = []
+    for config, labels in made:
+        system = config.system.name
+        several = len(policies.get(system, ())) > 1
+        labels.setdefault("curve", f"{system}, {_policy_text(config)}" if several else system)
+        runs.append(Run(config, **{key: _filled(text, config) for key, text in labels.items()}))
     about.setdefault("title", name)
     return Experiment(name=name, runs=tuple(runs), **about)
+
+
+def _policy_text(config: RunConfig) -> str:
+    """A policy as a curve's name has it: `early_abort slo=6.0`."""
+    policy = dict(config.system.policy or {"name": "default policy"})
+    return " ".join([str(policy.pop("name")), *(f"{name}={value}" for name, value in policy.items())])
 
 
 def _cases(content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -6,31 +6,48 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from experiments.workloads import WORKLOADS, find_generator
 from slora_jax import ConfigError
+from slora_jax.adapters import LoraConfig
+from slora_jax.adapters.targets import resolve_targets
+from slora_jax.models.config import ModelConfig, read_json
 from slora_jax.scheduling import make_policy
 from slora_jax.simulation import SYSTEMS, SystemConfig, devices
 from slora_jax.typed import nearest, refuse_unknown, typed
 
 MODELS = Path(__file__).parents[1] / "models"
 
-Mode = Literal["simulated", "real"]
+Mode = Literal["simulated", "real", "served"]
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 
 @dataclass(frozen=True)
 class AdaptersConfig:
     """count: registered; 0: all requests are for the base model. ranks: which they take in turn. targets: the
-    projections that each has."""
+    projections that each has. path: a directory of PEFT directories, in order of their names, which say the rest (count
+    takes the first ones only); None: random adapters. A file may have the path alone: `adapters: DIR`."""
 
     count: int = 1
     ranks: tuple[int, ...] = (8,)
     targets: tuple[Target, ...] = ("q", "k", "v", "o")
+    path: Path | None = None
+
+    @property
+    def directories(self) -> list[Path]:
+        """Of real adapters, as many as are registered."""
+        assert self.path is not None
+        return adapter_directories(self.path)[: self.count]
+
+
+def adapter_directories(path: Path) -> list[Path]:
+    """The PEFT directories in a directory, or that directory itself."""
+    found = sorted(file.parent for file in path.glob("*/adapter_config.json"))
+    return found or [file.parent for file in path.glob("adapter_config.json")]
 
 
 @dataclass(frozen=True)
@@ -81,10 +98,28 @@ class EngineSection:
 
 
 @dataclass(frozen=True)
+class ServerSection:
+    """What only a run against a server minds. url: `http://HOST:PORT`. key_env: environment variable with the API key;
+    None: none is sent. timeout_seconds: that the server may be silent."""
+
+    url: str = "http://127.0.0.1:8000"
+    key_env: str | None = None
+    timeout_seconds: float = 600.0
+
+
+@dataclass(frozen=True)
 class RunConfig:
-    """One run. model: a file of `experiments/models`, without its suffix; the real runner gives it random weights.
-    device: of the simulator. seed: of workload and weights. slo_seconds: for the first token. dollars_per_hour: the
-    device's price; with it, a run has `dollars_per_million_tokens`."""
+    """One run.
+
+    mode: "simulated"; "real", on an engine of this process; "served", against a running server, which has its own
+      model, adapters and settings.
+    model: a file of `experiments/models`, without its suffix, or the path of a config.json: the real runner gives it
+      random weights. Or a Hugging Face directory or GGUF file, with its own weights.
+    device: of the simulator, a name or the path of a file.
+    seed: of workload and weights.
+    slo_seconds: for the first token.
+    dollars_per_hour: the device's price; with it, a run has `dollars_per_million_tokens`.
+    """
 
     mode: Mode = "simulated"
     model: str = "llama-7b"
@@ -97,14 +132,31 @@ class RunConfig:
     client: ClientConfig = field(default_factory=ClientConfig)
     system: SystemSection = field(default_factory=SystemSection)
     engine: EngineSection = field(default_factory=EngineSection)
+    server: ServerSection = field(default_factory=ServerSection)
 
     @property
     def model_file(self) -> Path:
-        return MODELS / f"{self.model}.json"
+        """Of the model: a config.json, a directory or a GGUF file."""
+        named = MODELS / f"{self.model}.json"
+        return named if named.is_file() else Path(self.model)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the model comes with weights."""
+        return self.model_file.suffix != ".json"
+
+    def model_config(self) -> ModelConfig:
+        """Raises CheckpointError, UnsupportedModelError as `ModelConfig`."""
+        file = self.model_file
+        return ModelConfig.from_directory(file) if self.has_weights else ModelConfig.from_dict(read_json(file))
 
     def to_json(self) -> dict[str, Any]:
         """Without what is None, so that a field that a run does not use changes no key."""
         given = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.adapters.path is None:
+            del given["adapters"]["path"]
+        if self.mode != "served":
+            del given["server"]
         return json.loads(json.dumps(given, default=str))  # type: ignore[no-any-return]
 
     @property
@@ -132,6 +184,7 @@ SECTIONS: dict[str, type] = {
     "client": ClientConfig,
     "system": SystemSection,
     "engine": EngineSection,
+    "server": ServerSection,
 }
 
 _OPEN = {"workload": "parameters", "system": "settings"}
@@ -182,10 +235,42 @@ def run_config(content: Mapping[str, Any]) -> RunConfig:
             values[name] = typed(value, known_fields("")[name], name)
     run = RunConfig(**values)
     _check(run)
+    if run.adapters.path is not None:
+        given = set(content["adapters"]) if isinstance(content["adapters"], Mapping) else set()
+        run = replace(run, adapters=_real_adapters(run, given))
     return run
 
 
+def _real_adapters(run: RunConfig, given: set[str]) -> AdaptersConfig:
+    """What the directories say. given: the fields that the file has.
+
+    Raises:
+      ConfigError: there are too few of them, or a field that they decide is given.
+      AdapterError: one cannot be used.
+    """
+    path, num_layers = run.adapters.path, run.model_config().num_layers
+    assert path is not None
+    directories = adapter_directories(path)
+    if not directories:
+        raise ConfigError(f"adapters.path={path}: has no PEFT directories (with an adapter_config.json)")
+    if decided := given & {"ranks", "targets"}:
+        raise ConfigError(f"adapters.{min(decided)}: the adapters in path={path} have their own; leave it out")
+    count = run.adapters.count if "count" in given else len(directories)
+    if count > len(directories):
+        raise ConfigError(f"adapters.count={count}: path={path} has {len(directories)}; lower it")
+    found = [resolve_targets(LoraConfig.from_file(d / "adapter_config.json"), num_layers) for d in directories[:count]]
+    adapted = {projection for targets in found for _, projection in targets}
+    return AdaptersConfig(
+        count=count,
+        ranks=tuple(max(target.rank for target in targets.values()) for targets in found) or (1,),
+        targets=tuple(name for name in get_args(Target) if name in adapted) or AdaptersConfig.targets,
+        path=path,
+    )
+
+
 def _section(section: str, content: Any) -> Any:
+    if section == "adapters" and isinstance(content, str):
+        content = {"path": content}
     if not isinstance(content, Mapping):
         raise ConfigError(f"{section}={content!r}: must be a section with fields {', '.join(known_fields(section))}")
     known = section_fields(section, content)
@@ -205,12 +290,16 @@ def _section(section: str, content: Any) -> Any:
 
 def _check(run: RunConfig) -> None:
     """Raises ConfigError for a value that no runner can take."""
-    if not run.model_file.is_file():
+    if not run.model_file.exists():
         models = sorted(file.stem for file in MODELS.glob("*.json"))
-        raise ConfigError(f"model={run.model!r}: no such file{nearest(run.model, models)}; there are {models}")
-    if run.mode == "simulated" and run.device not in devices():
         raise ConfigError(
-            f"device={run.device!r} is unknown{nearest(run.device, devices())}; there are {', '.join(devices())}"
+            f"model={run.model!r}: no such file{nearest(run.model, models)}; there are {models}, and paths of a model "
+            "directory, a config.json or a GGUF file"
+        )
+    if run.mode == "simulated" and run.device not in devices() and not Path(run.device).is_file():
+        raise ConfigError(
+            f"device={run.device!r} is unknown{nearest(run.device, devices())}; there are {', '.join(devices())}, and "
+            "paths of such files"
         )
     refuse_unknown([run.system.name], SYSTEMS, "system.name=")
     generator = find_generator(run.workload.kind)

@@ -1,4 +1,4 @@
-"""A run on this machine: the engine (or PEFT) with random weights, in real time."""
+"""A run on this machine: the engine (or PEFT), with the model's own weights or random ones, in real time."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from experiments.systems import Packed, System, SystemSettings, WorkloadRequest,
 from experiments.systems.peft import PeftModel
 from experiments.workloads import Workload, engine_requests
 from slora_jax import ConfigError, Engine, EngineConfig
-from slora_jax.adapters import LoraAdapter, random_adapter, write_peft
+from slora_jax.adapters import LoraAdapter, random_adapter, read_peft, write_peft
 from slora_jax.engine.runner import adapter_geometry
 from slora_jax.memory import CostAware, EvictionPolicy, Immediate, Lru, RestoreCosts
-from slora_jax.models import ModelConfig, init_random
+from slora_jax.models import ModelConfig, init_random, load_model
 from slora_jax.scheduling import OneAdapter, Policy, make_policy
 from slora_jax.simulation import ModelShape
 
@@ -63,7 +63,7 @@ class RealRunner:
         work = run_workload(run)
         system = self._prepare(run, work)
         server = system.server
-        model = _model(run)
+        model = run.model_config()
         requests = engine_requests(work, model.vocab_size, run.seed)
         before = {} if isinstance(server, PeftModel) else _counters(server)
         start = time.perf_counter()
@@ -90,12 +90,12 @@ class RealRunner:
     def _prepare(self, run: RunConfig, work: Workload) -> System:
         longest = int((work.prompt_tokens + work.output_tokens).max())
         settings = system_settings(run, max_model_len=run.engine.max_model_len or -(-longest // 128) * 128)
-        model = _model(run)
+        model = run.model_config()
         adapters = {f"{i}": _Adapter(model, settings.engine.page_size, rank, run) for i, rank in enumerate(work.ranks)}
         engine = settings.software == "engine"
         if run.system.policy is not None and not engine:
             raise ConfigError(f"system.policy={dict(run.system.policy)}: {run.system.name} has none; leave it out")
-        made_of = "" if engine else (work.ranks, run.adapters.targets)
+        made_of = "" if engine else (work.ranks, run.adapters.targets, run.adapters.path)
         key = json.dumps([str(settings), _eviction(run), run.model, run.seed, made_of], default=repr)
         remembers = settings.engine.prefix_cache or _eviction(run) == "cost_aware"
         if key != self._key or remembers:
@@ -116,17 +116,20 @@ class RealRunner:
         if isinstance(server, Engine):
             _register(server, dict(list(adapters.items())[:1]))
         every = list(adapters) if isinstance(server, Packed) else list(adapters)[:1] or [None]
-        vocab_size = _model(run).vocab_size
+        vocab_size = run.model_config().vocab_size
         prompts = np.random.default_rng(run.seed).integers(0, vocab_size, (len(every), WARM_UP_TOKENS)).tolist()
         self._system.run(
             [WorkloadRequest(0.0, tuple(p), name, WARM_UP_TOKENS) for p, name in zip(prompts, every, strict=True)]
         )
 
     def _make(self, run: RunConfig, settings: SystemSettings, adapters: Mapping[str, _Adapter]) -> System:
-        model = _model(run)
+        model = run.model_config()
         if settings.software == "peft":
             return System(run.system.name, settings, self._peft(run, adapters))
-        graphdef, params = init_random(model, settings.engine.dtype, run.seed)
+        if run.has_weights:
+            graphdef, params, model = load_model(run.model_file, settings.engine.dtype, progress=False)
+        else:
+            graphdef, params = init_random(model, settings.engine.dtype, run.seed)
         if settings.software == "packed":
             made = {name: adapter.make(int(name)) for name, adapter in adapters.items()}
             return System(run.system.name, settings, Packed(model, graphdef, params, made, settings.engine))
@@ -135,7 +138,7 @@ class RealRunner:
         return System(run.system.name, settings, engine)
 
     def _peft(self, run: RunConfig, adapters: Mapping[str, _Adapter]) -> PeftModel:
-        """A checkpoint of the same shape, and the same adapters, as PEFT reads them."""
+        """The model's checkpoint, or a random one of the same shape, and the same adapters, as PEFT reads them."""
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
@@ -143,20 +146,26 @@ class RealRunner:
         disable_progress_bar()
         self._scratch = tempfile.TemporaryDirectory()
         root = Path(self._scratch.name)
-        torch.manual_seed(run.seed)
-        config = AutoConfig.for_model(**json.loads(run.model_file.read_text()))
-        AutoModelForCausalLM.from_config(config).save_pretrained(root / "model")
+        model_dir = run.model_file if run.has_weights else root / "model"
+        if not run.has_weights:
+            torch.manual_seed(run.seed)
+            config = AutoConfig.for_model(**json.loads(run.model_file.read_text()))
+            AutoModelForCausalLM.from_config(config).save_pretrained(model_dir)
+        elif not (model_dir / "config.json").is_file():
+            raise ConfigError(f"model={run.model}: PEFT reads Hugging Face directories only")
         directories = {n: write_peft(root / f"adapter-{n}", a.make(int(n))) for n, a in adapters.items()}
-        return PeftModel(root / "model", directories, run.engine.dtype)
+        return PeftModel(model_dir, directories, run.engine.dtype)
 
 
 class _Adapter:
-    """A random adapter, made when it is wanted."""
+    """An adapter, read or made at random when it is wanted."""
 
     def __init__(self, model: ModelConfig, page_size: int, rank: int, run: RunConfig) -> None:
         self._geometry, self._rank, self._run = adapter_geometry(model, page_size), rank, run
 
     def make(self, number: int) -> LoraAdapter:
+        if self._run.adapters.path is not None:
+            return read_peft(self._run.adapters.directories[number], self._geometry)
         return random_adapter(self._geometry, self._rank, self._run.adapters.targets, seed=self._run.seed + number)
 
 
@@ -208,7 +217,7 @@ def _eviction_policy(run: RunConfig, settings: SystemSettings) -> EvictionPolicy
     if _eviction(run) != "cost_aware":
         return {"lru": Lru, "immediate": Immediate}[_eviction(run)]()
     dtype_bytes = 4 if settings.engine.dtype == "float32" else 2
-    shape, page_size = ModelShape.of(_model(run), dtype_bytes=dtype_bytes), settings.engine.page_size
+    shape, page_size = ModelShape.of(run.model_config(), dtype_bytes=dtype_bytes), settings.engine.page_size
     return CostAware(RestoreCosts.of(shape.params, page_size, page_size * shape.kv_bytes, CPU_FLOPS, CPU_COPY))
 
 
@@ -233,10 +242,6 @@ def _register(server: Engine, adapters: Mapping[str, _Adapter]) -> None:
         server.unload_adapter(info.name)
     for name, adapter in adapters.items():
         server.load_adapter(name, adapter.make(int(name)))
-
-
-def _model(run: RunConfig) -> ModelConfig:
-    return ModelConfig.from_dict(json.loads(run.model_file.read_text()))
 
 
 def _counters(server: Engine | Packed) -> dict[str, int]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from functools import cache
 from typing import Any
 
 from experiments.config.schema import RunConfig
 from experiments.runners.figures import run_figures
 from experiments.runners.workload import run_workload
 from experiments.workloads import simulated_requests
-from slora_jax.models import ModelConfig
 from slora_jax.scheduling import make_policy
 from slora_jax.simulation import ModelShape, load_device, make_system, simulate
 
@@ -35,10 +32,5 @@ def run_simulated(run: RunConfig) -> dict[str, Any]:
     return figures | asdict(result.counters)
 
 
-@cache
-def _config(model_file: Any) -> ModelConfig:
-    return ModelConfig.from_dict(json.loads(model_file.read_text()))
-
-
 def _shape(run: RunConfig) -> ModelShape:
-    return ModelShape.of(_config(run.model_file), lora_targets=run.adapters.targets)
+    return ModelShape.of(run.model_config(), lora_targets=run.adapters.targets)

@@ -39,7 +39,7 @@ class PeftModel:
             import torch
             from transformers import AutoModelForCausalLM
         except ImportError as error:
-            raise ConfigError(f"the system 'peft' needs {error.name}: pip install 'slora-jax[parity]'") from error
+            raise ConfigError(f"the system 'peft' needs {error.name}: make install EXTRAS=parity") from error
         if not adapters:
             raise ConfigError("peft: adapters={}: PEFT needs one at least")
         if "OMP_NUM_THREADS" not in os.environ:

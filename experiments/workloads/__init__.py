@@ -15,6 +15,7 @@ from experiments.workloads.closed import closed_loop
 from experiments.workloads.conversations import conversations
 from experiments.workloads.log import LogError
 from experiments.workloads.real_trace import real_trace
+from experiments.workloads.replay import replay
 from experiments.workloads.requests import engine_requests, simulated_requests
 from experiments.workloads.shared_prefix import shared_prefix
 from experiments.workloads.synthetic import synthetic
@@ -30,6 +31,7 @@ WORKLOADS: dict[str, Callable[..., Workload]] = {
     "azure": azure,
     "shared_prefix": shared_prefix,
     "conversations": conversations,
+    "replay": replay,
 }
 
 
@@ -67,6 +69,7 @@ __all__ = [
     "engine_requests",
     "find_generator",
     "real_trace",
+    "replay",
     "shared_prefix",
     "simulated_requests",
     "synthetic",

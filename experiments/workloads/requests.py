@@ -33,16 +33,19 @@ def simulated_requests(workload: Workload) -> list[SimulatedRequest]:
 def engine_requests(workload: Workload, vocab_size: int, seed: int = 42) -> list[WorkloadRequest]:
     """For `experiments.systems`: adapters are named by their indices as text, as in the simulator's records, and token
     ids, of texts and of every request, drawn uniformly below `vocab_size`. Deterministic: the number of a text or of a
-    request and the seed decide its tokens, whatever else is in the workload."""
+    request and the seed decide its tokens, whatever else is in the workload. A request with a prompt of its own has
+    that."""
     texts, lengths = _prefixes(workload)
     longest: dict[int, int] = {}
     for text, length in zip(texts.tolist(), lengths.tolist(), strict=True):
         longest[text] = max(longest.get(text, 0), length)
+    given = workload.prompts or [None] * len(workload)
     tokens_of = {text: _tokens((seed, OF_TEXTS, text), length, vocab_size) for text, length in longest.items()}
     return [
         WorkloadRequest(
             arrival,
-            (*tokens_of[text][:length], *_tokens((seed, OF_REQUESTS, number), prompt - length, vocab_size)),
+            given[number]
+            or (*tokens_of[text][:length], *_tokens((seed, OF_REQUESTS, number), prompt - length, vocab_size)),
             None if adapter == BASE else f"{adapter}",
             output,
             after=None if after == NOBODY else after,

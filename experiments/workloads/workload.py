@@ -22,7 +22,8 @@ class Workload:
     prefix_text, prefix_tokens: int `[N]`, both or neither. The prompt begins with the first `prefix_tokens` tokens of
     text `prefix_text`, a number from 0; the rest is its own. 0 tokens: all of it is. after: int `[N]`, of each request
     the number of an earlier one that it follows (a closed loop), or `NOBODY`; None: nobody follows another (an open
-    loop)."""
+    loop). names: of every registered adapter; None: their numbers. prompts: of each request its token ids, or None for
+    as many random ones as `prompt_tokens` says; None: all are random."""
 
     arrival: np.ndarray
     adapter: np.ndarray
@@ -32,6 +33,8 @@ class Workload:
     prefix_text: np.ndarray | None = None
     prefix_tokens: np.ndarray | None = None
     after: np.ndarray | None = None
+    names: tuple[str, ...] | None = None
+    prompts: tuple[tuple[int, ...] | None, ...] | None = None
 
     def __post_init__(self) -> None:
         optional = (self.prefix_text, self.prefix_tokens, self.after)
@@ -48,6 +51,10 @@ class Workload:
             raise ValueError("Workload.arrival: must be at least 0")
         if np.any((self.adapter < BASE) | (self.adapter >= len(self.ranks))):
             raise ValueError(f"Workload.adapter: must be {BASE} (the base model) or below {len(self.ranks)}")
+        if self.names is not None and len(self.names) != len(self.ranks):
+            raise ValueError(f"Workload.names: {len(self.names)} for {len(self.ranks)} adapters")
+        if self.prompts is not None and len(self.prompts) != len(self):
+            raise ValueError(f"Workload.prompts: {len(self.prompts)} for {len(self)} requests")
         if (self.prefix_text is None) != (self.prefix_tokens is None):
             raise ValueError("Workload.prefix_text, prefix_tokens: must both be given, or neither")
         if self.prefix_text is not None and self.prefix_tokens is not None:

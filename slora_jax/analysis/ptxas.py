@@ -42,7 +42,7 @@ def ptxas() -> Path:
         return Path(found)
     raise ConfigError(
         "ptxas is not installed, so registers and spills cannot be told: install the extra that brings it, "
-        "pip install 'slora-jax[cuda12]'"
+        "make install EXTRAS=cuda12"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -151,7 +152,8 @@ def compile_report(
     layers: int | None = None,
     gpu_memory_fraction: float = 0.75,
 ) -> CompileReport:
-    """Compiles the step programs of an engine with `config` for `target`. `config.num_pages` is not looked at.
+    """Compiles the step programs of an engine with `config` for `target`. `config.num_pages` is not looked at, and
+    dtype="auto" is bfloat16.
 
     adapter_rank: of which to tell how many adapters fit. programs: names of those to compile; empty: all. layers:
     compile so many only. gpu_memory_fraction: share of the GPU's memory that JAX may take (as it reads from
@@ -160,6 +162,8 @@ def compile_report(
     Raises:
       ConfigError: a setting is out of range, or something that compiling needs is not installed.
     """
+    if config.dtype == "auto":
+        config = dataclasses.replace(config, dtype="bfloat16")
     jobs, samplers = _jobs(config, programs)
     if not 1 <= adapter_rank <= config.max_rank:
         raise ConfigError(f"rank={adapter_rank}: must be in 1..max_rank={config.max_rank}")
@@ -181,6 +185,7 @@ def compile_report(
         leave=False,
     )
     with bar:
+        said = _say_misfit(0, budget.pages(0, 0), least, budget)
         largest = max(jobs, key=lambda job: (job[0].tokens, job[1]))
         pages = max(least, budget.pages(0, 0) * 9 // 10)
         guess = _spec(model, min(SIZING_LAYERS, num_layers), config, pages, parallel)
@@ -188,6 +193,7 @@ def compile_report(
         other = sizing.argument_bytes - sizing.pool_bytes - _bytes(guess.params)
         step_bytes = sizing.temp_bytes + sizing.output_bytes
         num_pages = budget.pages(int(step_bytes * SIZING_MARGIN[0]) + SIZING_MARGIN[1], other)
+        said = said or _say_misfit(step_bytes + other, num_pages, least, budget)
         bar.update()
         spec = _spec(model, num_layers, config, max(least, num_pages), parallel)
         done = []
@@ -264,6 +270,21 @@ class _Budget:
         return int(free * self.memory_fraction) // self.page_bytes
 
 
+def _say_misfit(step_bytes: int, num_pages: int, least: int, budget: _Budget) -> bool:
+    """Says on stderr, before minutes of compiling, that the pool does not hold one sequence of the greatest length.
+    Returns whether it does not."""
+    if num_pages >= least:
+        return False
+    sizes = [f"{nbytes / 2**30:.2f} GiB" for nbytes in (budget.memory_bytes, budget.weight_bytes, step_bytes)]
+    tqdm.write(
+        f"DOES NOT FIT: of {sizes[0]}, weights take {sizes[1]} and a step {sizes[2]}, which leaves "
+        f"{max(0, num_pages)} pages; one sequence of the greatest length takes {least}. Compiling the programs "
+        "nevertheless (Ctrl-C stops)",
+        file=sys.stderr,
+    )
+    return True
+
+
 def _name(bucket: Bucket, with_lora: bool) -> str:
     return bucket.name + ("_lora" if with_lora else "")
 
@@ -294,7 +315,7 @@ def _require_compilers() -> None:
     if missing:
         raise ConfigError(
             f"compiling for a GPU needs {' and '.join(missing)}: install the extra that brings it (no GPU is needed), "
-            "pip install 'slora-jax[cuda12]'"
+            "make install EXTRAS=cuda12"
         )
     ptxas()
 

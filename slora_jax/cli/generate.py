@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slora_jax.cli.processes import add_parallel_options, check_processes, join
-from slora_jax.cli.values import count, named_directory
+from slora_jax.cli.values import MODEL_HELP, count, model_path, named_directory
 from slora_jax.cli.verbose import add_verbose_option, observe_phases
-from slora_jax.engine.config import EngineConfig
+from slora_jax.engine.config import DTYPES, EngineConfig
 from slora_jax.errors import ConfigError, RequestError
 from slora_jax.phases import phase, report, seconds_since_start
 from slora_jax.scheduling.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from slora_jax.engine.engine import Engine
     from slora_jax.models.config import ModelConfig
     from slora_jax.parallel.processes import ProcessGroup
 
@@ -34,9 +35,18 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "after a line with its name.",
     )
     option = parser.add_argument
-    option("model_dir", metavar="MODEL", type=Path, help="Hugging Face model directory or GGUF file")
+    option("model_dir", metavar="MODEL", type=model_path, help=MODEL_HELP)
     option("--prompt", metavar="TEXT", required=True, help="text to go on from")
     option("--chat", action="store_true", help="put the prompt into the model's chat template, as a user's message")
+    add_sampling_options(parser, max_tokens=128)
+    add_verbose_option(parser)
+    add_parallel_options(parser)
+    parser.set_defaults(run=run, tp=1)
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    """Options that `slora generate` and `slora chat` share. max_tokens: the default."""
+    option = parser.add_argument
     option(
         "--adapter",
         metavar="NAME=DIR",
@@ -45,14 +55,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         default=[],
         help="a PEFT directory and a name for it; may be given several times",
     )
-    option("--max-tokens", metavar="N", type=count, default=128, help="most tokens to generate (default: %(default)s)")
+    option("--max-tokens", metavar="N", type=count, default=max_tokens, help="of an answer (default: %(default)s)")
     option("--max-model-len", metavar="N", type=count, default=4096, help="most with the prompt (default: %(default)s)")
     option("--temperature", metavar="T", type=float, default=0.0, help="0, the default, takes the likeliest token")
     option("--seed", metavar="N", type=int, default=0, help="of sampling (default: %(default)s)")
-    option("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of weights (default: %(default)s)")
-    add_verbose_option(parser)
-    add_parallel_options(parser)
-    parser.set_defaults(run=run, tp=1)
+    option("--dtype", default="auto", choices=DTYPES, help="of weights (default: float32 on a CPU, else bfloat16)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     observe_phases(args)
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
     check_processes(args, args.tp)
-    _check_adapters(args)
+    check_adapters(args)
     if not args.prompt:
         raise ConfigError("--prompt='': must not be empty")
     from slora_jax.models.config import ModelConfig
@@ -71,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     with phase("tokenizer"):
         tokenizer, prompt = _prompt(args, model, config)
     config = _with_rows_for(prompt, config)
-    _import_engine(before)
+    import_engine(before)
     with join(args) or nullcontext() as processes:
         if processes is None or processes.is_leader:
             return _answer(args, prompt, params, model, config, tokenizer, processes)
@@ -81,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_adapters(args: argparse.Namespace) -> None:
+def check_adapters(args: argparse.Namespace) -> None:
     """Checks names, and the directories that this process reads: only process 0 has adapters.
 
     Raises:
@@ -121,7 +128,7 @@ def _prompt(args: argparse.Namespace, model: ModelConfig, config: EngineConfig) 
     Raises:
       RequestError: there is no tokenizer, or no chat template for `--chat`; the prompt is too long.
     """
-    from slora_jax.engine.arrival import prompt_ids, text_ids
+    from slora_jax.engine.arrival import chat_ids, prompt_ids
     from slora_jax.engine.text import load_tokenizer
 
     tokenizer = load_tokenizer(args.model_dir)
@@ -133,12 +140,7 @@ def _prompt(args: argparse.Namespace, model: ModelConfig, config: EngineConfig) 
     if args.chat:
         if tokenizer.chat_template is None:
             raise RequestError(f"--chat: {args.model_dir} has no chat template; leave it out")
-        messages = [{"role": "user", "content": args.prompt}]
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:
-            raise RequestError(f"--chat: the model's chat template refuses the prompt: {error}") from error
-        prompt = text_ids(text, tokenizer, longest, add_special_tokens=False)  # the template has written them
+        prompt = chat_ids([{"role": "user", "content": args.prompt}], tokenizer, longest)
     return tokenizer, prompt_ids(prompt, tokenizer, model.vocab_size, longest)
 
 
@@ -148,7 +150,7 @@ def _with_rows_for(prompt: list[int], config: EngineConfig) -> EngineConfig:
     return replace(config, max_tokens_per_step=rows, mixed_buckets=(rows,))
 
 
-def _import_engine(before: float) -> None:
+def import_engine(before: float) -> None:
     """Imports the engine. before: seconds that the process took for its other imports."""
     start = time.monotonic()
     import slora_jax.engine.engine
@@ -157,15 +159,15 @@ def _import_engine(before: float) -> None:
     report("imports", before + time.monotonic() - start)
 
 
-def _answer(
+@contextmanager
+def loaded_engine(
     args: argparse.Namespace,
-    prompt: list[int],
-    params: SamplingParams,
     model: ModelConfig,
     config: EngineConfig,
     tokenizer: Any,
-    processes: ProcessGroup | None,
-) -> int:
+    processes: ProcessGroup | None = None,
+) -> Iterator[Engine]:
+    """An engine with the adapters of the command line, whose pool holds one sequence and the largest of them."""
     from pallas_kernels.lora.layout import ceil_div
     from slora_jax.adapters import read_peft
     from slora_jax.engine.engine import Engine
@@ -181,8 +183,22 @@ def _answer(
     with Engine.from_pretrained(args.model_dir, config, tokenizer=tokenizer, processes=processes) as engine:
         for name, adapter in adapters.items():
             engine.load_adapter(name, adapter)
-        for name in adapters or [None]:
-            if len(adapters) > 1:
+        yield engine
+
+
+def _answer(
+    args: argparse.Namespace,
+    prompt: list[int],
+    params: SamplingParams,
+    model: ModelConfig,
+    config: EngineConfig,
+    tokenizer: Any,
+    processes: ProcessGroup | None,
+) -> int:
+    with loaded_engine(args, model, config, tokenizer, processes) as engine:
+        names = [name for name, _ in args.adapter]
+        for name in names or [None]:
+            if len(names) > 1:
                 print(f"[{name}]")
             start = time.monotonic()
             for number, delta in enumerate(engine.stream(prompt, params, name)):

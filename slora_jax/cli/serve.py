@@ -7,9 +7,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from slora_jax.cli.processes import add_parallel_options, check_processes, join
-from slora_jax.cli.values import count
+from slora_jax.cli.values import MODEL_HELP, count, model_path
 from slora_jax.cli.verbose import add_verbose_option, observe_phases
-from slora_jax.engine.config import EngineConfig
+from slora_jax.engine.config import DTYPES, EngineConfig
 from slora_jax.errors import ConfigError
 from slora_jax.phases import report, seconds_since_start
 
@@ -23,14 +23,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "config file has all settings (those of slora_jax/serving/settings.py); options take precedence over it.",
     )
     option = parser.add_argument
-    option("model_dir", metavar="MODEL", type=Path, help="Hugging Face model directory or GGUF file")
+    option("model_dir", metavar="MODEL", type=model_path, help=MODEL_HELP)
     option("--adapters", metavar="DIR", type=Path, help="PEFT directories; new ones are registered as they come")
     option("--config", metavar="FILE", type=Path, help="settings, in YAML")
     option("--name", metavar="NAME", help="of the base model, for clients (default: the directory's)")
     option("--host", metavar="ADDRESS", help="to listen on (default: 127.0.0.1, this machine only)")
     option("--port", metavar="N", type=int, help="to listen on (default: 8000; 0: any that is free)")
     option("--cors-origin", metavar="URL", action="append", help="of web pages that may call the service; *: any")
-    option("--dtype", choices=("bfloat16", "float32"), help="of weights (default: bfloat16)")
+    option("--dtype", choices=DTYPES, help="of weights (default: float32 on a CPU, else bfloat16)")
     option("--max-seqs", metavar="N", type=count, help=f"sequences running at once (default: {EngineConfig.max_seqs})")
     option("--num-pages", metavar="N", type=count, help="pages of the pool (default: what memory allows)")
     option("--replicas", metavar="N", type=count, help="engines, behind Ray Serve if more than one (default: 1)")
@@ -63,13 +63,15 @@ def run(args: argparse.Namespace) -> int:
     check_processes(args, settings.engine.tp)
     from slora_jax.models.config import ModelConfig
 
-    ModelConfig.from_directory(settings.model_dir)  # raises before anything listens
+    model = ModelConfig.from_directory(settings.model_dir)  # raises before anything listens
     try:
         from slora_jax.serving.serve import serve
     except ImportError as error:
         raise _extra_missing(error) from error
     from slora_jax.engine.follower import Follower
+    from slora_jax.engine.runner import longest_sequence
 
+    longest_sequence(model, settings.engine)
     report("imports", seconds_since_start())
     with join(args) or nullcontext() as processes:
         if processes is None or processes.is_leader:
@@ -79,4 +81,4 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _extra_missing(error: ImportError) -> ConfigError:
-    return ConfigError(f"slora serve needs {error.name}: pip install 'slora-jax[serve]'")
+    return ConfigError(f"slora serve needs {error.name}: make install EXTRAS=serve")

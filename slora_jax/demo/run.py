@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -89,8 +91,16 @@ def run_demo(settings: DemoSettings) -> bool:
         print(f"   Skipped, because the check computes plain Llama models only. {error}")
         return True
     agree = _check(base, reference_config, requests, served.outputs, settings.checks or load.checks)
-    print(f"Try them: slora serve {path} --adapters {adapters_dir} --dtype float32")
+    print(f"Try them: {_slora()} serve {path} --adapters {adapters_dir} --dtype float32")
     return agree
+
+
+def _slora() -> str:
+    """The command `slora` as this shell can start it."""
+    beside = Path(sys.executable).with_name("slora")
+    if shutil.which("slora") or not beside.exists():
+        return "slora"
+    return os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
 
 
 def _prepare(directory: Path) -> None:

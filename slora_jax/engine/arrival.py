@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,20 +15,21 @@ from slora_jax.scheduling import AdapterUse
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Any, vocab_size: int, max_model_len: int) -> list[int]:
-    """The prompt's token ids.
+    """Returns the prompt's token ids.
 
     Raises:
-      RequestError: no tokens, a string without a tokenizer or with half a surrogate pair, ids that are none or outside
-        the vocabulary, no room left for an answer.
+      RequestError: the prompt is of another kind or empty, a string without a tokenizer or with half a surrogate pair,
+        has ids outside the vocabulary, or leaves no room for an answer.
     """
     if isinstance(prompt, str):
         if tokenizer is None:
             raise RequestError("the prompt is a string, but the model directory has no tokenizer: pass token ids")
         ids = text_ids(prompt, tokenizer, max_model_len)
-    elif is_ids(prompt) or not len(prompt):
-        ids = [int(token) for token in prompt]
     else:
-        raise RequestError(f"the prompt must be a string or a list of token ids, found {list(prompt)[:3]!r}")
+        rows = _rows(prompt, prompt)
+        if len(rows) != 1:
+            raise RequestError(f"the prompt has {len(rows)} rows of token ids: add them one by one, or use generate")
+        ids = rows[0]
     if not ids:
         raise RequestError("the prompt has no tokens")
     if min(ids) < 0 or max(ids) >= vocab_size:
@@ -94,19 +96,122 @@ def most_tokens(page_size: int, adapter: AdapterUse | None, allocator: PageAlloc
     return pages * page_size + 1  # the last token's keys and values are never needed
 
 
-def is_ids(prompts: Any) -> bool:
-    """Whether this is one prompt of token ids, rather than several prompts."""
-    return len(prompts) > 0 and all(isinstance(token, (int, np.integer)) for token in prompts)
+def each_prompt(prompts: Any) -> list[Any]:
+    """Returns a list of prompts: the one prompt that was given, the rows of an array or of a mapping's `input_ids`, or
+    the items of a list. An item is checked when it is added.
+
+    Raises:
+      RequestError: neither a prompt nor a list of prompts.
+    """
+    prompts = _plain(prompts)
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, Mapping):
+        return _rows(prompts, prompts)
+    if not _is_list(prompts):
+        raise _no_prompt(prompts)
+    items = [_plain(item) for item in prompts]
+    return [items] if items and all(map(_is_token, items)) else items
+
+
+def each_conversation(messages: Any) -> list[Any]:
+    """Returns a list of conversations: the one that was given, or the items of a list. `chat_ids` checks each."""
+    is_one = not _is_list(messages) or any(isinstance(one, Mapping) for one in messages)
+    return [messages] if is_one else list(messages)
+
+
+def chat_ids(messages: Any, tokenizer: Any, max_model_len: int, **variables: Any) -> list[int]:
+    """Returns the token ids of a conversation in the tokenizer's chat template, up to the beginning of an answer.
+
+    Args:
+      messages: mappings with "role" and "content".
+      variables: of the template.
+
+    Raises:
+      RequestError: these are no messages, there is no template, or it refuses them.
+    """
+    if not (_is_list(messages) and all(isinstance(one, Mapping) and "role" in one for one in messages)):
+        raise RequestError(f"messages={reprlib.repr(messages)}: must be a list of mappings with role and content")
+    if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
+        raise RequestError("the model has no chat template: give prompts as text or token ids instead")
+    options = {"add_generation_prompt": True} | variables
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:
+        raise RequestError(f"the model's chat template refuses the messages: {error}") from error
+    return text_ids(text, tokenizer, max_model_len, add_special_tokens=False)  # the template has written them
+
+
+def require_kind(field: str, value: Any, kind: type) -> None:
+    """Raises RequestError unless `value` is None or a `kind`."""
+    if value is not None and not isinstance(value, kind):
+        remedy = f"; write {kind.__name__}(**{field})" if isinstance(value, Mapping) else ""
+        raise RequestError(f"{field}={reprlib.repr(value)}: must be None or of type {kind.__name__}{remedy}")
 
 
 def one_each(field: str, value: Any, kind: type, count: int) -> Sequence[Any]:
-    """`value` for each of `count` prompts: one of `kind` (or None) for all, or as many as there are prompts.
+    """Returns `value` for each of `count` prompts: one of `kind` (or None) for all, or as many as there are prompts.
 
     Raises:
-      RequestError: there are more or fewer.
+      RequestError: there are more or fewer, or one is of another type.
     """
-    if value is None or isinstance(value, kind):
+    value = _plain(value)
+    if value is None or isinstance(value, kind) or not _is_list(value):
+        require_kind(field, value, kind)
         return [value] * count
     if len(value) != count:
         raise RequestError(f"{field}: {len(value)} given for {count} prompts; pass one for all, or one each")
+    for number, one in enumerate(value):
+        require_kind(f"{field}[{number}]", one, kind)
     return list(value)
+
+
+def _rows(given: Any, whole: Any) -> list[list[int]]:
+    """Rows of token ids: one of a flat list or array, and those of a nested one or of a mapping's `input_ids`, without
+    the tokens that its `attention_mask` masks. whole: what the caller gave, for the error."""
+    if type(given) is list and all(type(token) is int for token in given):
+        return [given[:]]
+    given = _plain(given)
+    if isinstance(given, Mapping) and "input_ids" in given:
+        rows, mask = _rows(given["input_ids"], whole), given.get("attention_mask")
+        if mask is None:
+            return rows
+        masks = _rows(mask, whole)
+        if [len(row) for row in rows] != [len(row) for row in masks]:
+            raise RequestError("the prompt's attention_mask is not of the shape of its input_ids")
+        return [
+            [token for token, seen in zip(row, of_row, strict=True) if seen]
+            for row, of_row in zip(rows, masks, strict=True)
+        ]
+    if not _is_list(given):
+        raise _no_prompt(whole)
+    items = [_plain(item) for item in given]
+    if all(map(_is_token, items)):
+        return [[int(token) for token in items]]
+    if not all(_is_list(item) and all(map(_is_token, item)) for item in items):
+        raise _no_prompt(whole)
+    return [[int(token) for token in item] for item in items]
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and their scalars (NumPy, torch, JAX) as lists and numbers; anything else as it is."""
+    if isinstance(value, (int, str, list)) or not (hasattr(value, "shape") and hasattr(value, "tolist")):
+        return value
+    return value.tolist()
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _no_prompt(given: Any) -> RequestError:
+    messages = given if _is_list(given) else [given]
+    is_chat = any(isinstance(one, Mapping) and "role" in one for one in messages)
+    return RequestError(
+        f"prompt={reprlib.repr(given)}: must be a string, a list or an integer array of token ids, or a mapping with "
+        f"input_ids, as a tokenizer returns{'; for messages there is chat' if is_chat else ''}"
+    )

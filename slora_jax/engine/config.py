@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from slora_jax.errors import ConfigError
 from slora_jax.parallel.layout import LORA_SHARDINGS, LoraSharding
 from slora_jax.scheduling.admission import ADMISSIONS
+from slora_jax.typed import checks_keywords
 
 LORA = ("paged", "bmm", "merge", "off")
 """Ways to serve adapters: the system's own, and the baselines that it is compared with."""
+
+DTYPES = ("auto", "bfloat16", "float32")
 
 DEFAULT_COMPILATION_CACHE = "~/.cache/slora-jax/xla"
 
@@ -35,11 +38,13 @@ class Bucket:
         return min(self.tokens, 64)
 
 
+@checks_keywords
 @dataclass(frozen=True)
 class EngineConfig:
     """Settings of an `Engine`.
 
-    dtype: "float32" or "bfloat16", of weights, KV and adapters.
+    dtype: "float32" or "bfloat16", of weights, KV and adapters; "auto": float32 on a CPU, where bfloat16 is slower (and
+      takes half the memory), and bfloat16 elsewhere.
     num_pages: pages of the unified pool, the dummy page included; None sizes it from free device memory (of several
       processes, that of the one with the least).
     memory_fraction: share of the free device memory that `num_pages=None` may fill; on a CPU, of an eighth of the
@@ -91,7 +96,7 @@ class EngineConfig:
     progress: progress bars on stderr for loading and compiling.
     """
 
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     num_pages: int | None = None
     memory_fraction: float = 0.9
     page_size: int = 16
@@ -122,7 +127,7 @@ class EngineConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, '"float32" or "bfloat16"')
+        _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {DTYPES}")
         _require(self.page_size in (8, 16, 32), "page_size", self.page_size, "8, 16 or 32")
         _require(_is_int(self.prefetch) and self.prefetch >= 0, "prefetch", self.prefetch, "an integer >= 0")
         for name in ("max_seqs", "max_tokens_per_step", "host_adapter_bytes", "upload_pages_per_step", "tp"):
@@ -147,7 +152,11 @@ class EngineConfig:
             "0, or with tp > 1 a positive integer",
         )
         _require(self.tp_lora in LORA_SHARDINGS, "tp_lora", self.tp_lora, f"one of {LORA_SHARDINGS}")
-        _require(isinstance(self.prefix_cache, bool), "prefix_cache", self.prefix_cache, "True or False")
+        for name in ("prefix_cache", "compile_ahead", "keep_logits", "progress"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        for name in ("spill_dir", "compilation_cache_dir", "model_cache_dir"):
+            value = getattr(self, name)
+            _require(isinstance(value, str | Path | None), name, value, "None or a directory")
         _require(self.lora in LORA, "lora", self.lora, f"one of {LORA}")
         _require(
             self.tp == 1 or self.lora in ("paged", "off"),
@@ -169,13 +178,26 @@ class EngineConfig:
             ("mixed_buckets", self.max_tokens_per_step, "max_tokens_per_step"),
         ):
             value = getattr(self, name)
-            ok = value is None or (all(_is_int(n) and n >= 1 for n in value) and max(value, default=0) == largest)
+            ok = value is None or (
+                isinstance(value, tuple | list)
+                and all(_is_int(n) and n >= 1 for n in value)
+                and max(value, default=0) == largest
+            )
             _require(ok, name, value, f"None or positive integers, the largest equal to {of}={largest}")
+
+    def with_dtype(self) -> EngineConfig:
+        """Decides "auto". JAX must be free to look for devices (`join_processes` comes first)."""
+        if self.dtype != "auto":
+            return self
+        import jax
+
+        return replace(self, dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
 
     def buckets(self) -> tuple[Bucket, ...]:
         """The step programs' shapes: decode programs, smallest first, then mixed ones, smallest first."""
         decode = self.decode_buckets or {min(n, self.max_seqs) for n in (8, 32, self.max_seqs)}
-        mixed = self.mixed_buckets or {min(4 * self.max_seqs, self.max_tokens_per_step // 4), self.max_tokens_per_step}
+        most = self.max_tokens_per_step
+        mixed = self.mixed_buckets or {max(1, min(4 * self.max_seqs, most // 4)), most}
         return (
             *(Bucket(tokens=n, seqs=n, decode=True) for n in sorted(decode)),
             *(Bucket(tokens=n, seqs=min(n, self.max_seqs), decode=False) for n in sorted(mixed)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,16 @@ from flax import nnx
 from tqdm import tqdm
 
 from slora_jax.adapters import AdapterInfo, AdapterStore, LoraAdapter, PreparedAdapter
-from slora_jax.engine.arrival import check_fits, is_ids, most_tokens, one_each, prompt_ids
+from slora_jax.engine.arrival import (
+    chat_ids,
+    check_fits,
+    each_conversation,
+    each_prompt,
+    most_tokens,
+    one_each,
+    prompt_ids,
+    require_kind,
+)
 from slora_jax.engine.config import EngineConfig
 from slora_jax.engine.interrupts import InterruptHeld, uninterrupted
 from slora_jax.engine.outputs import Delta, EngineStats, Prompt, RequestOutput
@@ -26,7 +35,7 @@ from slora_jax.engine.runner import InFlight, Runner, adapter_geometry, load, lo
 from slora_jax.engine.text import load_tokenizer
 from slora_jax.engine.trace import NoTrace, Trace
 from slora_jax.engine.uploads import AdapterUploads
-from slora_jax.errors import ConfigError, RequestError
+from slora_jax.errors import AdapterError, ConfigError, RequestError
 from slora_jax.memory import (
     AdapterResidency,
     EvictionPolicy,
@@ -56,6 +65,7 @@ from slora_jax.scheduling import (
 )
 
 NO_TRACE = NoTrace()
+PACKAGE = str(Path(__file__).parents[1])
 
 
 class Engine:
@@ -92,6 +102,7 @@ class Engine:
         Raises:
           ConfigError: settings and model, or policy, do not fit together; or the processes' settings differ.
         """
+        config = _checked(config)
         policy = policy or (OneAdapter() if config.lora == "merge" else Fcfs())
         if config.lora == "merge" and not isinstance(policy, OneAdapter):
             raise ConfigError(
@@ -152,7 +163,7 @@ class Engine:
         Raises:
           UnsupportedModelError, CheckpointError: see `models.load_model`.
         """
-        config = config or EngineConfig()
+        config = _checked(EngineConfig() if config is None else config)
         if tokenizer is None:
             with phase("tokenizer"):
                 tokenizer = load_tokenizer(Path(model_dir))
@@ -179,6 +190,9 @@ class Engine:
     def prepare_adapter(self, name: str, adapter: str | Path | LoraAdapter) -> PreparedAdapter:
         """All of `load_adapter` that takes time, on any thread. The store keeps the content until `publish_adapter` or
         `discard_adapter` is given the result. Raises AdapterError as `load_adapter`."""
+        _require_name(name)
+        if not isinstance(adapter, str | Path | LoraAdapter):
+            raise AdapterError(f"adapter={adapter!r}: must be a PEFT directory or a LoraAdapter")
         return self.store.prepare(name, adapter)
 
     @uninterrupted
@@ -214,6 +228,7 @@ class Engine:
         Raises:
           AdapterError: no adapter has this name.
         """
+        _require_name(name)
         digest = self.store.resolve(name)
         self.store.remove(name)
         return self._drop_if_unnamed(digest) and not self.store.holds(digest)
@@ -234,13 +249,16 @@ class Engine:
         tenant: str = "",
     ) -> str:
         """Queues a request and returns its id. It runs as `step` is called. `tenant` is who is charged for it under a
-        fair-share policy: by default its adapter.
+        fair-share policy: by default its adapter. If `max_tokens` is more than `max_model_len` leaves beside the
+        prompt, the answer ends there, and a warning says so.
 
         Raises:
           RequestError: it can never run: empty or too long prompt, token ids outside the vocabulary, more pages than
             the pool has (the message has the arithmetic), an id in use.
           AdapterError: no adapter has this name.
         """
+        require_kind("params", params, SamplingParams)
+        require_kind("adapter", adapter, str)
         params = params or SamplingParams()
         ids = prompt_ids(prompt, self.tokenizer, self.model.vocab_size, self.max_model_len)
         if request_id is None:
@@ -249,6 +267,12 @@ class Engine:
         if request_id in self._requests.progress:
             raise RequestError(f"request_id={request_id!r} is in use by an unfinished request")
         room = self.max_model_len - len(ids)
+        if params.max_tokens is not None and params.max_tokens > room:
+            warnings.warn(
+                f"max_tokens={params.max_tokens}: max_model_len={self.max_model_len} leaves room for {room} beside the "
+                f"prompt's {len(ids)}; the answer ends there",
+                skip_file_prefixes=(PACKAGE,),
+            )
         use = self._use(adapter)
         if params.max_tokens is None:
             fits = most_tokens(self.config.page_size, use, self.allocator) - len(ids)
@@ -327,14 +351,19 @@ class Engine:
     ) -> list[RequestOutput]:
         """Runs all prompts to their end, batched as they fit, and returns their outputs in order.
 
-        `params`, `adapters` and `tenants` are one for all, or a list. Ctrl-C cancels what is unfinished and raises.
+        Of a mapping's `input_ids`, and of an array, each row is a prompt. `params`, `adapters` and `tenants` are one
+        for all, or a list. Ctrl-C cancels what is unfinished and raises.
 
         Raises:
           RequestError, AdapterError: as `add_request`, before anything runs.
         """
         if self._requests.progress:
-            raise RequestError("generate: requests of add_request are unfinished; drain them with step() first")
-        many = prompts if not isinstance(prompts, str) and not is_ids(prompts) else [prompts]
+            unfinished = ", ".join(list(self._requests.progress)[:8])
+            raise RequestError(
+                f"generate: {unfinished} unfinished: first run an open stream to its end or close() it, and drain "
+                "requests of add_request with step(), or cancel them"
+            )
+        many = each_prompt(prompts)
         all_params = one_each("params", params, SamplingParams, len(many))
         all_adapters = one_each("adapters", adapters, str, len(many))
         all_tenants = one_each("tenants", tenants, str, len(many))
@@ -342,7 +371,7 @@ class Engine:
         outputs: dict[str, RequestOutput] = {}
         try:
             for prompt, one, adapter, tenant in zip(many, all_params, all_adapters, all_tenants, strict=True):
-                ids.append(self.add_request(prompt, one, adapter, tenant=tenant))  # type: ignore[arg-type]
+                ids.append(self.add_request(prompt, one, adapter, tenant=tenant))
             bar = tqdm(total=len(ids), desc="generating", unit="req", disable=not self.config.progress or len(ids) < 2)
             with bar:
                 while self.has_work():
@@ -356,6 +385,31 @@ class Engine:
             self._drain()
             raise
         return [outputs[request_id] for request_id in ids]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapters: str | Sequence[str | None] | None = None,
+        **variables: Any,
+    ) -> list[RequestOutput]:
+        """Answers a conversation, or each of several, in the tokenizer's chat template.
+
+        Args:
+          messages: `[{"role": "user", "content": "Hello"}]`, or a list of such conversations.
+          params: one for all, or a list. adapters: likewise.
+          variables: of the template: `tools=[...]`, say.
+
+        Returns:
+          As `generate`.
+
+        Raises:
+          RequestError: as `generate`; there is no chat template, or it refuses the messages.
+          AdapterError: as `generate`.
+        """
+        conversations = each_conversation(messages)
+        prompts = [chat_ids(one, self.tokenizer, self.max_model_len, **variables) for one in conversations]
+        return self.generate(prompts, params, adapters)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, adapter: str | None = None
@@ -516,3 +570,16 @@ class Engine:
         if self.prefixes is not None:
             self.prefixes.drop(digest)
         return self.residency.drop(digest)
+
+
+def _checked(config: Any) -> EngineConfig:
+    """The settings, with their dtype decided. Raises ConfigError if they are of another type."""
+    if not isinstance(config, EngineConfig):
+        raise ConfigError(f"config={config!r}: must be an EngineConfig; write EngineConfig(**config)")
+    return config.with_dtype()
+
+
+def _require_name(name: Any) -> None:
+    """Raises AdapterError for what is no adapter's name."""
+    if not isinstance(name, str) or not name:
+        raise AdapterError(f"name={name!r}: must be a string, and not empty")

@@ -34,6 +34,7 @@ class Follower:
         Raises:
           ConfigError: settings and model do not fit together, or differ from the leader's.
         """
+        config = config.with_dtype()
         keep_compiled_programs(config.compilation_cache_dir)
         self._group = processes
         spec, params = place(model, graphdef, params, config, processes)
@@ -50,6 +51,7 @@ class Follower:
     @classmethod
     def from_pretrained(cls, model_dir: str | Path, config: EngineConfig, processes: ProcessGroup) -> Follower:
         """Loads its devices' part of a Hugging Face directory. Raises as `Engine.from_pretrained`."""
+        config = config.with_dtype()
         model, graphdef, params = load(model_dir, config)
         return cls(model, graphdef, params, config, processes)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from slora_jax.scheduling import FinishReason, RequestMetrics
 
-Prompt = str | Sequence[int]
-"""A string, or token ids."""
+Prompt = str | Sequence[int] | np.ndarray | Mapping[str, Any]
+"""A string; token ids, in a list or an integer array (NumPy's, torch's or JAX's); or a mapping with `input_ids`, as
+tokenizers return."""
 
 
 @dataclass(frozen=True)

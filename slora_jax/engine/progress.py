@@ -24,8 +24,8 @@ class Progress:
         self._adapter = adapter
         self.request = request
         self._has_text = tokenizer is not None
-        self._text = TextStream(tokenizer, tuple(params.stop), request.prompt)
-        self._ends = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_token_ids)
+        self._text = TextStream(tokenizer, tuple(params.stop or ()), request.prompt)
+        self._ends = frozenset(params.stop_token_ids or ()) | frozenset(() if params.ignore_eos else eos_token_ids)
         self._token_times: list[float] = []
         self._logprobs: list[TokenLogprobs] = []
         scored = params.prompt_logprobs is not None

@@ -254,7 +254,9 @@ def longest_sequence(model: ModelConfig, config: EngineConfig) -> int:
     """
     if (config.max_model_len or 0) > model.max_position_embeddings:
         positions = model.max_position_embeddings
-        raise ConfigError(f"EngineConfig.max_model_len={config.max_model_len}: the model has {positions} positions")
+        raise ConfigError(
+            f"EngineConfig.max_model_len={config.max_model_len}: the model has {positions} positions; lower it"
+        )
     return config.max_model_len or model.max_position_embeddings
 
 

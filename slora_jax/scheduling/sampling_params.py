@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from slora_jax.errors import ConfigError
+from slora_jax.typed import checks_keywords
 
 MAX_LOGPROBS = 20
 """Most alternatives per token that `SamplingParams.logprobs` may ask for."""
 
 
+@checks_keywords
 @dataclass(frozen=True)
 class SamplingParams:
     """Sampling and stopping of one request.
@@ -24,7 +26,7 @@ class SamplingParams:
     seed: makes the request's random stream reproducible; it depends on nothing else in the batch. None: the engine's
       own seed and the request's number of arrival.
     stop: strings that end the text, which then excludes them. stop_token_ids: tokens that end it (excluded from text,
-      included in `token_ids`). ignore_eos: go on past the model's end-of-sequence tokens.
+      included in `token_ids`). None is none, of both. ignore_eos: go on past the model's end-of-sequence tokens.
     logprobs: None, or how many alternatives to report per token beside the chosen one (0 to 20), from the model's own
       distribution before temperature and masks.
     prompt_logprobs: the same of each prompt token but the first. Such a prompt takes more steps, and reads nothing of
@@ -37,16 +39,19 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None
-    stop: str | tuple[str, ...] | list[str] = ()
-    stop_token_ids: tuple[int, ...] | list[int] = ()
+    stop: str | tuple[str, ...] | list[str] | None = ()
+    stop_token_ids: tuple[int, ...] | list[int] | None = ()
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name, allowed in (("stop", "non-empty strings"), ("stop_token_ids", "token ids, integers of at least 0")):
+            value = getattr(self, name)
+            _require(isinstance(value, list | tuple | None), name, value, f"a list of {allowed}")
+            object.__setattr__(self, name, tuple(value or ()))
         _require(
             self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
             "max_tokens",
@@ -63,9 +68,10 @@ class SamplingParams:
             self.seed,
             "an integer in [0, 2**32), or None",
         )
+        stop, stop_ids = self.stop or (), self.stop_token_ids or ()
         _require(all(isinstance(s, str) and s for s in stop), "stop", self.stop, "non-empty strings")
         _require(
-            all(_is_int(t) and t >= 0 for t in self.stop_token_ids),
+            all(_is_int(t) and t >= 0 for t in stop_ids),
             "stop_token_ids",
             self.stop_token_ids,
             "token ids, integers of at least 0",

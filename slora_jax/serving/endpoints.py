@@ -100,14 +100,17 @@ async def _answer(
     held: AsyncExitStack,
 ) -> Response:
     of_prompt = logprobs if isinstance(body, CompletionBody) and body.echo else body.prompt_logprobs
-    params = [body.sampling(index % body.choices, max_tokens, logprobs, of_prompt) for index in range(len(prompts))]
+    rooms = [service.loop.engine.max_model_len - len(prompt) for prompt in prompts]
+    params = [
+        body.sampling(index % body.choices, max_tokens and min(max_tokens, room), logprobs, of_prompt)
+        for index, room in enumerate(rooms)
+    ]
     tenant = client.name if service.settings.tenants == "client" else ""
     stream = (body.stream_options or StreamOptions()) if body.stream else None
     sequences = Sequences(prompts, params, adapter, tenant, body.choices)
     answer = await generate(request, sequences, shape, stream, service.loop, held)
-    room = service.loop.engine.max_model_len - max(map(len, prompts))
-    if max_tokens is not None and max_tokens > room:
-        answer.headers["X-Max-Tokens-Lowered-To"] = str(room)
+    if max_tokens is not None and max_tokens > min(rooms):
+        answer.headers["X-Max-Tokens-Lowered-To"] = str(min(rooms))
     return answer
 
 

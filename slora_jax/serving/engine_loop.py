@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from slora_jax.engine import Delta, Engine, RequestOutput
-from slora_jax.errors import ProcessLostError
+from slora_jax.errors import ProcessLostError, SloraError
 from slora_jax.scheduling import FinishReason, SamplingParams
 from slora_jax.serving.errors import ApiError, engine_failed, unavailable
 from slora_jax.serving.mailbox import Mailbox
@@ -274,7 +274,8 @@ class EngineLoop:
             while not self._stopping and self.health is not Health.DEAD:
                 self._turn(engine)
         except BaseException as error:
-            logger.error("the engine is dead", exc_info=error)
+            is_setting = engine is None and isinstance(error, SloraError)  # its message says all
+            logger.error("the engine is dead", exc_info=None if is_setting else error)
             self._become(Health.DEAD, error)
         if self.health is not Health.DEAD:
             self._become(Health.STOPPED)

@@ -113,7 +113,7 @@ def _import_ray() -> tuple[Any, Any]:
         import ray
         from ray import serve
     except ImportError as error:
-        raise ConfigError(f"replicas need Ray Serve: pip install 'slora-jax[ray]' ({error})") from error
+        raise ConfigError(f"replicas need Ray Serve: make install EXTRAS=ray ({error})") from error
     return ray, serve
 
 

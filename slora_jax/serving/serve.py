@@ -222,7 +222,7 @@ class _Engine:
         while service.loop.health is not Health.DEAD:
             await asyncio.sleep(0.2)
         error = service.loop.error
-        say(f"the engine is dead: {error!r}")
+        say(f"the engine is dead: {error if isinstance(error, SloraError) else repr(error)}")
         return EXIT_LOST if isinstance(error, ProcessLostError) else 2 if isinstance(error, SloraError) else 1
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from slora_jax.errors import ConfigError
@@ -112,15 +113,20 @@ def devices() -> list[str]:
 
 
 def load_device(name: str) -> DeviceModel:
-    """A device by the name of its file.
+    """A device by its name in `devices()`, or by the path of a file of one's own.
 
     Raises:
-      ConfigError: there is no such file.
+      ConfigError: there is no such file, or it does not describe a device.
     """
     file = _directory() / f"{name}.json"
     if not file.is_file():
-        raise ConfigError(f"device {name!r} is unknown; there are {', '.join(devices())}")
-    return read_device(name, json.loads(file.read_text()))
+        file = Path(name)
+    if not file.is_file():
+        raise ConfigError(f"device {name!r} is unknown; there are {', '.join(devices())}, and paths of such files")
+    try:
+        return read_device(file.name.removesuffix(".json"), json.loads(file.read_text()))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"device {name!r}: {error}") from error
 
 
 def read_device(name: str, content: Mapping[str, Any]) -> DeviceModel:

@@ -22,7 +22,7 @@ MODEL = {
 
 if __name__ == "__main__":
     target, model = TARGETS["h200"], ModelConfig.from_dict(MODEL)
-    config = EngineConfig(max_seqs=16, max_tokens_per_step=64, max_rank=32, num_pages=500)
+    config = EngineConfig(dtype="bfloat16", max_seqs=16, max_tokens_per_step=64, max_rank=32, num_pages=500)
     spec = step_spec(model, *abstract_decoder(model, config.dtype), config, pool_shape(model, config))
     with compiling_for(target.device):
         layout = spec.layout(Bucket(16, 16, decode=True))

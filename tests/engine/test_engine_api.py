@@ -2,8 +2,11 @@
 
 import warnings
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from transformers import BatchEncoding
 
 from slora_jax import AdapterError, ConfigError, Engine, EngineConfig, RequestError, SamplingParams
 from slora_jax.adapters import random_adapter, write_peft
@@ -32,7 +35,11 @@ def test_max_tokens_ends_with_length(engine, answer) -> None:
 def test_no_max_tokens_runs_to_the_engines_longest_length(engine) -> None:
     output = engine.generate([list(range(2, 92))], SamplingParams(max_tokens=None, ignore_eos=True))[0]
     assert (len(output.token_ids), output.finish_reason) == (96 - 90, "length")
-    output = engine.generate([list(range(2, 97))], SamplingParams(max_tokens=50, ignore_eos=True))[0]
+
+
+def test_max_tokens_beyond_the_longest_length_warns_and_ends_there(engine) -> None:
+    with pytest.warns(UserWarning, match=r"max_tokens=50: max_model_len=96 leaves room for 1 beside the prompt's 95"):
+        output = engine.generate([list(range(2, 97))], SamplingParams(max_tokens=50, ignore_eos=True))[0]
     assert (len(output.token_ids), output.finish_reason) == (1, "length")
 
 
@@ -139,6 +146,72 @@ def test_one_prompt_may_stand_alone_and_none_gives_none(engine) -> None:
     assert engine.generate([]) == []
 
 
+def test_tokenizer_mappings_and_integer_arrays_are_prompts_row_by_row(engine) -> None:
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    rows = [[4, 5, 6], [7, 8, 9]]
+    expected = [output.token_ids for output in engine.generate(rows, params)]
+    padded = {"input_ids": [[0, 4, 5, 6], [7, 8, 9, 0]], "attention_mask": [[0, 1, 1, 1], [1, 1, 1, 0]]}
+    for prompts in (
+        BatchEncoding({"input_ids": rows}),
+        BatchEncoding(padded),
+        {"input_ids": np.array(rows)},
+        np.array(rows),
+        torch.tensor(rows),
+        jnp.array(rows),
+        [BatchEncoding({"input_ids": rows[0]}), torch.tensor(rows[1])],
+        (torch.tensor(rows[0]), {"input_ids": [rows[1]]}),
+    ):
+        outputs = engine.generate(prompts, params)
+        assert [output.token_ids for output in outputs] == expected
+        assert [output.prompt_token_ids for output in outputs] == rows
+    for prompt in (BatchEncoding({"input_ids": rows[0]}), jnp.array(rows[0]), list(torch.tensor(rows[0]))):
+        assert engine.generate(prompt, params)[0].token_ids == expected[0]
+        assert [delta.output for delta in engine.stream(prompt, params)][-1].token_ids == expected[0]
+
+
+NO_PROMPTS = [
+    {"prompt": "fox"}, {"input_ids": "fox"}, {"input_ids": [1.5]}, b"fox", {"fox"}, {4, 5}, True, [True], 5, 1.5, None,
+    [1.5], np.array([1.5]), np.array(5), np.ones(3, bool), [4, "fox"], ["fox", None], [[[[4]]]], iter(["fox"]),
+    object(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", NO_PROMPTS, ids=repr)
+def test_other_types_are_refused_with_the_types_that_are_taken(engine, prompt) -> None:
+    for call in (engine.generate, engine.add_request, engine.stream):
+        with pytest.raises(RequestError, match="must be a string, a list or an integer array of token ids"):
+            call(prompt)
+
+
+def test_messages_given_as_a_prompt_are_refused_with_the_name_of_chat(engine) -> None:
+    for call in (engine.generate, engine.add_request):
+        with pytest.raises(RequestError, match="for messages there is chat"):
+            call([{"role": "user", "content": "fox"}])
+
+
+def test_several_rows_are_refused_where_one_prompt_is_taken(engine) -> None:
+    with pytest.raises(RequestError, match="2 rows of token ids: add them one by one, or use generate"):
+        engine.add_request(np.array([[4], [5]]))
+    with pytest.raises(RequestError, match="attention_mask is not of the shape"):
+        engine.generate({"input_ids": [[4, 5]], "attention_mask": [[1]]})
+
+
+def test_chat_answers_one_conversation_or_several_in_the_template(engine, tiny) -> None:
+    engine.load_adapter("a", random_adapter(tiny.geometry, 4, seed=1))
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    one, other = [{"role": "user", "content": "fox"}], [{"role": "system", "content": "dog"}]
+    texts = ["user: fox\nassistant: ", "system: dog\nassistant: "]
+    expected = engine.generate(texts, params, ["a", None])
+    outputs = engine.chat([one, other], params, ["a", None])
+    assert [o.prompt_token_ids for o in outputs] == [o.prompt_token_ids for o in expected]
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
+    assert engine.chat(one, params, "a")[0].token_ids == expected[0].token_ids
+    assert engine.chat([], params) == []
+    for messages in ("fox", None, ["fox"], [[]], [[{"role": "user"}, 3]]):
+        with pytest.raises(RequestError, match="messages"):
+            engine.chat(messages)
+
+
 @pytest.mark.parametrize("field", ["params", "adapters"])
 def test_list_of_the_wrong_length_is_refused_by_name(engine, field) -> None:
     value = {"params": [SamplingParams()] * 2, "adapters": [None] * 2}[field]
@@ -226,6 +299,42 @@ def test_request_id_in_use_is_refused_and_free_again_afterwards(engine) -> None:
         engine.step()
 
 
+def test_generate_names_what_is_unfinished_and_how_to_end_it(engine) -> None:
+    stream = engine.stream(PROMPT, LONG)
+    next(stream)
+    with pytest.raises(RequestError, match=r"request-\d+ unfinished: first run an open stream to its end or close"):
+        engine.generate(PROMPT)
+    stream.close()
+    assert len(engine.generate(PROMPT, SamplingParams(max_tokens=1))) == 1
+
+
+def test_arguments_of_another_type_are_refused_by_name(engine) -> None:
+    for call in (
+        lambda: engine.generate("fox", {"max_tokens": 3}),
+        lambda: engine.add_request("fox", {"max_tokens": 3}),
+    ):
+        with pytest.raises(RequestError, match=r"params=\{'max_tokens': 3\}: .*write SamplingParams\(\*\*params\)"):
+            call()
+    with pytest.raises(RequestError, match=r"params\[1\]=3: must be None or of type SamplingParams"):
+        engine.generate(["fox", "dog"], [None, 3])
+    with pytest.raises(RequestError, match=r"adapters=3: must be None or of type str"):
+        engine.generate("fox", None, 3)
+    with pytest.raises(RequestError, match=r"adapter=3: must be None or of type str"):
+        engine.add_request("fox", None, 3)
+    with pytest.raises(ConfigError, match=r"config=\{'max_seqs': 3\}: must be an EngineConfig; write"):
+        Engine.from_pretrained("nowhere", {"max_seqs": 3})
+
+
+@pytest.mark.parametrize("name", [3, None, "", ["a"]])
+def test_adapter_names_that_are_no_strings_are_refused(engine, tiny, name) -> None:
+    with pytest.raises(AdapterError, match="name=.*: must be a string, and not empty"):
+        engine.load_adapter(name, random_adapter(tiny.geometry, 2))
+    with pytest.raises(AdapterError, match="name=.*: must be a string, and not empty"):
+        engine.unload_adapter(name)
+    with pytest.raises(AdapterError, match="adapter=3: must be a PEFT directory or a LoraAdapter"):
+        engine.load_adapter("a", 3)
+
+
 def test_ids_given_by_the_caller_never_collide_with_the_engines_own(engine) -> None:
     first = engine.add_request([5], SamplingParams(max_tokens=1))
     number = int(first.split("-")[-1])
@@ -249,6 +358,9 @@ def test_ids_given_by_the_caller_never_collide_with_the_engines_own(engine) -> N
         ("seed", -1),
         ("decode_buckets", (2,)),
         ("mixed_buckets", ()),
+        ("mixed_buckets", 16),
+        ("progress", "no"),
+        ("spill_dir", 3),
         ("adapter_slots", 0),
         ("host_adapter_bytes", 0),
     ],
@@ -257,6 +369,24 @@ def test_bad_setting_is_refused_with_field_and_value(field, value) -> None:
     with pytest.raises(ConfigError) as error:
         EngineConfig(**{"max_seqs": 4, "max_tokens_per_step": 16, field: value})
     assert f"EngineConfig.{field}={value!r}" in str(error.value)
+
+
+def test_automatic_dtype_is_float32_on_a_cpu(tiny) -> None:
+    assert EngineConfig().dtype == "auto" and EngineConfig(dtype="bfloat16").with_dtype().dtype == "bfloat16"
+    with tiny.engine(dtype="auto") as engine:
+        assert engine.config.dtype == "float32" and engine.store.dtype == np.float32
+
+
+def test_unknown_setting_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match=r"EngineConfig\.max_seq is unknown \(did you mean 'max_seqs'\?\)"):
+        EngineConfig(max_seq=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_steps_of_a_few_rows_serve(tiny, rows) -> None:
+    settings = {"max_seqs": 1, "max_tokens_per_step": rows, "decode_buckets": None, "mixed_buckets": None}
+    with tiny.engine(**settings, lora="off", compile_ahead=False) as engine:
+        assert len(engine.generate([[4, 5, 6, 7]], SamplingParams(max_tokens=2, ignore_eos=True))[0].token_ids) == 2
 
 
 def test_longer_than_the_model_is_refused(tiny) -> None:

@@ -1,6 +1,8 @@
 """Config files: cases and sweeps spelled out, YAML and gin alike, wrong names and values refused."""
 
+import json
 from dataclasses import replace
+from importlib.resources import files
 from itertools import product
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 
 import experiments
 from experiments.config import load_experiment, make_experiment
+from experiments.config.schema import MODELS
 from experiments.runners.simulated import run_simulated
 from slora_jax import ConfigError
 
@@ -122,7 +125,7 @@ def test_cases_may_have_cases() -> None:
         ({"system": {"num_token": 5}}, r"system\.num_token is unknown \(did you mean 'num_tokens'\?\)"),
         ({"system": {"policy": "vtcc"}}, r"policy 'vtcc' is unknown \(did you mean 'vtc'\?\)"),
         ({"system": {"policy": {"slo": 3}}}, r"system\.policy=\{'slo': 3\}: must have a name"),
-        ({"mode": "reel"}, r"mode='reel': must be 'simulated' or 'real' \(did you mean 'real'\?\)"),
+        ({"mode": "reel"}, r"mode='reel': must be 'simulated' or 'real' or 'served' \(did you mean 'real'\?\)"),
         ({"device": "h2000"}, r"device='h2000' is unknown \(did you mean 'h200'\?\)"),
         ({"model": "llama-8b"}, r"model='llama-8b': no such file \(did you mean 'llama-"),
         ({"client": {"kind": "closed", "users": 0}}, r"client\.users=0: must be at least 1"),
@@ -201,7 +204,8 @@ def test_a_policy_and_a_workload_of_ones_own_take_a_file_and_no_other_change(tmp
         "system": {"name": "slora", "num_tokens": 4000, "max_seqs": 2, "policy": ["my_own_study:Shortest", "fcfs"]},
     }
     runs = make_experiment("x", content).runs
-    assert [(r.config.workload.parameters["size"], r.curve) for r in runs] == [(2, "slora")] * 2 + [(20, "slora")] * 2
+    curves = ["slora, my_own_study:Shortest", "slora, fcfs"]
+    assert [(r.config.workload.parameters["size"], r.curve) for r in runs] == [(n, c) for n in (2, 20) for c in curves]
     latency = [run_simulated(run.config)["latency"] for run in runs[2:]]
     assert latency[0] < latency[1]  # shortest first, of twenty that come at once
     with pytest.raises(ConfigError, match=r"workload\.sise is unknown \(did you mean 'size'\?\)"):
@@ -212,3 +216,32 @@ def test_a_policy_and_a_workload_of_ones_own_take_a_file_and_no_other_change(tmp
     for policy in ("my_own_study:burst", "my_own_study:Shorter", "nowhere:Shortest"):
         with pytest.raises(ConfigError, match=f"policy '{policy}': "):
             make_experiment("x", {"system": {"policy": policy}})
+
+
+def test_model_adapters_and_device_may_be_paths(tmp_path) -> None:
+    (tmp_path / "model.json").write_text((MODELS / "mini-llama.json").read_text())
+    device = tmp_path / "mine.json"
+    device.write_text((files("slora_jax.simulation") / "devices" / "a10g.json").read_text())
+    for name, rank in (("a", 4), ("b", 16)):
+        (tmp_path / "adapters" / name).mkdir(parents=True)
+        text = json.dumps({"peft_type": "LORA", "r": rank, "target_modules": ["v_proj", "q_proj"]})
+        (tmp_path / "adapters" / name / "adapter_config.json").write_text(text)
+    content = {
+        "model": str(tmp_path / "model.json"), "device": str(device), "adapters": {"path": str(tmp_path / "adapters")},
+        "workload": {"rate": 4, "duration": 4}, "system": {"num_tokens": 4000},
+    }  # fmt: skip
+    (run,) = make_experiment("x", content).runs
+    adapters = run.config.adapters
+    assert (adapters.count, adapters.ranks, adapters.targets) == (2, (4, 16), ("q", "v"))
+    named = make_experiment("x", content | {"model": "mini-llama", "device": "a10g"}).runs[0].config
+    assert run_simulated(run.config) == run_simulated(named)
+    for change, message in (
+        ({"count": 3}, r"adapters\.count=3: path=.* has 2; lower it"),
+        ({"ranks": [8]}, r"adapters\.ranks: the adapters in path=.* have their own; leave it out"),
+        ({"path": str(tmp_path)}, r"adapters\.path=.*: has no PEFT directories"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_experiment("x", content | {"adapters": content["adapters"] | change})
+    device.write_text("{")
+    with pytest.raises(ConfigError, match="device '.*mine.json'"):
+        run_simulated(run.config)

@@ -1,6 +1,8 @@
 """Runs on the engine: the simulator's counts, nothing left of the run before, and nothing compiled meanwhile."""
 
+import json
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 
 import jax
@@ -8,10 +10,16 @@ import numpy as np
 import pytest
 
 from experiments.config import make_experiment
+from experiments.config.schema import WorkloadConfig
+from experiments.cpu_peft_comparison import QUICK, make_model
 from experiments.runners import RealRunner, run_simulated
 from experiments.runners.workload import run_workload
 from experiments.systems import System
-from slora_jax import ConfigError
+from experiments.workloads import engine_requests
+from slora_jax import ConfigError, Engine, EngineConfig, SamplingParams
+from slora_jax.adapters import random_adapter, write_peft
+from slora_jax.engine import adapter_geometry
+from slora_jax.models import ModelConfig
 from slora_jax.scheduling import EarlyAbort, Lcfs
 
 CONTENT = {
@@ -195,3 +203,49 @@ def test_what_does_not_fit_leaves_the_runner_usable(runner) -> None:
         with pytest.raises(Exception, match="max_model_len|out of memory"):
             runner.run(config)
     assert runner.run(fine)["completed"] == 12
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A model and three adapters of one's own on disk; the adapters' ranks are 8, 2 and 4."""
+    root = tmp_path_factory.mktemp("own")
+    make_model(QUICK, root / "model")
+    geometry = adapter_geometry(ModelConfig.from_directory(root / "model"), 16)
+    for name, rank in (("french", 8), ("legal", 2), ("sql", 4)):
+        write_peft(root / "adapters" / name, random_adapter(geometry, rank, ("q", "down"), seed=rank))
+    return root
+
+
+@pytest.mark.parametrize("name", ["slora", "peft"])
+def test_a_model_and_adapters_of_ones_own_answer_as_the_engine_does(runner, ran, own, name) -> None:
+    (config,) = configs({"model": str(own / "model"), "adapters": str(own / "adapters"), "system": {"name": name}})
+    assert (config.adapters.count, config.adapters.ranks, config.adapters.targets) == (3, (8, 2, 4), ("q", "down"))
+    runner.run(config)
+    work = run_workload(config)
+    requests = engine_requests(work, config.model_config().vocab_size, config.seed)
+    with Engine.from_pretrained(
+        own / "model", EngineConfig(max_seqs=4, num_pages=64, compile_ahead=False, progress=False)
+    ) as engine:
+        engine.load_adapters(own / "adapters")
+        outputs = engine.generate(
+            [request.prompt for request in requests],
+            [SamplingParams(max_tokens=request.output, ignore_eos=True) for request in requests],
+            [("french", "legal", "sql")[number] for number in work.adapter],
+        )
+    assert ran[-1].tokens == [output.token_ids for output in outputs]
+
+
+def test_a_log_is_replayed_for_the_adapters_that_it_names(runner, ran, own) -> None:
+    log = own / "log.jsonl"
+    rows = [(3.0, "sql", 5, 4), (1.0, None, [7, 8, 9], 2), (1.5, "french", 6, 3)]
+    fields = ("time", "adapter", "prompt_tokens", "output_tokens")
+    log.write_text("".join(json.dumps(dict(zip(fields, row, strict=True))) + "\n" for row in rows))
+    (config,) = configs({"model": str(own / "model"), "adapters": str(own / "adapters")})
+    config = replace(config, workload=WorkloadConfig("replay", parameters={"path": str(log), "speed": 10.0}))
+    assert runner.run(config)["completed"] == 3
+    records = ran[-1].records
+    assert [(r.adapter, r.prompt_tokens, r.output_tokens) for r in records] == [(None, 3, 2), ("0", 6, 3), ("2", 5, 4)]
+    assert [round(r.arrival - records[0].arrival, 6) for r in records] == [0, 0.05, 0.2]
+    log.write_text('{"time": 0, "adapter": "latin", "prompt_tokens": 3, "output_tokens": 1}\n')
+    with pytest.raises(ConfigError, match=r"the log names adapter 'latin'; .*'french', 'legal', 'sql'"):
+        runner.run(config)

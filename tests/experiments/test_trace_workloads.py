@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments.workloads import BASE, LogError, azure, real_trace
+from experiments.workloads import BASE, LogError, azure, engine_requests, real_trace, replay
 from slora_jax import ConfigError
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
@@ -216,3 +216,44 @@ def test_models_share_adapters_if_there_are_fewer_and_csv_is_read_as_well(write)
 def test_a_malformed_log_is_refused_by_line_and_field(write, text, message) -> None:
     with pytest.raises(LogError, match=message):
         arena_of(write(text, "log.jsonl"))
+
+
+# Replay
+
+
+def replay_of(path, num_adapters: int = 1, **fields):
+    return replay(num_adapters=num_adapters, ranks=(8, 4), rate=1.0, duration=1.0, path=path, **fields)
+
+
+def test_replay_keeps_times_adapters_and_prompts(write) -> None:
+    file = write(
+        '{"time": 12, "adapter": "b", "prompt_tokens": [3, 4], "output_tokens": 5}\n'
+        '{"time": 10, "adapter": "a", "prompt_tokens": 7, "output_tokens": 6, "other": 1}\n'
+        '{"time": 11, "adapter": null, "prompt_tokens": 1, "output_tokens": 1}\n',
+        "log.jsonl",
+    )
+    work = replay_of(file, 3, speed=2.0)
+    assert work.arrival.tolist() == [0.0, 0.5, 1.0] and work.names == ("a", "b", "2") and work.ranks == (8, 4, 8)
+    assert work.adapter.tolist() == [0, BASE, 1]
+    assert (work.prompt_tokens.tolist(), work.output_tokens.tolist()) == ([7, 1, 2], [6, 1, 5])
+    assert [r.prompt for r in engine_requests(work, 100)][2] == (3, 4)
+    assert replay_of(file, 0).adapter.tolist() == [BASE] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_tokens": ...}, "line 1: the field output_tokens is missing"),
+        ({"adapter": 3}, "adapter='3': must be a name"),
+        ({"prompt_tokens": 0}, "prompt_tokens='0': must be at least 1"),
+        ({"prompt_tokens": []}, "must be a number of tokens, or a list"),
+        ({"prompt_tokens": [1.5]}, "must be a number of tokens, or a list"),
+        ({"output_tokens": 0}, "output_tokens='0': must be at least 1"),
+        (None, "has no requests"),
+    ],
+)
+def test_replay_refuses_a_row_by_line_and_field(write, changes, message) -> None:
+    row = {"time": 0, "adapter": "a", "prompt_tokens": 1, "output_tokens": 1} | (changes or {})
+    text = json.dumps({name: value for name, value in row.items() if value is not ...})
+    with pytest.raises(LogError, match=message):
+        replay_of(write("" if changes is None else text, "log.jsonl"))

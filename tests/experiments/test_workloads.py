@@ -22,7 +22,7 @@ from experiments.workloads import (
 from slora_jax import ConfigError
 
 SEED = 42
-MADE_UP = [name for name in WORKLOADS if name not in ("azure", "real_trace")]  # the others read a file
+MADE_UP = [name for name in WORKLOADS if name not in ("azure", "real_trace", "replay")]  # the others read a file
 COMMON = {"num_adapters": 20, "ranks": (8, 16), "rate": 4.0, "duration": 60.0}
 
 

@@ -13,8 +13,8 @@ WRONG = {
     "top_p": [0, 0.0, -0.1, 1.01, math.nan, None],
     "min_p": [-0.1, 1.01, math.nan, None],
     "seed": [-1, 2**32, 0.5, "7", True],
-    "stop": [[""], [1], ["a", ""], "", [None]],
-    "stop_token_ids": [[-1], ["a"], [1.0], [True]],
+    "stop": [[""], [1], ["a", ""], "", [None], 3, {"a": 1}],
+    "stop_token_ids": [[-1], ["a"], [1.0], [True], 3, "a"],
     "logprobs": [-1, 21, 1.5, True],
 }
 
@@ -49,12 +49,15 @@ def test_stop_is_a_string_or_strings_and_becomes_a_tuple() -> None:
     assert SamplingParams(stop="END").stop == ("END",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
     assert SamplingParams(stop_token_ids=[3, 4]).stop_token_ids == (3, 4)
+    assert SamplingParams(stop=None, stop_token_ids=None) == SamplingParams()
 
 
 def test_parameters_can_be_shared_as_a_key() -> None:
     assert len({SamplingParams(stop=["a"]), SamplingParams(stop=("a",)), SamplingParams()}) == 2
 
 
-def test_unknown_field_is_refused() -> None:
-    with pytest.raises(TypeError, match="n_beams"):
+def test_unknown_field_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match=r"SamplingParams\.n_beams is unknown; there are max_tokens, "):
         SamplingParams(n_beams=4)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match=r"SamplingParams\.max_token is unknown \(did you mean 'max_tokens'\?\)"):
+        SamplingParams(max_token=3)  # type: ignore[call-arg]

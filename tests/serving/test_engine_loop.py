@@ -13,7 +13,7 @@ from borrowed_engine import Borrowed, until
 
 from slora_jax import Engine, RequestOutput, SamplingParams
 from slora_jax.engine.sampling import NOT_FINITE
-from slora_jax.errors import RequestError
+from slora_jax.errors import ConfigError, RequestError
 from slora_jax.serving.engine_loop import EngineLoop, Health
 from slora_jax.serving.errors import ApiError
 from slora_jax.serving.mailbox import Mailbox
@@ -291,3 +291,19 @@ def test_stopping_tells_those_that_wait(engine) -> None:
         assert raised.value.status_code == 503
 
     run(scenario)
+
+
+@pytest.mark.parametrize(("error", "lines"), [(ConfigError("num_pages=3: too few"), 0), (OSError("no disk"), 1)])
+def test_only_an_unforeseen_failure_to_build_logs_a_traceback(error, lines, caplog) -> None:
+    def build() -> Engine:
+        raise error
+
+    async def scenario() -> None:
+        loop = EngineLoop(build, Heard(), stall_seconds=60)
+        loop.start()
+        await until(lambda: loop.health is Health.DEAD)
+        assert loop.error is error
+        await loop.stop()
+
+    asyncio.run(scenario())
+    assert caplog.text.count("Traceback") == lines and "the engine is dead" in caplog.text
