@@ -39,7 +39,7 @@ class AdaptersConfig:
 
     @property
     def directories(self) -> list[Path]:
-        """Of real adapters, as many as are registered."""
+        """Returns the directories of real adapters, as many as are registered."""
         assert self.path is not None
         return adapter_directories(self.path)[: self.count]
 
@@ -99,7 +99,7 @@ class EngineSection:
 
 @dataclass(frozen=True)
 class ServerSection:
-    """What only a run against a server minds. url: `http://HOST:PORT`. key_env: environment variable with the API key;
+    """Settings of a run against a server. url: `http://HOST:PORT`. key_env: environment variable with the API key;
     None: none is sent. timeout_seconds: that the server may be silent."""
 
     url: str = "http://127.0.0.1:8000"
@@ -136,13 +136,13 @@ class RunConfig:
 
     @property
     def model_file(self) -> Path:
-        """Of the model: a config.json, a directory or a GGUF file."""
+        """Returns the model's config.json, directory or GGUF file."""
         named = MODELS / f"{self.model}.json"
         return named if named.is_file() else Path(self.model)
 
     @property
     def has_weights(self) -> bool:
-        """Whether the model comes with weights."""
+        """True if the model comes with weights."""
         return self.model_file.suffix != ".json"
 
     def model_config(self) -> ModelConfig:
@@ -242,7 +242,7 @@ def run_config(content: Mapping[str, Any]) -> RunConfig:
 
 
 def _real_adapters(run: RunConfig, given: set[str]) -> AdaptersConfig:
-    """What the directories say. given: the fields that the file has.
+    """Reads the fields that the directories decide. given: the fields that the file has.
 
     Raises:
       ConfigError: there are too few of them, or a field that they decide is given.

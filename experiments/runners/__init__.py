@@ -1,4 +1,4 @@
-"""What carries out a run: the simulator, the engine on this machine, or a running server."""
+"""Runners: the simulator, the engine on this machine, a running server."""
 
 from experiments.runners.real import RealRunner
 from experiments.runners.served import run_served

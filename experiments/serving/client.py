@@ -28,7 +28,7 @@ class RequestFailed(Exception):
 
 
 class Client:
-    """Of a server with OpenAI's API and slora-jax's fields. Each request has a connection of its own."""
+    """A client of a server with OpenAI's API and slora-jax's fields. Each request opens a connection."""
 
     def __init__(self, url: str, key: str | None = None, timeout: float = 600.0) -> None:
         """url: `http://HOST:PORT`. key: an API key. timeout: seconds that the server may be silent."""

@@ -55,8 +55,13 @@ Key = tuple[int, str]
 
 
 class WeightName(NamedTuple):
-    """What a tensor's name says: which side ("A" or "B") of which projection's LoRA it is, and which module holds the
-    decoder's layers."""
+    """The meaning of a tensor's name.
+
+    Attributes:
+      parent: the module that holds the decoder's layers.
+      key: layer and projection.
+      side: "A" or "B".
+    """
 
     parent: str
     key: Key
@@ -129,7 +134,7 @@ def _read_peft(
 
 
 def is_adapter(directory: Path) -> bool:
-    """Whether a folder has a file of an adapter's, so that it is served or refused as one."""
+    """Returns True if a folder has one of an adapter's files: it is then served as an adapter, or refused."""
     return any(os.path.exists(directory / file) for file in ADAPTER_FILES)
 
 

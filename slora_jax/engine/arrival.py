@@ -89,7 +89,7 @@ def check_fits(prompt: int, new: int, page_size: int, adapter: AdapterUse | None
 
 
 def most_tokens(page_size: int, adapter: AdapterUse | None, allocator: PageAllocator) -> int:
-    """Of prompt and output of a request that runs alone in the pool."""
+    """Returns the most tokens, of prompt and output, of a request that runs alone in the pool."""
     pages = allocator.capacity_for(PageKind.KV)
     if allocator.adapter_pages is None and adapter is not None:
         pages = allocator.capacity - adapter.num_pages

@@ -580,6 +580,6 @@ def _checked(config: Any) -> EngineConfig:
 
 
 def _require_name(name: Any) -> None:
-    """Raises AdapterError for what is no adapter's name."""
+    """Raises AdapterError unless `name` can name an adapter."""
     if not isinstance(name, str) or not name:
         raise AdapterError(f"name={name!r}: must be a string, and not empty")

@@ -53,8 +53,14 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class Delta:
-    """What a step brought for one request: new tokens (and their logprobs, if asked for), newly certain text, and, the
-    last time, the whole output. prompt_logprobs: if asked for, with the first token."""
+    """The result of a step for one request.
+
+    Attributes:
+      token_ids: new tokens. logprobs: theirs, if asked for.
+      text: text that no later token can change.
+      output: with the last tokens, the whole output.
+      prompt_logprobs: with the first token, if asked for.
+    """
 
     request_id: str
     token_ids: list[int]

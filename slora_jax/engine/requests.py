@@ -47,8 +47,8 @@ class Requests:
         return deltas
 
     def read(self, step: InFlight, tokens: np.ndarray, now: float) -> list[Delta]:
-        """Hands out a step's tokens. Requests that ended meanwhile get none: their surplus token is dropped. A request
-        whose logits are not finite ends with an error."""
+        """Appends a step's tokens to their requests. A token of a request that has ended is dropped. A request whose
+        logits are not finite ends with an error."""
         deltas = []
         for row, (sequence, token) in enumerate(zip(step.sequences, tokens.tolist(), strict=False)):
             request = sequence.request

@@ -52,7 +52,7 @@ class Sampled:
 
 
 def greedy(logits: jax.Array) -> jax.Array:
-    """The likeliest token of each row of `logits` `[S, V]`, or `NOT_FINITE`: int32 `[S]`."""
+    """Returns the token of the largest logit of each row of `logits` `[S, V]`, or `NOT_FINITE`: int32 `[S]`."""
     token = jnp.argmax(logits, axis=-1)  # of a NaN, if there is one
     largest = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
     return jnp.where(jnp.isfinite(largest), token, NOT_FINITE).astype(jnp.int32)

@@ -158,7 +158,7 @@ def untied_if_heads_differ(model_dir: str | Path, config: ModelConfig, dtype: An
 
 
 def _are_equal(one: SafetensorsSlice | GgufSlice, other: SafetensorsSlice | GgufSlice, dtype: np.dtype) -> bool:
-    """Whether two tensors have the same values in `dtype`; read in blocks of rows."""
+    """Returns True if two tensors have the same values in `dtype`; reads them in blocks of rows."""
     if one.shape != other.shape:
         return False
     step = max(1, int(_BLOCK_BYTES / (one.element_bytes * math.prod(one.shape[1:]))))
@@ -285,7 +285,8 @@ def _builders(config: ModelConfig, dtype: Any, parallel: TensorParallel | None) 
 
 
 def _has_nonfinite(bits: np.ndarray) -> bool:
-    """Whether float32 (as uint32) or bfloat16 (as uint16) numbers include NaN or infinity: all exponent bits set."""
+    """Returns True if NaN or infinity is among float32 (as uint32) or bfloat16 (as uint16) numbers: their exponent bits
+    are all set."""
     exponent = bits.dtype.type(0x7F800000 if bits.itemsize == 4 else 0x7F80)
     return bool(bits.size) and bool((bits & exponent).max() == exponent)
 
@@ -335,7 +336,7 @@ def _check_headers(
 
 
 def _are_frequencies(tensor: SafetensorsSlice | GgufSlice, config: ModelConfig) -> bool:
-    """Whether a rotary buffer holds what the config describes, up to the rounding of half precision."""
+    """Returns True if a rotary buffer agrees with the config, up to the rounding of half precision."""
     expected = inverse_frequencies(config.rope, config.head_dim)
     if tensor.shape != expected.shape:
         return False

@@ -22,7 +22,7 @@ class ScheduledSequence:
 
 @dataclass
 class StepPlan:
-    """What one step computes, and the requests given up, each with the reason.
+    """The work of one step, and the requests given up, each with the reason.
 
     loads: adapters to upload before the step. uploads: pages of adapters to copy beside it; each is answered by
     `AdapterResidency.land` when it is there. A plan has the one or the other, by `SchedulerLimits.prefetch`.
@@ -43,5 +43,5 @@ class StepPlan:
 
     @property
     def num_sequences(self) -> int:
-        """Of the step's batch."""
+        """Sequences in the step's batch."""
         return len(self.sequences) + self.extra

@@ -292,8 +292,8 @@ class Scheduler:
         return bool(started)
 
     def _end_scored(self, plan: StepPlan, request: Request, start: int, end: int) -> int:
-        """Where a chunk of scored tokens from `start` to at most `end` ends: before the last token of the prompt, and
-        so that a step's batch, in which each is a sequence, has `max_seqs` of them beside the running requests'."""
+        """Returns the end of a chunk of scored tokens that begins at `start`: at most `end`, and before the last token
+        of the prompt. Each scored token is a sequence of the step's batch, which has at most `max_seqs` in all."""
         spare = max(0, self.limits.max_seqs - len(self.running) - plan.extra)
         count = min(end, request.num_scored) - start
         count = min(count, 1 + spare)

@@ -58,7 +58,7 @@ class AdapterRoots:
 
 
 def adapters_in(root: Path) -> dict[str, Version]:
-    """The adapter directories in `root` by name, but for hidden ones. Those that vanish meanwhile are left out."""
+    """Returns the adapter directories in `root` by name, without hidden ones."""
     found = {}
     with os.scandir(root) as entries:
         for entry in entries:

@@ -38,7 +38,7 @@ POLL_SECONDS, MAX_POLL_SECONDS = 0.02, 0.5
 
 @dataclass(frozen=True)
 class Changes:
-    """What clients changed.
+    """The changes that clients made.
 
     Attributes:
       loaded: directory of each adapter that they loaded, by name.
@@ -49,7 +49,7 @@ class Changes:
     unloaded: dict[str, Any]
 
     def has_unloaded(self, name: str, version: Version) -> bool:
-        """Whether a client unloaded the files that now lie there; files deployed since are another adapter."""
+        """Returns True if a client unloaded these files; files deployed since then are another adapter."""
         return name in self.unloaded and self.unloaded[name] in (None, _contents(version))
 
 
@@ -239,8 +239,8 @@ class Adapters:
             return repr(error)
 
     def _wanted(self) -> dict[str, Wanted]:
-        """What should be registered now, by the watched directory and by what clients changed. Logs the folders that
-        should not. Reads disks."""
+        """Returns the adapters to register: those of the watched directory, with the changes that clients made. Logs
+        the folders that are left out. Reads disks."""
         changes = self._file.read()
         root = self._settings.adapters
         wanted: dict[str, Wanted] = {}

@@ -127,7 +127,7 @@ def install(app: FastAPI) -> None:
 
 
 def _cors(request: Request) -> str:
-    """What a browser's preflight request is missing."""
+    """Returns the remedy for a browser's preflight request."""
     asks = request.method == "OPTIONS" and "origin" in request.headers
     return "; slora serve --cors-origin lets pages of other origins call" if asks else ""
 

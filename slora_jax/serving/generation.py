@@ -27,8 +27,11 @@ class ClientGoneError(Exception):
 
 @dataclass(frozen=True)
 class Sequences:
-    """What an HTTP request has generated: a prompt and parameters for each choice, in the answer's order. choices: of
-    each prompt, in a row."""
+    """The sequences of an HTTP request: a prompt and parameters for each choice, in the answer's order.
+
+    Attributes:
+      choices: number of choices for each prompt; they are neighbours.
+    """
 
     prompts: Sequence[list[int]]
     params: Sequence[SamplingParams]

@@ -59,7 +59,7 @@ def _file(name: str) -> Response:
 
 
 def _phase() -> str:
-    """What the start is busy with."""
+    """Returns the phase of the start, in words."""
     name, parts = phases.now()
     match name, parts:
         case "programs", (done, total):

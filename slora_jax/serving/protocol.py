@@ -1,6 +1,8 @@
-"""What clients send: OpenAI's fields, and vLLM's names for what OpenAI has not. A field that is not known, or that asks
-for what the engine cannot do, is refused: nobody is served something else than they asked for. A field that asks for
-nothing is accepted: clients send null, and messages as they received them."""
+"""Bodies of requests: OpenAI's fields, and vLLM's names for those that OpenAI lacks.
+
+An unknown field is refused, as is one that asks for what the engine cannot do: no answer differs from what was asked
+for. An empty field is accepted, because clients send null, and send answers back as messages.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 
 class Only:
-    """Of the type of a field that is not supported: it must have one of `values`, with which it asks for nothing."""
+    """Annotates a field that is not supported: only `values` are accepted, with which it asks for nothing."""
 
     def __init__(self, *values: Any) -> None:
         self._values = values
@@ -108,7 +110,7 @@ class StreamOptions(Body):
 
 
 class Generation(Body):
-    """What completions and chat have in common.
+    """The fields that completions and chat share.
 
     Beyond OpenAI's: top_k, min_p, stop_token_ids, ignore_eos, prompt_logprobs (as `SamplingParams` has them) and
     return_token_ids (each choice then has `token_ids`). Of a request with a seed, choice i of each prompt has the seed

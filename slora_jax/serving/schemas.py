@@ -60,7 +60,11 @@ class CompletionLogprobs(Answer):
 
 
 class PromptLogprob(Answer):
-    """Of a token in the place of a prompt's. rank: 1 is the likeliest; null: not among those asked for."""
+    """A token in a position of the prompt.
+
+    Attributes:
+      rank: 1 for the most probable token; null if the token is not among those asked for.
+    """
 
     logprob: float
     rank: int | None
@@ -68,7 +72,8 @@ class PromptLogprob(Answer):
 
 
 class Choice(Answer):
-    """Of either endpoint. token_ids, prompt_logprobs (by token id; null for the first token): there if asked for."""
+    """A choice of either endpoint. token_ids and prompt_logprobs (by token id; null for the first token) are there if
+    asked for."""
 
     index: int
     finish_reason: FinishReason

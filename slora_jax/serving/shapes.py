@@ -33,7 +33,7 @@ class Shape(Protocol):
 
 
 class _Extras:
-    """What OpenAI's choices have not: token ids, and log-probabilities of the prompt as vLLM gives them."""
+    """Fields beyond OpenAI's: token ids, and log-probabilities of the prompt as vLLM writes them."""
 
     def __init__(self, token_text: TokenText, token_ids: bool, prompt_logprobs: bool) -> None:
         self._token_text, self._token_ids, self._prompt_logprobs = token_text, token_ids, prompt_logprobs
@@ -46,7 +46,7 @@ class _Extras:
         return extras
 
     def _ranked(self, token: int, one: TokenLogprobs) -> Json:
-        """By token id; the prompt's own has no rank unless it is among the likeliest."""
+        """Entries by token id. The prompt's own token has a rank only if it is among `one.top`."""
         values = {token: (one.logprob, None), **{t: (value, rank) for rank, (t, value) in enumerate(one.top, 1)}}
         return {
             str(t): {"logprob": value, "rank": rank, "decoded_token": self._token_text.name(t)}
@@ -168,14 +168,14 @@ class ChatShape:
 
 
 class _Offsets:
-    """Where tokens begin in a text, which is `known` or, None, what the tokens make of it."""
+    """Offsets of tokens in a text. known: the text; None: the text is what the tokens decode to."""
 
     def __init__(self, token_text: TokenText, start: int, known: str | None = None) -> None:
         self._token_text, self._at, self._known = token_text, start, known
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character begins in its first token
 
     def next(self, token: int) -> int:
-        """Of the next token."""
+        """Returns the offset of the next token."""
         at = self._at
         if self._known is None and self._token_text.is_special(token):
             return at

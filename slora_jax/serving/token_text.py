@@ -1,4 +1,4 @@
-"""What each token of a vocabulary stands for, by itself: its bytes, and a name for log-probabilities."""
+"""Bytes and names of single tokens, for log-probabilities."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenText:
-    """Of a tokenizer's tokens; None: there is no text."""
+    """Bytes and names of a tokenizer's tokens. Without a tokenizer, names are numbers."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._backend = None if tokenizer is None else tokenizer.backend_tokenizer
@@ -44,7 +44,7 @@ class TokenText:
         return raw
 
     def is_special(self, token: int) -> bool:
-        """Whether an answer's text leaves it out."""
+        """Returns True for a special token, which is not part of an answer's text."""
         return token in self._special
 
     def _raw(self, token: int) -> bytes:

@@ -67,7 +67,7 @@ def test_scores_survive_preemption(engine: Engine, tiny, adapters, squeeze) -> N
         check(tiny, output, adapters["a"], 2)
 
 
-def test_a_stream_brings_them_with_its_first_token(engine: Engine, tiny) -> None:
+def test_a_stream_has_them_with_its_first_token(engine: Engine, tiny) -> None:
     first, *rest = engine.stream(list(range(20, 60)), SamplingParams(max_tokens=3, prompt_logprobs=1, ignore_eos=True))
     assert len(first.token_ids) == 1 and first.prompt_logprobs == rest[-1].output.prompt_logprobs
     assert all(delta.prompt_logprobs is None for delta in rest)
