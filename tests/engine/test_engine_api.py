@@ -176,7 +176,7 @@ NO_PROMPTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("prompt", NO_PROMPTS, ids=repr)
+@pytest.mark.parametrize("prompt", NO_PROMPTS, ids=lambda prompt: type(prompt).__name__)
 def test_other_types_are_refused_with_the_types_that_are_taken(engine, prompt) -> None:
     for call in (engine.generate, engine.add_request, engine.stream):
         with pytest.raises(RequestError, match="must be a string, a list or an integer array of token ids"):
