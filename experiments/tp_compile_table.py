@@ -38,6 +38,7 @@ DEGREES = (4, 8)
 RANKS = (16, 64)
 OUT = Path(__file__).parent / "results" / "compile_reports" / "tensor_parallel_h200.json"
 CONFIG = EngineConfig(
+    dtype="bfloat16",
     max_seqs=256,
     max_tokens_per_step=2048,
     max_model_len=2048,

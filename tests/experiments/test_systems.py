@@ -299,5 +299,5 @@ def test_nothing_joins_a_sweep_that_runs(monkeypatch, rng, mixed):
 
 def test_without_torch_peft_says_what_to_install(checkpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ConfigError, match=r"needs torch: pip install 'slora-jax\[parity\]'"):
+    with pytest.raises(ConfigError, match="needs torch: make install EXTRAS=parity"):
         PeftModel(checkpoint.model_dir, checkpoint.adapters)

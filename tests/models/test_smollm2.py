@@ -60,7 +60,8 @@ def without_tokenizer(file: Path, copy: Path) -> None:
 @pytest.fixture(scope="module")
 def reference(file, tmp_path_factory):
     """The model in transformers, with the adapters of PEFT."""
-    directory = tmp_path_factory.mktemp("smollm2")
+    directory = tmp_path_factory.mktemp("reference") / "SmolLM2-135M-Instruct"  # the name of the adapters' base model
+    directory.mkdir()
     without_tokenizer(file, directory / "model.gguf")
     options = {"gguf_file": "model.gguf", "dtype": torch.float32}
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, **options).eval()

@@ -37,6 +37,7 @@ MODEL = ModelConfig.from_dict(
     }
 )
 CONFIG = EngineConfig(
+    dtype="bfloat16",
     num_pages=3000,
     max_seqs=SEQS,
     max_tokens_per_step=ROWS,

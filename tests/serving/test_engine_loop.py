@@ -177,7 +177,7 @@ def test_a_sequence_without_finite_logits_fails_alone(engine, monkeypatch) -> No
 
     def spoilt(step: Any) -> Any:
         tokens = read(step).copy()
-        rows = [row for row, request in enumerate(step.requests) if request.prompt == [3, 4]]
+        rows = [row for row, one in enumerate(step.sequences) if one.request.prompt == [3, 4] and one.samples]
         requests.extend(rows)
         tokens[rows] = NOT_FINITE if len(requests) > 4 else tokens[rows]
         return tokens
