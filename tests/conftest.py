@@ -1,6 +1,7 @@
 """Shared by all tests: the CPU, one persistent compilation cache, one thread for torch, and seeds that are printed."""
 
 import os
+import signal
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,8 @@ hypothesis.settings.load_profile("slora")
 def pytest_configure(config: pytest.Config) -> None:
     """Eight CPU devices, for tests of tensor parallelism; one is what all others use. Programs compiled once are kept
     for the next run, and shared by engines of the same shape."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background, where shells ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -114,6 +114,17 @@ class Stream(threading.Thread):
                         self.tokens += choice["token_ids"]
 
 
+def until_taken(server: LiveServer, streams: Sequence[Stream]) -> None:
+    """Waits until the server has taken every request: a connection that it has not accepted when it stops is reset."""
+    deadline = time.monotonic() + 30
+    while True:
+        unfinished = server.metric("slora_running_requests") + server.metric("slora_waiting_requests")
+        if unfinished + sum(stream.is_complete for stream in streams) >= STREAMS:
+            return
+        assert time.monotonic() < deadline, server.log
+        time.sleep(0.02)
+
+
 def under_load(server: LiveServer, models: Sequence[str]) -> list[Stream]:
     """Streams of which some have had tokens and some wait."""
     streams = [Stream(server.url, body(models[i % len(models)], i)) for i in range(STREAMS)]
@@ -182,6 +193,7 @@ def test_a_killed_server_is_an_error_to_every_client_and_the_next_one_has_its_ad
         with httpx.Client(base_url=server.url) as known:
             assert known.get("/ready").status_code == 200
             streams = under_load(server, there)
+            until_taken(server, streams)
             server.process.send_signal(signal.SIGTERM)
             deadline = time.monotonic() + 10
             while not is_refused(server.port):
