@@ -28,7 +28,7 @@ class StepPlan:
     `AdapterResidency.land` when it is there. A plan has the one or the other, by `SchedulerLimits.prefetch`.
     hits: requests admitted with pages of the prefix cache, of which the device's page table does not know yet.
     extra: sequences of the batch beyond `sequences`, as there is one for each scored token.
-    registered: what it brings to the prefix cache: deepest new node of a request, and pages before the first new one.
+    registered: what it adds to the prefix cache: deepest new node of a request, and pages before the first new one.
     """
 
     sequences: list[ScheduledSequence] = field(default_factory=list)

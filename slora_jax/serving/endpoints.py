@@ -99,7 +99,9 @@ async def _answer(
     adapter: str | None,
     held: AsyncExitStack,
 ) -> Response:
-    of_prompt = logprobs if isinstance(body, CompletionBody) and body.echo else body.prompt_logprobs
+    of_prompt = body.prompt_logprobs
+    if of_prompt is None and isinstance(body, CompletionBody) and body.echo:
+        of_prompt = logprobs
     rooms = [service.loop.engine.max_model_len - len(prompt) for prompt in prompts]
     params = [
         body.sampling(index % body.choices, max_tokens and min(max_tokens, room), logprobs, of_prompt)

@@ -192,6 +192,8 @@ class CompletionBody(Generation):
     def _check_completion(self) -> CompletionBody:
         if self.best_of is not None and self.best_of != self.choices:
             raise ValueError("best_of must equal n: choices are not ranked")
+        if self.echo and None not in (self.logprobs, self.prompt_logprobs) and self.logprobs != self.prompt_logprobs:
+            raise ValueError("prompt_logprobs must equal logprobs: with echo, both are of the prompt")
         return self
 
     @property

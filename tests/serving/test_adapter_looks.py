@@ -127,7 +127,7 @@ def test_what_a_client_unloads_during_a_look_does_not_come_back(made, monkeypatc
     asyncio.run(play())
 
 
-def test_what_a_client_unloaded_comes_back_when_its_files_are_replaced(made, tmp_path):
+def test_an_adapter_that_a_client_unloaded_is_served_again_when_its_files_are_replaced(made, tmp_path):
     adapters, engine = made
     folder = tmp_path / "watched" / "one"
 

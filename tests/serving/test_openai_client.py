@@ -166,9 +166,10 @@ def test_echo_with_logprobs_scores_the_prompt(client, expected, prompt, stream) 
         assert token.startswith("bytes:") or text.startswith(token, at) or at == len(text)
 
 
-def test_prompt_logprobs_come_by_token_id(client, expected) -> None:
+@pytest.mark.parametrize("echo", [False, True])
+def test_prompt_logprobs_have_token_ids_as_keys(client, expected, echo) -> None:
     ids = [5, 300, 17, 42]
-    ask = {"model": "adapter-1", "prompt": ids, "max_tokens": 1, "extra_body": {"prompt_logprobs": 1}}
+    ask = {"model": "adapter-1", "prompt": ids, "max_tokens": 1, "echo": echo, "extra_body": {"prompt_logprobs": 1}}
     first, *rest = client.completions.create(**ask).choices[0].prompt_logprobs
     output = expected(ids, "adapter-1", max_tokens=1, prompt_logprobs=1)
     assert first is None
@@ -318,6 +319,11 @@ def test_models_are_the_base_and_the_adapters(client) -> None:
         ({"frequency_penalty": 0.5}, "frequency_penalty", "not support this; leave the field out (found 0.5)"),
         ({"extra_body": {"guided_json": {"type": "object"}}}, "guided_json", "slora-jax does not support this"),
         ({"extra_body": {"max_token": 3}}, "max_token", "unknown field 'max_token'"),
+        (
+            {"echo": True, "logprobs": 1, "extra_body": {"prompt_logprobs": 3}},
+            None,
+            "prompt_logprobs must equal logprobs",
+        ),
         ({"best_of": 4}, None, "best_of must equal n"),
         ({"prompt": ["a"] * 200}, "n", "one request may have"),
     ],

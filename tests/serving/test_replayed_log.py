@@ -46,7 +46,7 @@ def test_requests_that_fail_are_counted_and_told(server, tmp_path, monkeypatch) 
     assert "token id 99999" in figures["first_failure"]
 
 
-def test_what_the_server_lacks_is_refused_before_anything_is_sent(server, tmp_path, monkeypatch) -> None:
+def test_a_model_that_the_server_lacks_is_refused_before_anything_is_sent(server, tmp_path, monkeypatch) -> None:
     config = run_of(server, write(tmp_path, (0, "nobody", 3, 1)), monkeypatch)
     with pytest.raises(ConfigError, match="the log names adapter 'nobody'; the server has"):
         run_served(config)
