@@ -54,14 +54,14 @@ class Settings:
     many_adapters: tuple[int, int] = (5, 1000)
     many_requests: int = 128
     num_pages: int = 1400
-    max_seqs: int = 64
+    max_num_seqs: int = 64
     rounds: int = 3
     seed: int = 0
 
 
 QUICK = Settings(
     layers=2, hidden=64, heads=4, intermediate=128, vocab=512, rank=4, requests=6, prompt_high=24, output=4,
-    peft_adapters=(1, 3), many_adapters=(2, 10), many_requests=10, num_pages=200, max_seqs=8, rounds=1,
+    peft_adapters=(1, 3), many_adapters=(2, 10), many_requests=10, num_pages=200, max_num_seqs=8, rounds=1,
 )  # fmt: skip
 """The same in seconds, to see that it runs; its numbers mean nothing."""
 
@@ -114,10 +114,10 @@ class Slora:
             EngineConfig(
                 dtype="float32",
                 num_pages=settings.num_pages,
-                max_seqs=settings.max_seqs,
-                max_tokens_per_step=4 * settings.max_seqs,
+                max_num_seqs=settings.max_num_seqs,
+                max_num_batched_tokens=4 * settings.max_num_seqs,
                 max_model_len=512,
-                max_rank=64,
+                max_lora_rank=64,
                 prefix_cache=False,  # every round has the same prompts, and each is to be computed
                 host_adapter_bytes=12 << 30,
             ),

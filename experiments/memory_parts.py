@@ -16,7 +16,7 @@ import jax
 
 from experiments.machine import provenance
 from slora_jax import Engine, EngineConfig, SamplingParams
-from slora_jax.engine.runner import load
+from slora_jax.engine.placement import load
 from slora_jax.engine.text import load_tokenizer
 
 
@@ -41,8 +41,8 @@ def measure(model: Path, config: EngineConfig) -> dict[str, object]:
         after["engine"] = resident()
         engine.generate(["The capital of France is"] * 8, SamplingParams(max_tokens=16))
         after["8 requests"] = resident()
-        pool = sum(leaf.nbytes for leaf in engine._runner.worker.pool)
-        compiled = sum(not program.is_cached for program in engine._runner.worker.programs.programs)
+        pool = sum(leaf.nbytes for leaf in engine.executor.device.pool)
+        compiled = sum(not program.is_cached for program in engine.executor.device.programs.programs)
     sizes = {"weights": round(weights / 2**20, 1), "pool": round(pool / 2**20, 1)}
     return {"mib_after": after, "mib_by_shape": sizes, "programs_compiled": compiled}
 

@@ -37,7 +37,7 @@ def page_kinds(engine: Engine) -> np.ndarray:
         kinds[request.pages[: request.num_shared]] = PREFIX_IN_USE
         kinds[request.pages[request.num_shared :]] = KV
     for resident in engine.residency.residents:
-        kinds[resident.pages] = IN_USE if resident.users else IDLE
+        kinds[resident.pages] = IN_USE if resident.digest in engine.residency.users else IDLE
     return kinds
 
 
@@ -49,7 +49,7 @@ def tiny_engine(seed: int = 0, **settings: Any) -> Engine:
         max_position_embeddings=512,
     )  # fmt: skip
     config = EngineConfig(
-        dtype="float32", num_pages=300, max_seqs=16, max_tokens_per_step=64, max_model_len=256, max_rank=32,
+        dtype="float32", num_pages=300, max_num_seqs=16, max_num_batched_tokens=64, max_model_len=256, max_lora_rank=32,
         decode_buckets=(16,), mixed_buckets=(64,), progress=False, **settings,
     )  # fmt: skip
     graphdef, params = init_random(model, "float32", seed)

@@ -39,7 +39,7 @@ from experiments.workloads.popularity import zipf_shares
 from slora_jax import EngineConfig
 from slora_jax.adapters import random_adapter, write_peft
 from slora_jax.demo.checkpoint import write_checkpoint
-from slora_jax.engine.runner import adapter_geometry
+from slora_jax.engine.sizing import adapter_geometry
 from slora_jax.models import ModelConfig
 from slora_jax.serving.replicas import run_replicas
 from slora_jax.serving.settings import ServerSettings
@@ -73,7 +73,7 @@ class Settings:
     requests: int = 1000
     prompt: int = 8
     output: int = 8
-    max_seqs: int = 8
+    max_num_seqs: int = 8
     replica_requests: int = 12
     seed: int = 0
 
@@ -102,15 +102,15 @@ def write_model(directory: Path, settings: Settings) -> ServerSettings:
         adapter = random_adapter(geometry, settings.rank, TARGETS, seed=settings.seed + i)
         write_peft(directory / "adapters" / f"adapter-{i:03d}", adapter, dtype="float32")
     pages = int(geometry.layout.num_pages(adapter.ranks.max(axis=0)))
-    kv = settings.max_seqs * -(-(settings.prompt + settings.output) // page_size)
+    kv = settings.max_num_seqs * -(-(settings.prompt + settings.output) // page_size)
     config = EngineConfig(
         dtype="float32",
         num_pages=1 + kv + round(settings.fraction * settings.adapters * pages),
-        max_seqs=settings.max_seqs,
-        max_tokens_per_step=32,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=32,
         max_model_len=64,
-        max_rank=settings.rank,
-        decode_buckets=(settings.max_seqs,),
+        max_lora_rank=settings.rank,
+        decode_buckets=(settings.max_num_seqs,),
         mixed_buckets=(32,),
         prefix_cache=False,
         progress=False,

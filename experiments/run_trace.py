@@ -36,7 +36,7 @@ from experiments.pool_picture import (
 from experiments.slow_disk import slow_disk
 from slora_jax import RequestOutput
 from slora_jax.engine import Trace
-from slora_jax.metrics import RequestRecord, ServingMetrics, adapter_metrics, pool_use, serving_metrics
+from slora_jax.metrics import ServingMetrics, adapter_metrics, pool_use, serving_metrics
 
 Event = dict[str, Any]
 PAGES = {  # in the order of the stack, from below
@@ -154,7 +154,7 @@ def _draw_lanes(axis: Axes, by_track: dict[str, list[Event]], first: float, last
 
 def report(trace: Trace, outputs: Sequence[RequestOutput]) -> list[str]:
     """The run in numbers, one line each."""
-    records = [RequestRecord.of(output) for output in outputs]
+    records = [output.record() for output in outputs]
     metrics: ServingMetrics = serving_metrics(records)
     adapters = adapter_metrics(records, trace.stays(), trace.start, trace.samples[-1].time)
     worst = max(adapters, key=lambda name: adapters[name].queue_time.mean)

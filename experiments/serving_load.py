@@ -42,7 +42,7 @@ from experiments.serving.traffic import Traffic, make_requests, write_requests
 from slora_jax.adapters import random_adapter, write_peft
 from slora_jax.demo.adapters import TARGETS
 from slora_jax.demo.checkpoint import Widths, write_checkpoint
-from slora_jax.engine.runner import adapter_geometry
+from slora_jax.engine.sizing import adapter_geometry
 from slora_jax.models import ModelConfig
 
 RESULT = Path("experiments/results/serving_load.json")
@@ -77,15 +77,15 @@ FULL = Settings(
     adapters=500,
     ranks=(4, 8, 16, 32),
     traffic=Traffic(requests=384, prompt_low=16, prompt_high=128, output_low=16, output_high=112),
-    engine={"dtype": "float32", "num_pages": 1600, "max_seqs": 64, "max_tokens_per_step": 256, "max_model_len": 256,
-            "max_rank": 32, "decode_buckets": [64], "mixed_buckets": [256]},
+    engine={"dtype": "float32", "num_pages": 1600, "max_num_seqs": 64, "max_num_batched_tokens": 256, "max_model_len": 256,
+            "max_lora_rank": 32, "decode_buckets": [64], "mixed_buckets": [256]},
 )  # fmt: skip
 
 QUICK = Settings(
     layers=1, widths=Widths(hidden=64, heads=4, kv_heads=2, ffn=96), adapters=12, ranks=(2, 4, 8),
     traffic=Traffic(requests=48, prompt_low=2, prompt_high=24, output_low=2, output_high=12),
-    engine={"dtype": "float32", "num_pages": 200, "page_size": 8, "max_seqs": 8, "max_tokens_per_step": 32,
-            "max_model_len": 64, "max_rank": 8, "decode_buckets": [8], "mixed_buckets": [32], "progress": False},
+    engine={"dtype": "float32", "num_pages": 200, "page_size": 8, "max_num_seqs": 8, "max_num_batched_tokens": 32,
+            "max_model_len": 64, "max_lora_rank": 8, "decode_buckets": [8], "mixed_buckets": [32], "progress": False},
     users=8, warm_up=16, rounds=1, soak_seconds=3.0,
 )  # fmt: skip
 """The same in seconds, to see that it runs; its numbers mean nothing."""

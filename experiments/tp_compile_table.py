@@ -39,10 +39,10 @@ RANKS = (16, 64)
 OUT = Path(__file__).parent / "results" / "compile_reports" / "tensor_parallel_h200.json"
 CONFIG = EngineConfig(
     dtype="bfloat16",
-    max_seqs=256,
-    max_tokens_per_step=2048,
+    max_num_seqs=256,
+    max_num_batched_tokens=2048,
     max_model_len=2048,
-    max_rank=64,
+    max_lora_rank=64,
     decode_buckets=(256,),
     mixed_buckets=(2048,),
     progress=False,
@@ -70,11 +70,11 @@ class Program:
 
 @dataclass(frozen=True)
 class Row:
-    """A model over `tp` devices; bytes are one device's. adapters: by rank (on every projection), how many a pool
+    """A model over `tensor_parallel_size` devices; bytes are one device's. adapters: by rank (on every projection), how many a pool
     without KV holds; tokens: of KV, without adapters."""
 
     model: str
-    tp: int
+    tensor_parallel_size: int
     layers: int
     compiled_layers: int
     weight_bytes: int
@@ -93,7 +93,7 @@ class Row:
 def compile_row(name: str, tp: int, target: str = "h200", layers: int | None = None) -> Row:
     """Compiles a model of `experiments/models` for `tp` devices; `layers` of it, or all."""
     model = ModelConfig.from_dict(read_json(MODELS / f"{name}.json"))
-    config = EngineConfig(**{**asdict(CONFIG), "tp": tp})
+    config = EngineConfig(**{**asdict(CONFIG), "tensor_parallel_size": tp})
     report = compile_report(model, TARGETS[target], config, programs=PROGRAMS, layers=layers)
     shards = cut(model, tp)
     layout = shards.of_layout(adapter_geometry(model, config.page_size).layout)
@@ -101,7 +101,7 @@ def compile_row(name: str, tp: int, target: str = "h200", layers: int | None = N
     pool = report.pool
     return Row(
         model=name,
-        tp=tp,
+        tensor_parallel_size=tp,
         layers=report.layers,
         compiled_layers=report.compiled_layers,
         weight_bytes=pool.weight_bytes,
@@ -115,9 +115,11 @@ def compile_row(name: str, tp: int, target: str = "h200", layers: int | None = N
 
 
 def _program(program: ProgramReport, model: ModelConfig, config: EngineConfig, report: CompileReport) -> Program:
-    shards, itemsize = cut(model, report.tp), jnp.dtype(config.dtype).itemsize
+    shards, itemsize = cut(model, report.tensor_parallel_size), jnp.dtype(config.dtype).itemsize
     rows = program.tokens
-    layer = base_messages(model.hidden_size, rows, itemsize) + lora_messages(shards, rows, config.max_rank, itemsize)
+    layer = base_messages(model.hidden_size, rows, itemsize) + lora_messages(
+        shards, rows, config.max_lora_rank, itemsize
+    )
     once = vocabulary_messages(model.hidden_size, shards, rows, program.seqs, itemsize)
     published = Counter((m.kind, m.bytes) for m in layer * report.compiled_layers + once)
     found: Counter[tuple[str, int]] = Counter()
@@ -134,7 +136,7 @@ def _program(program: ProgramReport, model: ModelConfig, config: EngineConfig, r
         temp_bytes=program.temp_bytes,
         layer_collectives=per_layer,
         layer_bytes=sum(size * count for _, size, count in per_layer),
-        sent_bytes=int(sum(message.sent(report.tp) for message in layer)),
+        sent_bytes=int(sum(message.sent(report.tensor_parallel_size) for message in layer)),
         as_published=found == published,
         spills=max((kernel.spill_bytes for kernel in program.kernels), default=0),
         pool_copies=len(program.copies) + (program.aliased_bytes < program.pool_bytes),
@@ -152,7 +154,7 @@ def table(rows: Sequence[Row]) -> str:
         mixed = row.programs[-1]
         kinds = ", ".join(f"{count} {kind}" for kind, _, count in _merged(mixed.layer_collectives))
         lines.append(
-            f"| {row.model} | {row.tp} | {row.compiled_layers} of {row.layers} | {row.weight_bytes / 1e9:.1f} GB "
+            f"| {row.model} | {row.tensor_parallel_size} | {row.compiled_layers} of {row.layers} | {row.weight_bytes / 1e9:.1f} GB "
             f"| {row.temp_bytes / 1e6:.0f} MB | {row.pages} | {row.tokens} "
             f"| {row.adapters['16']} / {row.adapters['64']} | {kinds} | {mixed.sent_bytes / mixed.rows:.0f} B "
             f"| {'yes' if all(p.as_published for p in row.programs) else 'NO'} "
@@ -189,7 +191,7 @@ def main() -> int:
         "command": " ".join(["python -m experiments.tp_compile_table", *sys.argv[1:]]),
         **provenance(("jax", "jaxlib", "jax-triton", "numpy")),
         "target": args.target,
-        "config": {"max_rank": CONFIG.max_rank, "page_size": CONFIG.page_size, "gpu_memory_fraction": 0.75},
+        "config": {"max_lora_rank": CONFIG.max_lora_rank, "page_size": CONFIG.page_size, "gpu_memory_fraction": 0.75},
         "rows": [asdict(row) for row in rows],
     }
     args.out.write_text(json.dumps(content, indent=1) + "\n")

@@ -17,9 +17,9 @@ from slora_jax.errors import (
 
 if TYPE_CHECKING:
     from slora_jax.adapters import AdapterInfo
+    from slora_jax.distributed.group import ProcessGroup
+    from slora_jax.distributed.join import join_processes
     from slora_jax.engine import Delta, Engine, EngineConfig, EngineStats, Follower, RequestOutput
-    from slora_jax.parallel.join import join_processes
-    from slora_jax.parallel.processes import ProcessGroup
     from slora_jax.scheduling import SamplingParams
 else:
     __getattr__, __dir__ = exported(
@@ -27,8 +27,8 @@ else:
         {
             "slora_jax.adapters": ("AdapterInfo",),
             "slora_jax.engine": ("Delta", "Engine", "EngineConfig", "EngineStats", "Follower", "RequestOutput"),
-            "slora_jax.parallel.join": ("join_processes",),
-            "slora_jax.parallel.processes": ("ProcessGroup",),
+            "slora_jax.distributed.join": ("join_processes",),
+            "slora_jax.distributed.group": ("ProcessGroup",),
             "slora_jax.scheduling": ("SamplingParams",),
         },
     )

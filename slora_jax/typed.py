@@ -1,53 +1,80 @@
-"""Values from a file, checked against the annotation of the field that they are for."""
+"""Checks settings against the annotations of their fields."""
 
 from __future__ import annotations
 
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from slora_jax.errors import ConfigError
+
+FORMER_NAMES = {
+    "max_seqs": "max_num_seqs",
+    "max_tokens": "max_num_batched_tokens",
+    "max_tokens_per_step": "max_num_batched_tokens",
+    "memory_fraction": "gpu_memory_utilization",
+    "tp": "tensor_parallel_size",
+    "max_rank": "max_lora_rank",
+    "upload_pages": "upload_pages_per_step",
+    "host_bytes": "host_adapter_bytes",
+}
+"""Names that settings had before, for the errors of `refuse_unknown`."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number, for `typing.Annotated`: `least` and `most` are allowed, `above` is not."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+        )
+
+    def __str__(self) -> str:
+        if self.most is None:
+            return "that is positive" if self.least is None else f"of at least {self.least}"
+        return f"in [{self.least}, {self.most}]" if self.above is None else f"in ({self.above}, {self.most}]"
+
+
+Count = Annotated[int, Range(least=1)]
+Natural = Annotated[int, Range(least=0)]
+Share = Annotated[float, Range(above=0, most=1)]
+Positive = Annotated[float, Range(above=0)]
 
 
 def typed(value: Any, kind: Any, where: str) -> Any:
     """`value` as an instance of the annotation `kind`: lists become tuples, integers floats, text paths.
 
-    where: the field's dotted name, for the error.
+    Args:
+      where: the field's dotted name, for the error.
 
     Raises:
-      ConfigError: it is of another type, or none of a `Literal`'s values.
+      ConfigError: it has another type, is out of range, or is not one of a `Literal`'s values.
     """
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        if value is None and types.NoneType in inner:
-            return None
-        return typed(value, next(one for one in inner if one is not types.NoneType), where)
-    if origin is Literal:
-        if value not in inner:
-            raise ConfigError(f"{where}={value!r}: must be {_listed(inner)}{nearest(value, inner)}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where}={value!r}: must be a list")
-        if inner[-1] is not Ellipsis and len(value) != len(inner):
-            raise ConfigError(f"{where}={list(value)!r}: must have {len(inner)} values")
-        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
-        return tuple(typed(one, k, f"{where}[{i}]") for i, (one, k) in enumerate(zip(value, kinds, strict=True)))
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}={value!r}: must be a mapping")
-        return dict(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is Path and isinstance(value, str):
-        return Path(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{where}={value!r}: must be {_NAMES.get(kind, kind.__name__)}")
-    return value
+    try:
+        return _converted(value, kind)
+    except _MismatchError as mismatch:
+        raise ConfigError(f"{where}{mismatch.at}={mismatch.value!r}: must be {mismatch}") from None
+
+
+def check_fields(settings: Any) -> None:
+    """Checks and converts every field of a dataclass by `typed`. For `__post_init__`, also of a frozen one."""
+    kind: Any = type(settings)
+    for name, annotation in _annotations(kind).items():
+        value = getattr(settings, name)
+        converted = typed(value, annotation, f"{kind.__name__}.{name}")
+        if converted is not value:
+            object.__setattr__(settings, name, converted)
 
 
 def is_sweep(value: Any, kind: Any) -> bool:
@@ -57,10 +84,13 @@ def is_sweep(value: Any, kind: Any) -> bool:
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raises ConfigError for the first name that is not known, with the nearest one that is."""
+    """Raises ConfigError for the first unknown name, with its present name or the nearest known one."""
     known = list(known)
     for name in given:
         if name not in known:
+            now = FORMER_NAMES.get(name)
+            if now in known:
+                raise ConfigError(f"{where}{name} is called {now} now")
             raise ConfigError(f"{where}{name} is unknown{nearest(name, known)}; there are {', '.join(known)}")
 
 
@@ -84,7 +114,84 @@ def nearest(name: Any, known: Iterable[Any]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+class _MismatchError(Exception):
+    """What a value must be. at: its place within the field."""
+
+    def __init__(self, value: Any, expected: str, at: str = "") -> None:
+        super().__init__(expected)
+        self.value, self.at = value, at
+
+
+@cache
+def _annotations(kind: Any) -> dict[str, Any]:
+    hints = get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin is Annotated:
+        value = _converted(value, inner[0])
+        if value not in inner[1]:
+            raise _MismatchError(value, f"{_name(inner[0])} {inner[1]}")
+        return value
+    if origin in (Union, types.UnionType):
+        return _one_of(value, inner)
+    if origin is Literal:
+        if value not in inner:
+            raise _MismatchError(value, f"{_listed(inner)}{nearest(value, inner)}")
+        return value
+    if origin is tuple:
+        return _tuple(value, inner)
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise _MismatchError(value, "a mapping")
+        return dict(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise _MismatchError(value, _name(kind))
+    return value
+
+
+def _one_of(value: Any, kinds: tuple[Any, ...]) -> Any:
+    if value is None and types.NoneType in kinds:
+        return None
+    kinds = tuple(kind for kind in kinds if kind is not types.NoneType)
+    if any(isinstance(kind, type) and type(value) is kind for kind in kinds):
+        return value
+    for kind in kinds[:-1]:
+        try:
+            return _converted(value, kind)
+        except _MismatchError:
+            continue
+    return _converted(value, kinds[-1])
+
+
+def _tuple(value: Any, inner: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise _MismatchError(value, "a list")
+    if inner[-1] is not Ellipsis and len(value) != len(inner):
+        raise _MismatchError(list(value), f"a list of {len(inner)} values")
+    kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
+    converted = []
+    for index, (one, kind) in enumerate(zip(value, kinds, strict=True)):
+        try:
+            converted.append(_converted(one, kind))
+        except _MismatchError as mismatch:
+            raise _MismatchError(mismatch.value, str(mismatch), f"[{index}]{mismatch.at}") from None
+    return tuple(converted)
+
+
 _NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false", Path: "a path"}
+
+
+def _name(kind: Any) -> str:
+    return _NAMES.get(kind, getattr(kind, "__name__", str(kind)))
 
 
 def _takes_list(kind: Any) -> bool:

@@ -66,10 +66,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 PROMPT_LENGTHS = (1, 300, 17, 64, 129, 2, 16, 255, 33, 5, 100, 48, 1, 78, 31, 210)
 CONFIG = EngineConfig(
     dtype="float32",
-    max_seqs=8,
-    max_tokens_per_step=64,
+    max_num_seqs=8,
+    max_num_batched_tokens=64,
     max_model_len=384,
-    max_rank=64,
+    max_lora_rank=64,
     decode_buckets=(8,),
     mixed_buckets=(64,),
     keep_logits=True,
@@ -167,7 +167,7 @@ class PeftServers:
         adapter."""
         family = self.family(name)
         pages = 60 if family.kv_heads * family.head_dim == 32 else 46
-        config = replace(CONFIG, num_pages=pages, tp=tp, tp_first_device=first_device)
+        config = replace(CONFIG, num_pages=pages, tensor_parallel_size=tp, tp_first_device=first_device)
         engine = Engine.from_pretrained(family.model_dir, config)
         self._engines.append(engine)
         for adapter in ADAPTERS:

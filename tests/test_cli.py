@@ -213,7 +213,7 @@ def test_verbose_writes_the_seconds_of_each_phase_to_stderr(model_dir, capsys):
         (["--temperature=-1"], "--temperature=-1.0: must be a finite number of at least 0"),
         (["--temperature=hot"], "--temperature='hot': must be a number"),
         (["--seed=-1"], "--seed=-1: must be an integer in [0, 2**32)"),
-        (["--tp=0"], "--tp=0: must be a positive integer"),
+        (["--tensor-parallel-size=0"], "--tensor-parallel-size=0: must be a positive integer"),
         (["--dtype=int8"], "--dtype='int8': must be one of 'auto', 'bfloat16', 'float32'"),
         (["--max-model-len=1"], "--max-model-len=1: must be None or an integer >= 2"),
         (["--max-model-len=3"], "the prompt has 4 tokens; with max_model_len=3 at most 2"),
@@ -232,15 +232,15 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(model_dir, options, messag
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tp=3"], "--tp=3: the model's num_heads=8 must be a multiple of it"),
-        (["--max-seqs=0"], "--max-seqs=0: must be a positive integer"),
-        (["--max-tokens=2"], "--max-tokens=2: must be at least max_seqs=4"),
+        (["--tensor-parallel-size=3"], "--tensor-parallel-size=3: the model's num_heads=8 must be a multiple of it"),
+        (["--max-num-seqs=0"], "--max-num-seqs=0: must be a positive integer"),
+        (["--max-tokens=2"], "--max-tokens=2: must be at least max_num_seqs=4"),
         (["--page-size=12"], "--page-size=12: must be 8, 16 or 32"),
-        (["--max-rank=257"], "--max-rank=257: must be in 1..256"),
+        (["--max-lora-rank=257"], "--max-lora-rank=257: must be in 1..256"),
         (["--gpu-memory-fraction=1.5"], "--gpu-memory-fraction=1.5: must be in (0, 1]"),
         (["--adapter-slots=0"], "--adapter-slots=0: must be a positive integer"),
         (["--max-model-len=100000"], "--max-model-len=100000: the model has"),
-        (["--rank=65"], "--rank=65: must be in 1..max_rank=64"),
+        (["--rank=65"], "--rank=65: must be in 1..max_lora_rank=64"),
         (["--layers=2"], "--layers=2: must be in 1..1"),
         (
             ["--programs=decode_4,prefill"],
@@ -254,7 +254,7 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(model_dir, options, messag
     ],
 )
 def test_a_mistake_in_a_compile_report_is_told_before_anything_is_compiled(model_dir, options, message, capsys):
-    needed = [f"--model-config={model_dir / 'config.json'}", "--target=l4", "--max-tokens=32", "--max-seqs=4"]
+    needed = [f"--model-config={model_dir / 'config.json'}", "--target=l4", "--max-tokens=32", "--max-num-seqs=4"]
     assert cli.main(["compile-report", *needed, *options]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -265,7 +265,7 @@ def test_a_mistake_in_a_compile_report_is_told_before_anything_is_compiled(model
 
 def test_a_compile_report_refuses_a_model_that_is_not_supported(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    options = [f"--model-config={tmp_path}/config.json", "--target=l4", "--max-tokens=32", "--max-seqs=4"]
+    options = [f"--model-config={tmp_path}/config.json", "--target=l4", "--max-tokens=32", "--max-num-seqs=4"]
     assert cli.main(["compile-report", *options]) == 2
     assert "model_type='gpt2' is not supported" in capsys.readouterr().err
 
@@ -277,7 +277,7 @@ def test_a_compile_report_refuses_a_model_that_is_not_supported(tmp_path, capsys
         (["--adapters", "no/such/place"], "--adapters='no/such/place': not a directory"),
         (["--config", "no/such/file.yaml"], "no/such/file.yaml"),
         (["--host", "192.0.2.1"], "cannot listen there"),
-        (["--max-seqs", "0"], "--max-seqs=0"),
+        (["--max-num-seqs", "0"], "--max-num-seqs=0"),
         (["--process-id", "1"], "--coordinator is missing"),
         (["--config", "long.yaml"], "EngineConfig.max_model_len=9999: the model has"),
     ],
@@ -333,7 +333,7 @@ def test_a_command_line_that_cannot_be_parsed_is_one_line_and_status_2(options, 
         (["serve", "--help"], 0),
         (["--version"], 0),
         (["generate", "nowhere", "--prompt=x"], 2),
-        (["generate", "nowhere", "--prompt=x", "--tp=0"], 2),
+        (["generate", "nowhere", "--prompt=x", "--tensor-parallel-size=0"], 2),
         (["compile-report", "--target=h100"], 2),
         (["demo", "--seed=x"], 2),
     ],
@@ -384,16 +384,25 @@ MEET = "--coordinator=127.0.0.1:1"
             ["--num-processes=2", "--process-id=0"],
             "--coordinator is missing: it goes with --num-processes, --process-id",
         ),
-        ([MEET, "--num-processes=2", "--process-id=2", "--tp=2"], "--process-id=2: must be in 0..1"),
+        ([MEET, "--num-processes=2", "--process-id=2", "--tensor-parallel-size=2"], "--process-id=2: must be in 0..1"),
         ([MEET, "--num-processes=0", "--process-id=0"], "--num-processes=0: must be a positive integer"),
-        ([MEET, "--num-processes=2", "--process-id=0", "--tp=3"], "--tp=3: must be a multiple of --num-processes=2"),
-        ([MEET, "--num-processes=2", "--process-id=0"], "--tp=1: must be a multiple of --num-processes=2"),
-        (["--coordinator=nowhere", "--num-processes=2", "--process-id=1", "--tp=2"], "must be HOST:PORT"),
         (
-            [MEET, "--num-processes=2", "--process-id=1", "--tp=2", "--join-timeout=0.2"],
+            [MEET, "--num-processes=2", "--process-id=0", "--tensor-parallel-size=3"],
+            "--tensor-parallel-size=3: must be a multiple of --num-processes=2",
+        ),
+        (
+            [MEET, "--num-processes=2", "--process-id=0"],
+            "--tensor-parallel-size=1: must be a multiple of --num-processes=2",
+        ),
+        (
+            ["--coordinator=nowhere", "--num-processes=2", "--process-id=1", "--tensor-parallel-size=2"],
+            "must be HOST:PORT",
+        ),
+        (
+            [MEET, "--num-processes=2", "--process-id=1", "--tensor-parallel-size=2", "--join-timeout=0.2"],
             "process 0 cannot be reached at 127.0.0.1:2",
         ),
-        (["--tp=1000"], "--tp=1000"),
+        (["--tensor-parallel-size=1000"], "--tensor-parallel-size=1000"),
     ],
 )
 def test_wrong_options_of_several_processes_are_told_in_one_line(model_dir, capsys, options, message):

@@ -37,10 +37,10 @@ HF_CONFIG = {
 }
 SMALL = {
     "num_pages": 81,
-    "max_seqs": 4,
-    "max_tokens_per_step": 16,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 16,
     "max_model_len": 96,
-    "max_rank": 16,
+    "max_lora_rank": 16,
     "decode_buckets": (4,),
     "mixed_buckets": (16,),
 }
@@ -48,9 +48,9 @@ SMALL = {
 MEDIUM = SMALL | {
     "max_model_len": 128,
     "num_pages": 160,
-    "max_seqs": 16,
-    "max_tokens_per_step": 32,
-    "max_rank": 24,
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 32,
+    "max_lora_rank": 24,
     "decode_buckets": (16,),
     "mixed_buckets": (32,),
 }

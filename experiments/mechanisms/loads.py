@@ -14,7 +14,7 @@ HOT = 4
 """Adapters of most requests in `mostly_cold`."""
 COLD_SHARE = 0.2
 BURST = 2.5
-"""In `mostly_cold`: the share of requests with an adapter of their own, and how many come at once, of `max_seqs`."""
+"""In `mostly_cold`: the share of requests with an adapter of their own, and how many come at once, of `max_num_seqs`."""
 INSTRUCTIONS = 96
 """Tokens with which all prompts of an adapter begin, in `instructed`."""
 CONVERSATIONS, TURN, TURNS = 64, 24, 6
@@ -31,7 +31,7 @@ def mostly_cold(scale: Scale, number: int, rate: float | None) -> Workload:
     cold = rng.permutation(scale.requests) < count
     turn = number * count + np.cumsum(cold)
     adapters = np.where(cold, HOT + turn % others, rng.integers(0, HOT, scale.requests)).tolist()
-    burst = round(BURST * scale.engine.max_seqs)
+    burst = round(BURST * scale.engine.max_num_seqs)
     return [
         _request(rng, scale, adapter, rng.integers(24, 49), 64, 0.0 if rate is None else i // burst * burst / rate)
         for i, adapter in enumerate(adapters)

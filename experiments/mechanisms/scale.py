@@ -41,7 +41,7 @@ def _model(hidden: int, layers: int) -> ModelConfig:
 
 
 ENGINE = EngineConfig(
-    dtype="float32", num_pages=241, max_seqs=32, max_tokens_per_step=128, max_model_len=256, max_rank=32,
+    dtype="float32", num_pages=241, max_num_seqs=32, max_num_batched_tokens=128, max_model_len=256, max_lora_rank=32,
     adapter_slots=80, decode_buckets=(32,), mixed_buckets=(128,), progress=False,
 )  # fmt: skip
 
@@ -50,7 +50,7 @@ FULL = Scale(model=_model(128, 2), engine=ENGINE)
 QUICK = Scale(
     model=_model(32, 1),
     engine=replace(
-        ENGINE, num_pages=97, max_seqs=4, max_tokens_per_step=32, adapter_slots=40, decode_buckets=(4,),
+        ENGINE, num_pages=97, max_num_seqs=4, max_num_batched_tokens=32, adapter_slots=40, decode_buckets=(4,),
         mixed_buckets=(32,),
     ),
     adapters=60, small_memory=1 << 17, requests=24, rounds=1, splits=(0.5,), disk_seconds=0.005, simulated_seconds=20.0,

@@ -50,8 +50,8 @@ def simulated(scale: Scale) -> dict[str, Any]:
         load = simulated_requests(work)
         config = ModelConfig.from_dict(json.loads(SETTINGS[case.setting].model_file.read_text()))
         shape = ModelShape.of(config)
-        host_bytes = int(DISK_SHARE * sum(work.ranks) * shape.lora_bytes)
-        for comparison, systems in _systems(case, scale, host_bytes).items():
+        host_adapter_bytes = int(DISK_SHARE * sum(work.ranks) * shape.lora_bytes)
+        for comparison, systems in _systems(case, scale, host_adapter_bytes).items():
             figures = {
                 name: _figures(simulate(load, system, shape, load_device(case.device), work.ranks))
                 for name, system in tqdm(systems.items(), desc=f"{case.name}: {comparison}", unit="run")
@@ -62,14 +62,14 @@ def simulated(scale: Scale) -> dict[str, Any]:
     return results
 
 
-def _systems(case: Case, scale: Scale, host_bytes: int) -> dict[str, dict[str, SystemConfig]]:
+def _systems(case: Case, scale: Scale, host_adapter_bytes: int) -> dict[str, dict[str, SystemConfig]]:
     """By comparison and name; the memory of all is the same."""
     total = case.num_tokens
     ahead = {
         comparison: {
-            f"prefetch {n}": make_system("slora", num_tokens=total, prefetch=n, host_bytes=held) for n in (8, 0)
+            f"prefetch {n}": make_system("slora", num_tokens=total, prefetch=n, host_adapter_bytes=held) for n in (8, 0)
         }
-        for comparison, held in (("prefetch", None), ("prefetch, most adapters on disk", host_bytes))
+        for comparison, held in (("prefetch", None), ("prefetch, most adapters on disk", host_adapter_bytes))
     }
     memory = {"unified": make_system("slora", num_tokens=total)}
     for share in scale.splits:
@@ -97,8 +97,8 @@ def _figures(result: SimulationResult) -> dict[str, float]:
         "attainment": metrics.attainment,
         "most_running": max(sample.running for sample in result.pool),
         "preemptions": counters.preemptions,
-        "adapter_loads": counters.loads,
-        "adapter_hits": counters.hits,
+        "adapter_loads": counters.adapter_loads,
+        "adapter_hits": counters.adapter_hits,
         "disk_reads": counters.disk_reads,
         "copy_seconds": counters.copy_seconds,
         "stall_seconds": counters.stall_seconds,

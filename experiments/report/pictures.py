@@ -25,7 +25,7 @@ COLORS = {
 X_LABELS = {
     "adapters.count": "number of adapters",
     "workload.rate": "request rate (1/s)",
-    "system.tp": "devices",
+    "system.tensor_parallel_size": "devices",
     "workload.cv": "cv of the arrivals",
     "workload.alpha": "alpha (1: even, less: skewed)",
     "workload.exponent": "Zipf exponent of the adapters",

@@ -19,7 +19,7 @@ AXIS_LABELS = {
     "attainment": "SLO attainment",
     "satisfaction": "user satisfaction",
     "inter_token_latency": "mean inter-token latency (s)",
-    "loads": "adapters loaded",
+    "adapter_loads": "adapters loaded",
     "disk_reads": "adapters read from disk",
     "preemptions": "requests preempted",
     "prefix_hit_tokens": "prompt tokens from the cache",

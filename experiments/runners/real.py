@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,23 +22,19 @@ from experiments.systems.peft import PeftModel
 from experiments.workloads import Workload, engine_requests
 from slora_jax import ConfigError, Engine, EngineConfig
 from slora_jax.adapters import LoraAdapter, random_adapter, read_peft, write_peft
-from slora_jax.engine.runner import adapter_geometry
+from slora_jax.engine.sizing import adapter_geometry
 from slora_jax.memory import CostAware, EvictionPolicy, Immediate, Lru, RestoreCosts
+from slora_jax.metrics import Counters
 from slora_jax.models import ModelConfig, init_random, load_model
-from slora_jax.scheduling import OneAdapter, Policy, make_policy
+from slora_jax.scheduling import CoreConfig, OneAdapter, Policy, make_policy
 from slora_jax.simulation import ModelShape
 
-RENAMED = {
-    "max_tokens": "max_tokens_per_step",
-    "upload_pages": "upload_pages_per_step",
-    "host_bytes": "host_adapter_bytes",
-}
-SAME = ("page_size", "max_seqs", "admission", "prefetch", "prefix_cache", "adapter_slots", "tp", "tp_lora")
+SHARED = tuple(field.name for field in fields(CoreConfig))
 CONVERTED = ("num_tokens", "adapter_tokens", "eviction")
-"""Settings of `SystemConfig` that the engine has: under another name, the same one, or in other units."""
+"""Settings of `SystemConfig` that the engine has too: the same ones, and in other units."""
 
-PAPER = {"admission": "reserve", "prefetch": 0, "eviction": "immediate"}
-"""What the engine has of S-LoRA's scheduling, for systems whose name ends in "-paper"."""
+PAPER = {"admission": "reserve", "prefetch": 0, "prefix_cache": False, "eviction": "immediate"}
+"""The engine's part of S-LoRA's scheduling, for systems whose name ends in "-paper"."""
 
 
 WARM_UP_TOKENS = 3
@@ -178,10 +174,10 @@ def system_settings(run: RunConfig, max_model_len: int) -> SystemSettings:
     name = run.system.name.removesuffix("-paper")
     settings = dict(PAPER if run.system.name.endswith("-paper") else {}) | dict(run.system.settings)
     for setting in settings:
-        if setting not in (*RENAMED, *SAME, *CONVERTED):
+        if setting not in (*SHARED, *CONVERTED):
             raise ConfigError(
                 f"system.{setting}: is of the simulator only; leave it out, or use mode=simulated. The engine has "
-                f"{', '.join((*RENAMED, *SAME, *CONVERTED))}"
+                f"{', '.join((*SHARED, *CONVERTED))}"
             )
     if settings.get("num_tokens") is None:
         raise ConfigError("system.num_tokens: must be given in real mode")
@@ -189,16 +185,16 @@ def system_settings(run: RunConfig, max_model_len: int) -> SystemSettings:
     adapter_tokens = settings.get("adapter_tokens") or 0
     if name == "no-unify-mem" and not adapter_tokens:
         raise ConfigError("system.adapter_tokens: must be given for no-unify-mem in real mode")
-    fields = {RENAMED.get(key, key): value for key, value in settings.items() if key not in CONVERTED}
+    shared = {key: value for key, value in settings.items() if key not in CONVERTED}
     pages = (settings["num_tokens"] + adapter_tokens) // page_size
     engine = EngineConfig(
-        **({"prefix_cache": False} | fields),
+        **shared,
         dtype=run.engine.dtype,
         kernels=run.engine.kernels,
         num_pages=pages + 1,
         adapter_pages=adapter_tokens // page_size or None,
         max_model_len=max_model_len,
-        max_rank=max(run.adapters.ranks),
+        max_lora_rank=max(run.adapters.ranks),
         decode_buckets=run.engine.decode_buckets,
         mixed_buckets=run.engine.mixed_buckets,
         progress=False,
@@ -244,22 +240,7 @@ def _register(server: Engine, adapters: Mapping[str, _Adapter]) -> None:
         server.load_adapter(name, adapter.make(int(name)))
 
 
-def _counters(server: Engine | Packed) -> dict[str, int]:
-    """Of the server's life so far, by the names of the simulator's."""
-    stats = asdict(server.stats())
-    names = {
-        "steps": "steps",
-        "tokens_computed": "tokens_computed",
-        "loads": "adapter_loads",
-        "evictions": "adapter_evictions",
-        "hits": "adapter_hits",
-        "prefetch_hits": "prefetch_hits",
-        "prefetches_wasted": "prefetches_wasted",
-        "preemptions": "preemptions",
-        "aborts": "aborts",
-        "switches": "adapter_merges",
-        "prompt_tokens": "prompt_tokens",
-        "prefix_hit_tokens": "prefix_hit_tokens",
-        "prefix_evictions": "prefix_evictions",
-    }
-    return {ours: stats[theirs] for ours, theirs in names.items()}
+def _counters(server: Engine | Packed) -> dict[str, float]:
+    """Counters since the server was made."""
+    stats = server.stats()
+    return {field.name: getattr(stats, field.name) for field in fields(Counters)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from tqdm import tqdm
 from pallas_kernels.lora.layout import ceil_div
 from slora_jax import ConfigError, Delta, Engine, EngineConfig, EngineStats, RequestError, SamplingParams, SloraError
 from slora_jax.adapters import BaseGeometry, LoraAdapter, read_peft
-from slora_jax.engine.runner import adapter_geometry, longest_sequence, pool_shape
+from slora_jax.engine.sizing import adapter_geometry, longest_sequence, pool_shape
+from slora_jax.metrics import PAGE_KINDS, PoolPages
 from slora_jax.models import ModelConfig, Params, abstract_decoder, load_model
 
 
@@ -118,7 +119,12 @@ class Packed:
 
     def stats(self) -> EngineStats:
         """The sum over the replicas."""
-        return EngineStats(**_sum([asdict(engine.stats()) for engine in self.replicas.values()]))
+        all_stats = [engine.stats() for engine in self.replicas.values()]
+        pages = [vars(stats.pages) for stats in all_stats]
+        summed = {
+            name: sum(getattr(stats, name) for stats in all_stats) for name in vars(all_stats[0]) if name != "pages"
+        }
+        return EngineStats(**summed, pages=PoolPages(**{kind: sum(one[kind] for one in pages) for kind in PAGE_KINDS}))
 
     def close(self) -> None:
         for engine in self.replicas.values():
@@ -162,12 +168,6 @@ def merged(params: Params, adapter: LoraAdapter, geometry: BaseGeometry) -> Para
             dtype = layer[stack.name]["kernel"].dtype
             layers[index][stack.name] = layer[stack.name] | {"kernel": jnp.asarray(kernel, dtype)}
     return params | {"layers": layers}
-
-
-def _sum(values: list[Any]) -> Any:
-    if isinstance(values[0], dict):
-        return {key: _sum([value[key] for value in values]) for key in values[0]}
-    return sum(values)
 
 
 def _gib(nbytes: int) -> str:

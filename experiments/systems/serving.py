@@ -8,7 +8,6 @@ from typing import Protocol
 
 from experiments.systems.workload import Done, Run, Workload
 from slora_jax import Delta, RequestOutput, SamplingParams
-from slora_jax.metrics import RequestRecord
 from slora_jax.simulation import Arrivals
 
 LONGEST_NAP = 0.05
@@ -64,5 +63,5 @@ def serve(engine: Serving, workload: Workload, done: Done) -> Run:
             engine.step()
         raise
     numbers = range(len(workload))
-    records = [replace(RequestRecord.of(outputs[number]), arrival=start + arrived[number]) for number in numbers]
+    records = [replace(outputs[number].record(), arrival=start + arrived[number]) for number in numbers]
     return Run(records, [outputs[number].token_ids for number in numbers])

@@ -16,7 +16,7 @@ from experiments.systems.serving import serve
 from experiments.systems.settings import SystemSettings, settings_of
 from experiments.systems.workload import Run, Workload
 from slora_jax import ConfigError, Engine, EngineConfig
-from slora_jax.engine.runner import pool_shape
+from slora_jax.engine.sizing import pool_shape
 from slora_jax.metrics import RequestRecord
 from slora_jax.models import ModelConfig
 from slora_jax.scheduling import make_policy

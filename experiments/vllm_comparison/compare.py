@@ -17,7 +17,7 @@ from experiments.vllm_comparison.requests import Requests, make_requests
 from experiments.vllm_comparison.settings import Settings
 from experiments.vllm_comparison.worker import Answer, Worker, slora_worker, vllm_environment, vllm_worker
 from slora_jax.adapters import random_adapter, write_peft
-from slora_jax.engine.runner import adapter_geometry
+from slora_jax.engine.sizing import adapter_geometry
 from slora_jax.models import ModelConfig
 
 PAGE_SIZE = 16

@@ -17,7 +17,7 @@ class Settings:
       adapters: served by both sides, of `ranks` in turn, on q, k, v, o. vLLM holds all of them at once.
       requests: prompts of prompt_low..prompt_high tokens, with `output` new tokens each, all present at the start.
       many_adapters: two numbers of adapters of rank `many_rank`, for slora-jax alone, over `many_requests` requests.
-      max_seqs, max_tokens_per_step, max_model_len: limits of both sides.
+      max_num_seqs, max_num_batched_tokens, max_model_len: limits of both sides.
       num_pages: slora-jax's pool.
       vllm_kv_gib: vLLM's KV cache in GiB.
       vllm_eager: whether vLLM runs without torch.compile.
@@ -34,8 +34,8 @@ class Settings:
     many_adapters: tuple[int, int] = (5, 1000)
     many_rank: int = 16
     many_requests: int = 128
-    max_seqs: int = 64
-    max_tokens_per_step: int = 256
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 256
     max_model_len: int = 512
     num_pages: int = 1400
     vllm_kv_gib: int = 2
@@ -49,10 +49,10 @@ class Settings:
         return {
             "dtype": "float32",
             "num_pages": self.num_pages,
-            "max_seqs": self.max_seqs,
-            "max_tokens_per_step": self.max_tokens_per_step,
+            "max_num_seqs": self.max_num_seqs,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
             "max_model_len": self.max_model_len,
-            "max_rank": max(*self.ranks, self.many_rank),
+            "max_lora_rank": max(*self.ranks, self.many_rank),
             "prefix_cache": False,
             "host_adapter_bytes": 12 << 30,
             "progress": False,
@@ -62,8 +62,8 @@ class Settings:
         """Arguments of `vllm.LLM`. Without LoRA, vLLM runs its plain layers."""
         arguments = {
             "dtype": "float32",
-            "max_num_seqs": self.max_seqs,
-            "max_num_batched_tokens": self.max_tokens_per_step,
+            "max_num_seqs": self.max_num_seqs,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
             "max_model_len": self.max_model_len,
             "enable_prefix_caching": False,
             "enforce_eager": self.vllm_eager,
@@ -82,7 +82,7 @@ class Settings:
 
 QUICK = Settings(
     model=replace(peft_comparison.QUICK, hidden=128), adapters=3, ranks=(8, 16), requests=6, prompt_high=24, output=4,
-    many_adapters=(2, 10), many_rank=8, many_requests=10, max_seqs=8, max_tokens_per_step=32, max_model_len=64,
+    many_adapters=(2, 10), many_rank=8, many_requests=10, max_num_seqs=8, max_num_batched_tokens=32, max_model_len=64,
     num_pages=200, vllm_kv_gib=1, rounds=2, lora_rounds=2,
 )  # fmt: skip
 """A toy model, to see that the command works; its numbers mean nothing. Heads of 32: vLLM's CPU attention has none

@@ -79,7 +79,7 @@ class Server:
             graphdef=graphdef,
             params=params,
             pool=pool,
-            max_seqs=self.batch,
+            max_num_seqs=self.batch,
             max_pages_per_seq=ceil_div(model.max_tokens, size.page_size),
             max_rank=self.grid.max_rank,
         )

@@ -24,7 +24,7 @@ from slora_jax.analysis.ptxas import ptxas
 from slora_jax.analysis.targets import Target, compile_for, deviceless_mesh
 from slora_jax.engine import EngineConfig
 from slora_jax.engine.config import Bucket
-from slora_jax.engine.runner import longest_sequence, pool_shape, step_spec
+from slora_jax.engine.sizing import longest_sequence, pool_shape, step_spec
 from slora_jax.engine.step import (
     StepSpec,
     make_sampler,
@@ -91,8 +91,8 @@ class ProgramReport:
 @dataclass(frozen=True)
 class PoolReport:
     """The pool that the devices would hold (all bytes are one device's, of a tensor-parallel group), by the engine's
-    own rule: `memory_fraction` of what JAX's share of its memory (`gpu_memory_fraction`) leaves beside weights, the
-    largest program's temporaries and results, and the other arguments (adapter table, sequence state).
+    own rule: `gpu_memory_utilization` of what JAX's share of its memory (`gpu_memory_fraction`) leaves beside weights,
+    the largest program's temporaries and results, and the other arguments (adapter table, sequence state).
 
     num_pages includes the dummy page. fits: there is room for one sequence of the greatest length. tokens: of KV, if
     there were no adapters. adapters: of rank `adapter_rank` on every projection, if there were no KV.
@@ -109,7 +109,7 @@ class PoolReport:
     adapters: int
     memory_bytes: int
     gpu_memory_fraction: float
-    memory_fraction: float
+    gpu_memory_utilization: float
     weight_bytes: int
     temp_bytes: int
     other_bytes: int
@@ -117,15 +117,15 @@ class PoolReport:
 
 @dataclass(frozen=True)
 class CompileReport:
-    """tp, tp_lora: see `EngineConfig`. layers: of the model. compiled_layers: of the programs, whose bytes are for so
-    many; the pool is for them all."""
+    """tensor_parallel_size, tp_lora: see `EngineConfig`. layers: of the model. compiled_layers: of the programs, whose
+    bytes are for so many; the pool is for them all."""
 
     target: str
-    tp: int
+    tensor_parallel_size: int
     dtype: str
     layers: int
     compiled_layers: int
-    max_rank: int
+    max_lora_rank: int
     pool: PoolReport
     programs: tuple[ProgramReport, ...]
     tp_lora: str = "slora"
@@ -165,12 +165,12 @@ def compile_report(
     if config.dtype == "auto":
         config = dataclasses.replace(config, dtype="bfloat16")
     jobs, samplers = _jobs(config, programs)
-    if not 1 <= adapter_rank <= config.max_rank:
-        raise ConfigError(f"rank={adapter_rank}: must be in 1..max_rank={config.max_rank}")
+    if not 1 <= adapter_rank <= config.max_lora_rank:
+        raise ConfigError(f"rank={adapter_rank}: must be in 1..max_lora_rank={config.max_lora_rank}")
     if layers is not None and not 1 <= layers <= model.num_layers:
         raise ConfigError(f"layers={layers}: must be in 1..{model.num_layers}, the model's number of layers")
     longest = longest_sequence(model, config)
-    cut(model, config.tp, config.tp_lora)  # says what cannot be cut
+    cut(model, config.tensor_parallel_size, config.tp_lora)  # says what cannot be cut
     _require_compilers()
 
     num_layers = layers or model.num_layers
@@ -223,19 +223,19 @@ def compile_report(
         adapters=min(max(0, num_pages - 1) // adapter_pages, spec.pool.adapter_slots),
         memory_bytes=target.device.memory_bytes,
         gpu_memory_fraction=gpu_memory_fraction,
-        memory_fraction=config.memory_fraction,
+        gpu_memory_utilization=config.gpu_memory_utilization,
         weight_bytes=budget.weight_bytes,
         temp_bytes=temp,
         other_bytes=other,
     )
     return CompileReport(
         target=target.name,
-        tp=config.tp,
+        tensor_parallel_size=config.tensor_parallel_size,
         tp_lora=config.tp_lora,
         dtype=config.dtype,
         layers=model.num_layers,
         compiled_layers=num_layers,
-        max_rank=config.max_rank,
+        max_lora_rank=config.max_lora_rank,
         pool=pool,
         programs=tuple(done),
     )
@@ -243,11 +243,11 @@ def compile_report(
 
 @dataclass(frozen=True)
 class _Budget:
-    """Of one device. memory_bytes: JAX's. memory_fraction: the pool's share of what is left of it. weight_bytes and
-    page_bytes: of the model with all its layers."""
+    """Memory of one device. memory_bytes: JAX's. gpu_memory_utilization: the pool's share of what is left of it.
+    weight_bytes and page_bytes: of the model with all its layers."""
 
     memory_bytes: int
-    memory_fraction: float
+    gpu_memory_utilization: float
     weight_bytes: int
     page_bytes: int
 
@@ -262,12 +262,12 @@ class _Budget:
     ) -> _Budget:
         spec = _spec(model, model.num_layers, config, 2, parallel)
         memory = int(target.device.memory_bytes * gpu_memory_fraction)
-        return cls(memory, config.memory_fraction, _bytes(spec.params), spec.shard_pool.page_bytes)
+        return cls(memory, config.gpu_memory_utilization, _bytes(spec.params), spec.shard_pool.page_bytes)
 
     def pages(self, temp_bytes: int, other_bytes: int) -> int:
         """Pages there is room for; none or less where the rest takes it all."""
         free = self.memory_bytes - self.weight_bytes - temp_bytes - other_bytes
-        return int(free * self.memory_fraction) // self.page_bytes
+        return int(free * self.gpu_memory_utilization) // self.page_bytes
 
 
 def _say_misfit(step_bytes: int, num_pages: int, least: int, budget: _Budget) -> bool:
@@ -321,10 +321,12 @@ def _require_compilers() -> None:
 
 
 def _parallel(model: ModelConfig, target: Target, config: EngineConfig) -> TensorParallel | None:
-    """The model on `config.tp` absent devices."""
-    if config.tp == 1:
+    """The model on `config.tensor_parallel_size` absent devices."""
+    if config.tensor_parallel_size == 1:
         return None
-    return TensorParallel(cut(model, config.tp, config.tp_lora), deviceless_mesh(target, config.tp))
+    return TensorParallel(
+        cut(model, config.tensor_parallel_size, config.tp_lora), deviceless_mesh(target, config.tensor_parallel_size)
+    )
 
 
 def _spec(

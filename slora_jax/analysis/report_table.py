@@ -13,9 +13,11 @@ def report_table(report: CompileReport) -> str:
     if report.compiled_layers != report.layers:
         layers = f"ONLY {report.compiled_layers} of {layers} compiled; programs' bytes are for these"
     target = report.target
-    if report.tp > 1:
-        target = f"{report.tp} x {target} (bytes are one device's), adapters cut as {report.tp_lora!r}"
-    lines = [f"{target}, {report.dtype}, ranks up to {report.max_rank}, {layers}", *_pool(report.pool), ""]
+    if report.tensor_parallel_size > 1:
+        target = (
+            f"{report.tensor_parallel_size} x {target} (bytes are one device's), adapters cut as {report.tp_lora!r}"
+        )
+    lines = [f"{target}, {report.dtype}, ranks up to {report.max_lora_rank}, {layers}", *_pool(report.pool), ""]
     lines += _columns(
         ("program", "tokens", "seqs", "compile s", "arguments", "temporaries", "outputs", "in place", "pool"),
         [
@@ -58,7 +60,7 @@ def _pool(pool: PoolReport) -> Iterator[str]:
     yield (
         f"memory: {_size(pool.memory_bytes)}, of it {pool.gpu_memory_fraction:.0%} for JAX: weights "
         f"{_size(pool.weight_bytes)}, temporaries and results {_size(pool.temp_bytes)}, "
-        f"tables {_size(pool.other_bytes)}; of the rest {pool.memory_fraction:.0%} for the pool"
+        f"tables {_size(pool.other_bytes)}; of the rest {pool.gpu_memory_utilization:.0%} for the pool"
     )
     if not pool.num_pages:
         yield "pool: DOES NOT FIT: nothing is left for it"

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SloraError as error:
         print("slora: error:", " ".join(with_options(str(error), args).split()), file=sys.stderr)
         if isinstance(error, ProcessLostError):
-            from slora_jax.parallel.processes import EXIT_LOST
+            from slora_jax.distributed.group import EXIT_LOST
 
             return EXIT_LOST
         return 2

@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     option("--system", metavar="TEXT", help="instructions: the first message of every conversation")
     add_sampling_options(parser, max_tokens=512)
     add_verbose_option(parser)
-    parser.set_defaults(run=run, tp=1, process_id=None)
+    parser.set_defaults(run=run, tensor_parallel_size=1, process_id=None)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,9 +49,9 @@ def run(args: argparse.Namespace) -> int:
     model = ModelConfig.from_directory(args.model_dir)
     config = EngineConfig(
         dtype=args.dtype,
-        max_seqs=1,
+        max_num_seqs=1,
         max_model_len=min(args.max_model_len, model.max_position_embeddings),
-        mixed_buckets=(64, EngineConfig.max_tokens_per_step),
+        mixed_buckets=(64, EngineConfig.max_num_batched_tokens),
         lora="paged" if args.adapter else "off",
         compile_ahead=False,
     )

@@ -26,7 +26,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     option = parser.add_argument
     option("--model-config", metavar="FILE", type=Path, required=True, help="a Hugging Face config.json")
     option("--target", choices=tuple(DEVICES), required=True, help="the GPU")
-    option("--tp", metavar="N", type=count, default=1, help="GPUs the model is spread over (default: %(default)s)")
+    option(
+        "--tensor-parallel-size",
+        metavar="N",
+        type=count,
+        default=1,
+        help="GPUs the model is spread over (default: %(default)s)",
+    )
     option(
         "--tp-lora",
         choices=LORA_SHARDINGS,
@@ -34,9 +40,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="how adapters are cut: as S-LoRA does (the default), A and B as vLLM's default, or A by input everywhere",
     )
     option("--max-tokens", metavar="T", type=count, required=True, help="rows of the largest step")
-    option("--max-seqs", metavar="S", type=count, required=True, help="sequences running at once")
+    option("--max-num-seqs", metavar="S", type=count, required=True, help="sequences running at once")
     option("--json", metavar="FILE", type=Path, help="write the report there too")
-    option("--max-rank", metavar="R", type=count, default=64, help="largest LoRA rank served (default: %(default)s)")
+    option(
+        "--max-lora-rank", metavar="R", type=count, default=64, help="largest LoRA rank served (default: %(default)s)"
+    )
     option("--rank", metavar="R", type=count, default=16, help="rank to count adapters in (default: %(default)s)")
     option("--page-size", metavar="N", type=count, default=EngineConfig.page_size, help="tokens (default: %(default)s)")
     option("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of weights (default: %(default)s)")
@@ -58,7 +66,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="compile these only, e.g. decode_64,mixed_2048_lora",
     )
     option("--layers", metavar="N", type=count, help="compile so many layers only: faster, and labelled so")
-    parser.set_defaults(run=run, fields={"max_tokens_per_step": "max_tokens"})
+    parser.set_defaults(run=run, fields={"max_num_batched_tokens": "max_tokens"})
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,12 +80,12 @@ def run(args: argparse.Namespace) -> int:
     config = EngineConfig(
         dtype=args.dtype,
         page_size=args.page_size,
-        max_seqs=args.max_seqs,
-        max_tokens_per_step=args.max_tokens,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_tokens,
         max_model_len=args.max_model_len,
         adapter_slots=args.adapter_slots,
-        max_rank=args.max_rank,
-        tp=args.tp,
+        max_lora_rank=args.max_lora_rank,
+        tensor_parallel_size=args.tensor_parallel_size,
         tp_lora=args.tp_lora,
     )
     from slora_jax.models.config import ModelConfig, read_json

@@ -18,9 +18,9 @@ from slora_jax.phases import phase, report, seconds_since_start
 from slora_jax.scheduling.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from slora_jax.distributed.group import ProcessGroup
     from slora_jax.engine.engine import Engine
     from slora_jax.models.config import ModelConfig
-    from slora_jax.parallel.processes import ProcessGroup
 
 _ROWS = 64
 """The rows of the prefill program are a multiple of this."""
@@ -41,7 +41,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add_sampling_options(parser, max_tokens=128)
     add_verbose_option(parser)
     add_parallel_options(parser)
-    parser.set_defaults(run=run, tp=1)
+    parser.set_defaults(run=run, tensor_parallel_size=1)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     """Checks settings, model, adapters and prompt, in the order of what that costs; then loads and answers."""
     observe_phases(args)
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
-    check_processes(args, args.tp)
+    check_processes(args, args.tensor_parallel_size)
     check_adapters(args)
     if not args.prompt:
         raise ConfigError("--prompt='': must not be empty")
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     with join(args) or nullcontext() as processes:
         if processes is None or processes.is_leader:
             return _answer(args, prompt, params, model, config, tokenizer, processes)
-        from slora_jax.engine.follower import Follower
+        from slora_jax.distributed.follower import Follower
 
         Follower.from_pretrained(args.model_dir, config, processes).run()
     return 0
@@ -113,10 +113,10 @@ def _engine_config(args: argparse.Namespace, model: ModelConfig) -> EngineConfig
     """The settings, but for the number of pages and the rows of the prefill program."""
     return EngineConfig(
         dtype=args.dtype,
-        max_seqs=1,
+        max_num_seqs=1,
         max_model_len=min(args.max_model_len, model.max_position_embeddings),
-        mixed_buckets=(EngineConfig.max_tokens_per_step,),
-        tp=args.tp,
+        mixed_buckets=(EngineConfig.max_num_batched_tokens,),
+        tensor_parallel_size=args.tensor_parallel_size,
         lora="paged" if args.adapter else "off",
         compile_ahead=False,
     )
@@ -146,15 +146,13 @@ def _prompt(args: argparse.Namespace, model: ModelConfig, config: EngineConfig) 
 
 def _with_rows_for(prompt: list[int], config: EngineConfig) -> EngineConfig:
     """One prefill program, no larger than the prompt needs."""
-    rows = min(EngineConfig.max_tokens_per_step, -(-len(prompt) // _ROWS) * _ROWS)
-    return replace(config, max_tokens_per_step=rows, mixed_buckets=(rows,))
+    rows = min(EngineConfig.max_num_batched_tokens, -(-len(prompt) // _ROWS) * _ROWS)
+    return replace(config, max_num_batched_tokens=rows, mixed_buckets=(rows,))
 
 
 def import_engine(before: float) -> None:
     """Imports the engine. before: seconds that the process took for its other imports."""
     start = time.monotonic()
-    import slora_jax.engine.engine
-    import slora_jax.engine.follower  # noqa: F401
 
     report("imports", before + time.monotonic() - start)
 
@@ -171,10 +169,10 @@ def loaded_engine(
     from pallas_kernels.lora.layout import ceil_div
     from slora_jax.adapters import read_peft
     from slora_jax.engine.engine import Engine
-    from slora_jax.engine.runner import adapter_geometry
+    from slora_jax.engine.sizing import adapter_geometry
     from slora_jax.parallel.mesh import cut
 
-    geometry = adapter_geometry(model, config.page_size, cut(model, args.tp))
+    geometry = adapter_geometry(model, config.page_size, cut(model, args.tensor_parallel_size))
     adapters = {name: read_peft(directory, geometry) for name, directory in args.adapter}
     assert config.max_model_len is not None
     adapter_pages = [int(geometry.layout.num_pages(adapter.ranks.max(0))) for adapter in adapters.values()]

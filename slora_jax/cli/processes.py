@@ -9,7 +9,7 @@ from slora_jax.cli.values import count
 from slora_jax.errors import ConfigError
 
 if TYPE_CHECKING:
-    from slora_jax.parallel.processes import ProcessGroup
+    from slora_jax.distributed.group import ProcessGroup
 
 _TOGETHER = ("coordinator", "num_processes", "process_id")
 
@@ -18,7 +18,10 @@ def add_parallel_options(parser: argparse.ArgumentParser) -> None:
     """The options that `check_processes` and `join` read."""
     option = parser.add_argument_group("several devices, several processes").add_argument
     option(
-        "--tp", metavar="N", type=count, help="devices the model is cut over, of all processes together (default: 1)"
+        "--tensor-parallel-size",
+        metavar="N",
+        type=count,
+        help="devices the model is cut over, of all processes together (default: 1)",
     )
     option(
         "--coordinator",
@@ -42,7 +45,7 @@ def check_processes(args: argparse.Namespace, tp: int) -> None:
         if getattr(args, name) is None:
             raise ConfigError(f"{_option(name)} is missing: it goes with {', '.join(given)}")
     if args.num_processes > 1 and tp % args.num_processes:
-        raise ConfigError(f"--tp={tp}: must be a multiple of --num-processes={args.num_processes}")
+        raise ConfigError(f"--tensor-parallel-size={tp}: must be a multiple of --num-processes={args.num_processes}")
     if not args.join_timeout > 0:
         raise ConfigError(f"--join-timeout={args.join_timeout}: must be positive")
 
@@ -55,7 +58,7 @@ def join(args: argparse.Namespace) -> ProcessGroup | None:
     """
     if args.coordinator is None:
         return None
-    from slora_jax.parallel.join import join_processes
+    from slora_jax.distributed.join import join_processes
 
     return join_processes(args.coordinator, args.num_processes, args.process_id, timeout=args.join_timeout)
 

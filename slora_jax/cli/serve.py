@@ -31,7 +31,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     option("--port", metavar="N", type=int, help="to listen on (default: 8000; 0: any that is free)")
     option("--cors-origin", metavar="URL", action="append", help="of web pages that may call the service; *: any")
     option("--dtype", choices=DTYPES, help="of weights (default: float32 on a CPU, else bfloat16)")
-    option("--max-seqs", metavar="N", type=count, help=f"sequences running at once (default: {EngineConfig.max_seqs})")
+    option(
+        "--max-num-seqs",
+        metavar="N",
+        type=count,
+        help=f"sequences running at once (default: {EngineConfig.max_num_seqs})",
+    )
     option("--num-pages", metavar="N", type=count, help="pages of the pool (default: what memory allows)")
     option("--replicas", metavar="N", type=count, help="engines, behind Ray Serve if more than one (default: 1)")
     add_verbose_option(parser)
@@ -46,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         from slora_jax.serving.settings import ServerSettings
     except ImportError as error:
         raise _extra_missing(error) from error
-    engine = {"dtype": args.dtype, "max_seqs": args.max_seqs, "num_pages": args.num_pages, "tp": args.tp}
+    names = ("dtype", "max_num_seqs", "num_pages", "tensor_parallel_size")
     given = {
         "model_dir": args.model_dir,
         "adapters": args.adapters,
@@ -55,12 +60,12 @@ def run(args: argparse.Namespace) -> int:
         "port": args.port,
         "replicas": args.replicas,
         "cors_origins": args.cors_origin and tuple(args.cors_origin),
-        "engine": {name: value for name, value in engine.items() if value is not None},
+        "engine": {name: value for name in names if (value := getattr(args, name)) is not None},
     }
     settings = ServerSettings.from_file(args.config, **given)
     if settings.replicas > 1 and args.coordinator is not None:
         raise ConfigError(f"--replicas={settings.replicas}: of engines in one process each; leave --coordinator out")
-    check_processes(args, settings.engine.tp)
+    check_processes(args, settings.engine.tensor_parallel_size)
     from slora_jax.models.config import ModelConfig
 
     model = ModelConfig.from_directory(settings.model_dir)  # raises before anything listens
@@ -68,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
         from slora_jax.serving.serve import serve
     except ImportError as error:
         raise _extra_missing(error) from error
-    from slora_jax.engine.follower import Follower
-    from slora_jax.engine.runner import longest_sequence
+    from slora_jax.distributed.follower import Follower
+    from slora_jax.engine.sizing import longest_sequence
 
     longest_sequence(model, settings.engine)
     report("imports", seconds_since_start())

@@ -22,7 +22,7 @@ class Load:
       targets: Sets of target modules, equally common; a set may be listed more than once.
       requests: Number of requests.
       num_pages: Pages of the pool.
-      max_seqs: Requests that run at once.
+      max_num_seqs: Requests that run at once.
       max_model_len: Most tokens of prompt and answer together.
       checks: Answers compared with merged weights.
       chat: Whether prompts are questions in the model's chat template.
@@ -32,7 +32,7 @@ class Load:
     targets: tuple[tuple[str, ...], ...]
     requests: int
     num_pages: int
-    max_seqs: int
+    max_num_seqs: int
     max_model_len: int
     checks: int
     chat: bool
@@ -43,7 +43,7 @@ TINY_LOAD = Load(
     targets=(QV, ATTENTION, ALL),
     requests=300,
     num_pages=512,
-    max_seqs=32,
+    max_num_seqs=32,
     max_model_len=512,
     checks=13,
     chat=False,
@@ -53,7 +53,7 @@ CHAT_LOAD = Load(
     targets=(*[QV] * 6, ATTENTION, ALL),
     requests=80,
     num_pages=384,
-    max_seqs=32,
+    max_num_seqs=32,
     max_model_len=256,
     checks=6,
     chat=True,

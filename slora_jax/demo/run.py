@@ -50,12 +50,12 @@ def run_demo(settings: DemoSettings) -> bool:
     config = EngineConfig(
         dtype="float32",
         num_pages=settings.num_pages or load.num_pages,
-        max_seqs=load.max_seqs,
-        max_tokens_per_step=128,
+        max_num_seqs=load.max_num_seqs,
+        max_num_batched_tokens=128,
         max_model_len=load.max_model_len,
-        decode_buckets=(1, load.max_seqs) if load.chat else (load.max_seqs,),
+        decode_buckets=(1, load.max_num_seqs) if load.chat else (load.max_num_seqs,),
         mixed_buckets=(128,),
-        max_rank=max(load.ranks),
+        max_lora_rank=max(load.ranks),
         compilation_cache_dir=settings.directory / "compiled",
     )
     print("   Starting the engine. The first start compiles its programs; later starts find them on disk.", flush=True)

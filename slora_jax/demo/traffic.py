@@ -13,6 +13,7 @@ from tqdm import tqdm
 from slora_jax.demo.adapters import DemoAdapter
 from slora_jax.demo.corpus import QUESTIONS, SENTENCES
 from slora_jax.engine import Engine, EngineStats, RequestOutput
+from slora_jax.metrics import PoolPages
 from slora_jax.scheduling import SamplingParams
 
 BASE_ONLY = 0.1
@@ -76,7 +77,7 @@ def chat_prompt(tokenizer: Any, message: str) -> list[int]:
 def serve(engine: Engine, requests: Sequence[DemoRequest]) -> Served:
     """Adds each request at its step and steps the engine until all are answered, under a progress bar."""
     outputs: dict[str, RequestOutput] = {}
-    pages: list[dict[str, int]] = []
+    pages: list[PoolPages] = []
     waiting = list(enumerate(requests))[::-1]
     start = time.perf_counter()
     with tqdm(total=len(requests), desc="serving", unit="request") as bar:
@@ -101,5 +102,5 @@ def serve(engine: Engine, requests: Sequence[DemoRequest]) -> Served:
         outputs=[outputs[str(i)] for i in range(len(requests))],
         stats=engine.stats(),
         seconds=time.perf_counter() - start,
-        pages={kind: np.array([p[kind] for p in pages]) for kind in ("kv", "adapter", "free")},
+        pages={kind: np.array([getattr(p, kind) for p in pages]) for kind in ("kv", "adapter", "free")},
     )

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 from pallas_kernels.exports import exported
 
 if TYPE_CHECKING:
+    from slora_jax.distributed.follower import Follower
     from slora_jax.engine.config import EngineConfig
     from slora_jax.engine.engine import Engine
-    from slora_jax.engine.follower import Follower
     from slora_jax.engine.outputs import Delta, EngineStats, RequestOutput, TokenLogprobs
-    from slora_jax.engine.runner import adapter_geometry
+    from slora_jax.engine.sizing import adapter_geometry
     from slora_jax.engine.trace import Trace
 else:
     __getattr__, __dir__ = exported(
@@ -17,9 +17,9 @@ else:
         {
             "slora_jax.engine.config": ("EngineConfig",),
             "slora_jax.engine.engine": ("Engine",),
-            "slora_jax.engine.follower": ("Follower",),
+            "slora_jax.distributed.follower": ("Follower",),
             "slora_jax.engine.outputs": ("Delta", "EngineStats", "RequestOutput", "TokenLogprobs"),
-            "slora_jax.engine.runner": ("adapter_geometry",),
+            "slora_jax.engine.sizing": ("adapter_geometry",),
             "slora_jax.engine.trace": ("Trace",),
         },
     )

@@ -27,10 +27,11 @@ DENSE_ROWS = 8
 
 @dataclass(frozen=True)
 class SequenceState:
-    """What the device remembers of running sequences between steps, by sequence slot; the last slot absorbs padding.
+    """State of running sequences on the device, by sequence slot; the last slot absorbs padding.
 
-    page_table: int32 `[max_seqs + 1, max_pages]`. last_token: int32 `[max_seqs + 1]`, the newest sampled token, which
-    the next step reads before the host knows it.
+    Attributes:
+      page_table: int32 `[max_num_seqs + 1, max_pages]`.
+      last_token: int32 `[max_num_seqs + 1]`, the newest sampled token; the next step reads it before the host does.
     """
 
     page_table: jax.Array
@@ -72,7 +73,7 @@ class BatchLayout:
 
     bucket: Bucket
     page_size: int
-    max_seqs: int
+    max_num_seqs: int
     adapter_slots: int
     lora_tile_rows: int = 32  # most rows of a LoRA tile
 
@@ -144,7 +145,7 @@ def build_metadata(plan: StepPlan, layout: BatchLayout) -> tuple[np.ndarray, lis
     first_row = np.cumsum(count) - count
     context = np.array([s.start for s in sequences], np.int32)
 
-    view["slot"][:] = layout.max_seqs  # padding: the slot that absorbs it
+    view["slot"][:] = layout.max_num_seqs  # padding: the slot that absorbs it
     view["slot"][:n] = [r.slot for r in requests]
     view["first_row"][:n], view["length"][:n], view["context"][:n] = first_row, count, context
     view["adapter_slot"][:n] = np.maximum(adapter, 0)
@@ -205,7 +206,7 @@ def _put_page_deltas(view: dict[str, np.ndarray], sequences: list, layout: Batch
         column[at : at + count] = np.arange(first, end)
         page[at : at + count] = request.pages[first:end]
         at += count
-    slot[at:] = layout.max_seqs  # padding: the slot that absorbs it
+    slot[at:] = layout.max_num_seqs  # padding: the slot that absorbs it
 
 
 def _put_sampling(view: dict[str, np.ndarray], sequences: list[ScheduledSequence]) -> None:
@@ -262,7 +263,7 @@ def unpack(buffer: jax.Array, state: SequenceState, layout: BatchLayout) -> tupl
     seq = jnp.maximum(started.sum(1) - 1, 0)
     live = row < field["num_rows"][0]
     position = jnp.where(live, field["context"][seq] + row - field["first_row"][seq], 0)
-    slot = jnp.where(live, field["slot"][seq], layout.max_seqs)
+    slot = jnp.where(live, field["slot"][seq], layout.max_num_seqs)
     page = jnp.where(live, page_table[slot, position // layout.page_size], 0)
     token = jnp.where(field["token"] < 0, state.last_token[-1 - field["token"]], field["token"])
 

@@ -1,4 +1,4 @@
-"""The engine: requests in, tokens out. `step()` is schedule, dispatch, read back the step before."""
+"""The engine: adapter names, prompts and outputs around the core."""
 
 from __future__ import annotations
 
@@ -26,15 +26,17 @@ from slora_jax.engine.arrival import (
     require_kind,
 )
 from slora_jax.engine.config import EngineConfig
+from slora_jax.engine.core import EngineCore, Update
+from slora_jax.engine.device import Device
+from slora_jax.engine.device_executor import DeviceExecutor, DispatchedStep
 from slora_jax.engine.interrupts import InterruptHeld, uninterrupted
 from slora_jax.engine.outputs import Delta, EngineStats, Prompt, RequestOutput
+from slora_jax.engine.placement import Processes, load, place
 from slora_jax.engine.programs import keep_compiled_programs
-from slora_jax.engine.progress import Progress
-from slora_jax.engine.requests import Requests
-from slora_jax.engine.runner import InFlight, Runner, adapter_geometry, load, longest_sequence
+from slora_jax.engine.request_output import RequestOutputs
+from slora_jax.engine.sizing import adapter_geometry, longest_sequence
 from slora_jax.engine.text import load_tokenizer
-from slora_jax.engine.trace import NoTrace, Trace
-from slora_jax.engine.uploads import AdapterUploads
+from slora_jax.engine.trace import NO_TRACE, Trace
 from slora_jax.errors import AdapterError, ConfigError, RequestError
 from slora_jax.memory import (
     AdapterResidency,
@@ -44,12 +46,12 @@ from slora_jax.memory import (
     PageAllocator,
     PageKind,
     PrefixCache,
+    pool_pages,
 )
-from slora_jax.memory.prefix import PrefixCounters
+from slora_jax.metrics import FinishReason
 from slora_jax.models import ModelConfig, Params
 from slora_jax.models.config import model_names
 from slora_jax.parallel.mesh import cut
-from slora_jax.parallel.processes import ProcessGroup
 from slora_jax.phases import phase
 from slora_jax.scheduling import (
     AdapterUse,
@@ -60,11 +62,8 @@ from slora_jax.scheduling import (
     RequestMetrics,
     SamplingParams,
     Scheduler,
-    SchedulerLimits,
-    StepPlan,
 )
 
-NO_TRACE = NoTrace()
 PACKAGE = str(Path(__file__).parents[1])
 
 
@@ -85,19 +84,19 @@ class Engine:
         tokenizer: Any = None,
         policy: Policy | None = None,
         eviction: EvictionPolicy | None = None,
-        processes: ProcessGroup | None = None,
+        processes: Processes | None = None,
     ) -> None:
         """Compiles every step program (with a progress bar) and allocates the pool.
 
         Args:
-          params: as `models.load_model` or `models.init_random` return them; under `lora="merge"` they are the engine's
-            from now on, who changes them in place.
+          params: as `models.load_model` or `models.init_random` return them; under `lora="merge"` the engine changes
+            them in place.
           tokenizer: a `Tokenizer` or a fast Hugging Face one; without one, prompts are token ids and outputs have no
             text.
-          policy: who comes first (None: `Fcfs`; under `lora="merge"` `OneAdapter`).
-          eviction: what idle content leaves the pool first (None: `Lru`).
-          processes: those that serve the model together (`join_processes`); the engine is process 0's, the others each
-            run a `Follower`.
+          policy: order of requests (None: `Fcfs`; under `lora="merge"` `OneAdapter`).
+          eviction: order in which idle content leaves the pool (None: `Lru`).
+          processes: that serve the model together (`join_processes`); process 0 has the engine, the others each run a
+            `Follower`.
 
         Raises:
           ConfigError: settings and model, or policy, do not fit together; or the processes' settings differ.
@@ -114,38 +113,26 @@ class Engine:
         self.config = config
         self.tokenizer = tokenizer
         self.max_model_len = longest_sequence(model, config)
-        self._runner = Runner(model, graphdef, params, config, processes)
-        spill_dir = None if config.spill_dir is None else Path(config.spill_dir)
-        self.allocator = PageAllocator(self._runner.shape.num_pages, config.adapter_pages)
+        spec, params = place(model, graphdef, params, config, processes)
+        device = (Device if processes is None else processes.device)(spec, params, config)
+        self.allocator = PageAllocator(spec.pool.num_pages, config.adapter_pages)
         self.store = AdapterStore(
-            adapter_geometry(model, config.page_size, cut(model, config.tp, config.tp_lora)),
+            adapter_geometry(model, config.page_size, cut(model, config.tensor_parallel_size, config.tp_lora)),
             config.dtype,
             config.host_adapter_bytes,
-            spill_dir,
-            max_rank=config.max_rank,
+            None if config.spill_dir is None else Path(config.spill_dir),
+            max_rank=config.max_lora_rank,
             max_pages=min(self.allocator.capacity_for(PageKind.ADAPTER), self.allocator.capacity - 1),
         )
         evictor = Evictor(self.allocator, eviction or Lru())
-        self.residency = AdapterResidency(evictor, self._runner.shape.adapter_slots)
+        self.residency = AdapterResidency(evictor, spec.pool.adapter_slots)
         self.prefixes = PrefixCache(evictor, config.page_size) if config.prefix_cache else None
-        limits = SchedulerLimits(
-            config.max_seqs,
-            config.max_tokens_per_step,
-            config.page_size,
-            config.admission,
-            prefetch=config.prefetch,
-            upload_pages=config.upload_pages_per_step,
-        )
-        self._uploads = AdapterUploads(
-            self.store, self.residency, self._runner, lambda digest, why: self._requests.end_waiting(digest, why)
-        )
-        self.scheduler = Scheduler(self.residency, policy, limits, self._uploads.state, self.prefixes)
-        self._requests = Requests(self.scheduler, self.store, self._drop_if_unnamed)
-        self._in_flight: InFlight | None = None
-        self._trace = NO_TRACE
+        self.executor = DeviceExecutor(device, self.store, self.residency, keep_logits=config.keep_logits)
+        self.scheduler = Scheduler(self.residency, policy, config, self.executor, self.prefixes)
+        self.core: EngineCore[DispatchedStep] = EngineCore(self.scheduler, self.executor, time.perf_counter)
+        self._outputs = RequestOutputs(self.core, tokenizer, model.vocab_size)
+        self._unread: list[Delta] = []  # for the next step to return: of cancelled requests, and of another stream
         self._arrivals = 0
-        self._steps = self._computed = 0
-        self._host_seconds = 0.0
 
     @classmethod
     def from_pretrained(
@@ -156,7 +143,7 @@ class Engine:
         tokenizer: Any = None,
         policy: Policy | None = None,
         eviction: EvictionPolicy | None = None,
-        processes: ProcessGroup | None = None,
+        processes: Processes | None = None,
     ) -> Engine:
         """Loads a Hugging Face directory or a GGUF file: weights, and the tokenizer if one is there and none is given.
 
@@ -248,7 +235,7 @@ class Engine:
         request_id: str | None = None,
         tenant: str = "",
     ) -> str:
-        """Queues a request and returns its id. It runs as `step` is called. `tenant` is who is charged for it under a
+        """Queues a request and returns its id. It runs as `step` is called. `tenant` is charged for it under a
         fair-share policy: by default its adapter. If `max_tokens` is more than `max_model_len` leaves beside the
         prompt, the answer ends there, and a warning says so.
 
@@ -263,8 +250,8 @@ class Engine:
         ids = prompt_ids(prompt, self.tokenizer, self.model.vocab_size, self.max_model_len)
         if request_id is None:
             numbers = itertools.count(self._arrivals)
-            request_id = next(name for n in numbers if (name := f"request-{n}") not in self._requests.progress)
-        if request_id in self._requests.progress:
+            request_id = next(name for n in numbers if (name := f"request-{n}") not in self._outputs)
+        if request_id in self._outputs:
             raise RequestError(f"request_id={request_id!r} is in use by an unfinished request")
         room = self.max_model_len - len(ids)
         if params.max_tokens is not None and params.max_tokens > room:
@@ -288,18 +275,28 @@ class Engine:
             seed=params.seed if params.seed is not None else (self.config.seed * 0x9E3779B1 + self._arrivals) % 2**32,
             max_new=max_new,
             adapter=use,
-            metrics=RequestMetrics(arrival=time.perf_counter()),
+            metrics=RequestMetrics(arrival=self.core.clock()),
             tenant=tenant or adapter or "",
+            stop_token_ids=frozenset(params.stop_token_ids or ())
+            | frozenset(() if params.ignore_eos else self.model.eos_token_ids),
         )
         self._arrivals += 1
-        self._requests.add(Progress(request, adapter, self.tokenizer, self.model))
+        if use is not None:
+            self.store.pin(use.digest)
+        self._outputs.open(request, adapter)
+        self.core.add(request)
         return request_id
 
     @uninterrupted
     def cancel(self, request_id: str) -> bool:
         """Ends a request now; its pages are free when this returns, and the next `step` reports it. Returns whether
         there was such a request."""
-        return self._requests.cancel(request_id)
+        request = self.core.requests.get(request_id)
+        if request is None:
+            return False
+        self.core.finish(request, FinishReason.CANCELLED)
+        self._unread += self._deltas([Update(request, ended=True)])
+        return True
 
     def longest_request(self) -> int:
         """Most tokens of prompt and output that `max_model_len` and the pool have room for, without an adapter."""
@@ -307,39 +304,24 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether `step` has anything left to do or to report."""
-        return self.scheduler.has_work() or self._in_flight is not None or bool(self._requests.unread)
+        return self.core.has_work or bool(self._unread)
 
     def step(self) -> list[Delta]:
-        """Plans and dispatches one step, then reads the results of the step before. Returns what came, per request.
+        """Plans and dispatches one step, then reads the results of the step before. Returns the news of each request.
 
-        Ctrl-C takes effect after the step; what the step brought is returned by the next one.
+        Ctrl-C takes effect after the step; its deltas are then returned by the next one.
         """
-        with InterruptHeld() as interrupt, self._trace.step(self):
-            deltas = self._step()
+        counters = self.core.counters
+        with InterruptHeld() as interrupt, self.core.trace.step():
+            start, launch_seconds = time.thread_time(), counters.launch_seconds
+            updates = self.core.step()
+            with self.core.trace.span("outputs"):
+                deltas = self._deltas(updates)
+            counters.host_seconds += time.thread_time() - start - (counters.launch_seconds - launch_seconds)
+        deltas, self._unread = self._unread + deltas, []
         if interrupt.came:
-            self._requests.unread = deltas + self._requests.unread
+            self._unread = deltas
             raise KeyboardInterrupt
-        return deltas
-
-    def _step(self) -> list[Delta]:
-        cpu_start = time.thread_time()
-        self._uploads.land(self._trace)
-        plan = self._plan()
-        while not plan.sequences and self._in_flight is None and self._runner.has_staged:
-            self._uploads.land(self._trace, wait=True)  # no step is disturbed, and someone waits for just this
-            plan = self._plan()
-        dispatched = self._dispatch(plan) if plan.sequences else None
-        before, self._in_flight = self._in_flight, dispatched
-        if before is None and self._in_flight is None and self.scheduler.waiting and not self._requests.unread:
-            self._uploads.wait_for_disk(self.scheduler.waiting[0].adapter)
-        deltas = self._requests.take()
-        if before is not None:
-            with self._trace.span("wait for device"):
-                tokens = self._runner.read(before)
-            self._trace.tokens_read(before)
-            with self._trace.span("hand out tokens"):
-                deltas += self._requests.read(before, tokens, time.perf_counter())
-        self._host_seconds += time.thread_time() - cpu_start
         return deltas
 
     def generate(
@@ -357,8 +339,8 @@ class Engine:
         Raises:
           RequestError, AdapterError: as `add_request`, before anything runs.
         """
-        if self._requests.progress:
-            unfinished = ", ".join(list(self._requests.progress)[:8])
+        if self._outputs.ids:
+            unfinished = ", ".join(self._outputs.ids[:8])
             raise RequestError(
                 f"generate: {unfinished} unfinished: first run an open stream to its end or close() it, and drain "
                 "requests of add_request with step(), or cancel them"
@@ -380,7 +362,7 @@ class Engine:
                             outputs[delta.request_id] = delta.output
                             bar.update()
         except BaseException:
-            for request_id in list(self._requests.progress):  # also one whose id Ctrl-C kept from us
+            for request_id in self._outputs.ids:  # also one whose id Ctrl-C kept from us
                 self.cancel(request_id)
             self._drain()
             raise
@@ -427,40 +409,15 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counters and the state now."""
-        counters, evictor = self.residency.counters, self.residency.evictor
-        prefixes = PrefixCounters() if self.prefixes is None else self.prefixes.counters
         return EngineStats(
-            steps=self._steps,
-            tokens_computed=self._computed,
-            tokens_generated=self._requests.generated,
-            preemptions=self.scheduler.preemptions,
-            aborts=self.scheduler.aborts,
-            prompt_tokens=self.scheduler.prompt_tokens,
-            prefix_hit_tokens=prefixes.hits * self.config.page_size,
-            prefix_evictions=prefixes.evictions,
-            adapter_loads=counters.loads,
-            adapter_evictions=counters.evictions,
-            adapter_hits=counters.hits,
-            prefetch_hits=counters.prefetch_hits,
-            prefetches_wasted=counters.wasted,
-            uploads_in_flight=len(self.residency.arriving),
-            upload_bytes_in_flight=self.residency.pages_in_flight * self._runner.shape.page_bytes,
-            upload_bytes=self._uploads.pages * self._runner.shape.page_bytes,
-            adapter_merges=self._runner.merges,
-            resident_adapters=len(self.residency),
-            registered_adapters=self.store.stats().registered,
+            **vars(self.core.counters),
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
-            pages={
-                "free": self.allocator.num_free,
-                "kv": self.allocator.count(PageKind.KV),
-                "prefix": self.allocator.count(PageKind.PREFIX),
-                "adapter": self.allocator.count(PageKind.ADAPTER),
-            },
-            idle_prefix_pages=evictor.pages(PageKind.PREFIX),
-            idle_adapter_pages=evictor.pages(PageKind.ADAPTER),
-            host_seconds=self._host_seconds - self._runner.launch_seconds,
-            launch_seconds=self._runner.launch_seconds,
+            registered_adapters=self.store.stats().registered,
+            resident_adapters=len(self.residency),
+            pages=pool_pages(self.residency),
+            uploads_in_flight=len(self.residency.arriving),
+            upload_bytes_in_flight=self.executor.pages_in_flight * self.executor.page_bytes,
         )
 
     @contextmanager
@@ -471,32 +428,34 @@ class Engine:
         Raises:
           RequestError: a recording is under way.
         """
-        if self._trace is not NO_TRACE:
+        if self.core.trace is not NO_TRACE:
             raise RequestError("trace: a recording is under way; one at a time")
-        self._trace = trace = Trace(self)
+        names = {info.digest: info.name for info in self.adapters()}
+        self.core.trace = trace = Trace(self.scheduler, self.executor, names, self.executor.page_bytes)
         self.store.observe_disk(trace.disk)
         try:
             yield trace
         finally:
-            self._trace = NO_TRACE
+            self.core.trace = NO_TRACE
             self.store.observe_disk(None)
             if path is not None:
                 trace.write(path)
 
     def check(self) -> None:
-        """Compares every book with every other; raises `PoolError` on a leak. Cheap enough for each idle moment."""
-        self.scheduler.check()
+        """Compares the owners of pages with the allocator; raises `PoolError` on a leak. Cheap enough for each idle
+        moment."""
+        self.core.check()
 
     def close(self) -> None:
         """Cancels what runs, stops the store's thread and removes its temporary files; other processes' followers
         return."""
-        for request_id in list(self._requests.progress):
+        for request_id in self._outputs.ids:
             self.cancel(request_id)
         try:
             self._drain()
         finally:
             self.store.close()
-            self._runner.worker.close()
+            self.executor.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -506,48 +465,29 @@ class Engine:
 
     # Inside a step
 
-    def _plan(self) -> StepPlan:
-        """Plans a step, begins the copies that go beside it, and reports whom it gave up."""
-        with self._trace.span("schedule"):
-            plan = self.scheduler.schedule(time.perf_counter())
-            self._trace.planned(plan, self)
-        try:
-            self._uploads.stage(plan, self._trace)
-        except BaseException as error:
-            self._abandon(plan, f"the step failed: {error!r}")
-            raise
-        self._requests.end_aborted(plan)
-        self._uploads.end_lost()
-        return plan
-
-    def _dispatch(self, plan: StepPlan) -> InFlight:
-        try:
-            self._uploads.upload(plan, self._trace)
-            with self._trace.span("dispatch"):
-                step = self._runner.dispatch(plan)
-            self._trace.dispatched(step, plan)
-        except BaseException as error:
-            self._abandon(plan, f"the step failed: {error!r}")
-            raise
-        self._steps += 1
-        self._computed += plan.num_tokens
-        return step
-
-    def _abandon(self, plan: StepPlan, error: str) -> None:
-        """After a failure: ends the plan's requests; forgets what may not have reached the pool."""
-        self.scheduler.abandon(plan, lambda request: self._requests.end_failed(request, error))
-        self._uploads.abandon(plan)
+    def _deltas(self, updates: Sequence[Update[DispatchedStep]]) -> list[Delta]:
+        """News for clients. Adapters of requests that have ended are released."""
+        deltas = []
+        for update in updates:
+            delta = self._outputs.delta(update)
+            if delta is None:
+                continue
+            deltas.append(delta)
+            if delta.output is not None and update.request.adapter is not None:
+                self.store.unpin(update.request.adapter.digest)
+                self._drop_if_unnamed(update.request.adapter.digest)
+        return deltas
 
     def _drain(self) -> None:
-        while self.has_work() and not self._runner.worker.is_lost:
+        while self.has_work() and not self.executor.is_lost:
             self.step()
 
     def _stream(self, request_id: str) -> Iterator[Delta]:
         try:
             yield Delta(request_id, [], "")  # taken by `stream`
-            while self._requests.has(request_id):
+            while request_id in self._outputs or any(delta.request_id == request_id for delta in self._unread):
                 deltas = self.step()
-                self._requests.unread += [delta for delta in deltas if delta.request_id != request_id]
+                self._unread += [delta for delta in deltas if delta.request_id != request_id]
                 for delta in deltas:
                     if delta.request_id == request_id:
                         yield delta

@@ -9,7 +9,7 @@ switches the weights are off by about 2% (`tests/engine/test_lora_baselines.py` 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,64 +19,75 @@ from pallas_kernels.lora import AdapterTable, LoraLayout, Stack, xla
 from pallas_kernels.lora.layout import ceil_div
 from slora_jax.engine.step import StepSpec
 from slora_jax.memory import Pool, Resident
+from slora_jax.metrics import Counters
 from slora_jax.models import Params
 from slora_jax.scheduling import StepPlan
+
+
+class MergeDevice(Protocol):
+    """What `AdapterMerge` needs of a device."""
+
+    def merge(self, slot: int, sign: float) -> None:
+        """Adds `sign` times the adapter in `slot` to the weights."""
+
 
 Kernels = tuple[dict[str, jax.Array], ...]
 """By layer, the kernel `[d_in, d_out]` of each stack, by its name."""
 
 
 class AdapterMerge:
-    """Which adapter is in the weights, and the program that puts it there, compiled once.
+    """Tracks which adapter is in the weights, and has the device change it.
 
     An adapter that is merged may be evicted from the pool as soon as no request uses it; its pages are read for the
-    last time before anything is written there. So `before_upload` and `before_step` must be called in time; both return
-    the parameters to go on with. The given ones are donated.
+    last time before anything is written there. So `before_upload` and `before_step` must be called in time.
     """
 
-    def __init__(self, spec: StepSpec) -> None:
-        self.merges = 0
-        """Times that an adapter was put into the weights."""
+    def __init__(self, device: MergeDevice, counters: Counters) -> None:
+        self._device, self._counters = device, counters
         self._merged: Resident | None = None
         self._residents: dict[int, Resident] = {}  # by slot: the newest there
-        number = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
-        shapes = kernels(spec.params), spec.pool.pool_struct(), spec.pool.table_struct(), *number
-        self.program = make_merge(spec).lower(*shapes).compile()
 
-    def before_upload(self, params: Params, pool: Pool, table: AdapterTable, resident: Resident) -> Params:
+    def before_upload(self, resident: Resident) -> None:
         """`resident` is about to be written to its pages and slot."""
         merged = self._merged
         if merged is not None and merged.digest == resident.digest:
             self._merged = resident  # evicted while it was merged, and wanted again
         elif merged is not None and (resident.slot == merged.slot or np.intersect1d(resident.pages, merged.pages).size):
-            params = self._unmerge(params, pool, table)
+            self._unmerge()
         self._residents[resident.slot] = resident
-        return params
 
-    def before_step(self, params: Params, pool: Pool, table: AdapterTable, plan: StepPlan) -> Params:
+    def before_step(self, plan: StepPlan) -> None:
         """The step of `plan` follows, whose requests are of one adapter, or all of none."""
         wanted = {s.request.adapter_slot for s in plan.sequences}
         assert len(wanted) == 1, f"lora='merge': a step of several adapters' requests, slots {sorted(wanted)}"
         slot = wanted.pop()
         resident = None if slot < 0 else self._residents[slot]
         if resident is self._merged:
-            return params
+            return
         if self._merged is not None:
-            params = self._unmerge(params, pool, table)
+            self._unmerge()
         if resident is not None:
-            params = self._run(params, pool, table, resident, 1.0)
+            self._device.merge(resident.slot, 1.0)
             self._merged = resident
-            self.merges += 1
-        return params
+            self._counters.adapter_merges += 1
 
-    def _unmerge(self, params: Params, pool: Pool, table: AdapterTable) -> Params:
+    def _unmerge(self) -> None:
         assert self._merged is not None
-        params = self._run(params, pool, table, self._merged, -1.0)
+        self._device.merge(self._merged.slot, -1.0)
         self._merged = None
-        return params
 
-    def _run(self, params: Params, pool: Pool, table: AdapterTable, resident: Resident, sign: float) -> Params:
-        merged = self.program(kernels(params), pool, table, np.int32(resident.slot), np.float32(sign))
+
+class MergeProgram:
+    """The program that merges an adapter, compiled once."""
+
+    def __init__(self, spec: StepSpec) -> None:
+        number = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
+        shapes = kernels(spec.params), spec.pool.pool_struct(), spec.pool.table_struct(), *number
+        self._program = make_merge(spec).lower(*shapes).compile()
+
+    def __call__(self, params: Params, pool: Pool, table: AdapterTable, slot: int, sign: float) -> Params:
+        """The parameters with `sign` times the adapter in `slot`; the given ones are donated."""
+        merged = self._program(kernels(params), pool, table, np.int32(slot), np.float32(sign))
         layers = {
             index: layer | {name: layer[name] | {"kernel": kernel} for name, kernel in merged[index].items()}
             for index, layer in params["layers"].items()

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from slora_jax.scheduling import FinishReason, RequestMetrics
+from slora_jax.metrics import Counters, FinishReason, PoolPages, RequestRecord
+from slora_jax.scheduling import RequestMetrics
 
 Prompt = str | Sequence[int] | np.ndarray | Mapping[str, Any]
 """A string; token ids, in a list or an integer array (NumPy's, torch's or JAX's); or a mapping with `input_ids`, as
@@ -50,6 +51,24 @@ class RequestOutput:
     logits: np.ndarray | None = None
     error: str | None = None
 
+    def record(self) -> RequestRecord:
+        """The request, as `slora_jax.metrics` takes it."""
+        metrics = self.metrics
+        assert metrics.finished is not None
+        return RequestRecord(
+            request_id=self.request_id,
+            adapter=self.adapter,
+            prompt_tokens=len(self.prompt_token_ids),
+            output_tokens=len(self.token_ids),
+            finish_reason=self.finish_reason,
+            arrival=metrics.arrival,
+            finished=metrics.finished,
+            admitted=metrics.admitted,
+            first_token=metrics.first_token,
+            token_times=tuple(self.token_times),
+            cached_tokens=metrics.cached_tokens,
+        )
+
 
 @dataclass(frozen=True)
 class Delta:
@@ -74,48 +93,21 @@ class Delta:
         return None if self.output is None else self.output.finish_reason
 
 
-@dataclass(frozen=True)
-class EngineStats:
-    """Counters since the engine was made, and the state now.
+@dataclass(kw_only=True)
+class EngineStats(Counters):
+    """Counters since the engine was made, and its state now.
 
-    aborts: requests that the policy gave up before their first token.
-    adapter_loads: adapters given pages in the pool. adapter_hits: uses that found theirs still there from before.
-    prefetch_hits: adapters brought ahead that had landed by the time their first request could start.
-    prefetches_wasted: brought ahead, and evicted or wanted by nobody any more before any use.
-    uploads_in_flight: adapters whose copy to the device is under way; upload_bytes_in_flight: begun and not landed;
-    upload_bytes: copied to the device in all.
-    adapter_merges: times that an adapter was merged into the weights (`lora="merge"`).
-    prompt_tokens: known of requests when they were admitted (their prompts; after a preemption, their output too);
-    `prefix_hit_tokens` of them were in the prefix cache, the others are among `tokens_computed`.
-    pages: pool pages by kind: "free", "kv" (running requests' own), "prefix" (the prefix cache's, whether requests use
-    them or not), "adapter"; `idle_prefix_pages` and `idle_adapter_pages` of these may be evicted.
-    host_seconds: CPU time of the calling thread for planning, packing and handing out tokens, over all steps.
-    launch_seconds: its CPU time in the calls that hand uploads and steps to the device.
+    Attributes:
+      running, waiting: requests. registered_adapters: names in the store. resident_adapters: adapters in the pool.
+      pages: of the pool, by content.
+      uploads_in_flight: adapters whose copy to the device has begun and not landed; upload_bytes_in_flight: bytes of
+        those copies.
     """
 
-    steps: int
-    tokens_computed: int
-    tokens_generated: int
-    preemptions: int
-    aborts: int
-    prompt_tokens: int
-    prefix_hit_tokens: int
-    prefix_evictions: int
-    adapter_loads: int
-    adapter_evictions: int
-    adapter_hits: int
-    prefetch_hits: int
-    prefetches_wasted: int
-    uploads_in_flight: int
-    upload_bytes_in_flight: int
-    upload_bytes: int
-    adapter_merges: int
-    resident_adapters: int
-    registered_adapters: int
     running: int
     waiting: int
-    pages: dict[str, int]
-    idle_prefix_pages: int
-    idle_adapter_pages: int
-    host_seconds: float
-    launch_seconds: float
+    registered_adapters: int
+    resident_adapters: int
+    pages: PoolPages
+    uploads_in_flight: int
+    upload_bytes_in_flight: int

@@ -109,7 +109,7 @@ class ProgramCache:
 
 def _of_spec(spec: StepSpec) -> str:
     params = {path: (leaf.shape, str(leaf.dtype)) for path, leaf in traverse_util.flatten_dict(spec.params).items()}
-    numbers = (spec.max_seqs, spec.max_pages_per_seq, spec.max_rank, spec.kernels, spec.lora)
+    numbers = (spec.max_num_seqs, spec.max_pages_per_seq, spec.max_rank, spec.kernels, spec.lora)
     return repr((spec.model, spec.pool, sorted(params.items(), key=str), numbers))
 
 

@@ -16,13 +16,10 @@ from jax import lax
 
 from pallas_kernels.lora.layout import ceil_div
 from slora_jax.scheduling import MAX_LOGPROBS
+from slora_jax.scheduling.plan import NOT_FINITE
 
 CHUNK_ROWS = 32
 """Most rows that are worked on at a time: 16 MiB of float32 for a vocabulary of 128k."""
-
-
-NOT_FINITE = -1
-"""Token of a row whose largest logit is NaN or infinite."""
 
 
 @jax.tree_util.register_dataclass

@@ -129,7 +129,7 @@ class StepSpec:
     graphdef: Any
     params: Params  # `jax.ShapeDtypeStruct` leaves, placed if there are several shards
     pool: PoolShape
-    max_seqs: int
+    max_num_seqs: int
     max_pages_per_seq: int
     max_rank: int
     kernels: Implementation | None = None  # None: what the plan tables name for the device
@@ -186,14 +186,14 @@ class StepSpec:
         """How a bucket's metadata lies in its buffer."""
         rows = lora_tile_rows(self.pool.dtype, decode=bucket.decode, implementation=self.lora_kernels)
         return BatchLayout(
-            bucket, self.pool.page_size, self.max_seqs, self.pool.adapter_slots, min(bucket.tokens, rows)
+            bucket, self.pool.page_size, self.max_num_seqs, self.pool.adapter_slots, min(bucket.tokens, rows)
         )
 
     def state_struct(self) -> SequenceState:
         """Shapes of the device's sequence state."""
         return SequenceState(
-            page_table=jax.ShapeDtypeStruct((self.max_seqs + 1, self.max_pages_per_seq), jnp.int32),  # type: ignore[arg-type]
-            last_token=jax.ShapeDtypeStruct((self.max_seqs + 1,), jnp.int32),  # type: ignore[arg-type]
+            page_table=jax.ShapeDtypeStruct((self.max_num_seqs + 1, self.max_pages_per_seq), jnp.int32),  # type: ignore[arg-type]
+            last_token=jax.ShapeDtypeStruct((self.max_num_seqs + 1,), jnp.int32),  # type: ignore[arg-type]
         )
 
     def make_state(self) -> SequenceState:

@@ -11,20 +11,15 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from slora_jax.metrics import PoolPages, PoolSample, PoolStay
-
-if TYPE_CHECKING:
-    from slora_jax.adapters import AdapterTiles
-    from slora_jax.engine.engine import Engine
-    from slora_jax.engine.runner import InFlight
-    from slora_jax.memory import Resident, Upload
-    from slora_jax.scheduling import StepPlan
+from slora_jax.memory import Resident, Upload, pool_pages
+from slora_jax.metrics import PoolSample, PoolStay
+from slora_jax.scheduling import AdapterSource, Scheduler, StepPlan
 
 HOST, UPLOADS, DEVICE = "host", "adapter uploads", ("device, even steps", "device, odd steps")
 """Names of tracks. At most two steps are in flight, the newer one dispatched before the older is read: two tracks."""
@@ -32,12 +27,11 @@ HOST, UPLOADS, DEVICE = "host", "adapter uploads", ("device, even steps", "devic
 
 @dataclass
 class _Copy:
-    """An adapter on its way to the pool. lane: the lowest that no other copy has. steps: the numbers of those before
-    which some of its pages landed."""
+    """The upload of an adapter. lane: the lowest that no other copy has. steps: the numbers of those before which some
+    of its pages landed."""
 
     resident: Resident
     adapter: str
-    nbytes: int
     lane: int
     start: float
     steps: list[int] = field(default_factory=list)
@@ -48,32 +42,35 @@ class NoTrace:
 
     _NOTHING = nullcontext()
 
-    def step(self, engine: Engine) -> AbstractContextManager[None]:
-        """Spans one call of `Engine.step`; ends with a sample of queues and pool."""
+    def step(self) -> AbstractContextManager[None]:
+        """Spans one step of the core; ends with a sample of queues and pool."""
         return self._NOTHING
 
     def span(self, name: str) -> AbstractContextManager[None]:
         """Spans a part of the host's step."""
         return self._NOTHING
 
-    def upload(self, resident: Resident, tiles: AdapterTiles) -> AbstractContextManager[None]:
+    def upload(self, resident: Resident) -> AbstractContextManager[None]:
         """Spans the call that hands an adapter's tiles to the device. The copy itself may run on after it."""
         return self._NOTHING
 
-    def staged(self, upload: Upload, tiles: AdapterTiles) -> None:
+    def staged(self, upload: Upload) -> None:
         """The copy of some pages of an adapter has begun, beside the steps."""
 
     def landed(self, upload: Upload) -> None:
         """These pages are in the pool for the next step; or their adapter was evicted meanwhile."""
 
-    def planned(self, plan: StepPlan, engine: Engine) -> None:
-        """Notes which adapters the plan brought to the pool and which had to leave."""
+    def planned(self, plan: StepPlan, scheduler: Scheduler) -> None:
+        """Records which adapters the plan gave pages, and which were evicted."""
 
-    def dispatched(self, step: InFlight, plan: StepPlan) -> None:
-        """A step is with the device from now on."""
+    def dispatched(self, step: object, plan: StepPlan) -> None:
+        """The device has a step from now on."""
 
-    def tokens_read(self, step: InFlight) -> None:
+    def tokens_read(self, step: object) -> None:
         """A step's tokens are on the host."""
+
+
+NO_TRACE = NoTrace()
 
 
 class Trace(NoTrace):
@@ -83,7 +80,11 @@ class Trace(NoTrace):
     samples: queues and pool after each step. An adapter's leaving between steps is noticed by the next plan.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self, scheduler: Scheduler, adapters: AdapterSource, names: Mapping[str, str], page_bytes: int
+    ) -> None:
+        """names: of registered adapters, by digest. page_bytes: bytes of a page over all layers."""
+        self._scheduler, self._adapters, self._page_bytes = scheduler, adapters, page_bytes
         self.samples: list[PoolSample] = []
         self._events: list[dict[str, Any]] = []
         self._in_flight: dict[int, tuple[float, int, dict[str, int]]] = {}  # by id: dispatched, number, about it
@@ -91,20 +92,19 @@ class Trace(NoTrace):
         self._copies: dict[int, _Copy] = {}  # by id of the resident
         self._landed = 0  # adapters since the last dispatch
         self._ended: list[PoolStay] = []
-        names = {info.digest: info.name for info in engine.adapters()}
-        self._resident = {r.digest: (r, _stay(r, names, None)) for r in engine.residency.residents}
+        self._resident = {r.digest: (r, _stay(r, names, None)) for r in scheduler.residency.residents}
         self.start = time.perf_counter()
-        self.sample(engine)
+        self.sample()
 
     def stays(self) -> list[PoolStay]:
         """Adapters' times in the pool, those that ended first."""
         return self._ended + [stay for _, stay in self._resident.values()]
 
     @contextmanager
-    def step(self, engine: Engine) -> Iterator[None]:
+    def step(self) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.sample(engine)
+        self.sample()
         self._complete(HOST, "step", start)
 
     @contextmanager
@@ -114,19 +114,20 @@ class Trace(NoTrace):
         self._complete(HOST, name, start)
 
     @contextmanager
-    def upload(self, resident: Resident, tiles: AdapterTiles) -> Iterator[None]:
+    def upload(self, resident: Resident) -> Iterator[None]:
         start = time.perf_counter()
         yield
         adapter = self._resident[resident.digest][1].adapter
-        self._complete(UPLOADS, adapter, start, bytes=tiles.nbytes, pages=tiles.num_pages, slot=resident.slot)
+        pages = resident.num_pages
+        self._complete(UPLOADS, adapter, start, bytes=pages * self._page_bytes, pages=pages, slot=resident.slot)
 
-    def staged(self, upload: Upload, tiles: AdapterTiles) -> None:
+    def staged(self, upload: Upload) -> None:
         resident = upload.resident
         if id(resident) not in self._copies:
             lanes = {copy.lane for copy in self._copies.values()}
             lane = next(n for n in itertools.count() if n not in lanes)
             name = self._resident[resident.digest][1].adapter
-            self._copies[id(resident)] = _Copy(resident, name, tiles.nbytes, lane, time.perf_counter())
+            self._copies[id(resident)] = _Copy(resident, name, lane, time.perf_counter())
 
     def landed(self, upload: Upload) -> None:
         resident = upload.resident
@@ -137,31 +138,31 @@ class Trace(NoTrace):
             self._landed += 1
             self._copied(self._copies.pop(id(resident)))
 
-    def planned(self, plan: StepPlan, engine: Engine) -> None:
+    def planned(self, plan: StepPlan, scheduler: Scheduler) -> None:
         now = time.perf_counter()
         for key, copy in list(self._copies.items()):
             if not copy.resident.present:
                 self._copied(self._copies.pop(key))
         names = {use.digest: use.name for s in plan.sequences if (use := s.request.adapter) is not None}
-        residents = {r.digest: r for r in engine.residency.residents}
+        residents = {r.digest: r for r in scheduler.residency.residents}
         for digest, (resident, stay) in list(self._resident.items()):
             if residents.get(digest) is not resident:  # gone; or gone and back within one plan
                 self._ended.append(PoolStay(stay.adapter, digest, stay.pages, stay.loaded, now))
                 del self._resident[digest]
         for digest, resident in residents.items():
             if digest not in self._resident:
-                waiting = engine.scheduler.waiting.by_adapter.get(digest)
-                if waiting and (use := waiting[0].adapter) is not None:  # it was brought for this one
+                waiting = scheduler.waiting.by_adapter.get(digest)
+                if waiting and (use := waiting[0].adapter) is not None:  # prefetched for this one
                     names[digest] = use.name
                 self._resident[digest] = (resident, _stay(resident, names, now))
 
-    def dispatched(self, step: InFlight, plan: StepPlan) -> None:
+    def dispatched(self, step: object, plan: StepPlan) -> None:
         uploads, self._landed = self._landed + len(plan.loads), 0
         about = {"tokens": plan.num_tokens, "sequences": len(plan.sequences), "uploads": uploads}
         self._in_flight[id(step)] = (time.perf_counter(), self._steps, about)
         self._steps += 1
 
-    def tokens_read(self, step: InFlight) -> None:
+    def tokens_read(self, step: object) -> None:
         if id(step) in self._in_flight:  # the first one may have been dispatched before the recording began
             start, number, about = self._in_flight.pop(id(step))
             self._complete(DEVICE[number % 2], f"step {number}", start, **about)
@@ -170,20 +171,17 @@ class Trace(NoTrace):
         """A read or write of `nbytes` from `start` until now by the calling thread. For any thread."""
         self._complete(f"disk: {threading.current_thread().name}", name, start, bytes=nbytes, digest=digest[:12])
 
-    def sample(self, engine: Engine) -> None:
-        """Takes down queues and pool as they are now."""
-        stats = engine.stats()
-        idle, idle_prefix = stats.idle_adapter_pages, stats.idle_prefix_pages
-        pages = PoolPages(
-            free=stats.pages["free"],
-            kv=stats.pages["kv"],
-            prefix_in_use=stats.pages["prefix"] - idle_prefix,
-            prefix_idle=idle_prefix,
-            adapter_in_use=stats.pages["adapter"] - idle,
-            adapter_idle=idle,
-        )
+    def sample(self) -> None:
+        """Records queues and pool as they are now."""
+        scheduler = self._scheduler
         self.samples.append(
-            PoolSample(time.perf_counter(), pages, stats.running, stats.waiting, stats.upload_bytes_in_flight)
+            PoolSample(
+                time.perf_counter(),
+                pool_pages(scheduler.residency),
+                len(scheduler.running),
+                len(scheduler.waiting),
+                self._adapters.pages_in_flight * self._page_bytes,
+            )
         )
 
     def events(self) -> list[dict[str, Any]]:
@@ -218,9 +216,15 @@ class Trace(NoTrace):
     def _copied(self, copy: _Copy) -> None:
         resident = copy.resident
         self._complete(
-            UPLOADS if not copy.lane else f"{UPLOADS} {copy.lane + 1}", copy.adapter, copy.start, bytes=copy.nbytes,
-            pages=resident.num_pages, slot=resident.slot, before_steps=copy.steps, given_up=not resident.present,
-        )  # fmt: skip
+            UPLOADS if not copy.lane else f"{UPLOADS} {copy.lane + 1}",
+            copy.adapter,
+            copy.start,
+            bytes=resident.num_pages * self._page_bytes,
+            pages=resident.num_pages,
+            slot=resident.slot,
+            before_steps=copy.steps,
+            given_up=not resident.present,
+        )
 
     def _complete(self, track: str, name: str, start: float, **args: object) -> None:
         """One event on a track from `start` (or the recording's) until now."""
@@ -234,6 +238,6 @@ class Trace(NoTrace):
         return round((seconds - self.start) * 1e6, 3)
 
 
-def _stay(resident: Resident, names: dict[str, str], loaded: float | None) -> PoolStay:
+def _stay(resident: Resident, names: Mapping[str, str], loaded: float | None) -> PoolStay:
     digest = resident.digest
     return PoolStay(names.get(digest, digest[:12]), digest, resident.pages.size, loaded)

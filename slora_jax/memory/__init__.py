@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from slora_jax.memory.eviction import CostAware, EvictionPolicy, Evictor, Immediate, Lru, RestoreCosts
     from slora_jax.memory.pool import Pool, PoolShape, upload_adapter
     from slora_jax.memory.prefix import PrefixCache, PrefixNode
-    from slora_jax.memory.residency import AdapterResidency, Resident, Upload
+    from slora_jax.memory.residency import AdapterResidency, Resident, Upload, pool_pages
 else:
     __getattr__, __dir__ = exported(
         __name__,
@@ -18,7 +18,7 @@ else:
             "slora_jax.memory.eviction": ("CostAware", "EvictionPolicy", "Evictor", "Immediate", "Lru", "RestoreCosts"),
             "slora_jax.memory.pool": ("Pool", "PoolShape", "upload_adapter"),
             "slora_jax.memory.prefix": ("PrefixCache", "PrefixNode"),
-            "slora_jax.memory.residency": ("AdapterResidency", "Resident", "Upload"),
+            "slora_jax.memory.residency": ("AdapterResidency", "Resident", "Upload", "pool_pages"),
         },
     )
 
@@ -39,5 +39,6 @@ __all__ = [
     "Resident",
     "RestoreCosts",
     "Upload",
+    "pool_pages",
     "upload_adapter",
 ]

@@ -9,14 +9,19 @@ from dataclasses import dataclass, field
 
 from slora_jax.errors import ConfigError, PoolError
 from slora_jax.memory.allocator import PageAllocator, PageKind
+from slora_jax.metrics import Counters
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class Evictable:
-    """Something in the pool that may be idle: its pages' kind and number, and how often it was used while there.
+    """Content of the pool that may become idle.
 
-    priority: what the policy gave it when it became idle. idle_since: a number that grows, 0 while it is in use.
-    exposed: whether it may go. awaited: 0, or how far back in the queue the first request is that waits for it, from 1.
+    Attributes:
+      kind, num_pages: of its pages. uses: how often it was used while in the pool.
+      priority: what the policy gave it when it became idle.
+      idle_since: a number that grows, 0 while it is in use.
+      exposed: whether it may be evicted.
+      awaited: position in the queue of the first request that waits for it, from 1; 0: none.
     """
 
     kind: PageKind
@@ -113,19 +118,21 @@ Entry = tuple[float, int, Evictable]
 
 
 class Evictor:
-    """Knows what in the pool is idle, and evicts by the policy when pages are wanted.
+    """Tracks idle content of the pool, and evicts it in the order of the policy when pages are wanted.
 
-    An owner of a kind of pages says how one of its items goes (`owns`), and tells when items become idle (`add`) and
-    are used again (`remove`). An item that others of its kind rest upon is idle but not exposed: it counts, and can go
-    only after these (`expose`). Every operation is logarithmic in the number of idle items.
+    The owner of a kind of pages says how one of its items is evicted (`register`), and reports when an item becomes
+    idle (`add`) and is used again (`remove`). A prefix node with children is idle but not exposed: it is evictable only
+    after its children (`expose`). Every operation is logarithmic in the number of idle items.
 
-    Idle items that waiting requests want (`await_`) go only when nothing else is left, whatever the policy, the one
-    farthest back in the queue first; and not at all where `spare=True` is said, on behalf of others behind it.
+    Idle items that waiting requests want (`await_`) are evicted last, whatever the policy, the one farthest back in the
+    queue first; with `protect_awaited=True` not at all.
     """
 
-    def __init__(self, allocator: PageAllocator, policy: EvictionPolicy) -> None:
+    def __init__(self, allocator: PageAllocator, policy: EvictionPolicy, counters: Counters | None = None) -> None:
+        """counters: of the engine; None: new ones."""
         self.allocator = allocator
         self.policy = policy
+        self.counters = Counters() if counters is None else counters
         self._evict: dict[PageKind, Callable[[Evictable], None]] = {}
         self._heaps: dict[PageKind, list[Entry]] = {}
         self._pages: dict[PageKind, int] = {}
@@ -133,8 +140,8 @@ class Evictor:
         self._awaited_pages: dict[PageKind, int] = {}
         self._turns = itertools.count(1)
 
-    def owns(self, kind: PageKind, evict: Callable[[Evictable], None]) -> None:
-        """`evict(item)` frees the pages of an idle item of this kind and forgets it."""
+    def register(self, kind: PageKind, evict: Callable[[Evictable], None]) -> None:
+        """Registers a kind of pages. `evict(item)` frees the pages of an idle item of this kind and forgets it."""
         self._evict[kind] = evict
         self._heaps[kind] = []
         self._pages[kind] = self._awaited_pages[kind] = 0
@@ -144,27 +151,27 @@ class Evictor:
         """Idle pages of this kind."""
         return self._pages.get(kind, 0)
 
-    def has_idle(self, kind: PageKind, spare: bool = False) -> bool:
-        """Whether anything of this kind could go."""
-        return self._top(kind) is not None or (not spare and bool(self._awaited[kind]))
+    def has_idle(self, kind: PageKind, protect_awaited: bool = False) -> bool:
+        """Whether anything of this kind is evictable."""
+        return self._top(kind) is not None or (not protect_awaited and bool(self._awaited[kind]))
 
-    def within_reach(self, kind: PageKind, spare: bool = False) -> int:
+    def available(self, kind: PageKind, protect_awaited: bool = False) -> int:
         """Pages that could be allocated for this kind: free ones, and idle ones that share their room."""
         return self.allocator.available(kind) + sum(
-            pages - (self._awaited_pages[other] if spare else 0)
+            pages - (self._awaited_pages[other] if protect_awaited else 0)
             for other, pages in self._pages.items()
             if self.allocator.shares_room(kind, other)
         )
 
-    def can_make_room(self, kv_pages: int, adapter_pages: int, spare: bool = False) -> bool:
+    def can_make_room(self, kv_pages: int, adapter_pages: int, protect_awaited: bool = False) -> bool:
         """Whether so many pages can be allocated for keys and values and for adapters together."""
-        within_reach = self.within_reach(PageKind.KV, spare)
+        available = self.available(PageKind.KV, protect_awaited)
         if self.allocator.shares_room(PageKind.KV, PageKind.ADAPTER):
-            return kv_pages + adapter_pages <= within_reach
-        return kv_pages <= within_reach and adapter_pages <= self.within_reach(PageKind.ADAPTER, spare)
+            return kv_pages + adapter_pages <= available
+        return kv_pages <= available and adapter_pages <= self.available(PageKind.ADAPTER, protect_awaited)
 
     def add(self, item: Evictable, exposed: bool = True) -> None:
-        """The item is idle from now on. Under a policy that keeps nothing it goes at once, unless it is awaited."""
+        """Records that the item is idle. Under a policy that keeps nothing it is evicted at once, unless awaited."""
         item.idle_since = next(self._turns)
         item.priority = self.policy.priority(item)
         self._pages[item.kind] += item.num_pages
@@ -175,7 +182,7 @@ class Evictor:
             self.expose(item)
 
     def expose(self, item: Evictable) -> None:
-        """Nothing rests upon this idle item any more: it may go."""
+        """Makes this idle item evictable."""
         item.exposed = True
         if not self.policy.keeps_idle:
             self.evict(item)
@@ -187,8 +194,8 @@ class Evictor:
             heapq.heapify(heap)
 
     def await_(self, item: Evictable, position: int) -> None:
-        """The first request that waits for this item, idle or in use, is the `position`th from 1; 0: none does any
-        more. Only for items that nothing rests upon."""
+        """Sets the position, from 1, of the first request that waits for this item, idle or in use; 0: none does. Only
+        for items without children."""
         if not item.idle or bool(item.awaited) == bool(position):
             item.awaited = position
             return
@@ -197,7 +204,7 @@ class Evictor:
         self.add(item)
 
     def remove(self, item: Evictable) -> None:
-        """The item is in use again."""
+        """Records that the item is in use again."""
         if self._awaited[item.kind].pop(item.idle_since, None) is not None:
             self._awaited_pages[item.kind] -= item.num_pages
         item.idle_since = 0
@@ -205,34 +212,35 @@ class Evictor:
         self._pages[item.kind] -= item.num_pages
 
     def evict(self, item: Evictable) -> None:
-        """This idle item goes now."""
+        """Evicts this idle item now."""
         self.remove(item)
         self._evict[item.kind](item)
 
-    def evict_one(self, kind: PageKind, spare: bool = False) -> None:
-        """The first of this kind goes.
+    def evict_one(self, kind: PageKind, protect_awaited: bool = False) -> None:
+        """Evicts the first item of this kind.
 
         Raises:
           PoolError: none is idle.
         """
-        item = self._first([kind], spare)
+        item = self._first([kind], protect_awaited)
         if item is None:
             raise PoolError(f"no idle {kind.name} can be evicted")
         self._evict_first(item)
 
-    def make_room(self, count: int, kind: PageKind, spare: bool = False) -> bool:
-        """Evicts until `count` pages can be allocated for `kind`, or nothing is left to go. Whether they can."""
+    def make_room(self, count: int, kind: PageKind, protect_awaited: bool = False) -> bool:
+        """Evicts until `count` pages can be allocated for `kind`, or nothing evictable is left. Returns whether they
+        can."""
         kinds: list[PageKind] | None = None
         while self.allocator.available(kind) < count:
             if kinds is None:
                 kinds = [other for other in self._heaps if self.allocator.shares_room(kind, other)]
-            item = self._first(kinds, spare)
+            item = self._first(kinds, protect_awaited)
             if item is None:
                 return False
             self._evict_first(item)
         return True
 
-    def _first(self, kinds: list[PageKind], spare: bool) -> Evictable | None:
+    def _first(self, kinds: list[PageKind], protect_awaited: bool) -> Evictable | None:
         """The first to go of these kinds: awaited ones only when there are no others, the farthest back first."""
         first: Entry | None = None
         for kind in kinds:
@@ -240,7 +248,7 @@ class Evictor:
                 first = self._heaps[kind][0]
         if first is not None:
             return first[2]
-        awaited = [] if spare else [item for kind in kinds for item in self._awaited[kind].values()]
+        awaited = [] if protect_awaited else [item for kind in kinds for item in self._awaited[kind].values()]
         return max(awaited, key=lambda item: item.awaited, default=None)
 
     def _evict_first(self, item: Evictable) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -41,15 +40,6 @@ class PrefixNode(Evictable):
             node = node.parent
 
 
-@dataclass
-class PrefixCounters:
-    """Since the engine's start, in pages: found and shared, registered, evicted."""
-
-    hits: int = 0
-    inserts: int = 0
-    evictions: int = 0
-
-
 class PrefixCache:
     """Which full pages of keys and values lie in the pool, by adapter content (digest, None for the base model) and by
     the tokens from the first one on.
@@ -63,12 +53,11 @@ class PrefixCache:
     def __init__(self, evictor: Evictor, page_size: int) -> None:
         self.evictor = evictor
         self.page_size = page_size
-        self.counters = PrefixCounters()
         self._block_bytes = page_size * np.dtype(np.int32).itemsize
         self._roots: dict[str | None, PrefixNode] = {}
         self.in_use = bytearray(evictor.allocator.num_pages)
         """By page: 1 while running requests hold it as a prefix."""
-        evictor.owns(PageKind.PREFIX, self._evict)
+        evictor.register(PageKind.PREFIX, self._evict)
 
     def match(self, digest: str | None, tokens: bytes, most: int) -> PrefixNode | None:
         """The deepest node whose tokens these begin with, at most `most` pages deep. Changes nothing."""
@@ -101,7 +90,7 @@ class PrefixCache:
             held.users += 1
             held.uses += 1
             pages.append(held.page)
-        self.counters.hits += node.depth
+        self.evictor.counters.prefix_hit_tokens += node.depth * self.page_size
         pages.reverse()
         return pages
 
@@ -129,7 +118,6 @@ class PrefixCache:
             at += size
         count = parent.depth - first.depth
         self.evictor.allocator.convert(np.array(pages[:count], np.int32), PageKind.PREFIX)
-        self.counters.inserts += count
         return parent if parent.depth else None
 
     def release(self, node: PrefixNode) -> None:
@@ -200,7 +188,7 @@ class PrefixCache:
         parent = node.parent
         del parent.children[node.block]
         self.evictor.allocator.free_page(node.page)
-        self.counters.evictions += 1
+        self.evictor.counters.prefix_evictions += 1
         if not parent.children:
             if not parent.depth:
                 del self._roots[parent.digest]

@@ -4,9 +4,10 @@ They read plain records, so a real engine, a simulated one and another system's 
 """
 
 from slora_jax.metrics.adapters import AdapterMetrics, PoolStay, adapter_metrics
+from slora_jax.metrics.counters import Counters
 from slora_jax.metrics.distribution import Distribution
 from slora_jax.metrics.pool import PAGE_KINDS, PoolPages, PoolSample, PoolUse, pool_use
-from slora_jax.metrics.record import RequestRecord
+from slora_jax.metrics.record import FinishReason, RequestRecord
 from slora_jax.metrics.serving import (
     SLO_SECONDS,
     WARMUP_SECONDS,
@@ -23,7 +24,9 @@ __all__ = [
     "SLO_SECONDS",
     "WARMUP_SECONDS",
     "AdapterMetrics",
+    "Counters",
     "Distribution",
+    "FinishReason",
     "PoolPages",
     "PoolSample",
     "PoolStay",

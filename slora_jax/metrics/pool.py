@@ -12,8 +12,14 @@ from slora_jax.errors import MetricsError
 
 @dataclass(frozen=True)
 class PoolPages:
-    """Pages of the pool by what they hold; together they are all but the dummy page. kv: running requests' own.
-    prefix: the prefix cache's, of which running requests use some."""
+    """Pages of the pool by content; together they are all but the dummy page.
+
+    Attributes:
+      kv: keys and values of one running request each.
+      prefix_in_use, prefix_idle: pages of the prefix cache that running requests use, and others.
+      adapter_in_use, adapter_idle: pages of adapters that running requests use, and others.
+      adapter_arriving: pages of adapters that are being uploaded.
+    """
 
     free: int
     kv: int
@@ -21,9 +27,21 @@ class PoolPages:
     prefix_idle: int
     adapter_in_use: int
     adapter_idle: int
+    adapter_arriving: int = 0
+
+    @property
+    def prefix(self) -> int:
+        """Pages of the prefix cache."""
+        return self.prefix_in_use + self.prefix_idle
+
+    @property
+    def adapter(self) -> int:
+        """Pages of adapters."""
+        return self.adapter_in_use + self.adapter_idle + self.adapter_arriving
 
     @property
     def total(self) -> int:
+        """All of them."""
         return sum(getattr(self, kind) for kind in PAGE_KINDS)
 
 

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from enum import StrEnum
 
 import numpy as np
 
 from slora_jax.errors import MetricsError
-from slora_jax.scheduling.request import FinishReason
 
-if TYPE_CHECKING:
-    from slora_jax.engine.outputs import RequestOutput
+
+class FinishReason(StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    """An end-of-sequence or stop token, or a stop string."""
+    LENGTH = "length"
+    """`max_tokens` or the engine's `max_model_len` was reached."""
+    CANCELLED = "cancelled"
+    ABORT = "abort"
+    """The policy ended it before its first token; the reason is in the output's `error`."""
+    ERROR = "error"
+    """The request's adapter could not be read back from disk, its step could not be dispatched, or its logits are not
+    finite."""
+
 
 COMPLETED = frozenset({FinishReason.STOP, FinishReason.LENGTH})
 """Reasons with which a request was answered in full. Any other counts as aborted, whoever ended it."""
@@ -42,25 +54,6 @@ class RequestRecord:
     def __post_init__(self) -> None:
         if self.completed and self.first_token is None:
             raise MetricsError(f"request {self.request_id!r} ended with {self.finish_reason}, but has no first token")
-
-    @classmethod
-    def of(cls, output: RequestOutput) -> RequestRecord:
-        """The record of what an engine returned."""
-        metrics = output.metrics
-        assert metrics.finished is not None
-        return cls(
-            request_id=output.request_id,
-            adapter=output.adapter,
-            prompt_tokens=len(output.prompt_token_ids),
-            output_tokens=len(output.token_ids),
-            finish_reason=output.finish_reason,
-            arrival=metrics.arrival,
-            finished=metrics.finished,
-            admitted=metrics.admitted,
-            first_token=metrics.first_token,
-            token_times=tuple(output.token_times),
-            cached_tokens=metrics.cached_tokens,
-        )
 
     @property
     def completed(self) -> bool:

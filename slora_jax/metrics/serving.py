@@ -12,8 +12,7 @@ import numpy as np
 
 from slora_jax.errors import MetricsError
 from slora_jax.metrics.distribution import Distribution
-from slora_jax.metrics.record import RequestRecord
-from slora_jax.scheduling.request import FinishReason
+from slora_jax.metrics.record import FinishReason, RequestRecord
 
 SLO_SECONDS = 6.0
 """The paper's objective for the first token's latency."""

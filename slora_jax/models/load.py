@@ -20,18 +20,19 @@ def load_model(
     cache_dir: str | Path | None = None,
     progress: bool = True,
     parallel: TensorParallel | None = None,
+    config: ModelConfig | None = None,
 ) -> tuple[nnx.GraphDef, Params, ModelConfig]:
     """Loads a Hugging Face directory (safetensors) or a GGUF file as graph definition, parameters and config.
 
     dtype is "float32" or "bfloat16", whatever the checkpoint's. With `cache_dir`, converted weights are kept there and
     used while the checkpoint stays the same; an unusable entry is converted again with a logged warning. With
     `parallel`, the parameters are cut over its devices, and graph definition and config are those of a shard and of the
-    whole.
+    whole. `config` is the directory's, if it was read already.
 
     Raises `CheckpointError` for missing or damaged files, `UnsupportedModelError` for a model that is not supported.
     """
     dtype = model_dtype(dtype)
-    config = untied_if_heads_differ(model_dir, ModelConfig.from_directory(model_dir), dtype)
+    config = untied_if_heads_differ(model_dir, config or ModelConfig.from_directory(model_dir), dtype)
     if parallel is None:
         graphdef, shapes = abstract_decoder(config, dtype)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -96,15 +96,15 @@ def make_mesh(count: int, first: int = 0) -> Mesh:
     devices = jax.devices()
     if jax.process_count() > 1 and (first, count) != (0, len(devices)):
         raise ConfigError(
-            f"EngineConfig.tp={count}, tp_first_device={first}: {jax.process_count()} processes have {len(devices)} "
-            f"devices and serve one model with all of them; use tp={len(devices)} and tp_first_device=0, or hide some "
-            "(CUDA_VISIBLE_DEVICES)"
+            f"EngineConfig.tensor_parallel_size={count}, tp_first_device={first}: {jax.process_count()} processes have "
+            f"{len(devices)} devices and serve one model with all of them; use tensor_parallel_size={len(devices)} and "
+            "tp_first_device=0, or hide some (CUDA_VISIBLE_DEVICES)"
         )
     if first + count > len(devices):
         have = f"there are {len(devices)} {devices[0].platform} devices"
         raise ConfigError(
-            f"EngineConfig.tp={count}, tp_first_device={first}: {have}; use no more, or on a CPU make more with "
-            "XLA_FLAGS=--xla_force_host_platform_device_count=N"
+            f"EngineConfig.tensor_parallel_size={count}, tp_first_device={first}: {have}; use no more, or on a CPU make "
+            "more with XLA_FLAGS=--xla_force_host_platform_device_count=N"
         )
     return Mesh(np.array(devices[first : first + count]), (AXIS,), axis_types=(AxisType.Auto,))
 
@@ -120,12 +120,14 @@ def cut(model: ModelConfig, count: int, lora: LoraSharding = "slora") -> Shards:
     for field in ("num_heads", "intermediate_size", "hidden_size"):
         size = getattr(model, field)
         if size % count:
-            raise ConfigError(f"EngineConfig.tp={count}: the model's {field}={size} must be a multiple of it")
+            raise ConfigError(
+                f"EngineConfig.tensor_parallel_size={count}: the model's {field}={size} must be a multiple of it"
+            )
     heads = model.num_kv_heads
     if heads % count and count % heads:
         raise ConfigError(
-            f"EngineConfig.tp={count}: the model's num_kv_heads={heads} must be a multiple of it, or divide it (then "
-            "neighbouring shards hold the same head)"
+            f"EngineConfig.tensor_parallel_size={count}: the model's num_kv_heads={heads} must be a multiple of it, or "
+            "divide it (then neighbouring shards hold the same head)"
         )
     return Shards(count, min(count, heads), lora)
 
@@ -138,4 +140,9 @@ def tensor_parallel(
     Raises:
       ConfigError: as `make_mesh`, or the model cannot be cut so.
     """
-    return None if count == 1 else TensorParallel(cut(model, count, lora), make_mesh(count, first))
+    return None if count == 1 else _on_devices(cut(model, count, lora), first)
+
+
+@cache
+def _on_devices(shards: Shards, first: int) -> TensorParallel:
+    return TensorParallel(shards, make_mesh(shards.count, first))

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from slora_jax.memory import PrefixNode, Resident, Upload
 from slora_jax.scheduling.request import Request
 
+NOT_FINITE = -1
+"""The new token of a sequence whose logits are not finite (NaN or infinity)."""
+
 
 @dataclass(slots=True)
 class ScheduledSequence:
@@ -22,13 +25,17 @@ class ScheduledSequence:
 
 @dataclass
 class StepPlan:
-    """The work of one step, and the requests given up, each with the reason.
+    """The work of one step.
 
-    loads: adapters to upload before the step. uploads: pages of adapters to copy beside it; each is answered by
-    `AdapterResidency.land` when it is there. A plan has the one or the other, by `SchedulerLimits.prefetch`.
-    hits: requests admitted with pages of the prefix cache, of which the device's page table does not know yet.
-    extra: sequences of the batch beyond `sequences`, as there is one for each scored token.
-    registered: what it adds to the prefix cache: deepest new node of a request, and pages before the first new one.
+    Attributes:
+      sequences: what it computes; num_tokens: their rows.
+      loads: adapters to upload before the step. uploads: pages of adapters to copy beside it; each is answered by
+        `AdapterResidency.landed`. A plan has the one or the other, by `CoreConfig.prefetch`.
+      extra: sequences of the batch beyond `sequences`, as there is one for each scored token.
+      preempted: number of requests that lost their pages.
+      aborted: requests that the policy ended, each with the reason.
+      hits: requests admitted with pages of the prefix cache that the device's page table does not have yet.
+      registered: additions to the prefix cache: deepest new node of a request, and pages before the first new one.
     """
 
     sequences: list[ScheduledSequence] = field(default_factory=list)

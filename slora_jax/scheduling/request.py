@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from slora_jax.memory import PrefixNode
+from slora_jax.metrics import FinishReason
 from slora_jax.scheduling.sampling_params import SamplingParams
 
 
@@ -18,21 +19,6 @@ class Status(StrEnum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
-
-
-class FinishReason(StrEnum):
-    """Why a request ended."""
-
-    STOP = "stop"
-    """An end-of-sequence or stop token, or a stop string."""
-    LENGTH = "length"
-    """`max_tokens` or the engine's `max_model_len` was reached."""
-    CANCELLED = "cancelled"
-    ABORT = "abort"
-    """The policy gave it up before its first token; the reason is in the output's `error`."""
-    ERROR = "error"
-    """The request's adapter could not be read back from disk, its step could not be dispatched, or its logits are not
-    finite."""
 
 
 @dataclass(frozen=True)
@@ -78,27 +64,37 @@ class Request:
     `output` holds the tokens that the host has read; `num_sampled` counts those that the device has sampled or is
     sampling, so it is ahead of `output` by the steps in flight. `num_computed` tokens have (or, once the dispatched
     steps ran, will have) their keys and values in `pages`, the first of which, as many as `prefix` is deep, are the
-    prefix cache's and may be shared; the others are the request's own. `tenant` is who is charged for it under fair
-    share: by default the name of its adapter, "" for the base model.
+    prefix cache's and may be shared; the others are the request's own.
+
+    Attributes:
+      number: order of arrival.
+      max_new: most tokens to generate.
+      stop_token_ids: tokens that end it.
+      tenant: charged for it under fair share: by default the name of its adapter, "" for the base model.
+      token_times: when the host had each token of `output`, on the engine's clock.
+      slot, adapter_slot: while running, its rows of the device's sequence state and adapter table; else -1.
+      prefix: the deepest node that it holds while running.
     """
 
     id: str
-    number: int  # order of arrival
+    number: int
     prompt: list[int]
     params: SamplingParams
     seed: int
-    max_new: int  # tokens to generate at most
+    max_new: int
     adapter: AdapterUse | None
     metrics: RequestMetrics
+    stop_token_ids: frozenset[int] = frozenset()
     output: list[int] = field(default_factory=list)
+    token_times: list[float] = field(default_factory=list)
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     num_sampled: int = 0
     num_computed: int = 0
-    slot: int = -1  # row of the device's sequence state while running
-    adapter_slot: int = -1  # row of the device's adapter table while running
+    slot: int = -1
+    adapter_slot: int = -1
     pages: list[int] = field(default_factory=list)
-    prefix: PrefixNode | None = None  # the deepest that it holds while running
+    prefix: PrefixNode | None = None
     tenant: str = ""
     _token_bytes: bytes = field(default=b"", init=False, repr=False)
 

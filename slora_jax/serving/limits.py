@@ -102,10 +102,10 @@ class _Body:
 class Shares:
     """How many sequences each client has unfinished, and all of them together."""
 
-    def __init__(self, limits: Limits, max_seqs: int) -> None:
-        """max_seqs: those that can run at once."""
+    def __init__(self, limits: Limits, max_num_seqs: int) -> None:
+        """max_num_seqs: those that can run at once."""
         self._limits = limits
-        self._most = max_seqs + limits.waiting
+        self._most = max_num_seqs + limits.waiting
         self._held: Counter[str] = Counter()
         self._total = 0
 

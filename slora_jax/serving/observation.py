@@ -65,17 +65,7 @@ def observe(engine: Engine) -> EngineSnapshot:
     device: dict[str, State] = dict.fromkeys(residency.digests, "device")
     device.update(dict.fromkeys(residency.arriving, "loading"))
     device.update((resident.digest, "pinned") for resident in _in_use(engine))
-    arriving = sum(resident.num_pages for resident in residency.arriving.values())  # the evictor's idle ones have these
-    pages = {
-        "free": stats.pages["free"],
-        "kv": stats.pages["kv"],
-        "prefix_in_use": stats.pages["prefix"] - stats.idle_prefix_pages,
-        "prefix_idle": stats.idle_prefix_pages,
-        "adapter_in_use": stats.pages["adapter"] - stats.idle_adapter_pages,
-        "adapter_idle": stats.idle_adapter_pages - arriving,
-        "adapter_arriving": arriving,
-        "dummy": 1,
-    }
+    pages = vars(stats.pages) | {"dummy": 1}
     return EngineSnapshot(time.monotonic(), stats, engine.store.stats(), pages, device)
 
 
@@ -91,7 +81,7 @@ def page_kinds(engine: Engine) -> np.ndarray:
 
 
 def _in_use(engine: Engine) -> list[Resident]:
-    """Adapters that running requests use: at most `max_seqs`, however many are resident."""
+    """Adapters that running requests use: at most `max_num_seqs`, however many are resident."""
     digests = {request.digest for request in engine.scheduler.running}
     found = (engine.residency.find(digest) for digest in digests if digest is not None)
     return [resident for resident in found if resident is not None]

@@ -77,7 +77,7 @@ def run_replicas(settings: ServerSettings, **options: Any) -> Iterator[Any]:
             Replica,
             name="replica",
             num_replicas=settings.replicas,
-            max_ongoing_requests=settings.replica_requests or settings.engine.max_seqs * 3 // 2,
+            max_ongoing_requests=settings.replica_requests or settings.engine.max_num_seqs * 3 // 2,
             max_queued_requests=settings.limits.waiting,
             max_constructor_retry_count=MAX_STARTS,
             health_check_period_s=1.0,
@@ -133,9 +133,10 @@ def _resources(ray: Any, settings: ServerSettings) -> dict[str, float]:
     there = ray.cluster_resources().get("GPU", 0)
     if not there:
         return {"num_cpus": REPLICA_CPUS}
-    wanted = settings.engine.tp * settings.replicas
+    wanted = settings.engine.tensor_parallel_size * settings.replicas
     if wanted > there:
         raise ConfigError(
-            f"replicas={settings.replicas}: need {wanted} GPUs (tp={settings.engine.tp}), Ray has {there:g}"
+            f"replicas={settings.replicas}: need {wanted} GPUs (tensor_parallel_size="
+            f"{settings.engine.tensor_parallel_size}), Ray has {there:g}"
         )
-    return {"num_gpus": settings.engine.tp, "num_cpus": REPLICA_CPUS}
+    return {"num_gpus": settings.engine.tensor_parallel_size, "num_cpus": REPLICA_CPUS}

@@ -19,9 +19,9 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from slora_jax.distributed.group import EXIT_LOST
 from slora_jax.engine import Engine
 from slora_jax.errors import ConfigError, ProcessLostError, SloraError
-from slora_jax.parallel.processes import EXIT_LOST
 from slora_jax.phases import report, seconds_since_start
 from slora_jax.serving.app import create_app
 from slora_jax.serving.engine_loop import Health

@@ -39,7 +39,7 @@ class Service:
         self.started = int(time.time())
         self.access = Access(settings.api_keys)
         self.adapters = Adapters(settings, self._gone)
-        self.shares = Shares(settings.limits, settings.engine.max_seqs)
+        self.shares = Shares(settings.limits, settings.engine.max_num_seqs)
         self.is_draining = False
         self.usage = AdapterUsage(self._is_registered)
         self._build = build

@@ -16,8 +16,8 @@ from slora_jax.serving.access import ApiKey
 from slora_jax.typed import refuse_unknown, typed
 
 if TYPE_CHECKING:  # JAX, which settings must not wait for
+    from slora_jax.distributed.group import ProcessGroup
     from slora_jax.engine import Engine
-    from slora_jax.parallel.processes import ProcessGroup
     from slora_jax.scheduling import Policy
 
 

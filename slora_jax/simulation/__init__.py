@@ -8,7 +8,7 @@ system, and the baselines of both), a `ModelShape` and a `DeviceModel` (`load_de
 from slora_jax.simulation.arrivals import Arrivals
 from slora_jax.simulation.cost import CostModel
 from slora_jax.simulation.device import DeviceModel, Efficiency, devices, load_device
-from slora_jax.simulation.request import SimulatedRequest, SimulationCounters, SimulationResult
+from slora_jax.simulation.request import SimulatedRequest, SimulationResult
 from slora_jax.simulation.shape import ModelShape
 from slora_jax.simulation.shard import shard_shape
 from slora_jax.simulation.simulate import simulate
@@ -23,7 +23,6 @@ __all__ = [
     "Efficiency",
     "ModelShape",
     "SimulatedRequest",
-    "SimulationCounters",
     "SimulationResult",
     "StepWork",
     "SystemConfig",

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import Protocol
 
 import numpy as np
 
+from slora_jax.engine.core import EngineCore, Update
 from slora_jax.memory import PageKind
-from slora_jax.scheduling import Lcfs, Policy, Request, ScheduledSequence, Scheduler
+from slora_jax.metrics import Counters
+from slora_jax.scheduling import Lcfs, Policy, Request, ScheduledSequence
+from slora_jax.simulation.executor import SimulatedExecutor, SimulatedStep
+from slora_jax.simulation.scheduler import SimulatedScheduler
 from slora_jax.simulation.work import StepWork, step_work
-
-if TYPE_CHECKING:
-    from slora_jax.simulation.server import Server
 
 LEAST_STEPS = 2
 """Fewer steps are not worth it."""
@@ -22,23 +23,37 @@ STATIC_ORDERS = (Policy.order, Lcfs.order)
 """Precedence that does not change with time, so that the order of the batch does not either."""
 
 
-def fast_forward(server: Server, until: float) -> bool:
-    """Runs as many steps as are certain to admit and preempt nobody, all sequences decoding, with the same arithmetic
-    of time as `Server.step` for each; requests that end leave. Stops before a step that would be planned at `until` or
+class Replica(Protocol):
+    """What a fast forward needs of a `simulation.replica.Replica`."""
+
+    @property
+    def core(self) -> EngineCore[SimulatedStep]: ...
+    @property
+    def scheduler(self) -> SimulatedScheduler: ...
+    @property
+    def executor(self) -> SimulatedExecutor: ...
+    def deliver(self) -> None: ...
+    def end(self, requests: Iterable[Request]) -> None: ...
+    def end_updates(self, updates: Iterable[Update[SimulatedStep]]) -> None: ...
+
+
+def fast_forward(replica: Replica, until: float) -> bool:
+    """Runs as many steps as are certain to admit and preempt none, all sequences decoding, with the same arithmetic of
+    time as `EngineCore.step` for each; requests that end leave. Stops before a step that would be planned at `until` or
     later, or that may admit. Returns whether any ran.
 
     Each step: the clock, the sums of the work, the policy's hooks. Once for all of them: the requests' progress, their
     tokens, their pages.
     """
-    scheduler = server.scheduler
-    if server.awaits_admission() or type(scheduler.policy).order not in STATIC_ORDERS:
+    scheduler = replica.scheduler
+    if scheduler.may_change or type(scheduler.policy).order not in STATIC_ORDERS:
         return False
-    batch = _decoding(scheduler, server.now)
+    batch = _decoding(scheduler, replica.core.clock())
     most = 0 if batch is None else batch.steps_with_pages(scheduler)
     if batch is None or most < LEAST_STEPS:
         return False
-    steps, reads = _run(server, batch, most, until)
-    _bring_up_to_date(server, batch, steps, reads)
+    steps, reads = _run(replica, batch, most, until)
+    _update(replica, batch, steps, reads)
     return True
 
 
@@ -51,10 +66,10 @@ class Decoding:
     remaining: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
 
-    def steps_with_pages(self, scheduler: Scheduler) -> int:
+    def steps_with_pages(self, scheduler: SimulatedScheduler) -> int:
         """Steps for which the free pages suffice, whoever leaves meanwhile; at most the longest output."""
         computed, remaining = np.array(self.computed), np.array(self.remaining)
-        free, page_size = scheduler.allocator.available(PageKind.KV) + sum(self.pages), scheduler.limits.page_size
+        free, page_size = scheduler.allocator.available(PageKind.KV) + sum(self.pages), scheduler.config.page_size
 
         def suffice(steps: int) -> bool:
             return int((-(-(computed + np.minimum(steps, remaining)) // page_size)).sum()) <= free
@@ -68,7 +83,7 @@ class Decoding:
         return low
 
 
-def _decoding(scheduler: Scheduler, now: float) -> Decoding | None:
+def _decoding(scheduler: SimulatedScheduler, now: float) -> Decoding | None:
     """The running requests without those whose last token is on its way; None if there are none, if one has a prompt to
     compute, or if not all fit into a step."""
     batch = Decoding()
@@ -83,7 +98,7 @@ def _decoding(scheduler: Scheduler, now: float) -> Decoding | None:
         batch.computed.append(computed)
         batch.remaining.append(remaining)
         batch.pages.append(len(request.pages))
-    return batch if 0 < len(batch.requests) <= scheduler.limits.max_tokens else None
+    return batch if 0 < len(batch.requests) <= scheduler.config.max_num_batched_tokens else None
 
 
 class DecodingWork:
@@ -144,48 +159,63 @@ class DecodingWork:
         return work
 
 
-def _run(server: Server, batch: Decoding, most: int, until: float) -> tuple[int, list[float]]:
+def _run(replica: Replica, batch: Decoding, most: int, until: float) -> tuple[int, list[float]]:
     """Steps that ran, and when the tokens of each were read: of all but the last one, if steps overlap."""
+    core, scheduler, executor = replica.core, replica.scheduler, replica.executor
     leaving: dict[int, list[Request]] = {}
     for request, remaining in zip(batch.requests, batch.remaining, strict=True):
         leaving.setdefault(remaining, []).append(request)
-    current = DecodingWork(batch, server.ranks, server.cost.lora.pads)
-    tells_policy = type(server.scheduler.policy).stepped is not Policy.stepped
+    current = DecodingWork(batch, executor.ranks, executor.cost.lora.pads)
+    tells_policy = type(scheduler.policy).stepped is not Policy.stepped
     reads: list[float] = []
     steps = 0
     while steps < most and current.requests:
         if steps:
-            if server.now >= until:
+            if core.clock() >= until:
                 break
-            server.deliver()
-            if server.awaits_admission():
+            replica.deliver()
+            if scheduler.may_change:
                 break
-        server.scheduler.schedule_decode(current.sequences() if tells_policy else (), server.now)
-        read = server.run_decode(current.work)
+        scheduler.schedule_decode(current.sequences() if tells_policy else (), core.clock())
+        core.counters.steps += 1
+        core.counters.tokens_computed += current.work.rows
+        before = core.exchange(executor.launch(current.work))
         steps += 1
         current.next_step(leaving.get(steps, ()))
-        if read is not None:
-            reads.append(read)
-            server.end(_completed(leaving.get(len(reads), ()), reads, server.scheduler))
+        if before is None:
+            continue
+        if before.sequences:  # dispatched by the core
+            replica.end_updates(core.read(before))
+            continue
+        executor.wait_for(before)
+        reads.append(core.clock())
+        replica.end(_completed(leaving.get(len(reads), ()), reads, scheduler))
     return steps, reads
 
 
-def _completed(requests: Sequence[Request], reads: Sequence[float], scheduler: Scheduler) -> Sequence[Request]:
+def _completed(requests: Sequence[Request], reads: Sequence[float], scheduler: SimulatedScheduler) -> Sequence[Request]:
     """The same requests, with all of their output, and, for a prefix cache, all of their pages."""
     for request in requests:
         request.num_computed += len(reads)
         request.num_sampled += len(reads)
-        request.output += cast(Sequence[int], reads)
+        _append(request, reads, scheduler.counters)
         if scheduler.prefixes is not None:
             needed = scheduler.pages_for(request.num_computed) - len(request.pages)
             request.pages += scheduler.allocator.allocate(needed, PageKind.KV).tolist()
     return requests
 
 
-def _bring_up_to_date(server: Server, batch: Decoding, steps: int, reads: Sequence[float]) -> None:
-    """Progress and pages of those that go on, or whose last token is on its way."""
-    allocator, page_size = server.scheduler.allocator, server.scheduler.limits.page_size
-    tokens, ended = cast(Sequence[int], reads), len(reads)
+def _append(request: Request, reads: Sequence[float], counters: Counters) -> None:
+    """Adds a token for each time."""
+    counters.tokens_generated += len(reads)
+    request.output += [int(request.id)] * len(reads)
+    request.token_times += reads
+
+
+def _update(replica: Replica, batch: Decoding, steps: int, reads: Sequence[float]) -> None:
+    """Progress and pages of requests that go on, or whose last token is in flight."""
+    allocator, page_size = replica.scheduler.allocator, replica.scheduler.config.page_size
+    ended = len(reads)
     in_last: list[ScheduledSequence] = []
     growing: list[tuple[Request, int]] = []
     total = 0
@@ -198,7 +228,7 @@ def _bring_up_to_date(server: Server, batch: Decoding, steps: int, reads: Sequen
         computed += done
         request.num_computed = computed
         request.num_sampled += done
-        request.output += tokens
+        _append(request, reads, replica.core.counters)
         needed = -(-computed // page_size) - held
         if needed:
             growing.append((request, needed))
@@ -209,4 +239,5 @@ def _bring_up_to_date(server: Server, batch: Decoding, steps: int, reads: Sequen
     for request, needed in growing:
         total -= needed
         request.pages += pages[total : total + needed]
-    server.leave_in_flight(in_last)
+    if replica.core.in_flight is not None:
+        replica.core.in_flight.sequences = in_last

@@ -78,8 +78,8 @@ class Loading:
     def __init__(self, store: HostStore, cost: CostModel, nbytes: Mapping[str, int]) -> None:
         self.store = store
         self.copies = Lane()
+        self.nbytes = nbytes
         self._cost = cost
-        self._nbytes = nbytes
         self._staged: deque[tuple[float, Upload]] = deque()  # by arrival
 
     def state(self, digest: str, now: float) -> AdapterState:
@@ -89,13 +89,17 @@ class Loading:
     def load(self, loads: Iterable[Resident], now: float) -> float:
         """When a step dispatched now has its adapters."""
         for resident in loads:
-            now = max(now, self.copies.take(now, self._cost.copy_seconds(self._nbytes[resident.digest])))
+            now = max(now, self.copies.take(now, self._cost.copy_seconds(self.nbytes[resident.digest])))
         return now
 
-    def stage(self, uploads: Iterable[Upload], now: float) -> None:
-        """Begins copies beside the steps; each is answered by `landed`."""
-        for upload in uploads:
-            self._staged.append((self.copies.take(now, self._cost.copy_seconds(self._bytes(upload))), upload))
+    @property
+    def pages_in_flight(self) -> int:
+        """Pages of uploads that `landed` has not returned."""
+        return sum(upload.count for _, upload in self._staged)
+
+    def stage(self, upload: Upload, now: float) -> None:
+        """Begins a copy beside the steps."""
+        self._staged.append((self.copies.take(now, self._cost.copy_seconds(self._bytes(upload))), upload))
 
     def landed(self, now: float) -> list[Upload]:
         """Uploads that have arrived since the last question."""
@@ -118,4 +122,4 @@ class Loading:
 
     def _bytes(self, upload: Upload) -> float:
         resident = upload.resident
-        return self._nbytes[resident.digest] * upload.count / resident.num_pages
+        return self.nbytes[resident.digest] * upload.count / resident.num_pages

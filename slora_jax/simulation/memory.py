@@ -10,36 +10,23 @@ from slora_jax.memory import (
     Immediate,
     Lru,
     PageAllocator,
-    PageKind,
     RestoreCosts,
 )
-from slora_jax.metrics import PoolPages
+from slora_jax.metrics import Counters
 from slora_jax.simulation.cost import CostModel
 from slora_jax.simulation.system import SystemConfig
 
 
-def make_residency(system: SystemConfig, num_tokens: int, cost: CostModel) -> AdapterResidency:
+def make_residency(
+    system: SystemConfig, num_tokens: int, cost: CostModel, counters: Counters | None = None
+) -> AdapterResidency:
     """Residency, evictor and allocator of one replica, whose pool has `num_tokens`; a split one has the adapters' part
     beside them."""
     pages = num_tokens // system.page_size
     adapter_pages = None if system.adapter_tokens is None else system.adapter_tokens // system.page_size
     allocator = PageAllocator(1 + pages + (adapter_pages or 0), adapter_pages)
-    return AdapterResidency(Evictor(allocator, _eviction(system, cost)), system.adapter_slots)
-
-
-def pool_pages(residency: AdapterResidency) -> PoolPages:
-    """The pool by what it holds now."""
-    allocator, idle = residency.evictor.allocator, residency.evictor.pages(PageKind.ADAPTER)
-    adapters, prefixes = allocator.count(PageKind.ADAPTER), allocator.count(PageKind.PREFIX)
-    idle_prefixes = residency.evictor.pages(PageKind.PREFIX)
-    return PoolPages(
-        free=allocator.num_free,
-        kv=allocator.count(PageKind.KV),
-        prefix_in_use=prefixes - idle_prefixes,
-        prefix_idle=idle_prefixes,
-        adapter_in_use=adapters - idle,
-        adapter_idle=idle,
-    )
+    evictor = Evictor(allocator, _eviction(system, cost), counters)
+    return AdapterResidency(evictor, system.slots(allocator.num_pages))
 
 
 def _eviction(system: SystemConfig, cost: CostModel) -> EvictionPolicy:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slora_jax.errors import ConfigError
-from slora_jax.metrics import RequestRecord
+from slora_jax.metrics import Counters, RequestRecord
 from slora_jax.scheduling import FinishReason
 from slora_jax.simulation.arrivals import Arrivals
 from slora_jax.simulation.cost import CostModel
-from slora_jax.simulation.request import SimulatedRequest, SimulationCounters, SimulationResult
+from slora_jax.simulation.request import SimulatedRequest, SimulationResult
 from slora_jax.simulation.system import SystemConfig
 from slora_jax.simulation.work import StepWork
 
@@ -53,7 +53,7 @@ class OfflineLoop:
     def __init__(self, cost: CostModel, ranks: Sequence[int]) -> None:
         self.now = 0.0
         self.records: dict[int, RequestRecord] = {}
-        self.counters = SimulationCounters()
+        self.counters = Counters()
         self._cost, self._ranks = cost, ranks
 
     def wrap(self, adapter: int | None) -> None:
@@ -61,7 +61,7 @@ class OfflineLoop:
         if adapter is not None:
             self.now += self._cost.efficiency.adapter_wrap_seconds
             self.counters.host_seconds += self._cost.efficiency.adapter_wrap_seconds
-            self.counters.loads += 1
+            self.counters.adapter_loads += 1
 
     def run(self, batch: Sequence[Arrived], adapter: int | None) -> None:
         """One batch, to its last token."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from slora_jax.metrics import PoolSample, RequestRecord
+from slora_jax.metrics import Counters, PoolSample, RequestRecord
 
 
 @dataclass(frozen=True)
@@ -30,36 +30,6 @@ class SimulatedRequest:
         return [-1 - text] * length + [number] * (self.prompt_tokens - length)
 
 
-@dataclass
-class SimulationCounters:
-    """Of one run. Seconds are of the virtual clock.
-
-    device_seconds: the device computed (launches, waits and copies excluded). copy_seconds: the copy lane was
-    busy. stall_seconds: the device had a step to run, and waited for the copy of an adapter; or nobody could run, with
-    a copy under way. switches: adapters merged. prefetch_hits, prefetches_wasted, prompt_tokens, prefix_hit_tokens,
-    prefix_evictions: as in `EngineStats`.
-    """
-
-    steps: int = 0
-    tokens_computed: int = 0
-    loads: int = 0
-    evictions: int = 0
-    hits: int = 0
-    prefetch_hits: int = 0
-    prefetches_wasted: int = 0
-    preemptions: int = 0
-    aborts: int = 0
-    switches: int = 0
-    disk_reads: int = 0
-    prompt_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    prefix_evictions: int = 0
-    device_seconds: float = 0.0
-    host_seconds: float = 0.0
-    copy_seconds: float = 0.0
-    stall_seconds: float = 0.0
-
-
 @dataclass(frozen=True)
 class SimulationResult:
     """records: one per request, in the order of the workload; ids are "0", "1", ...; adapters' names are their indices
@@ -68,6 +38,6 @@ class SimulationResult:
 
     records: Sequence[RequestRecord]
     pool: Sequence[PoolSample]
-    counters: SimulationCounters
+    counters: Counters
     seconds: float
     abort_reasons: dict[str, str] = field(default_factory=dict)

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from copy import deepcopy
 
 from slora_jax.errors import ConfigError, RequestError
-from slora_jax.metrics import PAGE_KINDS, PoolPages, PoolSample
+from slora_jax.memory import pool_pages
+from slora_jax.metrics import PAGE_KINDS, Counters, PoolPages, PoolSample
 from slora_jax.scheduling import Policy, make_policy
 from slora_jax.simulation.arrivals import Arrivals
 from slora_jax.simulation.cost import CostModel
 from slora_jax.simulation.device import DeviceModel
 from slora_jax.simulation.loading import Lane
-from slora_jax.simulation.memory import pool_pages
 from slora_jax.simulation.offline import simulate_offline
-from slora_jax.simulation.request import SimulatedRequest, SimulationCounters, SimulationResult
-from slora_jax.simulation.server import Server
+from slora_jax.simulation.replica import Replica
+from slora_jax.simulation.request import SimulatedRequest, SimulationResult
 from slora_jax.simulation.shape import ModelShape
 from slora_jax.simulation.shard import shard_shape
 from slora_jax.simulation.system import SystemConfig
@@ -43,30 +43,41 @@ def simulate(
       ConfigError: system, model and device do not fit together. RequestError: a request that can never run.
     """
     _check(workload, adapters)
-    shape = shard_shape(model, system.tp, system.tp_lora)
+    shape = shard_shape(model, system.tensor_parallel_size, system.tp_lora)
     cost = CostModel(shape, device, system.software, system.lora, system.lora_collectives)
     if system.offline_batch is not None:
         return simulate_offline(workload, system, cost, adapters)
     num_tokens = system.pool_tokens(model, device)
     ranks = {str(i): rank for i, rank in enumerate(adapters)}
-    counters = SimulationCounters()
+    counters = Counters()
     lane = Lane()
-    servers = []
+    replicas = []
     for arrivals in _arrivals(workload, system, len(adapters)):
         own = deepcopy(policy) if policy is not None else make_policy(system.policy)
         fast = fast_forward and system.replicas == 1
-        servers.append(Server(system, cost, num_tokens, ranks, lane, counters, own, workload, arrivals, fast))
+        replicas.append(Replica(system, cost, num_tokens, ranks, lane, counters, own, workload, arrivals, fast))
     samples: list[PoolSample] = []
     next_sample = 0.0
-    while working := [server for server in servers if server.has_work]:
-        server = min(working, key=lambda server: server.next_turn)
-        if server.next_turn >= next_sample:
-            samples.append(_sample(servers, server.next_turn))
-            next_sample = server.next_turn + sample_seconds
-        server.step(next_sample)
-    for server in servers:
-        server.check()
-    return _result(servers, counters, lane, samples)
+    while working := [replica for replica in replicas if replica.has_work]:
+        replica = min(working, key=lambda replica: replica.next_turn)
+        if replica.next_turn >= next_sample:
+            samples.append(_sample(replicas, replica.next_turn))
+            next_sample = replica.next_turn + sample_seconds
+        replica.step(next_sample)
+    for replica in replicas:
+        replica.core.check()
+        counters.disk_reads += replica.executor.loading.store.reads
+        counters.copy_seconds += replica.executor.loading.copies.busy
+    counters.device_seconds = lane.busy
+    records = {number: record for replica in replicas for number, record in replica.records.items()}
+    ordered = [records[number] for number in sorted(records)]
+    return SimulationResult(
+        records=ordered,
+        pool=samples,
+        counters=counters,
+        seconds=max(record.finished for record in ordered),
+        abort_reasons={name: reason for replica in replicas for name, reason in replica.abort_reasons.items()},
+    )
 
 
 def _check(workload: Sequence[SimulatedRequest], adapters: Sequence[int]) -> None:
@@ -112,42 +123,12 @@ def _arrivals(workload: Sequence[SimulatedRequest], system: SystemConfig, num_ad
     return Arrivals.of_each(workload, replica_of, system.replicas)
 
 
-def _sample(servers: Sequence[Server], now: float) -> PoolSample:
-    pages = [pool_pages(server.residency) for server in servers]
+def _sample(replicas: Sequence[Replica], now: float) -> PoolSample:
+    pages = [pool_pages(replica.scheduler.residency) for replica in replicas]
     return PoolSample(
         time=now,
         pages=PoolPages(*(sum(getattr(p, kind) for p in pages) for kind in PAGE_KINDS)),
-        running=sum(len(server.scheduler.running) for server in servers),
-        waiting=sum(len(server.scheduler.waiting) for server in servers),
-        uploading=round(sum(server.loading.bytes_in_flight(now) for server in servers)),
-    )
-
-
-def _result(
-    servers: Sequence[Server], counters: SimulationCounters, lane: Lane, samples: Sequence[PoolSample]
-) -> SimulationResult:
-    records = {number: record for server in servers for number, record in server.records.items()}
-    for server in servers:
-        residency = server.residency.counters
-        counters.loads += residency.loads
-        counters.evictions += residency.evictions
-        counters.hits += residency.hits
-        counters.prefetch_hits += residency.prefetch_hits
-        counters.prefetches_wasted += residency.wasted
-        counters.prompt_tokens += server.scheduler.prompt_tokens
-        if server.prefixes is not None:
-            counters.prefix_hit_tokens += server.prefixes.counters.hits * server.prefixes.page_size
-            counters.prefix_evictions += server.prefixes.counters.evictions
-        counters.preemptions += server.scheduler.preemptions
-        counters.aborts += server.scheduler.aborts
-        counters.disk_reads += server.loading.store.reads
-        counters.copy_seconds += server.loading.copies.busy
-    counters.device_seconds = lane.busy
-    ordered = [records[number] for number in sorted(records)]
-    return SimulationResult(
-        records=ordered,
-        pool=samples,
-        counters=counters,
-        seconds=max(record.finished for record in ordered),
-        abort_reasons={name: reason for server in servers for name, reason in server.abort_reasons.items()},
+        running=sum(len(replica.scheduler.running) for replica in replicas),
+        waiting=sum(len(replica.scheduler.waiting) for replica in replicas),
+        uploading=round(sum(replica.executor.loading.bytes_in_flight(now) for replica in replicas)),
     )

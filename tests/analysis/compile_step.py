@@ -4,7 +4,7 @@ from pallas_kernels.devices import compiling_for
 from slora_jax.analysis import TARGETS, compile_for
 from slora_jax.engine import EngineConfig
 from slora_jax.engine.config import Bucket
-from slora_jax.engine.runner import pool_shape, step_spec
+from slora_jax.engine.sizing import pool_shape, step_spec
 from slora_jax.engine.step import make_step, step_shapes
 from slora_jax.models import ModelConfig, abstract_decoder
 
@@ -22,7 +22,7 @@ MODEL = {
 
 if __name__ == "__main__":
     target, model = TARGETS["h200"], ModelConfig.from_dict(MODEL)
-    config = EngineConfig(dtype="bfloat16", max_seqs=16, max_tokens_per_step=64, max_rank=32, num_pages=500)
+    config = EngineConfig(dtype="bfloat16", max_num_seqs=16, max_num_batched_tokens=64, max_lora_rank=32, num_pages=500)
     spec = step_spec(model, *abstract_decoder(model, config.dtype), config, pool_shape(model, config))
     with compiling_for(target.device):
         layout = spec.layout(Bucket(16, 16, decode=True))

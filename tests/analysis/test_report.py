@@ -36,14 +36,14 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model_file: Path, *more: str) -> int:
-    options = [f"--model-config={model_file}", "--target=l4", "--max-tokens=32", "--max-seqs=4", *more]
+    options = [f"--model-config={model_file}", "--target=l4", "--max-tokens=32", "--max-num-seqs=4", *more]
     return cli.main(["compile-report", *options])
 
 
 @pytest.fixture(scope="module")
 def written(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     path = tmp_path_factory.mktemp("report") / "report.json"
-    assert run(model_file, f"--json={path}", "--programs=decode_4,mixed_32_lora", "--max-rank=32") == 0
+    assert run(model_file, f"--json={path}", "--programs=decode_4,mixed_32_lora", "--max-lora-rank=32") == 0
     return json.loads(path.read_text())
 
 
@@ -94,7 +94,7 @@ def test_programs_without_lora_have_no_lora_kernels(written) -> None:
 
 def test_fewer_layers_are_labelled_and_the_pool_is_for_all(model_file, written, tmp_path, capsys) -> None:
     path = tmp_path / "report.json"
-    assert run(model_file, "--layers=1", "--programs=decode_4", "--max-rank=32", f"--json={path}") == 0
+    assert run(model_file, "--layers=1", "--programs=decode_4", "--max-lora-rank=32", f"--json={path}") == 0
     assert "ONLY 1 of 3 layers" in capsys.readouterr().out
     fewer = json.loads(path.read_text())
     assert (fewer["layers"], fewer["compiled_layers"]) == (3, 1)
@@ -142,6 +142,6 @@ def test_what_is_missing_is_named(monkeypatch) -> None:
     find_spec = report.importlib.util.find_spec
     missing = ("jax_triton", "jax_cuda12_plugin", "jax_cuda13_plugin")
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: name not in missing and find_spec(name))
-    config = EngineConfig(max_seqs=4, max_tokens_per_step=32)
+    config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=32)
     with pytest.raises(ConfigError, match=r"needs JAX's CUDA plugin and jax-triton: .*make install EXTRAS=cuda12"):
         report.compile_report(ModelConfig.from_dict(MODEL), TARGETS["l4"], config)

@@ -11,7 +11,7 @@ from pallas_kernels.devices import compiling_for
 from slora_jax.analysis import TARGETS, KernelUse, compile_for, kernels_in, pool_use
 from slora_jax.engine import EngineConfig
 from slora_jax.engine.config import Bucket
-from slora_jax.engine.runner import pool_shape, step_spec
+from slora_jax.engine.sizing import pool_shape, step_spec
 from slora_jax.engine.step import make_step, step_shapes
 from slora_jax.models import ModelConfig, abstract_decoder
 from slora_jax.models.config import read_json
@@ -25,7 +25,9 @@ def step(decode: bool, with_lora: bool) -> tuple[int, list[KernelUse]]:
     """Temporaries and kernels of a step on an H200: 256 sequences that decode, or 2,048 rows of a mixed batch."""
     target = TARGETS["h200"]
     model = dataclasses.replace(ModelConfig.from_dict(read_json(LLAMA_3_8B)), num_layers=LAYERS)
-    config = EngineConfig(dtype="bfloat16", max_seqs=256, max_tokens_per_step=2048, max_rank=64, num_pages=20_000)
+    config = EngineConfig(
+        dtype="bfloat16", max_num_seqs=256, max_num_batched_tokens=2048, max_lora_rank=64, num_pages=20_000
+    )
     spec = step_spec(model, *abstract_decoder(model, config.dtype), config, pool_shape(model, config))
     with compiling_for(target.device):
         layout = spec.layout(Bucket(tokens=256 if decode else 2048, seqs=256, decode=decode))

@@ -125,9 +125,9 @@ def assert_idle(engine: Engine) -> None:
     assert not engine.has_work()
     engine.check()
     stats = engine.stats()
-    assert (stats.running, stats.waiting, stats.pages["kv"]) == (0, 0, 0)
-    idle = stats.idle_adapter_pages + stats.idle_prefix_pages
-    assert stats.pages["free"] + idle == engine.allocator.capacity
+    assert (stats.running, stats.waiting, stats.pages.kv) == (0, 0, 0)
+    idle = stats.pages.adapter_idle + stats.pages.prefix_idle
+    assert stats.pages.free + idle == engine.allocator.capacity
 
 
 @contextmanager
@@ -154,7 +154,7 @@ def assert_clean(engine: Engine) -> None:
     """Ends and unloads what a test left; nothing may remain, and no request may have been unfinished."""
     engine.step()  # a surplus step may be in flight
     unfinished = engine.has_work()
-    for request in list(engine._requests.progress):
+    for request in list(engine.core.requests):
         engine.cancel(request)
     while engine.has_work():
         engine.step()
@@ -232,7 +232,7 @@ class SixAdapters:
                 break
             outputs |= {requests[d.request_id]: d.output for d in self.engine.step() if d.output is not None}
         self.engine.check()
-        assert self.engine.stats().pages["kv"] == 0
+        assert self.engine.stats().pages.kv == 0
         return outputs
 
     def assert_right(self, outputs: dict[str, RequestOutput], names: Iterable[str]) -> None:

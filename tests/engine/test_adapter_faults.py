@@ -110,7 +110,7 @@ def test_folder_loaded_again_frees_the_pages_of_what_it_replaces(engine, tiny, t
     for seed in (1, 2):
         write_peft(tmp_path / "x", random_adapter(tiny.geometry, 4, seed=seed))
         engine.load_adapters(tmp_path)
-        assert engine.stats().pages["adapter"] == 0
+        assert engine.stats().pages.adapter == 0
         engine.generate([[5, 6]], LONG, "x")
 
 
@@ -192,4 +192,4 @@ def test_pages_of_a_request_without_finite_logits_are_not_shared(engine, tiny) -
         outputs = engine.generate([list(range(2, 42))] * 2, LONG, "nan")
         assert [output.finish_reason for output in outputs] == ["error"] * 2
         assert outputs[0].metrics.cached_tokens == 0, "the second begins while the first one runs"
-        assert engine.stats().pages["prefix"] == 0
+        assert engine.stats().pages.prefix == 0

@@ -29,10 +29,12 @@ from slora_jax.scheduling import AdapterUse, Request, RequestMetrics, SamplingPa
 
 MAX_SEQS, MAX_PAGES, ADAPTER_SLOTS = 9, 14, 4
 MIXED = BatchLayout(
-    Bucket(tokens=80, seqs=7, decode=False), page_size=8, max_seqs=MAX_SEQS, adapter_slots=ADAPTER_SLOTS
+    Bucket(tokens=80, seqs=7, decode=False), page_size=8, max_num_seqs=MAX_SEQS, adapter_slots=ADAPTER_SLOTS
 )
-SMALL = BatchLayout(Bucket(tokens=11, seqs=5, decode=False), page_size=4, max_seqs=MAX_SEQS, adapter_slots=64)
-DECODE = BatchLayout(Bucket(tokens=8, seqs=8, decode=True), page_size=8, max_seqs=MAX_SEQS, adapter_slots=ADAPTER_SLOTS)
+SMALL = BatchLayout(Bucket(tokens=11, seqs=5, decode=False), page_size=4, max_num_seqs=MAX_SEQS, adapter_slots=64)
+DECODE = BatchLayout(
+    Bucket(tokens=8, seqs=8, decode=True), page_size=8, max_num_seqs=MAX_SEQS, adapter_slots=ADAPTER_SLOTS
+)
 LAYOUTS = {"mixed": MIXED, "small": SMALL, "decode": DECODE}
 
 RANKS = (8, 130, 16, 8)

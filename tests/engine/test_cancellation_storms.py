@@ -23,8 +23,8 @@ INTERRUPTED = [
     ("store", "unpin"),
     ("store", "request"),
     ("store", "remove"),
-    ("_runner", "upload"),
-    ("_runner", "dispatch"),
+    ("executor", "upload"),
+    ("executor", "dispatch"),
 ]
 
 
@@ -88,10 +88,9 @@ class Storm:
                 self.cancelled.add(request)
 
     def moment(self, request: str) -> str:
-        progress = self.engine._requests.progress.get(request)
-        if progress is None:
+        r = self.engine.core.requests.get(request)
+        if r is None:
             return "ended, its output not returned yet"
-        r = progress.request
         if r.status == "waiting":
             spilled = r.digest is not None and self.engine.store.get(r.digest) is None
             return "waiting for the disk" if spilled else "waiting"

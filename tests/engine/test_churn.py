@@ -73,7 +73,7 @@ class Churn:
 
     def cancel_any(self) -> None:
         """Of the unfinished requests; of a new one, if there is none."""
-        unfinished = sorted(self.engine._requests.progress)
+        unfinished = sorted(self.engine.core.requests)
         request = self.late.choice(unfinished) if unfinished else self.ask([5, 6], SamplingParams(), None)
         assert self.engine.cancel(request)
         self.cancelled += 1

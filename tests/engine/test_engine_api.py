@@ -110,7 +110,7 @@ def test_closing_a_stream_cancels_its_request(engine, taken) -> None:
     for _ in range(taken):
         next(stream)
     stream.close()
-    assert engine.stats().running == engine.stats().waiting == engine.stats().pages["kv"] == 0
+    assert engine.stats().running == engine.stats().waiting == engine.stats().pages.kv == 0
     while engine.has_work():
         engine.step()
 
@@ -269,7 +269,7 @@ def test_adapter_above_max_rank_is_refused_on_load_and_changes_nothing(engine, t
     engine.load_adapter("a", random_adapter(tiny.geometry, 2))
     before = engine.adapters()
     for name in ("a", "b"):
-        with pytest.raises(AdapterError, match="rank 17 but max_rank is 16"):
+        with pytest.raises(AdapterError, match="rank 17 but max_lora_rank is 16"):
             engine.load_adapter(name, random_adapter(tiny.geometry, {"q": 17}))
     assert engine.adapters() == before
 
@@ -321,8 +321,8 @@ def test_arguments_of_another_type_are_refused_by_name(engine) -> None:
         engine.generate("fox", None, 3)
     with pytest.raises(RequestError, match=r"adapter=3: must be None or of type str"):
         engine.add_request("fox", None, 3)
-    with pytest.raises(ConfigError, match=r"config=\{'max_seqs': 3\}: must be an EngineConfig; write"):
-        Engine.from_pretrained("nowhere", {"max_seqs": 3})
+    with pytest.raises(ConfigError, match=r"config=\{'max_num_seqs': 3\}: must be an EngineConfig; write"):
+        Engine.from_pretrained("nowhere", {"max_num_seqs": 3})
 
 
 @pytest.mark.parametrize("name", [3, None, "", ["a"]])
@@ -350,11 +350,11 @@ def test_ids_given_by_the_caller_never_collide_with_the_engines_own(engine) -> N
     [
         ("dtype", "float16"),
         ("page_size", 12),
-        ("max_seqs", 0),
+        ("max_num_seqs", 0),
         ("num_pages", 1),
-        ("max_rank", 257),
-        ("memory_fraction", 0.0),
-        ("max_tokens_per_step", 3),
+        ("max_lora_rank", 257),
+        ("gpu_memory_utilization", 0.0),
+        ("max_num_batched_tokens", 3),
         ("seed", -1),
         ("decode_buckets", (2,)),
         ("mixed_buckets", ()),
@@ -367,7 +367,7 @@ def test_ids_given_by_the_caller_never_collide_with_the_engines_own(engine) -> N
 )
 def test_bad_setting_is_refused_with_field_and_value(field, value) -> None:
     with pytest.raises(ConfigError) as error:
-        EngineConfig(**{"max_seqs": 4, "max_tokens_per_step": 16, field: value})
+        EngineConfig(**{"max_num_seqs": 4, "max_num_batched_tokens": 16, field: value})
     assert f"EngineConfig.{field}={value!r}" in str(error.value)
 
 
@@ -378,13 +378,13 @@ def test_automatic_dtype_is_float32_on_a_cpu(tiny) -> None:
 
 
 def test_unknown_setting_is_refused_with_the_nearest_one() -> None:
-    with pytest.raises(ConfigError, match=r"EngineConfig\.max_seq is unknown \(did you mean 'max_seqs'\?\)"):
+    with pytest.raises(ConfigError, match=r"EngineConfig\.max_seq is unknown \(did you mean 'max_num_seqs'\?\)"):
         EngineConfig(max_seq=3)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_steps_of_a_few_rows_serve(tiny, rows) -> None:
-    settings = {"max_seqs": 1, "max_tokens_per_step": rows, "decode_buckets": None, "mixed_buckets": None}
+    settings = {"max_num_seqs": 1, "max_num_batched_tokens": rows, "decode_buckets": None, "mixed_buckets": None}
     with tiny.engine(**settings, lora="off", compile_ahead=False) as engine:
         assert len(engine.generate([[4, 5, 6, 7]], SamplingParams(max_tokens=2, ignore_eos=True))[0].token_ids) == 2
 

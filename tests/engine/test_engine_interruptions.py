@@ -33,7 +33,7 @@ def test_cancel_frees_pages_at_once_and_the_next_step_reports_it(engine, tiny, s
     request = engine.add_request(PROMPT, LONG, "a")
     streamed = [token for _ in range(steps) for delta in engine.step() for token in delta.token_ids]
     assert engine.cancel(request)
-    assert engine.stats().pages["kv"] == 0 and engine.stats().running == engine.stats().waiting == 0
+    assert engine.stats().pages.kv == 0 and engine.stats().running == engine.stats().waiting == 0
     engine.check()
     deltas = engine.step()
     assert [(delta.request_id, delta.finish_reason) for delta in deltas] == [(request, "cancelled")]
@@ -103,18 +103,18 @@ def four_adapters(engine, tiny):
 @pytest.fixture
 def prefetch(engine, name):
     """Uploads before the step exist only without prefetch."""
-    limits = engine.scheduler.limits
-    engine.scheduler.limits = replace(limits, prefetch=0 if name.endswith("upload") else limits.prefetch)
+    config = engine.scheduler.config
+    engine.scheduler.config = replace(config, prefetch=0 if name.endswith("upload") else config.prefetch)
     yield
-    engine.scheduler.limits = limits
+    engine.scheduler.config = config
 
 
 WITHIN_A_STEP = [
     ("scheduler", "schedule"),
-    ("_runner", "land"),
-    ("_runner", "stage"),
-    ("_runner", "upload"),
-    ("_runner", "dispatch"),
+    ("executor", "landed"),
+    ("executor", "stage"),
+    ("executor", "upload"),
+    ("executor", "dispatch"),
     ("store", "unpin"),
 ]
 
@@ -135,9 +135,9 @@ def test_ctrl_c_leaves_an_engine_that_answers_as_before(
 
 FAILURES = [
     (name, error)
-    for name in ("step", "_runner.land", "_runner.stage", "_runner.upload", "_runner.dispatch")
+    for name in ("step", "executor.landed", "executor.stage", "executor.upload", "executor.dispatch")
     for error in (KeyboardInterrupt(), RuntimeError("out of device memory"))
-    if name != "_runner.stage" or not isinstance(error, Exception)  # which ends an adapter's requests: test_uploads.py
+    if name != "executor.stage" or not isinstance(error, Exception)  # which ends an adapter's requests: test_uploads.py
 ]
 
 
@@ -148,7 +148,7 @@ def test_failure_within_a_step_leaves_an_engine_that_answers_as_before(
 ) -> None:
     """An adapter whose upload failed must not be taken for resident."""
     batch, expected = four_adapters
-    owner = engine._runner if "." in name else engine
+    owner = engine.executor if "." in name else engine
     with monkeypatch.context() as patch, pytest.raises(type(error)):
         before_call(patch, owner, name.split(".")[-1], call, partial(raise_, error))
         engine.generate(*batch)
@@ -158,7 +158,7 @@ def test_failure_within_a_step_leaves_an_engine_that_answers_as_before(
 
 def assert_nothing_left(engine: Engine) -> None:
     assert not engine.has_work()
-    assert (engine.stats().running, engine.stats().waiting, engine.stats().pages["kv"]) == (0, 0, 0)
+    assert (engine.stats().running, engine.stats().waiting, engine.stats().pages.kv) == (0, 0, 0)
     engine.check()
 
 
@@ -187,7 +187,7 @@ def test_loop_over_step_that_was_interrupted_goes_on_where_it_was(
 def test_request_of_a_step_that_failed_ends_with_the_reason_and_others_go_on(engine, tiny, monkeypatch) -> None:
     expected = engine.generate([PROMPT], LONG)[0].token_ids
     with monkeypatch.context() as patch:
-        before_call(patch, engine._runner, "dispatch", 0, partial(raise_, RuntimeError("no memory")))
+        before_call(patch, engine.executor, "dispatch", 0, partial(raise_, RuntimeError("no memory")))
         failed = engine.add_request([5, 6], LONG)
         with pytest.raises(RuntimeError):
             engine.step()
@@ -304,5 +304,5 @@ def test_closed_engine_holds_nothing(tiny, tmp_path) -> None:
         engine.add_request(PROMPT, LONG, "a")
         for _ in range(3):
             engine.step()
-    assert not engine.has_work() and engine.stats().pages["kv"] == 0
+    assert not engine.has_work() and engine.stats().pages.kv == 0
     assert not list(tmp_path.glob("spill/**/*.tiles"))

@@ -16,7 +16,7 @@ from slora_jax.adapters.tiles import pack_tiles
 from slora_jax.analysis import pool_use
 from slora_jax.analysis.hlo import instructions
 from slora_jax.engine.merge import AdapterMerge, kernels
-from slora_jax.engine.runner import pool_shape, step_spec
+from slora_jax.engine.sizing import pool_shape, step_spec
 from slora_jax.engine.step import StepSpec
 from slora_jax.memory import PageKind, Resident, upload_adapter
 from slora_jax.scheduling import AdapterUse, Fcfs, OneAdapter, Request, RequestMetrics, ScheduledSequence, StepPlan
@@ -109,12 +109,12 @@ def test_requests_of_many_adapters_at_once_get_the_paged_engines_tokens(baseline
 
 
 def test_a_padded_step_writes_the_pool_in_place(baseline):
-    runner = baseline("bmm")._runner
-    programs = {program.name: program.compiled for program in runner.worker.programs.programs}
+    device = baseline("bmm").executor.device
+    programs = {program.name: program.compiled for program in device.programs.programs}
     layers = {name: compiled for name, compiled in programs.items() if "lora" in name and name.endswith("_layer")}
     assert len(layers) > 3 and "decode_4_lora_4x1_layer" in layers and "mixed_16_lora_5x16_layer" in layers
     for name, compiled in layers.items():
-        use = pool_use(compiled, replace(runner.shape, num_layers=1))
+        use = pool_use(compiled, replace(device.spec.pool, num_layers=1))
         assert use.aliased_bytes >= use.pool_bytes and use.copies == (), name
 
 
@@ -232,7 +232,7 @@ def test_merged_weights_are_pefts(tiny, model_dir, tmp_path, baseline):
     merged = peft.PeftModel.from_pretrained(base, str(tmp_path / name)).merge_and_unload().state_dict()
     prompt, params = [11, 12, 13], SamplingParams(max_tokens=30, ignore_eos=True)
     (output,) = baseline("merge").generate([prompt], params, name)
-    layers = kernels(baseline("merge")._runner.worker.params)
+    layers = kernels(baseline("merge").executor.device.params)
     columns = {"qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "o": ("self_attn.o_proj",)}
     columns |= {"gate_up": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",)}
     for index, layer in enumerate(layers):
@@ -260,8 +260,8 @@ def test_without_lora_adapters_are_named_but_neither_loaded_nor_computed(baselin
     assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
     assert [o.adapter for o in outputs] == names
     stats = engine.stats()
-    assert (stats.adapter_loads, stats.resident_adapters, stats.pages["adapter"]) == (0, 0, 0)
-    assert not any("lora" in program.name for program in engine._runner.worker.programs.programs)
+    assert (stats.adapter_loads, stats.resident_adapters, stats.pages.adapter) == (0, 0, 0)
+    assert not any("lora" in program.name for program in engine.executor.device.programs.programs)
     with pytest.raises(AdapterError, match="unknown adapter 'adapter-99'"):
         engine.add_request([1], params, "adapter-99")
 

@@ -44,7 +44,7 @@ def _spec(hidden: int, heads: int, kv_heads: int, head_dim: int, ffn: int, dtype
         adapter_slots=32,
         max_adapter_pages=100,
     )
-    return StepSpec(model, graphdef, params, pool, max_seqs=16, max_pages_per_seq=64, max_rank=64)
+    return StepSpec(model, graphdef, params, pool, max_num_seqs=16, max_pages_per_seq=64, max_rank=64)
 
 
 SMALL = _spec(hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, dtype="float32", num_pages=333)

@@ -8,7 +8,7 @@ import pytest
 from experiments.slow_disk import slow_disk
 from slora_jax import SamplingParams
 from slora_jax.adapters import random_adapter
-from slora_jax.metrics import RequestRecord, serving_metrics
+from slora_jax.metrics import serving_metrics
 
 DISK_SECONDS = 0.2
 NUM_ADAPTERS = 8
@@ -32,23 +32,23 @@ def run(tiny):
         on_disk = list(waiting)
 
         def step() -> None:
-            while sum(p.request.adapter is None for p in engine._requests.progress.values()) < 3:
+            while sum(p.adapter is None for p in engine.core.requests.values()) < 3:
                 engine.add_request([2 + next(number) % 200, 7, 11], params)
             outputs.extend(delta.output for delta in engine.step() if delta.output is not None)
 
         with engine.trace():  # so that both halves pay for it
             for _ in range(300):
                 step()
-        undisturbed = [RequestRecord.of(o) for o in outputs]
+        undisturbed = [o.record() for o in outputs]
         outputs.clear()
         with slow_disk(DISK_SECONDS), engine.trace() as trace:
-            while waiting or any(p.request.adapter is not None for p in engine._requests.progress.values()):
-                if waiting and all(p.request.adapter is None for p in engine._requests.progress.values()):
+            while waiting or any(p.adapter is not None for p in engine.core.requests.values()):
+                if waiting and all(p.adapter is None for p in engine.core.requests.values()):
                     engine.add_request([5, 6, 7], SamplingParams(max_tokens=4, ignore_eos=True), waiting.pop(0))
                 step()
         yield {
             "undisturbed": undisturbed,
-            "loading": [RequestRecord.of(o) for o in outputs],
+            "loading": [o.record() for o in outputs],
             "on_disk": on_disk,
             "events": trace.events(),
         }

@@ -25,17 +25,17 @@ class EveryThird(Policy):
 @pytest.fixture
 def serve(engine: Engine, tiny) -> Iterator[Callable[..., Engine]]:
     """The shared engine under another policy or admission, for one test."""
-    before = engine.scheduler.policy, engine.scheduler.limits
+    before = engine.scheduler.policy, engine.scheduler.config
     for seed, name in enumerate("ab"):
         engine.load_adapter(name, random_adapter(tiny.geometry, 4, seed=seed))
 
     def under(policy: Policy, admission: str = "optimistic") -> Engine:
         engine.scheduler.policy = policy
-        engine.scheduler.limits = replace(engine.scheduler.limits, admission=admission)
+        engine.scheduler.config = replace(engine.scheduler.config, admission=admission)
         return engine
 
     yield under
-    engine.scheduler.policy, engine.scheduler.limits = before
+    engine.scheduler.policy, engine.scheduler.config = before
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ def plain(tiny):
         yield engine
         assert engine.prefixes is None
         stats = engine.stats()
-        assert (stats.pages["prefix"], stats.prefix_hit_tokens, stats.idle_prefix_pages) == (0, 0, 0)
+        assert (stats.pages.prefix, stats.prefix_hit_tokens, stats.pages.prefix_idle) == (0, 0, 0)
 
 
 @pytest.fixture
@@ -118,9 +118,9 @@ def test_a_name_with_new_weights_never_meets_the_old_ones_keys(both, tiny, steps
     outputs = drain(engine)
     assert outputs[before].token_ids == expected[id(old)] and outputs[after].token_ids == expected[id(new)]
     assert outputs[after].metrics.cached_tokens == 0
-    held = engine.stats().pages["prefix"]
+    held = engine.stats().pages.prefix
     engine.unload_adapter("x")
-    assert engine.stats().pages["prefix"] < held, "its prefixes went with it"
+    assert engine.stats().pages.prefix < held, "its prefixes went with it"
     assert engine.allocator.num_free == engine.allocator.capacity
 
 
@@ -159,7 +159,7 @@ def test_what_a_failed_step_was_to_compute_is_not_taken_for_computed(both, monke
     engine, plain = both
     prompts = [[*INSTRUCTIONS, 5], [*INSTRUCTIONS[:25], 6], INSTRUCTIONS[:18]]
     expected = tokens(plain.generate(prompts, ANSWER, "a"))
-    dispatch, calls = engine._runner.dispatch, iter(range(100))
+    dispatch, calls = engine.executor.dispatch, iter(range(100))
 
     def failing(plan):
         if next(calls) == call:
@@ -167,10 +167,10 @@ def test_what_a_failed_step_was_to_compute_is_not_taken_for_computed(both, monke
         return dispatch(plan)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no memory"):
-        patch.setattr(engine._runner, "dispatch", failing)
+        patch.setattr(engine.executor, "dispatch", failing)
         engine.generate(prompts, ANSWER, "a")
     engine.check()
-    assert engine.stats().pages["kv"] == 0
+    assert engine.stats().pages.kv == 0
     assert tokens(engine.generate(prompts, ANSWER, "a")) == expected
 
 
@@ -182,9 +182,9 @@ def test_hits_compile_nothing_and_the_counters_tell_of_them(both, compilations) 
     assert not compilations
     assert stats.prompt_tokens - before.prompt_tokens == 6 * len(INSTRUCTIONS)
     assert stats.prefix_hit_tokens - before.prefix_hit_tokens >= 5 * 8
-    assert stats.pages["kv"] == 0 and stats.pages["prefix"] == stats.idle_prefix_pages > 0
+    assert stats.pages.kv == 0 and stats.pages.prefix == stats.pages.prefix_idle > 0
     engine.residency.evictor.make_room(engine.allocator.capacity, PageKind.KV)
-    assert engine.stats().prefix_evictions - stats.prefix_evictions == stats.pages["prefix"]
+    assert engine.stats().prefix_evictions - stats.prefix_evictions == stats.pages.prefix
 
 
 def test_a_sliding_window_attends_over_shared_pages(tiny) -> None:

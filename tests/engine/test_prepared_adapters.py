@@ -110,11 +110,11 @@ def test_published_over_an_idle_name_frees_its_pages(engine, tiny) -> None:
     weights = [random_adapter(tiny.geometry, 4, seed=seed) for seed in range(2)]
     engine.load_adapter("x", weights[0])
     drain_one(engine, "x")
-    assert engine.stats().pages["adapter"] > 0
+    assert engine.stats().pages.adapter > 0
     prepared = engine.prepare_adapter("x", weights[1])
-    assert engine.stats().pages["adapter"] > 0
+    assert engine.stats().pages.adapter > 0
     engine.publish_adapter(prepared)
-    assert engine.stats().pages["adapter"] == 0
+    assert engine.stats().pages.adapter == 0
 
 
 def test_unloaded_and_discarded_while_prepared_for_another_name(engine, tiny, greedy_margin) -> None:
@@ -124,7 +124,7 @@ def test_unloaded_and_discarded_while_prepared_for_another_name(engine, tiny, gr
     drain_one(engine, "x")
     prepared = engine.prepare_adapter("y", adapter)
     assert not engine.unload_adapter("x"), "y's preparation holds it"
-    assert engine.stats().pages["adapter"] == 0
+    assert engine.stats().pages.adapter == 0
     again = engine.prepare_adapter("y", adapter)
     engine.discard_adapter(prepared)
     engine.publish_adapter(again)

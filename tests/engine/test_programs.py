@@ -15,7 +15,7 @@ import pytest
 from slora_jax import SamplingParams
 from slora_jax.adapters import random_adapter
 from slora_jax.engine.programs import on_threads
-from slora_jax.engine.runner import coarse
+from slora_jax.engine.sizing import coarse
 from slora_jax.engine.step import StepSpec
 
 PROMPTS = [[3, 17, 5, 9], [40, 41], list(range(60, 90))]
@@ -30,12 +30,12 @@ def answers(engine, **params):
 
 def test_a_step_in_parts_computes_what_the_whole_step_does(tiny, monkeypatch):
     with tiny.engine(keep_logits=True) as engine:
-        names = {program.name for program in engine._runner.worker.programs.programs}
+        names = {program.name for program in engine.executor.device.programs.programs}
         tokens, logits = answers(engine)
     assert any(name.endswith("_layer") for name in names)
     monkeypatch.setattr(StepSpec, "layered", False)
     with tiny.engine(keep_logits=True) as engine:
-        assert not any(program.name.endswith("_layer") for program in engine._runner.worker.programs.programs)
+        assert not any(program.name.endswith("_layer") for program in engine.executor.device.programs.programs)
         whole_tokens, whole_logits = answers(engine)
     assert tokens == whole_tokens
     np.testing.assert_allclose(logits, whole_logits, atol=1e-5)
@@ -43,13 +43,13 @@ def test_a_step_in_parts_computes_what_the_whole_step_does(tiny, monkeypatch):
 
 def test_a_program_found_on_disk_answers_alike_and_updates_the_pool_in_place(tiny, tmp_path):
     with tiny.engine(keep_logits=True, compilation_cache_dir=tmp_path) as engine:
-        assert not any(program.is_cached for program in engine._runner.worker.programs.programs)
+        assert not any(program.is_cached for program in engine.executor.device.programs.programs)
         first = answers(engine)
     with tiny.engine(keep_logits=True, compilation_cache_dir=tmp_path) as engine:
-        assert all(program.is_cached for program in engine._runner.worker.programs.programs)
-        places = [layer.unsafe_buffer_pointer() for layer in engine._runner.worker.pool]
+        assert all(program.is_cached for program in engine.executor.device.programs.programs)
+        places = [layer.unsafe_buffer_pointer() for layer in engine.executor.device.pool]
         second = answers(engine)
-        assert [layer.unsafe_buffer_pointer() for layer in engine._runner.worker.pool] == places
+        assert [layer.unsafe_buffer_pointer() for layer in engine.executor.device.pool] == places
     assert first[0] == second[0]
     np.testing.assert_array_equal(first[1], second[1])
 
@@ -57,8 +57,8 @@ def test_a_program_found_on_disk_answers_alike_and_updates_the_pool_in_place(tin
 def test_another_shape_is_another_program(tiny, tmp_path):
     with tiny.engine(compilation_cache_dir=tmp_path):
         pass
-    with tiny.engine(compilation_cache_dir=tmp_path, max_rank=24) as engine:
-        assert not any(program.is_cached for program in engine._runner.worker.programs.programs)
+    with tiny.engine(compilation_cache_dir=tmp_path, max_lora_rank=24) as engine:
+        assert not any(program.is_cached for program in engine.executor.device.programs.programs)
 
 
 def test_a_damaged_entry_is_compiled_again(tiny, tmp_path, caplog):
@@ -67,15 +67,15 @@ def test_a_damaged_entry_is_compiled_again(tiny, tmp_path, caplog):
     damaged = next((tmp_path / "programs").glob("*_begin-*"))
     damaged.write_bytes(damaged.read_bytes()[:100])
     with caplog.at_level(logging.WARNING, "slora_jax"), tiny.engine(compilation_cache_dir=tmp_path) as engine:
-        compiled = [program.name for program in engine._runner.worker.programs.programs if not program.is_cached]
+        compiled = [program.name for program in engine.executor.device.programs.programs if not program.is_cached]
     assert compiled == [damaged.name.rpartition("-")[0]]
     assert f"{damaged}: this compiled program cannot be used" in caplog.text
 
 
 def test_compiling_on_use_compiles_what_a_request_needs(tiny):
-    config = {"compile_ahead": False, "max_seqs": 1, "decode_buckets": (1,), "mixed_buckets": (16,)}
-    with tiny.engine(max_tokens_per_step=16, **config) as engine:
-        programs = engine._runner.worker.programs
+    config = {"compile_ahead": False, "max_num_seqs": 1, "decode_buckets": (1,), "mixed_buckets": (16,)}
+    with tiny.engine(max_num_batched_tokens=16, **config) as engine:
+        programs = engine.executor.device.programs
         assert programs.programs == []
         engine.generate([[1, 2, 3]], SamplingParams(max_tokens=1, ignore_eos=True))
         assert {p.name for p in programs.programs} == {"mixed_16_begin", "mixed_16_layer", "mixed_16_end"}
@@ -101,7 +101,7 @@ whole = runner.os.sysconf("SC_PHYS_PAGES")
 runner.os = type("os", (), {"sysconf": lambda name, real=runner.os.sysconf: {
     "SC_PHYS_PAGES": 1 << 18, "SC_AVPHYS_PAGES": int(float(sys.argv[3]) * (1 << 18))}.get(name, real(name))})
 with Engine.from_pretrained(sys.argv[1], EngineConfig(compilation_cache_dir=sys.argv[2], dtype="float32")) as engine:
-    programs = engine._runner.worker.programs.programs
+    programs = engine.executor.device.programs.programs
     print(sum(not program.is_cached for program in programs), len(misses), engine.allocator.capacity)
 """
 

@@ -52,7 +52,7 @@ def test_more_scored_prompts_than_sequences_and_a_prefix_that_is_cached(engine: 
     prompt = [7, *range(60, 90)]
     engine.generate([prompt], SamplingParams(max_tokens=2), ["a"])  # into the prefix cache
     params = SamplingParams(max_tokens=1, prompt_logprobs=1)
-    for output in engine.generate([prompt] * (engine.config.max_seqs + 3), params, "a"):
+    for output in engine.generate([prompt] * (engine.config.max_num_seqs + 3), params, "a"):
         check(tiny, output, adapters["a"], 1)
         assert output.metrics.cached_tokens == 0
 

@@ -11,7 +11,7 @@ from slora_jax import Engine, RequestError, SamplingParams
 from slora_jax.adapters import random_adapter
 from slora_jax.engine import trace as trace_module
 from slora_jax.engine.trace import NoTrace
-from slora_jax.metrics import RequestRecord, adapter_metrics, serving_metrics
+from slora_jax.metrics import adapter_metrics, serving_metrics
 
 NUM_ADAPTERS = 12
 KINDS = {"free", "kv", "prefix_in_use", "prefix_idle", "adapter_in_use", "adapter_idle"}
@@ -128,7 +128,7 @@ def test_pages_by_kind_sum_to_the_pool_and_queues_to_the_requests(run) -> None:
 
 
 def test_stays_in_the_pool_agree_with_the_engines_counters(run) -> None:
-    trace, records = run["trace"], [RequestRecord.of(output) for output in run["outputs"]]
+    trace, records = run["trace"], [output.record() for output in run["outputs"]]
     by_name = adapter_metrics(records, trace.stays(), trace.start, trace.samples[-1].time)
     assert sum(a.loads for a in by_name.values()) == run["loads"]
     assert sum(a.evictions for a in by_name.values()) == run["evictions"] > 0
@@ -145,19 +145,19 @@ def test_token_times_of_the_outputs_span_first_token_to_finish(run) -> None:
         assert output.token_times[0] == output.metrics.first_token
         assert output.token_times[-1] == output.metrics.finished
         assert (np.diff(output.token_times) > 0).all()
-    metrics = serving_metrics([RequestRecord.of(output) for output in run["outputs"]])
+    metrics = serving_metrics([output.record() for output in run["outputs"]])
     assert (metrics.requests, metrics.aborted, metrics.inter_token_latency.count) == (40, 0, 40 * 11)
 
 
 def test_an_engine_that_is_not_traced_makes_nothing_for_it(engine: Engine, monkeypatch) -> None:
     """(Not by `tracemalloc`: CPython before 3.12.9 may crash when it is stopped while XLA's threads run.)"""
     made = []
-    monkeypatch.setattr(trace_module, "PoolPages", lambda *args: made.append(args))  # what a trace takes every step
+    monkeypatch.setattr(trace_module, "pool_pages", lambda *args: made.append(args))  # what a trace takes every step
     engine.add_request([3, 4, 5], SamplingParams(max_tokens=20, ignore_eos=True))
     while engine.has_work():
         engine.step()
     assert not made
-    nothing = {id(NoTrace().step(engine)), id(NoTrace().span("a")), id(NoTrace().upload(None, None))}
+    nothing = {id(NoTrace().step()), id(NoTrace().span("a")), id(NoTrace().upload(None))}
     assert len(nothing) == 1  # one context manager for every use
 
 

@@ -11,8 +11,9 @@ import pytest
 from experiments.slow_disk import slow_disk
 from slora_jax import ConfigError, Engine, SamplingParams
 from slora_jax.adapters import random_adapter
+from slora_jax.engine.device import Copy
 from slora_jax.memory import PageKind, Upload
-from slora_jax.metrics import RequestRecord, serving_metrics
+from slora_jax.metrics import serving_metrics
 
 NUM_ADAPTERS = 10
 LONG = SamplingParams(max_tokens=40, ignore_eos=True)
@@ -32,13 +33,13 @@ def shared(tiny) -> Iterator[Engine]:
 def engine(shared: Engine) -> Iterator[Engine]:
     shared.residency.evictor.make_room(shared.allocator.capacity, PageKind.KV)
     yield shared
-    for request in list(shared._requests.progress):
+    for request in list(shared.core.requests):
         shared.cancel(request)
     while shared.has_work():
         shared.step()
     shared.check()
     stats = shared.stats()
-    assert (stats.running, stats.waiting, stats.pages["kv"], stats.uploads_in_flight) == (0, 0, 0, 0)
+    assert (stats.running, stats.waiting, stats.pages.kv, stats.uploads_in_flight) == (0, 0, 0, 0)
 
 
 def drain(engine: Engine) -> dict:
@@ -50,22 +51,22 @@ def drain(engine: Engine) -> dict:
 
 def slow_copies(monkeypatch, engine: Engine, steps: int) -> None:
     """A copy is there `steps` steps after its begin, as far as `land` can see without waiting for it."""
-    runner = engine._runner
-    begun: dict[int, int] = {}
-    stage, land, now = runner.stage, runner.land, itertools.count()
+    executor = engine.executor
+    begun: dict[Copy, int] = {}
+    stage, landed, now = executor.stage, executor.landed, itertools.count()
     clock = [0]
 
-    def slow_stage(upload, contents):
-        stage(upload, contents)
-        begun.update((id(array), clock[0]) for array in runner.worker._staged[-1])
+    def slow_stage(upload):
+        stage(upload)
+        begun[executor._staged[-1].copy] = clock[0]
 
-    def slow_land(wait=False):
+    def slow_landed():
         clock[0] = next(now)
-        return land(wait)
+        return landed()
 
-    monkeypatch.setattr(runner, "stage", slow_stage)
-    monkeypatch.setattr(runner, "land", slow_land)
-    monkeypatch.setattr(runner.worker, "_is_there", lambda array: clock[0] >= begun[id(array)] + steps)
+    monkeypatch.setattr(executor, "stage", slow_stage)
+    monkeypatch.setattr(executor, "landed", slow_landed)
+    monkeypatch.setattr(Copy, "is_there", lambda copy: clock[0] >= begun[copy] + steps)
 
 
 def traffic(rng: np.random.Generator, requests: int = 40):
@@ -88,8 +89,7 @@ def test_tokens_are_the_same_with_and_without_prefetch_and_nothing_compiles(
     after = engine.stats()
     assert after.adapter_loads - before.adapter_loads >= NUM_ADAPTERS
     assert after.prefetches_wasted - before.prefetches_wasted <= 2
-    limits = engine.scheduler.limits
-    monkeypatch.setattr(engine.scheduler, "limits", replace(limits, prefetch=0))
+    monkeypatch.setattr(engine.scheduler, "config", replace(engine.scheduler.config, prefetch=0))
     engine.residency.evictor.make_room(engine.allocator.capacity, PageKind.KV)
     assert [o.token_ids for o in engine.generate(*batch)] == [o.token_ids for o in ahead]
     assert engine.stats().prefetch_hits == after.prefetch_hits
@@ -103,13 +103,13 @@ def test_an_adapter_brought_ahead_is_there_when_a_slot_becomes_free(engine) -> N
     engine.step()
     during = engine.stats()
     assert during.uploads_in_flight == 1
-    assert during.upload_bytes_in_flight == 4 * engine._runner.shape.page_bytes  # one step's pages
+    assert during.upload_bytes_in_flight == 4 * engine.executor.page_bytes  # one step's pages
     for _ in range(8):
         engine.step()
     assert engine.stats().uploads_in_flight == engine.stats().upload_bytes_in_flight == 0
     engine.cancel(running[0])
     engine.step()
-    assert engine._requests.progress[waiting].request.status == "running"
+    assert engine.core.requests[waiting].status == "running"
     assert engine.stats().prefetch_hits == before.prefetch_hits + 1
 
 
@@ -152,20 +152,20 @@ def test_a_slow_disk_and_slow_copies_leave_the_others_their_tokens(tiny, monkeyp
         numbers, outputs = itertools.count(), []
 
         def step() -> None:
-            while sum(p.request.adapter is None for p in engine._requests.progress.values()) < 3:
+            while sum(p.adapter is None for p in engine.core.requests.values()) < 3:
                 engine.add_request([2 + next(numbers) % 200, 7, 11], LONG)
             outputs.extend(delta.output for delta in engine.step() if delta.output is not None)
 
         for _ in range(200):
             step()
-        gaps = {"undisturbed": serving_metrics([RequestRecord.of(o) for o in outputs]).inter_token_latency}
+        gaps = {"undisturbed": serving_metrics([o.record() for o in outputs]).inter_token_latency}
         outputs.clear()
         with slow_disk(0.2), engine.trace() as trace:
             for name in on_disk:
                 engine.add_request([5, 6, 7], SHORT, name)
-            while any(p.request.adapter is not None for p in engine._requests.progress.values()):
+            while any(p.adapter is not None for p in engine.core.requests.values()):
                 step()
-        base = [RequestRecord.of(o) for o in outputs if o.adapter is None]
+        base = [o.record() for o in outputs if o.adapter is None]
         gaps["loading"] = serving_metrics(base).inter_token_latency
         print(gaps)
         assert gaps["loading"].p99 < max(0.1, 3 * gaps["undisturbed"].p99), gaps
@@ -195,24 +195,23 @@ def test_a_copy_that_fails_ends_its_own_requests_only(engine, monkeypatch, where
     bad = engine.store.resolve("a2")
     with monkeypatch.context() as patch:
         if where == "stage":
-            stage = engine._runner.stage
-
-            def failing(upload, contents):
-                if upload.resident.digest == bad and upload.first:  # its first pages went well
-                    raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
-                stage(upload, contents)
-
-            patch.setattr(engine._runner, "stage", failing)
-        else:
-            move = engine._runner._move
+            stage = engine.executor.stage
 
             def failing(upload):
+                if upload.resident.digest == bad and upload.first:  # its first pages went well
+                    raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+                stage(upload)
+
+            patch.setattr(engine.executor, "stage", failing)
+        else:
+            move = engine.executor._move
+
+            def failing(upload, copy):
                 if upload.resident.digest != bad:
-                    return move(upload)
-                engine._runner.worker.discard()
+                    return move(upload, copy)
                 return "RESOURCE_EXHAUSTED: out of memory"
 
-            patch.setattr(engine._runner, "_move", failing)
+            patch.setattr(engine.executor, "_move", failing)
         outputs = engine.generate(prompts, LONG, names)
     for name, output, good in zip(names, outputs, expected, strict=True):
         if name == "a2":
@@ -226,26 +225,16 @@ def test_a_copy_that_fails_ends_its_own_requests_only(engine, monkeypatch, where
 
 
 def test_a_failed_array_is_noticed_before_the_pool_is_touched(engine) -> None:
-    class Failed:
-        def block_until_ready(self):
+    class Failed(Copy):
+        def wait(self):
             raise RuntimeError("INTERNAL: the copy failed")
 
-    engine.add_request([5], SHORT, "a0")
-    upload = None
-    stage = engine._runner.stage
-    worker = engine._runner.worker
-    pool = worker.pool
-    try:
-        engine._runner.stage = lambda u, contents: stage(u, contents) or seen.append(u)
-        seen: list = []
-        engine._plan()
-        upload = seen[0]
-    finally:
-        del engine._runner.stage
-    staged = list(worker._staged)
-    worker._staged.appendleft([Failed()])
-    assert "INTERNAL" in engine._runner._move(upload)
-    assert worker.pool is pool and list(worker._staged) == staged
+    resident = engine.residency.prefetch("x", np.ones(7, np.int32), 2, 1, protect_awaited=False)
+    (upload,) = engine.residency.uploads(2)
+    pool = engine.executor.device.pool
+    assert "INTERNAL" in engine.executor._move(upload, Failed([]))
+    assert engine.executor.device.pool is pool
+    engine.residency.drop(resident.digest)
 
 
 @pytest.mark.parametrize("after", range(4))
@@ -266,7 +255,7 @@ def test_unload_or_cancel_while_in_flight(engine, tiny, monkeypatch, after) -> N
     assert held is None or engine.allocator.num_free >= free + held.num_pages
     outputs = drain(engine)
     assert (outputs[waiting].finish_reason, outputs[running].finish_reason) == ("cancelled", "length")
-    assert engine.residency.pages_in_flight == 0 and not engine._uploads.tiles
+    assert engine.executor.pages_in_flight == 0 and not engine.executor._tiles
 
 
 def test_staged_pages_are_not_the_stores_memory_any_more(engine) -> None:
@@ -276,13 +265,14 @@ def test_staged_pages_are_not_the_stores_memory_any_more(engine) -> None:
     engine.add_request([9], SHORT, "a1")
     engine.step()
     resident = engine.residency.find(engine.store.resolve("a1"))
-    assert resident.staged > resident.landed and engine._runner.has_staged
+    assert resident.staged > resident.landed and engine.executor.pages_in_flight
     engine.residency.drop(resident.digest)
     taken = engine.allocator.allocate(engine.allocator.num_free, PageKind.KV)
-    before = [np.asarray(layer)[taken] for layer in engine._runner.worker.pool]
-    assert [landing.error for landing in engine._runner.land(wait=True)] == [None]
-    engine.residency.land(Upload(resident, 0, resident.staged))
-    for layer, old in zip(engine._runner.worker.pool, before, strict=True):
+    before = [np.asarray(layer)[taken] for layer in engine.executor.device.pool]
+    engine.executor.wait(None)
+    assert [landing.error for landing in engine.executor.landed()] == [None]
+    engine.residency.landed(Upload(resident, 0, resident.staged))
+    for layer, old in zip(engine.executor.device.pool, before, strict=True):
         np.testing.assert_array_equal(np.asarray(layer)[taken], old)
     engine.allocator.free(taken)
     assert engine.cancel(running)

@@ -201,7 +201,7 @@ def test_a_policy_and_a_workload_of_ones_own_take_a_file_and_no_other_change(tmp
     content = {
         "workload": {"kind": "my_own_study:burst", "rate": 5, "duration": 4, "size": [2, 20], "lengths": [4, 9]},
         "adapters": {"count": 3},
-        "system": {"name": "slora", "num_tokens": 4000, "max_seqs": 2, "policy": ["my_own_study:Shortest", "fcfs"]},
+        "system": {"name": "slora", "num_tokens": 4000, "max_num_seqs": 2, "policy": ["my_own_study:Shortest", "fcfs"]},
     }
     runs = make_experiment("x", content).runs
     curves = ["slora, my_own_study:Shortest", "slora, fcfs"]

@@ -40,8 +40,8 @@ def test_every_point_is_the_published_run(file) -> None:
             np.testing.assert_array_equal(getattr(ours, field), getattr(theirs, field), err_msg=row.label)
         assert ours.ranks == theirs.ranks and run.config.device == row.device, row.label
         system, published = make_system(run.config.system.name, **run.config.system.settings), row_system(row)
-        assert system.memory_fraction == pytest.approx(published.memory_fraction)
-        assert replace(system, memory_fraction=published.memory_fraction) == published, row.label
+        assert system.gpu_memory_utilization == pytest.approx(published.gpu_memory_utilization)
+        assert replace(system, gpu_memory_utilization=published.gpu_memory_utilization) == published, row.label
         policy = row_policy(row)
         own = None if run.config.system.policy is None else make_policy(**run.config.system.policy)
         assert type(own) is type(policy) and (not is_dataclass(own) or repr(own) == repr(policy)), row.label
@@ -64,12 +64,12 @@ def test_figure_8_has_every_published_bar_and_pools_as_large_as_those_of_one_dev
     for device in ("a100-40", "a100-80"):
         used = shape.weight_bytes + pool_tokens(device, "S4") * shape.kv_bytes
         share = used / load_device(device).memory_bytes
-        found = {run.config.system.settings["memory_fraction"] for run in runs if run.config.device == device}
+        found = {run.config.system.settings["gpu_memory_utilization"] for run in runs if run.config.device == device}
         assert found == {round(share, 4)}
 
 
 def test_in_figure_8_what_is_sent_and_computed_costs_throughput() -> None:
-    overrides = ["workload.rate=4", "workload.duration=4", "system.tp=2"]
+    overrides = ["workload.rate=4", "workload.duration=4", "system.tensor_parallel_size=2"]
     experiment = load_experiment(CONFIGS / "figure_8.yaml", overrides)
     runs = {
         r.curve: run_simulated(r.config)["throughput"] for r in experiment.runs if r.panel.endswith("40, 10 adapters")

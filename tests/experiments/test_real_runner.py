@@ -28,7 +28,7 @@ CONTENT = {
     "slo_seconds": 0.5,
     "adapters": {"count": 3, "ranks": [8, 4]},
     "workload": {"rate": 400, "duration": 0.03, "input_range": [3, 24], "output_range": [2, 9]},
-    "system": {"num_tokens": 1024, "max_seqs": 4, "max_tokens": 16},
+    "system": {"num_tokens": 1024, "max_num_seqs": 4, "max_tokens": 16},
     "engine": {"max_model_len": 64, "decode_buckets": [4], "mixed_buckets": [16], "batch": 4},
 }
 
@@ -97,9 +97,9 @@ def test_the_same_requests_and_tokens_as_in_the_simulator(runner, ran, name) -> 
         assert real["prompt_tokens"] == simulated["prompt_tokens"] == work.prompt_tokens.sum()
         assert real["tokens_computed"] == simulated["tokens_computed"]
     if name.startswith("slora"):
-        assert real["loads"] >= 3 and real["switches"] == 0
+        assert real["adapter_loads"] >= 3 and real["adapter_merges"] == 0
     if name == "merge":
-        assert real["switches"] >= 3
+        assert real["adapter_merges"] >= 3
 
 
 def test_nothing_is_left_of_the_run_before(runner, ran) -> None:
@@ -109,9 +109,9 @@ def test_nothing_is_left_of_the_run_before(runner, ran) -> None:
         {"adapters": {"count": 3}},
     )
     before, _, after = runner.run(first), runner.run(other), runner.run(again)
-    for counter in ("loads", "tokens_computed", "prompt_tokens", "preemptions", "aborts", "prefix_hit_tokens"):
+    for counter in ("adapter_loads", "tokens_computed", "prompt_tokens", "preemptions", "aborts", "prefix_hit_tokens"):
         assert before[counter] == after[counter], counter
-    assert before["loads"] == 3 and before["evictions"] == before["prefix_hit_tokens"] == 0
+    assert before["adapter_loads"] == 3 and before["adapter_evictions"] == before["prefix_hit_tokens"] == 0
     assert ran[-1].tokens == ran[-3].tokens != ran[-2].tokens
 
 
@@ -147,8 +147,8 @@ def test_policies_and_eviction_reach_the_engine(runner) -> None:
     one_user = {"client": {"kind": "closed", "users": 1}}
     kept, dropped = configs(one_user, one_user | {"system": {"eviction": "immediate"}})
     adapters = run_workload(kept).adapter.tolist()
-    assert runner.run(kept)["loads"] == len(set(adapters))
-    assert runner.run(dropped)["loads"] >= 1 + sum(a != b for a, b in pairwise(adapters)) > len(set(adapters))
+    assert runner.run(kept)["adapter_loads"] == len(set(adapters))
+    assert runner.run(dropped)["adapter_loads"] >= 1 + sum(a != b for a, b in pairwise(adapters)) > len(set(adapters))
     (dear,) = configs({"system": {"eviction": "cost_aware"}})
     assert runner.run(dear)["completed"] == 12
 
@@ -224,7 +224,7 @@ def test_a_model_and_adapters_of_ones_own_answer_as_the_engine_does(runner, ran,
     work = run_workload(config)
     requests = engine_requests(work, config.model_config().vocab_size, config.seed)
     with Engine.from_pretrained(
-        own / "model", EngineConfig(max_seqs=4, num_pages=64, compile_ahead=False, progress=False)
+        own / "model", EngineConfig(max_num_seqs=4, num_pages=64, compile_ahead=False, progress=False)
     ) as engine:
         engine.load_adapters(own / "adapters")
         outputs = engine.generate(

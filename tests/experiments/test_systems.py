@@ -25,13 +25,13 @@ from experiments.systems.packed import pages_per_replica
 from experiments.systems.peft import PeftModel, serve_by_sweeps, sweep
 from slora_jax import ConfigError, EngineConfig, RequestError
 from slora_jax.adapters import random_adapter, write_peft
-from slora_jax.engine.runner import adapter_geometry
+from slora_jax.engine.sizing import adapter_geometry
 from slora_jax.models import ModelConfig, load_model
 
 ADAPTERS = {"a": 4, "b": 8, "c": 3}
 SETTINGS = SystemSettings(
     engine=EngineConfig(
-        dtype="float32", num_pages=120, max_seqs=4, max_tokens_per_step=16, max_model_len=96, max_rank=8,
+        dtype="float32", num_pages=120, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=96, max_lora_rank=8,
         decode_buckets=(4,), mixed_buckets=(16,), progress=False,
     ),
     peft_batch=4,
@@ -222,7 +222,7 @@ def test_packed_routes_by_adapter_and_counts_over_its_replicas(checkpoint, slora
     assert [r.adapter for r in got.records] == [r.adapter for r in wanted.records]
     stats = packed.stats()
     assert stats.tokens_generated == sum(request.output for request in requests)
-    free = stats.pages["free"] + stats.idle_prefix_pages
+    free = stats.pages.free + stats.pages.prefix_idle
     assert free == sum(engine.allocator.capacity for engine in packed.replicas.values())
     with pytest.raises(RequestError, match="adapter='b' has no replica; there are None, 'a'"):
         packed.add_request([1], None, "b")

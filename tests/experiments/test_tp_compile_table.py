@@ -37,7 +37,7 @@ def compiled() -> ProgramReport:
 def read(program: ProgramReport) -> Program:
     pool = PoolReport(9, 16, 1, 9, True, 128, 16, 1, 8, 1, 0.75, 0.9, 1, 1, 1)
     report = CompileReport("h200", TP, "bfloat16", 48, LAYERS, RANK, pool, (program,))
-    return _program(program, model("llama-30b"), replace(CONFIG, tp=TP), report)
+    return _program(program, model("llama-30b"), replace(CONFIG, tensor_parallel_size=TP), report)
 
 
 def test_published_collectives_are_known_and_counted_by_layer(compiled) -> None:
@@ -66,15 +66,15 @@ def test_the_committed_table_has_every_shape_sound_and_with_room() -> None:
     rows = [
         Row(**{**row, "programs": tuple(Program(**program) for program in row["programs"])}) for row in content["rows"]
     ]
-    assert [(row.model, row.tp) for row in rows] == [(name, tp) for name in SHAPES for tp in DEGREES]
+    assert [(row.model, row.tensor_parallel_size) for row in rows] == [(name, tp) for name in SHAPES for tp in DEGREES]
     for row in rows:
         shape = model(row.model)
         assert row.is_sound and row.layers == shape.num_layers
         attention = shape.hidden_size * (2 * shape.q_width + 2 * shape.kv_width)
         params = shape.num_layers * (attention + 3 * shape.hidden_size * shape.intermediate_size)
         params += 2 * shape.vocab_size * shape.hidden_size
-        assert row.weight_bytes * row.tp / 2 == pytest.approx(params, rel=1e-3)
-        assert row.page_bytes * row.tp == 2 * 16 * shape.kv_width * 2 * shape.num_layers
+        assert row.weight_bytes * row.tensor_parallel_size / 2 == pytest.approx(params, rel=1e-3)
+        assert row.page_bytes * row.tensor_parallel_size == 2 * 16 * shape.kv_width * 2 * shape.num_layers
         left = 0.75 * 150_754_820_096 - row.weight_bytes - row.temp_bytes
         assert row.pages * row.page_bytes == pytest.approx(0.9 * left, rel=2e-3)
     assert len(table(rows).splitlines()) == 2 + len(rows)

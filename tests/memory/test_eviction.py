@@ -37,7 +37,7 @@ class EvictorMachine(RuleBasedStateMachine):
         self.gone: list[Item] = []
         self.age = 0.0
         for kind in KINDS:
-            self.evictor.owns(kind, self.forget)
+            self.evictor.register(kind, self.forget)
 
     def forget(self, item):
         self.allocator.free(item.pages)
@@ -106,9 +106,9 @@ class EvictorMachine(RuleBasedStateMachine):
             del self.idle[at]
             victims.append(item)
             available += item.num_pages
-        within_reach = self.evictor.within_reach(kind)
+        available = self.evictor.available(kind)
         before = len(self.gone)
-        assert self.evictor.make_room(count, kind) == (available >= count) == (within_reach >= count)
+        assert self.evictor.make_room(count, kind) == (available >= count) == (available >= count)
         assert self.gone[before:] == victims
 
     @invariant()
@@ -133,7 +133,7 @@ def evictor_of(policy, pages=30):
         gone.append(item)
 
     for kind in KINDS:
-        evictor.owns(kind, forget)
+        evictor.register(kind, forget)
     return evictor, gone
 
 
@@ -161,11 +161,11 @@ def test_what_is_awaited_goes_last_and_the_farthest_in_the_queue_first(policy):
         evictor.add(item)
     if isinstance(evictor.policy, Immediate):
         assert gone == [unwanted]
-    assert evictor.within_reach(PageKind.KV) == 30 and evictor.within_reach(PageKind.KV, spare=True) == 21
-    assert not evictor.make_room(22, PageKind.KV, spare=True) and gone == [unwanted]
-    assert not evictor.has_idle(PageKind.ADAPTER, spare=True) and evictor.has_idle(PageKind.ADAPTER)
+    assert evictor.available(PageKind.KV) == 30 and evictor.available(PageKind.KV, protect_awaited=True) == 21
+    assert not evictor.make_room(22, PageKind.KV, protect_awaited=True) and gone == [unwanted]
+    assert not evictor.has_idle(PageKind.ADAPTER, protect_awaited=True) and evictor.has_idle(PageKind.ADAPTER)
     with pytest.raises(PoolError, match="no idle ADAPTER"):
-        evictor.evict_one(PageKind.ADAPTER, spare=True)
+        evictor.evict_one(PageKind.ADAPTER, protect_awaited=True)
     assert evictor.make_room(30, PageKind.KV) and gone == [unwanted, far, near]
 
 
@@ -180,7 +180,7 @@ def test_what_nobody_awaits_any_more_is_like_any_idle_item(policy):
     assert not gone and evictor.pages(PageKind.ADAPTER) == 4
     evictor.await_(item, 0)
     assert gone == ([item] if policy is Immediate else [])
-    assert evictor.make_room(30, PageKind.KV, spare=True) and gone == [item]
+    assert evictor.make_room(30, PageKind.KV, protect_awaited=True) and gone == [item]
 
 
 def test_cost_aware_keeps_what_is_dear_and_often_used():

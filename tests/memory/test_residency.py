@@ -78,7 +78,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             assert digest not in residency
             self.forget([d for d in self.idle if d not in residency])  # idle ones may have gone, others not
             return
-        assert resident.digest == digest and resident.users == self.users[digest]
+        assert resident.digest == digest and self.residency.users[digest] == self.users[digest]
         assert resident.pages.size == pages and (self.allocator.kinds[resident.pages] == PageKind.ADAPTER).all()
         np.testing.assert_array_equal(resident.ranks, ranks_of(digest))
 
@@ -123,15 +123,17 @@ class ResidencyMachine(RuleBasedStateMachine):
     @invariant()
     def books_agree(self):
         residency, residents = self.residency, self.residency.residents
-        assert {r.digest: r.users for r in residents} == self.users and len(residency) == len(self.users)
+        in_use = {digest: users for digest, users in self.users.items() if users}
+        assert residency.users == in_use and len(residency) == len(self.users)
         assert all((d in residency) == (d in self.users) for d in PAGES)
         assert self.evictor.pages(PageKind.ADAPTER) == sum(PAGES[d] for d in self.idle)
         slots = [r.slot for r in residents]
         assert len(set(slots)) == len(slots) and set(slots) <= set(range(self.num_slots))
         assert self.allocator.num_free == self.free
         self.allocator.check_owned({PageKind.KV: self.kv, PageKind.ADAPTER: [r.pages for r in residents]})
-        counters = residency.counters
-        assert (counters.loads, counters.hits, counters.evictions) == (self.loads, self.hits, self.evictions)
+        counters = self.evictor.counters
+        counted = counters.adapter_loads, counters.adapter_hits, counters.adapter_evictions
+        assert counted == (self.loads, self.hits, self.evictions)
 
     def teardown(self):
         """Nothing is lost for good: at the end every page and every slot can still be had."""
@@ -194,46 +196,50 @@ def test_slots_run_out_before_pages():
     assert new and resident.slot == 0 and "a" not in residency
 
 
-def brought(num_pages=6, capacity=20):
+def prefetched(num_pages=6, capacity=20):
     residency = AdapterResidency(Evictor(PageAllocator(capacity + 1), Lru()), num_slots=2)
-    return residency, residency.bring("x", np.ones(7, np.int32), num_pages, position=1, spare=True)
+    return residency, residency.prefetch("x", np.ones(7, np.int32), num_pages, position=1, protect_awaited=True)
 
 
-def test_a_brought_adapter_is_usable_when_all_its_pages_have_landed():
-    residency, resident = brought()
-    uploads = [upload for _ in range(3) for upload in residency.uploads(2)]
-    assert [(u.first, u.count) for u in uploads] == [(0, 2), (2, 2)]  # no more than twice a step's are in flight
+def test_a_prefetched_adapter_is_usable_when_all_its_pages_have_landed():
+    residency, resident = prefetched()
+    uploads = [upload for budget in (2, 2, 0) for upload in residency.uploads(budget)]
+    assert [(u.first, u.count) for u in uploads] == [(0, 2), (2, 2)]
     for upload in uploads:
-        residency.land(upload)
+        residency.landed(upload)
         with pytest.raises(PoolError, match="of 6 pages have landed"):
             residency.acquire("x", resident.ranks, 6)
     (last,) = residency.uploads(2)
-    residency.land(last)
+    residency.landed(last)
     assert resident.has_landed and not residency.arriving and residency.num_unused == 1
     assert residency.acquire("x", resident.ranks, 6) == (resident, False)
-    assert residency.num_unused == 0 and residency.counters.prefetch_hits == 1 and residency.counters.hits == 0
+    assert (
+        residency.num_unused == 0
+        and residency.evictor.counters.prefetch_hits == 1
+        and residency.evictor.counters.adapter_hits == 0
+    )
     residency.release("x")
     residency.acquire("x", resident.ranks, 6)
-    assert residency.counters.hits == 1
+    assert residency.evictor.counters.adapter_hits == 1
 
 
-def test_pages_in_flight_of_an_evicted_adapter_count_until_they_land():
-    residency, resident = brought()
+def test_pages_of_an_evicted_adapter_that_land_are_not_taken_for_its_next_upload():
+    residency, resident = prefetched()
     (upload,) = residency.uploads(4)
     assert residency.drop("x") and not resident.present and residency.evictor.allocator.num_free == 20
-    assert residency.bereft == {"x"} and residency.counters.wasted == 1 and residency.pages_in_flight == 4
-    again = residency.bring("x", resident.ranks, 6, position=1, spare=True)
-    residency.land(upload)
-    assert again.landed == 0 and residency.pages_in_flight == 0 and not again.has_landed
+    assert residency.evicted_before_use == {"x"} and residency.evictor.counters.prefetches_wasted == 1
+    again = residency.prefetch("x", resident.ranks, 6, position=1, protect_awaited=True)
+    residency.landed(upload)
+    assert again.landed == 0 and not again.has_landed
 
 
-def test_who_is_wanted_by_nobody_any_more_is_given_up_unless_it_has_landed():
-    residency, resident = brought()
-    other = residency.bring("y", np.ones(7, np.int32), 3, position=2, spare=True)
+def test_an_adapter_that_no_request_wants_is_evicted_unless_it_has_landed():
+    residency, resident = prefetched()
+    other = residency.prefetch("y", np.ones(7, np.int32), 3, position=2, protect_awaited=True)
     while not resident.has_landed:
-        residency.land(residency.uploads(6)[0])
+        residency.landed(residency.uploads(6)[0])
     residency.await_only({"y": 1}, {"x", "y"})
     assert other.awaited < resident.awaited
     residency.await_only({}, set())
     assert residency.residents == [resident] and resident.idle and not resident.awaited
-    assert residency.counters.wasted == 2 and not residency.bereft
+    assert residency.evictor.counters.prefetches_wasted == 2 and not residency.evicted_before_use

@@ -60,9 +60,9 @@ def sample(time, free, kv, in_use, idle):
 def test_pool_use_weighs_samples_by_how_long_they_last() -> None:
     use = pool_use([sample(0, 20, 0, 0, 0), sample(1, 0, 10, 6, 4), sample(4, 0, 20, 0, 0)])
     mean = {"free": 0.25, "kv": 0.1875, "prefix_in_use": 0.15, "prefix_idle": 0.0375}
-    assert use.mean == pytest.approx(mean | {"adapter_in_use": 0.225, "adapter_idle": 0.15})
+    assert use.mean == pytest.approx(mean | {"adapter_in_use": 0.225, "adapter_idle": 0.15, "adapter_arriving": 0})
     peak = {"free": 1.0, "kv": 0.5, "prefix_in_use": 0.4, "prefix_idle": 0.1}
-    assert use.peak == pytest.approx(peak | {"adapter_in_use": 0.3, "adapter_idle": 0.2})
+    assert use.peak == pytest.approx(peak | {"adapter_in_use": 0.3, "adapter_idle": 0.2, "adapter_arriving": 0})
     assert sum(use.mean.values()) == pytest.approx(1)
 
 

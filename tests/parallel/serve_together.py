@@ -20,10 +20,10 @@ from jax._src import distributed
 
 from slora_jax import Engine, EngineConfig, Follower, ProcessGroup, SamplingParams, cli, join_processes
 from slora_jax.adapters import random_adapter
-from slora_jax.engine import adapter_geometry, runner
-from slora_jax.engine.worker import Worker
+from slora_jax.distributed import join as joining
+from slora_jax.engine import adapter_geometry, placement
+from slora_jax.engine.device import Device
 from slora_jax.models import ModelConfig, init_random
-from slora_jax.parallel import join as joining
 
 HF_CONFIG = {
     "model_type": "llama",
@@ -44,10 +44,10 @@ CONFIG = EngineConfig(
     dtype="float32",
     num_pages=None,
     page_size=8,
-    max_seqs=4,
-    max_tokens_per_step=16,
+    max_num_seqs=4,
+    max_num_batched_tokens=16,
     max_model_len=48,
-    max_rank=8,
+    max_lora_rank=8,
     adapter_slots=8,
     decode_buckets=(4,),
     mixed_buckets=(16,),
@@ -86,24 +86,24 @@ def serve(engine: Engine) -> list[list[int]]:
 
 
 def fail_in_tenth_step() -> None:
-    step, calls = Worker.step, iter(range(10**9))
+    step, calls = Device.step, iter(range(10**9))
 
     def failing(*args: object) -> object:
         if next(calls) == 9:
             raise RuntimeError("the device is on fire")
         return step(*args)
 
-    Worker.step = failing
+    Device.step = failing
 
 
 def lead(mode: str, config: EngineConfig, group: ProcessGroup) -> None:
     with Engine(*make_model(), config, processes=group) as engine:
         load_adapters(engine)
         staged = []
-        stage = engine._runner.stage
-        engine._runner.stage = lambda upload, contents: stage(upload, contents) or staged.append(upload)
+        stage = engine.executor.stage
+        engine.executor.stage = lambda upload: stage(upload) or staged.append(upload)
         tokens = serve(engine)
-        engine.scheduler.limits = replace(engine.scheduler.limits, prefetch=0)  # uploads before the step, now
+        engine.scheduler.config = replace(engine.scheduler.config, prefetch=0)  # uploads before the step, now
         again = serve(engine)
         stats = engine.stats()
         counts = {name: getattr(stats, name) for name in ("preemptions", "adapter_evictions")} | {"staged": len(staged)}
@@ -121,12 +121,12 @@ def all_write_cache(group: ProcessGroup) -> ProcessGroup:
 
 
 def main(mode: str, process: int, processes: int, port: int) -> None:
-    config = replace(CONFIG, tp=processes)
+    config = replace(CONFIG, tensor_parallel_size=processes)
     if process == 1 and mode == "differ":
-        config = replace(config, max_rank=16)
+        config = replace(config, max_lora_rank=16)
     if process == 1 and mode == "fault":
         fail_in_tenth_step()
-    runner.pages_that_fit = lambda *_: PAGES - process
+    placement.pages_that_fit = lambda *_: PAGES - process
     with all_write_cache(join_processes(f"127.0.0.1:{port}", processes, process, timeout=100)) as group:
         if group.is_leader:
             lead(mode, config, group)

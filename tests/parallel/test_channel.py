@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from slora_jax.parallel.channel import MAX_BODY, MAX_HEADER, Connection, FrameError, encode
+from slora_jax.distributed.channel import MAX_BODY, MAX_HEADER, Connection, FrameError, encode
 
 
 @pytest.fixture

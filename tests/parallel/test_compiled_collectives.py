@@ -15,7 +15,7 @@ from pallas_kernels.devices import compiling_for
 from slora_jax.analysis import TARGETS, collectives_in, compile_for, deviceless_mesh, pool_use
 from slora_jax.analysis.hlo import instructions
 from slora_jax.engine import EngineConfig
-from slora_jax.engine.runner import pool_shape, step_spec
+from slora_jax.engine.sizing import pool_shape, step_spec
 from slora_jax.engine.step import make_sampler, make_step, sampler_shapes, step_shapes
 from slora_jax.models import ModelConfig
 from slora_jax.models.init import abstract_shards
@@ -39,8 +39,8 @@ MODEL = ModelConfig.from_dict(
 CONFIG = EngineConfig(
     dtype="bfloat16",
     num_pages=3000,
-    max_seqs=SEQS,
-    max_tokens_per_step=ROWS,
+    max_num_seqs=SEQS,
+    max_num_batched_tokens=ROWS,
     max_rank=RANK,
     decode_buckets=(SEQS,),
     mixed_buckets=(ROWS,),

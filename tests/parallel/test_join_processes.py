@@ -10,8 +10,8 @@ import pytest
 from test_processes import free_port
 
 from slora_jax import ConfigError, join_processes
-from slora_jax.parallel.channel import Connection, encode
-from slora_jax.parallel.join import _connect, _welcome
+from slora_jax.distributed.channel import Connection, encode
+from slora_jax.distributed.join import _connect, _welcome
 
 HELLO = {"num_processes": 3, "jax": "1.0", "slora-jax": "0.1"}
 

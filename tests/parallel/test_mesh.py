@@ -36,7 +36,7 @@ MODEL = ModelConfig.from_dict(HF_CONFIG)
 @pytest.mark.parametrize(
     ("changes", "count", "message"),
     [
-        ({}, 3, r"EngineConfig.tp=3: the model's num_heads=4 must be a multiple"),
+        ({}, 3, r"EngineConfig.tensor_parallel_size=3: the model's num_heads=4 must be a multiple"),
         ({"intermediate_size": 41}, 2, r"the model's intermediate_size=41 must be a multiple"),
         ({"hidden_size": 27}, 2, r"the model's hidden_size=27 must be a multiple"),
         (
@@ -52,14 +52,16 @@ def test_a_model_that_cannot_be_cut_is_refused_by_field(changes, count, message)
 
 
 def test_more_shards_than_devices_are_refused():
-    with pytest.raises(ConfigError, match=r"EngineConfig.tp=64, tp_first_device=0: there are 8 cpu devices"):
+    with pytest.raises(
+        ConfigError, match=r"EngineConfig.tensor_parallel_size=64, tp_first_device=0: there are 8 cpu devices"
+    ):
         make_mesh(64)
-    with pytest.raises(ConfigError, match=r"EngineConfig.tp=4, tp_first_device=6: there are 8"):
+    with pytest.raises(ConfigError, match=r"EngineConfig.tensor_parallel_size=4, tp_first_device=6: there are 8"):
         make_mesh(4, first=6)
     with pytest.raises(ConfigError, match=r"EngineConfig.tp_first_device=1: must be 0, or with tp > 1"):
         EngineConfig(tp_first_device=1)
-    with pytest.raises(ConfigError, match=r"EngineConfig.tp=0: must be a positive integer"):
-        EngineConfig(tp=0)
+    with pytest.raises(ConfigError, match=r"EngineConfig.tensor_parallel_size=0: must be a positive integer"):
+        EngineConfig(tensor_parallel_size=0)
     with pytest.raises(ConfigError, match=r"EngineConfig.tp_lora='vllm': must be one of"):
         EngineConfig(tp_lora="vllm")  # type: ignore[arg-type]
 

@@ -19,9 +19,9 @@ import serve_together
 from slora_jax import Engine, cli
 from slora_jax.adapters import random_adapter, write_peft
 from slora_jax.demo.checkpoint import write_checkpoint
+from slora_jax.distributed.group import EXIT_LOST
 from slora_jax.engine import adapter_geometry
 from slora_jax.models import ModelConfig
-from slora_jax.parallel.processes import EXIT_LOST
 
 SECONDS_TO_END = 20
 
@@ -156,7 +156,7 @@ def test_settings_that_differ_are_named_in_both_processes(start) -> None:
     processes = start(together("differ", 2))
     assert processes.statuses(120) == [1, 1]
     for i in range(2):
-        message = "EngineConfig.max_rank: process 0 has 8, process 1 has 16; give all processes the same"
+        message = "EngineConfig.max_lora_rank: process 0 has 8, process 1 has 16; give all processes the same"
         assert f"ConfigError: {message}" in processes.errors(i)
 
 
@@ -170,7 +170,7 @@ def test_the_command_answers_as_one_process_does(tmp_path, capfd, start) -> None
     assert cli.main([*command, f"--adapter=a={adapter_dir}"]) == 0
     expected = capfd.readouterr().out
     run = [serve_together.__file__, "slora"]
-    together = ["--tp=2", f"--coordinator=127.0.0.1:{free_port()}", "--num-processes=2"]
+    together = ["--tensor-parallel-size=2", f"--coordinator=127.0.0.1:{free_port()}", "--num-processes=2"]
     processes = start(
         [
             [*run, *command, *together, "--process-id=0", f"--adapter=a={adapter_dir}"],

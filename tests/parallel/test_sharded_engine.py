@@ -94,13 +94,13 @@ def test_two_groups_of_four_devices_serve_side_by_side(peft_servers: Any) -> Non
         found |= {delta.request_id: delta.output for engine in engines for delta in engine.step() if delta.output}
     assert len(found) == len(family.prompts)
     family.check(list(found.values()))
-    devices = [{shard.device for shard in engine._runner.worker.pool[0].addressable_shards} for engine in engines]
+    devices = [{shard.device for shard in engine.executor.device.pool[0].addressable_shards} for engine in engines]
     assert [len(group) for group in devices] == [4, 4]
     assert not devices[0] & devices[1]
 
 
 def test_each_device_holds_its_part_and_no_more(cut: Any) -> None:
-    worker, tp = cut.engine._runner.worker, cut.engine.config.tp
+    worker, tp = cut.engine.executor.device, cut.engine.config.tensor_parallel_size
     for layer in worker.pool:
         assert {shard.data.shape for shard in layer.addressable_shards} == {(*layer.shape[:3], layer.shape[3] // tp)}
     width, kv_heads = cut.family.head_dim, cut.family.kv_heads

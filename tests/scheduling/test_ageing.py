@@ -33,14 +33,16 @@ sizes = st.tuples(st.integers(1, 20), st.integers(1, 10), st.sampled_from([None,
     st.sampled_from(["optimistic", "reserve"]),
 )
 def test_waiting_is_bounded_as_the_theorem_says(
-    simulate, inner, arrivals, bound, max_seqs, extra_tokens, slots, spare, admission
+    simulate, inner, arrivals, bound, max_num_seqs, extra_tokens, slots, spare, admission
 ) -> None:
     """A step is a second (t = 1). When a request gets old, D is counted, and its first admission is due."""
     requests = [size for step in arrivals for size in step]
     pages = max((-(-(p + n - 1) // 4) + ADAPTER_PAGES[a] for p, n, a in requests), default=1) + spare
-    sim = simulate(pages, max_seqs, max_seqs + extra_tokens, slots, Ageing(INNER[inner](), bound), admission=admission)
+    sim = simulate(
+        pages, max_num_seqs, max_num_seqs + extra_tokens, slots, Ageing(INNER[inner](), bound), admission=admission
+    )
     longest = max((p + n for p, n, _ in requests), default=1)
-    steps_of_one = -(-longest // (max_seqs + extra_tokens)) + max((n for _, n, _ in requests), default=1) + 2
+    steps_of_one = -(-longest // (max_num_seqs + extra_tokens)) + max((n for _, n, _ in requests), default=1) + 2
     due: dict[int, float] = {}
     while arrivals or sim.scheduler.has_work():
         for prompt, new, adapter in arrivals.pop(0) if arrivals else ():
@@ -58,7 +60,7 @@ def test_waiting_is_bounded_as_the_theorem_says(
     sim.step()
     sim.assert_idle()
     assert all(
-        r.finish_reason is FinishReason.STOP or (r.finish_reason is FinishReason.ABORT and inner == "early abort")
+        r.finish_reason is FinishReason.LENGTH or (r.finish_reason is FinishReason.ABORT and inner == "early abort")
         for r in sim.requests
     )
 
@@ -66,7 +68,7 @@ def test_waiting_is_bounded_as_the_theorem_says(
 def wait_of_rare(simulate, policy: Policy, every: int, steps: int = 300) -> float:
     """How long one request of adapter "rare" waits, in steps, while one of "popular" comes every so many steps (two can
     just be served) and a few of them wait."""
-    sim = simulate(num_pages=100, max_seqs=2, max_tokens=64, policy=policy)
+    sim = simulate(num_pages=100, max_num_seqs=2, max_num_batched_tokens=64, policy=policy)
     sim.add(prompt=4, new=5, adapter="popular", adapter_pages=1)  # so that the two slots do not get free together
     for step in range(steps):
         if step == 3:
@@ -88,7 +90,7 @@ def test_no_adapter_starves_with_ageing(simulate, name: str, every: int, older: 
 def test_bound_of_zero_is_first_come_first_served(simulate) -> None:
     orders = []
     for policy in (Fcfs(), Ageing(Lcfs(), 0.0)):
-        sim = simulate(num_pages=8, max_seqs=3, max_tokens=16, policy=policy)
+        sim = simulate(num_pages=8, max_num_seqs=3, max_num_batched_tokens=16, policy=policy)
         for new in (9, 3, 7, 5, 9, 2):
             sim.add(prompt=6, new=new)
         plans = sim.run(most_steps=200)

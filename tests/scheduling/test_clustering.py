@@ -59,11 +59,11 @@ def test_it_admits_in_the_order_of_its_rule(queue, batch, most, is_hard) -> None
     st.integers(0, 15),
 )
 def test_a_batch_never_has_more_adapters_than_the_hard_number_and_all_finish(
-    simulate, requests, most, max_seqs, spare
+    simulate, requests, most, max_num_seqs, spare
 ) -> None:
     """Preemptions included: a request that comes back is held to the number like any other."""
     pages = max(-(-(prompt + new - 1) // 4) for _, prompt, new in requests) + 1 + spare
-    sim = simulate(pages, max_seqs, max_tokens=32, policy=Clustering(most, hard=True))
+    sim = simulate(pages, max_num_seqs, max_num_batched_tokens=32, policy=Clustering(most, hard=True))
     for name, prompt, new in requests:
         sim.add(prompt, new, name, adapter_pages=1)
     for _ in range(2000):
@@ -73,13 +73,13 @@ def test_a_batch_never_has_more_adapters_than_the_hard_number_and_all_finish(
         assert len({r.digest for r in sim.scheduler.running} - {None}) <= most
     sim.step()
     sim.assert_idle()
-    assert all(r.finish_reason is FinishReason.STOP for r in sim.requests)
+    assert all(r.finish_reason is FinishReason.LENGTH for r in sim.requests)
 
 
 def test_the_soft_number_is_exceeded_rather_than_a_slot_left_idle(simulate) -> None:
     running = {}
     for is_hard in (False, True):
-        sim = simulate(num_pages=60, max_seqs=4, max_tokens=32, policy=Clustering(1, hard=is_hard))
+        sim = simulate(num_pages=60, max_num_seqs=4, max_num_batched_tokens=32, policy=Clustering(1, hard=is_hard))
         sim.add(4, 20, "a")
         sim.step()
         for name in "bcab":

@@ -59,7 +59,7 @@ def test_serving_the_latest_maximises_any_reward_that_does_not_increase_with_lat
 
 def overload(simulate, policy):
     """One slot, three steps a request, a request a step, for 120 steps; then to the end. A step is a second."""
-    sim = simulate(num_pages=20, max_seqs=1, max_tokens=16, policy=policy)
+    sim = simulate(num_pages=20, max_num_seqs=1, max_num_batched_tokens=16, policy=policy)
     for _ in range(120):
         sim.add(prompt=4, new=2)
         sim.step()
@@ -79,28 +79,28 @@ def test_under_overload_what_is_served_is_in_time_and_what_is_not_is_given_up_wi
             r.metrics.admitted is not None and r.metrics.admitted - r.metrics.arrival < slo for r in sim.requests
         )
 
-    served = [r for r in early.requests if r.finish_reason is FinishReason.STOP]
+    served = [r for r in early.requests if r.finish_reason is FinishReason.LENGTH]
     assert in_time(early) == len(served), "every request that is served is in time"
     possible = 120 // 3
     assert in_time(early) >= 0.9 * possible
     assert in_time(plain) < 0.5 * possible, "first come, first served falls behind for good"
-    assert early.scheduler.aborts == 120 - len(served)
+    assert early.counters.aborts == 120 - len(served)
     assert all(r.metrics.first_token is None and not r.output for r in early.requests if r not in served)
 
 
 def test_nothing_is_aborted_when_all_can_be_in_time(simulate) -> None:
-    sim = simulate(num_pages=200, max_seqs=8, max_tokens=64, policy=EarlyAbort(slo=30))
+    sim = simulate(num_pages=200, max_num_seqs=8, max_num_batched_tokens=64, policy=EarlyAbort(slo=30))
     for _ in range(10):
         for _ in range(8):
             sim.add(prompt=4, new=2)
         for _ in range(4):
             assert not sim.step().aborted
     sim.run(most_steps=100)
-    assert sim.scheduler.aborts == 0
+    assert sim.counters.aborts == 0
 
 
 def test_reasons_say_how_long_it_waited_and_what_could_be_served(simulate) -> None:
-    sim = simulate(num_pages=30, max_seqs=1, max_tokens=16, policy=EarlyAbort(slo=10))
+    sim = simulate(num_pages=30, max_num_seqs=1, max_num_batched_tokens=16, policy=EarlyAbort(slo=10))
     sim.add(prompt=4, new=90)
     sim.step()
     for _ in range(3):
@@ -112,11 +112,11 @@ def test_reasons_say_how_long_it_waited_and_what_could_be_served(simulate) -> No
 
 
 def test_a_request_that_has_a_token_is_never_aborted(simulate) -> None:
-    sim = simulate(num_pages=5, max_seqs=2, max_tokens=16, policy=EarlyAbort(slo=2, margin=0))
+    sim = simulate(num_pages=5, max_num_seqs=2, max_num_batched_tokens=16, policy=EarlyAbort(slo=2, margin=0))
     first, second = sim.add(prompt=8, new=9), sim.add(prompt=8, new=9)
     sim.run(most_steps=60)
     assert second.metrics.preemptions and second.metrics.admitted == 0.0
-    assert first.finish_reason is second.finish_reason is FinishReason.STOP
+    assert first.finish_reason is second.finish_reason is FinishReason.LENGTH
 
 
 class AbortReqQueue:
@@ -144,14 +144,16 @@ class AbortReqQueue:
 
 @settings(max_examples=100)
 @given(st.lists(st.integers(0, 6), max_size=40), st.integers(1, 4), st.integers(1, 5), st.integers(2, 15))
-def test_the_code_rule_does_what_the_code_does(simulate, bursts, max_seqs, new, slo) -> None:
-    sim = simulate(num_pages=200, max_seqs=max_seqs, max_tokens=64, policy=EarlyAbort(slo=slo, rule="code"))
+def test_the_code_rule_does_what_the_code_does(simulate, bursts, max_num_seqs, new, slo) -> None:
+    sim = simulate(
+        num_pages=200, max_num_seqs=max_num_seqs, max_num_batched_tokens=64, policy=EarlyAbort(slo=slo, rule="code")
+    )
     code = AbortReqQueue(slo)
     for burst in bursts:
         for _ in range(burst):
             request = sim.add(prompt=2, new=new)
             code.waiting.insert(0, (request.number, request.metrics.arrival))
-        now, room = sim.steps, max_seqs - len(sim.scheduler.running)
+        now, room = sim.steps, max_num_seqs - len(sim.scheduler.running)
         plan = sim.step()
         aborted, admitted = code.attempt(now, room)
         assert sorted(r.number for r, _ in plan.aborted) == sorted(aborted)

@@ -32,9 +32,9 @@ def test_it_admits_by_its_rule(queue, current, runs, most) -> None:
     st.integers(0, 5),
     st.integers(0, 15),
 )
-def test_a_batch_has_one_adapter_and_all_finish(simulate, requests, max_seqs, most, spare) -> None:
+def test_a_batch_has_one_adapter_and_all_finish(simulate, requests, max_num_seqs, most, spare) -> None:
     pages = max(-(-(prompt + new - 1) // 4) for _, prompt, new in requests) + 1 + spare
-    sim = simulate(pages, max_seqs, max_tokens=32, policy=OneAdapter(most))
+    sim = simulate(pages, max_num_seqs, max_num_batched_tokens=32, policy=OneAdapter(most))
     for name, prompt, new in requests:
         sim.add(prompt, new, name, adapter_pages=1)
     for _ in range(2000):
@@ -44,11 +44,11 @@ def test_a_batch_has_one_adapter_and_all_finish(simulate, requests, max_seqs, mo
         assert len({r.digest for r in sim.scheduler.running}) <= 1
     sim.step()
     sim.assert_idle()
-    assert all(r.finish_reason is FinishReason.STOP for r in sim.requests)
+    assert all(r.finish_reason is FinishReason.LENGTH for r in sim.requests)
 
 
 def test_the_batch_drains_once_too_many_others_were_overtaken(simulate) -> None:
-    sim = simulate(100, max_seqs=8, max_tokens=32, policy=OneAdapter(max_overtaken=1))
+    sim = simulate(100, max_num_seqs=8, max_num_batched_tokens=32, policy=OneAdapter(max_overtaken=1))
     first = sim.add(1, 20, "a", 1)
     others = [sim.add(1, 2, "b", 1) for _ in range(2)]
     sim.step()

@@ -13,11 +13,11 @@ from slora_jax.scheduling import (
     AdapterState,
     Ageing,
     Clustering,
+    CoreConfig,
     EarlyAbort,
     Fcfs,
     FinishReason,
     Lcfs,
-    SchedulerLimits,
     Status,
     Vtc,
 )
@@ -45,7 +45,7 @@ def brought(sim) -> list[str]:
 
 def busy(sim, new: int = 200) -> None:
     """Fills the batch with requests for the base model."""
-    for _ in range(sim.scheduler.limits.max_seqs):
+    for _ in range(sim.scheduler.config.max_num_seqs):
         sim.add(2, new)
     sim.step()
 
@@ -62,7 +62,7 @@ def busy(sim, new: int = 200) -> None:
     ],
 )
 def test_the_queue_is_followed_in_the_policys_order(simulate, policy, expected) -> None:
-    sim = simulate(300, max_seqs=2, max_tokens=16, policy=POLICIES[policy](), prefetch=3)
+    sim = simulate(300, max_num_seqs=2, max_num_batched_tokens=16, policy=POLICIES[policy](), prefetch=3)
     busy(sim)
     for number, (adapter, tenant) in enumerate(zip("abcdef", "xxxyyz", strict=True)):
         if number == 2:
@@ -76,7 +76,7 @@ def test_the_queue_is_followed_in_the_policys_order(simulate, policy, expected) 
 
 def test_adapters_that_a_full_batch_holds_back_are_brought_too(simulate) -> None:
     """Hard clustering yields only the batch's own; the one that comes when an adapter leaves is known all the same."""
-    sim = simulate(300, max_seqs=4, max_tokens=16, policy=Clustering(1, hard=True), prefetch=2)
+    sim = simulate(300, max_num_seqs=4, max_num_batched_tokens=16, policy=Clustering(1, hard=True), prefetch=2)
     sim.add(4, 30, "a", 2)
     while not sim.scheduler.running:
         sim.step()
@@ -87,7 +87,7 @@ def test_adapters_that_a_full_batch_holds_back_are_brought_too(simulate) -> None
 
 
 def test_pages_of_a_step_and_in_flight_are_bounded_and_the_first_adapter_goes_first(simulate) -> None:
-    sim = simulate(400, max_seqs=1, max_tokens=16, prefetch=4, upload_pages=8, copy_steps=3)
+    sim = simulate(400, max_num_seqs=1, max_num_batched_tokens=16, prefetch=4, upload_pages_per_step=8, copy_steps=3)
     busy(sim)
     sizes = {"a": 13, "b": 20, "c": 1, "d": 5}
     for adapter, pages in sizes.items():
@@ -96,17 +96,16 @@ def test_pages_of_a_step_and_in_flight_are_bounded_and_the_first_adapter_goes_fi
     for _ in range(40):
         plan = sim.step()
         assert sum(upload.count for upload in plan.uploads) <= 8
-        assert sim.residency.pages_in_flight <= 16
-        assert sim.residency.pages_in_flight == sum(upload.count for _, upload in sim.copies)
+        assert sim.pages_in_flight <= 16
         copied += [(u.resident.digest, page) for u in plan.uploads for page in range(u.first, u.first + u.count)]
     assert copied == [(adapter, page) for adapter, pages in sizes.items() for page in range(pages)]
-    assert not sim.residency.arriving and sim.residency.pages_in_flight == 0
+    assert not sim.residency.arriving and sim.pages_in_flight == 0
 
 
 @pytest.mark.parametrize("copy_steps", [1, 2, 7])
 def test_a_request_starts_with_the_first_step_after_its_adapter_has_landed(simulate, copy_steps) -> None:
     """Others go ahead meanwhile, and it comes before those that wait behind it."""
-    sim = simulate(100, max_seqs=3, max_tokens=64, prefetch=4, copy_steps=copy_steps)
+    sim = simulate(100, max_num_seqs=3, max_num_batched_tokens=64, prefetch=4, copy_steps=copy_steps)
     first = sim.add(2, 100)
     sim.step()
     late = sim.add(4, 3, "a", 5)
@@ -125,26 +124,26 @@ def test_a_request_starts_with_the_first_step_after_its_adapter_has_landed(simul
 
 def test_adapters_are_there_when_a_slot_becomes_free(simulate) -> None:
     """All of them after the first: none of their requests waits for a copy, and the batch is never short of one."""
-    sim = simulate(200, max_seqs=2, max_tokens=32, prefetch=4, copy_steps=3)
+    sim = simulate(200, max_num_seqs=2, max_num_batched_tokens=32, prefetch=4, copy_steps=3)
     for number in range(12):
         sim.add(4, 20, f"a{number}", 3)
     plans = sim.run(300)
-    assert sim.residency.counters.prefetch_hits >= 10
+    assert sim.counters.prefetch_hits >= 10
     full = [len(plan.sequences) for plan in plans[3:-22]]
     assert np.mean(full) > 1.8, full  # the end of a sequence is read a step late
     sim.assert_idle()
 
 
 def test_nothing_runs_so_the_copy_is_waited_for(simulate) -> None:
-    sim = simulate(40, max_seqs=2, max_tokens=32, prefetch=4, copy_steps=50)
+    sim = simulate(40, max_num_seqs=2, max_num_batched_tokens=32, prefetch=4, copy_steps=50)
     sim.add(4, 2, "a", 20)
-    plans = sim.run(10)
-    assert plans[0].sequences and len(sim.requests[0].output) == 2
+    steps = len(sim.run(10))
+    assert steps < 10 and len(sim.requests[0].output) == 2
 
 
 def test_room_is_left_for_what_runs_and_for_the_first_in_line(simulate) -> None:
     """39 pages: 6 run with 3 each. A page for each of them and the 5 of the first prompt are not touched."""
-    sim = simulate(39, max_seqs=6, max_tokens=100, prefetch=8)
+    sim = simulate(39, max_num_seqs=6, max_num_batched_tokens=100, prefetch=8)
     for _ in range(6):
         sim.add(12, 50)
     sim.step()
@@ -159,7 +158,7 @@ def test_room_is_left_for_what_runs_and_for_the_first_in_line(simulate) -> None:
 
 
 def test_idle_adapters_make_room_unless_someone_near_waits_for_them(simulate) -> None:
-    sim = simulate(60, max_seqs=2, max_tokens=32, prefetch=4)
+    sim = simulate(60, max_num_seqs=2, max_num_batched_tokens=32, prefetch=4)
     for name in ("old", "wanted", "older"):
         sim.add(2, 1, name, 15)
         sim.run(30)
@@ -173,7 +172,7 @@ def test_idle_adapters_make_room_unless_someone_near_waits_for_them(simulate) ->
 
 
 def test_what_a_waiting_request_was_promised_stays_when_newer_ones_come_first(simulate) -> None:
-    sim = simulate(60, max_seqs=1, max_tokens=32, policy=Lcfs(), prefetch=2)
+    sim = simulate(60, max_num_seqs=1, max_num_batched_tokens=32, policy=Lcfs(), prefetch=2)
     busy(sim, new=100)
     for name in ("a", "b"):
         sim.add(2, 2, name, 10)
@@ -182,25 +181,33 @@ def test_what_a_waiting_request_was_promised_stays_when_newer_ones_come_first(si
     for number in range(30):
         sim.add(2, 2, f"n{number}", 10)
         sim.step()
-    assert sorted(brought(sim)) == ["a", "b"] and sim.residency.counters.wasted == 0
+    assert sorted(brought(sim)) == ["a", "b"] and sim.counters.prefetches_wasted == 0
 
 
 @pytest.mark.parametrize("name", EVICTIONS)
 @pytest.mark.parametrize("steps", [1, 2, 30])
 def test_a_cancelled_request_takes_its_adapter_along_while_it_is_in_flight(simulate, name, steps) -> None:
     """One that has landed is an ordinary idle adapter: it stays, unless nothing idle does."""
-    sim = simulate(200, max_seqs=1, max_tokens=32, prefetch=2, upload_pages=4, copy_steps=2, eviction=EVICTIONS[name]())
+    sim = simulate(
+        200,
+        max_num_seqs=1,
+        max_num_batched_tokens=32,
+        prefetch=2,
+        upload_pages_per_step=4,
+        copy_steps=2,
+        eviction=EVICTIONS[name](),
+    )
     busy(sim)
     request = sim.add(2, 2, "a", 12)
     for _ in range(steps):
         sim.step()
     landed = sim.residency.find("a").has_landed
     assert landed == (steps == 30)
-    sim.scheduler.finish(request, FinishReason.CANCELLED, 0.0)
+    sim.core.finish(request, FinishReason.CANCELLED)
     for _ in range(5):
         sim.step()
     assert ("a" in sim.residency) == (landed and name != "immediate")
-    assert sim.residency.counters.wasted == 1 and not sim.residency.arriving and not sim.residency.pages_in_flight
+    assert sim.counters.prefetches_wasted == 1 and not sim.residency.arriving and not sim.pages_in_flight
     again = sim.add(2, 2, "a", 12)
     sim.run(400)
     assert len(again.output) == 2
@@ -209,36 +216,36 @@ def test_a_cancelled_request_takes_its_adapter_along_while_it_is_in_flight(simul
 
 def test_running_sequences_take_an_adapter_in_flight_rather_than_preempt(simulate) -> None:
     """And while it is brought once more, nobody goes ahead of its request."""
-    sim = simulate(24, max_seqs=3, max_tokens=32, prefetch=2, upload_pages=2, copy_steps=100)
+    sim = simulate(24, max_num_seqs=3, max_num_batched_tokens=32, prefetch=2, upload_pages_per_step=2, copy_steps=100)
     first = sim.add(4, 50)  # 1 page now, 14 at its end
     sim.step()
     waiting = sim.add(4, 30, "a", 12)
-    while not sim.residency.counters.wasted:
+    while not sim.counters.prefetches_wasted:
         assert first.status is Status.RUNNING
         sim.step()
-    assert sim.scheduler.preemptions == 0 and not sim.residency.arriving
+    assert sim.counters.preemptions == 0 and not sim.residency.arriving
     behind = sim.add(1, 2)
     while waiting.status is Status.WAITING:
         assert behind.status is Status.WAITING
         sim.step()
     sim.run(100)
-    assert len(first.output) == 50 and len(waiting.output) == 30 and sim.residency.counters.loads == 2
+    assert len(first.output) == 50 and len(waiting.output) == 30 and sim.counters.adapter_loads == 2
     sim.assert_idle()
 
 
 def test_immediate_eviction_keeps_what_the_queue_wants(simulate) -> None:
     """S-LoRA's code throws out all that is not used, but not what is tagged for prefetch."""
-    sim = simulate(100, max_seqs=1, max_tokens=32, prefetch=2, eviction=Immediate())
+    sim = simulate(100, max_num_seqs=1, max_num_batched_tokens=32, prefetch=2, eviction=Immediate())
     sim.add(2, 6, "a", 3)
     sim.add(2, 6, "b", 3)
     sim.add(2, 6, "a", 3)
     loads = 0
     while sim.scheduler.has_work():
         sim.step()
-        loads = sim.residency.counters.loads
+        loads = sim.counters.adapter_loads
     sim.step()
     assert loads == 2  # "a" stayed while the third waited for it
-    assert not sim.residency.residents and sim.residency.counters.wasted == 0
+    assert not sim.residency.residents and sim.counters.prefetches_wasted == 0
 
 
 def test_reads_from_disk_begin_ahead_and_in_order(simulate) -> None:
@@ -248,7 +255,7 @@ def test_reads_from_disk_begin_ahead_and_in_order(simulate) -> None:
         asked.append(digest)
         return AdapterState.LOADING
 
-    sim = simulate(200, max_seqs=1, max_tokens=32, prefetch=3, adapter_state=adapter_state)
+    sim = simulate(200, max_num_seqs=1, max_num_batched_tokens=32, prefetch=3, adapter_state=adapter_state)
     busy(sim)
     for name in "abcdef":
         sim.add(2, 2, name, 2)
@@ -275,31 +282,31 @@ def test_overload_does_not_thrash(simulate, policy, pages, rng) -> None:
                 sim.add(*generator.integers((2, 4), (20, 24)).tolist(), f"a{adapter}", 1 + adapter % 9)
             sim.step()
             assert sim.steps < 5000
-        loads[prefetch] = sim.residency.counters.loads
+        loads[prefetch] = sim.counters.adapter_loads
         sim.step()
         sim.assert_idle()
-    print(loads, sim.residency.counters)
+    print(loads, sim.counters)
     newest_first = policy in ("lcfs", "ageing")  # each arrival is the next in line, and its adapter wanted first
-    assert sim.residency.counters.wasted <= (0.1 if newest_first else 0.03) * loads[8]
+    assert sim.counters.prefetches_wasted <= (0.1 if newest_first else 0.03) * loads[8]
     assert loads[8] <= 1.1 * loads[0]
 
 
 def test_without_prefetch_adapters_are_loaded_on_admission_and_nothing_else_happens(simulate) -> None:
-    sim = simulate(100, max_seqs=2, max_tokens=32)
+    sim = simulate(100, max_num_seqs=2, max_num_batched_tokens=32)
     for name in "abc":
         sim.add(4, 3, name, 4)
     plans = sim.run(30)
     assert [r.digest for r in plans[0].loads] == ["a", "b"]
     assert not any(plan.uploads for plan in plans)
-    counters = sim.residency.counters
-    assert (counters.loads, counters.prefetch_hits, counters.wasted) == (3, 0, 0)
+    counters = sim.counters
+    assert (counters.adapter_loads, counters.prefetch_hits, counters.prefetches_wasted) == (3, 0, 0)
 
 
 def test_limits_are_checked() -> None:
-    with pytest.raises(ConfigError, match="SchedulerLimits.prefetch=-1"):
-        SchedulerLimits(1, 1, 4, prefetch=-1)
-    with pytest.raises(ConfigError, match="SchedulerLimits.upload_pages=0"):
-        SchedulerLimits(1, 1, 4, upload_pages=0)
+    with pytest.raises(ConfigError, match="CoreConfig.prefetch=-1"):
+        CoreConfig(prefetch=-1)
+    with pytest.raises(ConfigError, match="CoreConfig.upload_pages_per_step=0"):
+        CoreConfig(upload_pages_per_step=0)
 
 
 @settings(max_examples=80)
@@ -309,10 +316,10 @@ def test_limits_are_checked() -> None:
     ),
     arrivals=st.lists(st.integers(0, 4), min_size=20, max_size=20),
     spare_pages=st.integers(0, 40),
-    max_seqs=st.integers(1, 4),
+    max_num_seqs=st.integers(1, 4),
     slots=st.integers(1, 6),
     prefetch=st.integers(1, 5),
-    upload_pages=st.integers(1, 6),
+    upload_pages_per_step=st.integers(1, 6),
     copy_steps=st.integers(0, 6),
     policy=st.sampled_from(sorted(POLICIES)),
     eviction=st.sampled_from(sorted(EVICTIONS)),
@@ -322,7 +329,7 @@ def test_limits_are_checked() -> None:
     cancellations=st.dictionaries(st.integers(0, 60), st.integers(0, 19), max_size=5),
 )
 def test_every_request_ends_and_the_books_balance(
-    simulate, sizes, arrivals, spare_pages, max_seqs, slots, prefetch, upload_pages, copy_steps, policy, eviction,
+    simulate, sizes, arrivals, spare_pages, max_num_seqs, slots, prefetch, upload_pages_per_step, copy_steps, policy, eviction,
     admission, split, slow, cancellations,
 ) -> None:  # fmt: skip
     pages_of = {name: 1 + 2 * i for i, name in enumerate("abcdefgh")}
@@ -335,9 +342,9 @@ def test_every_request_ends_and_the_books_balance(
         return AdapterState.LOADING if slowly else AdapterState.READY
 
     sim = simulate(
-        kv + adapter + spare_pages, max_seqs, max_seqs + 16, slots, POLICIES[policy](), adapter_state, admission,
+        kv + adapter + spare_pages, max_num_seqs, max_num_seqs + 16, slots, POLICIES[policy](), adapter_state, admission,
         adapter + spare_pages // 2 if split and adapter + spare_pages // 2 else None, EVICTIONS[eviction](), prefetch,
-        upload_pages, copy_steps,
+        upload_pages_per_step, copy_steps,
     )  # fmt: skip
     left = list(zip(sizes, arrivals, strict=False))
     pause = step = 0
@@ -347,17 +354,16 @@ def test_every_request_ends_and_the_books_balance(
             sim.add(prompt, new, name, pages_of.get(name, 0))
         pause -= 1
         if step in cancellations and cancellations[step] < len(sim.requests):
-            sim.scheduler.finish(sim.requests[cancellations[step]], FinishReason.CANCELLED, 0.0)
+            sim.core.finish(sim.requests[cancellations[step]], FinishReason.CANCELLED)
         plan = sim.step()
         for sequence in plan.sequences:
             digest = sequence.request.digest
             if sequence.request.status is Status.RUNNING and digest is not None:
                 assert sim.residency.find(digest).has_landed, "a sequence runs on pages that have not landed"
         residency = sim.residency
-        assert residency.num_unused <= prefetch + max_seqs
-        assert 0 <= residency.pages_in_flight <= 2 * upload_pages
-        assert residency.pages_in_flight == sum(upload.count for _, upload in sim.copies)
-        idle = [r for r in residency.residents if not r.users]
+        assert residency.num_unused <= prefetch + max_num_seqs
+        assert 0 <= sim.pages_in_flight <= 2 * upload_pages_per_step
+        idle = [r for r in residency.residents if r.digest not in residency.users]
         assert sim.scheduler.evictor.pages(PageKind.ADAPTER) == sum(r.num_pages for r in idle)
         assert all(r.idle and (r.awaited or r.has_landed) for r in idle)
         step += 1

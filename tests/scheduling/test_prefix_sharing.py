@@ -35,10 +35,7 @@ def shared(simulate):
         def following(tokens):
             return (3 * tokens[-1] + len(tokens)) % 2
 
-        def sample(self, request):
-            return self.following(request.prompt + request.output)
-
-        def dispatch(self, plan):
+        def execute(self, plan):
             """As every layer does: all keys of the step are written, then each token reads those up to it."""
             for s in plan.sequences:
                 tokens = self.tokens(s.request)
@@ -73,7 +70,7 @@ def first_chunk(plans, request):
 
 @pytest.mark.parametrize(("length", "cached"), [(17, 16), (16, 12), (15, 12), (5, 4), (4, 0)])
 def test_a_prompt_is_found_up_to_its_last_full_page_but_one_token_is_always_computed(shared, length, cached) -> None:
-    sim = shared(num_pages=20, max_seqs=4, max_tokens=64)
+    sim = shared(num_pages=20, max_num_seqs=4, max_num_batched_tokens=64)
     prompt, longer = prompt_of(length, 30)
     sim.serve(longer, 1)
     request = sim.add(prompt, 1)
@@ -84,7 +81,7 @@ def test_a_prompt_is_found_up_to_its_last_full_page_but_one_token_is_always_comp
 
 
 def test_requests_of_one_step_share_what_the_first_computes_in_it(shared) -> None:
-    sim = shared(num_pages=20, max_seqs=4, max_tokens=64)
+    sim = shared(num_pages=20, max_num_seqs=4, max_num_batched_tokens=64)
     first, second = (sim.add(p, 2) for p in prompt_of(18, 18))
     plan = sim.step()
     assert [(s.start, s.count) for s in plan.sequences] == [(0, 18), (16, 2)]
@@ -96,7 +93,7 @@ def test_requests_of_one_step_share_what_the_first_computes_in_it(shared) -> Non
 
 
 def test_chunks_of_a_long_prompt_are_shared_as_they_are_computed(shared) -> None:
-    sim = shared(num_pages=30, max_seqs=4, max_tokens=12)
+    sim = shared(num_pages=30, max_num_seqs=4, max_num_batched_tokens=12)
     sim.add(prompt_of(40)[0], 1)
     sim.step()
     later = sim.add(prompt_of(40)[0], 1)
@@ -110,7 +107,7 @@ def test_a_preempted_request_finds_its_pages_again(shared, simulate) -> None:
     """When the first one has ended, the second one's first pages are still there: the last ones went to the first."""
     again = {}
     for make in (shared, simulate):
-        sim = make(num_pages=8, max_seqs=2, max_tokens=32)
+        sim = make(num_pages=8, max_num_seqs=2, max_num_batched_tokens=32)
         first, second = (sim.add(prompt_of(8, seed=i)[0], 17) for i in range(2))
         plans = sim.run(most_steps=60)
         assert (first.metrics.preemptions, second.metrics.preemptions, second.metrics.cached_tokens) == (0, 1, 0)
@@ -121,7 +118,7 @@ def test_a_preempted_request_finds_its_pages_again(shared, simulate) -> None:
 
 
 def test_the_next_turn_of_a_conversation_finds_prompt_and_answer(shared) -> None:
-    sim = shared(num_pages=30, max_seqs=4, max_tokens=64)
+    sim = shared(num_pages=30, max_num_seqs=4, max_num_batched_tokens=64)
     first = sim.serve(prompt_of(10)[0], 9)
     turn = sim.add(first.prompt + first.output + [7, 7, 7], 2)
     # 19 tokens, of which the last was sampled but never computed
@@ -131,7 +128,7 @@ def test_the_next_turn_of_a_conversation_finds_prompt_and_answer(shared) -> None
 
 
 def test_equal_tokens_under_other_adapters_are_not_shared(shared) -> None:
-    sim = shared(num_pages=60, max_seqs=4, max_tokens=64)
+    sim = shared(num_pages=60, max_num_seqs=4, max_num_batched_tokens=64)
     for adapter in (None, "a", "b"):
         assert sim.serve(prompt_of(20)[0], 3, adapter, 2).metrics.cached_tokens == 0
     for adapter in (None, "a", "b"):
@@ -142,7 +139,7 @@ def test_equal_tokens_under_other_adapters_are_not_shared(shared) -> None:
 @pytest.mark.parametrize(("pages", "admitted"), [(8, True), (7, False)])
 def test_idle_pages_that_are_found_are_no_room_for_the_rest(shared, pages, admitted) -> None:
     """5 found pages that were idle, 2 new ones, one page of another request: 8."""
-    sim = shared(num_pages=pages, max_seqs=4, max_tokens=64)
+    sim = shared(num_pages=pages, max_num_seqs=4, max_num_batched_tokens=64)
     sim.serve(prompt_of(20)[0], 2)
     sim.add([1], 3)
     sim.step()
@@ -155,7 +152,7 @@ def test_idle_pages_that_are_found_are_no_room_for_the_rest(shared, pages, admit
 
 
 def test_a_new_adapters_pages_do_not_displace_the_prefix_found_with_it(shared) -> None:
-    sim = shared(num_pages=12, max_seqs=4, max_tokens=64)
+    sim = shared(num_pages=12, max_num_seqs=4, max_num_batched_tokens=64)
     sim.serve(prompt_of(20)[0], 2, "a", 4)  # 5 pages stay, and the adapter
     sim.evictor.evict_one(PageKind.ADAPTER)
     sim.serve([1] * 9, 2)  # another prefix, newer: 2 pages
@@ -166,7 +163,7 @@ def test_a_new_adapters_pages_do_not_displace_the_prefix_found_with_it(shared) -
 
 
 def test_immediate_eviction_shares_among_running_requests_only(shared) -> None:
-    sim = shared(num_pages=20, max_seqs=4, max_tokens=64, eviction=Immediate())
+    sim = shared(num_pages=20, max_num_seqs=4, max_num_batched_tokens=64, eviction=Immediate())
     sim.add(prompt_of(18)[0], 4)
     sim.step()
     request = sim.add(prompt_of(18)[0], 9)
@@ -177,22 +174,22 @@ def test_immediate_eviction_shares_among_running_requests_only(shared) -> None:
 
 
 def test_a_plan_that_never_ran_leaves_no_prefix_but_those_of_earlier_steps(shared) -> None:
-    sim = shared(num_pages=30, max_seqs=4, max_tokens=12)
+    sim = shared(num_pages=30, max_num_seqs=4, max_num_batched_tokens=12)
     sim.add(prompt_of(30)[0], 1)
     sim.step()  # 12 tokens are computed
     sim.add(prompt_of(30)[0], 1)
     plan = sim.scheduler.schedule(1.0)
     assert len(plan.registered) == 1
-    sim.scheduler.abandon(plan, lambda request: sim.scheduler.finish(request, FinishReason.ERROR, 1.0))
+    sim.scheduler.abandon(plan, lambda request: sim.core.finish(request, FinishReason.ERROR))
     for request in list(sim.scheduler.waiting):
-        sim.scheduler.finish(request, FinishReason.CANCELLED, 1.0)
+        sim.core.finish(request, FinishReason.CANCELLED)
     sim.scheduler.check()
     assert sim.allocator.count(PageKind.PREFIX) == 3
     assert sim.serve(prompt_of(30)[0], 2).metrics.cached_tokens == 12
 
 
 def test_output_that_was_to_be_recomputed_is_not_taken_for_computed(shared) -> None:
-    sim = shared(num_pages=30, max_seqs=2, max_tokens=8)
+    sim = shared(num_pages=30, max_num_seqs=2, max_num_batched_tokens=8)
     request = sim.add([5] * 4, 30)
     while len(request.output) < 20:
         sim.step()
@@ -203,18 +200,18 @@ def test_output_that_was_to_be_recomputed_is_not_taken_for_computed(shared) -> N
     assert request.num_computed == 8 and request.num_shared == 2
     plan = sim.scheduler.schedule(99.0)
     assert (plan.sequences[0].start, plan.sequences[0].count) == (8, 8)
-    sim.scheduler.abandon(plan, lambda request: sim.scheduler.finish(request, FinishReason.ERROR, 99.0))
+    sim.scheduler.abandon(plan, lambda request: sim.core.finish(request, FinishReason.ERROR))
     sim.scheduler.check()
     assert sim.allocator.count(PageKind.PREFIX) == 2
 
 
 def test_a_plan_with_hits_that_never_ran_leaves_nothing(shared) -> None:
-    sim = shared(num_pages=30, max_seqs=4, max_tokens=64)
+    sim = shared(num_pages=30, max_num_seqs=4, max_num_batched_tokens=64)
     for n in (10, 18, 26, 9):
         sim.add(prompt_of(n)[0], 5)
     plan = sim.scheduler.schedule(0.0)
     assert len(plan.hits) == 3 and len(plan.registered) == 3
-    sim.scheduler.abandon(plan, lambda request: sim.scheduler.finish(request, FinishReason.ERROR, 1.0))
+    sim.scheduler.abandon(plan, lambda request: sim.core.finish(request, FinishReason.ERROR))
     sim.scheduler.check()
     assert sim.allocator.num_free == 30
 
@@ -229,31 +226,31 @@ COSTS = {"prefix is dear": RestoreCosts(0.0, 0.1, 3.0), "adapter is dear": Resto
 def test_what_is_dear_and_popular_outlives_what_is_used_once(shared, dear) -> None:
     """By turns: a popular prefix and adapters that come once; a popular adapter and prompts that come once. Least
     recently used first would have none of them survive the flood."""
-    sim = shared(num_pages=20, max_seqs=2, max_tokens=64, eviction=CostAware(COSTS[dear]))
+    sim = shared(num_pages=20, max_num_seqs=2, max_num_batched_tokens=64, eviction=CostAware(COSTS[dear]))
     for _ in range(4):
         sim.serve(prompt_of(17)[0], 1, None if dear == "prefix is dear" else "popular", 4)
-    loads = sim.residency.counters.loads
+    loads = sim.counters.adapter_loads
     for i in range(12):
         if dear == "prefix is dear":
             sim.serve([1], 1, f"once-{i}", 4)
         else:
             sim.serve(prompt_of(17, seed=1 + i)[0], 1)
     if dear == "prefix is dear":
-        assert sim.residency.counters.evictions >= 8 and sim.prefixes.counters.evictions == 0
+        assert sim.counters.adapter_evictions >= 8 and sim.counters.prefix_evictions == 0
         assert sim.serve(prompt_of(17)[0], 1).metrics.cached_tokens == 16
     else:
-        assert sim.prefixes.counters.evictions >= 30 and sim.residency.counters.evictions == 0
+        assert sim.counters.prefix_evictions >= 30 and sim.counters.adapter_evictions == 0
         sim.serve([1], 1, "popular", 4)
-        assert sim.residency.counters.loads == loads
+        assert sim.counters.adapter_loads == loads
     sim.assert_idle()
 
 
 def test_least_recently_used_takes_no_side(shared) -> None:
-    sim = shared(num_pages=12, max_seqs=2, max_tokens=64, eviction=Lru())
+    sim = shared(num_pages=12, max_num_seqs=2, max_num_batched_tokens=64, eviction=Lru())
     sim.serve(prompt_of(17)[0], 1)
     sim.serve([1], 1, "a", 4)
     sim.serve([1], 1, "b", 6)  # of 12 pages, the prefix's 4 are idle for longest
-    assert "a" in sim.residency and sim.prefixes.counters.evictions >= 2
+    assert "a" in sim.residency and sim.counters.prefix_evictions >= 2
     sim.serve(prompt_of(25, seed=3)[0], 1)
     assert "a" not in sim.residency
     sim.assert_idle()
@@ -265,7 +262,7 @@ def test_least_recently_used_takes_no_side(shared) -> None:
 def test_reservation_counts_shared_pages_once(shared) -> None:
     """8 pages of instructions for all, 1 page for each, and one of rounding: 6 run at once in 20 pages. If each
     counted the instructions, it would be 2."""
-    sim = shared(num_pages=20, max_seqs=8, max_tokens=64, admission="reserve")
+    sim = shared(num_pages=20, max_num_seqs=8, max_num_batched_tokens=64, admission="reserve")
     instructions = prompt_of(32)[0]
     sim.serve([*instructions, 1], 1)
     for i in range(8):
@@ -273,7 +270,7 @@ def test_reservation_counts_shared_pages_once(shared) -> None:
     sim.step()
     assert len(sim.scheduler.running) == 6
     sim.run(most_steps=40)
-    assert sim.scheduler.preemptions == 0
+    assert sim.counters.preemptions == 0
     sim.assert_idle()
 
 
@@ -284,7 +281,7 @@ def test_a_shared_beginning_outlives_who_brought_it(shared, found, idle, delay) 
     third: the found pages, and 4 for each of the two. In less room, they must not run together."""
     together, needed = {}, found + 4 + 4
     for pages in range(needed - 3, needed + 5):
-        sim = shared(pages, max_seqs=8, max_tokens=64, admission="reserve")
+        sim = shared(pages, max_num_seqs=8, max_num_batched_tokens=64, admission="reserve")
         sim.serve(prompt_of(33)[0][: 4 * found + 1], 1)
         other, _ = sim.add([1, 2, 3, 4], 13), sim.add(prompt_of(33)[0][:21], 2)
         for _ in range(delay):
@@ -294,7 +291,7 @@ def test_a_shared_beginning_outlives_who_brought_it(shared, found, idle, delay) 
         sim.step()
         together[pages] = heir.status is Status.RUNNING and other.status is Status.RUNNING
         sim.run(most_steps=60)
-        assert sim.scheduler.preemptions == 0
+        assert sim.counters.preemptions == 0
         sim.assert_idle()
     assert [together[n] for n in (needed - 3, needed - 2, needed - 1, needed + 4)] == [False, False, False, True]
 
@@ -303,7 +300,7 @@ def test_pages_that_running_requests_share_are_no_room_for_a_third(shared) -> No
     """Two share 8 pages and take 4 each; the third wants 4: 20, and rounding."""
     together = {}
     for pages in range(15, 25):
-        sim = shared(pages, max_seqs=8, max_tokens=64, admission="reserve")
+        sim = shared(pages, max_num_seqs=8, max_num_batched_tokens=64, admission="reserve")
         sim.serve(prompt_of(33)[0], 1)
         for _ in range(2):
             sim.add(prompt_of(33)[0], 13)
@@ -313,7 +310,7 @@ def test_pages_that_running_requests_share_are_no_room_for_a_third(shared) -> No
         sim.step()
         together[pages] = len(sim.scheduler.running) == 3
         sim.run(most_steps=80)
-        assert sim.scheduler.preemptions == 0 and len(third.output) == 13
+        assert sim.counters.preemptions == 0 and len(third.output) == 13
         sim.assert_idle()
     assert not together[17] and together[24]
 
@@ -335,18 +332,18 @@ def pages_alone(request):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(requests, max_size=16), st.integers(0, 20), st.integers(1, 8), st.lists(st.integers(0, 4), min_size=16))
-def test_nobody_is_preempted_under_reserve_whatever_is_shared(shared, sizes, spare, max_seqs, gaps) -> None:
+def test_nobody_is_preempted_under_reserve_whatever_is_shared(shared, sizes, spare, max_num_seqs, gaps) -> None:
     """Prompts take one step, all generate all they may: if admission counted anything twice the wrong way, pages would
     run out."""
     pages = max(map(pages_alone, sizes), default=1) + spare
-    sim = shared(pages, max_seqs, max_tokens=1000, admission="reserve")
+    sim = shared(pages, max_num_seqs, max_num_batched_tokens=1000, admission="reserve")
     for (beginning, kind, rest, new, adapter), gap in zip(sizes, gaps, strict=False):
         sim.add(tokens_of(beginning, kind, rest), new, adapter, ADAPTERS[adapter])
         for _ in range(gap):
             sim.step()
     sim.run(most_steps=1000)
     sim.assert_idle()
-    assert sim.scheduler.preemptions == 0
+    assert sim.counters.preemptions == 0
     assert all(len(r.output) == r.max_new for r in sim.requests)
 
 
@@ -354,7 +351,7 @@ def test_nobody_is_preempted_under_reserve_whatever_is_shared(shared, sizes, spa
 @given(
     sizes=st.lists(requests, min_size=1, max_size=16),
     spare=st.integers(0, 16),
-    max_seqs=st.integers(1, 6),
+    max_num_seqs=st.integers(1, 6),
     budget=st.integers(0, 20),
     gaps=st.lists(st.integers(0, 5), min_size=16, max_size=16),
     events=st.dictionaries(st.integers(0, 80), st.tuples(st.sampled_from(["cancel", "drop"]), st.integers(0, 15))),
@@ -364,13 +361,13 @@ def test_nobody_is_preempted_under_reserve_whatever_is_shared(shared, sizes, spa
     split=st.booleans(),
 )
 def test_random_traffic_reads_only_what_was_computed_for_it_and_all_ends(
-    shared, sizes, spare, max_seqs, budget, gaps, events, stops, policy, admission, split
+    shared, sizes, spare, max_num_seqs, budget, gaps, events, stops, policy, admission, split
 ) -> None:
     """`dispatch` checks every token's context; `step` the books."""
     eviction = {"lru": Lru, "immediate": Immediate, "cost_aware": lambda: CostAware(RestoreCosts(1.0, 0.1, 1.0))}
     pages = max(map(pages_alone, sizes)) + spare
     sim = shared(
-        pages + 5 * split, max_seqs, max_seqs + budget, 3, admission=admission, eviction=eviction[policy](),
+        pages + 5 * split, max_num_seqs, max_num_seqs + budget, 3, admission=admission, eviction=eviction[policy](),
         adapter_pages=5 if split else None,
     )  # fmt: skip
     sim.stop_early = {number: stop for number, stop in stops.items() if number < len(sizes) and stop < sizes[number][3]}
@@ -382,7 +379,7 @@ def test_random_traffic_reads_only_what_was_computed_for_it_and_all_ends(
         pause -= 1
         event, number = events.get(steps, (None, 0))
         if event == "cancel" and number < len(sim.requests):
-            sim.scheduler.finish(sim.requests[number], FinishReason.CANCELLED, 0.0)
+            sim.core.finish(sim.requests[number], FinishReason.CANCELLED)
         elif event == "drop":
             sim.prefixes.drop([None, "a", "b"][number % 3])
         sim.step()
@@ -390,12 +387,13 @@ def test_random_traffic_reads_only_what_was_computed_for_it_and_all_ends(
         assert steps < 5000, "the scheduler does not get its work done"
     sim.step()
     for request in sim.requests:
-        if request.finish_reason is FinishReason.STOP:
+        if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             assert len(request.output) == sim.stop_early.get(request.number, request.max_new)
             tokens = list(request.prompt)
-            for _ in request.output:
+            read = request.output[: -1 if request.finish_reason is FinishReason.STOP else None]
+            for _ in read:
                 tokens.append(sim.following(tokens))
-            assert tokens == request.prompt + request.output
+            assert tokens == request.prompt + read
         else:
             assert request.finish_reason is FinishReason.CANCELLED
     sim.assert_idle()

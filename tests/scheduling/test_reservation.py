@@ -2,14 +2,17 @@
 
 import numpy as np
 import pytest
+from fake_executor import FakeExecutor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_request import make_request
 
 from slora_jax.errors import ConfigError
 from slora_jax.memory import AdapterResidency, Evictor, Immediate, PageAllocator
-from slora_jax.scheduling import Fcfs, FinishReason, Scheduler, SchedulerLimits
+from slora_jax.scheduling import CoreConfig, Fcfs, FinishReason
 from slora_jax.scheduling.reservation import peak
+from slora_jax.simulation import make_system
+from slora_jax.simulation.scheduler import SimulatedScheduler
 
 sequences = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), min_size=1, max_size=8)
 
@@ -29,45 +32,45 @@ ADAPTER_PAGES = {None: 0, "a": 2, "b": 5}
 @settings(max_examples=150)
 @given(requests, st.integers(0, 30), st.integers(1, 8), st.lists(st.integers(0, 4), min_size=20, max_size=20))
 def test_nobody_is_preempted_when_prompts_take_one_step_and_all_finish(
-    simulate, requests, spare, max_seqs, gaps
+    simulate, requests, spare, max_num_seqs, gaps
 ) -> None:
     pages = max((-(-(p + n - 1) // 4) + ADAPTER_PAGES[a] for p, n, a in requests), default=1) + spare
-    sim = simulate(pages, max_seqs, max_tokens=1000, admission="reserve")
+    sim = simulate(pages, max_num_seqs, max_num_batched_tokens=1000, admission="reserve")
     for (prompt, new, adapter), gap in zip(requests, gaps, strict=False):
         sim.add(prompt, new, adapter, ADAPTER_PAGES[adapter])
         for _ in range(gap):
             sim.step()
     sim.run(most_steps=1000)
     sim.assert_idle()
-    assert sim.scheduler.preemptions == 0
-    assert all(r.finish_reason is FinishReason.STOP and len(r.output) == r.max_new for r in sim.requests)
+    assert sim.counters.preemptions == 0
+    assert all(r.finish_reason is FinishReason.LENGTH and len(r.output) == r.max_new for r in sim.requests)
 
 
 def test_optimistic_admission_takes_more_in_and_preempts(simulate) -> None:
     most, preemptions = {}, {}
     for admission in ("optimistic", "reserve"):
-        sim = simulate(num_pages=12, max_seqs=8, max_tokens=64, admission=admission)
+        sim = simulate(num_pages=12, max_num_seqs=8, max_num_batched_tokens=64, admission=admission)
         for _ in range(8):
             sim.add(prompt=4, new=20)
         most[admission] = max(len(plan.sequences) for plan in sim.run(most_steps=400))
-        preemptions[admission] = sim.scheduler.preemptions
+        preemptions[admission] = sim.counters.preemptions
     assert most["optimistic"] > most["reserve"] >= 1
     assert preemptions["optimistic"] > 0 == preemptions["reserve"]
 
 
 def test_short_requests_make_room_for_long_ones(simulate) -> None:
     """The sum of final lengths is 4 + 9 pages, of 12; but the short one is gone when the long one needs its last."""
-    sim = simulate(num_pages=12, max_seqs=8, max_tokens=64, admission="reserve")
+    sim = simulate(num_pages=12, max_num_seqs=8, max_num_batched_tokens=64, admission="reserve")
     sim.add(prompt=4, new=33)  # 9 pages
     sim.add(prompt=13, new=2)  # 4 pages
     assert len(sim.step().sequences) == 2
     sim.run(most_steps=60)
-    assert sim.scheduler.preemptions == 0
+    assert sim.counters.preemptions == 0
 
 
 def test_unknown_admission_is_refused() -> None:
     with pytest.raises(ConfigError, match="admission='eager'.*optimistic.*reserve"):
-        SchedulerLimits(1, 1, 1, "eager")
+        CoreConfig(admission="eager")
 
 
 def code_admits(running, candidate, total: int) -> bool:
@@ -92,7 +95,8 @@ def test_with_pages_of_one_token_it_decides_as_the_code_does_up_to_a_token_for_e
 ) -> None:
     """Ours keeps pages a step longer, for the end that is read late; the code counts a token before it is computed."""
     residency = AdapterResidency(Evictor(PageAllocator(pages + 1), Immediate()), 64)
-    sched = Scheduler(residency, Fcfs(), SchedulerLimits(64, 10_000, 1, "reserve", mixed=False))
+    system = make_system("slora-paper", max_num_seqs=64, max_num_batched_tokens=10_000, admit_every=1)
+    sched = SimulatedScheduler(residency, Fcfs(), system, FakeExecutor())
 
     def add(number, job):
         prompt, new, adapter = job

@@ -22,7 +22,7 @@ def numbers(requests: Sequence[Request]) -> list[int]:
 
 
 def test_long_prompt_is_computed_in_chunks_and_samples_once_at_its_end(simulate) -> None:
-    sim = simulate(num_pages=20, max_seqs=4, max_tokens=8)
+    sim = simulate(num_pages=20, max_num_seqs=4, max_num_batched_tokens=8)
     request = sim.add(prompt=20, new=3)
     plans = sim.run(most_steps=10)
     sequences = [(s.start, s.count, s.samples) for plan in plans for s in plan.sequences]
@@ -32,7 +32,7 @@ def test_long_prompt_is_computed_in_chunks_and_samples_once_at_its_end(simulate)
 
 
 def test_running_sequences_get_their_token_before_a_new_prompt_gets_the_rest_of_the_budget(simulate) -> None:
-    sim = simulate(num_pages=40, max_seqs=4, max_tokens=8)
+    sim = simulate(num_pages=40, max_num_seqs=4, max_num_batched_tokens=8)
     sim.add(prompt=4, new=20)
     sim.add(prompt=3, new=20)
     assert counts(sim.step()) == {0: 4, 1: 3}
@@ -42,7 +42,7 @@ def test_running_sequences_get_their_token_before_a_new_prompt_gets_the_rest_of_
 
 
 def test_requests_are_admitted_in_order_of_arrival_and_none_overtakes_one_that_does_not_fit(simulate) -> None:
-    sim = simulate(num_pages=10, max_seqs=8, max_tokens=64)
+    sim = simulate(num_pages=10, max_num_seqs=8, max_num_batched_tokens=64)
     sim.add(prompt=24, new=1)  # 6 pages
     sim.add(prompt=20, new=1)  # 5 pages: must wait
     sim.add(prompt=4, new=1)  # would fit now
@@ -53,7 +53,7 @@ def test_requests_are_admitted_in_order_of_arrival_and_none_overtakes_one_that_d
 
 
 def test_never_more_sequences_than_slots(simulate) -> None:
-    sim = simulate(num_pages=50, max_seqs=3, max_tokens=64)
+    sim = simulate(num_pages=50, max_num_seqs=3, max_num_batched_tokens=64)
     for _ in range(7):
         sim.add(prompt=2, new=4)
     plans = sim.run(most_steps=30)
@@ -62,9 +62,9 @@ def test_never_more_sequences_than_slots(simulate) -> None:
 
 
 def test_latest_request_is_preempted_and_recomputed_when_pages_run_out(simulate) -> None:
-    sim = simulate(num_pages=5, max_seqs=2, max_tokens=16)
+    sim = simulate(num_pages=5, max_num_seqs=2, max_num_batched_tokens=16)
     first, second = sim.add(prompt=8, new=9), sim.add(prompt=8, new=9)
-    while not sim.scheduler.preemptions:
+    while not sim.counters.preemptions:
         sim.step()
     assert (first.status, second.status) == (Status.RUNNING, Status.WAITING)
     assert second.pages == [] and second.slot == -1 and second.metrics.preemptions == 1
@@ -78,9 +78,9 @@ def test_latest_request_is_preempted_and_recomputed_when_pages_run_out(simulate)
 
 
 def test_preempted_request_waits_until_its_sampled_token_is_read(simulate) -> None:
-    sim = simulate(num_pages=5, max_seqs=2, max_tokens=16)
+    sim = simulate(num_pages=5, max_num_seqs=2, max_num_batched_tokens=16)
     _, second = sim.add(prompt=8, new=9), sim.add(prompt=8, new=9)
-    while not sim.scheduler.preemptions:
+    while not sim.counters.preemptions:
         in_flight = second.in_flight
         plan = sim.step()
     assert in_flight and not any(s.request is second for s in plan.sequences)
@@ -90,17 +90,17 @@ def test_preempted_request_waits_until_its_sampled_token_is_read(simulate) -> No
 
 
 def test_idle_adapters_are_evicted_before_anyone_is_preempted(simulate) -> None:
-    sim = simulate(num_pages=12, max_seqs=4, max_tokens=32)
+    sim = simulate(num_pages=12, max_num_seqs=4, max_num_batched_tokens=32)
     sim.add(prompt=4, new=1, adapter="idle", adapter_pages=6)
     sim.run(most_steps=5)
     assert "idle" in sim.residency
     sim.add(prompt=16, new=25)
     sim.run(most_steps=40)
-    assert "idle" not in sim.residency and sim.scheduler.preemptions == 0
+    assert "idle" not in sim.residency and sim.counters.preemptions == 0
 
 
 def test_adapter_in_use_is_shared_and_loaded_once(simulate) -> None:
-    sim = simulate(num_pages=20, max_seqs=4, max_tokens=32)
+    sim = simulate(num_pages=20, max_num_seqs=4, max_num_batched_tokens=32)
     for _ in range(3):
         sim.add(prompt=4, new=3, adapter="a", adapter_pages=5)
     plan = sim.step()
@@ -112,7 +112,7 @@ def test_adapter_in_use_is_shared_and_loaded_once(simulate) -> None:
 
 def test_request_whose_adapter_is_still_on_disk_is_overtaken_and_served_when_it_comes(simulate) -> None:
     state = {"slow": AdapterState.LOADING, "ready": AdapterState.READY}
-    sim = simulate(num_pages=20, max_seqs=4, max_tokens=32, adapter_state=state.__getitem__)
+    sim = simulate(num_pages=20, max_num_seqs=4, max_num_batched_tokens=32, adapter_state=state.__getitem__)
     sim.add(prompt=4, new=2, adapter="slow", adapter_pages=2)
     sim.add(prompt=4, new=2, adapter="ready", adapter_pages=2)
     assert counts(sim.step()) == {1: 4}
@@ -123,7 +123,7 @@ def test_request_whose_adapter_is_still_on_disk_is_overtaken_and_served_when_it_
 
 
 def test_adapter_slots_bound_the_adapters_in_use(simulate) -> None:
-    sim = simulate(num_pages=40, max_seqs=8, max_tokens=64, adapter_slots=2)
+    sim = simulate(num_pages=40, max_num_seqs=8, max_num_batched_tokens=64, adapter_slots=2)
     for name in "abcd":
         sim.add(prompt=4, new=3, adapter=name, adapter_pages=1)
     assert counts(sim.step()) == {0: 4, 1: 4}
@@ -132,7 +132,7 @@ def test_adapter_slots_bound_the_adapters_in_use(simulate) -> None:
 
 
 def test_policy_decides_who_is_admitted_and_who_gives_way(simulate) -> None:
-    sim = simulate(num_pages=5, max_seqs=2, max_tokens=16, policy=Lcfs())
+    sim = simulate(num_pages=5, max_num_seqs=2, max_num_batched_tokens=16, policy=Lcfs())
     first, second = sim.add(prompt=8, new=9), sim.add(prompt=8, new=9)
     plan = sim.step()
     assert list(counts(plan)) == [1, 0]
@@ -143,18 +143,20 @@ def test_policy_decides_who_is_admitted_and_who_gives_way(simulate) -> None:
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
 def test_finish_frees_everything_at_once_in_any_state(simulate, steps: int) -> None:
-    sim = simulate(num_pages=20, max_seqs=2, max_tokens=8)
+    sim = simulate(num_pages=20, max_num_seqs=2, max_num_batched_tokens=8)
     request = sim.add(prompt=20, new=9, adapter="a", adapter_pages=3)
     for _ in range(steps):
         sim.step()
-    sim.scheduler.finish(request, FinishReason.CANCELLED, 1.0)
+    sim.core.finish(request, FinishReason.CANCELLED)
     sim.assert_idle()
-    sim.scheduler.finish(request, FinishReason.STOP, 2.0)  # again: nothing happens
-    assert (request.finish_reason, request.metrics.finished) == (FinishReason.CANCELLED, 1.0)
+    finished = request.metrics.finished
+    sim.steps += 1
+    sim.core.finish(request, FinishReason.STOP)  # again: nothing happens
+    assert (request.finish_reason, request.metrics.finished) == (FinishReason.CANCELLED, finished)
 
 
 def test_check_notices_a_leaked_page(simulate) -> None:
-    sim = simulate(num_pages=20, max_seqs=2, max_tokens=8)
+    sim = simulate(num_pages=20, max_num_seqs=2, max_num_batched_tokens=8)
     request = sim.add(prompt=9, new=9)
     sim.step()
     request.pages.pop()
@@ -172,7 +174,7 @@ ADAPTER_PAGES = {"a": 1, "b": 2, "c": 3, "d": 5, "e": 8}
 @given(
     sizes=st.lists(request_sizes, min_size=1, max_size=14),
     spare_pages=st.integers(0, 20),
-    max_seqs=st.integers(1, 6),
+    max_num_seqs=st.integers(1, 6),
     budget=st.integers(0, 20),
     adapter_slots=st.integers(1, 6),
     gaps=st.lists(st.integers(0, 6), min_size=14, max_size=14),
@@ -180,7 +182,7 @@ ADAPTER_PAGES = {"a": 1, "b": 2, "c": 3, "d": 5, "e": 8}
     slow=st.sets(st.sampled_from("abcde")),
 )
 def test_every_request_finishes_whatever_the_sizes(
-    simulate, sizes, spare_pages, max_seqs, budget, adapter_slots, gaps, cancellations, slow
+    simulate, sizes, spare_pages, max_num_seqs, budget, adapter_slots, gaps, cancellations, slow
 ) -> None:
     """Arrivals over time, cancellations, early stops and slow disks: the budget and the books hold at every step, the
     oldest running request is never preempted, and all get their tokens."""
@@ -191,7 +193,9 @@ def test_every_request_finishes_whatever_the_sizes(
         asked[digest] = asked.get(digest, 0) + 1
         return AdapterState.LOADING if digest in slow and asked[digest] % 3 else AdapterState.READY
 
-    sim = simulate(max(pages) + spare_pages, max_seqs, max_seqs + budget, adapter_slots, adapter_state=adapter_state)
+    sim = simulate(
+        max(pages) + spare_pages, max_num_seqs, max_num_seqs + budget, adapter_slots, adapter_state=adapter_state
+    )
     arrivals = list(zip(sizes, gaps, strict=False))
     pause, steps, previous = 0, 0, None
     while arrivals or sim.scheduler.has_work():
@@ -202,12 +206,14 @@ def test_every_request_finishes_whatever_the_sizes(
                 sim.stop_early[request.number] = early
         pause -= 1
         if steps in cancellations and cancellations[steps] < len(sim.requests):
-            sim.scheduler.finish(sim.requests[cancellations[steps]], FinishReason.CANCELLED, 0.0)
+            sim.core.finish(sim.requests[cancellations[steps]], FinishReason.CANCELLED)
         oldest = sim.scheduler.running[0] if sim.scheduler.running else None
         plan = sim.step()
         assert oldest is None or oldest.status is not Status.WAITING, "the oldest running request was preempted"
-        assert plan.num_tokens == sum(s.count for s in plan.sequences) <= sim.scheduler.limits.max_tokens
-        assert len(plan.sequences) <= max_seqs and len({id(s.request) for s in plan.sequences}) == len(plan.sequences)
+        assert plan.num_tokens == sum(s.count for s in plan.sequences) <= sim.scheduler.config.max_num_batched_tokens
+        assert len(plan.sequences) <= max_num_seqs and len({id(s.request) for s in plan.sequences}) == len(
+            plan.sequences
+        )
         assert all(s.count >= 1 for s in plan.sequences)
         assert plan.sequences or previous is None or previous.sequences or slow or not sim.scheduler.has_work()
         previous = plan
@@ -215,7 +221,7 @@ def test_every_request_finishes_whatever_the_sizes(
         assert steps < 5000, "the scheduler does not get its work done"
     sim.step()
     for request in sim.requests:
-        if request.finish_reason is FinishReason.STOP:
+        if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             assert len(request.output) == sim.stop_early.get(request.number, request.max_new)
         else:
             assert request.finish_reason is FinishReason.CANCELLED
@@ -226,7 +232,7 @@ def test_a_fixed_split_keeps_each_kind_to_its_side(simulate):
     """What fits a unified pool waits in a split one: three adapters of 4 pages, of which only two are set aside."""
     started = {}
     for adapter_pages in (None, 8):
-        sim = simulate(num_pages=40, max_seqs=8, max_tokens=64, adapter_pages=adapter_pages)
+        sim = simulate(num_pages=40, max_num_seqs=8, max_num_batched_tokens=64, adapter_pages=adapter_pages)
         for name in "abc":
             sim.add(4, 8, name, 4)
         sim.step()
@@ -237,7 +243,7 @@ def test_a_fixed_split_keeps_each_kind_to_its_side(simulate):
 
 
 def test_idle_adapters_of_a_split_pool_do_not_go_for_keys(simulate):
-    sim = simulate(num_pages=16, max_seqs=2, max_tokens=64, adapter_pages=8)
+    sim = simulate(num_pages=16, max_num_seqs=2, max_num_batched_tokens=64, adapter_pages=8)
     sim.add(4, 2, "a", 8)
     sim.run(20)
     sim.add(30, 2)  # all 8 pages of the other side
@@ -250,7 +256,7 @@ def test_idle_adapters_of_a_split_pool_do_not_go_for_keys(simulate):
 def test_what_a_step_looks_at_does_not_grow_with_the_queue(simulate, ahead, started):
     """Requests whose adapter is on its way from disk are overtaken, but not by those far behind."""
     states = {"slow": AdapterState.LOADING, "ready": AdapterState.READY}
-    sim = simulate(num_pages=64, max_seqs=4, max_tokens=64, adapter_state=states.__getitem__)
+    sim = simulate(num_pages=64, max_num_seqs=4, max_num_batched_tokens=64, adapter_state=states.__getitem__)
     for _ in range(ahead):
         sim.add(4, 4, "slow", 1)
     behind = sim.add(4, 4, "ready", 1)

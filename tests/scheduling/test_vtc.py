@@ -53,7 +53,7 @@ weights = st.dictionaries(st.sampled_from(TENANTS), st.sampled_from([0.5, 2.0, 3
 @given(st.lists(st.lists(sizes, max_size=4), max_size=20), weights, st.sampled_from([(1, 2), (1, 1), (3, 0.5)]))
 def test_it_admits_whom_the_published_algorithm_admits(simulate, arrivals, weights, prices) -> None:
     policy, published = Vtc(weights, *prices), Published(weights, *prices)
-    sim = simulate(num_pages=24, max_seqs=4, max_tokens=200, policy=policy, admission="reserve")
+    sim = simulate(num_pages=24, max_num_seqs=4, max_num_batched_tokens=200, policy=policy, admission="reserve")
     while arrivals or sim.scheduler.has_work():
         for tenant, prompt, new in arrivals.pop(0) if arrivals else ():
             published.arrive(sim.add(prompt, new, tenant=tenant))
@@ -62,7 +62,7 @@ def test_it_admits_whom_the_published_algorithm_admits(simulate, arrivals, weigh
         assert admitted == [published.admit() for _ in admitted]
         published.decode([s.request for s in plan.sequences if s.samples])
         assert policy.counters == pytest.approx({t: published.counter[t] for t in policy.counters})
-    assert sim.scheduler.preemptions == 0
+    assert sim.counters.preemptions == 0
 
 
 def widest_gaps(sim, arrivals, weights, prices) -> tuple[float, float]:
@@ -112,26 +112,26 @@ def widest_gaps(sim, arrivals, weights, prices) -> tuple[float, float]:
     st.integers(2, 8),
 )
 def test_backlogged_tenants_services_stay_within_the_published_bound(
-    simulate, burst, arrivals, weights, prices, num_pages, max_seqs
+    simulate, burst, arrivals, weights, prices, num_pages, max_num_seqs
 ) -> None:
     """|W_f - W_g| <= 2 max(w_p L_input, w_q M) over every interval in which both have waiting requests; where input is
     dearer than output, which the published proof does not cover, the sum of the two takes the place of the larger."""
     policy = Vtc(weights, *prices)
-    sim = simulate(num_pages, max_seqs, max_tokens=400, policy=policy, admission="reserve")
+    sim = simulate(num_pages, max_num_seqs, max_num_batched_tokens=400, policy=policy, admission="reserve")
     widest, bound = widest_gaps(sim, [burst, *arrivals], weights, prices)
     assert widest <= bound
 
 
 @pytest.mark.parametrize(("policy", "fair"), [(Vtc(), True), (Fcfs(), False)])
 def test_a_flood_of_one_tenant_breaks_the_bound_without_fair_share(simulate, policy: Policy, fair: bool) -> None:
-    sim = simulate(num_pages=20, max_seqs=2, max_tokens=64, policy=policy, admission="reserve")
+    sim = simulate(num_pages=20, max_num_seqs=2, max_num_batched_tokens=64, policy=policy, admission="reserve")
     widest, bound = widest_gaps(sim, [[("f", 8, 8)] * 40 + [("g", 8, 8)] * 40], {}, (1, 2))
     assert (widest <= bound) is fair
 
 
 def test_service_follows_the_weights(simulate) -> None:
     policy = Vtc({"f": 3.0})
-    sim = simulate(num_pages=20, max_seqs=2, max_tokens=64, policy=policy, admission="reserve")
+    sim = simulate(num_pages=20, max_num_seqs=2, max_num_batched_tokens=64, policy=policy, admission="reserve")
     for tenant in "fg" * 100:
         sim.add(8, 8, tenant=tenant)
     served = {"f": 0, "g": 0}
@@ -143,7 +143,7 @@ def test_service_follows_the_weights(simulate) -> None:
 
 def test_an_idle_tenant_saves_up_no_credit(simulate) -> None:
     policy = Vtc()
-    sim = simulate(num_pages=20, max_seqs=1, max_tokens=64, policy=policy)
+    sim = simulate(num_pages=20, max_num_seqs=1, max_num_batched_tokens=64, policy=policy)
     for _ in range(20):
         sim.add(4, 4, tenant="busy")
     for _ in range(50):
@@ -154,11 +154,11 @@ def test_an_idle_tenant_saves_up_no_credit(simulate) -> None:
 
 def test_a_preempted_request_is_charged_once(simulate) -> None:
     policy = Vtc()
-    sim = simulate(num_pages=5, max_seqs=2, max_tokens=16, policy=policy)
+    sim = simulate(num_pages=5, max_num_seqs=2, max_num_batched_tokens=16, policy=policy)
     for tenant in "fg":
         sim.add(prompt=8, new=9, tenant=tenant)
     sim.run(most_steps=40)
-    assert sim.scheduler.preemptions
+    assert sim.counters.preemptions
     assert policy.counters == {"f": 8 + 2 * 9, "g": 8 + 2 * 9}
 
 

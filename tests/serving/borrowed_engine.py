@@ -19,7 +19,7 @@ class Borrowed:
         return getattr(self._engine, name)
 
     def close(self) -> None:
-        for request_id in list(self._engine._requests.progress):
+        for request_id in list(self._engine.core.requests):
             self._engine.cancel(request_id)
         while self._engine.has_work():
             self._engine.step()

@@ -63,7 +63,7 @@ def engine(tiny: TinyModel) -> Iterator[Engine]:
         yield engine
         engine.check()
         stats = engine.stats()
-        assert stats.pages["kv"] == 0 and stats.running == stats.waiting == 0
+        assert stats.pages.kv == 0 and stats.running == stats.waiting == 0
 
 
 @pytest.fixture(scope="module")

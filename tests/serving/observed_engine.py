@@ -77,7 +77,11 @@ def kinds_by_owner(engine: Engine) -> np.ndarray:
     for resident in engine.residency.residents:
         for page in resident.pages:
             kinds[page] = (
-                ADAPTER_IN_USE if resident.users else ADAPTER_IDLE if resident.has_landed else ADAPTER_ARRIVING
+                ADAPTER_IN_USE
+                if resident.digest in engine.residency.users
+                else ADAPTER_IDLE
+                if resident.has_landed
+                else ADAPTER_ARRIVING
             )
     return kinds
 
@@ -97,7 +101,7 @@ def recording() -> Recording:
                     kinds_by_owner(engine),
                     engine.store.tiers(),
                     {resident.digest for resident in residents if not resident.has_landed},
-                    {resident.digest for resident in residents if resident.users},
+                    set(engine.residency.users),
                     [delta.output for delta in deltas if delta.output is not None],
                 )
             )

@@ -12,8 +12,8 @@ import pytest
 from borrowed_engine import Borrowed, until
 
 from slora_jax import Engine, RequestOutput, SamplingParams
-from slora_jax.engine.sampling import NOT_FINITE
 from slora_jax.errors import ConfigError, RequestError
+from slora_jax.scheduling.plan import NOT_FINITE
 from slora_jax.serving.engine_loop import EngineLoop, Health
 from slora_jax.serving.errors import ApiError
 from slora_jax.serving.mailbox import Mailbox
@@ -88,8 +88,8 @@ class Trap:
 @pytest.fixture
 def trap(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trap]:
     def set_trap(name: str, failing: Callable[[int], bool] = lambda call: False) -> Trap:
-        made = Trap(getattr(engine._runner, name), failing)
-        monkeypatch.setattr(engine._runner, name, made)
+        made = Trap(getattr(engine.executor, name), failing)
+        monkeypatch.setattr(engine.executor, name, made)
         return made
 
     return set_trap
@@ -139,7 +139,7 @@ def test_a_cancelled_sequence_runs_no_further_step(engine, trap) -> None:
             loop.cancel([request_id])
             dispatch.gate.set()
             stats = await loop.call(lambda engine: engine.stats())
-            assert stats.running == 0 and stats.pages["kv"] == 0
+            assert stats.running == 0 and stats.pages.kv == 0
             assert dispatch.calls == calls + 1, "steps ran after the one during which it was cancelled"
             assert loop.num_unfinished == 0
 
@@ -172,17 +172,19 @@ def test_a_failed_step_fails_what_it_touched_and_nothing_else(engine, trap, plac
 
 
 def test_a_sequence_without_finite_logits_fails_alone(engine, monkeypatch) -> None:
-    read = engine._runner.read
+    read = engine.executor.read
     requests = []
 
     def spoilt(step: Any) -> Any:
-        tokens = read(step).copy()
+        tokens = read(step)
         rows = [row for row, one in enumerate(step.sequences) if one.request.prompt == [3, 4] and one.samples]
         requests.extend(rows)
-        tokens[rows] = NOT_FINITE if len(requests) > 4 else tokens[rows]
+        if len(requests) > 4:
+            for row in rows:
+                tokens[row] = NOT_FINITE
         return tokens
 
-    monkeypatch.setattr(engine._runner, "read", spoilt)
+    monkeypatch.setattr(engine.executor, "read", spoilt)
 
     async def scenario() -> None:
         heard = Heard()

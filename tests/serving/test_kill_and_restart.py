@@ -22,7 +22,7 @@ from slora_jax.models import ModelConfig
 ADAPTERS = 4
 TOKENS = 160
 STREAMS = 24  # three times what runs at once
-LONG = ENGINE | {"num_pages": 200, "max_seqs": 8, "max_model_len": 256, "max_rank": 16, "decode_buckets": (8,)}
+LONG = ENGINE | {"num_pages": 200, "max_num_seqs": 8, "max_model_len": 256, "max_lora_rank": 16, "decode_buckets": (8,)}
 """With room for answers during which something can happen."""
 CLIENT = httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0))
 

@@ -28,14 +28,14 @@ LIMITS = Limits(waiting=4, per_client=12, sequences=8, body_bytes=4000, bodies_b
 @pytest.fixture
 def gate(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """No step begins while it is not set."""
-    gate, dispatch = threading.Event(), engine._runner.dispatch
+    gate, dispatch = threading.Event(), engine.executor.dispatch
     gate.set()
 
     def wait(*args: Any) -> Any:
         gate.wait()
         return dispatch(*args)
 
-    monkeypatch.setattr(engine._runner, "dispatch", wait)
+    monkeypatch.setattr(engine.executor, "dispatch", wait)
     return gate
 
 

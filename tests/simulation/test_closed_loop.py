@@ -13,11 +13,11 @@ from slora_jax.scheduling import EarlyAbort, FinishReason
 from slora_jax.simulation import Arrivals, SimulatedRequest, make_system, simulate
 
 RANKS = [2, 4, 8, 2, 4, 8]
-OURS = make_system("slora", page_size=8, num_tokens=2000, max_seqs=12, max_tokens=64)
+OURS = make_system("slora", page_size=8, num_tokens=2000, max_num_seqs=12, max_num_batched_tokens=64)
 SYSTEMS = {
     "slora": OURS,
-    "slora-paper": make_system("slora-paper", num_tokens=800, max_tokens=100),
-    "packed": make_system("packed", page_size=8, num_tokens=400, max_seqs=6, max_tokens=64, replicas=6),
+    "slora-paper": make_system("slora-paper", num_tokens=800, max_num_batched_tokens=100),
+    "packed": make_system("packed", page_size=8, num_tokens=400, max_num_seqs=6, max_num_batched_tokens=64, replicas=6),
     "peft-paper": make_system("peft-paper", offline_batch=4),
 }
 

@@ -11,7 +11,7 @@ from simulated import SHAPE, device, random_workload
 from slora_jax.metrics import serving_metrics
 from slora_jax.scheduling import Ageing, Clustering, EarlyAbort, Fcfs, Lcfs, OneAdapter, Policy, Vtc
 from slora_jax.simulation import SimulatedRequest, SystemConfig, make_system, simulate
-from slora_jax.simulation import server as server_module
+from slora_jax.simulation import replica as replica_module
 
 RANKS = [2, 4, 8, 2, 4, 8]
 POLICIES: dict[str, Policy] = {
@@ -26,12 +26,12 @@ POLICIES: dict[str, Policy] = {
     "ageing of lcfs": Ageing(Lcfs(), bound=0.2),
 }
 SYSTEMS = {
-    "slora": {"page_size": 8, "num_tokens": 400, "max_seqs": 12, "max_tokens": 64},
-    "slora-paper": {"num_tokens": 400, "max_tokens": 100},
-    "no-unify-mem-paper": {"num_tokens": 300, "adapter_tokens": 100, "max_tokens": 100},
-    "bmm-paper": {"num_tokens": 300, "max_tokens": 100},
-    "merge-paper": {"num_tokens": 400, "max_tokens": 100},
-    "base": {"page_size": 8, "num_tokens": 400, "max_seqs": 12, "max_tokens": 64},
+    "slora": {"page_size": 8, "num_tokens": 400, "max_num_seqs": 12, "max_num_batched_tokens": 64},
+    "slora-paper": {"num_tokens": 400, "max_num_batched_tokens": 100},
+    "no-unify-mem-paper": {"num_tokens": 300, "adapter_tokens": 100, "max_num_batched_tokens": 100},
+    "bmm-paper": {"num_tokens": 300, "max_num_batched_tokens": 100},
+    "merge-paper": {"num_tokens": 400, "max_num_batched_tokens": 100},
+    "base": {"page_size": 8, "num_tokens": 400, "max_num_seqs": 12, "max_num_batched_tokens": 64},
 }
 
 
@@ -83,34 +83,34 @@ def test_every_system(name: str, seed: int, closed: bool) -> None:
         {
             "overlap": st.booleans(),
             "prefetch": st.sampled_from([0, 2, 8]),
-            "upload_pages": st.sampled_from([1, 32]),
+            "upload_pages_per_step": st.sampled_from([1, 32]),
             "prefix_cache": st.booleans(),
             "mixed": st.booleans(),
             "admit_every": st.sampled_from([1, 3, 10]),
             "admission": st.sampled_from(["optimistic", "reserve"]),
             "eviction": st.sampled_from(["lru", "immediate", "cost_aware"]),
             "page_size": st.sampled_from([1, 8]),
-            "max_seqs": st.sampled_from([3, 12]),
+            "max_num_seqs": st.sampled_from([3, 12]),
             "num_tokens": st.sampled_from([250, 900]),
-            "host_bytes": st.sampled_from([None, 40_000]),
+            "host_adapter_bytes": st.sampled_from([None, 40_000]),
         }
     ),
 )
 def test_every_mixture_of_settings(seed: int, closed: bool, changes: dict) -> None:
-    assert_same(make_system("slora", max_tokens=100, disk_bandwidth=1e6, **changes), None, seed, closed)
+    assert_same(make_system("slora", max_num_batched_tokens=100, disk_bandwidth=1e6, **changes), None, seed, closed)
 
 
 def test_most_steps_are_fast_forwarded(monkeypatch) -> None:
     """So the tests above compare two different ways."""
     planned = 0
 
-    class Counting(server_module.Scheduler):
+    class Counting(replica_module.SimulatedScheduler):
         def schedule(self, now):
             nonlocal planned
             planned += 1
             return super().schedule(now)
 
-    monkeypatch.setattr(server_module, "Scheduler", Counting)
+    monkeypatch.setattr(replica_module, "SimulatedScheduler", Counting)
     for name in ("slora", "slora-paper"):
         planned = 0
         result = simulate(
@@ -127,4 +127,6 @@ def test_the_workloads_above_queue_preempt_evict_and_abort() -> None:
     assert aborting.counters.aborts > 0
     result = simulate(workload, ours, SHAPE, device(), RANKS, sample_seconds=0.05)
     assert max(sample.waiting for sample in result.pool) > 5
-    assert result.counters.preemptions > 0 and result.counters.evictions > 0 and result.counters.copy_seconds > 0
+    assert (
+        result.counters.preemptions > 0 and result.counters.adapter_evictions > 0 and result.counters.copy_seconds > 0
+    )

@@ -13,8 +13,8 @@ from slora_jax.simulation.loading import HostStore, Lane
 RANK = 64
 COPY = EFFICIENCY.adapter_load_seconds + RANK * SHAPE.lora_bytes / (0.5 * 2e7)
 HOST = EFFICIENCY.host_step_seconds + EFFICIENCY.host_sequence_seconds
-ON_ADMISSION = make_system("slora", page_size=8, num_tokens=4000, max_tokens=256, prefetch=0)
-PREFETCH = make_system("slora", page_size=8, num_tokens=4000, max_tokens=256)
+ON_ADMISSION = make_system("slora", page_size=8, num_tokens=4000, max_num_batched_tokens=256, prefetch=0)
+PREFETCH = make_system("slora", page_size=8, num_tokens=4000, max_num_batched_tokens=256)
 TWO = [SimulatedRequest(0.0, None, 100, 50), SimulatedRequest(0.05, 0, 2, 2)]
 """A request for the base model, and one for an adapter while it runs."""
 
@@ -67,18 +67,21 @@ def test_loading_on_admission_stalls_the_others_and_prefetch_does_not() -> None:
 
 def test_a_lone_request_waits_for_its_pages_to_land() -> None:
     """In four uploads of at most 8 of its 32 pages, of which two steps' worth may be in flight."""
-    system = replace(PREFETCH, upload_pages=8)
+    system = replace(PREFETCH, upload_pages_per_step=8)
     result = simulate([SimulatedRequest(0.0, 0, 2, 1)], system, SHAPE, device(), [RANK])
     copied = COPY + 3 * EFFICIENCY.adapter_load_seconds
     assert result.records[0].first_token == pytest.approx(copied + HOST + prefill(RANK), rel=0.02)
     assert result.counters.stall_seconds == pytest.approx(copied)
     assert result.counters.copy_seconds == pytest.approx(copied)
-    assert (result.counters.loads, result.counters.prefetch_hits) == (1, 0)  # it was wanted before it had landed
+    assert (result.counters.adapter_loads, result.counters.prefetch_hits) == (
+        1,
+        0,
+    )  # it was wanted before it had landed
 
 
 def test_prefetched_copies_run_while_their_requests_wait_for_room() -> None:
     """Three requests of three adapters, one at a time: with prefetch, only the first waits for its copy."""
-    system = make_system("slora", page_size=8, num_tokens=4000, max_seqs=1, max_tokens=256)
+    system = make_system("slora", page_size=8, num_tokens=4000, max_num_seqs=1, max_num_batched_tokens=256)
     three = [SimulatedRequest(0.0, adapter, 50, 30) for adapter in range(3)]
     on_admission = simulate(three, replace(system, prefetch=0), SHAPE, device(), [64] * 3)
     ahead = simulate(three, system, SHAPE, device(), [64] * 3)
@@ -116,7 +119,7 @@ def test_requests_whose_adapter_comes_from_disk_are_overtaken_and_wait_for_it() 
     """Host memory holds one of two adapters; a read takes 100 ms."""
     nbytes = RANK * SHAPE.lora_bytes
     system = make_system(
-        "slora", page_size=8, num_tokens=4000, max_tokens=256, prefetch=0, host_bytes=nbytes,
+        "slora", page_size=8, num_tokens=4000, max_num_batched_tokens=256, prefetch=0, host_adapter_bytes=nbytes,
         disk_bandwidth=nbytes / 0.1,
     )  # fmt: skip
     workload = [SimulatedRequest(0.0, 0, 2, 2), SimulatedRequest(0.01, 1, 2, 2)]
@@ -129,18 +132,18 @@ def test_requests_whose_adapter_comes_from_disk_are_overtaken_and_wait_for_it() 
 
 def test_more_adapters_than_are_copied_ahead_are_served_all_the_same() -> None:
     """100 at once, of which 8 are copied ahead of their turn."""
-    system = make_system("slora", page_size=8, num_tokens=40_000, max_seqs=100, max_tokens=4000)
+    system = make_system("slora", page_size=8, num_tokens=40_000, max_num_seqs=100, max_num_batched_tokens=4000)
     workload = [SimulatedRequest(i * 1e-4, i, 2, 3) for i in range(100)]
     result = simulate(workload, system, SHAPE, device(), [8] * 100)
     assert all(record.completed for record in result.records)
-    assert result.counters.loads == 100
+    assert result.counters.adapter_loads == 100
 
 
 def test_a_request_waits_for_its_copy_even_if_others_landed_for_requests_that_are_gone() -> None:
     """A read from disk that nobody asks for any more must not hide the copy that somebody waits for."""
     nbytes = 64 * SHAPE.lora_bytes
     system = make_system(
-        "slora", page_size=8, num_tokens=4000, host_bytes=nbytes, disk_bandwidth=nbytes / 0.1, overlap=False
+        "slora", page_size=8, num_tokens=4000, host_adapter_bytes=nbytes, disk_bandwidth=nbytes / 0.1, overlap=False
     )
     workload = [SimulatedRequest(0.0, 0, 2, 2), SimulatedRequest(0.001, 1, 2, 2), SimulatedRequest(0.3, 2, 2, 2)]
     policy = EarlyAbort(slo=0.15, margin=0.01, rule="code")

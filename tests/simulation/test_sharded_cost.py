@@ -115,7 +115,9 @@ def test_collectives_add_to_a_step_and_to_the_device() -> None:
 def test_one_device_is_as_before_to_the_bit() -> None:
     assert shard_shape(MODEL, 1) is MODEL
     plain, slow_link = served(), device(link_bandwidth=1.0).fitted("jax", collective_seconds=1.0)
-    config = make_system("slora", num_tokens=4000, page_size=8, tp=1, tp_lora="replicated", lora_collectives=False)
+    config = make_system(
+        "slora", num_tokens=4000, page_size=8, tensor_parallel_size=1, tp_lora="replicated", lora_collectives=False
+    )
     other = simulate(random_workload(3), config, MODEL, slow_link, [5, 8] * 3)
     assert [record.token_times for record in plain.records] == [record.token_times for record in other.records]
     assert plain.counters == other.counters
@@ -125,28 +127,28 @@ def test_more_devices_are_faster_and_collectives_slower() -> None:
     fast = DEVICE.fitted("jax", collective_seconds=1e-6, link=1.0)
     throughput = []
     for tp in (1, 2, 4):
-        config = make_system("slora", num_tokens=4000, page_size=8, tp=tp)
+        config = make_system("slora", num_tokens=4000, page_size=8, tensor_parallel_size=tp)
         result = simulate(random_workload(3), config, MODEL, fast, [5, 8] * 3)
         throughput.append(serving_metrics(result.records, start=0.0).throughput)
     assert throughput[0] < throughput[1] < throughput[2]
     paper = [
-        served("slora-paper", tp=4),
-        served("slora-paper", tp=4, lora_collectives=False),
-        served("base-paper", tp=4),
+        served("slora-paper", tensor_parallel_size=4),
+        served("slora-paper", tensor_parallel_size=4, lora_collectives=False),
+        served("base-paper", tensor_parallel_size=4),
     ]
     ends = [result.seconds for result in paper]
     assert ends[0] > ends[1] > ends[2]
 
 
 def test_a_pool_over_several_devices_holds_what_the_weights_parts_leave() -> None:
-    system = make_system("slora", memory_fraction=0.5, prefetch=0, tp=2)
+    system = make_system("slora", gpu_memory_utilization=0.5, prefetch=0, tensor_parallel_size=2)
     shard = shard_shape(MODEL, 2)
     assert system.pool_tokens(MODEL, DEVICE) == int((0.5 * DEVICE.memory_bytes - shard.weight_bytes) / shard.kv_bytes)
     assert shard.weight_bytes < 0.52 * MODEL.weight_bytes
 
 
 def test_steps_run_at_once_are_the_same_over_several_devices() -> None:
-    config = make_system("slora-paper", num_tokens=4000, tp=4)
+    config = make_system("slora-paper", num_tokens=4000, tensor_parallel_size=4)
     runs = [
         simulate(
             random_workload(5),
@@ -165,12 +167,12 @@ def test_steps_run_at_once_are_the_same_over_several_devices() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tp": 0}, "tp=0"),
-        ({"tp": 2, "tp_lora": "rows"}, "tp_lora='rows'"),
-        ({"tp": 2, "replicas": 2}, "replicas=2: must be 1 over several devices .tp=2"),
-        ({"tp": 2, "lora": "bmm"}, "lora='bmm'"),
-        ({"tp": 2, "merged": True}, "merged=True"),
-        ({"tp": 2, "offline_batch": 6}, "offline_batch=6"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size=0"),
+        ({"tensor_parallel_size": 2, "tp_lora": "rows"}, "tp_lora='rows'"),
+        ({"tensor_parallel_size": 2, "replicas": 2}, "replicas=2: must be 1 over several devices .tensor_parallel_size=2"),
+        ({"tensor_parallel_size": 2, "lora": "bmm"}, "lora='bmm'"),
+        ({"tensor_parallel_size": 2, "merged": True}, "merged=True"),
+        ({"tensor_parallel_size": 2, "offline_batch": 6}, "offline_batch=6"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(settings, message) -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from fake_executor import FakeExecutor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import EFFICIENCY, SHAPE, device, random_workload
@@ -20,16 +21,15 @@ from slora_jax.scheduling import (
     Request,
     RequestMetrics,
     SamplingParams,
-    Scheduler,
-    SchedulerLimits,
     Vtc,
 )
 from slora_jax.simulation import CostModel, SimulatedRequest, StepWork, SystemConfig, make_system, simulate
+from slora_jax.simulation.scheduler import SimulatedScheduler
 from slora_jax.simulation.work import step_work
 
 RANKS = [2, 4, 8, 2, 4, 8]
-OURS = make_system("slora", page_size=8, num_tokens=600, max_seqs=12, max_tokens=64)
-PAPER = make_system("slora-paper", num_tokens=400, max_tokens=100)
+OURS = make_system("slora", page_size=8, num_tokens=600, max_num_seqs=12, max_num_batched_tokens=64)
+PAPER = make_system("slora-paper", num_tokens=400, max_num_batched_tokens=100)
 HOST = EFFICIENCY.host_step_seconds + EFFICIENCY.host_sequence_seconds  # of a step of one sequence
 
 
@@ -75,18 +75,7 @@ def reference(workload, system: SystemConfig, ranks) -> dict[int, tuple[float, f
     copied on admission."""
     cost = costs(system)
     residency = AdapterResidency(Evictor(PageAllocator(system.num_tokens + 1), Immediate()), 64)
-    sched = Scheduler(
-        residency,
-        Fcfs(),
-        SchedulerLimits(
-            system.max_seqs,
-            system.max_tokens,
-            1,
-            system.admission,
-            admit_every=system.admit_every,
-            mixed=system.mixed,
-        ),
-    )
+    sched = SimulatedScheduler(residency, Fcfs(), system, FakeExecutor())
     uses = [AdapterUse(str(i), str(i), SHAPE.ranks(r), 4 * r) for i, r in enumerate(ranks)]
     requests = [
         Request(str(i), i, [0] * r.prompt_tokens, SamplingParams(), 0, r.output_tokens,
@@ -159,7 +148,7 @@ def test_equal_beginnings_are_computed_once_under_each_adapter() -> None:
     counters = simulate(workload, system, SHAPE, device(), [2, 2]).counters
     assert (counters.prompt_tokens, counters.prefix_hit_tokens) == (6 * 24, 2 * 16)
     assert counters.tokens_computed == 6 * (24 + 3) - 2 * 16
-    without = simulate(workload, OURS, SHAPE, device(), [2, 2]).counters
+    without = simulate(workload, replace(OURS, prefix_cache=False), SHAPE, device(), [2, 2]).counters
     assert (without.tokens_computed, without.prefix_hit_tokens) == (6 * (24 + 3), 0)
 
 
@@ -167,7 +156,7 @@ def test_a_prefix_cache_changes_nothing_for_prompts_that_share_nothing_in_a_pool
     workload = [replace(request, prefix=None) for request in random_workload(8)]
     roomy = replace(OURS, num_tokens=20_000)
     cached, plain = (simulate(workload, system, SHAPE, device(), RANKS) for system in
-                     (replace(roomy, prefix_cache=True), roomy))  # fmt: skip
+                     (roomy, replace(roomy, prefix_cache=False)))  # fmt: skip
     assert cached.records == plain.records
 
 

@@ -12,7 +12,7 @@ from slora_jax.metrics import serving_metrics
 from slora_jax.simulation import CostModel, SimulatedRequest, StepWork, make_system, simulate
 
 RANKS = [2, 4, 8, 2, 4, 8]
-PAPER = {"num_tokens": 400, "max_tokens": 100}
+PAPER = {"num_tokens": 400, "max_num_batched_tokens": 100}
 
 
 def times(result) -> list[tuple[float, ...]]:
@@ -29,7 +29,7 @@ def test_the_base_system_ignores_adapters(seed) -> None:
     base = simulate(workload, make_system("base-paper", **PAPER), SHAPE, device(), RANKS)
     plain = simulate(without_adapters(workload), make_system("slora-paper", **PAPER), SHAPE, device(), RANKS)
     assert times(base) == times(plain)
-    assert base.counters.loads == 0
+    assert base.counters.adapter_loads == 0
 
 
 def test_one_packed_replica_is_the_base_system() -> None:
@@ -85,7 +85,13 @@ def test_packed_replicas_that_do_not_fit_are_refused_with_the_arithmetic() -> No
 
 def unified_and_split(admission: str):
     """Systems of 500 tokens: unified, and with 100 to 300 of them for adapters."""
-    settings = {"page_size": 1, "max_tokens": 1000, "admission": admission, "prefetch": 0, "max_seqs": 100}
+    settings = {
+        "page_size": 1,
+        "max_num_batched_tokens": 1000,
+        "admission": admission,
+        "prefetch": 0,
+        "max_num_seqs": 100,
+    }
     yield make_system("slora", num_tokens=500, **settings)
     for adapters in (100, 200, 300):
         split = {"num_tokens": 500 - adapters, "adapter_tokens": adapters, "gathers_on_load": False}
@@ -117,7 +123,9 @@ def test_unified_memory_queues_less_than_any_split_of_the_same(seed) -> None:
 
 
 def test_split_memory_holds_no_more_adapters_than_their_part() -> None:
-    system = make_system("no-unify-mem-paper", num_tokens=300, adapter_tokens=40, max_tokens=100, page_size=1)
+    system = make_system(
+        "no-unify-mem-paper", num_tokens=300, adapter_tokens=40, max_num_batched_tokens=100, page_size=1
+    )
     result = simulate(random_workload(2), system, SHAPE, device(), RANKS, sample_seconds=0.01)
     held = [sample.pages.adapter_in_use + sample.pages.adapter_idle for sample in result.pool]
     assert 32 <= max(held) <= 40
@@ -127,7 +135,13 @@ def test_split_memory_holds_no_more_adapters_than_their_part() -> None:
 @pytest.mark.parametrize("prefetch", [0, 8])
 def test_gathering_copies_all_resident_adapters_on_each_load(prefetch) -> None:
     workload = [SimulatedRequest(0.0, 0, 2, 40), SimulatedRequest(0.02, 1, 2, 2)]
-    settings = {"num_tokens": 300, "adapter_tokens": 100, "max_tokens": 100, "admit_every": 1, "eviction": "lru"}
+    settings = {
+        "num_tokens": 300,
+        "adapter_tokens": 100,
+        "max_num_batched_tokens": 100,
+        "admit_every": 1,
+        "eviction": "lru",
+    }
     system = make_system("no-unify-mem-paper", prefetch=prefetch, **settings)
     seconds = [
         simulate(workload, replace(system, gathers_on_load=gathers), SHAPE, device(), [8, 4]).counters.device_seconds
@@ -142,7 +156,7 @@ def test_merge_switches_adapters_and_pays_for_it() -> None:
     result = simulate(workload, make_system("merge-paper", **PAPER), SHAPE, device(), [8, 4])
     cost = CostModel(SHAPE, device(), "pytorch", "none")
     # 0 (with the third request), then 1, then the base model
-    assert result.counters.switches == 3
+    assert result.counters.adapter_merges == 3
     switched = 2 * cost.merge_seconds(8) + 2 * cost.merge_seconds(4)
     steps = sum(_device_seconds(cost, rows) for rows in (2, 1, 1))
     assert result.counters.device_seconds == pytest.approx(switched + steps)

@@ -25,24 +25,24 @@ def test_every_baseline_is_its_base_with_what_it_names_changed(name) -> None:
 def test_the_published_system_has_the_codes_numbers() -> None:
     system = make_system("slora-paper", num_tokens=14500)
     assert (system.step_tokens(14500), system.step_tokens(125000)) == (3072, 20833)
-    assert (system.max_seqs, system.admit_every, system.page_size) == (1000, 10, 1)
+    assert (system.max_num_seqs, system.admit_every, system.page_size) == (1000, 10, 1)
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
         ("slora_paper", {}, "'slora_paper' is unknown .did you mean 'slora-paper'.*there are"),
-        ("bmm", {"num_token": 1}, "no setting 'num_token' .did you mean 'num_tokens'"),
+        ("bmm", {"num_token": 1}, "num_token is unknown .did you mean 'num_tokens'"),
         ("bmm", {"num_tokens": 0}, "num_tokens=0"),
         ("bmm", {"page_size": 1.5}, "page_size=1.5"),
         ("slora", {"prefetch": -1}, "prefetch=-1: must be an integer of at least 0"),
         ("slora", {"prefetch": True}, "prefetch=True"),
-        ("slora", {"upload_pages": 0}, "upload_pages=0"),
-        ("slora", {"eviction": "fifo"}, "eviction='fifo': must be one of lru, immediate, cost_aware"),
+        ("slora", {"upload_pages_per_step": 0}, "upload_pages_per_step=0"),
+        ("slora", {"eviction": "fifo"}, "eviction='fifo': must be 'lru' or 'immediate' or 'cost_aware'"),
         ("slora", {"lora": "magic"}, "lora='magic'"),
         ("slora", {"software": "java"}, "software='java'"),
         ("slora", {"policy": "random"}, "policy='random'"),
-        ("slora", {"memory_fraction": 0.0}, "memory_fraction=0.0"),
+        ("slora", {"gpu_memory_utilization": 0.0}, "gpu_memory_utilization=0.0"),
         ("slora", {"disk_bandwidth": 0}, "disk_bandwidth=0"),
     ],
 )
@@ -53,10 +53,10 @@ def test_what_is_wrong_is_named(name, settings, message) -> None:
 
 def test_the_pool_is_what_the_weights_leave() -> None:
     left = 0.5 * device().memory_bytes - SHAPE.weight_bytes
-    system = SystemConfig(memory_fraction=0.5, prefetch=0)
+    system = SystemConfig(gpu_memory_utilization=0.5, prefetch=0)
     assert system.pool_tokens(SHAPE, device()) == int(left / SHAPE.kv_bytes)
     assert replace(system, adapter_tokens=1000).pool_tokens(SHAPE, device()) == int(left / SHAPE.kv_bytes - 1000)
-    staged = replace(system, prefetch=8, upload_pages=4, page_size=8).pool_tokens(SHAPE, device())
+    staged = replace(system, prefetch=8, upload_pages_per_step=4, page_size=8).pool_tokens(SHAPE, device())
     assert staged == int(left / SHAPE.kv_bytes - 2 * 4 * 8)
 
 

@@ -18,9 +18,10 @@ from typing import Any
 import jax
 import jaxlib
 
+from slora_jax.distributed.broadcast import BroadcastDevice
+from slora_jax.distributed.channel import Connection, FrameError, encode
+from slora_jax.distributed.group import LEADER, ProcessGroup, difference
 from slora_jax.errors import ConfigError
-from slora_jax.parallel.channel import Connection, FrameError, encode
-from slora_jax.parallel.processes import LEADER, ProcessGroup, difference
 
 _HEARTBEAT_SECONDS = 30  # JAX's: of a process that hangs; JAX then aborts the others with a message of its own
 _HELLO_SECONDS = 10.0
@@ -65,7 +66,7 @@ def join_processes(coordinator: str, num_processes: int, process_id: int, timeou
         )
     except RuntimeError as error:
         raise ConfigError(f"coordinator={coordinator!r}: jax.distributed: {error}") from error
-    group = ProcessGroup(process_id, num_processes, connections)
+    group = ProcessGroup(process_id, num_processes, connections, BroadcastDevice)
     atexit.register(group.at_exit)
     return group
 

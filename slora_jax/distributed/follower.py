@@ -1,29 +1,29 @@
-"""The processes beside process 0: each makes on its own devices the calls that the leader sends."""
+"""The processes beside process 0: each makes the leader's calls on its own devices."""
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
 
+from slora_jax.distributed.channel import Call, FrameError
+from slora_jax.distributed.group import LEADER, ProcessGroup
 from slora_jax.engine.config import EngineConfig
+from slora_jax.engine.device import Copy, Device
+from slora_jax.engine.placement import load, place
 from slora_jax.engine.programs import keep_compiled_programs
-from slora_jax.engine.runner import load, place
-from slora_jax.engine.worker import Worker
 from slora_jax.errors import ProcessLostError
 from slora_jax.models import ModelConfig, Params
-from slora_jax.parallel.channel import Call, FrameError
-from slora_jax.parallel.processes import LEADER, ProcessGroup
 
 
 class Follower:
-    """One process's part of a model that is served by several (`join_processes`): made as the
-    leader's `Engine` is, from the same model and settings. Requests, adapters, policies and clocks are the leader's.
+    """One process's part of a model that several processes serve (`join_processes`): made as the leader's `Engine` is,
+    from the same model and settings. Requests, adapters, policies and clocks are the leader's.
 
-    Of the settings, those that only scheduling or the store read are ignored, and so is `num_pages` where the leader
-    gives a number.
+    Settings that only scheduling or the store read are ignored, and so is `num_pages` where the leader gives a number.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Follower:
         self._group = processes
         spec, params = place(model, graphdef, params, config, processes)
         try:
-            self._worker = Worker(spec, params, config)
+            self._device = Device(spec, params, config)
         except BaseException as error:
             processes.fail(error)
             raise
@@ -47,6 +47,7 @@ class Follower:
         self._filling: np.ndarray | None = None  # staged pages of which parts are missing
         self._missing = 0  # of its elements
         self._before: jax.Array | None = None
+        self._copies: deque[Copy] = deque()
 
     @classmethod
     def from_pretrained(cls, model_dir: str | Path, config: EngineConfig, processes: ProcessGroup) -> Follower:
@@ -71,38 +72,38 @@ class Follower:
             raise self._group.explained(error) from error
 
     def _make(self, call: Call) -> None:
-        worker, arguments = self._worker, call.arguments
+        device, arguments = self._device, call.arguments
         match call.name, call.arrays:
             case "step", (metadata, *rows):
-                step, _ = worker.step(
+                step, _ = device.step(
                     tuple(arguments["key"]),
                     metadata,
                     list(zip(rows[::2], rows[1::2], strict=True)),
                     arguments["logprobs"],
                 )
                 if self._before is not None:
-                    self._before.block_until_ready()  # raises what befell the step before
+                    self._before.block_until_ready()  # raises the error of the step before
                 self._before = step.token
             case "part", (part,):
                 self._take_part(part, **arguments)
             case "move", (pages,):
-                worker.move(pages)
+                device.move(self._copies.popleft(), pages)
             case "discard", ():
-                worker.discard()
+                device.discard(self._copies.popleft())
             case "describe", (pages, ranks):
-                worker.describe(arguments["slot"], pages, ranks)
+                device.describe(arguments["slot"], pages, ranks)
             case "upload", (pages, ranks, contents):
-                worker.upload(arguments["slot"], pages, ranks, contents)
+                device.upload(arguments["slot"], pages, ranks, contents)
             case name, arrays:
                 raise FrameError(f"unknown call {name!r} with {len(arrays)} arrays")
 
     def _take_part(self, part: np.ndarray, layer: int, first: int, pages: int) -> None:
         """Takes `part [n, 2, page_size, W]` of a layer of staged pages; the last one begins their copy."""
         if self._filling is None:
-            self._filling = np.empty((self._worker.spec.pool.num_layers, pages, *part.shape[1:]), part.dtype)
+            self._filling = np.empty((self._device.spec.pool.num_layers, pages, *part.shape[1:]), part.dtype)
             self._missing = self._filling.size
         self._filling[layer, first : first + part.shape[0]] = part
         self._missing -= part.size
         if self._missing == 0:
-            self._worker.stage(self._filling)
+            self._copies.append(self._device.begin_copy(self._filling))
             self._filling = None

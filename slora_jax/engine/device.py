@@ -1,8 +1,7 @@
-"""A process's device arrays and compiled programs. It knows pages and programs; plans and adapters are the runner's."""
+"""The device arrays and compiled programs of one process. It knows pages and programs, not plans or requests."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from slora_jax.engine.batch import SAMPLER_FIELDS, TABLE_ROWS, set_table_rows
 from slora_jax.engine.config import EngineConfig
+from slora_jax.engine.merge import MergeProgram
 from slora_jax.engine.programs import StepKey, StepPrograms
 from slora_jax.engine.sampling import Sampled
 from slora_jax.engine.step import StepSpec
@@ -23,15 +23,29 @@ TableRows = tuple[np.ndarray, np.ndarray]
 """`slot` and `pages` of one call of `set_table_rows`."""
 
 
-class Worker:
-    """Owns every device array of its process: parameters, pool, adapter table, sequence state, and pages on their way
-    to the pool. What a method is given is plain numbers and NumPy arrays, so that other processes can be told the same
-    (`engine.leader`). All but `wait` and `read` return at once; the device makes
-    them in order.
+class Copy:
+    """Some pages of an adapter on their way to the device, in pieces."""
+
+    def __init__(self, arrays: list[jax.Array]) -> None:
+        self.arrays = arrays
+
+    def is_there(self) -> bool:
+        """Whether the copy has ended."""
+        return all(array.is_ready() for array in self.arrays)  # type: ignore[attr-defined]
+
+    def wait(self) -> None:
+        """Waits for the copy. Raises the device's error if it failed."""
+        for array in self.arrays:
+            array.block_until_ready()
+
+
+class Device:
+    """Owns every device array of its process: parameters, pool, adapter table, sequence state. Arguments are plain
+    numbers and NumPy arrays, so that they can be sent to other processes (`distributed.broadcast`). All methods but
+    `read` return at once; the device runs their work in order.
 
     Pages of adapters, `contents [num_layers, n, 2, page_size, W]`, have all columns of the pool, or in one of several
-    processes those of its own devices. Staged ones form a queue: `has_arrived`, `wait`, `move` and `discard` are of the
-    oldest.
+    processes those of its own devices.
     """
 
     def __init__(self, spec: StepSpec, params: Params, config: EngineConfig) -> None:
@@ -50,18 +64,22 @@ class Worker:
         self.pool = spec.pool.make_pool(None if parallel is None else parallel.sharding(POOL))
         self.table = spec.pool.make_table(None if parallel is None else parallel.replicated)
         self.state = spec.make_state()
+        self._merge = MergeProgram(spec) if spec.lora == "merge" else None
         self._page_sharding = None if parallel is None else parallel.sharding(PAGES)
         self._columns = slice(0, spec.pool.width) if parallel is None else parallel.columns(spec.pool.width)
-        self._staged: deque[list[jax.Array]] = deque()
         if config.compile_ahead:
             self._warm_up()
 
     def step(
         self, key: StepKey, metadata: np.ndarray, rows: Sequence[TableRows], logprobs: bool | None
     ) -> tuple[Sampled, jax.Array]:
-        """Dispatches the step program `key`: what it sampled, and logits float32 `[S, vocab]` (several shards round the
-        vocabulary up). rows: of the page table, written before. logprobs: of the sampler that follows; None: none
-        does, every sequence takes its likeliest token."""
+        """Dispatches the step program `key`. Returns what it sampled, and logits float32 `[S, vocab]` (several shards
+        round the vocabulary up).
+
+        Args:
+          rows: of the page table, written before.
+          logprobs: whether the sampler that follows also returns log-probabilities; None skips the sampler (greedy).
+        """
         for slot, pages in rows:
             self.state = replace(self.state, page_table=set_table_rows(self.state.page_table, slot, pages))
         program = self.programs.step(key)
@@ -75,49 +93,45 @@ class Worker:
         return sampled, output.logits
 
     def read(self, array: jax.Array) -> np.ndarray:
-        """Waits for what a step gave."""
+        """Waits for a result of a step."""
         return np.asarray(array)
 
     def upload(self, slot: int, pages: np.ndarray, ranks: np.ndarray, contents: np.ndarray) -> None:
-        """Puts a whole adapter into the pool; later steps wait for it on the device."""
+        """Writes a whole adapter to the pool; later steps wait for it on the device."""
         self.pool, self.table = upload_adapter(
             self.pool, self.table, slot, pages, ranks, contents, self._page_sharding, self._columns.start
         )
 
-    def stage(self, contents: np.ndarray) -> None:
+    def begin_copy(self, contents: np.ndarray) -> Copy:
         """Begins the copy of some pages of an adapter, beside the steps.
 
-        Raises:
-          Whatever the device answers, memory above all. Nothing is staged then.
+        On a GPU, XLA copies NumPy arrays through page-locked buffers of its own, on a thread and a stream of their own
+        (`PjRtStreamExecutorClient::BufferFromHostBuffer`), so neither the caller nor a running step waits. That is also
+        why tiles are plain NumPy arrays: to keep gigabytes of them page-locked would spare that thread a copy in host
+        memory, and no step anything.
         """
-        self._staged.append([self._put(contents[:, piece]) for piece in pieces(0, contents.shape[1])])
+        return Copy([self._put(contents[:, piece]) for piece in pieces(0, contents.shape[1])])
 
-    def has_arrived(self) -> bool:
-        """Whether the copy has ended."""
-        return all(self._is_there(array) for array in self._staged[0])
-
-    def wait(self) -> None:
-        """Waits for the copy, and raises what befell it."""
-        for array in self._staged[0]:
-            array.block_until_ready()
-
-    def move(self, pages: np.ndarray) -> None:
-        """Moves what was staged to these pages of the pool, within device memory."""
-        arrays = self._staged.popleft()
-        for piece, array in zip(pieces(0, pages.size), arrays, strict=True):
+    def move(self, copy: Copy, pages: np.ndarray) -> None:
+        """Moves copied contents to these pages of the pool, within device memory."""
+        for piece, array in zip(pieces(0, pages.size), copy.arrays, strict=True):
             self.pool = upload_pages(self.pool, pages[piece], array)
 
+    def discard(self, copy: Copy) -> None:
+        """Ends a copy whose contents are not wanted any more."""
+
     def describe(self, slot: int, pages: np.ndarray, ranks: np.ndarray) -> None:
-        """Points the adapter table's row `slot` to an adapter whose pages were moved."""
+        """Sets the adapter table's row `slot` to an adapter whose pages were moved."""
         self.table = describe(self.table, slot, pages, ranks)
 
-    def discard(self) -> None:
-        """Forgets what was staged."""
-        self._staged.popleft()
+    def merge(self, slot: int, sign: float) -> None:
+        """Adds `sign` times the adapter in `slot` to the weights (`lora="merge"`)."""
+        assert self._merge is not None
+        self.params = self._merge(self.params, self.pool, self.table, slot, sign)
 
     @property
     def is_lost(self) -> bool:
-        """Whether another process is lost, without which no call can be made."""
+        """Whether another process is lost, so that no call can be made."""
         return False
 
     def close(self) -> None:
@@ -130,13 +144,8 @@ class Worker:
             return jax.device_put(contents)
         return put_pages(contents, sharding, self._columns.start)  # type: ignore[return-value]
 
-    @staticmethod
-    def _is_there(array: jax.Array) -> bool:
-        return bool(array.is_ready())  # type: ignore[attr-defined]  # not in the annotations of jax.Array
-
     def _warm_up(self) -> None:
-        """Compiles what the steps do not contain: the uploads, rows of the page table. Writes only where nothing is
-        kept."""
+        """Compiles what the steps do not contain: the uploads, rows of the page table. Writes only to padding."""
         shape = self.spec.pool
         width = self._columns.stop - self._columns.start
         for size in UPLOAD_PAGES:
@@ -145,6 +154,6 @@ class Worker:
             for staged in (put_pages(contents, self._page_sharding, self._columns.start), self._put(contents)):
                 self.pool = upload_pages(self.pool, nowhere, staged)
         self.table = describe(self.table, 0, np.empty(0, np.int32), np.zeros(7, np.int32))
-        nobody = np.full(TABLE_ROWS, self.state.page_table.shape[0] - 1, np.int32)
+        padding = np.full(TABLE_ROWS, self.state.page_table.shape[0] - 1, np.int32)
         rows = np.zeros((TABLE_ROWS, self.state.page_table.shape[1]), np.int32)
-        self.state = replace(self.state, page_table=set_table_rows(self.state.page_table, nobody, rows))
+        self.state = replace(self.state, page_table=set_table_rows(self.state.page_table, padding, rows))

@@ -1,4 +1,4 @@
-"""The worker of process 0 of several: every call is sent to the others, then made here."""
+"""The device of process 0 of several: every call is sent to the others, then made here."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from slora_jax.distributed.channel import encode
+from slora_jax.distributed.group import ProcessGroup
 from slora_jax.engine.config import EngineConfig
+from slora_jax.engine.device import Copy, Device, TableRows
 from slora_jax.engine.programs import StepKey
 from slora_jax.engine.sampling import Sampled
 from slora_jax.engine.step import StepSpec
-from slora_jax.engine.worker import TableRows, Worker
 from slora_jax.errors import ProcessLostError
 from slora_jax.memory.pool import pieces
 from slora_jax.models import Params
-from slora_jax.parallel.channel import encode
-from slora_jax.parallel.processes import ProcessGroup
 
 
-class Leader(Worker):
-    """Scheduler, store and clock are here alone; the followers hear of calls in the order in which they are made here,
-    with the columns of adapters that their devices hold.
+class BroadcastDevice(Device):
+    """Scheduler, store and clock are in process 0 alone; the followers receive its calls in the order in which they are
+    made here, with the columns of adapters that their devices hold.
 
-    Staged pages go beside the calls, a layer of a piece at a time, so that no step waits behind them; they count as
-    arrived when they are here and with the network. A call that fails here after others were told of it ends them all,
-    as does the loss of a process: `ProcessLostError`, from every later call too.
+    Copies go beside the calls, a layer of a piece at a time, so that no step waits behind them; a copy has ended when
+    it is on the device here and with the network. A call that fails here after others received it ends them all, as does
+    the loss of a process: `ProcessLostError`, from every later call too.
     """
 
     def __init__(self, spec: StepSpec, params: Params, config: EngineConfig, group: ProcessGroup) -> None:
@@ -37,7 +38,6 @@ class Leader(Worker):
         self._group = group
         self._columns_of = {peer: spec.parallel.columns(spec.pool.width, peer) for peer in group.peers}
         self._feeds = [_Feed(group, peer, columns) for peer, columns in self._columns_of.items()]
-        self._taken = 0  # staged copies that were moved or discarded
         super().__init__(spec, params, config)
         for peer in group.peers:
             group.next(peer)  # has compiled all, too: a collective waits only so long for the others
@@ -61,30 +61,20 @@ class Leader(Worker):
         with self._explained():
             super().upload(slot, pages, ranks, contents[..., self._columns])
 
-    def stage(self, contents: np.ndarray) -> None:
+    def begin_copy(self, contents: np.ndarray) -> Copy:
         self._group.check()
-        super().stage(contents[..., self._columns])
-        for feed in self._feeds:
-            feed.put(contents)
+        local = super().begin_copy(contents[..., self._columns])
+        return _BroadcastCopy(local.arrays, self._group, [feed.put(contents) for feed in self._feeds])
 
-    def has_arrived(self) -> bool:
-        return self._is_sent() and super().has_arrived()
-
-    def wait(self) -> None:
-        self._wait_until_sent()
-        super().wait()
-
-    def move(self, pages: np.ndarray) -> None:
+    def move(self, copy: Copy, pages: np.ndarray) -> None:
         self._group.tell("move", {}, (pages,))
-        self._taken += 1
         with self._explained():
-            super().move(pages)
+            super().move(copy, pages)
 
-    def discard(self) -> None:
-        self._wait_until_sent()
+    def discard(self, copy: Copy) -> None:
+        assert isinstance(copy, _BroadcastCopy)
+        copy.wait_until_sent()
         self._group.tell("discard", {})
-        self._taken += 1
-        super().discard()
 
     def describe(self, slot: int, pages: np.ndarray, ranks: np.ndarray) -> None:
         self._group.tell("describe", {"slot": slot}, (pages, ranks))
@@ -103,51 +93,67 @@ class Leader(Worker):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Of this process's part of a call that the others were told of."""
+        """Wraps errors from the local half of a broadcast call."""
         try:
             yield
         except BaseException as error:
             raise self._group.explained(error) from error
 
-    def _is_sent(self) -> bool:
-        """Whether the oldest staged copy is on its way to every follower, so that they have it before what is told
-        next."""
-        return all(feed.sent > self._taken for feed in self._feeds)
 
-    def _wait_until_sent(self) -> None:
-        while not self._is_sent():
+class _BroadcastCopy(Copy):
+    """sent: set by each follower's feed when the contents are with the network, so that the follower has them before
+    any call that is sent later."""
+
+    def __init__(self, arrays: list[jax.Array], group: ProcessGroup, sent: list[threading.Event]) -> None:
+        super().__init__(arrays)
+        self._group, self._sent = group, sent
+
+    def is_there(self) -> bool:
+        return all(event.is_set() for event in self._sent) and super().is_there()
+
+    def wait(self) -> None:
+        self.wait_until_sent()
+        super().wait()
+
+    def wait_until_sent(self) -> None:
+        """Raises ProcessLostError if a process is lost meanwhile."""
+        while not all(event.is_set() for event in self._sent):
             self._group.check()
             time.sleep(0.0005)
 
 
+class _Sending(NamedTuple):
+    contents: np.ndarray
+    sent: threading.Event
+
+
 class _Feed:
-    """Sends staged pages to one follower, on a thread of its own. sent: copies that are with the network."""
+    """Sends the contents of copies to one follower, on a thread of its own."""
 
     def __init__(self, group: ProcessGroup, process: int, columns: slice) -> None:
-        self.sent = 0
         self._group, self._process, self._columns = group, process, columns
-        self._queue: SimpleQueue[np.ndarray | None] = SimpleQueue()
+        self._queue: SimpleQueue[_Sending | None] = SimpleQueue()
         threading.Thread(target=self._run, name=f"feed process {process}", daemon=True).start()
 
-    def put(self, contents: np.ndarray) -> None:
-        """Sends `contents [num_layers, n, 2, page_size, W]`, which nobody changes any more."""
-        self._queue.put(contents)
-
-    @property
-    def is_lost(self) -> bool:
-        return self._group.lost is not None
+    def put(self, contents: np.ndarray) -> threading.Event:
+        """Sends `contents [num_layers, n, 2, page_size, W]`, which must not change any more. The event is set when they
+        are with the network."""
+        sending = _Sending(contents, threading.Event())
+        self._queue.put(sending)
+        return sending.sent
 
     def close(self) -> None:
         self._queue.put(None)
 
     def _run(self) -> None:
         try:
-            while (contents := self._queue.get()) is not None:
+            while (sending := self._queue.get()) is not None:
+                contents = sending.contents
                 for piece in pieces(0, contents.shape[1]):
                     for layer in range(contents.shape[0]):
                         about = {"layer": layer, "first": piece.start, "pages": contents.shape[1]}
                         part = contents[layer, piece][..., self._columns]
                         self._group.send(self._process, encode("part", about, (part,)))
-                self.sent += 1
+                sending.sent.set()
         except ProcessLostError:  # which the main thread finds too
             pass

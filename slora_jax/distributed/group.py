@@ -1,7 +1,7 @@
-"""Several processes that serve one model together: what they say to each other, and how the loss of one ends them all.
+"""Several processes that serve one model together: their messages, and how the loss of one ends them all.
 
-Process 0 leads. A connection that ends tells of a lost process at once; the watching threads see it even while the main
-thread is inside a collective that will never end.
+Process 0 leads. A lost process is noticed at once, by the end of its connection; the watching threads see it even while
+the main thread is inside a collective that will never end.
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 from typing import Any
 
 import jax
 import numpy as np
 
+from slora_jax.distributed.channel import Call, Connection, FrameError, encode
+from slora_jax.engine.config import EngineConfig
+from slora_jax.engine.device import Device
+from slora_jax.engine.step import StepSpec
 from slora_jax.errors import ConfigError, ProcessLostError
-from slora_jax.parallel.channel import Call, Connection, FrameError, encode
+from slora_jax.models import Params
 
 EXIT_LOST = 3
 """Exit status of a process that ends because another one is lost."""
@@ -37,8 +41,15 @@ class ProcessGroup:
     seconds, and at its exit. A process that hangs, with its connections open, is JAX's to notice (`join_processes`).
     """
 
-    def __init__(self, process_id: int, num_processes: int, connections: Mapping[int, Connection]) -> None:
-        """connections: by process; to all followers, or to the leader."""
+    def __init__(
+        self,
+        process_id: int,
+        num_processes: int,
+        connections: Mapping[int, Connection],
+        make_device: Callable[[StepSpec, Params, EngineConfig, ProcessGroup], Device],
+    ) -> None:
+        """connections: by process; to all followers, or to the leader. make_device: of process 0."""
+        self._make_device = make_device
         self.process_id = process_id
         self.num_processes = num_processes
         self.lost: str | None = None
@@ -62,7 +73,7 @@ class ProcessGroup:
     # What is said
 
     def send(self, process: int, frame: bytes) -> None:
-        """Sends a call (`parallel.channel.encode`) from any thread; waits while the network takes no more.
+        """Sends a call (`distributed.channel.encode`) from any thread; waits while the network takes no more.
 
         Raises:
           ProcessLostError: it, or another process, is lost. The main thread has yet to notice.
@@ -133,6 +144,10 @@ class ProcessGroup:
         """The error of processes that cannot serve together; each ends by itself."""
         self._is_closed = True
         return ConfigError(why)
+
+    def device(self, spec: StepSpec, params: Params, config: EngineConfig) -> Device:
+        """The device of process 0, whose calls the others make too."""
+        return self._make_device(spec, params, config, self)
 
     def leave(self) -> None:
         """The leader's engine is closed: the followers return from `Follower.run`."""

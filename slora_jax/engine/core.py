@@ -1,0 +1,274 @@
+"""The loop: plan a step, dispatch it, read the step before. Engine, server, simulator and tests run this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from slora_jax.engine.trace import NO_TRACE, NoTrace
+from slora_jax.errors import ProcessLostError
+from slora_jax.memory import Resident, Upload
+from slora_jax.metrics import Counters, FinishReason
+from slora_jax.scheduling import AdapterSource, Request, ScheduledSequence, Scheduler, StepPlan
+from slora_jax.scheduling.plan import NOT_FINITE
+
+
+class Step(Protocol):
+    """A dispatched step. sequences: in the order of its batch."""
+
+    @property
+    def sequences(self) -> Sequence[ScheduledSequence]: ...
+
+
+class Landing(NamedTuple):
+    """An upload that is no longer in flight. error: why its pages are not in the pool, if they should be."""
+
+    upload: Upload
+    error: str | None = None
+
+
+class Executor[StepT: Step](AdapterSource, Protocol):
+    """Carries out plans. It owns the uploads in flight; the scheduler asks it where adapters are (`AdapterSource`)."""
+
+    def lost(self) -> Mapping[str, str]:
+        """Digests of adapters that were found unreadable since the last call, with the reason."""
+
+    def stage(self, upload: Upload) -> None:
+        """Begins the copy of some pages of an adapter, beside the steps. Nothing is staged if it raises."""
+
+    def landed(self) -> list[Landing]:
+        """Uploads that have ended since the last call, in the order of staging."""
+
+    def upload(self, resident: Resident) -> None:
+        """Uploads a whole adapter before the next step."""
+
+    def dispatch(self, plan: StepPlan) -> StepT:
+        """Starts a step and returns at once."""
+
+    def read(self, step: StepT) -> Sequence[int]:
+        """Waits for a step. Returns the new token of each of its sequences, in the order of `step.sequences`."""
+
+    def wait(self, digest: str | None) -> None:
+        """Waits until an upload has landed; if none is in flight, for a moment, or until an adapter is in host memory.
+
+        Args:
+          digest: the adapter of the request that would be admitted next.
+        """
+
+
+class Update[StepT: Step](NamedTuple):
+    """What a step brought to one request.
+
+    Attributes:
+      token: its new token; None: none.
+      step, row: where the token's log-probabilities and logits are.
+      scored: position in the prompt of the token that `row` scored; 0: none.
+      ended: the request ended with this. error: why, if it failed or the policy aborted it.
+    """
+
+    request: Request
+    token: int | None = None
+    step: StepT | None = None
+    row: int = -1
+    scored: int = 0
+    ended: bool = False
+    error: str | None = None
+
+
+class EngineCore[StepT: Step]:
+    """Runs a scheduler's plans by an executor. It knows requests and tokens; no text, no names, no tokenizer.
+
+    The next step is dispatched before the last one's tokens are read, so the end of a sequence is noticed one step late
+    and its surplus token dropped.
+
+    Attributes:
+      scheduler, executor: what it runs.
+      clock: seconds on the clock of all times of requests.
+      requests: unfinished requests by id.
+      trace: records what happens.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, executor: Executor[StepT], clock: Callable[[], float], *, overlap: bool = True
+    ) -> None:
+        """overlap: False reads each step before the next one is planned."""
+        self.scheduler, self.executor, self.clock = scheduler, executor, clock
+        self.requests: dict[str, Request] = {}
+        self.trace: NoTrace = NO_TRACE
+        self._overlap = overlap
+        self._in_flight: StepT | None = None
+        self._updates: list[Update[StepT]] = []  # for the next step to return
+
+    @property
+    def counters(self) -> Counters:
+        """The engine's."""
+        return self.scheduler.counters
+
+    @property
+    def in_flight(self) -> StepT | None:
+        """The step that is dispatched and not read."""
+        return self._in_flight
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything left to do or to report."""
+        return self.scheduler.has_work() or self._in_flight is not None or bool(self._updates)
+
+    def add(self, request: Request) -> None:
+        """Queues a request that fits into the pool alone."""
+        self.requests[request.id] = request
+        self.scheduler.add(request)
+
+    def step(self) -> list[Update[StepT]]:
+        """Plans and dispatches one step, then reads the step before. With nothing to run, waits for an adapter."""
+        self._take_landed()
+        plan = self._plan()
+        before = self.exchange(self._dispatch(plan) if plan.sequences else None)
+        read = [] if before is None else self.read(before)
+        if before is None and self._in_flight is None and not self._updates and self.scheduler.has_work():
+            self.executor.wait(self.scheduler.next_digest(self.clock()))
+        updates, self._updates = self._updates + read, []
+        return updates
+
+    def exchange(self, dispatched: StepT | None) -> StepT | None:
+        """Puts a dispatched step in flight. Returns the step to read now."""
+        before, self._in_flight = self._in_flight, dispatched
+        if not self._overlap:
+            before, self._in_flight = self._in_flight, None
+        return before
+
+    def read(self, step: StepT) -> list[Update[StepT]]:
+        """Appends a step's tokens to their requests, and ends those that have their last one."""
+        with self.trace.span("wait for device"):
+            tokens = self.executor.read(step)
+        self.trace.tokens_read(step)
+        now, updates = self.clock(), []
+        for row, (sequence, token) in enumerate(zip(step.sequences, tokens, strict=False)):
+            request = sequence.request
+            if request.finish_reason is not None:
+                continue
+            if not sequence.samples:
+                if sequence.start < request.num_scored:
+                    updates.append(Update(request, None, step, row, sequence.start + 1))
+                continue
+            if token == NOT_FINITE:
+                updates.append(self._end_not_finite(request))
+                continue
+            output = request.output
+            output.append(token)
+            request.token_times.append(now)
+            if request.metrics.first_token is None:
+                request.metrics.first_token = now
+            reason = None
+            if token in request.stop_token_ids:
+                reason = FinishReason.STOP
+            elif len(output) >= request.max_new:
+                reason = FinishReason.LENGTH
+            if reason is not None:
+                self.finish(request, reason, now)
+            updates.append(Update(request, token, step, row, 0, reason is not None))
+            self.counters.tokens_generated += 1
+        return updates
+
+    def finish(self, request: Request, reason: FinishReason, now: float | None = None) -> None:
+        """Ends a request; its pages are free when this returns. A no-op on one that has ended. now: on the clock."""
+        if request.finish_reason is None:
+            self.scheduler.finish(request, reason, self.clock() if now is None else now)
+            del self.requests[request.id]
+
+    def fail(self, request: Request, error: str) -> None:
+        """Ends an unfinished request with an error, which the next `step` reports."""
+        self.finish(request, FinishReason.ERROR)
+        self._updates.append(Update(request, ended=True, error=error))
+
+    def fail_waiting(self, digest: str, error: str) -> None:
+        """Ends the waiting requests of an adapter that cannot be uploaded; others are not affected."""
+        for request in list(self.scheduler.waiting.by_adapter.get(digest, ())):
+            assert request.adapter is not None
+            self.fail(request, f"adapter {request.adapter.name!r}: {error}")
+
+    def check(self) -> None:
+        """Compares the owners of pages with the allocator; raises `PoolError` on any leak."""
+        self.scheduler.check()
+
+    # The parts of a step
+
+    def _take_landed(self) -> None:
+        for upload, error in self.executor.landed():
+            self.scheduler.residency.landed(upload)
+            self.trace.landed(upload)
+            if error is not None:
+                self._fail_upload(upload, error)
+
+    def _plan(self) -> StepPlan:
+        """Plans a step, begins the copies that go beside it, and reports the requests that ended with it."""
+        with self.trace.span("schedule"):
+            plan = self.scheduler.schedule(self.clock())
+            self.trace.planned(plan, self.scheduler)
+        for request, reason in plan.aborted:
+            del self.requests[request.id]
+            self._updates.append(Update(request, ended=True, error=reason))
+        try:
+            while plan.uploads:
+                self._stage(plan.uploads[0])
+                plan.uploads.pop(0)
+        except BaseException as error:
+            self._abandon(plan, error)
+            raise
+        for digest, reason in self.executor.lost().items():
+            self.fail_waiting(digest, reason)
+        return plan
+
+    def _stage(self, upload: Upload) -> None:
+        if not upload.resident.present:  # an earlier part of it failed a moment ago
+            self.scheduler.residency.landed(upload)
+            return
+        try:
+            self.executor.stage(upload)
+        except ProcessLostError:
+            raise
+        except Exception as error:  # noqa: BLE001  one adapter must not disturb the others
+            self.scheduler.residency.landed(upload)
+            self._fail_upload(upload, repr(error))
+        else:
+            self.trace.staged(upload)
+
+    def _fail_upload(self, upload: Upload, error: str) -> None:
+        """Ends the requests that wait for an adapter that could not be copied to the device."""
+        digest = upload.resident.digest
+        self.fail_waiting(digest, f"content {digest[:12]} could not be copied to the device: {error}")
+        self.scheduler.residency.drop(digest)
+
+    def _dispatch(self, plan: StepPlan) -> StepT:
+        try:
+            for resident in plan.loads:
+                with self.trace.upload(resident):
+                    self.executor.upload(resident)
+            with self.trace.span("dispatch"):
+                step = self.executor.dispatch(plan)
+        except BaseException as error:
+            self._abandon(plan, error)
+            raise
+        self.trace.dispatched(step, plan)
+        self.counters.steps += 1
+        self.counters.tokens_computed += plan.num_tokens
+        return step
+
+    def _abandon(self, plan: StepPlan, error: BaseException) -> None:
+        """After a failure: ends the plan's requests, and drops adapters that may not have reached the pool."""
+        residency = self.scheduler.residency
+        self.scheduler.abandon(plan, lambda request: self.fail(request, f"the step failed: {error!r}"))
+        for resident in plan.loads:
+            residency.drop(resident.digest)
+        for upload in plan.uploads:
+            residency.landed(upload)
+            residency.drop(upload.resident.digest)
+
+    def _end_not_finite(self, request: Request) -> Update[StepT]:
+        """Ends a request whose logits are not finite. What its adapter computed is not shared any more."""
+        self.finish(request, FinishReason.ERROR)
+        if self.scheduler.prefixes is not None:
+            self.scheduler.prefixes.drop(request.digest)
+        model = "the base model" if request.adapter is None else f"adapter {request.adapter.name!r}"
+        error = f"{model}: the logits of output token {len(request.output)} are not finite (NaN or infinity)"
+        return Update(request, ended=True, error=error)

@@ -1,0 +1,127 @@
+"""Turns the core's updates into deltas and outputs: text, log-probabilities, logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from slora_jax.engine.core import EngineCore, Update
+from slora_jax.engine.device_executor import DispatchedStep
+from slora_jax.engine.outputs import Delta, RequestOutput, TokenLogprobs
+from slora_jax.engine.sampling import Sampled
+from slora_jax.engine.text import TextStream
+from slora_jax.metrics import FinishReason
+from slora_jax.scheduling import Request
+
+
+class RequestOutputs:
+    """Unfinished requests on their way from sampled tokens to outputs. Ends a request whose text has a stop string."""
+
+    def __init__(self, core: EngineCore[DispatchedStep], tokenizer: Any, vocab_size: int) -> None:
+        """tokenizer: None: outputs have no text. vocab_size: columns of logits to keep."""
+        self._core, self._tokenizer, self._vocab_size = core, tokenizer, vocab_size
+        self._unfinished: dict[str, _Output] = {}
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._unfinished
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of unfinished requests."""
+        return list(self._unfinished)
+
+    def open(self, request: Request, adapter: str | None) -> None:
+        """Begins a request. adapter: the name that it asked for."""
+        self._unfinished[request.id] = _Output(request, adapter, self._tokenizer, self._vocab_size)
+
+    def delta(self, update: Update[DispatchedStep]) -> Delta | None:
+        """What an update means for a client; None: nothing yet."""
+        request = update.request
+        output = self._unfinished.get(request.id)
+        if output is None or output.request is not request:
+            return None  # it ended with an earlier update of the same step
+        if update.scored:
+            output.score(update)
+            return None
+        tokens = [] if update.token is None else [update.token]
+        if tokens and output.append(update) and not update.ended:
+            self._core.finish(request, FinishReason.STOP, request.token_times[-1])
+        if request.finish_reason is None:
+            return output.delta(tokens)
+        del self._unfinished[request.id]
+        return output.last_delta(tokens, update.error)
+
+
+class _Output:
+    """One request's way to its output."""
+
+    def __init__(self, request: Request, adapter: str | None, tokenizer: Any, vocab_size: int) -> None:
+        params = request.params
+        self._vocab_size = vocab_size
+        self._adapter = adapter
+        self.request = request
+        self._has_text = tokenizer is not None
+        self._text = TextStream(tokenizer, tuple(params.stop or ()), request.prompt)
+        self._logprobs: list[TokenLogprobs] = []
+        scored = params.prompt_logprobs is not None
+        self._prompt_logprobs: list[TokenLogprobs | None] | None = [None] * len(request.prompt) if scored else None
+        self._logits: list[np.ndarray] = []
+
+    def append(self, update: Update[DispatchedStep]) -> bool:
+        """Takes a new token. Returns whether the text has a stop string now."""
+        request, step, token = self.request, update.step, update.token
+        assert step is not None and token is not None
+        if request.params.logprobs is not None:
+            self._logprobs.append(_logprobs(step.sampled, update.row, request.params.logprobs))
+        if step.logits is not None:
+            self._logits.append(np.asarray(step.logits)[update.row, : self._vocab_size])
+        return token not in request.stop_token_ids and self._text.push(token)
+
+    def score(self, update: Update[DispatchedStep]) -> None:
+        """Takes the log-probabilities of the prompt's token at `update.scored`."""
+        count = self.request.params.prompt_logprobs
+        assert self._prompt_logprobs is not None and count is not None and update.step is not None
+        self._prompt_logprobs[update.scored] = _logprobs(update.step.sampled, update.row, count)
+
+    def delta(self, tokens: list[int]) -> Delta:
+        """New tokens of a request that goes on."""
+        logprobs, of_prompt = self._newest(tokens), self._first(tokens)
+        return Delta(self.request.id, tokens, self._text.take(), logprobs=logprobs, prompt_logprobs=of_prompt)
+
+    def last_delta(self, tokens: list[int], error: str | None) -> Delta:
+        """The newest tokens and the whole output, of a request that has ended."""
+        request = self.request
+        self._text.finish()
+        if self._text.stopped and request.finish_reason is FinishReason.LENGTH:
+            request.finish_reason = FinishReason.STOP  # the text's last bytes complete a stop string
+        assert request.finish_reason is not None
+        output = RequestOutput(
+            request_id=request.id,
+            adapter=self._adapter,
+            prompt_token_ids=request.prompt,
+            text=self._text.text if self._has_text else None,
+            token_ids=request.output,
+            finish_reason=request.finish_reason,
+            metrics=request.metrics,
+            token_times=request.token_times,
+            logprobs=None if request.params.logprobs is None else self._logprobs,
+            prompt_logprobs=self._prompt_logprobs,
+            logits=np.stack(self._logits) if self._logits else None,
+            error=error,
+        )
+        logprobs, of_prompt = self._newest(tokens), self._first(tokens)
+        return Delta(request.id, tokens, self._text.take(last=True), output, logprobs, of_prompt)
+
+    def _newest(self, tokens: list[int]) -> list[TokenLogprobs] | None:
+        return None if self.request.params.logprobs is None else self._logprobs[len(self._logprobs) - len(tokens) :]
+
+    def _first(self, tokens: list[int]) -> list[TokenLogprobs | None] | None:
+        """The prompt's log-probabilities, with the first token."""
+        return self._prompt_logprobs if tokens and len(tokens) == len(self.request.output) else None
+
+
+def _logprobs(sampled: Sampled, row: int, count: int) -> TokenLogprobs:
+    ids = np.asarray(sampled.top_token)[row, :count].tolist()
+    values = np.asarray(sampled.top_logprob)[row, :count].tolist()
+    return TokenLogprobs(float(np.asarray(sampled.logprob)[row]), tuple(zip(ids, values, strict=True)))
