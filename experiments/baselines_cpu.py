@@ -56,7 +56,8 @@ FULL = Settings(
     model=model.Settings(),
     systems=SystemSettings(
         engine=EngineConfig(
-            dtype="float32", num_pages=1400, max_num_seqs=32, max_num_batched_tokens=128, max_model_len=256, max_lora_rank=64,
+            dtype="float32", num_pages=1400, max_num_seqs=32, max_num_batched_tokens=128, max_model_len=256,
+            max_lora_rank=64,
             decode_buckets=(32,), mixed_buckets=(128,),
         ),
         peft_batch=16,
@@ -67,7 +68,8 @@ QUICK = Settings(
     model=model.QUICK,
     systems=SystemSettings(
         engine=EngineConfig(
-            dtype="float32", num_pages=120, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=96, max_lora_rank=8,
+            dtype="float32", num_pages=120, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=96,
+            max_lora_rank=8,
             decode_buckets=(4,), mixed_buckets=(16,), progress=False,
         ),
         peft_batch=2,

@@ -77,7 +77,8 @@ FULL = Settings(
     adapters=500,
     ranks=(4, 8, 16, 32),
     traffic=Traffic(requests=384, prompt_low=16, prompt_high=128, output_low=16, output_high=112),
-    engine={"dtype": "float32", "num_pages": 1600, "max_num_seqs": 64, "max_num_batched_tokens": 256, "max_model_len": 256,
+    engine={"dtype": "float32", "num_pages": 1600, "max_num_seqs": 64, "max_num_batched_tokens": 256,
+            "max_model_len": 256,
             "max_lora_rank": 32, "decode_buckets": [64], "mixed_buckets": [256]},
 )  # fmt: skip
 

@@ -146,7 +146,8 @@ def row_system(row: PaperRow) -> SystemConfig:
             replicas=arguments.replicas,
             gpu_memory_utilization=arguments.memory_share * arguments.replicas,
             max_num_seqs=VLLM_MAX_SEQS,
-            max_tokens=VLLM_MAX_TOKENS,
+            max_num_batched_tokens=VLLM_MAX_TOKENS,
+            prefix_cache=False,
             mixed=False,
             overlap=False,
         )

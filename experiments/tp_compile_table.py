@@ -70,8 +70,8 @@ class Program:
 
 @dataclass(frozen=True)
 class Row:
-    """A model over `tensor_parallel_size` devices; bytes are one device's. adapters: by rank (on every projection), how many a pool
-    without KV holds; tokens: of KV, without adapters."""
+    """A model over `tensor_parallel_size` devices; bytes are one device's. adapters: by rank (on every
+    projection), how many a pool without KV holds; tokens: of KV, without adapters."""
 
     model: str
     tensor_parallel_size: int
@@ -154,7 +154,8 @@ def table(rows: Sequence[Row]) -> str:
         mixed = row.programs[-1]
         kinds = ", ".join(f"{count} {kind}" for kind, _, count in _merged(mixed.layer_collectives))
         lines.append(
-            f"| {row.model} | {row.tensor_parallel_size} | {row.compiled_layers} of {row.layers} | {row.weight_bytes / 1e9:.1f} GB "
+            f"| {row.model} | {row.tensor_parallel_size} | {row.compiled_layers} of {row.layers} "
+            f"| {row.weight_bytes / 1e9:.1f} GB "
             f"| {row.temp_bytes / 1e6:.0f} MB | {row.pages} | {row.tokens} "
             f"| {row.adapters['16']} / {row.adapters['64']} | {kinds} | {mixed.sent_bytes / mixed.rows:.0f} B "
             f"| {'yes' if all(p.as_published for p in row.programs) else 'NO'} "

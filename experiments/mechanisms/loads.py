@@ -14,7 +14,8 @@ HOT = 4
 """Adapters of most requests in `mostly_cold`."""
 COLD_SHARE = 0.2
 BURST = 2.5
-"""In `mostly_cold`: the share of requests with an adapter of their own, and how many come at once, of `max_num_seqs`."""
+"""In `mostly_cold`: the share of requests with an adapter of their own, and how many arrive at once, of
+`max_num_seqs`."""
 INSTRUCTIONS = 96
 """Tokens with which all prompts of an adapter begin, in `instructed`."""
 CONVERSATIONS, TURN, TURNS = 64, 24, 6

@@ -65,18 +65,23 @@ def simulated(scale: Scale) -> dict[str, Any]:
 def _systems(case: Case, scale: Scale, host_adapter_bytes: int) -> dict[str, dict[str, SystemConfig]]:
     """By comparison and name; the memory of all is the same."""
     total = case.num_tokens
+    slora = make_system(
+        "slora",
+        num_tokens=total,
+        max_num_seqs=512,
+        max_num_batched_tokens=2048,
+        prefix_cache=False,
+        host_adapter_bytes=None,
+    )
     ahead = {
-        comparison: {
-            f"prefetch {n}": make_system("slora", num_tokens=total, prefetch=n, host_adapter_bytes=held) for n in (8, 0)
-        }
+        comparison: {f"prefetch {n}": replace(slora, prefetch=n, host_adapter_bytes=held) for n in (8, 0)}
         for comparison, held in (("prefetch", None), ("prefetch, most adapters on disk", host_adapter_bytes))
     }
-    memory = {"unified": make_system("slora", num_tokens=total)}
+    memory = {"unified": slora}
     for share in scale.splits:
         adapters = int(share * total)
-        memory[f"{100 * share:.0f}% for adapters"] = make_system(
-            "slora", num_tokens=total - adapters, adapter_tokens=adapters
-        )
+        split = replace(slora, num_tokens=total - adapters, adapter_tokens=adapters)
+        memory[f"{100 * share:.0f}% for adapters"] = split
     return {**ahead, "memory": memory}
 
 

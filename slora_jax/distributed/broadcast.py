@@ -29,8 +29,8 @@ class BroadcastDevice(Device):
     made here, with the columns of adapters that their devices hold.
 
     Copies go beside the calls, a layer of a piece at a time, so that no step waits behind them; a copy has ended when
-    it is on the device here and with the network. A call that fails here after others received it ends them all, as does
-    the loss of a process: `ProcessLostError`, from every later call too.
+    it is on the device here and with the network. A call that fails here after others received it ends them all, as
+    does the loss of a process: `ProcessLostError`, from every later call too.
     """
 
     def __init__(self, spec: StepSpec, params: Params, config: EngineConfig, group: ProcessGroup) -> None:

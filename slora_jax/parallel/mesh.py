@@ -103,8 +103,8 @@ def make_mesh(count: int, first: int = 0) -> Mesh:
     if first + count > len(devices):
         have = f"there are {len(devices)} {devices[0].platform} devices"
         raise ConfigError(
-            f"EngineConfig.tensor_parallel_size={count}, tp_first_device={first}: {have}; use no more, or on a CPU make "
-            "more with XLA_FLAGS=--xla_force_host_platform_device_count=N"
+            f"EngineConfig.tensor_parallel_size={count}, tp_first_device={first}: {have}; use no more, or on a CPU "
+            "make more with XLA_FLAGS=--xla_force_host_platform_device_count=N"
         )
     return Mesh(np.array(devices[first : first + count]), (AXIS,), axis_types=(AxisType.Auto,))
 

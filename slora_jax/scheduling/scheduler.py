@@ -29,9 +29,9 @@ class Scheduler:
 
     With prefetch, adapters are uploaded beside the steps (`Prefetch`), and a request whose adapter has not landed does
     not start. Others go ahead of it meanwhile, though never with the pages of an adapter that is awaited, nor with
-    those that it needs itself; once its adapter has landed it is first in line again, as the policy says. If the adapter is
-    evicted for running sequences before that, it is uploaded once more, and no request goes ahead: no request is
-    overtaken without end.
+    those that it needs itself; once its adapter has landed it is first in line again, as the policy says. If the
+    adapter is evicted for running sequences before that, it is uploaded once more, and no request goes ahead: no
+    request is overtaken without end.
 
     Admission needs pages for all tokens known so far, and for the adapter if it is not resident; under "reserve" for
     all tokens to come as well. When a running sequence needs a page and none is free, idle content is evicted first;

@@ -329,7 +329,8 @@ def test_limits_are_checked() -> None:
     cancellations=st.dictionaries(st.integers(0, 60), st.integers(0, 19), max_size=5),
 )
 def test_every_request_ends_and_the_books_balance(
-    simulate, sizes, arrivals, spare_pages, max_num_seqs, slots, prefetch, upload_pages_per_step, copy_steps, policy, eviction,
+    simulate, sizes, arrivals, spare_pages, max_num_seqs, slots, prefetch, upload_pages_per_step, copy_steps, policy,
+    eviction,
     admission, split, slow, cancellations,
 ) -> None:  # fmt: skip
     pages_of = {name: 1 + 2 * i for i, name in enumerate("abcdefgh")}
@@ -342,7 +343,8 @@ def test_every_request_ends_and_the_books_balance(
         return AdapterState.LOADING if slowly else AdapterState.READY
 
     sim = simulate(
-        kv + adapter + spare_pages, max_num_seqs, max_num_seqs + 16, slots, POLICIES[policy](), adapter_state, admission,
+        kv + adapter + spare_pages, max_num_seqs, max_num_seqs + 16, slots, POLICIES[policy](), adapter_state,
+        admission,
         adapter + spare_pages // 2 if split and adapter + spare_pages // 2 else None, EVICTIONS[eviction](), prefetch,
         upload_pages_per_step, copy_steps,
     )  # fmt: skip
