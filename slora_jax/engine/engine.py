@@ -115,14 +115,13 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_model_len = longest_sequence(model, config)
         self._runner = Runner(model, graphdef, params, config, processes)
-        spill_dir = None if config.spill_dir is None else Path(config.spill_dir)
         self.allocator = PageAllocator(self._runner.shape.num_pages, config.adapter_pages)
         self.store = AdapterStore(
             adapter_geometry(model, config.page_size, cut(model, config.tp, config.tp_lora)),
             config.dtype,
             config.host_adapter_bytes,
-            spill_dir,
-            max_rank=config.max_rank,
+            config.spill_dir,
+            max_lora_rank=config.max_rank,
             max_pages=min(self.allocator.capacity_for(PageKind.ADAPTER), self.allocator.capacity - 1),
         )
         evictor = Evictor(self.allocator, eviction or Lru())

@@ -33,7 +33,7 @@ class Requests:
         """Queues a request."""
         request = progress.request
         if request.adapter is not None:
-            self._store.pin(request.adapter.digest)
+            self._store.acquire(request.adapter.digest)
         self.progress[request.id] = progress
         self._scheduler.add(request)
 
@@ -111,6 +111,6 @@ class Requests:
         self._scheduler.finish(request, progress.end(reason), now)
         del self.progress[request.id]
         if request.adapter is not None:
-            self._store.unpin(request.adapter.digest)
+            self._store.release(request.adapter.digest)
             self._release(request.adapter.digest)
         return progress.last_delta(tokens, error)

@@ -14,8 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from slora_jax.adapters import AdapterInfo, AdapterStore, StoreStats
-from slora_jax.adapters.host_cache import Tier
+from slora_jax.adapters import AdapterInfo, AdapterStore, StoreStats, Tier
 from slora_jax.engine import Engine, EngineStats, RequestOutput
 from slora_jax.memory import PageKind, Resident
 

@@ -439,11 +439,11 @@ def test_ranks_are_bounded_before_weights_are_read(geometry, tmp_path, monkeypat
     directory = write_peft(tmp_path / "a", random_adapter(geometry, 200))
     monkeypatch.setattr(TensorFile, "read", lambda *_: pytest.fail("weights were read"))
     for settings, reason in (
-        ({"max_rank": 64}, "has rank 200 but max_rank is 64"),
+        ({"max_lora_rank": 64}, "has rank 200 but max_lora_rank is 64"),
         ({"max_pages": 10}, "pages but the pool has 10"),
-        ({"host_bytes": 1000}, "host_adapter_bytes is 1000"),
+        ({"host_adapter_bytes": 1000}, "host_adapter_bytes is 1000"),
     ):
-        with AdapterStore(geometry, "float32", **({"host_bytes": 10**9} | settings)) as store:
+        with AdapterStore(geometry, "float32", **({"host_adapter_bytes": 10**9} | settings)) as store:
             with pytest.raises(AdapterError, match=reason):
                 store.prepare("x", directory)
             assert store.tiers() == {}

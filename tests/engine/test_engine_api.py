@@ -269,7 +269,7 @@ def test_adapter_above_max_rank_is_refused_on_load_and_changes_nothing(engine, t
     engine.load_adapter("a", random_adapter(tiny.geometry, 2))
     before = engine.adapters()
     for name in ("a", "b"):
-        with pytest.raises(AdapterError, match="rank 17 but max_rank is 16"):
+        with pytest.raises(AdapterError, match="rank 17 but max_lora_rank is 16"):
             engine.load_adapter(name, random_adapter(tiny.geometry, {"q": 17}))
     assert engine.adapters() == before
 
