@@ -25,8 +25,8 @@ from slora_jax.adapters.config import MAX_RANK
 from slora_jax.adapters.contents import AdapterContents
 from slora_jax.adapters.geometry import BaseGeometry
 from slora_jax.adapters.peft_format import is_adapter, misplaced, read_peft
-from slora_jax.adapters.quoting import quoted
 from slora_jax.adapters.tiles import AdapterTiles, pack_tiles, tile_dtype, tile_shape
+from slora_jax.adapters.untrusted.quoting import quoted
 from slora_jax.errors import AdapterError, UnknownAdapterError
 
 
