@@ -26,6 +26,8 @@ from slora_jax.serving.observation import EngineSnapshot, observe
 
 logger = logging.getLogger("slora_jax.serving")
 
+SWITCH_SECONDS = 0.0005
+"""Interval of `sys.setswitchinterval`: Python's own 5 ms would delay the next step's launch."""
 SNAPSHOT_SECONDS = 0.1
 """Between two snapshots."""
 MAX_FAULTS = 3
