@@ -115,7 +115,7 @@ WITHIN_A_STEP = [
     ("_runner", "stage"),
     ("_runner", "upload"),
     ("_runner", "dispatch"),
-    ("store", "unpin"),
+    ("store", "release"),
 ]
 
 
