@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache, wraps
 from pathlib import Path
@@ -53,7 +53,8 @@ Positive = Annotated[float, Range(above=0)]
 
 
 def typed(value: Any, kind: Any, where: str) -> Any:
-    """`value` as an instance of the annotation `kind`: lists become tuples, integers floats, text paths.
+    """`value` as an instance of the annotation `kind`: lists become tuples, integers floats, text paths, and mappings
+    dataclasses (by their `from_mapping(value, where)`, if they have one).
 
     Args:
       where: the field's dotted name, for the error.
@@ -62,17 +63,35 @@ def typed(value: Any, kind: Any, where: str) -> Any:
       ConfigError: it has another type, is out of range, or is not one of a `Literal`'s values.
     """
     try:
-        return _converted(value, kind)
+        return _converted(value, kind, where)
     except _MismatchError as mismatch:
         raise ConfigError(f"{where}{mismatch.at}={mismatch.value!r}: must be {mismatch}") from None
 
 
-def check_fields(settings: Any) -> None:
-    """Checks and converts every field of a dataclass by `typed`. For `__post_init__`, also of a frozen one."""
+def made[T](kind: Callable[..., T], data: Any, where: str) -> T:
+    """A dataclass from a mapping of its fields. where: its dotted name, "" at the top.
+
+    Raises:
+      ConfigError: `data` is not a mapping; a field is unknown, or `typed` refuses its value.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where}={data!r}: must be a mapping")
+    hints, prefix = _annotations(kind), where and f"{where}."
+    refuse_unknown(data, hints, prefix)
+    return kind(**{name: typed(value, hints[name], f"{prefix}{name}") for name, value in data.items()})
+
+
+def check_fields(settings: Any, prefix: str | None = None) -> None:
+    """Checks and converts every field of a dataclass by `typed`. For `__post_init__`, also of a frozen one.
+
+    Args:
+      prefix: of the fields' names in errors; None: the class and a dot.
+    """
     kind: Any = type(settings)
+    prefix = f"{kind.__name__}." if prefix is None else prefix
     for name, annotation in _annotations(kind).items():
         value = getattr(settings, name)
-        converted = typed(value, annotation, f"{kind.__name__}.{name}")
+        converted = typed(value, annotation, f"{prefix}{name}")
         if converted is not value:
             object.__setattr__(settings, name, converted)
 
@@ -128,27 +147,30 @@ def _annotations(kind: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(kind)}
 
 
-def _converted(value: Any, kind: Any) -> Any:
+def _converted(value: Any, kind: Any, where: str) -> Any:
+    """where: for errors within a nested dataclass."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
     if origin is Annotated:
-        value = _converted(value, inner[0])
+        value = _converted(value, inner[0], where)
         if value not in inner[1]:
             raise _MismatchError(value, f"{_name(inner[0])} {inner[1]}")
         return value
     if origin in (Union, types.UnionType):
-        return _one_of(value, inner)
+        return _one_of(value, inner, where)
     if origin is Literal:
         if value not in inner:
             raise _MismatchError(value, f"{_listed(inner)}{nearest(value, inner)}")
         return value
     if origin is tuple:
-        return _tuple(value, inner)
+        return _tuple(value, inner, where)
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise _MismatchError(value, "a mapping")
         return dict(value)
+    if isinstance(kind, type) and is_dataclass(kind) and not isinstance(value, kind):
+        return kind.from_mapping(value, where) if hasattr(kind, "from_mapping") else made(kind, value, where)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is Path and isinstance(value, str):
@@ -158,7 +180,7 @@ def _converted(value: Any, kind: Any) -> Any:
     return value
 
 
-def _one_of(value: Any, kinds: tuple[Any, ...]) -> Any:
+def _one_of(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
     if value is None and types.NoneType in kinds:
         return None
     kinds = tuple(kind for kind in kinds if kind is not types.NoneType)
@@ -166,13 +188,13 @@ def _one_of(value: Any, kinds: tuple[Any, ...]) -> Any:
         return value
     for kind in kinds[:-1]:
         try:
-            return _converted(value, kind)
+            return _converted(value, kind, where)
         except _MismatchError:
             continue
-    return _converted(value, kinds[-1])
+    return _converted(value, kinds[-1], where)
 
 
-def _tuple(value: Any, inner: tuple[Any, ...]) -> tuple[Any, ...]:
+def _tuple(value: Any, inner: tuple[Any, ...], where: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
         raise _MismatchError(value, "a list")
     if inner[-1] is not Ellipsis and len(value) != len(inner):
@@ -181,7 +203,7 @@ def _tuple(value: Any, inner: tuple[Any, ...]) -> tuple[Any, ...]:
     converted = []
     for index, (one, kind) in enumerate(zip(value, kinds, strict=True)):
         try:
-            converted.append(_converted(one, kind))
+            converted.append(_converted(one, kind, f"{where}[{index}]"))
         except _MismatchError as mismatch:
             raise _MismatchError(mismatch.value, str(mismatch), f"[{index}]{mismatch.at}") from None
     return tuple(converted)

@@ -2,6 +2,7 @@
 
 from slora_jax.adapters.adapter import LoraAdapter
 from slora_jax.adapters.config import LoraConfig
+from slora_jax.adapters.contents import Tier
 from slora_jax.adapters.geometry import BaseGeometry
 from slora_jax.adapters.peft_format import read_peft, write_peft
 from slora_jax.adapters.store import AdapterInfo, AdapterStore, LoadReport, PreparedAdapter, StoreStats
@@ -18,6 +19,7 @@ __all__ = [
     "LoraConfig",
     "PreparedAdapter",
     "StoreStats",
+    "Tier",
     "pack_tiles",
     "random_adapter",
     "read_peft",

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slora_jax.adapters.patterns import check_pattern
-from slora_jax.adapters.plain_file import open_plain
-from slora_jax.adapters.quoting import clipped, quoted
+from slora_jax.adapters.untrusted.patterns import check_pattern
+from slora_jax.adapters.untrusted.plain_file import open_plain
+from slora_jax.adapters.untrusted.quoting import clipped, quoted
 from slora_jax.errors import AdapterError
 
 MAX_RANK = 256

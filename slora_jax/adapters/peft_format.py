@@ -18,9 +18,9 @@ from pallas_kernels.lora.layout import PROJECTIONS
 from slora_jax.adapters.adapter import LoraAdapter
 from slora_jax.adapters.config import LoraConfig
 from slora_jax.adapters.geometry import MODULES, BaseGeometry, module_name
-from slora_jax.adapters.quoting import clipped, quoted
 from slora_jax.adapters.targets import Target, resolve_targets
-from slora_jax.adapters.tensor_file import DTYPES, TensorFile
+from slora_jax.adapters.untrusted.quoting import clipped, quoted
+from slora_jax.adapters.untrusted.tensor_file import DTYPES, TensorFile
 from slora_jax.errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"

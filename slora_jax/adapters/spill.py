@@ -21,7 +21,7 @@ from slora_jax.errors import AdapterError, ConfigError
 
 @dataclass(frozen=True, eq=False)
 class SpilledTiles:
-    """Where an adapter's pages lie on disk, and all that is needed to bring them back."""
+    """The spill file of an adapter's pages, and what is needed to read it back."""
 
     path: Path
     digest: str
@@ -43,8 +43,8 @@ class SpillDamagedError(AdapterError):
 class SpillFiles:
     """Writes and reads spill files in a fresh directory under `parent` (None: the system's temporary directory).
 
-    The directory is made at the first write (under a `parent` of the caller's, at once), again if someone removes it,
-    and removed by `close`, or when the process ends. Thread-safe.
+    The directory is made at the first write (under a given `parent`, at once), again if it was removed meanwhile, and
+    removed by `close`, or when the process ends. Thread-safe.
     """
 
     def __init__(self, parent: Path | None) -> None:

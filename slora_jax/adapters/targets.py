@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pallas_kernels.lora.layout import PROJECTIONS
 from slora_jax.adapters.config import LoraConfig, layer_regex, pattern_regex
 from slora_jax.adapters.geometry import module_name
-from slora_jax.adapters.patterns import Matcher
-from slora_jax.adapters.quoting import quoted
+from slora_jax.adapters.untrusted.patterns import Matcher
+from slora_jax.adapters.untrusted.quoting import quoted
 from slora_jax.errors import AdapterError
 
 DEFAULT_TARGETS = ("q_proj", "v_proj")

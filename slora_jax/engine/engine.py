@@ -120,8 +120,8 @@ class Engine:
             adapter_geometry(model, config.page_size, cut(model, config.tensor_parallel_size, config.tp_lora)),
             config.dtype,
             config.host_adapter_bytes,
-            None if config.spill_dir is None else Path(config.spill_dir),
-            max_rank=config.max_lora_rank,
+            config.spill_dir,
+            max_lora_rank=config.max_lora_rank,
             max_pages=min(self.allocator.capacity_for(PageKind.ADAPTER), self.allocator.capacity - 1),
         )
         evictor = Evictor(self.allocator, eviction or Lru())
@@ -282,7 +282,7 @@ class Engine:
         )
         self._arrivals += 1
         if use is not None:
-            self.store.pin(use.digest)
+            self.store.acquire(use.digest)
         self._outputs.open(request, adapter)
         self.core.add(request)
         return request_id
@@ -474,7 +474,7 @@ class Engine:
                 continue
             deltas.append(delta)
             if delta.output is not None and update.request.adapter is not None:
-                self.store.unpin(update.request.adapter.digest)
+                self.store.release(update.request.adapter.digest)
                 self._drop_if_unnamed(update.request.adapter.digest)
         return deltas
 

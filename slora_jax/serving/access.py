@@ -14,10 +14,9 @@ from fastapi import Request
 
 from slora_jax.errors import ConfigError
 from slora_jax.serving.errors import ApiError
-from slora_jax.typed import refuse_unknown
+from slora_jax.typed import refuse_unknown, typed
 
 Right = Literal["serve", "manage"]
-RIGHTS: tuple[Right, ...] = ("serve", "manage")
 """To generate, and to load and unload adapters."""
 
 _FIELDS = ("name", "key", "key_env", "key_sha256", "rights")
@@ -32,23 +31,21 @@ class ApiKey:
     rights: frozenset[str]
 
     @classmethod
-    def from_mapping(cls, data: Mapping[str, Any], where: str) -> ApiKey:
+    def from_mapping(cls, data: Any, where: str) -> ApiKey:
         """Of a config file: `name`, `rights` ("serve" alone if there are none) and one of `key`, `key_env` (a variable
         of the environment), `key_sha256` (hexadecimal).
 
         Raises:
           ConfigError: naming the field, but never the key.
         """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{where}: must be a mapping")
         refuse_unknown(data, _FIELDS, f"{where}.")
-        name = data.get("name")
-        if not isinstance(name, str) or not name:
-            raise ConfigError(f"{where}.name={name!r}: must be text")
+        name = typed(data.get("name") or None, str, f"{where}.name")
         given = [one for one in ("key", "key_env", "key_sha256") if one in data]
         if len(given) != 1:
             raise ConfigError(f"{where}: give one of key, key_env and key_sha256, found {', '.join(given) or 'none'}")
-        rights = data.get("rights", ["serve"])
-        if not isinstance(rights, list) or not set(rights) <= set(RIGHTS):
-            raise ConfigError(f"{where}.rights={rights!r}: must be a list of {' and '.join(map(repr, RIGHTS))}")
+        rights = typed(data.get("rights", ["serve"]), tuple[Right, ...], f"{where}.rights")
         return cls(name, _digest(data, given[0], f"{where}.{given[0]}"), frozenset(rights))
 
 

@@ -26,7 +26,7 @@ probes = APIRouter()
 
 @probes.get("/health", responses=answers(EngineHealth) | {503: {"model": EngineHealth}})
 async def health(request: Request) -> Response:
-    """Whether the process is worth keeping: 503 if its engine is dead or a step does not come back."""
+    """Whether the process is worth keeping: 503 if its engine is dead, or a call of it does not return."""
     loop = service_of(request).loop
     status = 503 if loop.health in (Health.DEAD, Health.STALLED) else 200
     return JsonResponse({"status": str(loop.health), "error": loop.error and repr(loop.error)}, status)

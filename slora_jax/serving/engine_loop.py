@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -25,6 +26,8 @@ from slora_jax.serving.observation import EngineSnapshot, observe
 
 logger = logging.getLogger("slora_jax.serving")
 
+SWITCH_SECONDS = 0.0005
+"""Interval of `sys.setswitchinterval`: Python's own 5 ms would delay the next step's launch."""
 SNAPSHOT_SECONDS = 0.1
 """Between two snapshots."""
 MAX_FAULTS = 3
@@ -38,10 +41,10 @@ class Health(StrEnum):
     """Loading, compiling, warming up."""
     READY = "ready"
     RECOVERING = "recovering"
-    """A step failed: the requests that it touched have failed, those that wait go on; when the engine is idle it is
-    tried, and is READY again or DEAD."""
+    """A step failed: its requests have failed, waiting ones go on; when the engine is idle a probe decides between
+    READY and DEAD."""
     STALLED = "stalled"
-    """A step has not come back. All requests have failed."""
+    """A call of the engine does not return. All requests have failed."""
     STOPPED = "stopped"
     DEAD = "dead"
     """It cannot be used any more. The process should be restarted."""
@@ -69,12 +72,16 @@ class Listener(Protocol):
         """The engine failed."""
 
 
+UNAVAILABLE = (Health.STALLED, Health.STOPPED, Health.DEAD)
+"""Nothing that is queued now will run, or not before the engine's call returns."""
+
+
 class EngineLoop:
     """Owns an engine. Made, started and used in the event loop; `snapshot`, `health` and `engine.store` may be read
     from other threads."""
 
     def __init__(self, build: Callable[[], Engine], listener: Listener, *, stall_seconds: float) -> None:
-        """build: makes the engine, on the loop's thread. stall_seconds: a step that takes longer is taken for dead."""
+        """build: makes the engine, on the loop's thread. stall_seconds: bound on each call of the engine after that."""
         self._build, self._listener, self._stall_seconds = build, listener, stall_seconds
         self.health = Health.STARTING
         self.error: BaseException | None = None  # of the last fault
@@ -88,7 +95,7 @@ class EngineLoop:
         self._commands: deque[Callable[[Engine], None]] = deque()
         self._wake = threading.Event()
         self._stopping = False
-        self._step_began: float | None = None
+        self._busy_since: float | None = None  # when the call of the engine under way began
         self._faults_in_a_row = 0
         self._snapshot_at = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -125,9 +132,12 @@ class EngineLoop:
         self, prompt: list[int], params: SamplingParams, adapter: str | None, tenant: str, mailbox: Mailbox, index: int
     ) -> str:
         """Queues a sequence, whose tokens come to `mailbox` under `index`, and returns its id. If the engine refuses
-        it, the mailbox fails."""
+        it, or runs nothing any more, the mailbox fails."""
         self._numbers += 1
         request_id = f"seq-{self._numbers}"
+        if self.health in UNAVAILABLE:
+            mailbox.fail(self._refusal())
+            return request_id
         self._sequences[request_id] = Sequence(request_id, mailbox, index)
 
         def add(engine: Engine) -> None:
@@ -147,7 +157,7 @@ class EngineLoop:
         """What `function` returns, or raises, on the engine's thread between two steps. It should take microseconds.
 
         Raises:
-          ApiError: 503, the engine is dead, or a step does not come back. `function` may yet run in the latter case.
+          ApiError: 503, the engine is dead, or a call of it does not return. `function` may yet run in the latter case.
         """
         future: asyncio.Future[T] = self._events.create_future()
 
@@ -157,7 +167,7 @@ class EngineLoop:
             except Exception as error:  # noqa: BLE001  the caller's
                 self._post(_settle, future, None, error)
 
-        if self.health in (Health.STALLED, Health.STOPPED, Health.DEAD):
+        if self.health in UNAVAILABLE:
             raise self._refusal()
         self._command(run)
         self._calls.add(future)
@@ -173,11 +183,11 @@ class EngineLoop:
         self._cancel(unfinished)
 
     async def stop(self) -> None:
-        """Ends the thread; sequences under way fail. Returns when the engine is closed; at once if it is still being
-        built, or in a step that does not come back: neither can be interrupted (`is_alive`)."""
+        """Ends the thread; sequences under way fail. Returns when the engine is closed; earlier if it is still being
+        built, or in a call that does not return: neither can be interrupted (`is_alive`)."""
         self._stopping = True
         self._wake.set()
-        while self.is_alive and self.health not in (Health.STARTING, Health.STALLED):
+        while self.is_alive and self.health is not Health.STARTING and not self._is_stuck():
             await asyncio.sleep(0.01)
         self._watchdog.cancel()
 
@@ -235,19 +245,23 @@ class EngineLoop:
             case Health.RECOVERING:
                 return unavailable(f"the engine recovers from {self.error!r}", code="recovering", retry_after=1)
             case Health.STALLED:
-                return unavailable("a step of the engine does not come back", code="stalled", retry_after=30)
+                return unavailable("a call of the engine does not return", code="stalled", retry_after=30)
             case Health.DEAD:
                 return unavailable(f"the engine is dead: {self.error!r}", code="dead")
         return unavailable("the service is stopping", code="stopping", retry_after=10)
 
+    def _is_stuck(self) -> bool:
+        """Whether the call of the engine under way takes too long."""
+        began = self._busy_since
+        return began is not None and time.monotonic() - began >= self._stall_seconds
+
     async def _watch(self) -> None:
-        """Notices a step that does not come back. Its requests are told; the rest is up to whoever watches /health."""
+        """Notices a call of the engine that does not return, and fails all requests; `/health` shows the rest."""
         while True:
             await asyncio.sleep(min(1.0, self._stall_seconds / 4))
-            began = self._step_began
-            if began is None or time.monotonic() - began < self._stall_seconds or self.health is not Health.READY:
+            if self.health not in (Health.READY, Health.RECOVERING) or not self._is_stuck():
                 continue
-            error = TimeoutError(f"a step takes longer than stall_seconds={self._stall_seconds:g}")
+            error = TimeoutError(f"a call of the engine takes longer than stall_seconds={self._stall_seconds:g}")
             logger.error("%s", error)
             self._become(Health.STALLED, error)
             self.fail_all(engine_failed(str(error)))
@@ -279,37 +293,50 @@ class EngineLoop:
             self._become(Health.DEAD, error)
         if self.health is not Health.DEAD:
             self._become(Health.STOPPED)
+        self._post(self._has_ended)
         try:
             if engine is not None:
-                engine.close()
-        except Exception as error:  # noqa: BLE001  it is going anyway
+                with self._watched():
+                    engine.close()
+        except Exception as error:  # noqa: BLE001  the process ends anyway
             logger.error("closing the engine failed: %r", error)
-        self._post(self._has_ended)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Calls of the engine inside the block must end within `stall_seconds`."""
+        self._busy_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._busy_since = None
 
     def _turn(self, engine: Engine) -> None:
-        """Carries out what was asked for, then one step, if there is anything to do; else waits until there is."""
+        """Runs the queued commands, then one step if there is work; otherwise waits for commands."""
         self._wake.clear()
-        while self._commands:
-            self._commands.popleft()(engine)
-        if not engine.has_work():
-            if self.health is Health.RECOVERING:
-                self._recover(engine)
-            self._look(engine)
-            self._wake.wait(timeout=1.0)
+        if self.health is Health.STALLED:
+            self._become(Health.RECOVERING)  # the call returned after all
+        with self._watched():
+            while self._commands:
+                self._commands.popleft()(engine)
+        if engine.has_work():
+            with self._watched():
+                self._step(engine)
             return
-        self._step_began = time.monotonic()
+        if self.health is Health.RECOVERING:
+            with self._watched():
+                self._recover(engine)
+        self._look(engine)
+        self._wake.wait(timeout=1.0)
+
+    def _step(self, engine: Engine) -> None:
         try:
             deltas = engine.step()
         except ProcessLostError:
             raise
-        except Exception as error:  # noqa: BLE001  the requests that it touched are told
+        except Exception as error:  # noqa: BLE001  its requests are told
             self._fault(engine, error)
             return
-        finally:
-            self._step_began = None
         self._faults_in_a_row = 0
-        if self.health is Health.STALLED:
-            self._become(Health.RECOVERING)  # it came back after all
         if deltas:
             self._post(self._hand_out, deltas)
         if time.monotonic() - self._snapshot_at >= SNAPSHOT_SECONDS:
@@ -329,14 +356,15 @@ class EngineLoop:
             raise error
 
     def _recover(self, engine: Engine) -> None:
-        """Whether the engine still works is known when it has answered something."""
+        """Checks the idle engine's books, and that it still generates."""
         engine.check()
         self._probe(engine)
-        logger.info("the engine has recovered")
-        self._become(Health.READY)
+        if self.health is Health.RECOVERING:  # otherwise STALLED meanwhile: the next turn probes again
+            logger.info("the engine has recovered")
+            self._become(Health.READY)
 
     def _probe(self, engine: Engine) -> None:
-        """Has the engine generate two tokens: the first warms it up, a later one tells whether it works."""
+        """Generates two tokens: to warm the engine up at the start, to test it after a fault."""
         [output] = engine.generate([[0]], SamplingParams(max_tokens=2, ignore_eos=True))
         if len(output.token_ids) != 2:
             raise RuntimeError(f"the engine does not answer: {output.finish_reason} {output.error or ''}")

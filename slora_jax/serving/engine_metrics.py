@@ -9,7 +9,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from slora_jax.adapters.host_cache import Tier
+from slora_jax.adapters import Tier
 from slora_jax.serving.compilations import Compilations
 from slora_jax.serving.observation import EngineSnapshot
 

@@ -19,7 +19,7 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from slora_jax.adapters.host_cache import Tier
+from slora_jax.adapters import Tier
 from slora_jax.engine import RequestOutput
 from slora_jax.scheduling import FinishReason
 from slora_jax.serving.adapter_metrics import AdapterMetrics

@@ -14,8 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from slora_jax.adapters import AdapterInfo, AdapterStore, StoreStats
-from slora_jax.adapters.host_cache import Tier
+from slora_jax.adapters import AdapterInfo, AdapterStore, StoreStats, Tier
 from slora_jax.engine import Engine, EngineStats, RequestOutput
 from slora_jax.memory import PageKind, Resident
 
@@ -33,12 +32,10 @@ STATES: tuple[State, ...] = ("disk", "host", "loading", "device", "pinned")
 """Where an adapter is: spilled; in host memory; on its way to the device; in the pool and idle; in the pool and in use
 by a running request."""
 
-_OBSERVED_AS = bytearray(256)  # by `PageKind`, for what nobody is known to use
-for _kind, _observed in (
-    (PageKind.FREE, FREE), (PageKind.KV, KV), (PageKind.PREFIX, PREFIX_IDLE), (PageKind.ADAPTER, ADAPTER_IDLE),
-    (PageKind.DUMMY, DUMMY),
-):  # fmt: skip
-    _OBSERVED_AS[_kind] = _observed
+_OBSERVED_AS = np.zeros(len(PageKind), np.uint8)  # by `PageKind`, of pages that no running request is known to use
+_OBSERVED_AS[[PageKind.FREE, PageKind.KV, PageKind.PREFIX, PageKind.ADAPTER, PageKind.DUMMY]] = (
+    *(FREE, KV, PREFIX_IDLE, ADAPTER_IDLE, DUMMY),
+)
 
 
 @dataclass(frozen=True)
@@ -71,9 +68,9 @@ def observe(engine: Engine) -> EngineSnapshot:
 
 def page_kinds(engine: Engine) -> np.ndarray:
     """What each page holds now: indices into `PAGE_KINDS`, uint8 `[num_pages]`. For the engine's thread."""
-    kinds = np.frombuffer(bytearray(engine.allocator.kinds.tobytes().translate(_OBSERVED_AS)), np.uint8)
+    kinds = _OBSERVED_AS[engine.allocator.kinds]
     if engine.prefixes is not None:
-        kinds -= np.frombuffer(engine.prefixes.in_use, np.uint8)  # PREFIX_IN_USE is the kind before PREFIX_IDLE
+        kinds[np.frombuffer(engine.prefixes.in_use, bool)] = PREFIX_IN_USE
     for residents, kind in ((_in_use(engine), ADAPTER_IN_USE), (engine.residency.arriving.values(), ADAPTER_ARRIVING)):
         if residents:
             kinds[np.concatenate([resident.pages for resident in residents])] = kind

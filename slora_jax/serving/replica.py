@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message
 
 from slora_jax.engine import Engine
 from slora_jax.serving.app import create_app
-from slora_jax.serving.serve import SWITCH_SECONDS
+from slora_jax.serving.engine_loop import SWITCH_SECONDS
 from slora_jax.serving.settings import ServerSettings
 
 READY_SECONDS = 0.1

@@ -17,7 +17,7 @@ from slora_jax.errors import ConfigError
 from slora_jax.serving.access import Access
 from slora_jax.serving.limits import Gate
 from slora_jax.serving.replica import Replica
-from slora_jax.serving.serve import serve_app
+from slora_jax.serving.server import serve_app
 from slora_jax.serving.settings import ServerSettings
 
 REPLICA_CPUS = 0.5

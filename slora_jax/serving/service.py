@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
-from slora_jax.adapters.host_cache import Tier
+from slora_jax.adapters import Tier
 from slora_jax.engine import Engine, RequestOutput
 from slora_jax.engine.arrival import prompt_ids
 from slora_jax.errors import RequestError

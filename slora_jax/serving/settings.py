@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 
 from slora_jax.engine.config import EngineConfig
 from slora_jax.errors import ConfigError
 from slora_jax.serving.access import ApiKey
-from slora_jax.typed import refuse_unknown, typed
+from slora_jax.typed import Count, Positive, Range, check_fields, made
 
 if TYPE_CHECKING:  # JAX, which settings must not wait for
     from slora_jax.distributed.group import ProcessGroup
     from slora_jax.engine import Engine
     from slora_jax.scheduling import Policy
+
+
+Seconds = Annotated[float, Range(0)]
 
 
 @dataclass(frozen=True)
@@ -33,23 +36,20 @@ class Limits:
     are read from disk at a time.
     """
 
-    body_bytes: int = 4 << 20
-    bodies_bytes: int = 256 << 20
-    header_bytes: int = 64 << 10
-    waiting: int = 1024
-    per_client: int = 512
-    sequences: int = 128
-    connections: int = 2048
-    header_seconds: float = 10.0
-    body_seconds: float = 30.0
-    write_seconds: float = 30.0
-    adapter_loads: int = 2
+    body_bytes: Count = 4 << 20
+    bodies_bytes: Count = 256 << 20
+    header_bytes: Count = 64 << 10
+    waiting: Count = 1024
+    per_client: Count = 512
+    sequences: Count = 128
+    connections: Count = 2048
+    header_seconds: Positive = 10.0
+    body_seconds: Positive = 30.0
+    write_seconds: Positive = 30.0
+    adapter_loads: Count = 2
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if value <= 0:
-                raise ConfigError(f"limits.{one.name}={value!r}: must be positive")
+        check_fields(self, "limits.")
 
 
 @dataclass(frozen=True)
@@ -69,43 +69,31 @@ class ServerSettings:
     replicas: engines, each in a process of its own behind Ray Serve's router (`replicas`); 1: one, in this process.
     replica_requests: HTTP requests with which a replica is full, so that those for its adapters go elsewhere; None: as
       many as its engine can run, and half as many that it can prepare for.
-    drain_seconds: for requests under way to end when the service is stopped. stall_seconds: a step that takes longer is
-      taken for dead; its requests fail.
+    drain_seconds: for requests under way to end when the service is stopped. stall_seconds: bound on one call of the
+      engine, such as a step; beyond it all requests fail, and `/health` is 503 until the call returns.
     """
 
     model_dir: Path
     name: str | None = None
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: Annotated[int, Range(0, 65535)] = 8000
     adapters: Path | None = None
     adapter_roots: tuple[Path, ...] = ()
-    watch_seconds: float = 2.0
+    watch_seconds: Seconds = 2.0
     state_file: Path | None = None
     api_keys: tuple[ApiKey, ...] = ()
     cors_origins: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     engine: EngineConfig = field(default_factory=EngineConfig)
     policy: Mapping[str, Any] | None = None
-    tenants: str = "adapter"
-    replicas: int = 1
-    replica_requests: int | None = None
-    drain_seconds: float = 30.0
-    stall_seconds: float = 120.0
+    tenants: Literal["adapter", "client"] = "adapter"
+    replicas: Count = 1
+    replica_requests: Count | None = None
+    drain_seconds: Seconds = 30.0
+    stall_seconds: Positive = 120.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port < 2**16:
-            raise ConfigError(f"port={self.port}: must be in [0, 65535] (0: any that is free)")
-        for name in ("replicas", "replica_requests"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}: must be at least 1")
-        for name in ("watch_seconds", "drain_seconds"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: must not be negative")
-        if self.stall_seconds <= 0:
-            raise ConfigError(f"stall_seconds={self.stall_seconds}: must be positive")
-        if self.tenants not in ("adapter", "client"):
-            raise ConfigError(f"tenants={self.tenants!r}: must be 'adapter' or 'client'")
+        check_fields(self, "")
         for name, root in (("adapters", self.adapters), *(("adapter_roots", root) for root in self.adapter_roots)):
             if root is not None and not root.is_dir():
                 raise ConfigError(f"{name}={str(root)!r}: not a directory; make it, or name another")
@@ -135,23 +123,15 @@ class ServerSettings:
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], **given: Any) -> Self:
         """Like `from_file`, of what such a file holds."""
-        data = dict(data)
-        engine = {**_mapping(data.get("engine", {}), "engine"), **given.pop("engine", {})}
-        data |= {name: value for name, value in given.items() if value is not None}
-        keys = data.pop("api_keys", None) or []
-        if not isinstance(keys, list | tuple):
-            raise ConfigError(f"api_keys={keys!r}: must be a list")
-        nested = {
-            "engine": _made(EngineConfig, engine, "engine."),
-            "limits": _made(Limits, _mapping(data.pop("limits", {}), "limits"), "limits."),
-            "api_keys": tuple(
-                ApiKey.from_mapping(_mapping(key, f"api_keys[{i}]"), f"api_keys[{i}]") for i, key in enumerate(keys)
-            ),
-        }
-        data.pop("engine", None)
+        engine = data.get("engine", {})
+        if isinstance(engine, Mapping):
+            engine = {**engine, **given.pop("engine", {})}
+        data = {**data, **{name: value for name, value in given.items() if value is not None}, "engine": engine}
+        if not isinstance(data.get("api_keys", ()), list | tuple):
+            raise ConfigError("api_keys: must be a list of mappings")  # without the value: it may hold a key
         if "model_dir" not in data:
             raise ConfigError("model_dir is missing: a Hugging Face model directory or GGUF file")
-        return replace(_made(cls, data, ""), **nested)  # type: ignore[arg-type]
+        return made(cls, data, "")
 
     @property
     def base_name(self) -> str:
@@ -186,15 +166,3 @@ class ServerSettings:
         from slora_jax.engine import Engine
 
         return Engine.from_pretrained(self.model_dir, self.engine, policy=self.make_policy(), processes=processes)
-
-
-def _made[T](kind: type[T], data: Mapping[str, Any], where: str) -> T:
-    hints = get_type_hints(kind)
-    refuse_unknown(data, hints, where)
-    return kind(**{name: typed(value, hints[name], f"{where}{name}") for name, value in data.items()})
-
-
-def _mapping(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}={value!r}: must be a mapping")
-    return value

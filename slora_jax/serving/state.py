@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from slora_jax.adapters.host_cache import Tier
+from slora_jax.adapters import Tier
 from slora_jax.engine import RequestOutput
 from slora_jax.serving.observation import EngineSnapshot
 

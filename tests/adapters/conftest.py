@@ -77,8 +77,8 @@ def size(adapters, geometry):
 def open_store(geometry, tmp_path):
     stores = []
 
-    def make(host_bytes):
-        stores.append(AdapterStore(geometry, "float32", host_bytes, tmp_path / "spill"))
+    def make(host_adapter_bytes):
+        stores.append(AdapterStore(geometry, "float32", host_adapter_bytes, tmp_path / "spill"))
         return stores[-1]
 
     yield make

@@ -20,9 +20,9 @@ import pytest
 
 from slora_jax.adapters import AdapterStore, peft_format, random_adapter, read_peft, write_peft
 from slora_jax.adapters.config import MAX_BYTES, MAX_ITEMS, LoraConfig
-from slora_jax.adapters.patterns import SECONDS as SECONDS_OF_MATCHING
-from slora_jax.adapters.patterns import Matcher, check_pattern
-from slora_jax.adapters.tensor_file import MAX_HEADER, TensorFile
+from slora_jax.adapters.untrusted.patterns import SECONDS as SECONDS_OF_MATCHING
+from slora_jax.adapters.untrusted.patterns import Matcher, check_pattern
+from slora_jax.adapters.untrusted.tensor_file import MAX_HEADER, TensorFile
 from slora_jax.errors import AdapterError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -132,7 +132,7 @@ def test_file_that_becomes_a_fifo_before_it_is_opened(directory, geometry, file,
         return result
 
     fifo: list = []
-    monkeypatch.setattr("slora_jax.adapters.plain_file.os.stat", swap)
+    monkeypatch.setattr("slora_jax.adapters.untrusted.plain_file.os.stat", swap)
     monkeypatch.setattr(peft_format, "_versions", lambda directory: [])
     assert "not a regular file" in refusal(directory, geometry)
 
@@ -439,11 +439,11 @@ def test_ranks_are_bounded_before_weights_are_read(geometry, tmp_path, monkeypat
     directory = write_peft(tmp_path / "a", random_adapter(geometry, 200))
     monkeypatch.setattr(TensorFile, "read", lambda *_: pytest.fail("weights were read"))
     for settings, reason in (
-        ({"max_rank": 64}, "has rank 200 but max_rank is 64"),
+        ({"max_lora_rank": 64}, "has rank 200 but max_lora_rank is 64"),
         ({"max_pages": 10}, "pages but the pool has 10"),
-        ({"host_bytes": 1000}, "host_adapter_bytes is 1000"),
+        ({"host_adapter_bytes": 1000}, "host_adapter_bytes is 1000"),
     ):
-        with AdapterStore(geometry, "float32", **({"host_bytes": 10**9} | settings)) as store:
+        with AdapterStore(geometry, "float32", **({"host_adapter_bytes": 10**9} | settings)) as store:
             with pytest.raises(AdapterError, match=reason):
                 store.prepare("x", directory)
             assert store.tiers() == {}

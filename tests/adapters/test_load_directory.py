@@ -24,7 +24,7 @@ def test_every_adapter_is_registered_under_its_folders_name(geometry, folder):
     with AdapterStore(geometry, "bfloat16", 10**9) as store:
         infos, errors = store.load_directory(folder, progress=False)
         assert [(info.name, info.rank) for info in infos] == [(f"a{i}", 2 + i) for i in range(6)] and errors == []
-        assert all(store.get(store.resolve(info.name)) is not None for info in infos)
+        assert store.tiers() == {info.digest: "host" for info in infos}
 
 
 def test_bad_adapters_are_reported_and_disturb_no_other(geometry, folder):
@@ -88,7 +88,7 @@ def rss():
 geometry = BaseGeometry(4, 256, 256, 128, 512, 16)
 with AdapterStore(geometry, "bfloat16", 10**10) as store:
     for name in sorted(path.name for path in Path(sys.argv[1]).iterdir())[:20]:
-        store.register("warm-up " + name, Path(sys.argv[1]) / name)
+        store.publish(store.prepare("warm-up " + name, Path(sys.argv[1]) / name))
     before, held = rss(), store.stats().resident_bytes
     infos, errors = store.load_directory(sys.argv[1], progress=False)
     assert not errors and len(infos) == 160

@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from store_content import load
 
 from slora_jax.adapters import AdapterStore, random_adapter, write_peft
 from slora_jax.errors import AdapterError
@@ -31,7 +32,7 @@ def test_prepared_content_is_there_and_its_name_is_not(open_store, adapters, siz
     assert store.holds(digest) and store.stats().resident_bytes == size
     info = store.publish(prepared)
     assert info == prepared.info == store.info("sql") and store.is_named(digest)
-    assert info == open_store(10**9).register("sql", tmp_path / "a")
+    assert info == load(open_store(10**9), "sql", tmp_path / "a")
     store.remove("sql")
     assert_empty(store)
 
@@ -41,7 +42,7 @@ def test_prepared_content_is_there_and_its_name_is_not(open_store, adapters, siz
 def test_two_prepared_for_one_name_the_last_published_has_it(open_store, adapters, size, order, before) -> None:
     store = open_store(10**9)
     if before:
-        store.add("x", adapters[2])
+        load(store, "x", adapters[2])
     prepared = [store.prepare("x", adapter) for adapter in adapters[:2]]
     for index in order:
         store.publish(prepared[index])
@@ -73,9 +74,9 @@ def test_discarded_leaves_nothing_of_it(open_store, adapters, size, tmp_path) ->
         store.discard(one)
     assert_empty(store)
     assert eventually(lambda: list((tmp_path / "spill").rglob("*.tiles")) == [])
-    named = store.add("x", adapters[0])
+    named = load(store, "x", adapters[0])
     store.discard(store.prepare("x", adapters[0]))
-    assert store.infos() == [named] and store.get(named.digest) is not None
+    assert store.infos() == [named] and store.request(named.digest) is not None
 
 
 def test_each_is_published_or_discarded_once_by_its_own_store(open_store, adapters) -> None:
@@ -99,9 +100,9 @@ def test_each_is_published_or_discarded_once_by_its_own_store(open_store, adapte
 
 
 def test_what_cannot_be_prepared_changes_nothing(geometry, adapters, tmp_path) -> None:
-    with AdapterStore(geometry, "float32", 10**9, max_rank=8, max_pages=2) as store:
+    with AdapterStore(geometry, "float32", 10**9, max_lora_rank=8, max_pages=2) as store:
         tall, wide = random_adapter(geometry, 9), random_adapter(geometry, 8)
-        for adapter, why in ((tall, "max_rank is 8"), (wide, "pages"), (tmp_path / "nowhere", "no such file")):
+        for adapter, why in ((tall, "max_lora_rank is 8"), (wide, "pages"), (tmp_path / "nowhere", "no such file")):
             with pytest.raises(AdapterError, match=why):
                 store.prepare("x", adapter)
         assert_empty(store)
@@ -109,13 +110,13 @@ def test_what_cannot_be_prepared_changes_nothing(geometry, adapters, tmp_path) -
 
 def test_interrupted_while_it_makes_room_leaves_nothing(open_store, adapters, size, monkeypatch) -> None:
     store = open_store(size)
-    store.add("a", adapters[0])
+    load(store, "a", adapters[0])
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(store._cache._files, "write", interrupt)
+        patch.setattr(store._files, "write", interrupt)
         store.prepare("b", adapters[1])
     assert store.tiers() == {adapters[0].digest: "host"} and not store._prepared
 
@@ -124,26 +125,26 @@ def test_prepared_content_may_be_spilled_before_it_is_published(open_store, adap
     store = open_store(size)
     prepared = store.prepare("x", adapters[0])
     store.publish(store.prepare("y", adapters[1]))
-    assert (store.tier(adapters[0].digest), store.tier(adapters[1].digest)) == ("disk", "host")
+    assert store.tiers() == {adapters[0].digest: "disk", adapters[1].digest: "host"}
     info = store.publish(prepared)
-    assert store.tier(info.digest) == "disk"
+    assert store.tiers()[info.digest] == "disk"
     assert store.wait(info.digest, TIMEOUT).digest == adapters[0].digest
 
 
 def test_source_to_read_again_from_is_that_of_what_was_published(open_store, adapters, size, tmp_path) -> None:
     """Uploads that are discarded go with their directory; the name's own directory must stay known."""
     store = open_store(size)
-    store.register("x", write_peft(tmp_path / "own", adapters[0]))
+    load(store, "x", write_peft(tmp_path / "own", adapters[0]))
     for seed in (1, 2):  # once while it is in memory, once while it is spilled
         store.discard(store.prepare("x", write_peft(tmp_path / "upload", adapters[0])))
-        store.add("other", adapters[seed])
+        load(store, "other", adapters[seed])
     for path in (tmp_path / "spill").rglob("*.tiles"):
         path.unlink()
     for path in (tmp_path / "upload").iterdir():
         path.unlink()
     assert store.wait(adapters[0].digest, TIMEOUT).digest == adapters[0].digest
     store.publish(store.prepare("x", write_peft(tmp_path / "new", adapters[0])))
-    store.add("other", adapters[3])
+    load(store, "other", adapters[3])
     for directory in ("own", "spill"):
         for path in (tmp_path / directory).rglob("*.*"):
             path.unlink()
@@ -154,7 +155,7 @@ def test_publishing_discarding_and_removing_touch_no_disk_on_the_callers_thread(
     open_store, adapters, size, tmp_path, monkeypatch
 ) -> None:
     store = open_store(size)
-    files, touched = store._cache._files, []
+    files, touched = store._files, []
     for method in ("read", "write", "discard", "is_there"):
 
         def record(inner, *args):
@@ -178,13 +179,11 @@ def test_publishing_discarding_and_removing_touch_no_disk_on_the_callers_thread(
 def test_tiers_tell_where_everything_is(open_store, adapters, size) -> None:
     store = open_store(2 * size)
     for index in range(4):
-        store.add(str(index), adapters[index])
+        load(store, str(index), adapters[index])
     expected = {adapters[i].digest: ("disk", "disk", "host", "host")[i] for i in range(4)}
-    assert store.tiers() == expected == {digest: store.tier(digest) for digest in expected}
+    assert store.tiers() == expected
     store.wait(adapters[0].digest, TIMEOUT)
-    assert store.tier(adapters[0].digest) == "host"
-    with pytest.raises(AdapterError, match="no adapter with digest"):
-        store.tier(adapters[5].digest)
+    assert store.tiers()[adapters[0].digest] == "host"
 
 
 def test_many_threads_prepare_publish_discard_and_remove(open_store, adapters, size, geometry, tmp_path, seed) -> None:

@@ -2,29 +2,23 @@
 
 import warnings
 
-import numpy as np
 import pytest
+from store_content import load, same
 
-from slora_jax.adapters import pack_tiles, random_adapter, write_peft
+from slora_jax.adapters import random_adapter, write_peft
 from slora_jax.errors import AdapterError
 
 TIMEOUT = 20.0  # seconds; only a failing test waits that long
 
 
-def same(tiles, adapter, geometry):
-    np.testing.assert_array_equal(tiles.pages, pack_tiles(adapter, geometry, "float32").pages)
-    assert tiles.digest == adapter.digest
-    return True
-
-
 # Names ----------------------------------------------------------------------------------------------------------------
 
 
-def test_register_describes_and_keeps_an_adapter(open_store, geometry, tmp_path):
+def test_published_adapter_is_described_and_in_memory(open_store, geometry, tmp_path):
     adapter = random_adapter(geometry, {"q": 4, "down": 12}, seed=1)
     store = open_store(10**9)
-    info = store.register("sql", write_peft(tmp_path / "a", adapter))
-    tiles = store.get(store.resolve("sql"))
+    info = load(store, "sql", write_peft(tmp_path / "a", adapter))
+    tiles = store.request(store.resolve("sql"))
     assert same(tiles, adapter, geometry)
     assert (info.name, info.digest, info.rank, info.ranks) == ("sql", adapter.digest, 12, (4, 0, 0, 0, 0, 0, 12))
     assert (info.num_pages, info.nbytes) == (tiles.num_pages, tiles.nbytes)
@@ -49,7 +43,7 @@ def test_adapter_made_for_another_base_warns_once(open_store, adapters, tmp_path
         store.base_names = frozenset(names)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            store.register("sql", tmp_path / "a")
+            load(store, "sql", tmp_path / "a")
         assert len(caught) == (1 if names and warns else 0)
         for warning in caught:
             assert "'sql'" in str(warning.message) and trained_on in str(warning.message)
@@ -57,22 +51,22 @@ def test_adapter_made_for_another_base_warns_once(open_store, adapters, tmp_path
 
 def test_two_names_share_one_content_until_both_are_gone(open_store, adapters, size):
     store = open_store(10**9)
-    one, two = store.add("one", adapters[0]), store.add("two", adapters[0])
+    one, two = load(store, "one", adapters[0]), load(store, "two", adapters[0])
     assert one.digest == two.digest and store.stats().resident_bytes == size and store.stats().registered == 2
     store.remove("one")
-    assert store.get(two.digest) is not None and store.is_named(two.digest)
+    assert store.request(two.digest) is not None and store.is_named(two.digest)
     assert store.has("two") and not store.has("one")
     store.remove("two")
     assert not store.is_named(two.digest)
     with pytest.raises(AdapterError, match="no adapter with digest"):
-        store.get(two.digest)
+        store.request(two.digest)
     assert store.stats() == type(store.stats())(0, 0, 0, 0, 0)
 
 
 def test_unknown_name_suggests_the_nearest(open_store, adapters):
     store = open_store(10**9)
     for name in ("sql-expert", "sql-export", "french"):
-        store.add(name, adapters[0])
+        load(store, name, adapters[0])
     with pytest.raises(AdapterError, match=r"unknown adapter 'sql-expret'; did you mean 'sql-exp.*', 'sql-exp"):
         store.resolve("sql-expret")
     for method in (store.remove, store.info):
@@ -82,62 +76,62 @@ def test_unknown_name_suggests_the_nearest(open_store, adapters):
 
 def test_new_weights_under_a_name_get_a_new_digest_and_free_the_old(open_store, adapters, size):
     store = open_store(10**9)
-    old, new = store.add("x", adapters[0]), store.add("x", adapters[1])
+    old, new = load(store, "x", adapters[0]), load(store, "x", adapters[1])
     assert store.resolve("x") == new.digest != old.digest
     assert store.stats().registered == 1 and store.stats().resident_bytes == size
     with pytest.raises(AdapterError, match="no adapter with digest"):
-        store.get(old.digest)
+        store.request(old.digest)
 
 
-def test_registering_the_same_content_again_counts_the_name_once(open_store, adapters):
+def test_publishing_the_same_content_again_counts_the_name_once(open_store, adapters):
     store = open_store(10**9)
     for _ in range(3):
-        store.add("x", adapters[0])
+        load(store, "x", adapters[0])
     store.remove("x")
     assert store.stats().resident_bytes == 0
 
 
 def test_failed_registration_changes_nothing(open_store, adapters, tmp_path):
     store = open_store(10**9)
-    before = store.add("x", adapters[0])
+    before = load(store, "x", adapters[0])
     with pytest.raises(AdapterError, match=r"adapter_config\.json: no such file"):
-        store.register("x", tmp_path / "nowhere")
-    assert store.info("x") == before and store.get(before.digest) is not None
+        load(store, "x", tmp_path / "nowhere")
+    assert store.info("x") == before and store.request(before.digest) is not None
 
 
-# Pins -----------------------------------------------------------------------------------------------------------------
+# References -----------------------------------------------------------------------------------------------------------
 
 
-def test_pinned_content_survives_removal_and_reload_until_the_last_unpin(open_store, adapters, geometry):
+def test_acquired_content_survives_removal_and_reload_until_the_last_release(open_store, adapters, geometry):
     store = open_store(10**9)
-    digest = store.add("x", adapters[0]).digest
-    store.pin(digest)
-    store.pin(digest)
-    store.add("x", adapters[1])
+    digest = load(store, "x", adapters[0]).digest
+    store.acquire(digest)
+    store.acquire(digest)
+    load(store, "x", adapters[1])
     store.remove("x")
-    store.unpin(digest)
-    assert same(store.get(digest), adapters[0], geometry) and not store.is_named(digest)
-    store.unpin(digest)
-    for method in (store.get, store.pin, store.unpin, store.request, store.prefetch, store.wait):
+    store.release(digest)
+    assert same(store.request(digest), adapters[0], geometry) and not store.is_named(digest)
+    store.release(digest)
+    for method in (store.acquire, store.release, store.request, store.wait):
         with pytest.raises(AdapterError, match="no adapter with digest"):
             method(digest)
     assert store.stats().resident_bytes == 0
 
 
-def test_unpin_without_pin_is_refused(open_store, adapters):
+def test_release_without_acquire_is_refused(open_store, adapters):
     store = open_store(10**9)
-    digest = store.add("x", adapters[0]).digest
-    with pytest.raises(AdapterError, match="no pins left"):
-        store.unpin(digest)
-    assert store.get(digest) is not None
+    digest = load(store, "x", adapters[0]).digest
+    with pytest.raises(AdapterError, match="is not acquired"):
+        store.release(digest)
+    assert store.request(digest) is not None
 
 
-def test_pinned_content_that_was_spilled_survives_removal(open_store, adapters, geometry, size):
+def test_acquired_content_that_was_spilled_survives_removal(open_store, adapters, geometry, size):
     store = open_store(2 * size)
     for i in range(4):
-        store.add(str(i), adapters[i])
+        load(store, str(i), adapters[i])
     digest = adapters[0].digest
-    assert store.get(digest) is None
-    store.pin(digest)
+    assert store.tiers()[digest] == "disk"
+    store.acquire(digest)
     store.remove("0")
     assert same(store.wait(digest, TIMEOUT), adapters[0], geometry)

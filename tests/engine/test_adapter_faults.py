@@ -10,7 +10,7 @@ from slora_jax import AdapterError, SamplingParams
 from slora_jax.adapters import LoraAdapter, random_adapter, write_peft
 from slora_jax.adapters.peft_format import adapter_of
 from slora_jax.adapters.targets import Target
-from slora_jax.adapters.tensor_file import TensorFile
+from slora_jax.adapters.untrusted.tensor_file import TensorFile
 
 WEIGHTS = "adapter_model.safetensors"
 LONG = SamplingParams(max_tokens=24, ignore_eos=True)

@@ -19,8 +19,8 @@ INTERRUPTED = [
     ("scheduler", "schedule"),
     ("scheduler", "add"),
     ("scheduler", "finish"),
-    ("store", "pin"),
-    ("store", "unpin"),
+    ("store", "acquire"),
+    ("store", "release"),
     ("store", "request"),
     ("store", "remove"),
     ("executor", "upload"),
@@ -92,7 +92,7 @@ class Storm:
         if r is None:
             return "ended, its output not returned yet"
         if r.status == "waiting":
-            spilled = r.digest is not None and self.engine.store.get(r.digest) is None
+            spilled = self.engine.store.tiers().get(r.digest) == "disk"
             return "waiting for the disk" if spilled else "waiting"
         if r.num_computed < len(r.prompt):
             return "in prefill"
@@ -212,6 +212,6 @@ def test_cancelling_the_last_request_of_an_unloaded_adapter_during_its_read(six,
         six.engine.cancel(request)
         assert [delta.finish_reason for delta in six.engine.step()] == ["cancelled"]
         with pytest.raises(AdapterError, match="no adapter with digest"):
-            six.engine.store.get(six.digest("b"))
+            six.engine.store.request(six.digest("b"))
         six.assert_right(six.serve("ac"), "ac")
     assert caplog.messages == []

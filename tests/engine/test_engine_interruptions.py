@@ -115,7 +115,7 @@ WITHIN_A_STEP = [
     ("executor", "stage"),
     ("executor", "upload"),
     ("executor", "dispatch"),
-    ("store", "unpin"),
+    ("store", "release"),
 ]
 
 

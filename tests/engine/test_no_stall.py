@@ -28,7 +28,7 @@ def run(tiny):
         assert engine.store.stats().spilled >= NUM_ADAPTERS - 3
         params = SamplingParams(max_tokens=80, ignore_eos=True)
         outputs, number = [], itertools.count()
-        waiting = [info.name for info in infos if engine.store.get(info.digest) is None]
+        waiting = [info.name for info in infos if engine.store.tiers()[info.digest] == "disk"]
         on_disk = list(waiting)
 
         def step() -> None:

@@ -9,8 +9,7 @@ import numpy as np
 
 from experiments.pool_picture import serve, tiny_engine
 from slora_jax import Engine, RequestOutput
-from slora_jax.adapters import AdapterInfo
-from slora_jax.adapters.host_cache import Tier
+from slora_jax.adapters import AdapterInfo, Tier
 from slora_jax.memory import PageKind
 from slora_jax.scheduling import FinishReason, RequestMetrics
 from slora_jax.serving.observation import (

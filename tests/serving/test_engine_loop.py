@@ -253,15 +253,95 @@ def test_a_step_that_hangs_is_noticed_and_survived(engine, trap) -> None:
             with pytest.raises(ApiError, match="stall_seconds"):
                 while True:
                     await mailbox.take()
-            with pytest.raises(ApiError, match="does not come back"):
+            with pytest.raises(ApiError, match="does not return"):
                 await asked
             assert loop.health is Health.STALLED and loop.num_unfinished == 0
-            with pytest.raises(ApiError, match="does not come back"):
+            with pytest.raises(ApiError, match="does not return"):
                 loop.check_ready()
             dispatch.gate.set()
             await until(lambda: loop.health is Health.READY)
             assert len((await finish(submit(loop, [9])[1]))[0]) == 80
         assert heard.health == [Health.READY, Health.STALLED, Health.RECOVERING, Health.READY, Health.STOPPED]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("sequences", [1, 20], ids=["in the probe", "in the next step"])
+def test_hang_after_a_failed_step_is_noticed_and_survived(engine, trap, sequences) -> None:
+    async def scenario() -> None:
+        heard = Heard()
+        async with looping(engine, heard, stall_seconds=0.4) as loop:
+            dispatch = trap("dispatch", lambda call: call == 3 and not dispatch.gate.clear())
+            boxes = [submit(loop, [3 + i])[1] for i in range(sequences)]
+            await until(lambda: loop.health is Health.STALLED)
+            for mailbox in boxes:
+                with pytest.raises(ApiError):
+                    while True:
+                        await mailbox.take()
+            dispatch.gate.set()
+            await until(lambda: loop.health is Health.READY)
+            assert len((await finish(submit(loop, [9])[1]))[0]) == 80
+        hang = [Health.READY, Health.RECOVERING, Health.STALLED, Health.RECOVERING, Health.READY, Health.STOPPED]
+        assert heard.health == hang
+
+    run(scenario)
+
+
+def test_call_that_hangs_is_noticed_and_survived(engine) -> None:
+    async def scenario() -> None:
+        async with looping(engine, stall_seconds=0.4) as loop:
+            gate = threading.Event()
+            with pytest.raises(ApiError, match="does not return"):
+                await loop.call(lambda engine: gate.wait())
+            assert loop.health is Health.STALLED
+            gate.set()
+            await until(lambda: loop.health is Health.READY)
+
+    run(scenario)
+
+
+def test_stopping_does_not_wait_for_an_engine_whose_close_hangs(engine) -> None:
+    async def scenario() -> None:
+        gate = threading.Event()
+        lent = Borrowed(engine)
+        close, lent.close = lent.close, lambda: gate.wait() and close()  # type: ignore[method-assign]
+        loop = EngineLoop(lambda: lent, Heard(), stall_seconds=0.4)  # type: ignore[arg-type,return-value]
+        loop.start()
+        await until(lambda: loop.health is Health.READY)
+        _, mailbox = submit(loop, [3, 4])
+        await asyncio.wait_for(loop.stop(), 10)
+        with pytest.raises(ApiError) as raised:
+            while True:
+                await mailbox.take()
+        assert raised.value.status_code == 503 and loop.is_alive
+        gate.set()
+        await until(lambda: not loop.is_alive)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("health", [Health.DEAD, Health.STOPPED, Health.STALLED])
+def test_sequence_submitted_after_the_engines_end_fails_at_once(engine, trap, health) -> None:
+    """Its request passed the readiness check before, and was tokenized meanwhile."""
+
+    async def scenario() -> None:
+        async with looping(engine, stall_seconds=0.4) as loop:
+            loop.check_ready()
+            if health is Health.STOPPED:
+                await loop.stop()
+            else:
+                dispatch = trap("dispatch", lambda call: health is Health.DEAD)
+                if health is Health.STALLED:
+                    dispatch.gate.clear()
+                for i in range(60):  # three full batches, which fail one after another
+                    submit(loop, [3 + i])
+            await until(lambda: loop.health is health and not loop.num_unfinished)
+            _, mailbox = submit(loop, [3, 4])
+            with pytest.raises(ApiError) as raised:
+                await asyncio.wait_for(mailbox.take(), 5)
+            assert raised.value.status_code == 503 and loop.num_unfinished == 0
+            if health is Health.STALLED:
+                dispatch.gate.set()
 
     run(scenario)
 

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from slora_jax import ConfigError
 from slora_jax.serving.access import ApiKey
 from slora_jax.serving.app import create_app
-from slora_jax.serving.settings import ServerSettings
+from slora_jax.serving.settings import Limits, ServerSettings
 
 
 def settings(**data: object) -> ServerSettings:
@@ -26,7 +26,7 @@ def test_a_file_and_the_command_line(tmp_path: Path) -> None:
         f"""
         adapters: {tmp_path}/adapters
         port: 9000
-        engine: {{dtype: float32, max_num_seqs: 8, num_pages: 100}}
+        engine: {{dtype: float32, max_seqs: 8, num_pages: 100}}
         limits: {{waiting: 5, body_seconds: 3}}
         policy: {{name: vtc, weights: {{acme: 2.0}}}}
         api_keys:
@@ -37,7 +37,7 @@ def test_a_file_and_the_command_line(tmp_path: Path) -> None:
         file, model_dir=Path("models/llama-7b"), port=None, host="::1", engine={"num_pages": 200}
     )
     assert (made.port, made.host, made.base_name) == (9000, "::1", "llama-7b") and made.is_loopback
-    assert (made.engine.dtype, made.engine.max_num_seqs, made.engine.num_pages) == ("float32", 8, 200)
+    assert (made.engine.dtype, made.engine.max_seqs, made.engine.num_pages) == ("float32", 8, 200)
     assert made.limits.waiting == 5 and made.limits.body_seconds == 3.0
     assert made.roots == (tmp_path / "adapters",)
     assert type(made.make_policy()).__name__ == "Vtc"
@@ -49,22 +49,28 @@ def test_a_file_and_the_command_line(tmp_path: Path) -> None:
     [
         ({"prot": 1}, "prot is unknown (did you mean 'port'?)"),
         ({"port": "80"}, "port='80': must be an integer"),
-        ({"port": 70000}, "port=70000"),
+        ({"port": 70000}, "port=70000: must be in [0, 65535]"),
         ({"engine": {"max_seq": 8}}, "engine.max_seq is unknown (did you mean 'max_num_seqs'?)"),
         ({"engine": {"page_size": 7}}, "page_size=7"),
         ({"engine": 3}, "engine=3: must be a mapping"),
-        ({"limits": {"waiting": 0}}, "limits.waiting=0: must be positive"),
+        ({"limits": {"waiting": 0}}, "limits.waiting=0: must be at least 1"),
+        ({"limits": 3}, "limits=3: must be a mapping"),
         ({"limits": {"wait": 1}}, "limits.wait is unknown"),
         ({"adapters": "no/such/place"}, "adapters='no/such/place': not a directory"),
         ({"policy": {"name": "fcsf"}}, "did you mean 'fcfs'"),
         ({"policy": {"weights": {}}}, "has no 'name'"),
-        ({"tenants": "all"}, "tenants='all'"),
-        ({"stall_seconds": 0}, "stall_seconds=0"),
+        ({"tenants": "all"}, "tenants='all': must be 'adapter' or 'client'"),
+        ({"stall_seconds": 0}, "stall_seconds=0.0: must be greater than 0"),
+        ({"drain_seconds": -1}, "drain_seconds=-1.0: must be at least 0"),
+        ({"drain_seconds": float("nan")}, "drain_seconds=nan: must be at least 0"),
         ({"api_keys": {"a": 1}}, "api_keys"),
         ({"api_keys": [{"key": "x"}]}, "api_keys[0].name=None"),
         ({"api_keys": [{"name": "a"}]}, "give one of key, key_env and key_sha256, found none"),
         ({"api_keys": [{"name": "a", "key": "x", "key_env": "Y"}]}, "found key, key_env"),
-        ({"api_keys": [{"name": "a", "key": "x", "rights": ["rule"]}]}, "api_keys[0].rights=['rule']"),
+        (
+            {"api_keys": [{"name": "a", "key": "x", "rights": ["rule"]}]},
+            "api_keys[0].rights[0]='rule': must be",
+        ),
         ({"api_keys": [{"name": "a", "key_env": "SLORA_NO_SUCH_KEY"}]}, "SLORA_NO_SUCH_KEY"),
         ({"api_keys": [{"name": "a", "key_sha256": "xyz"}]}, "64 hexadecimal digits"),
         ({"api_keys": [{"name": "a", "key": "x"}, {"name": "a", "key": "y"}]}, "the names must differ"),
@@ -77,9 +83,14 @@ def test_what_is_wrong_is_named(data: dict, words: str) -> None:
     assert words in str(raised.value)
 
 
-def test_an_error_never_shows_a_key() -> None:
-    with pytest.raises(ConfigError) as raised:
-        settings(api_keys=[{"name": "a", "key": "sk-secret", "rights": ["rule"]}])
+@pytest.mark.parametrize(
+    "keys",
+    ["sk-secret", ["sk-secret"], {"key": "sk-secret"}, [{"name": "a", "key": "sk-secret", "rights": ["rule"]}]],
+    ids=["text", "list of text", "mapping", "wrong rights"],
+)
+def test_an_error_never_shows_a_key(keys: object) -> None:
+    with pytest.raises(ConfigError, match="api_keys") as raised:
+        settings(api_keys=keys)
     assert "sk-secret" not in str(raised.value)
 
 
@@ -88,6 +99,13 @@ def test_the_three_forms_of_a_key_are_one(monkeypatch: pytest.MonkeyPatch) -> No
     forms = {"key": "sk-1", "key_env": "SLORA_TEST_KEY", "key_sha256": sha256(b"sk-1").hexdigest()}
     keys = [ApiKey.from_mapping({"name": "a", form: value}, "api_keys[0]") for form, value in forms.items()]
     assert len({key.digest for key in keys}) == 1 and {key.rights for key in keys} == {frozenset({"serve"})}
+
+
+def test_settings_made_in_code_are_checked_too() -> None:
+    with pytest.raises(ConfigError, match="replicas=0: must be at least 1"):
+        ServerSettings(Path(), replicas=0)
+    with pytest.raises(ConfigError, match=r"limits\.waiting='5': must be an integer"):
+        Limits(waiting="5")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "a: [", "\t"])

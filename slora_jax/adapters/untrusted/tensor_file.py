@@ -1,4 +1,4 @@
-"""Safetensors files by plain reads. Under a memory map, a file that someone truncates ends the process (SIGBUS)."""
+"""Untrusted safetensors files, by plain reads: under a memory map, truncating the file ends the process (SIGBUS)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any, Self
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import numpy as np
 
-from slora_jax.adapters.plain_file import open_plain
-from slora_jax.adapters.quoting import quoted
+from slora_jax.adapters.untrusted.plain_file import open_plain
+from slora_jax.adapters.untrusted.quoting import quoted
 from slora_jax.errors import AdapterError
 
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}

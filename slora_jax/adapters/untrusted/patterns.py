@@ -1,6 +1,6 @@
-"""Regular expressions of strangers: those of Python's `re`, matched by a machine that can be stopped.
+"""Untrusted regular expressions: Python's `re` syntax, matched by an engine with a time limit.
 
-`re` holds the interpreter's lock while it matches, and a few nested repetitions take it longer than anyone waits.
+`re` holds the interpreter's lock while it matches, and a few nested repetitions can take it hours.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import regex  # type: ignore[import-untyped]
 
-from slora_jax.adapters.quoting import clipped, quoted
+from slora_jax.adapters.untrusted.quoting import clipped, quoted
 from slora_jax.errors import AdapterError
 
 MAX_LENGTH = 4000

@@ -1,4 +1,4 @@
-"""Opening files that a stranger may have put there: neither blocks nor reads what is not a regular file."""
+"""Opening untrusted files: only regular ones, without blocking."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from slora_jax.errors import AdapterError
 def open_plain(path: Path) -> BufferedReader:
     """Opens a regular file, or a link to one, for reading. A FIFO would block, a device may do anything.
 
-    Raises FileNotFoundError, or AdapterError naming the file when it is none or cannot be opened.
+    Raises FileNotFoundError, or AdapterError naming the file when it is not a regular file or cannot be opened.
     """
     try:
         _check_regular(path, os.stat(path))

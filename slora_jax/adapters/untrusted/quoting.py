@@ -1,4 +1,4 @@
-"""Values of strangers in messages: enough to recognise them, never all of them."""
+"""Untrusted values in messages: cut to a length that identifies them."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
 from slora_jax.adapters import peft_format, random_adapter, read_peft, write_peft
-from slora_jax.adapters.tensor_file import DTYPES, TensorFile
+from slora_jax.adapters.untrusted.tensor_file import DTYPES, TensorFile
 from slora_jax.errors import AdapterError
 
 JSON_BYTES = list(b'0123456789{}[]",:abc F\\')

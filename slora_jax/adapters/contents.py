@@ -1,4 +1,4 @@
-"""Tiles in host memory by digest: reference counts, a byte budget, LRU spill to disk, read-back by a worker thread."""
+"""Contents of adapters by digest: reference counts, a byte budget in host memory, LRU spill to disk, read-back."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ from slora_jax.errors import AdapterError
 logger = logging.getLogger(__name__)
 
 DiskObserver = Callable[[str, str, int, float], None]
-"""Told of each disk access at its end, on the thread that did it: "read" or "write", digest, bytes, and when it began
-in seconds of `time.perf_counter`."""
+"""Called after each disk access, on the thread that made it: "read" or "write", digest, bytes, and the start in seconds
+of `time.perf_counter`."""
 
 Tier = Literal["host", "disk"]
-"""Where content is: in memory (and perhaps also on disk), or not, to be read back before it is used."""
+"""Where content is: in memory (and perhaps also on disk), or on disk only."""
 
 
 @dataclass(eq=False)
 class _Content:
-    """One digest's tiles and who needs them: in memory (`tiles`), on disk (`spilled`), both, or lost (`error`).
+    """Tiles of one digest: in memory (`tiles`), on disk (`spilled`), both, or lost (`error`).
 
-    `names` point to it, running requests and registrations under way `pins` it, callers (`waiters`) block on it;
-    without names and pins it goes.
+    `names`, and `pins` (running requests and prepared adapters), keep it alive; `waiters` are callers of `wait`.
     """
 
     digest: str
     nbytes: int
     source: Path | None
-    tiles: AdapterTiles | None
+    tiles: AdapterTiles | None = None
     spilled: SpilledTiles | None = None
     error: AdapterError | None = None
     names: int = 0
@@ -46,56 +45,38 @@ class _Content:
     spilling: bool = False
 
 
-class HostCache:
-    """At most `host_bytes` of tiles in memory, the rest in spill files. Every method may be called from any thread.
+class AdapterContents:
+    """At most `host_adapter_bytes` of tiles in memory, the rest in spill files. Every method is thread-safe.
 
     One lock guards all state and is never held during disk I/O. The least recently used content is spilled first,
-    content pinned by requests only when there is no other. The budget is exceeded while content arrives, while callers
-    block in `wait`, and when the disk refuses a spill. `reread(directory)` packs an adapter anew from its source.
+    pinned content only if nothing else is left. The budget is exceeded while content arrives, while callers block in
+    `wait`, and when the disk refuses a spill.
 
-    Content that cannot be read back keeps the error until it is inserted again, or until the next `pin` if anything is
-    left that may be readable by then: its source, or a spill file that is not known to be damaged.
+    Content that cannot be read back keeps its error until it is inserted again, or until the next `acquire` if its
+    source, or a spill file not known to be damaged, may be readable by then.
     """
 
-    def __init__(self, host_bytes: int, spill_dir: Path | None, reread: Callable[[Path], AdapterTiles]) -> None:
-        self.host_bytes = host_bytes
-        self.spill_writes = self.spill_reads = 0
-        self.on_disk: DiskObserver | None = None
+    def __init__(
+        self, host_adapter_bytes: int, spill_dir: str | Path | None, reread: Callable[[Path], AdapterTiles]
+    ) -> None:
+        """reread: packs an adapter again from its source directory."""
+        self.host_adapter_bytes = host_adapter_bytes
         self._reread = reread
-        self._files = SpillFiles(spill_dir)
+        self._files = SpillFiles(None if spill_dir is None else Path(spill_dir))
+        self._observer: DiskObserver | None = None
         self._changed = threading.Condition(threading.Lock())
         self._contents: dict[str, _Content] = {}
         self._resident: OrderedDict[str, _Content] = OrderedDict()  # least recently used first
         self._resident_bytes = self._spilling_bytes = 0
+        self._spill_writes = self._spill_reads = 0
         self._queue: deque[_Content] = deque()  # to be read back
         self._dropped: deque[tuple[AdapterTiles | None, SpilledTiles | None]] = deque()
         self._worker: threading.Thread | None = None
         self._disk_refuses = False
         self._closed = False
 
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of tiles in memory."""
-        return self._resident_bytes
-
-    @property
-    def num_spilled(self) -> int:
-        """Contents that are not in memory."""
-        with self._changed:
-            return len(self._contents) - len(self._resident)
-
-    def hold(self, digest: str) -> bool:
-        """Pins content that is in memory; False when it must be inserted."""
-        with self._changed:
-            self._check_open()
-            content = self._contents.get(digest)
-            if content is None or content.tiles is None:
-                return False
-            content.pins += 1
-            return True
-
     def is_named(self, digest: str) -> bool:
-        """Whether a name points to this content."""
+        """Whether any name points to this content."""
         with self._changed:
             content = self._contents.get(digest)
             return content is not None and content.names > 0
@@ -105,86 +86,50 @@ class HostCache:
         with self._changed:
             return digest in self._contents
 
-    def tier(self, digest: str) -> Tier:
-        """Where this content is; raises AdapterError for unknown content."""
-        with self._changed:
-            return "disk" if self._content(digest).tiles is None else "host"
-
     def tiers(self) -> dict[str, Tier]:
-        """Where each content is, by digest."""
+        """The tier of each content, by digest, as of one moment."""
         with self._changed:
             tiers: dict[str, Tier] = dict.fromkeys(self._contents, "disk")
             tiers.update(dict.fromkeys(self._resident, "host"))
             return tiers
 
-    def insert(self, tiles: AdapterTiles, source: Path | None) -> None:
-        """Adds content with one pin (spilled or lost content is restored). `keep_budget` is the caller's next call."""
-        with self._changed:
-            self._check_open()
-            content = self._contents.get(tiles.digest)
-            if content is None:
-                content = self._contents[tiles.digest] = _Content(tiles.digest, tiles.nbytes, source, None)
-            content.pins += 1
-            content.source = content.source or source
-            self._make_resident(content, tiles)
+    def acquire(self, digest: str) -> None:
+        """Keeps content alive (in memory or on disk), whatever happens to its names, until `release`. Counted.
 
-    def name(self, digest: str, source: Path | None) -> None:
-        """Turns one pin into a name. `source` is where the content can be read from again, from now on."""
-        with self._changed:
-            content = self._content(digest)
-            content.names += 1
-            content.pins -= 1
-            content.source = source or content.source
-
-    def keep_budget(self, digest: str) -> None:
-        """Spills until the budget holds, but not `digest`, which has just arrived."""
-        with self._changed:
-            content = self._contents.get(digest)
-        self._enforce_budget(keep=content)
-
-    def release(self, digest: str) -> None:
-        """Takes one name away; content without names and pins is dropped."""
-        self._count_down(digest, "names")
-
-    def pin(self, digest: str) -> None:
-        """Keeps content alive (in memory or on disk) until `unpin`; pins are counted."""
+        Raises AdapterError if the digest is unknown.
+        """
         with self._changed:
             content = self._content(digest)
             content.pins += 1
             if content.spilled is not None or content.source is not None:
                 content.error = None
 
-    def unpin(self, digest: str) -> None:
-        """Undoes one `pin`; content without names and pins is dropped."""
-        self._count_down(digest, "pins")
+    def release(self, digest: str) -> None:
+        """Undoes one `acquire`. Raises AdapterError if the digest is unknown or not acquired."""
+        with self._changed:
+            if not self._content(digest).pins:
+                raise AdapterError(f"adapter {digest[:12]} is not acquired, so it cannot be released")
+            self._count(digest, pins=-1)
 
-    def get(self, digest: str) -> AdapterTiles | None:
-        """The tiles if they are in memory; raises AdapterError for unknown or lost content."""
+    def request(self, digest: str) -> AdapterTiles | None:
+        """The tiles if they are in memory; otherwise starts their read from disk and returns None. Never blocks on it.
+
+        Raises AdapterError if the digest is unknown or its content was lost.
+        """
         with self._changed:
             return self._touch(self._content(digest))
 
-    def request(self, digest: str) -> AdapterTiles | None:
-        """Like `get`, and asks the worker to bring the tiles back when they are not in memory."""
-        with self._changed:
-            content = self._content(digest)
-            tiles = self._touch(content)
-            self._enqueue(content)
-            return tiles
+    def wait(self, digest: str, timeout: float | None = None) -> AdapterTiles:
+        """The tiles, read from disk if need be; blocks up to `timeout` seconds (None: without limit).
 
-    def prefetch(self, digest: str) -> None:
-        """Asks the worker to bring the tiles back when they are not in memory; raises only for unknown content."""
-        with self._changed:
-            self._enqueue(self._content(digest))
-
-    def wait(self, digest: str, timeout: float | None) -> AdapterTiles:
-        """Blocks until the tiles are in memory; raises AdapterError if they are lost, dropped, or `timeout` s pass."""
+        Raises AdapterError if the digest is unknown, its content is lost or removed meanwhile, or time runs out.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
             content = self._content(digest)
             content.waiters += 1
             try:
                 while (tiles := self._touch(content)) is None:
-                    self._enqueue(content)
                     remaining = None if deadline is None else deadline - time.monotonic()
                     if remaining is not None and remaining <= 0:
                         raise AdapterError(f"adapter {digest[:12]} was not read back within {timeout} s")
@@ -195,14 +140,16 @@ class HostCache:
             finally:
                 content.waiters -= 1
 
+    def observe_disk(self, observer: DiskObserver | None) -> None:
+        """Calls `observer` after every disk access from now on; None: no more."""
+        self._observer = observer
+
     def close(self) -> None:
-        """Drops everything, ends the worker and removes the spill files. May be called twice."""
+        """Drops all content, ends the worker and removes the spill files. May be called twice."""
         with self._changed:
             self._closed = True
-            self._contents.clear()
-            self._resident.clear()
-            self._queue.clear()
-            self._dropped.clear()
+            for collection in (self._contents, self._resident, self._queue, self._dropped):
+                collection.clear()
             self._resident_bytes = 0
             worker = self._worker
             self._changed.notify_all()
@@ -223,11 +170,31 @@ class HostCache:
             raise AdapterError(f"no adapter with digest {digest!r} is registered")
         return content
 
+    def _insert(self, tiles: AdapterTiles, source: Path | None) -> None:
+        """Makes content resident, without a reference yet; spilled or lost content is restored."""
+        self._check_open()
+        content = self._contents.setdefault(tiles.digest, _Content(tiles.digest, tiles.nbytes, source))
+        content.source = content.source or source
+        self._make_resident(content, tiles)
+
+    def _count(self, digest: str, *, names: int = 0, pins: int = 0) -> None:
+        """Adds to the reference counts; content without any is dropped."""
+        content = self._content(digest)
+        content.names += names
+        content.pins += pins
+        if not content.names and not content.pins:
+            self._drop(content)
+
     def _touch(self, content: _Content) -> AdapterTiles | None:
+        """The tiles, now the most recently used; or None, and the worker reads them."""
         if content.error is not None:
             raise AdapterError(*content.error.args)
         if content.tiles is not None:
             self._resident.move_to_end(content.digest)
+        elif not content.loading:
+            content.loading = True
+            self._queue.append(content)
+            self._wake_worker()
         return content.tiles
 
     def _make_resident(self, content: _Content, tiles: AdapterTiles) -> None:
@@ -243,15 +210,8 @@ class HostCache:
             self._resident_bytes -= content.nbytes
         content.tiles = None
 
-    def _enqueue(self, content: _Content) -> None:
-        if content.tiles is not None or content.loading or content.error is not None:
-            return
-        content.loading = True
-        self._queue.append(content)
-        self._wake_worker()
-
     def _drop(self, content: _Content) -> None:
-        """Forgets unused content at once. The worker frees its memory and its file: both may take milliseconds."""
+        """Forgets content. The worker frees its memory and its file: both may take milliseconds."""
         del self._contents[content.digest]
         self._dropped.append((content.tiles, content.spilled))
         self._leave_memory(content)
@@ -263,17 +223,9 @@ class HostCache:
             self._worker.start()
         self._changed.notify_all()
 
-    def _count_down(self, digest: str, counter: str) -> None:
-        with self._changed:
-            content = self._content(digest)
-            if getattr(content, counter) == 0:
-                raise AdapterError(f"adapter {digest[:12]} has no {counter} left to take away")
-            setattr(content, counter, getattr(content, counter) - 1)
-            if not content.names and not content.pins:
-                self._drop(content)
-
     def _victim(self, keep: _Content | None) -> _Content | None:
-        if self._resident_bytes - self._spilling_bytes <= self.host_bytes:
+        """The content to spill next, None within the budget."""
+        if self._resident_bytes - self._spilling_bytes <= self.host_adapter_bytes:
             return None
         pinned = None
         for content in self._resident.values():
@@ -286,11 +238,11 @@ class HostCache:
 
     # Disk I/O, without the lock ---------------------------------------------------------------------------------------
 
-    def _enforce_budget(self, keep: _Content | None) -> None:
-        """Spills until the budget holds; `keep` has just arrived and stays."""
+    def _enforce_budget(self, keep: str) -> None:
+        """Spills until the budget holds; the content of digest `keep` has just arrived and stays."""
         while True:
             with self._changed:
-                victim = self._victim(keep)
+                victim = self._victim(self._contents.get(keep))
                 if victim is None or victim.tiles is None:
                     return
                 tiles, written = victim.tiles, victim.spilled
@@ -308,7 +260,7 @@ class HostCache:
                     alive = self._contents.get(victim.digest) is victim
                     left = spilled is not None and alive and victim.spilled is written
                     if left:
-                        self.spill_writes += spilled is not written
+                        self._spill_writes += spilled is not written
                         victim.spilled = spilled
                         self._leave_memory(victim)
             del tiles
@@ -325,13 +277,12 @@ class HostCache:
             logger.warning(
                 "host_adapter_bytes=%d is exceeded: an adapter of %d bytes stays in memory because it cannot be "
                 "spilled: %s; make room in spill_dir, or raise host_adapter_bytes",
-                self.host_bytes, content.nbytes, _text(error),
+                self.host_adapter_bytes, content.nbytes, _text(error),
             )  # fmt: skip
         self._disk_refuses = True
 
     def _work(self) -> None:
-        """The worker: frees what was dropped and brings queued content back, one after another, until the cache is
-        closed."""
+        """The worker: frees dropped content and reads queued content, one after another, until the store is closed."""
         while True:
             with self._changed:
                 while not (self._dropped or self._queue or self._closed):
@@ -343,18 +294,18 @@ class HostCache:
             while dropped:
                 self._files.discard(dropped.pop()[1])
             if content is not None:
-                self._bring_back(content)
+                self._load(content)
             del content
 
-    def _bring_back(self, content: _Content) -> None:
-        """Reads queued content, unless it was dropped meanwhile, and takes note of the result."""
+    def _load(self, content: _Content) -> None:
+        """Reads queued content, unless it was dropped meanwhile, and records the result."""
         with self._changed:
             if self._contents.get(content.digest) is not content:
                 return
         try:
             result = content.tiles or self._read_back(content)
         except BaseException as error:  # noqa: BLE001  one adapter must not end the worker
-            result = AdapterError(f"content {content.digest[:12]} was lost: {_text(error)}; load the adapter again")
+            result = _lost(content, [_text(error)])
         with self._changed:
             content.loading = False
             if self._contents.get(content.digest) is content:
@@ -364,18 +315,18 @@ class HostCache:
                     content.error = result
             self._changed.notify_all()
         del result
-        self._enforce_budget(keep=content)
+        self._enforce_budget(keep=content.digest)
 
     def _read_back(self, content: _Content) -> AdapterTiles | AdapterError:
-        """From the spill file; if that fails from the source, unless that has become another adapter."""
-        digest, spilled, reasons = content.digest, content.spilled, []
-        if spilled is None:
+        """Reads the spill file; if that fails, the source, unless it has become another adapter."""
+        digest, reasons = content.digest, []
+        if content.spilled is None:
             reasons.append("its spill file was found lost before")
         else:
             try:
                 start = time.perf_counter()
-                tiles = self._files.read(spilled)
-                self.spill_reads += 1
+                tiles = self._files.read(content.spilled)
+                self._spill_reads += 1
                 self._observed("read", tiles, start)
                 return tiles
             except Exception as error:  # noqa: BLE001  one adapter must not end the worker
@@ -385,19 +336,17 @@ class HostCache:
         if self._contents.get(digest) is not content:
             return AdapterError(f"content {digest[:12]} was removed while it was read")
         if content.source is None:
-            reasons.append("it was loaded from memory, so there is no directory to read it from")
-        else:
-            try:
-                tiles = self._reread(content.source)
-                if tiles.digest == digest:
-                    self._forget_file(content)
-                    logger.warning("content %s: %s; its source %s was read again",
-                                   digest[:12], "; ".join(reasons), content.source)  # fmt: skip
-                    return tiles
-                reasons.append(f"its source {content.source} now has other weights (digest {tiles.digest[:12]})")
-            except Exception as error:  # noqa: BLE001
-                reasons.append(f"nor can its source be read: {_text(error)}")
-        return AdapterError(f"content {digest[:12]} was lost: {'; '.join(reasons)}; load the adapter again")
+            return _lost(content, [*reasons, "it was loaded from memory, so there is no directory to read it from"])
+        try:
+            tiles = self._reread(content.source)
+        except Exception as error:  # noqa: BLE001
+            return _lost(content, [*reasons, f"nor can its source be read: {_text(error)}"])
+        if tiles.digest != digest:
+            changed = f"its source {content.source} now has other weights (digest {tiles.digest[:12]})"
+            return _lost(content, [*reasons, changed])
+        self._forget_file(content)
+        logger.warning("content %s: %s; its source %s was read again", digest[:12], "; ".join(reasons), content.source)
+        return tiles
 
     def _forget_file(self, content: _Content) -> None:
         with self._changed:
@@ -411,11 +360,15 @@ class HostCache:
         return spilled
 
     def _observed(self, access: str, tiles: AdapterTiles, start: float) -> None:
-        observer = self.on_disk
+        observer = self._observer
         if observer is not None:
             observer(access, tiles.digest, tiles.nbytes, start)
 
 
+def _lost(content: _Content, reasons: list[str]) -> AdapterError:
+    return AdapterError(f"content {content.digest[:12]} was lost: {'; '.join(reasons)}; load the adapter again")
+
+
 def _text(error: BaseException) -> str:
-    """Of an error for the user: its message if we wrote it or the system did, else with its type."""
+    """An error's message if it is ours or the system's, otherwise with its type."""
     return str(error) if isinstance(error, (AdapterError, OSError)) else repr(error)

@@ -1,0 +1,1 @@
+"""Guards against hostile files: files that may block, headers that lie, patterns that never end, endless values."""
