@@ -35,7 +35,6 @@ from slora_jax.scheduling import (
     RequestMetrics,
     SamplingParams,
     Scheduler,
-    SchedulerLimits,
     Vtc,
 )
 
@@ -59,6 +58,15 @@ CASES: dict[str, tuple[Callable[[], Policy], str]] = {
 }
 
 
+class InstantCopies:
+    """Every adapter is in host memory, and on the device as soon as its copy begins."""
+
+    pages_in_flight = 0
+
+    def adapter_state(self, digest: str) -> AdapterState:
+        return AdapterState.READY
+
+
 class Load:
     """A scheduler in the steady state, on page arithmetic alone."""
 
@@ -69,9 +77,9 @@ class Load:
         running, waiting = RUNNING * scale, WAITING * scale
         evictor = Evictor(PageAllocator(running * (48 if prefix_cache else 80)), Lru())
         residency = AdapterResidency(evictor, 2 * ADAPTERS)
-        limits = SchedulerLimits(running, 64 * running, page_size=16, admission=admission, prefetch=8)
+        config = CoreConfig(max_num_seqs=running, max_num_batched_tokens=64 * running, admission=admission)
         prefixes = PrefixCache(evictor, 16) if prefix_cache else None
-        self.scheduler = Scheduler(residency, policy, limits, prefixes=prefixes)
+        self.scheduler = Scheduler(residency, policy, config, InstantCopies(), prefixes)
         self.instructions = self.rng.integers(1, 30_000, (ADAPTERS, 128)).tolist()
         self.arrivals = 0
         self.uses = [AdapterUse(f"a{i}", f"a{i}", np.full(7, 8, np.int32), 16) for i in range(ADAPTERS)]
@@ -104,7 +112,7 @@ class Load:
         plan = self.scheduler.schedule(self.now)
         seconds = time.thread_time() - start
         for upload in plan.uploads:
-            self.scheduler.residency.land(upload)
+            self.scheduler.residency.landed(upload)
         for sequence in plan.sequences:
             if sequence.samples:
                 sequence.request.output.append(0)

@@ -30,7 +30,6 @@ from flax import traverse_util
 from jax.experimental import serialize_executable
 
 import pallas_kernels
-import slora_jax
 from slora_jax.engine.step import StepSpec
 from slora_jax.models.hf import load_device
 
@@ -127,8 +126,7 @@ def _environment() -> str:
 
 
 def _source() -> Iterator[Path]:
-    for package in (slora_jax, pallas_kernels):
-        root = Path(package.__path__[0])
+    for root in (Path(__file__).parents[1], Path(pallas_kernels.__path__[0])):
         yield from sorted(path for path in root.rglob("*") if path.suffix in (".py", ".json"))
 
 

@@ -7,15 +7,18 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from slora_jax import SamplingParams
+from slora_jax import ConfigError, EngineConfig, SamplingParams
 from slora_jax.adapters import random_adapter
+from slora_jax.engine import sizing
 from slora_jax.engine.programs import on_threads
-from slora_jax.engine.sizing import coarse
+from slora_jax.engine.sizing import coarse, pages_that_fit
 from slora_jax.engine.step import StepSpec
 
 PROMPTS = [[3, 17, 5, 9], [40, 41], list(range(60, 90))]
@@ -182,3 +185,14 @@ programs._running.add(threading.Thread())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_the_pool_is_sized_from_the_memory_of_the_engines_own_devices(tiny, monkeypatch) -> None:
+    """Of two engines side by side, the second must not look at the first one's device, which is full."""
+    full, empty = ({"bytes_limit": 2**30, "bytes_in_use": used} for used in (2**30 - 1, 0))
+    devices = [SimpleNamespace(process_index=0, memory_stats=stats.copy) for stats in (full, full, empty, empty)]
+    monkeypatch.setattr(sizing.jax, "devices", lambda: devices)
+    config = EngineConfig(dtype="float32", tensor_parallel_size=2, max_model_len=64, progress=False)
+    assert pages_that_fit(tiny.config, replace(config, tp_first_device=2)) > 1000
+    with pytest.raises(ConfigError, match="num_pages=None"):
+        pages_that_fit(tiny.config, config)

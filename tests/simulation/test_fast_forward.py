@@ -130,3 +130,23 @@ def test_the_workloads_above_queue_preempt_evict_and_abort() -> None:
     assert (
         result.counters.preemptions > 0 and result.counters.adapter_evictions > 0 and result.counters.copy_seconds > 0
     )
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_tokens_are_the_requests_own_and_times_are_kept_beside_them(monkeypatch, fast) -> None:
+    """Times as tokens would be cut to whole seconds in the keys of the prefix cache, and be alike in many requests."""
+    requests = []
+
+    class Kept(replica_module.SimulatedScheduler):
+        def add(self, request):
+            requests.append(request)
+            super().add(request)
+
+    monkeypatch.setattr(replica_module, "SimulatedScheduler", Kept)
+    result = simulate(
+        random_workload(1), make_system("slora", **SYSTEMS["slora"]), SHAPE, device(), RANKS, fast_forward=fast
+    )
+    times = {record.request_id: record.token_times for record in result.records}
+    for request in requests:
+        assert request.output == [int(request.id)] * request.max_new
+        assert tuple(request.token_times) == times[request.id] and len(request.token_times) == request.max_new
