@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.lora.layout import ceil_div
-from pallas_kernels.paged_attention.api import AttentionTiles
 from pallas_kernels.paged_attention.plan import AttentionShape, TritonPlan, triton_plan
+from pallas_kernels.paged_attention.tiles import AttentionTiles
 from pallas_kernels.paged_attention.work import FIELDS, decode_items, prefill_items
 from pallas_kernels.triton_call import triton_call
 

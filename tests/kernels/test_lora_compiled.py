@@ -30,7 +30,7 @@ def compiled(layer, device, rows, decode, page_size=16, dtype="bfloat16", max_ra
         return struct(*shape, dtype="int32")
 
     with devices.compiling_for(device):
-        tile_rows = lora_tile_rows(dtype, decode=decode)
+        tile_rows = lora_tile_rows(layout, dtype, decode=decode)
 
     def run(table, tiles, xs, ys, pool):
         lora = LoraProduct(layout, table, tiles, dtype=dtype, decode=decode, tile_rows=tile_rows, max_rank=max_rank)

@@ -16,7 +16,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from pallas_kernels.bench.models import Model
 from pallas_kernels.devices import DEVICES, compiling_for
-from pallas_kernels.lora import PROJECTIONS, LoraLayout, mosaic_gpu
+from pallas_kernels.lora import PROJECTIONS, LoraLayout, LoraTiles, mosaic_gpu
 from pallas_kernels.lora.plan import ExpandPlan, ShrinkPlan, expand_plan, shrink_plan
 from pallas_kernels.lora.work import FIELDS, stack_work
 from slora_jax.analysis import TARGETS, compile_for, kernels_in
@@ -111,8 +111,8 @@ class Problem:
         live = len(tiles)
         tiles += [(int(slots[0]), 0, case.tile_rows)] * 2  # past the list's end
         slot, first_row, rows = (jnp.asarray(column, jnp.int32) for column in zip(*tiles, strict=True))
-        count = jnp.int32(live)
-        self.work = stack_work(self.layout, jnp.asarray(ranks, jnp.int32), slot, first_row, rows, count)[case.stack]
+        work = LoraTiles(slot, first_row, rows, slot, *(jnp.int32(live),) * 4)
+        self.work = stack_work(self.layout, jnp.asarray(ranks, jnp.int32), work)[case.stack]
         self.x = rng.standard_normal((case.rows, self.stack.d_in)).astype(self.dtype)
         self.y = rng.standard_normal((case.rows, self.stack.d_out)).astype(self.dtype)
 

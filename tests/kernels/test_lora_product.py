@@ -70,8 +70,8 @@ def product(shape: Shape, decode: bool, implementation: str, padding: Padding | 
             max_rank=shape.max_rank,
             implementation=implementation,
             interpret=implementation == "triton",
-            shrink=ShrinkPlan(block_r=16, block_k=block, slice_k=2 * block, warps=2, stages=2),  # several slices
-            expand=ExpandPlan(block_r=16, block_n=block, span_n=2 * block, warps=2, stages=2),  # several spans
+            shrink_plan=ShrinkPlan(block_r=16, block_k=block, slice_k=2 * block, warps=2, stages=2),  # several slices
+            expand_plan=ExpandPlan(block_r=16, block_n=block, span_n=2 * block, warps=2, stages=2),  # several spans
             padding=padding,
         )
         return [lora(x, y, pool, stack) for x, y, stack in zip(xs, ys, layout.stacks, strict=True)]
