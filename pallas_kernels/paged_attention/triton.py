@@ -258,7 +258,7 @@ class Attention:
         items = self._work.shape[0]
         block_g = triton.next_power_of_2(shape.group)
         out, self._arrivals, _, _ = triton_call(
-            "pallas_kernels.paged_attention.triton:paged_attention_kernel",
+            paged_attention_kernel,
             q, pool, self._page_table, self._work, self._arrivals,
             out=[
                 jax.ShapeDtypeStruct(q.shape, q.dtype),

@@ -19,7 +19,8 @@ from pallas_kernels.devices import DEVICES, compiling_for
 from pallas_kernels.lora import PROJECTIONS, LoraLayout, LoraTiles, mosaic_gpu
 from pallas_kernels.lora.plan import ExpandPlan, ShrinkPlan, expand_plan, shrink_plan
 from pallas_kernels.lora.work import FIELDS, stack_work
-from slora_jax.analysis import TARGETS, compile_for, kernels_in
+from pallas_kernels.targets import TARGETS, compile_for
+from slora_jax.analysis import kernels_in
 
 SLOTS = 7
 SHRINK = ShrinkPlan(block_r=64, block_k=128, slice_k=128, warps=4, stages=3)
