@@ -30,6 +30,7 @@ from slora_jax.engine.sampling import Sampled, greedy, sample, score
 from slora_jax.memory import Pool, PoolShape
 from slora_jax.models import ModelConfig, Params
 from slora_jax.models.decoder import Embedding
+from slora_jax.models.projections import lora_layout
 from slora_jax.parallel import vocabulary
 from slora_jax.parallel.layout import ONE_DEVICE, Shards
 from slora_jax.parallel.lora import add_lora
@@ -174,11 +175,7 @@ class StepSpec:
 
     @property
     def lora_layout(self) -> LoraLayout:
-        model = self.model
-        whole = LoraLayout.of_decoder(
-            model.hidden_size, model.q_width, model.kv_width, model.intermediate_size, self.pool.page_size
-        )
-        return self.shards.of_layout(whole)
+        return self.shards.of_layout(lora_layout(self.model, self.pool.page_size))
 
     def layout(self, bucket: Bucket) -> BatchLayout:
         """How a bucket's metadata lies in its buffer."""

@@ -7,7 +7,8 @@ from jax import lax
 
 from pallas_kernels.lora import LoraProduct
 from pallas_kernels.lora.layout import Stack
-from slora_jax.parallel.layout import ROW_PARALLEL, Shards
+from slora_jax.models.projections import ROW_PARALLEL
+from slora_jax.parallel.layout import Shards
 from slora_jax.parallel.mesh import AXIS
 
 

@@ -17,12 +17,12 @@ from pallas_kernels.bench import peers, supervisor
 from pallas_kernels.bench.adapters import resident, spread
 from pallas_kernels.bench.case import Case, Program, Section, System, chain
 from pallas_kernels.bench.goals import goals
+from pallas_kernels.bench.models import decoder_layout
 from pallas_kernels.bench.pools import random_pages
 from pallas_kernels.bench.record import Record
 from pallas_kernels.bench.size import FULL, MINIATURE
 from pallas_kernels.bench.timing import Timing, time_in_turn
 from pallas_kernels.bench.worker import Worker, distance
-from pallas_kernels.lora import LoraLayout
 from pallas_kernels.roofline import Work
 
 MORE = {"step": step_section}
@@ -374,7 +374,7 @@ def test_rows_are_spread_evenly():
 
 def test_competitors_get_the_adapters_own_matrices(rng):
     """`x A B` from the contiguous copies equals the sum over rows of tiles, read by the layout's own arithmetic."""
-    layout = LoraLayout.of_decoder(hidden_size=24, q_width=32, kv_width=16, intermediate_size=40, page_size=8)
+    layout = decoder_layout(hidden_size=24, q_width=32, kv_width=16, intermediate_size=40, page_size=8)
     adapters = resident(layout, "ragged", slots=3, max_rank=12, pool_pages=400, rng=rng)
     pool = rng.standard_normal((400, 2, 8, 16)).astype(np.float32)
     slots = np.array([2, 0])

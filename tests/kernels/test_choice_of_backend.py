@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import devices, plans
+from pallas_kernels.bench.models import decoder_layout
 from pallas_kernels.lora import AdapterTable, LoraLayout, LoraProduct, LoraTiles, lora_tile_rows
 from pallas_kernels.lora.api import backend
 from pallas_kernels.lora.plan import expand_plan, shrink_plan
@@ -22,7 +23,7 @@ def attention(**changes) -> PagedAttention:
 
 
 def layout_of(width: int) -> LoraLayout:
-    return LoraLayout.of_decoder(width, width, width, width, 16)
+    return decoder_layout(width, width, width, width, 16)
 
 
 def product(width: int, **changes) -> LoraProduct:

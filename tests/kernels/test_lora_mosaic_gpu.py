@@ -14,7 +14,7 @@ import pytest
 from gpu_shapes import LAYERS
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-from pallas_kernels.bench.models import Model
+from pallas_kernels.bench.models import Model, decoder_layout
 from pallas_kernels.devices import DEVICES, compiling_for
 from pallas_kernels.lora import PROJECTIONS, LoraLayout, LoraTiles, mosaic_gpu
 from pallas_kernels.lora.plan import ExpandPlan, ShrinkPlan, expand_plan, shrink_plan
@@ -51,7 +51,7 @@ def ffn(gate: int, up: int, down: int = 0) -> tuple[int, ...]:
 
 
 def decoder(page_size: int, width: int = 128, hidden: int = 256) -> LoraLayout:
-    return LoraLayout.of_decoder(hidden, 2 * width, width, 3 * width, page_size)
+    return decoder_layout(hidden, 2 * width, width, 3 * width, page_size)
 
 
 CASES = {

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.bench.models import decoder_layout
 from pallas_kernels.lora import PROJECTIONS, AdapterTable, LoraLayout, LoraProduct, LoraTiles
 from pallas_kernels.lora.bmm import Padding, paddings, smallest
 from pallas_kernels.lora.plan import ExpandPlan, ShrinkPlan
@@ -31,7 +32,7 @@ class Shape:
 
     @property
     def layout(self) -> LoraLayout:
-        return LoraLayout.of_decoder(self.hidden, self.q_width, self.kv_width, self.ffn, self.page_size)
+        return decoder_layout(self.hidden, self.q_width, self.kv_width, self.ffn, self.page_size)
 
 
 # Hidden 2.5 W, q 3 W and ffn 3.5 W; multi-head with W = hidden; a W wider than the lanes of a sum; rank above 100.

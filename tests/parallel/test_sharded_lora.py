@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.lora import AdapterTable, LoraProduct, LoraTiles
 from slora_jax.adapters import BaseGeometry, LoraAdapter, pack_tiles, random_adapter
-from slora_jax.parallel.layout import LORA_SHARDINGS, ROW_PARALLEL, Shards
+from slora_jax.models.projections import ROW_PARALLEL
+from slora_jax.parallel.layout import LORA_SHARDINGS, Shards
 from slora_jax.parallel.lora import add_lora
 from slora_jax.parallel.mesh import AXIS, POOL, make_mesh
 
