@@ -115,8 +115,7 @@ class LoraProduct:
         Returns:
           `[T, stack.d_out]` in y's dtype; products accumulate in float32.
         """
-        if self._split:
-            return self.expand(self.shrink(x, pool, stack), y, pool, stack)
+        self._check_split(False)
         layout, tiles, options, number = self._layout, self._tiles, self._options, self._layout.stacks.index(stack)
         if self._padded is not None:
             return bmm.add(x, y, pool, stack, layout, self._padded, self._padded.stacks[number])
@@ -136,7 +135,7 @@ class LoraProduct:
           `[T, projections, ceil(max_rank / stack.rank_shards)]` in the pool's dtype, in every backend; rows without an
           adapter and ranks that an adapter lacks may hold anything. Products accumulate in float32.
         """
-        self._check_split()
+        self._check_split(True)
         layout, tiles, options, number = self._layout, self._tiles, self._options, self._layout.stacks.index(stack)
         ranks = stack.a_ranks(options.max_rank)
         if options.implementation == "xla":
@@ -151,7 +150,7 @@ class LoraProduct:
     def expand(self, h: jax.Array, y: jax.Array, pool: jax.Array, stack: Stack) -> jax.Array:
         """`y + h B`, after `split=True`: h `[T, projections, ranks]` (at least `max_rank` of them), y `[T,
         stack.d_out]`. Rows without an adapter are y's to the bit."""
-        self._check_split()
+        self._check_split(True)
         layout, tiles, options, number = self._layout, self._tiles, self._options, self._layout.stacks.index(stack)
         if options.implementation == "xla":
             weights = self._tile_weights[number]
@@ -160,9 +159,10 @@ class LoraProduct:
         h = _widen(h, options.rank_columns).reshape(1, h.shape[0], -1)
         return lora_expand(h, y, pool, self._pages, self._b_work[number], layout, stack, options)
 
-    def _check_split(self) -> None:
-        if not self._split:
-            raise ValueError("LoraProduct: split=False; shrink and expand need split=True")
+    def _check_split(self, needed: bool) -> None:
+        if self._split != needed:
+            what = "shrink and expand need" if needed else "the whole product needs"
+            raise ValueError(f"LoraProduct: split={self._split}; {what} split={needed}")
 
 
 def _widen(h: jax.Array, ranks: int) -> jax.Array:
@@ -173,8 +173,8 @@ def _widen(h: jax.Array, ranks: int) -> jax.Array:
 
 def backend(layout: LoraLayout, dtype: Any, split: bool = False, implementation: Implementation | None = None) -> str:
     """Name of the implementation that `LoraProduct` runs with the same arguments."""
-    planned = lambda: plans.find("lora", "backend")["backend"]  # noqa: E731
-    return fallback.choose("LoRA", implementation, dtype, planned, partial(_check_served, layout, dtype, split))
+    check = partial(_check_served, layout, dtype, split)
+    return fallback.choose("LoRA", implementation, dtype, lambda: plans.find("lora", "backend")["backend"], check)
 
 
 def lora_tile_rows(

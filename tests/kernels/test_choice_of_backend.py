@@ -75,6 +75,14 @@ def test_what_a_named_kernel_does_not_serve_is_refused_with_the_reason():
         product(24, implementation="triton")
 
 
+def test_a_product_is_called_whole_or_in_halves_as_it_was_made():
+    (stack, *_), ones = layout_of(32).stacks, jnp.ones((3, 32))
+    with pytest.raises(ValueError, match="split=False; shrink and expand need split=True"):
+        product(32).shrink(ones, ones, stack)
+    with pytest.raises(ValueError, match="split=True; the whole product needs split=False"):
+        product(32, split=True)(ones, ones, ones, stack)
+
+
 def test_a_plan_is_the_first_entry_of_the_device_or_else_of_any_that_fits():
     facts = {"backend": "triton", "decode": True, "width": 1024}
     with devices.compiling_for(H200):
