@@ -60,7 +60,7 @@ bench: $(VENV)/installed-parity ## compare with Hugging Face PEFT on this machin
 	$(PYTHON) -m experiments.cpu_peft_comparison
 
 bench-gpu: $(VENV)/installed-cuda12 $(VENV)/installed-plot ## measure every kernel on this machine's GPU
-	$(PYTHON) -m pallas_kernels.bench --out experiments/results/kernels.json
+	$(PYTHON) -m experiments.kernel_bench --out experiments/results/kernels.json
 
 bench-vllm: $(VENV)/installed-parity .vllm/installed ## compare with vLLM's CPU build on this machine's CPU (~25 minutes)
 	$(PYTHON) -m experiments.vllm_comparison --output experiments/results/vllm_comparison.json

@@ -23,9 +23,11 @@ import numpy as np
 from experiments.machine import provenance
 from slora_jax.memory import AdapterResidency, Evictor, Lru, PageAllocator, PageKind, PrefixCache
 from slora_jax.scheduling import (
+    AdapterState,
     AdapterUse,
     Ageing,
     Clustering,
+    CoreConfig,
     EarlyAbort,
     Fcfs,
     FinishReason,

@@ -25,7 +25,7 @@ import numpy as np
 from experiments.machine import provenance
 from experiments.paper.settings import MODELS
 from pallas_kernels.lora.layout import PROJECTIONS
-from slora_jax.analysis import TARGETS
+from pallas_kernels.targets import TARGETS
 from slora_jax.analysis.report import CompileReport, ProgramReport, compile_report
 from slora_jax.engine import EngineConfig, adapter_geometry
 from slora_jax.models import ModelConfig

@@ -1,12 +1,11 @@
 """Calls a Triton kernel from JAX: compiled into the program by jax-triton, or run by Triton's interpreter on the CPU.
 
-A kernel is named `"module:function"`, so that a process in which Triton compiles and another in which it interprets can
-both find it (Triton decides once, when it is imported; see `triton_interpreter`).
+Triton decides once, when it is imported, whether it compiles or interprets; so a process of its own interprets, and
+finds the kernel by its module and name (see `triton_interpreter`).
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -18,7 +17,7 @@ from pallas_kernels import devices, triton_interpreter
 
 
 def triton_call(
-    kernel: str,
+    kernel: Any,
     *args: jax.Array,
     out: Sequence[jax.ShapeDtypeStruct],
     grid: tuple[int, ...],
@@ -31,7 +30,7 @@ def triton_call(
     """Runs `kernel(*args, *out, **constants)` over `grid`.
 
     Args:
-      kernel: "module:function" of a `triton.jit` function.
+      kernel: a `triton.jit` function of a module.
       out: shapes and types of the outputs; uninitialised, except where `aliases` (argument -> output) names an argument
         whose buffer the output takes over.
       constants: the kernel's `tl.constexpr` arguments.
@@ -39,19 +38,19 @@ def triton_call(
     """
     aliases = dict(aliases or {})
     if interpret:
-        return triton_interpreter.call(kernel, args, out, grid, aliases, constants)
+        name = f"{kernel.__module__}:{kernel.__name__}"
+        return triton_interpreter.call(name, args, out, grid, aliases, constants)
     import jax_triton
 
     _call_through_ffi()
-    module, function = kernel.split(":")
     device = devices.target()
     return tuple(
         jax_triton.triton_call(
             *args,
-            kernel=getattr(importlib.import_module(module), function),
+            kernel=kernel,
             out_shape=list(out),
             grid=grid,
-            name=function,
+            name=kernel.__name__,
             num_warps=num_warps,
             num_stages=num_stages,
             input_output_aliases=aliases,

@@ -61,9 +61,7 @@ def defining(target: str) -> str | None:
 def edges() -> dict[str, set[str]]:
     """Module -> the project's modules that it imports. A package's exports are not its own imports."""
     return {
-        module: {
-            reached for target in imported(module).values() if (reached := defining(target)) not in (None, module)
-        }
+        module: {reached for target in imported(module).values() if (reached := defining(target)) not in (None, module)}
         for module, path in MODULES.items()
         if path.name != "__init__.py"
     }

@@ -1,9 +1,9 @@
 """Measures every op against its roofline on this machine's GPU: `python -m pallas_kernels.bench`.
 
 Each kernel is first compared with the XLA reference; then the device's copy bandwidth and matrix rate are measured,
-then every op in decode and prefill shapes, and whole decode steps of Llama-3-8B. Results go to a JSON file after every
-case; plots beside it at the end. On a CPU a miniature of it all runs, whose numbers mean nothing. The package's
-docstring says how time is measured.
+then every op in decode and prefill shapes. Results go to a JSON file after every case; plots beside it at the end.
+`python -m experiments.kernel_bench` adds whole decode steps of Llama-3-8B. On a CPU a miniature of it all runs, whose
+numbers mean nothing. The package's docstring says how time is measured.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pallas_kernels.bench.goals import goals
@@ -23,27 +24,35 @@ from pallas_kernels.bench.plot import plot
 from pallas_kernels.bench.record import Record, provenance
 from pallas_kernels.bench.supervisor import supervise, worker_environment
 
-SECTIONS = ("ceilings", "lora", "attention", "pool_write", "step")
+SECTIONS = ("ceilings", "lora", "attention", "pool_write")
 DEVICES = ("h200", "a100", "l4")
+More = Mapping[str, Callable[[Any, int], Any]]
+"""Further sections by name: `(Size, seed) -> Section`."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0: nothing failed. 1: a check or a case failed, or there was no end. 2: wrong arguments."""
+def main(
+    argv: Sequence[str] | None = None, *, program: str = "pallas_kernels.bench", more: More = MappingProxyType({})
+) -> int:
+    """Runs the command; `python -m PROGRAM` must run it with the same sections.
+
+    Returns:
+      Exit status. 0: nothing failed. 1: a check or a case failed, or there was no end. 2: wrong arguments.
+    """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    args = _parser().parse_args(arguments)
+    args = _parser(program, more).parse_args(arguments)
     if args.list or args.compile_only:  # before JAX is imported
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     args.out = args.out or Path(f"compile_{args.compile_only}.json" if args.compile_only else "bench.json")
     if args.list:
-        return _list(args)
+        return _list(args, more)
     if args.compile_only:
-        return _compile_only(args)
+        return _compile_only(args, more)
     if args.worker:
-        return _work(args)
+        return _work(args, program, more)
     deadline = time.time() + args.budget_seconds
     args.out.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pallas_kernels.bench", *arguments, "--worker", repr(deadline)]
+    command = [sys.executable, "-m", program, *arguments, "--worker", repr(deadline)]
     reason = supervise(command, args.out, deadline, worker_environment(args.miniature))
     if not args.out.exists():
         print(f"nothing was measured: {reason}", file=sys.stderr)
@@ -51,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _finish(args.out, reason)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(program: str, more: More) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m pallas_kernels.bench", description=(__doc__ or "").split("\n\n")[0]
+        prog=f"python -m {program}", description="Measures every op against its roofline on this machine's GPU."
     )
     parser.add_argument(
         "--out", type=_file, help="results (replaced; bench.json, or compile_DEVICE.json); plots lie beside it"
@@ -61,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--budget-seconds", type=_positive, default=450.0, help="in all; least important cases go first"
     )
-    parser.add_argument("--only", choices=SECTIONS, action="append", help="sections (several: repeat); ceilings always")
+    parser.add_argument(
+        "--only", choices=(*SECTIONS, *more), action="append", help="sections (several: repeat); ceilings always"
+    )
     parser.add_argument("--match", type=_pattern, default=re.compile(""), metavar="REGEX", help="cases by their label")
     parser.add_argument("--seed", type=_seed, default=0, help="of inputs and page numbers")
     parser.add_argument("--miniature", action="store_true", help="tiny shapes, interpreted kernels")
@@ -109,22 +120,22 @@ def _pattern(text: str) -> re.Pattern[str]:
         raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
 
 
-def _sections(args: argparse.Namespace, miniature: bool) -> list[Any]:
+def _sections(args: argparse.Namespace, miniature: bool, more: More) -> list[Any]:
     """The sections and cases that were asked for; the ceilings are always among them."""
     import dataclasses
 
-    from pallas_kernels.bench import ceilings, step
+    from pallas_kernels.bench import ceilings
     from pallas_kernels.bench.size import FULL, MINIATURE
     from pallas_kernels.lora import bench as lora
     from pallas_kernels.paged_attention import bench as attention
     from pallas_kernels.pool_write import bench as pool_write
 
-    modules = dict(zip(SECTIONS, (ceilings, lora, attention, pool_write, step), strict=True))
+    modules = zip(SECTIONS, (ceilings, lora, attention, pool_write), strict=True)
     chosen = []
-    for name, module in modules.items():
+    for name, make in ({name: module.section for name, module in modules} | dict(more)).items():
         if name != "ceilings" and args.only and name not in args.only:
             continue
-        section = module.section(MINIATURE if miniature else FULL, args.seed)
+        section = make(MINIATURE if miniature else FULL, args.seed)
         if name != "ceilings":
             section = dataclasses.replace(section, cases=[c for c in section.cases if args.match.search(c.label)])
         chosen.append(section)
@@ -133,14 +144,14 @@ def _sections(args: argparse.Namespace, miniature: bool) -> list[Any]:
     return chosen
 
 
-def _list(args: argparse.Namespace) -> int:
-    for section in _sections(args, args.miniature):
+def _list(args: argparse.Namespace, more: More) -> int:
+    for section in _sections(args, args.miniature, more):
         for case in section.cases:
             print(f"{section.name:<11} {case.importance:>2}  {case.label}: {', '.join(s.name for s in case.systems)}")
     return 0
 
 
-def _compile_only(args: argparse.Namespace) -> int:
+def _compile_only(args: argparse.Namespace, more: More) -> int:
     """Compiles, for a GPU that is not there, the programs of all cases asked for."""
     from pallas_kernels.bench.compilation import compile_for_absent, declined
     from pallas_kernels.devices import DEVICES, compiling_for
@@ -149,7 +160,8 @@ def _compile_only(args: argparse.Namespace) -> int:
     record.data |= {"command": shlex.join(sys.argv), "compiled_for": args.compile_only}
     device = DEVICES[args.compile_only]
     with compiling_for(device):
-        systems = [s for section in _sections(args, args.miniature) for case in section.cases for s in case.systems]
+        sections = _sections(args, args.miniature, more)
+        systems = [s for section in sections for case in section.cases for s in case.systems]
     programs = {s.program.name: s.program for s in systems if s.program}
     count = dict.fromkeys(("compiled", "skipped", "failed"), 0)
     for done in compile_for_absent(programs.values(), device):
@@ -173,7 +185,7 @@ def _compile_only(args: argparse.Namespace) -> int:
     return int(count["failed"] > 0)
 
 
-def _work(args: argparse.Namespace) -> int:
+def _work(args: argparse.Namespace, program: str, more: More) -> int:
     """The measuring process."""
     import jax
 
@@ -183,11 +195,11 @@ def _work(args: argparse.Namespace) -> int:
     miniature = args.miniature or jax.default_backend() != "gpu"
     if miniature and not args.miniature:
         print("no GPU is here: a miniature runs, whose numbers mean nothing")
-    sections = _sections(args, miniature)
+    sections = _sections(args, miniature, more)
     record = Record(args.out, resume=args.resume)
     if not args.resume:
         record.data |= {
-            "command": shlex.join(["python", "-m", "pallas_kernels.bench", *sys.argv[1:-2]]),
+            "command": shlex.join(["python", "-m", program, *sys.argv[1:-2]]),
             "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
             "miniature": miniature,
             "budget_seconds": args.budget_seconds,

@@ -52,7 +52,8 @@ class Shape:
 
     def tiles(self, backend: str) -> tuple[int, int]:
         """Rows of a tile, and entries of the tile list."""
-        tile_rows = min(self.rows, lora_tile_rows(DTYPE, decode=self.decode, implementation=backend))  # type: ignore[arg-type]
+        rows = lora_tile_rows(self.layout, DTYPE, decode=self.decode, implementation=backend)  # type: ignore[arg-type]
+        tile_rows = min(self.rows, rows)
         seqs = self.rows if self.decode else self.size.slots
         return tile_rows, num_tiles(self.rows, tile_rows, self.size.slots, seqs)
 

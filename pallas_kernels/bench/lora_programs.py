@@ -82,7 +82,7 @@ def _options(shape: Shape, backend: str) -> LoraOptions:
 
 
 def _work(shape: Shape, table: AdapterTable, tiles: LoraTiles) -> tuple[jax.Array, ...]:
-    return stack_work(shape.layout, table.ranks, tiles.slot, tiles.first_row, tiles.rows, tiles.num_tiles)
+    return stack_work(shape.layout, table.ranks, tiles)
 
 
 def _program(name: str, run: Callable[..., Any], shape: Shape, backend: str, layers: int, *donated: str) -> Program:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pallas_kernels.lora.layout import LoraLayout
+from pallas_kernels.lora.layout import LoraLayout, Stack
+
+
+def decoder_layout(hidden_size: int, q_width: int, kv_width: int, intermediate_size: int, page_size: int) -> LoraLayout:
+    """The adapter layout of a Llama-like decoder."""
+    stacks = (
+        Stack("qkv", ("q", "k", "v"), hidden_size, (q_width, kv_width, kv_width)),
+        Stack("o", ("o",), q_width, (hidden_size,)),
+        Stack("gate_up", ("gate", "up"), hidden_size, (intermediate_size, intermediate_size)),
+        Stack("down", ("down",), intermediate_size, (hidden_size,)),
+    )
+    return LoraLayout(stacks, page_size, kv_width)
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,7 @@ class Model:
         return self.num_kv_heads * self.head_dim
 
     def layout(self, page_size: int = 16) -> LoraLayout:
-        return LoraLayout.of_decoder(self.hidden, self.num_heads * self.head_dim, self.width, self.ffn, page_size)
+        return decoder_layout(self.hidden, self.num_heads * self.head_dim, self.width, self.ffn, page_size)
 
     def config(self) -> dict[str, Any]:
         """As a Hugging Face `config.json`."""

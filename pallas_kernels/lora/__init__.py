@@ -5,14 +5,16 @@ from typing import TYPE_CHECKING
 from pallas_kernels.exports import exported
 
 if TYPE_CHECKING:
-    from pallas_kernels.lora.api import AdapterTable, Implementation, LoraProduct, LoraTiles, lora_tile_rows
+    from pallas_kernels.lora.api import Implementation, LoraProduct, lora_tile_rows
     from pallas_kernels.lora.layout import PROJECTIONS, LoraLayout, Stack
+    from pallas_kernels.lora.tiles import AdapterTable, LoraTiles
 else:
     __getattr__, __dir__ = exported(
         __name__,
         {
-            "pallas_kernels.lora.api": ("AdapterTable", "Implementation", "LoraProduct", "LoraTiles", "lora_tile_rows"),
+            "pallas_kernels.lora.api": ("Implementation", "LoraProduct", "lora_tile_rows"),
             "pallas_kernels.lora.layout": ("PROJECTIONS", "LoraLayout", "Stack"),
+            "pallas_kernels.lora.tiles": ("AdapterTable", "LoraTiles"),
         },
     )
 

@@ -2,98 +2,55 @@
 
 from __future__ import annotations
 
-import importlib
-import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from typing import Any, Literal, Self, get_args
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import devices, plans
+from pallas_kernels import fallback, plans
 from pallas_kernels.lora import bmm, xla
 from pallas_kernels.lora.layout import LoraLayout, Stack, ceil_div
 from pallas_kernels.lora.plan import MIN_BLOCK, ExpandPlan, ShrinkPlan, expand_plan, shrink_plan, tile_rows
+from pallas_kernels.lora.tiles import AdapterTable, LoraTiles
 from pallas_kernels.lora.work import stack_work
 
 Implementation = Literal["xla", "bmm", "triton", "mosaic_gpu"]
 IMPLEMENTATIONS = get_args(Implementation)
 
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class AdapterTable:
-    """Which pages each adapter slot owns, on the device. Changed only when an adapter is loaded.
-
-    pages: int32 `[slots, max_pages]`, pool page ids in tile order; 0 (the dummy page) past the adapter's end.
-    ranks: int32 `[slots, 7]`, true rank of each projection (`layout.PROJECTIONS`); 0 where it has no LoRA.
-    """
-
-    pages: jax.Array
-    ranks: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class LoraTiles:
-    """The LoRA work of one step: an exact list of row tiles, shared by all layers, stacks and backends.
-
-    Rows of one adapter are contiguous. Adapters with many rows (*dense*) come first, in rows `0 .. dense_rows` and
-    tiles `0 .. num_dense`; then the others; rows from `lora_rows` on have none. In each part, high ranks come first.
-
-    slot, first_row, rows: int32 `[NT]`, valid up to `num_tiles`; `rows` is at most the program's tile height.
-    row_slot: int32 `[T]`, adapter slot of each row (any valid slot where the row has none).
-    num_tiles, num_dense, dense_rows, lora_rows: int32 scalars.
-    """
-
-    slot: jax.Array
-    first_row: jax.Array
-    rows: jax.Array
-    row_slot: jax.Array
-    num_tiles: jax.Array
-    num_dense: jax.Array
-    dense_rows: jax.Array
-    lora_rows: jax.Array
-
-
-class StepWork:
-    """A step's LoRA work as a pytree, so that one program can make it and another apply it to a layer.
-
-    Attributes:
-      ARRAYS: names of the attributes that hold arrays; the others are in STATIC.
-    """
-
-    ARRAYS: tuple[str, ...] = ()
-    STATIC: tuple[str, ...] = ()
-
-    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        return tuple(getattr(self, name) for name in self.ARRAYS), tuple(getattr(self, name) for name in self.STATIC)
-
-    @classmethod
-    def tree_unflatten(cls, static: tuple[Any, ...], arrays: tuple[Any, ...]) -> Self:
-        work = object.__new__(cls)
-        for name, value in zip((*cls.ARRAYS, *cls.STATIC), (*arrays, *static), strict=True):
-            setattr(work, name, value)
-        return work
+_NO_HALVES = {
+    "bmm": "multiplies padded copies of A and B in one go",
+    "mosaic_gpu": "keeps the ranks of x A in an order of its own",
+}
+"""Why an implementation has no `shrink` and `expand`."""
 
 
 @jax.tree_util.register_pytree_node_class
-class LoraProduct(StepWork):
-    """The LoRA products of one step: made once, before the layers, then called for each layer and stack.
+class LoraProduct:
+    """The LoRA products of one step: made once, before the layers, then called for each layer and stack. A pytree, so
+    that one program can make it and another apply it to a layer.
 
-    dtype: of the pool, the rows and the outputs. decode: no adapter is dense: the step's rows are sequences' single
-    tokens (static). tile_rows: height of the tiles. max_rank: bound of any projection's rank. implementation: None
-    takes what the plan table names for the current trace's device; float32 and CPUs have the reference, "xla". "bmm" is
-    the paper's padded baseline, and padding its shape, which must hold the step; None: one that holds any.
-    interpret: run GPU kernels on the CPU by their interpreters. shrink, expand: block shapes; None: the plan table's.
+    Args:
+      dtype: of the pool, the rows and the outputs.
+      decode: no adapter is dense: the step's rows are sequences' single tokens (static).
+      tile_rows: height of the tiles, `lora_tile_rows`.
+      max_rank: bound of any projection's rank.
+      split: prepares for `shrink` and `expand`, between which shards exchange `x A`, instead of `__call__` (static).
+      implementation: None takes what the plan table names for the current trace's device; float32 and CPUs have the
+        reference, "xla", and so, with a warning, has a shape that the planned one does not serve. "bmm" is the paper's
+        padded baseline.
+      interpret: run GPU kernels on the CPU by their interpreters.
+      shrink_plan, expand_plan: block shapes; None: the plan table's.
+      padding: shape of "bmm", which must hold the step; None: one that holds any.
 
     Raises:
-      NotImplementedError: the implementation is unknown, or does not take this shape or dtype (it says why).
+      NotImplementedError: the implementation is unknown, or does not take this shape or dtype or `split` (it says why).
     """
 
-    ARRAYS = ("_tiles", "_pages", "_padded", "_rows", "_dense", "_work")
-    STATIC = ("_layout", "_decode", "_tile_rows", "_options")
+    _ARRAYS = ("_tiles", "_pages", "_padded", "_row_weights", "_tile_weights", "_a_work", "_b_work")
+    _STATIC = ("_layout", "_dtype", "_split", "_options")
 
     def __init__(
         self,
@@ -105,38 +62,47 @@ class LoraProduct(StepWork):
         decode: bool,
         tile_rows: int,
         max_rank: int,
+        split: bool = False,
         implementation: Implementation | None = None,
         interpret: bool = False,
-        shrink: ShrinkPlan | None = None,
-        expand: ExpandPlan | None = None,
+        shrink_plan: ShrinkPlan | None = None,
+        expand_plan: ExpandPlan | None = None,
         padding: bmm.Padding | None = None,
     ) -> None:
-        self._layout = layout
+        name = backend(layout, dtype, split, implementation)
+        self._layout, self._dtype, self._split = layout, jnp.dtype(dtype), split
+        self._options = LoraOptions(decode, tile_rows, max_rank, name, interpret, shrink_plan, expand_plan)
         self._tiles = tiles
-        self._pages = table.pages
-        self._decode = decode
-        self._tile_rows = tile_rows
-        self._options: LoraOptions | None = None
+        self._pages = pages = table.pages
         self._padded: bmm.PaddedWork | None = None
-        self._rows: tuple[xla.StackRows, ...] = ()
-        self._dense: tuple[xla.StackRows, ...] = ()
-        self._work: tuple[jax.Array, ...] = ()
-        backend = resolve(implementation, dtype)
-        if implementation is None and backend != "xla" and layout.width % MIN_BLOCK:
-            reason = f"the pool's width {layout.width} is no multiple of {MIN_BLOCK}"
-            warnings.warn(f"LoRA by the XLA reference, which is slow on a GPU: {reason}", stacklevel=2)
-            backend = "xla"
-        pages, ranks = table.pages, table.ranks
-        if backend == "bmm":
+        self._row_weights: tuple[xla.StackRows, ...] = ()
+        self._tile_weights: tuple[xla.StackRows, ...] = ()
+        self._a_work: tuple[jax.Array, ...] = ()
+        self._b_work: tuple[jax.Array, ...] = ()
+        if name == "bmm":
             shape = tiles.row_slot.shape[0], pages.shape[0]
             padding = padding or bmm.paddings(*shape, decode=decode, tile_rows=tile_rows)[-1]
-            self._padded = bmm.prepare(layout, pages, ranks, tiles.row_slot, tiles.lora_rows, max_rank, padding)
-        elif backend == "xla":
-            self._rows = xla.prepare(layout, pages, ranks, tiles.row_slot, tiles.lora_rows, max_rank)
-            self._dense = () if decode else xla.prepare(layout, pages, ranks, tiles.slot, tiles.num_dense, max_rank)
+            self._padded = bmm.prepare(layout, pages, table.ranks, tiles.row_slot, tiles.lora_rows, max_rank, padding)
+        elif name == "xla":
+            if not split:
+                self._row_weights = xla.prepare(layout, pages, table.ranks, tiles.row_slot, tiles.lora_rows, max_rank)
+            if split or not decode:
+                count = tiles.num_tiles if split else tiles.num_dense
+                self._tile_weights = xla.prepare(layout, pages, table.ranks, tiles.slot, count, max_rank)
         else:
-            self._options = LoraOptions(decode, tile_rows, max_rank, backend, interpret, shrink, expand)
-            self._work = stack_work(layout, ranks, tiles.slot, tiles.first_row, tiles.rows, tiles.num_tiles)
+            self._a_work = self._b_work = stack_work(layout, table.ranks, tiles)
+            if split:
+                self._a_work = stack_work(layout, table.ranks, tiles, of_a=True)
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        return tuple(getattr(self, name) for name in self._ARRAYS), tuple(getattr(self, name) for name in self._STATIC)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[Any, ...], arrays: tuple[Any, ...]) -> Self:
+        product = object.__new__(cls)
+        for name, value in zip((*cls._ARRAYS, *cls._STATIC), (*arrays, *static), strict=True):
+            setattr(product, name, value)
+        return product
 
     def __call__(self, x: jax.Array, y: jax.Array, pool: jax.Array, stack: Stack) -> jax.Array:
         """Adds each row's `x A B` (B carries the scale) to the fused base product of a stack.
@@ -149,18 +115,98 @@ class LoraProduct(StepWork):
         Returns:
           `[T, stack.d_out]` in y's dtype; products accumulate in float32.
         """
-        layout, tiles, number = self._layout, self._tiles, self._layout.stacks.index(stack)
+        self._check_split(False)
+        layout, tiles, options, number = self._layout, self._tiles, self._options, self._layout.stacks.index(stack)
         if self._padded is not None:
             return bmm.add(x, y, pool, stack, layout, self._padded, self._padded.stacks[number])
-        if self._options is None:
-            if not self._decode:
-                dense = self._dense[number]
-                y = xla.add_tiles(
-                    x, y, pool, stack, layout, dense, tiles.first_row, tiles.rows, tiles.num_dense, self._tile_rows
-                )
-            return xla.add_rows(x, y, pool, stack, layout, self._rows[number], tiles.dense_rows, tiles.lora_rows)
-        h = lora_shrink(x, pool, self._pages, self._work[number], layout, stack, self._options)
-        return lora_expand(h, y, pool, self._pages, self._work[number], layout, stack, self._options)
+        if options.implementation == "xla":
+            if not options.decode:
+                dense = self._tile_weights[number]
+                y = xla.add_tiles(x, y, pool, stack, layout, dense, tiles, tiles.num_dense, options.tile_rows)
+            weights = self._row_weights[number]
+            return xla.add_rows(x, y, pool, stack, layout, weights, tiles.dense_rows, tiles.lora_rows)
+        h = lora_shrink(x, pool, self._pages, self._a_work[number], layout, stack, options)
+        return lora_expand(h, y, pool, self._pages, self._b_work[number], layout, stack, options)
+
+    def shrink(self, x: jax.Array, pool: jax.Array, stack: Stack) -> jax.Array:
+        """`x A` of every row with an adapter, after `split=True`.
+
+        Returns:
+          `[T, projections, ceil(max_rank / stack.rank_shards)]` in the pool's dtype, in every backend; rows without an
+          adapter and ranks that an adapter lacks may hold anything. Products accumulate in float32.
+        """
+        self._check_split(True)
+        layout, tiles, options, number = self._layout, self._tiles, self._options, self._layout.stacks.index(stack)
+        ranks = stack.a_ranks(options.max_rank)
+        if options.implementation == "xla":
+            weights = self._tile_weights[number]
+            h = xla.shrink_tiles(x, pool, stack, layout, weights, tiles, tiles.num_tiles, options.tile_rows)
+        else:
+            options = replace(options, max_rank=ranks)
+            slices = lora_shrink(x, pool, self._pages, self._a_work[number], layout, stack, options)
+            h = slices.sum(0).reshape(x.shape[0], len(stack.projections), -1)
+        return h[:, :, :ranks].astype(self._dtype)
+
+    def expand(self, h: jax.Array, y: jax.Array, pool: jax.Array, stack: Stack) -> jax.Array:
+        """`y + h B`, after `split=True`: h `[T, projections, ranks]` (at least `max_rank` of them), y `[T,
+        stack.d_out]`. Rows without an adapter are y's to the bit."""
+        self._check_split(True)
+        layout, tiles, options, number = self._layout, self._tiles, self._options, self._layout.stacks.index(stack)
+        if options.implementation == "xla":
+            weights = self._tile_weights[number]
+            h = _widen(h, weights.b_row.shape[0] * xla.GROUP)
+            return xla.expand_tiles(h, y, pool, stack, layout, weights, tiles, tiles.num_tiles, options.tile_rows)
+        h = _widen(h, options.rank_columns).reshape(1, h.shape[0], -1)
+        return lora_expand(h, y, pool, self._pages, self._b_work[number], layout, stack, options)
+
+    def _check_split(self, needed: bool) -> None:
+        if self._split != needed:
+            what = "shrink and expand need" if needed else "the whole product needs"
+            raise ValueError(f"LoraProduct: split={self._split}; {what} split={needed}")
+
+
+def _widen(h: jax.Array, ranks: int) -> jax.Array:
+    """float32 `[T, projections, ranks]`, cut or padded with zeros."""
+    h = h[:, :, :ranks].astype(jnp.float32)
+    return jnp.pad(h, ((0, 0), (0, 0), (0, ranks - h.shape[2])))
+
+
+def backend(layout: LoraLayout, dtype: Any, split: bool = False, implementation: Implementation | None = None) -> str:
+    """Name of the implementation that `LoraProduct` runs with the same arguments."""
+    check = partial(_check_served, layout, dtype, split)
+    return fallback.choose("LoRA", implementation, dtype, lambda: plans.find("lora", "backend")["backend"], check)
+
+
+def lora_tile_rows(
+    layout: LoraLayout,
+    dtype: Any,
+    *,
+    decode: bool,
+    split: bool = False,
+    implementation: Implementation | None = None,
+) -> int:
+    """The height of tiles that suits `LoraProduct` with the same arguments."""
+    return tile_rows(backend=backend(layout, dtype, split, implementation), decode=decode)
+
+
+def _check_served(layout: LoraLayout, dtype: Any, split: bool, name: str) -> str:
+    """Returns `name`. Raises NotImplementedError if it is unknown or does not serve the arguments."""
+    if name not in IMPLEMENTATIONS:
+        available = ", ".join(map(repr, IMPLEMENTATIONS))
+        raise NotImplementedError(f"LoraProduct: no implementation named {name!r}; available: {available}")
+    if split and name in _NO_HALVES:
+        raise NotImplementedError(f"LoraProduct.shrink: {name!r} {_NO_HALVES[name]}; available: 'xla', 'triton'")
+    if name in ("triton", "mosaic_gpu"):
+        if jnp.dtype(dtype).itemsize != 2:
+            raise NotImplementedError(
+                f"LoraProduct: {name!r} takes bfloat16 and float16, not {dtype}; use 'xla' or another dtype"
+            )
+        if layout.width % MIN_BLOCK:
+            raise NotImplementedError(
+                f"LoraProduct: {name!r} takes a pool width that is a multiple of {MIN_BLOCK}, not {layout.width}; "
+                "use 'xla'"
+            )
+    return name
 
 
 @dataclass(frozen=True)
@@ -172,8 +218,8 @@ class LoraOptions:
     max_rank: int
     implementation: str
     interpret: bool = False
-    shrink: ShrinkPlan | None = None
-    expand: ExpandPlan | None = None
+    shrink_plan: ShrinkPlan | None = None
+    expand_plan: ExpandPlan | None = None
 
     @property
     def rank_columns(self) -> int:
@@ -201,10 +247,10 @@ def lora_shrink(
       float32 `[slices, T, ranks]`: sums over slices of the input's columns, to be added up. Where a rank lies is the
       backend's own affair, and its `lora_expand`'s; rows without an adapter and ranks that it lacks are undefined.
     """
-    plan = options.shrink or shrink_plan(
+    plan = options.shrink_plan or shrink_plan(
         backend=options.implementation, decode=options.decode, rows=x.shape[0], d_in=stack.d_in, width=layout.width
     )
-    return _backend(options).lora_shrink(
+    return _kernels(options).lora_shrink(
         x, pool, pages, work, layout, stack,
         max_rank=options.rank_columns, tile_rows=options.tile_rows, plan=plan, interpret=options.interpret,
     )  # fmt: skip
@@ -229,33 +275,20 @@ def lora_expand(
     Returns:
       `[T, stack.d_out]`; rows without an adapter are y's to the bit.
     """
-    plan = options.expand or expand_plan(
+    plan = options.expand_plan or expand_plan(
         backend=options.implementation, decode=options.decode, rows=y.shape[0], d_out=stack.d_out, width=layout.width
     )
-    return _backend(options).lora_expand(
+    return _kernels(options).lora_expand(
         h, y, pool, pages, work, layout, stack, tile_rows=options.tile_rows, plan=plan, interpret=options.interpret
     )
 
 
-def lora_tile_rows(dtype: Any, *, decode: bool, implementation: Implementation | None = None) -> int:
-    """The height of tiles that suits `LoraProduct` with the same arguments."""
-    return tile_rows(backend=resolve(implementation, dtype), decode=decode)
+def _kernels(options: LoraOptions) -> ModuleType:
+    """The module of a GPU backend, imported where it is used."""
+    if options.implementation == "triton":
+        from pallas_kernels.lora import triton
 
+        return triton
+    from pallas_kernels.lora import mosaic_gpu
 
-def _backend(options: LoraOptions) -> ModuleType:
-    return importlib.import_module(f"pallas_kernels.lora.{options.implementation}")
-
-
-def resolve(implementation: str | None, dtype: Any) -> str:
-    """The implementation that `LoraProduct` takes: `implementation`, or for None the plan's."""
-    if implementation is None:
-        on_gpu = devices.target() is not None and jnp.dtype(dtype).itemsize == 2
-        return plans.find("lora", "backend")["backend"] if on_gpu else "xla"
-    if implementation not in IMPLEMENTATIONS:
-        available = ", ".join(map(repr, IMPLEMENTATIONS))
-        raise NotImplementedError(f"LoraProduct: no implementation named {implementation!r}; available: {available}")
-    if implementation not in ("xla", "bmm") and jnp.dtype(dtype).itemsize != 2:
-        raise NotImplementedError(
-            f"LoraProduct: {implementation!r} takes bfloat16 and float16, not {dtype}; use 'xla' or another dtype"
-        )
-    return implementation
+    return mosaic_gpu

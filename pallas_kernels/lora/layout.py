@@ -106,27 +106,12 @@ class StackTiles:
 
 @dataclass(frozen=True)
 class LoraLayout:
-    """Tile geometry of every adapter of one base model: `stacks`, `page_size` rows a tile, `width` columns a tile."""
+    """Tile geometry of every adapter of one base model: the `stacks` of a layer, `page_size` rows a tile, and `width`
+    columns a tile, the pool's W."""
 
     stacks: tuple[Stack, ...]
     page_size: int
     width: int
-
-    @classmethod
-    def of_decoder(
-        cls, hidden_size: int, q_width: int, kv_width: int, intermediate_size: int, page_size: int
-    ) -> LoraLayout:
-        """The four stacks of a Llama-like decoder layer; `width` is `kv_width`, the pool's W."""
-        return cls(
-            stacks=(
-                Stack("qkv", ("q", "k", "v"), hidden_size, (q_width, kv_width, kv_width)),
-                Stack("o", ("o",), q_width, (hidden_size,)),
-                Stack("gate_up", ("gate", "up"), hidden_size, (intermediate_size, intermediate_size)),
-                Stack("down", ("down",), intermediate_size, (hidden_size,)),
-            ),
-            page_size=page_size,
-            width=kv_width,
-        )
 
     def a_chunks(self, stack: Stack) -> int:
         return ceil_div(stack.d_in, self.width)

@@ -62,7 +62,4 @@ def tile_rows(**facts: Any) -> int:
 
 def _block(block: int, width: int) -> int:
     """`block` columns, or as many as divide the pool's width: a block must not straddle two tiles."""
-    block = min(block, width & -width)
-    if block < MIN_BLOCK:
-        raise NotImplementedError(f"pool width {width}: the LoRA kernels need a multiple of {MIN_BLOCK}; use 'xla'")
-    return block
+    return min(block, width & -width)

@@ -161,7 +161,7 @@ def lora_shrink(
     """See `pallas_kernels.lora.api.lora_shrink`."""
     num_rows, ranks = x.shape[0], len(stack.projections) * max_rank
     (h,) = triton_call(
-        "pallas_kernels.lora.triton:lora_shrink_kernel",
+        lora_shrink_kernel,
         x, pool, pages, work,
         out=[jax.ShapeDtypeStruct((plan.splits(stack.d_in), num_rows, ranks), jnp.float32)],
         grid=(work.shape[0], plan.splits(stack.d_in)),
@@ -187,7 +187,7 @@ def lora_expand(
     spans = sum(ceil_div(d, plan.span_n) for d in stack.d_outs)
     wide, narrow = layout.b_chunks(stack)
     (out,) = triton_call(
-        "pallas_kernels.lora.triton:lora_expand_kernel",
+        lora_expand_kernel,
         h, pool, pages, work, y,
         out=[jax.ShapeDtypeStruct(y.shape, y.dtype)], aliases={4: 0},
         grid=(spans, work.shape[0]),

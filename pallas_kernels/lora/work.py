@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.lora.layout import LoraLayout, Stack
+from pallas_kernels.lora.tiles import LoraTiles
 
 FIELDS = ("first_row", "rows", "slot", "a_base", "b_base", "wide_blocks", "end0", "end1", "end2")
 """Columns of a work table. `first_row`, `rows`: the tile's rows of the step (0 rows where the list has ended). `slot`:
@@ -17,10 +18,7 @@ to and including each projection (the last, repeated, where a stack has fewer): 
 def stack_work(
     layout: LoraLayout,
     ranks: jax.Array,
-    slot: jax.Array,
-    first_row: jax.Array,
-    rows: jax.Array,
-    num_tiles: jax.Array,
+    tiles: LoraTiles,
     *,
     of_a: bool = False,
 ) -> tuple[jax.Array, ...]:
@@ -28,13 +26,13 @@ def stack_work(
 
     Args:
       ranks: int32 `[slots, 7]`.
-      slot, first_row, rows: int32 `[NT]`, the tile list, valid up to `num_tiles` (int32 scalar).
       of_a: `end0..2` count rows of A, where these are dealt to shards.
     """
-    live = jnp.arange(slot.shape[0]) < num_tiles
-    rows = jnp.where(live, rows, 0)
+    slot = tiles.slot
+    live = jnp.arange(slot.shape[0]) < tiles.num_tiles
+    rows = jnp.where(live, tiles.rows, 0)
     ranks = jnp.where(live[:, None], ranks[slot], 0)  # [NT, 7]
-    tiles, _ = layout.stack_tiles(ranks)
+    stack_tiles, _ = layout.stack_tiles(ranks)
 
     def table(stack: Stack, number: int) -> jax.Array:
         ends: list[jax.Array] = []
@@ -44,7 +42,8 @@ def stack_work(
                 rank = ranks[:, stack.rank_index[position]]
                 end = end + (stack.a_ranks(rank) if of_a else rank)
             ends.append(end)
-        t = tiles[number]
-        return jnp.stack([first_row, rows, slot, t.a_base, t.b_base, t.wide_blocks, *ends], axis=1).astype(jnp.int32)
+        t = stack_tiles[number]
+        columns = [tiles.first_row, rows, slot, t.a_base, t.b_base, t.wide_blocks, *ends]
+        return jnp.stack(columns, axis=1).astype(jnp.int32)
 
     return tuple(table(stack, number) for number, stack in enumerate(layout.stacks))

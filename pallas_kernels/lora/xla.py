@@ -14,6 +14,7 @@ Trip counts are data, so nothing is recompiled when adapters come and go.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.lora.layout import LoraLayout, Stack, StackTiles, ceil_div
+from pallas_kernels.lora.tiles import LoraTiles
 
 GROUP = 16
 """Ranks per projection in one unit of work."""
@@ -170,37 +172,19 @@ def add_tiles(
     stack: Stack,
     layout: LoraLayout,
     rows: StackRows,
-    first_row: jax.Array,
-    num_rows: jax.Array,
+    tiles: LoraTiles,
     num_tiles: jax.Array,
     tile_rows: int,
 ) -> jax.Array:
-    """Adds the LoRA part to `y [T, d_out]`, tile by tile: tile i is rows `first_row[i] .. + num_rows[i]` (at most
-    `tile_rows`), all of the adapter that `rows` describes in entry i."""
-    width = layout.width
-    flat = pool.reshape(-1, width)
-    x = _split_columns(x, stack.d_in, width)  # [T, A chunks, W]
-    exact = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    projection = _projection_of_chunk(stack, layout)
+    """Adds the LoRA part to `y [T, d_out]` in tiles `0 .. num_tiles`, of at most `tile_rows` rows; entry i of `rows`
+    describes the adapter of tile i. One loop compiles faster than `expand_tiles` after `shrink_tiles`."""
+    flat, x = pool.reshape(-1, layout.width), _split_columns(x, stack.d_in, layout.width)
 
-    def tile(i: jax.Array, acc: jax.Array) -> jax.Array:
-        start = jnp.clip(first_row[i], 0, x.shape[0] - tile_rows)
-        row = start + jnp.arange(tile_rows)
-        own = (row >= first_row[i]) & (row < first_row[i] + num_rows[i])
+    def hidden(i: jax.Array, start: jax.Array) -> Callable[[jax.Array], jax.Array]:
         x_rows = lax.dynamic_slice_in_dim(x, start, tile_rows)  # [M, A chunks, W]
+        return lambda g: _shrink_group(x_rows, flat, rows.a_row[g, i])
 
-        def group(g: jax.Array, delta: jax.Array) -> jax.Array:
-            a = flat.at[rows.a_row[g, i]].get(**_CLIP)  # [p, GROUP, A chunks, W]
-            h = jnp.einsum("mcw,pjcw->pmj", x_rows, a, precision=exact, preferred_element_type=jnp.float32)
-            h = jnp.where(rows.b_live[g, i][:, None] & own[None, :, None], h[projection], 0.0)  # [B chunks, M, GROUP]
-            b = flat.at[rows.b_row[g, i]].get(**_CLIP).astype(jnp.float32)  # [B chunks, GROUP, W]
-            return delta + jnp.einsum("nmj,njw->mnw", h, b, precision=lax.Precision.HIGHEST)
-
-        old = lax.dynamic_slice_in_dim(acc, start, tile_rows)
-        new = lax.fori_loop(0, rows.groups[i], group, _split_outputs(old, stack, layout))
-        return lax.dynamic_update_slice_in_dim(acc, _join_outputs(new, stack, layout), start, 0)
-
-    return lax.fori_loop(0, num_tiles, tile, y.astype(jnp.float32)).astype(y.dtype)
+    return _add_groups(hidden, y, flat, stack, layout, rows, tiles, num_tiles, tile_rows)
 
 
 def shrink_tiles(
@@ -209,33 +193,27 @@ def shrink_tiles(
     stack: Stack,
     layout: LoraLayout,
     rows: StackRows,
-    first_row: jax.Array,
-    num_rows: jax.Array,
+    tiles: LoraTiles,
     num_tiles: jax.Array,
     tile_rows: int,
 ) -> jax.Array:
-    """The first half of `add_tiles`: `x A` of every tile, float32 `[T, projections, ranks]`, zero in rows of no tile.
-    Ranks that an adapter lacks hold anything finite."""
-    flat = pool.reshape(-1, layout.width)
-    x = _split_columns(x, stack.d_in, layout.width)  # [T, A chunks, W]
-    exact = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    """`x A` of tiles `0 .. num_tiles`, float32 `[T, projections, ranks]`: zero in rows of no tile, any finite number in
+    ranks that an adapter lacks."""
+    flat, x = pool.reshape(-1, layout.width), _split_columns(x, stack.d_in, layout.width)
 
-    def tile(i: jax.Array, h: jax.Array) -> jax.Array:
-        start = jnp.clip(first_row[i], 0, x.shape[0] - tile_rows)
-        row = start + jnp.arange(tile_rows)
-        own = (row >= first_row[i]) & (row < first_row[i] + num_rows[i])
+    def tile(i: jax.Array, start: jax.Array, own: jax.Array, h: jax.Array) -> jax.Array:
         x_rows = lax.dynamic_slice_in_dim(x, start, tile_rows)  # [M, A chunks, W]
 
         def group(g: jax.Array, h: jax.Array) -> jax.Array:
-            a = flat.at[rows.a_row[g, i]].get(**_CLIP)  # [p, GROUP, A chunks, W]
-            new = jnp.einsum("mcw,pjcw->mpj", x_rows, a, precision=exact, preferred_element_type=jnp.float32)
+            new = _shrink_group(x_rows, flat, rows.a_row[g, i]).swapaxes(0, 1)  # [M, p, GROUP]
             old = lax.dynamic_slice(h, (start, 0, g * GROUP), new.shape)
             return lax.dynamic_update_slice(h, jnp.where(own[:, None, None], new, old), (start, 0, g * GROUP))
 
         return lax.fori_loop(0, rows.a_groups[i], group, h)
 
     ranks = rows.a_row.shape[0] * GROUP
-    return lax.fori_loop(0, num_tiles, tile, jnp.zeros((x.shape[0], len(stack.projections), ranks), jnp.float32))
+    h = jnp.zeros((x.shape[0], len(stack.projections), ranks), jnp.float32)
+    return _for_each_tile(tile, h, tiles, num_tiles, tile_rows)
 
 
 def expand_tiles(
@@ -245,33 +223,75 @@ def expand_tiles(
     stack: Stack,
     layout: LoraLayout,
     rows: StackRows,
-    first_row: jax.Array,
-    num_rows: jax.Array,
+    tiles: LoraTiles,
     num_tiles: jax.Array,
     tile_rows: int,
 ) -> jax.Array:
-    """The second half of `add_tiles`: adds `h B` to `y [T, d_out]`; h float32 `[T, projections, ranks]`, whole groups
-    of ranks."""
-    flat = pool.reshape(-1, layout.width)
+    """Adds `h B` to `y [T, d_out]` in tiles `0 .. num_tiles`; h float32 `[T, projections, ranks]`, whole groups of
+    ranks."""
+
+    def hidden(i: jax.Array, start: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        size = tile_rows, h.shape[1], GROUP
+        return lambda g: lax.dynamic_slice(h, (start, 0, g * GROUP), size).swapaxes(0, 1)
+
+    return _add_groups(hidden, y, pool.reshape(-1, layout.width), stack, layout, rows, tiles, num_tiles, tile_rows)
+
+
+def _shrink_group(x: jax.Array, flat: jax.Array, a_row: jax.Array) -> jax.Array:
+    """`x A` of a group's ranks: x `[M, A chunks, W]`, a_row `[p, GROUP, A chunks]` to float32 `[p, M, GROUP]`."""
+    a = flat.at[a_row].get(**_CLIP)  # [p, GROUP, A chunks, W]
+    exact = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum("mcw,pjcw->pmj", x, a, precision=exact, preferred_element_type=jnp.float32)
+
+
+def _add_groups(
+    hidden: Callable[[jax.Array, jax.Array], Callable[[jax.Array], jax.Array]],
+    y: jax.Array,
+    flat: jax.Array,
+    stack: Stack,
+    layout: LoraLayout,
+    rows: StackRows,
+    tiles: LoraTiles,
+    num_tiles: jax.Array,
+    tile_rows: int,
+) -> jax.Array:
+    """Adds `h B` to `y [T, d_out]` group by group; `hidden(i, start)(g)` is h `[p, M, GROUP]` of tile i's group g, in
+    rows from `start` on."""
     projection = _projection_of_chunk(stack, layout)
 
-    def tile(i: jax.Array, acc: jax.Array) -> jax.Array:
-        start = jnp.clip(first_row[i], 0, y.shape[0] - tile_rows)
-        row = start + jnp.arange(tile_rows)
-        own = (row >= first_row[i]) & (row < first_row[i] + num_rows[i])
+    def tile(i: jax.Array, start: jax.Array, own: jax.Array, acc: jax.Array) -> jax.Array:
+        h_of = hidden(i, start)
 
         def group(g: jax.Array, delta: jax.Array) -> jax.Array:
-            part = lax.dynamic_slice(h, (start, 0, g * GROUP), (tile_rows, h.shape[1], GROUP)).swapaxes(0, 1)
             live = rows.b_live[g, i][:, None] & own[None, :, None]  # [B chunks, M, GROUP]
+            h = jnp.where(live, h_of(g)[projection], 0.0)
             b = flat.at[rows.b_row[g, i]].get(**_CLIP).astype(jnp.float32)  # [B chunks, GROUP, W]
-            part = jnp.where(live, part[projection], 0.0)
-            return delta + jnp.einsum("nmj,njw->mnw", part, b, precision=lax.Precision.HIGHEST)
+            return delta + jnp.einsum("nmj,njw->mnw", h, b, precision=lax.Precision.HIGHEST)
 
         old = lax.dynamic_slice_in_dim(acc, start, tile_rows)
         new = lax.fori_loop(0, rows.groups[i], group, _split_outputs(old, stack, layout))
         return lax.dynamic_update_slice_in_dim(acc, _join_outputs(new, stack, layout), start, 0)
 
-    return lax.fori_loop(0, num_tiles, tile, y.astype(jnp.float32)).astype(y.dtype)
+    return _for_each_tile(tile, y.astype(jnp.float32), tiles, num_tiles, tile_rows).astype(y.dtype)
+
+
+def _for_each_tile(
+    step: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
+    carry: jax.Array,
+    tiles: LoraTiles,
+    num_tiles: jax.Array,
+    tile_rows: int,
+) -> jax.Array:
+    """Runs `carry = step(i, start, own, carry)` for tiles `0 .. num_tiles`. Of the `tile_rows` rows from `start` on,
+    tile i has those where `own` (bool `[tile_rows]`) holds."""
+
+    def tile(i: jax.Array, carry: jax.Array) -> jax.Array:
+        first_row = tiles.first_row[i]
+        start = jnp.clip(first_row, 0, carry.shape[0] - tile_rows)
+        row = start + jnp.arange(tile_rows)
+        return step(i, start, (row >= first_row) & (row < first_row + tiles.rows[i]), carry)
+
+    return lax.fori_loop(0, num_tiles, tile, carry)
 
 
 def _divmod(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:

@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import devices
+from pallas_kernels import fallback
 from pallas_kernels.paged_attention import plan, xla
 from pallas_kernels.paged_attention.plan import AttentionShape
+from pallas_kernels.paged_attention.tiles import AttentionTiles
 
 Implementation = Literal["xla", "triton", "mosaic_gpu"]
 IMPLEMENTATIONS = get_args(Implementation)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class AttentionTiles:
-    """The attention work of one step, shared by all layers. Row t of the step belongs to one sequence of the batch;
-    the sequences' rows lie one after another from row 0, and a sequence's keys, up to and including its own rows,
-    already lie in the pool. A sequence without rows is padding.
-
-    page_table: int32 `[S, max_pages]`, each sequence's pages in order of position.
-    first_row, length, context: int32 `[S]`, first row in the step, rows in the step, tokens before them.
-    prefill_seq, prefill_row: int32 `[NT]`, tiles of sequences with more than one row: the sequence, and the tile's
-      first row counted from the sequence's first; valid up to `num_prefill` (a scalar). `NT = ceil(T / tile_rows) + S`,
-      or 0 in a decode program.
-    decode_seq: int32 `[S]`, sequences with one row, longest context first; valid up to `num_decode` (a scalar).
-    """
-
-    page_table: jax.Array
-    first_row: jax.Array
-    length: jax.Array
-    context: jax.Array
-    prefill_seq: jax.Array
-    prefill_row: jax.Array
-    num_prefill: jax.Array
-    decode_seq: jax.Array
-    num_decode: jax.Array
 
 
 class PagedAttention:
@@ -76,15 +50,13 @@ class PagedAttention:
         self._shape = AttentionShape(
             num_heads, num_kv_heads, head_dim, page_size, jnp.dtype(dtype), num_seqs, max_pages, rows, decode, window
         )
-        reference = devices.target() is None or self._shape.dtype == jnp.float32
-        name = implementation or ("xla" if reference else plan.backend(self._shape))
-        try:
-            self._attend = _made(name, tiles, self._shape, tile_rows, interpret)
-        except NotImplementedError as reason:
-            if implementation is not None:
-                raise
-            warnings.warn(f"attention by the XLA reference, which is slow on a GPU: {reason}", stacklevel=2)
-            self._attend = _made("xla", tiles, self._shape, tile_rows, interpret)
+        self._attend = fallback.choose(
+            "attention",
+            implementation,
+            dtype,
+            partial(plan.backend, self._shape),
+            partial(_made, tiles, self._shape, tile_rows, interpret),
+        )
 
     def __call__(self, q: jax.Array, pool: jax.Array) -> jax.Array:
         """Causal grouped-query attention of every row over its own sequence's pages.
@@ -103,7 +75,7 @@ class PagedAttention:
 
 
 def _made(
-    name: str, tiles: AttentionTiles, shape: AttentionShape, tile_rows: int, interpret: bool
+    tiles: AttentionTiles, shape: AttentionShape, tile_rows: int, interpret: bool, name: str
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """The implementation `name` for one step: `(q, pool) -> out`. Backends are imported where they are used."""
     if name == "xla":

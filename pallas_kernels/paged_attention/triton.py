@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.lora.layout import ceil_div
-from pallas_kernels.paged_attention.api import AttentionTiles
 from pallas_kernels.paged_attention.plan import AttentionShape, TritonPlan, triton_plan
+from pallas_kernels.paged_attention.tiles import AttentionTiles
 from pallas_kernels.paged_attention.work import FIELDS, decode_items, prefill_items
 from pallas_kernels.triton_call import triton_call
 
@@ -258,7 +258,7 @@ class Attention:
         items = self._work.shape[0]
         block_g = triton.next_power_of_2(shape.group)
         out, self._arrivals, _, _ = triton_call(
-            "pallas_kernels.paged_attention.triton:paged_attention_kernel",
+            paged_attention_kernel,
             q, pool, self._page_table, self._work, self._arrivals,
             out=[
                 jax.ShapeDtypeStruct(q.shape, q.dtype),

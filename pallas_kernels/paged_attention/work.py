@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.lora.layout import ceil_div
-
-if TYPE_CHECKING:
-    from pallas_kernels.paged_attention.api import AttentionTiles
+from pallas_kernels.paged_attention.tiles import AttentionTiles
 
 FIELDS = ("row", "rows", "seq", "begin", "end", "part", "parts", "num_rows")
 """Columns of a work table. `row`, `rows`: the item's rows of the step (0 rows: nothing to do). `seq`: whose they are.

@@ -8,7 +8,6 @@ count wastes little on its shorter members.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,7 @@ from jax import lax
 
 from pallas_kernels.lora.layout import ceil_div
 from pallas_kernels.paged_attention.plan import AttentionShape
-
-if TYPE_CHECKING:
-    from pallas_kernels.paged_attention.api import AttentionTiles
+from pallas_kernels.paged_attention.tiles import AttentionTiles
 
 ROW_CHUNK = 16
 """Decode rows that share one gather of pages."""

@@ -1,29 +1,19 @@
-"""What an adapter must know of its base model: widths, layer count, and the Hugging Face names of its projections."""
+"""What an adapter must know of its base model: widths, layer count, and the full names of its projections."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
 
-from pallas_kernels.lora.layout import PROJECTIONS, LoraLayout
+from pallas_kernels.lora.layout import LoraLayout
 from slora_jax.errors import ConfigError
+from slora_jax.models.projections import PROJECTIONS, lora_layout
 from slora_jax.parallel.layout import ONE_DEVICE, Shards
-
-MODULES = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-"""Projection name -> module name within a decoder layer."""
 
 
 def module_name(layer: int, projection: str, parent: str = "model") -> str:
     """The module's full Hugging Face name, e.g. `model.layers.0.self_attn.q_proj`. parent: what holds the layers."""
-    return f"{parent}.layers.{layer}.{MODULES[projection]}"
+    return f"{parent}.layers.{layer}.{PROJECTIONS[projection].module}"
 
 
 @dataclass(frozen=True)
@@ -52,13 +42,7 @@ class BaseGeometry:
     @cached_property
     def whole(self) -> LoraLayout:
         """The layout of the whole model's adapters on one device."""
-        return LoraLayout.of_decoder(
-            hidden_size=self.hidden_size,
-            q_width=self.q_width,
-            kv_width=self.kv_width,
-            intermediate_size=self.intermediate_size,
-            page_size=self.page_size,
-        )
+        return lora_layout(self, self.page_size)
 
     @cached_property
     def layout(self) -> LoraLayout:
@@ -70,12 +54,8 @@ class BaseGeometry:
         """Columns of a page over all shards."""
         return self.shards.count * self.layout.width
 
-    @cached_property
-    def _dims(self) -> dict[str, tuple[int, int]]:
-        return {p: (s.d_in, d) for s in self.whole.stacks for p, d in zip(s.projections, s.d_outs, strict=True)}
-
     def dims(self, projection: str) -> tuple[int, int]:
         """`(d_in, d_out)` of a projection's base weight."""
-        if projection not in self._dims:
+        if projection not in PROJECTIONS:
             raise ConfigError(f"unknown projection {projection!r}; expected one of {', '.join(PROJECTIONS)}")
-        return self._dims[projection]
+        return PROJECTIONS[projection].dims(self)

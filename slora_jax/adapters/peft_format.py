@@ -14,14 +14,14 @@ from typing import NamedTuple
 import numpy as np
 from safetensors.numpy import save_file
 
-from pallas_kernels.lora.layout import PROJECTIONS
 from slora_jax.adapters.adapter import LoraAdapter
 from slora_jax.adapters.config import LoraConfig
-from slora_jax.adapters.geometry import MODULES, BaseGeometry, module_name
+from slora_jax.adapters.geometry import BaseGeometry, module_name
 from slora_jax.adapters.targets import Target, resolve_targets
 from slora_jax.adapters.untrusted.quoting import clipped, quoted
 from slora_jax.adapters.untrusted.tensor_file import DTYPES, TensorFile
 from slora_jax.errors import AdapterError
+from slora_jax.models.projections import PROJECTIONS
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -40,7 +40,7 @@ _WEIGHT = re.compile(
     r"\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\.weight"
 )
 _MOST_INNER = 1000  # entries of a folder that are searched for adapters
-_PROJECTION_OF = {module: projection for projection, module in MODULES.items()}
+_PROJECTION_OF = {p.module: name for name, p in PROJECTIONS.items()}
 _UNSUPPORTED_PARTS = {
     "lora_magnitude_vector": "a DoRA magnitude",
     "lora_embedding": "LoRA on an embedding",
@@ -204,7 +204,7 @@ def write_peft(
 def _ranks(targets: Mapping[Key, Target], num_layers: int) -> np.ndarray:
     ranks = np.zeros((num_layers, len(PROJECTIONS)), np.int32)  # [num_layers, 7]
     for (layer, projection), target in targets.items():
-        ranks[layer, PROJECTIONS.index(projection)] = target.rank
+        ranks[layer, [*PROJECTIONS].index(projection)] = target.rank
     return ranks
 
 
@@ -250,7 +250,7 @@ def _unknown(name: str) -> str:
     prefix, layers, _ = name.partition("layers.")
     if not re.fullmatch(_LAYERS, _unwrapped(prefix + layers)):
         reason += f" (expected the prefix '{PREFIX}model.layers.', found {quoted(prefix)})"
-    return f"{reason}; only LoRA on {', '.join(MODULES)} is read"
+    return f"{reason}; only LoRA on {', '.join(PROJECTIONS)} is read"
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,19 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pallas_kernels.lora.layout import PROJECTIONS
 from slora_jax.adapters.adapter import LoraAdapter
 from slora_jax.adapters.config import LoraConfig
-from slora_jax.adapters.geometry import MODULES, BaseGeometry
+from slora_jax.adapters.geometry import BaseGeometry
 from slora_jax.adapters.peft_format import adapter_of
 from slora_jax.adapters.targets import resolve_targets
 from slora_jax.errors import AdapterError
+from slora_jax.models.projections import PROJECTIONS
 
 
 def random_adapter(
     geometry: BaseGeometry,
     rank: int | Mapping[str, int] = 8,
-    targets: Sequence[str] = PROJECTIONS,
+    targets: Sequence[str] = tuple(PROJECTIONS),
     alpha: float | None = None,
     seed: int = 0,
     scale_of_b: float = 0.5,
@@ -32,10 +32,10 @@ def random_adapter(
     """
     ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(targets, rank)
     ranks = {projection: r for projection, r in ranks.items() if r}
-    unknown = ranks.keys() - MODULES.keys()
+    unknown = ranks.keys() - PROJECTIONS.keys()
     if unknown or not ranks:
         raise AdapterError(f"targets: expected some of {', '.join(PROJECTIONS)}, found {sorted(ranks) or 'none'}")
-    suffixes = {p: MODULES[p].split(".")[-1] for p in PROJECTIONS if p in ranks}
+    suffixes = {p: PROJECTIONS[p].module.split(".")[-1] for p in PROJECTIONS if p in ranks}
     largest = max(ranks.values())
     config = LoraConfig.from_json(
         {

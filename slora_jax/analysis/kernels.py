@@ -11,9 +11,9 @@ from functools import cache
 from typing import Any
 
 from pallas_kernels.devices import Device
+from pallas_kernels.targets import TARGETS
 from slora_jax.analysis.hlo import Instruction, instructions
 from slora_jax.analysis.ptxas import assemble, read_report
-from slora_jax.analysis.targets import TARGETS
 
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _TRITON_CALL = re.compile(r'\bopaque = "((?:[^"\\]|\\.)*)"')

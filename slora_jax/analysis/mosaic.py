@@ -18,7 +18,7 @@ from jax._src.interpreters.mlir import make_ir_context
 from jax._src.lib import mosaic_gpu_dialect
 from jaxlib.mlir import ir
 
-from slora_jax.analysis.targets import Target, compile_for
+from pallas_kernels.targets import Target, compile_for
 
 _REPORTS = ("MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS")
 _SHARED_MEMORY = 10

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from pallas_kernels.devices import compiling_for
 from pallas_kernels.lora.layout import PROJECTIONS, ceil_div
+from pallas_kernels.targets import Target, compile_for, deviceless_mesh
 from slora_jax.analysis.collectives import Collective, collectives_in
 from slora_jax.analysis.compiled import pool_use
 from slora_jax.analysis.kernels import KernelUse, kernels_in
 from slora_jax.analysis.ptxas import ptxas
-from slora_jax.analysis.targets import Target, compile_for, deviceless_mesh
 from slora_jax.engine import EngineConfig
 from slora_jax.engine.config import Bucket
 from slora_jax.engine.sizing import longest_sequence, pool_shape, step_spec

@@ -92,9 +92,9 @@ def run(args: argparse.Namespace) -> int:
 
     model = ModelConfig.from_dict(read_json(args.model_config))
     _leave_devices_alone()
+    from pallas_kernels.targets import TARGETS
     from slora_jax.analysis.report import compile_report
     from slora_jax.analysis.report_table import report_table
-    from slora_jax.analysis.targets import TARGETS
 
     report = compile_report(
         model,

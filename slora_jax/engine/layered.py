@@ -15,7 +15,6 @@ import jax
 from flax import nnx
 
 from pallas_kernels.lora import AdapterTable, LoraProduct, LoraTiles
-from pallas_kernels.lora.halves import LoraHalves
 from slora_jax.engine.batch import BatchLayout, SequenceState, StepBatch, unpack
 from slora_jax.engine.step import (
     Lora,
@@ -32,8 +31,6 @@ from slora_jax.memory import Pool
 from slora_jax.models import Params, abstract_decoder
 from slora_jax.models.init import layer_graph
 from slora_jax.parallel.mesh import LOGITS, POOL, REPLICATED
-
-LoraWork = LoraProduct | LoraHalves | None
 
 
 @jax.tree_util.register_dataclass
@@ -138,11 +135,11 @@ class LayeredStep:
         x, cos, sin = decoder.begin(batch.token, batch.position, self._context((), batch, None))
         return state.page_table, x, StepShared(batch, cos, sin)
 
-    def _prepare(self, table: AdapterTable, tiles: LoraTiles) -> LoraWork:
+    def _prepare(self, table: AdapterTable, tiles: LoraTiles) -> LoraProduct | None:
         return lora_work(self._spec, self._layout, table, tiles, self._with_lora)
 
     def _layer(
-        self, params: Params, pool: jax.Array, x: jax.Array, shared: StepShared, lora: LoraWork
+        self, params: Params, pool: jax.Array, x: jax.Array, shared: StepShared, lora: LoraProduct | None
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the layer's pool and output, both in the place of the inputs."""
         context = self._context((pool,), shared.batch, lora)
@@ -156,7 +153,7 @@ class LayeredStep:
         token = likeliest(self._spec, logits)
         return last_token.at[batch.slot].set(token), StepOutput(token, logits)
 
-    def _context(self, pool: tuple[jax.Array, ...], batch: StepBatch, lora: LoraWork) -> PagedContext:
+    def _context(self, pool: tuple[jax.Array, ...], batch: StepBatch, lora: LoraProduct | None) -> PagedContext:
         return PagedContext(pool, batch, lora, self._spec, self._layout)
 
     @cached_property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +14,6 @@ from pallas_kernels import devices
 from pallas_kernels.lora import AdapterTable, LoraLayout, LoraProduct, LoraTiles, lora_tile_rows
 from pallas_kernels.lora.api import Implementation as LoraImplementation
 from pallas_kernels.lora.bmm import Padding, paddings
-from pallas_kernels.lora.halves import LoraHalves
 from pallas_kernels.paged_attention import PagedAttention
 from pallas_kernels.paged_attention.api import Implementation
 from pallas_kernels.pool_write import write_kv
@@ -32,6 +30,7 @@ from slora_jax.engine.sampling import Sampled, greedy, sample, score
 from slora_jax.memory import Pool, PoolShape
 from slora_jax.models import ModelConfig, Params
 from slora_jax.models.decoder import Embedding
+from slora_jax.models.projections import lora_layout
 from slora_jax.parallel import vocabulary
 from slora_jax.parallel.layout import ONE_DEVICE, Shards
 from slora_jax.parallel.lora import add_lora
@@ -64,7 +63,7 @@ class PagedContext:
         self,
         pool: Sequence[jax.Array],
         batch: StepBatch,
-        lora: LoraProduct | LoraHalves | None,
+        lora: LoraProduct | None,
         spec: StepSpec,
         layout: BatchLayout,
     ) -> None:
@@ -102,9 +101,9 @@ class PagedContext:
         if self._lora is None:
             return y
         with jax.named_scope("lora"):
-            if isinstance(self._lora, LoraHalves):
-                return add_lora(self._lora, self._shards, x, y, self.pool[layer], self._stacks[stack])
-            return self._lora(x, y, self.pool[layer], self._stacks[stack])
+            if self._shards.count == 1:
+                return self._lora(x, y, self.pool[layer], self._stacks[stack])
+            return add_lora(self._lora, self._shards, x, y, self.pool[layer], self._stacks[stack])
 
     def lookup(self, embedding: Embedding, tokens: jax.Array) -> jax.Array:
         """The embeddings of `tokens`, summed over the shards' parts of the vocabulary."""
@@ -176,15 +175,17 @@ class StepSpec:
 
     @property
     def lora_layout(self) -> LoraLayout:
-        model = self.model
-        whole = LoraLayout.of_decoder(
-            model.hidden_size, model.q_width, model.kv_width, model.intermediate_size, self.pool.page_size
-        )
-        return self.shards.of_layout(whole)
+        return self.shards.of_layout(lora_layout(self.model, self.pool.page_size))
 
     def layout(self, bucket: Bucket) -> BatchLayout:
         """How a bucket's metadata lies in its buffer."""
-        rows = lora_tile_rows(self.pool.dtype, decode=bucket.decode, implementation=self.lora_kernels)
+        rows = lora_tile_rows(
+            self.lora_layout,
+            self.pool.dtype,
+            decode=bucket.decode,
+            split=self.shards.count > 1,
+            implementation=self.lora_kernels,
+        )
         return BatchLayout(
             bucket, self.pool.page_size, self.max_num_seqs, self.pool.adapter_slots, min(bucket.tokens, rows)
         )
@@ -203,15 +204,12 @@ class StepSpec:
 
 def lora_work(
     spec: StepSpec, layout: BatchLayout, table: AdapterTable, tiles: LoraTiles, with_lora: Lora
-) -> LoraProduct | LoraHalves | None:
+) -> LoraProduct | None:
     """Locates the weights of a step's adapters, once for all layers. Returns None in a program without LoRA."""
     if not with_lora:
         return None
-    product: Any = LoraHalves
-    if spec.shards.count == 1:
-        product = partial(LoraProduct, padding=with_lora if isinstance(with_lora, Padding) else None)
     with jax.named_scope("lora_prepare"):
-        return product(
+        return LoraProduct(
             spec.lora_layout,
             table,
             tiles,
@@ -219,8 +217,10 @@ def lora_work(
             decode=layout.bucket.decode,
             tile_rows=layout.lora_tile_rows,
             max_rank=spec.max_rank,
+            split=spec.shards.count > 1,
             implementation=spec.lora_kernels,
             interpret=spec.interpret,
+            padding=with_lora if isinstance(with_lora, Padding) else None,
         )
 
 

@@ -27,9 +27,10 @@ from slora_jax.models.decoder import Params, model_dtype
 from slora_jax.models.gguf.header import gguf_file
 from slora_jax.models.gguf.tensors import GgufSlice, GgufTensors, open_gguf
 from slora_jax.models.init import abstract_decoder
+from slora_jax.models.projections import PROJECTIONS, STACKS
 from slora_jax.models.rotary import inverse_frequencies
 from slora_jax.models.safetensors_file import SafetensorsSlice, SafetensorsTensors, open_safetensors
-from slora_jax.parallel.layout import ONE_DEVICE, ROW_PARALLEL, Shards
+from slora_jax.parallel.layout import ONE_DEVICE, Shards
 from slora_jax.parallel.mesh import TensorParallel, parameter_spec, whole_shape
 
 _BLOCK_BYTES = 1 << 20
@@ -66,7 +67,7 @@ class Placement:
 def tensor_placements(config: ModelConfig, shards: Shards = ONE_DEVICE, shard: int = 0) -> dict[str, Placement]:
     """Every tensor that a checkpoint of this config must hold, by its Hugging Face name, and what a shard takes of
     it."""
-    d, ffn, q, kv = config.hidden_size, config.intermediate_size, config.q_width, config.kv_width
+    d = config.hidden_size
     whole, vocabulary = slice(0, d), shards.vocabulary(config.vocab_size, shard)
     placements = {
         _EMBEDDING: Placement(("embed", "embedding"), (config.vocab_size, d), part=(vocabulary, whole)),
@@ -76,15 +77,6 @@ def tensor_placements(config: ModelConfig, shards: Shards = ONE_DEVICE, shard: i
         placements[_HEAD] = Placement(
             ("lm_head", "kernel"), (config.vocab_size, d), transposed=True, part=(vocabulary, whole)
         )
-    by_q, by_kv, by_ffn = shards.part(q, shard), shards.kv_part(kv, shard), shards.part(ffn, shard)
-    # Parts by output rows and input columns; of o's and down's bias, the first shard takes all.
-    bias_of_sum = slice(0, d if shard == 0 else 0)
-    stacks = (
-        ("qkv", "self_attn", (("q_proj", q, by_q), ("k_proj", kv, by_kv), ("v_proj", kv, by_kv)), d, whole),
-        ("o", "self_attn", (("o_proj", d, whole),), q, by_q),
-        ("gate_up", "mlp", (("gate_proj", ffn, by_ffn), ("up_proj", ffn, by_ffn)), d, whole),
-        ("down", "mlp", (("down_proj", d, whole),), ffn, by_ffn),
-    )
     biases = {"qkv": config.qkv_bias, "o": config.o_bias, "gate_up": config.mlp_bias, "down": config.mlp_bias}
     norms = [("input_norm", "input_layernorm", d), ("post_attention_norm", "post_attention_layernorm", d)]
     if config.qk_norm:
@@ -93,15 +85,22 @@ def tensor_placements(config: ModelConfig, shards: Shards = ONE_DEVICE, shard: i
         prefix, layer = f"model.layers.{index}", ("layers", index)
         for ours, theirs, features in norms:
             placements[f"{prefix}.{theirs}.weight"] = Placement((*layer, ours, "scale"), (features,))
-        for stack, block, parts, d_in, inputs in stacks:
+        for stack, names in STACKS.items():
             column = 0
-            for part, d_out, outputs in parts:
-                name = f"{prefix}.{block}.{part}"
+            for projection in map(PROJECTIONS.__getitem__, names):
+                d_in, d_out = projection.dims(config)
+                inputs, outputs = slice(0, d_in), slice(0, d_out)
+                if projection.row_parallel:
+                    inputs = shards.part(d_in, shard)
+                else:
+                    outputs = shards.outputs(projection.name, d_out, shard)
+                name = f"{prefix}.{projection.module}"
                 placements[f"{name}.weight"] = Placement(
                     (*layer, stack, "kernel"), (d_out, d_in), column, True, (outputs, inputs)
                 )
                 if biases[stack]:
-                    own = bias_of_sum if stack in ROW_PARALLEL else outputs
+                    # Products of row-parallel projections are summed: the first shard adds the whole bias.
+                    own = slice(0, 0) if projection.row_parallel and shard else outputs
                     placements[f"{name}.bias"] = Placement((*layer, stack, "bias"), (d_out,), column, part=(own,))
                 column += outputs.stop - outputs.start
     return placements

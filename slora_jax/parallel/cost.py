@@ -9,7 +9,7 @@ With N shards, B rows, hidden size h and rank r, in elements a layer, sent by ea
 
 The paper counts attention only: 2 (N - 1) B h / N beside 5 (N - 1) B r / N. r is the engine's `max_rank`: a program's
 shapes do not depend on what adapters are in the batch. Where "slora" gathers, r is rounded up to a multiple of N.
-The engine's programs always send for all projections, with one collective a stack (`STACKS`); the paper's code has
+The engine's programs always send for all projections, with one collective a stack; the paper's code has
 adapters on q, k, v, o only, and one collective for each.
 """
 
@@ -20,10 +20,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from slora_jax.parallel.layout import ROW_PARALLEL, Shards
-
-STACKS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
-"""Projections whose adapters share a collective."""
+from slora_jax.models.projections import PROJECTIONS, STACKS
+from slora_jax.parallel.layout import Shards
 
 
 @dataclass(frozen=True)
@@ -46,16 +44,16 @@ def base_messages(hidden_size: int, rows: int, itemsize: int) -> list[Message]:
 
 
 def lora_messages(
-    shards: Shards, rows: int, max_rank: int, itemsize: int, stacks: Sequence[tuple[str, ...]] = STACKS
+    shards: Shards, rows: int, max_rank: int, itemsize: int, stacks: Sequence[tuple[str, ...]] = tuple(STACKS.values())
 ) -> list[Message]:
-    """Of the adapters in one layer, one for each of `stacks`."""
+    """Of the adapters in one layer, one for each of `stacks`: projections whose adapters share a collective."""
     if shards.lora == "replicated":
         return []
     row = rows * itemsize
     dealt = -(-max_rank // shards.count) * shards.count
     return [
         Message("all-reduce", len(stack) * max_rank * row)
-        if stack[0] in ROW_PARALLEL or shards.lora == "sharded_in"
+        if PROJECTIONS[stack[0]].row_parallel or shards.lora == "sharded_in"
         else Message("all-gather", len(stack) * dealt * row)
         for stack in stacks
     ]

@@ -40,15 +40,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from pallas_kernels.lora.layout import LoraLayout, Stack
+from slora_jax.models.projections import PROJECTIONS, ROW_PARALLEL
 
 if TYPE_CHECKING:
     from slora_jax.models.config import ModelConfig
 
 LoraSharding = Literal["slora", "replicated", "sharded_in"]
 LORA_SHARDINGS = get_args(LoraSharding)
-
-ROW_PARALLEL = ("o", "down")
-"""Stacks whose base is cut by input rows: the shards' products are summed."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +92,15 @@ class Shards:
 
     def inputs(self, projection: str, d_in: int, shard: int) -> slice:
         """Columns of a projection's A `[r, d_in]` that a shard holds."""
-        cut = projection in ROW_PARALLEL or self.lora == "sharded_in"
+        cut = PROJECTIONS[projection].row_parallel or self.lora == "sharded_in"
         return self.part(d_in, shard) if cut else slice(0, d_in)
 
     def outputs(self, projection: str, d_out: int, shard: int) -> slice:
         """Columns of a projection's B `[r, d_out]` that a shard holds."""
-        if projection in ROW_PARALLEL and self.lora == "replicated":
+        if PROJECTIONS[projection].row_parallel and self.lora == "replicated":
             return slice(0, d_out)
-        return self.kv_part(d_out, shard) if projection in ("k", "v") else self.part(d_out, shard)
+        by_heads = PROJECTIONS[projection].d_out == "kv_width"
+        return self.kv_part(d_out, shard) if by_heads else self.part(d_out, shard)
 
     def ranks(self, stack: Stack, shard: int) -> slice:
         """Rows of a projection's A that a shard holds, of a stack of its own layout (`of_layout`)."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import jax
 from jax import lax
 
-from pallas_kernels.lora.halves import LoraHalves
+from pallas_kernels.lora import LoraProduct
 from pallas_kernels.lora.layout import Stack
-from slora_jax.parallel.layout import ROW_PARALLEL, Shards
+from slora_jax.models.projections import ROW_PARALLEL
+from slora_jax.parallel.layout import Shards
 from slora_jax.parallel.mesh import AXIS
 
 
-def add_lora(lora: LoraHalves, shards: Shards, x: jax.Array, y: jax.Array, pool: jax.Array, stack: Stack) -> jax.Array:
+def add_lora(lora: LoraProduct, shards: Shards, x: jax.Array, y: jax.Array, pool: jax.Array, stack: Stack) -> jax.Array:
     """Adds a stack's adapters to a shard's base product.
 
     x `[T, d]`, the same on all shards, and y a shard's columns; or, for o and down, x a shard's columns and y `[T, d]`

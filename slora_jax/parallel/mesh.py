@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from slora_jax.errors import ConfigError
+from slora_jax.models.projections import ROW_PARALLEL, STACKS
 from slora_jax.parallel.layout import LoraSharding, Shards
 
 if TYPE_CHECKING:
@@ -33,11 +34,8 @@ _COLUMNS, _ROWS = P(None, AXIS), P(AXIS, None)
 _PARAMETERS = {
     ("embed", "embedding"): _ROWS,
     ("lm_head", "kernel"): _COLUMNS,
-    ("qkv", "kernel"): _COLUMNS,
-    ("gate_up", "kernel"): _COLUMNS,
-    ("o", "kernel"): _ROWS,
-    ("down", "kernel"): _ROWS,
-    **{(stack, "bias"): P(AXIS) for stack in ("qkv", "o", "gate_up", "down")},
+    **{(stack, "kernel"): _ROWS if stack in ROW_PARALLEL else _COLUMNS for stack in STACKS},
+    **{(stack, "bias"): P(AXIS) for stack in STACKS},
 }
 
 

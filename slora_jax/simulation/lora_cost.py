@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slora_jax.parallel.cost import STACKS
+from slora_jax.models.projections import STACKS
 from slora_jax.simulation.device import DeviceModel, Efficiency
 from slora_jax.simulation.shape import ModelShape
 from slora_jax.simulation.work import StepWork
@@ -56,7 +56,7 @@ class Segmented(LoraCost):
     @property
     def stacks(self) -> tuple[tuple[str, ...], ...]:
         """All of them: a program does not depend on what adapters have."""
-        return STACKS
+        return tuple(STACKS.values())
 
     def compute(self, work: StepWork) -> float:
         operations = 2 * work.row_ranks * self.shape.lora_params

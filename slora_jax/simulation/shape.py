@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
 
-from pallas_kernels.lora.layout import PROJECTIONS, LoraLayout
+from pallas_kernels.lora.layout import LoraLayout
 from slora_jax.errors import ConfigError
 from slora_jax.models import ModelConfig
+from slora_jax.models.projections import PROJECTIONS, lora_layout
 from slora_jax.parallel.layout import ONE_DEVICE, Shards
 
 ATTENTION = ("q", "k", "v", "o")
@@ -84,9 +86,7 @@ class ModelShape:
     @cached_property
     def layer_params(self) -> int:
         """Matrix elements of one layer."""
-        hidden = self.hidden_size
-        attention = hidden * (self.q_width + 2 * self.kv_width) + self.q_width * hidden
-        return attention + 3 * hidden * self.intermediate_size
+        return sum(math.prod(projection.dims(self)) for projection in PROJECTIONS.values())
 
     @cached_property
     def head_params(self) -> int:
@@ -111,16 +111,7 @@ class ModelShape:
     @cached_property
     def lora_params(self) -> int:
         """Elements of an adapter per rank: A's and B's, over its projections and all layers."""
-        dims = {
-            "q": self.hidden_size + self.q_width,
-            "k": self.hidden_size + self.kv_width,
-            "v": self.hidden_size + self.kv_width,
-            "o": self.q_width + self.hidden_size,
-            "gate": self.hidden_size + self.intermediate_size,
-            "up": self.hidden_size + self.intermediate_size,
-            "down": self.intermediate_size + self.hidden_size,
-        }
-        return self.num_layers * sum(dims[name] for name in self.lora_targets)
+        return self.num_layers * sum(sum(PROJECTIONS[name].dims(self)) for name in self.lora_targets)
 
     @property
     def lora_bytes(self) -> int:
@@ -130,14 +121,7 @@ class ModelShape:
     @cached_property
     def merged_params(self) -> int:
         """Elements of the base matrices that an adapter changes when merged."""
-        size = {
-            "q": self.hidden_size * self.q_width,
-            "k": self.hidden_size * self.kv_width,
-            "v": self.hidden_size * self.kv_width,
-            "o": self.q_width * self.hidden_size,
-        }
-        mlp = self.hidden_size * self.intermediate_size
-        return self.num_layers * sum(size.get(name, mlp) for name in self.lora_targets)
+        return self.num_layers * sum(math.prod(PROJECTIONS[name].dims(self)) for name in self.lora_targets)
 
     def ranks(self, rank: int) -> np.ndarray:
         """int32 `[7]`: an adapter's rank in every projection."""
@@ -150,4 +134,4 @@ class ModelShape:
 
     def lora_layout(self, page_size: int) -> LoraLayout:
         """Where adapters lie in their pages."""
-        return LoraLayout.of_decoder(self.hidden_size, self.q_width, self.kv_width, self.intermediate_size, page_size)
+        return lora_layout(self, page_size)

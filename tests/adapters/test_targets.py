@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from slora_jax.adapters.config import LoraConfig
-from slora_jax.adapters.geometry import MODULES, module_name
+from slora_jax.adapters.geometry import module_name
 from slora_jax.adapters.targets import Target, resolve_targets
 from slora_jax.errors import AdapterError
+from slora_jax.models.projections import PROJECTIONS
 
 LAYERS = 3
 
@@ -87,7 +88,7 @@ CASES = {
     },
     "fan_in_fan_out": {"target_modules": ["q_proj"], "fan_in_fan_out": True},
     "many_full_names": {
-        "target_modules": [module_name(i, p) for i in range(LAYERS) for p in MODULES if (i, p) != (1, "k")],
+        "target_modules": [module_name(i, p) for i in range(LAYERS) for p in PROJECTIONS if (i, p) != (1, "k")],
     },
 }
 

@@ -1,7 +1,7 @@
 """Compiles a small decode step for an H200; run as a program, so that XLA's flags can be its own."""
 
 from pallas_kernels.devices import compiling_for
-from slora_jax.analysis import TARGETS, compile_for
+from pallas_kernels.targets import TARGETS, compile_for
 from slora_jax.engine import EngineConfig
 from slora_jax.engine.config import Bucket
 from slora_jax.engine.sizing import pool_shape, step_spec

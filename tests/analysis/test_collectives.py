@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from slora_jax.analysis import TARGETS, Collective, collectives_in, compile_for, deviceless_mesh
+from pallas_kernels.targets import TARGETS, compile_for, deviceless_mesh
+from slora_jax.analysis import Collective, collectives_in
 from slora_jax.analysis.hlo import array_bytes
 
 WHOLE, ROWS = PartitionSpec(), PartitionSpec("tp")

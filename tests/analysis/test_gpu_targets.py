@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.devices import DEVICES
-from slora_jax.analysis import TARGETS, compile_for, deviceless_mesh
+from pallas_kernels.targets import TARGETS, compile_for, deviceless_mesh
 
 
 def test_every_known_device_is_a_target() -> None:

@@ -1,12 +1,14 @@
 """Custom kernels read from compiled programs, for GPUs that are not there."""
 
+import add_kernel
 import jax
 import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.devices import DEVICES
+from pallas_kernels.targets import TARGETS, compile_for
 from pallas_kernels.triton_call import triton_call
-from slora_jax.analysis import TARGETS, compile_for, kernels_in
+from slora_jax.analysis import kernels_in
 from slora_jax.analysis.ptxas import Resources, read_report
 
 X = jax.ShapeDtypeStruct((1024,), jnp.float32)
@@ -15,14 +17,14 @@ SQUARE = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
 
 def add(x, y, block=128):
     (out,) = triton_call(
-        "add_kernel:add", x, y, out=[jax.ShapeDtypeStruct(x.shape, x.dtype)], grid=(1024 // block,), num_warps=4,
+        add_kernel.add, x, y, out=[jax.ShapeDtypeStruct(x.shape, x.dtype)], grid=(1024 // block,), num_warps=4,
         num_stages=1, block=block,
     )  # fmt: skip
     return out
 
 
 def multiply(x, y):
-    (out,) = triton_call("add_kernel:multiply", x, y, out=[SQUARE], grid=(1,), num_warps=4, num_stages=1, block=64)
+    (out,) = triton_call(add_kernel.multiply, x, y, out=[SQUARE], grid=(1,), num_warps=4, num_stages=1, block=64)
     return out
 
 

@@ -7,8 +7,9 @@ import jax
 import pytest
 
 from pallas_kernels.devices import DEVICES
+from pallas_kernels.targets import TARGETS
 from slora_jax import cli
-from slora_jax.analysis import TARGETS, report
+from slora_jax.analysis import report
 from slora_jax.engine import EngineConfig
 from slora_jax.errors import ConfigError
 from slora_jax.models import ModelConfig

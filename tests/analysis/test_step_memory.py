@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pallas_kernels.devices import compiling_for
-from slora_jax.analysis import TARGETS, KernelUse, compile_for, kernels_in, pool_use
+from pallas_kernels.targets import TARGETS, compile_for
+from slora_jax.analysis import KernelUse, kernels_in, pool_use
 from slora_jax.engine import EngineConfig
 from slora_jax.engine.config import Bucket
 from slora_jax.engine.sizing import pool_shape, step_spec

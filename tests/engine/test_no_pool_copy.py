@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from slora_jax.analysis import TARGETS, deviceless_mesh, pool_use
+from pallas_kernels.targets import TARGETS, deviceless_mesh
+from slora_jax.analysis import pool_use
 from slora_jax.engine.batch import BatchLayout, Bucket
 from slora_jax.engine.layered import LayeredStep
 from slora_jax.engine.step import StepSpec, make_step, step_shapes

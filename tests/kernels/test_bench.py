@@ -11,22 +11,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.kernel_bench.__main__ import step_section
 from pallas_kernels.bench import __main__ as command
 from pallas_kernels.bench import peers, supervisor
 from pallas_kernels.bench.adapters import resident, spread
 from pallas_kernels.bench.case import Case, Program, Section, System, chain
 from pallas_kernels.bench.goals import goals
+from pallas_kernels.bench.models import decoder_layout
 from pallas_kernels.bench.pools import random_pages
 from pallas_kernels.bench.record import Record
 from pallas_kernels.bench.size import FULL, MINIATURE
 from pallas_kernels.bench.timing import Timing, time_in_turn
 from pallas_kernels.bench.worker import Worker, distance
-from pallas_kernels.lora import LoraLayout
 from pallas_kernels.roofline import Work
+
+MORE = {"step": step_section}
+
+
+def sections(miniature: bool) -> list[Section]:
+    return command._sections(command._parser("bench", MORE).parse_args([]), miniature, MORE)
 
 
 def bench(*arguments: object) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "pallas_kernels.bench", *map(str, arguments)]
+    line = [sys.executable, "-m", "experiments.kernel_bench", *map(str, arguments)]
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -82,11 +89,11 @@ def test_programs_compile_for_a_gpu_that_is_not_there(tmp_path):
 
 
 def test_the_list_names_every_case_and_runs_none(capsys):
-    assert command.main(["--list"]) == 0
+    assert command.main(["--list"], more=MORE) == 0
     lines = capsys.readouterr().out.splitlines()
     label = "lora decode model=llama-3-8b rows=256 adapters=256 rank=16"
     assert any(f"{label}: triton, mosaic_gpu, xla, ragged_dot" in line for line in lines)
-    for section in command.SECTIONS:
+    for section in (*command.SECTIONS, *MORE):
         assert any(line.startswith(section) for line in lines)
 
 
@@ -117,8 +124,7 @@ def test_a_match_without_cases_says_so():
 
 @pytest.mark.parametrize("size", [FULL, MINIATURE], ids=["full", "miniature"])
 def test_labels_and_program_names_are_unique(size):
-    args = command._parser().parse_args([])
-    cases = [case for section in command._sections(args, size.miniature) for case in section.cases]
+    cases = [case for section in sections(size.miniature) for case in section.cases]
     labels = [case.label for case in cases]
     assert len(set(labels)) == len(labels)
     programs = {id(s.program): s.program.name for case in cases for s in case.systems if s.program}
@@ -126,8 +132,7 @@ def test_labels_and_program_names_are_unique(size):
 
 
 def test_the_full_size_covers_what_the_goals_are_about():
-    args = command._parser().parse_args([])
-    cases = [case for section in command._sections(args, False) for case in section.cases if not case.is_check]
+    cases = [case for section in sections(False) for case in section.cases if not case.is_check]
     decode = [case.facts for case in cases if (case.op, case.regime) == ("lora", "decode")]
     assert {facts["adapters"] for facts in decode} == {1, 4, 16, 64, 256}
     assert {facts["rank"] for facts in decode} == {8, 16, 32, 64, 128, "mixed"}
@@ -369,7 +374,7 @@ def test_rows_are_spread_evenly():
 
 def test_competitors_get_the_adapters_own_matrices(rng):
     """`x A B` from the contiguous copies equals the sum over rows of tiles, read by the layout's own arithmetic."""
-    layout = LoraLayout.of_decoder(hidden_size=24, q_width=32, kv_width=16, intermediate_size=40, page_size=8)
+    layout = decoder_layout(hidden_size=24, q_width=32, kv_width=16, intermediate_size=40, page_size=8)
     adapters = resident(layout, "ragged", slots=3, max_rank=12, pool_pages=400, rng=rng)
     pool = rng.standard_normal((400, 2, 8, 16)).astype(np.float32)
     slots = np.array([2, 0])

@@ -1,11 +1,14 @@
 """Which implementation a step takes, and what it says when it cannot take the planned one."""
 
+from functools import partial
+
 import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import devices, plans
-from pallas_kernels.lora import AdapterTable, LoraLayout, LoraProduct, LoraTiles
-from pallas_kernels.lora.api import resolve
+from pallas_kernels.bench.models import decoder_layout
+from pallas_kernels.lora import AdapterTable, LoraLayout, LoraProduct, LoraTiles, lora_tile_rows
+from pallas_kernels.lora.api import backend
 from pallas_kernels.lora.plan import expand_plan, shrink_plan
 from pallas_kernels.paged_attention import AttentionTiles, PagedAttention
 
@@ -19,22 +22,26 @@ def attention(**changes) -> PagedAttention:
     return PagedAttention(tiles, **(shape | {"decode": True, "tile_rows": 2} | changes))
 
 
+def layout_of(width: int) -> LoraLayout:
+    return decoder_layout(width, width, width, width, 16)
+
+
 def product(width: int, **changes) -> LoraProduct:
-    layout = LoraLayout.of_decoder(width, width, width, width, 16)
     ints = jnp.zeros(3, jnp.int32)
     table, tiles = (
         AdapterTable(jnp.zeros((2, 9), jnp.int32), jnp.zeros((2, 7), jnp.int32)),
         LoraTiles(*(ints,) * 4, *(ints[0],) * 4),
     )
     static = {"dtype": "bfloat16", "decode": True, "tile_rows": 3, "max_rank": 8}
-    return LoraProduct(layout, table, tiles, **(static | changes))
+    return LoraProduct(layout_of(width), table, tiles, **(static | changes))
 
 
 def test_a_cpu_and_float32_have_the_reference_and_a_gpu_what_the_plan_table_names():
-    assert resolve(None, "bfloat16") == "xla"
+    layout = layout_of(32)
+    assert backend(layout, "bfloat16") == "xla"
     with devices.compiling_for(H200):
-        assert resolve(None, "float32") == "xla"
-        assert resolve(None, "bfloat16") == resolve(None, "float16") == "triton"
+        assert backend(layout, "float32") == "xla"
+        assert backend(layout, "bfloat16") == backend(layout, "float16") == "triton"
     assert devices.target() is None
 
 
@@ -42,8 +49,19 @@ def test_what_the_planned_kernel_does_not_serve_falls_back_with_a_warning():
     with devices.compiling_for(H200):
         with pytest.warns(UserWarning, match="attention by the XLA reference.*head_dim 96"):
             attention(head_dim=96)
-        with pytest.warns(UserWarning, match="LoRA by the XLA reference.*width 24"):
-            product(24)
+        for split in (False, True):
+            with pytest.warns(UserWarning, match="LoRA by the XLA reference.*width that is a multiple of 16, not 24"):
+                product(24, split=split)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_lora_tile_rows_are_those_of_the_backend_that_runs(split):
+    height = partial(lora_tile_rows, dtype="bfloat16", decode=False, split=split)
+    with devices.compiling_for(H200):
+        assert height(layout_of(32)) == height(layout_of(32), implementation="triton")
+        with pytest.warns(UserWarning, match="LoRA by the XLA reference"):
+            assert height(layout_of(24)) == height(layout_of(24), implementation="xla")
+        assert height(layout_of(24), implementation="xla") != height(layout_of(32), implementation="triton")
 
 
 def test_what_a_named_kernel_does_not_serve_is_refused_with_the_reason():
@@ -53,6 +71,16 @@ def test_what_a_named_kernel_does_not_serve_is_refused_with_the_reason():
         attention(implementation="cuda")
     with pytest.raises(NotImplementedError, match="float32"):
         product(32, dtype="float32", implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="'triton' takes a pool width that is a multiple of 16, not 24"):
+        product(24, implementation="triton")
+
+
+def test_a_product_is_called_whole_or_in_halves_as_it_was_made():
+    (stack, *_), ones = layout_of(32).stacks, jnp.ones((3, 32))
+    with pytest.raises(ValueError, match="split=False; shrink and expand need split=True"):
+        product(32).shrink(ones, ones, stack)
+    with pytest.raises(ValueError, match="split=True; the whole product needs split=False"):
+        product(32, split=True)(ones, ones, ones, stack)
 
 
 def test_a_plan_is_the_first_entry_of_the_device_or_else_of_any_that_fits():

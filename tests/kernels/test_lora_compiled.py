@@ -11,7 +11,8 @@ from gpu_shapes import LAYERS
 from pallas_kernels import devices
 from pallas_kernels.lora import AdapterTable, LoraProduct, LoraTiles, lora_tile_rows
 from pallas_kernels.lora.layout import ceil_div
-from slora_jax.analysis import TARGETS, compile_for, kernels_in
+from pallas_kernels.targets import TARGETS, compile_for
+from slora_jax.analysis import kernels_in
 
 SLOTS, NUM_PAGES = 256, 4000
 STEPS = {"decode-256": (256, True), "mixed-2048": (2048, False)}
@@ -30,7 +31,7 @@ def compiled(layer, device, rows, decode, page_size=16, dtype="bfloat16", max_ra
         return struct(*shape, dtype="int32")
 
     with devices.compiling_for(device):
-        tile_rows = lora_tile_rows(dtype, decode=decode)
+        tile_rows = lora_tile_rows(layout, dtype, decode=decode)
 
     def run(table, tiles, xs, ys, pool):
         lora = LoraProduct(layout, table, tiles, dtype=dtype, decode=decode, tile_rows=tile_rows, max_rank=max_rank)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels.bench.models import decoder_layout
 from pallas_kernels.lora import PROJECTIONS, LoraLayout, Stack
 
 PAGE_SIZES = st.sampled_from([8, 16, 32])
@@ -18,7 +19,7 @@ def decoders(draw) -> LoraLayout:
     """Grouped-query decoders; hidden and intermediate widths need not be multiples of W = kv_width."""
     head_dim, kv_heads, group = draw(st.integers(1, 24)), draw(st.integers(1, 3)), draw(st.integers(1, 8))
     kv_width = head_dim * kv_heads
-    return LoraLayout.of_decoder(
+    return decoder_layout(
         hidden_size=draw(st.integers(1, 6 * kv_width)),
         q_width=kv_width * group,
         kv_width=kv_width,
@@ -75,9 +76,9 @@ def formulas(layout: LoraLayout, ranks: np.ndarray) -> dict[tuple[str, str, int,
 
 @settings(max_examples=300, deadline=None)
 @given(layout=st.one_of(decoders(), wide_projections()), ranks=RANKS)
-@example(layout=LoraLayout.of_decoder(40, 48, 16, 56, 8), ranks=[9, 0, 2, 0, 0, 8, 16])
-@example(layout=LoraLayout.of_decoder(40, 48, 16, 56, 8), ranks=[0, 3, 0, 0, 0, 0, 0])
-@example(layout=LoraLayout.of_decoder(40, 48, 16, 56, 32), ranks=[0] * 7)
+@example(layout=decoder_layout(40, 48, 16, 56, 8), ranks=[9, 0, 2, 0, 0, 8, 16])
+@example(layout=decoder_layout(40, 48, 16, 56, 8), ranks=[0, 3, 0, 0, 0, 0, 0])
+@example(layout=decoder_layout(40, 48, 16, 56, 32), ranks=[0] * 7)
 def test_formulas_number_the_tiles_as_a_walk_over_them_does(layout, ranks):
     tiles = walk(layout, ranks)
     assert formulas(layout, np.array(ranks, np.int32)) == tiles
@@ -109,7 +110,7 @@ def test_ints_numpy_and_jax_arrays_agree(layout, many):
 
 
 def test_decoder_stacks_have_the_models_widths():
-    layout = LoraLayout.of_decoder(hidden_size=40, q_width=48, kv_width=16, intermediate_size=56, page_size=8)
+    layout = decoder_layout(hidden_size=40, q_width=48, kv_width=16, intermediate_size=56, page_size=8)
     assert [(s.name, s.d_in, s.d_outs) for s in layout.stacks] == [
         ("qkv", 40, (48, 16, 16)),
         ("o", 48, (40,)),
@@ -125,7 +126,7 @@ def test_decoder_stacks_have_the_models_widths():
 
 def test_low_ranks_of_one_stack_share_a_block():
     """q, k, v of rank 5 at page size 16: one block of A (3 chunks) and one of B (3 chunks), not three of each."""
-    layout = LoraLayout.of_decoder(hidden_size=40, q_width=48, kv_width=16, intermediate_size=56, page_size=16)
+    layout = decoder_layout(hidden_size=40, q_width=48, kv_width=16, intermediate_size=56, page_size=16)
     assert layout.num_tiles(np.array([5, 5, 5, 0, 0, 0, 0])) == 6
     assert layout.num_pages(np.array([5, 5, 6, 0, 0, 0, 0])) == 3
     assert layout.num_tiles(np.array([0, 5, 5, 0, 0, 0, 0])) == 4  # without q, B is one chunk wide
@@ -133,7 +134,7 @@ def test_low_ranks_of_one_stack_share_a_block():
 
 
 def test_an_adapter_of_rank_128_does_not_change_what_a_small_one_costs():
-    layout = LoraLayout.of_decoder(64, 64, 32, 112, 16)
+    layout = decoder_layout(64, 64, 32, 112, 16)
     together = layout.num_pages(np.array([[8] * 7, [128] * 7]))
     assert together[0] == layout.num_pages(np.array([8] * 7)) < together[1] / 5
 

@@ -14,12 +14,13 @@ import pytest
 from gpu_shapes import LAYERS
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-from pallas_kernels.bench.models import Model
+from pallas_kernels.bench.models import Model, decoder_layout
 from pallas_kernels.devices import DEVICES, compiling_for
-from pallas_kernels.lora import PROJECTIONS, LoraLayout, mosaic_gpu
+from pallas_kernels.lora import PROJECTIONS, LoraLayout, LoraTiles, mosaic_gpu
 from pallas_kernels.lora.plan import ExpandPlan, ShrinkPlan, expand_plan, shrink_plan
 from pallas_kernels.lora.work import FIELDS, stack_work
-from slora_jax.analysis import TARGETS, compile_for, kernels_in
+from pallas_kernels.targets import TARGETS, compile_for
+from slora_jax.analysis import kernels_in
 
 SLOTS = 7
 SHRINK = ShrinkPlan(block_r=64, block_k=128, slice_k=128, warps=4, stages=3)
@@ -50,7 +51,7 @@ def ffn(gate: int, up: int, down: int = 0) -> tuple[int, ...]:
 
 
 def decoder(page_size: int, width: int = 128, hidden: int = 256) -> LoraLayout:
-    return LoraLayout.of_decoder(hidden, 2 * width, width, 3 * width, page_size)
+    return decoder_layout(hidden, 2 * width, width, 3 * width, page_size)
 
 
 CASES = {
@@ -111,8 +112,8 @@ class Problem:
         live = len(tiles)
         tiles += [(int(slots[0]), 0, case.tile_rows)] * 2  # past the list's end
         slot, first_row, rows = (jnp.asarray(column, jnp.int32) for column in zip(*tiles, strict=True))
-        count = jnp.int32(live)
-        self.work = stack_work(self.layout, jnp.asarray(ranks, jnp.int32), slot, first_row, rows, count)[case.stack]
+        work = LoraTiles(slot, first_row, rows, slot, *(jnp.int32(live),) * 4)
+        self.work = stack_work(self.layout, jnp.asarray(ranks, jnp.int32), work)[case.stack]
         self.x = rng.standard_normal((case.rows, self.stack.d_in)).astype(self.dtype)
         self.y = rng.standard_normal((case.rows, self.stack.d_out)).astype(self.dtype)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.bench.models import decoder_layout
 from pallas_kernels.lora import PROJECTIONS, AdapterTable, LoraLayout, LoraProduct, LoraTiles
 from pallas_kernels.lora.bmm import Padding, paddings, smallest
 from pallas_kernels.lora.plan import ExpandPlan, ShrinkPlan
@@ -31,7 +32,7 @@ class Shape:
 
     @property
     def layout(self) -> LoraLayout:
-        return LoraLayout.of_decoder(self.hidden, self.q_width, self.kv_width, self.ffn, self.page_size)
+        return decoder_layout(self.hidden, self.q_width, self.kv_width, self.ffn, self.page_size)
 
 
 # Hidden 2.5 W, q 3 W and ffn 3.5 W; multi-head with W = hidden; a W wider than the lanes of a sum; rank above 100.
@@ -70,8 +71,8 @@ def product(shape: Shape, decode: bool, implementation: str, padding: Padding | 
             max_rank=shape.max_rank,
             implementation=implementation,
             interpret=implementation == "triton",
-            shrink=ShrinkPlan(block_r=16, block_k=block, slice_k=2 * block, warps=2, stages=2),  # several slices
-            expand=ExpandPlan(block_r=16, block_n=block, span_n=2 * block, warps=2, stages=2),  # several spans
+            shrink_plan=ShrinkPlan(block_r=16, block_k=block, slice_k=2 * block, warps=2, stages=2),  # several slices
+            expand_plan=ExpandPlan(block_r=16, block_n=block, span_n=2 * block, warps=2, stages=2),  # several spans
             padding=padding,
         )
         return [lora(x, y, pool, stack) for x, y, stack in zip(xs, ys, layout.stacks, strict=True)]

@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pallas_kernels import devices
 from pallas_kernels.lora.layout import ceil_div
 from pallas_kernels.paged_attention import AttentionTiles, PagedAttention
-from slora_jax.analysis import TARGETS, deviceless_mesh, kernels_in
+from pallas_kernels.targets import TARGETS, deviceless_mesh
+from slora_jax.analysis import kernels_in
 
 SEQS, MAX_PAGES, NUM_PAGES, TILE_ROWS = 64, 2048, 4000, 64
 

@@ -20,7 +20,8 @@ from pallas_kernels import devices
 from pallas_kernels.paged_attention import AttentionTiles, mosaic_gpu, xla
 from pallas_kernels.paged_attention.mosaic_gpu.work import block_rows, decode_work, mixed_work
 from pallas_kernels.paged_attention.plan import AttentionShape, MosaicGpuPlan
-from slora_jax.analysis import TARGETS, compile_for, kernels_in
+from pallas_kernels.targets import TARGETS, compile_for
+from slora_jax.analysis import kernels_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
 PLAN = MosaicGpuPlan(block_n=64, stages=2, min_chunk=64, programs=4)

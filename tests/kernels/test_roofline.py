@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from pallas_kernels.lora.layout import LoraLayout
+from pallas_kernels.bench.models import decoder_layout
 from pallas_kernels.lora.roofline import expand_work, layer_work, shrink_work
 from pallas_kernels.paged_attention.roofline import attention_work
 from pallas_kernels.pool_write.roofline import write_kv_work, write_pages_work
 from pallas_kernels.roofline import Work
 
-LAYOUT = LoraLayout.of_decoder(hidden_size=6, q_width=8, kv_width=4, intermediate_size=10, page_size=8)
+LAYOUT = decoder_layout(hidden_size=6, q_width=8, kv_width=4, intermediate_size=10, page_size=8)
 
 
 def test_the_floor_is_the_larger_of_the_two():
@@ -64,7 +64,7 @@ def test_a_layers_lora_work_is_that_of_its_stacks(rng):
 
 
 def test_256_adapters_of_rank_128_of_llama_3_8b_are_counted_in_full():
-    layout = LoraLayout.of_decoder(4096, 4096, 1024, 14336, page_size=16)
+    layout = decoder_layout(4096, 4096, 1024, 14336, page_size=16)
     a, b = 3 * 4096 + 4096 + 2 * 4096 + 14336, 4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096
     work = layer_work(np.full((256, 7), 128, np.int32), np.full(256, 10_000, np.int32), layout, 2)
     assert work.flops == 2 * 256 * 10_000 * 128 * (a + b) > 2**31

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.devices import compiling_for
-from slora_jax.analysis import TARGETS, collectives_in, compile_for, deviceless_mesh, pool_use
+from pallas_kernels.targets import TARGETS, compile_for, deviceless_mesh
+from slora_jax.analysis import collectives_in, pool_use
 from slora_jax.analysis.hlo import instructions
 from slora_jax.engine import EngineConfig
 from slora_jax.engine.sizing import pool_shape, step_spec

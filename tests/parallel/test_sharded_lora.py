@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.lora import AdapterTable, LoraTiles
-from pallas_kernels.lora.halves import LoraHalves
+from pallas_kernels.lora import AdapterTable, LoraProduct, LoraTiles
 from slora_jax.adapters import BaseGeometry, LoraAdapter, pack_tiles, random_adapter
-from slora_jax.parallel.layout import LORA_SHARDINGS, ROW_PARALLEL, Shards
+from slora_jax.models.projections import ROW_PARALLEL
+from slora_jax.parallel.layout import LORA_SHARDINGS, Shards
 from slora_jax.parallel.lora import add_lora
 from slora_jax.parallel.mesh import AXIS, POOL, make_mesh
 
@@ -69,8 +69,8 @@ class Batch:
         return out
 
 
-def halves(batch: Batch, implementation: str) -> LoraHalves:
-    return LoraHalves(
+def split_product(batch: Batch, implementation: str) -> LoraProduct:
+    return LoraProduct(
         batch.geometry.layout,
         batch.table,
         batch.tiles,
@@ -78,6 +78,7 @@ def halves(batch: Batch, implementation: str) -> LoraHalves:
         decode=False,
         tile_rows=TILE_ROWS,
         max_rank=MAX_RANK,
+        split=True,
         implementation=implementation,  # type: ignore[arg-type]
         interpret=implementation != "xla",
     )
@@ -106,7 +107,7 @@ def test_every_layout_adds_each_rows_own_adapter(lora, kv_parts):
     @jax.jit
     @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(), POOL), out_specs=P(None, AXIS), check_vma=False)
     def run(xs, ys, pool):
-        product, outputs = halves(batch, "xla"), []
+        product, outputs = split_product(batch, "xla"), []
         shard = jax.lax.axis_index(AXIS)
         for stack, x, y in zip(layout.stacks, xs, ys, strict=True):
             if stack.name in ROW_PARALLEL:
@@ -134,11 +135,11 @@ def test_every_layout_adds_each_rows_own_adapter(lora, kv_parts):
         np.testing.assert_allclose(np.asarray(out), want, rtol=0, atol=1e-5 * np.abs(want).max(), err_msg=stack.name)
 
 
-def test_triton_halves_of_dealt_ranks():
+def test_triton_shrinks_and_expands_dealt_ranks():
     """One shard after the other on one device, what they exchange put together by hand."""
     shards = Shards(DEGREE, DEGREE)
     batch = Batch(shards, "bfloat16", seed=1)
-    product, width = halves(batch, "triton"), batch.geometry.layout.width
+    product, width = split_product(batch, "triton"), batch.geometry.layout.width
     pools = [jnp.asarray(batch.pool[..., s * width : (s + 1) * width]) for s in range(DEGREE)]
     stack = batch.geometry.layout.stacks[0]
     x, parts = batch.normal(96), [batch.normal(batch.geometry.dims(p)[1]) for p in stack.projections]
@@ -157,6 +158,10 @@ def test_triton_halves_of_dealt_ranks():
         np.testing.assert_array_equal(np.asarray(out)[base].view(np.uint16), y[base][:, columns].view(np.uint16))
 
 
-def test_a_backend_with_an_order_of_its_own_is_refused():
-    with pytest.raises(NotImplementedError, match="'mosaic_gpu' keeps the ranks of x A in an order of its own"):
-        halves(Batch(Shards(DEGREE, DEGREE), "bfloat16", seed=2), "mosaic_gpu")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("mosaic_gpu", "keeps the ranks of x A in an order of its own"), ("bmm", "multiplies padded copies of A and B")],
+)
+def test_a_backend_without_halves_is_refused_with_its_reason(name, reason):
+    with pytest.raises(NotImplementedError, match=f"'{name}' {reason}"):
+        split_product(Batch(Shards(DEGREE, DEGREE), "bfloat16", seed=2), name)

@@ -26,7 +26,7 @@ def test_a_file_and_the_command_line(tmp_path: Path) -> None:
         f"""
         adapters: {tmp_path}/adapters
         port: 9000
-        engine: {{dtype: float32, max_seqs: 8, num_pages: 100}}
+        engine: {{dtype: float32, max_num_seqs: 8, num_pages: 100}}
         limits: {{waiting: 5, body_seconds: 3}}
         policy: {{name: vtc, weights: {{acme: 2.0}}}}
         api_keys:
@@ -37,7 +37,7 @@ def test_a_file_and_the_command_line(tmp_path: Path) -> None:
         file, model_dir=Path("models/llama-7b"), port=None, host="::1", engine={"num_pages": 200}
     )
     assert (made.port, made.host, made.base_name) == (9000, "::1", "llama-7b") and made.is_loopback
-    assert (made.engine.dtype, made.engine.max_seqs, made.engine.num_pages) == ("float32", 8, 200)
+    assert (made.engine.dtype, made.engine.max_num_seqs, made.engine.num_pages) == ("float32", 8, 200)
     assert made.limits.waiting == 5 and made.limits.body_seconds == 3.0
     assert made.roots == (tmp_path / "adapters",)
     assert type(made.make_policy()).__name__ == "Vtc"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,7 @@ from pallas_kernels.paged_attention.mosaic_gpu.decode import attend_decode
 from pallas_kernels.paged_attention.mosaic_gpu.mixed import attend_mixed
 from pallas_kernels.paged_attention.mosaic_gpu.work import CONSUMERS, block_rows, decode_work, mixed_work
 from pallas_kernels.paged_attention.plan import AttentionShape, MosaicGpuPlan, mosaic_gpu_plan
-
-if TYPE_CHECKING:
-    from pallas_kernels.paged_attention.api import AttentionTiles
+from pallas_kernels.paged_attention.tiles import AttentionTiles
 
 
 class Attention:

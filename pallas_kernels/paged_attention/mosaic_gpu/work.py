@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.lora.layout import ceil_div
 from pallas_kernels.paged_attention.plan import AttentionShape, MosaicGpuPlan
-
-if TYPE_CHECKING:
-    from pallas_kernels.paged_attention.api import AttentionTiles
+from pallas_kernels.paged_attention.tiles import AttentionTiles
 
 CONSUMERS = 2
 """Warpgroups of 64 packed rows in a mixed block; its registers are dealt for two."""

@@ -11,6 +11,7 @@ import numpy as np
 from slora_jax.errors import CheckpointError
 from slora_jax.models.gguf.config import ROPE_FACTORS
 from slora_jax.models.gguf.header import GgufHeader, TensorInfo, read_header
+from slora_jax.models.projections import PROJECTIONS
 
 TENSOR_TYPES = (
     "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
@@ -24,16 +25,10 @@ _HF_NAMES = {
 }
 _HF_LAYER_NAMES = {
     "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+    **{projection.gguf: projection.module for projection in PROJECTIONS.values()},
 }
 _GGUF_NAMES = {theirs: ours for ours, theirs in (_HF_NAMES | _HF_LAYER_NAMES).items()}
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")

@@ -1,11 +1,7 @@
-"""Cases of whole decode steps: the engine's own program, base only and with adapters on all linear layers.
-
-The one part of the benchmark that needs slora_jax, which it imports only when it is run.
-"""
+"""Cases of whole decode steps: the engine's own program, base only and with adapters on all linear layers."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -22,6 +18,13 @@ from pallas_kernels.lora.roofline import layer_work
 from pallas_kernels.paged_attention.roofline import attention_work
 from pallas_kernels.pool_write.roofline import write_kv_work
 from pallas_kernels.roofline import Work
+from slora_jax.engine.batch import BatchLayout, Bucket, build_metadata
+from slora_jax.engine.step import StepSpec, make_step, step_shapes
+from slora_jax.memory import PoolShape
+from slora_jax.models import ModelConfig, abstract_decoder, init_random
+from slora_jax.scheduling import Request, SamplingParams, StepPlan
+from slora_jax.scheduling.request import AdapterUse, RequestMetrics
+from slora_jax.scheduling.scheduler import ScheduledSequence
 
 ITEMSIZE = 2
 """bfloat16."""
@@ -53,12 +56,7 @@ class Server:
     seed: int
 
     @cached_property
-    def spec(self) -> Any:
-        """The `StepSpec`."""
-        from slora_jax.engine.step import StepSpec
-        from slora_jax.memory import PoolShape
-        from slora_jax.models import ModelConfig, abstract_decoder
-
+    def spec(self) -> StepSpec:
         model, size = self.size.model, self.size
         config = ModelConfig.from_dict(model.config())
         graphdef, params = abstract_decoder(config, "bfloat16")
@@ -107,19 +105,11 @@ class Server:
         return ids.reshape(self.batch, self.sequence_pages)
 
     @cached_property
-    def layout(self) -> Any:
-        """The `BatchLayout`."""
-        from slora_jax.engine.batch import Bucket
-
+    def layout(self) -> BatchLayout:
         return self.spec.layout(Bucket(tokens=self.batch, seqs=self.batch, decode=True))
 
     def metadata(self, adapters: int) -> np.ndarray:
         """A step in which every sequence decodes one token, spread over `adapters` adapters (0: the base model)."""
-        from slora_jax.engine.batch import build_metadata
-        from slora_jax.scheduling import Request, SamplingParams, StepPlan
-        from slora_jax.scheduling.request import AdapterUse, RequestMetrics
-        from slora_jax.scheduling.scheduler import ScheduledSequence
-
         slots = (
             [slot for slot, rows in enumerate(spread(self.batch, adapters)) for _ in range(rows)] if adapters else []
         )
@@ -138,8 +128,6 @@ class Server:
         return build_metadata(plan, self.layout)[0]
 
     def program(self, with_lora: bool) -> Program:
-        from slora_jax.engine.step import make_step, step_shapes
-
         step = make_step(self.spec, self.layout, with_lora)
         name = f"step-{self.size.model.name}-{self.batch}{'-lora' * with_lora}"
         return Program(name, step, lambda: step_shapes(self.spec, self.layout))
@@ -168,8 +156,6 @@ class Arrays:
     """A server's arrays on the device. Pool and state go from one dispatch to the next, whatever its adapters."""
 
     def __init__(self, server: Server) -> None:
-        from slora_jax.models import init_random
-
         release()
         spec, pool = server.spec, server.spec.pool
         _, self.params = init_random(spec.model, "bfloat16", server.seed)
@@ -197,16 +183,8 @@ def section(size: Size, seed: int) -> Section:
 
 
 def _cases(size: Size, grid: Grid, seed: int) -> Iterator[Case]:
-    try:
-        importlib.import_module("slora_jax.engine.step")
-        missing = ""
-    except ImportError as error:
-        missing = f"needs slora_jax: {error}"
     for batch, numbers in grid.steps:
         facts = {"model": size.model.name, "batch": batch, "context": grid.context, "rank": grid.rank}
-        if missing:
-            yield Case("step", "decode", facts, Work(), (System("base", skip=missing),))
-            continue
         server = Server(size, batch, max(numbers), grid, seed)
         base, lora = server.program(False), server.program(True)
         systems = [System("base", base, _start(server, 0))]
