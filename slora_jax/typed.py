@@ -40,16 +40,18 @@ class Range:
             and (self.above is None or value > self.above)
         )
 
-    def __str__(self) -> str:
-        if self.most is None:
-            return "that is positive" if self.least is None else f"of at least {self.least}"
-        return f"in [{self.least}, {self.most}]" if self.above is None else f"in ({self.above}, {self.most}]"
+    def allowed(self, kind: str) -> str:
+        """What is allowed, for an error. kind: "a number" or "an integer"."""
+        if self.most is not None:
+            return f"{kind} in {'[' if self.above is None else '('}{self.least or self.above or 0}, {self.most}]"
+        return f"{kind} of at least {self.least}" if self.above is None else f"{kind} above {self.above}"
 
 
 Count = Annotated[int, Range(least=1)]
 Natural = Annotated[int, Range(least=0)]
 Share = Annotated[float, Range(above=0, most=1)]
 Positive = Annotated[float, Range(above=0)]
+Seconds = Annotated[float, Range(least=0)]
 
 
 def typed(value: Any, kind: Any, where: str) -> Any:
@@ -155,7 +157,7 @@ def _converted(value: Any, kind: Any, where: str) -> Any:
     if origin is Annotated:
         value = _converted(value, inner[0], where)
         if value not in inner[1]:
-            raise _MismatchError(value, f"{_name(inner[0])} {inner[1]}")
+            raise _MismatchError(value, inner[1].allowed(_name(inner[0])))
         return value
     if origin in (Union, types.UnionType):
         return _one_of(value, inner, where)

@@ -213,9 +213,10 @@ def test_verbose_writes_the_seconds_of_each_phase_to_stderr(model_dir, capsys):
         (["--temperature=-1"], "--temperature=-1.0: must be a finite number of at least 0"),
         (["--temperature=hot"], "--temperature='hot': must be a number"),
         (["--seed=-1"], "--seed=-1: must be an integer in [0, 2**32)"),
+        (["--tp=2"], "--tp is called --tensor-parallel-size now"),
         (["--tensor-parallel-size=0"], "--tensor-parallel-size=0: must be a positive integer"),
         (["--dtype=int8"], "--dtype='int8': must be one of 'auto', 'bfloat16', 'float32'"),
-        (["--max-model-len=1"], "--max-model-len=1: must be None or an integer >= 2"),
+        (["--max-model-len=1"], "--max-model-len=1: must be an integer of at least 2"),
         (["--max-model-len=3"], "the prompt has 4 tokens; with max_model_len=3 at most 2"),
         (["--prompt="], "--prompt='': must not be empty"),
     ],
@@ -234,9 +235,9 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(model_dir, options, messag
     [
         (["--tensor-parallel-size=3"], "--tensor-parallel-size=3: the model's num_heads=8 must be a multiple of it"),
         (["--max-num-seqs=0"], "--max-num-seqs=0: must be a positive integer"),
-        (["--max-tokens=2"], "--max-tokens=2: must be at least max_num_seqs=4"),
-        (["--page-size=12"], "--page-size=12: must be 8, 16 or 32"),
-        (["--max-lora-rank=257"], "--max-lora-rank=257: must be in 1..256"),
+        (["--max-num-batched-tokens=2"], "--max-num-batched-tokens=2: must be at least max_num_seqs=4"),
+        (["--page-size=12"], "--page-size=12: must be 8 or 16 or 32"),
+        (["--max-lora-rank=257"], "--max-lora-rank=257: must be an integer in [1, 256]"),
         (["--gpu-memory-fraction=1.5"], "--gpu-memory-fraction=1.5: must be in (0, 1]"),
         (["--adapter-slots=0"], "--adapter-slots=0: must be a positive integer"),
         (["--max-model-len=100000"], "--max-model-len=100000: the model has"),
@@ -254,7 +255,12 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(model_dir, options, messag
     ],
 )
 def test_a_mistake_in_a_compile_report_is_told_before_anything_is_compiled(model_dir, options, message, capsys):
-    needed = [f"--model-config={model_dir / 'config.json'}", "--target=l4", "--max-tokens=32", "--max-num-seqs=4"]
+    needed = [
+        f"--model-config={model_dir / 'config.json'}",
+        "--target=l4",
+        "--max-num-batched-tokens=32",
+        "--max-num-seqs=4",
+    ]
     assert cli.main(["compile-report", *needed, *options]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -265,7 +271,12 @@ def test_a_mistake_in_a_compile_report_is_told_before_anything_is_compiled(model
 
 def test_a_compile_report_refuses_a_model_that_is_not_supported(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    options = [f"--model-config={tmp_path}/config.json", "--target=l4", "--max-tokens=32", "--max-num-seqs=4"]
+    options = [
+        f"--model-config={tmp_path}/config.json",
+        "--target=l4",
+        "--max-num-batched-tokens=32",
+        "--max-num-seqs=4",
+    ]
     assert cli.main(["compile-report", *options]) == 2
     assert "model_type='gpt2' is not supported" in capsys.readouterr().err
 

@@ -23,8 +23,8 @@ from slora_jax.engine.step import StepSpec, make_step, step_shapes
 from slora_jax.memory import PoolShape
 from slora_jax.models import ModelConfig, abstract_decoder, init_random
 from slora_jax.scheduling import Request, SamplingParams, StepPlan
+from slora_jax.scheduling.plan import ScheduledSequence
 from slora_jax.scheduling.request import AdapterUse, RequestMetrics
-from slora_jax.scheduling.scheduler import ScheduledSequence
 
 ITEMSIZE = 2
 """bfloat16."""

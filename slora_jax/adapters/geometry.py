@@ -9,6 +9,7 @@ from pallas_kernels.lora.layout import LoraLayout
 from slora_jax.errors import ConfigError
 from slora_jax.models.projections import PROJECTIONS, lora_layout
 from slora_jax.parallel.layout import ONE_DEVICE, Shards
+from slora_jax.typed import Count, check_fields
 
 
 def module_name(layer: int, projection: str, parent: str = "model") -> str:
@@ -24,20 +25,16 @@ class BaseGeometry:
     `shards` tells how adapters are cut.
     """
 
-    num_layers: int
-    hidden_size: int
-    q_width: int
-    kv_width: int
-    intermediate_size: int
-    page_size: int
+    num_layers: Count
+    hidden_size: Count
+    q_width: Count
+    kv_width: Count
+    intermediate_size: Count
+    page_size: Count
     shards: Shards = ONE_DEVICE
 
     def __post_init__(self) -> None:
-        for field, value in vars(self).items():
-            if field == "shards":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"BaseGeometry.{field} must be a positive integer, found {value!r}")
+        check_fields(self)
 
     @cached_property
     def whole(self) -> LoraLayout:

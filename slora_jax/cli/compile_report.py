@@ -39,7 +39,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         default=EngineConfig.tp_lora,
         help="how adapters are cut: as S-LoRA does (the default), A and B as vLLM's default, or A by input everywhere",
     )
-    option("--max-tokens", metavar="T", type=count, required=True, help="rows of the largest step")
+    option("--max-num-batched-tokens", metavar="T", type=count, required=True, help="rows of the largest step")
     option("--max-num-seqs", metavar="S", type=count, required=True, help="sequences running at once")
     option("--json", metavar="FILE", type=Path, help="write the report there too")
     option(
@@ -66,7 +66,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="compile these only, e.g. decode_64,mixed_2048_lora",
     )
     option("--layers", metavar="N", type=count, help="compile so many layers only: faster, and labelled so")
-    parser.set_defaults(run=run, fields={"max_num_batched_tokens": "max_tokens"})
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         page_size=args.page_size,
         max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=args.max_tokens,
+        max_num_batched_tokens=args.max_num_batched_tokens,
         max_model_len=args.max_model_len,
         adapter_slots=args.adapter_slots,
         max_lora_rank=args.max_lora_rank,

@@ -9,12 +9,20 @@ from typing import Any, NoReturn
 
 from slora_jax.cli import chat, compile_report, demo, generate, serve
 from slora_jax.errors import ConfigError
+from slora_jax.typed import FORMER_NAMES
 
 
 class Parser(argparse.ArgumentParser):
     """Raises `ConfigError` for a mistake: one line that names the option, the value and what is allowed."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)  # the former --tp must not be taken for --tp-lora
+
     def error(self, message: str) -> NoReturn:
+        for option in re.findall(r"--[a-z-]+", message) if message.startswith("unrecognized arguments") else ():
+            now = FORMER_NAMES.get(option.removeprefix("--").replace("-", "_"))
+            if now is not None:
+                message = f"{option} is called --{now.replace('_', '-')} now"
         message = message.removeprefix("argument ").replace(": =", "=", 1)
         message = re.sub(r": invalid choice: (.*) \(choose from (.*)\)$", r"=\1: must be one of \2", message)
         message = re.sub(r": invalid int value: (.*)$", r"=\1: must be an integer", message)

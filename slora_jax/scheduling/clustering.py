@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from heapq import merge
 
-from slora_jax.errors import ConfigError
 from slora_jax.scheduling.policy import Batch, Policy
 from slora_jax.scheduling.queue import RequestQueue, by_number
 from slora_jax.scheduling.request import Request
+from slora_jax.typed import Count, check_fields
 
 
 @dataclass
@@ -24,13 +24,11 @@ class Clustering(Policy):
     Requests for the base model use no adapter and count as clustered. Their order of arrival holds among the clustered.
     """
 
-    max_adapters_in_batch: int
+    max_adapters_in_batch: Count
     hard: bool = False
 
     def __post_init__(self) -> None:
-        most = self.max_adapters_in_batch
-        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
-            raise ConfigError(f"Clustering.max_adapters_in_batch={most!r}: must be an integer of at least 1")
+        check_fields(self)
 
     def select(self, waiting: RequestQueue, batch: Batch, now: float) -> Iterator[Request]:
         if self.hard:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from slora_jax.errors import ConfigError
 from slora_jax.scheduling.policy import Batch, Policy
 from slora_jax.scheduling.queue import RequestQueue
 from slora_jax.scheduling.request import Request
+from slora_jax.typed import Natural, check_fields
 
 
 @dataclass
@@ -21,12 +21,10 @@ class OneAdapter(Policy):
     came before the first one for the batch's own.
     """
 
-    max_overtaken: int = 30
+    max_overtaken: Natural = 30
 
     def __post_init__(self) -> None:
-        most = self.max_overtaken
-        if not isinstance(most, int) or isinstance(most, bool) or most < 0:
-            raise ConfigError(f"OneAdapter.max_overtaken={most!r}: must be an integer of at least 0")
+        check_fields(self)
 
     def select(self, waiting: RequestQueue, batch: Batch, now: float) -> Iterable[Request]:
         if not waiting:

@@ -13,15 +13,12 @@ import yaml
 from slora_jax.engine.config import EngineConfig
 from slora_jax.errors import ConfigError
 from slora_jax.serving.access import ApiKey
-from slora_jax.typed import Count, Positive, Range, check_fields, made
+from slora_jax.typed import Count, Positive, Range, Seconds, check_fields, made
 
 if TYPE_CHECKING:  # JAX, which settings must not wait for
     from slora_jax.distributed.group import ProcessGroup
     from slora_jax.engine import Engine
     from slora_jax.scheduling import Policy
-
-
-Seconds = Annotated[float, Range(0)]
 
 
 @dataclass(frozen=True)

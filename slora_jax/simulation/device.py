@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slora_jax.errors import ConfigError
+from slora_jax.typed import Positive, Seconds, Share, check_fields
 
 SOFTWARE = ("pytorch", "vllm", "peft", "jax")
 """Whose efficiencies a device file has: S-LoRA and what it emulates (PyTorch, Triton and CUDA, launched kernel by
@@ -36,37 +37,28 @@ class Efficiency:
     in it.
     """
 
-    matmul: float
-    bandwidth: float
-    attention: float
-    prefill_attention: float
-    lora: float
-    lora_reread: float
-    lora_flops: float
-    host_to_device: float
-    step_seconds: float
-    layer_seconds: float
-    lora_layer_seconds: float
-    adapter_load_seconds: float
-    allocation_seconds: float
-    launch_seconds: float
-    host_step_seconds: float
-    host_sequence_seconds: float
-    adapter_wrap_seconds: float = 0.0
-    link: float = 1.0
-    collective_seconds: float = 0.0
+    matmul: Share
+    bandwidth: Share
+    attention: Share
+    prefill_attention: Share
+    lora: Share
+    lora_reread: Share
+    lora_flops: Share
+    host_to_device: Share
+    step_seconds: Seconds
+    layer_seconds: Seconds
+    lora_layer_seconds: Seconds
+    adapter_load_seconds: Seconds
+    allocation_seconds: Seconds
+    launch_seconds: Seconds
+    host_step_seconds: Seconds
+    host_sequence_seconds: Seconds
+    adapter_wrap_seconds: Seconds = 0.0
+    link: Share = 1.0
+    collective_seconds: Seconds = 0.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            seconds = field.name.endswith("_seconds")
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise ConfigError(f"Efficiency.{field.name}={value!r}: must be a number")
-            if not (value >= 0 if seconds else 0 < value <= 1):
-                raise ConfigError(
-                    f"Efficiency.{field.name}={value!r}: must be "
-                    + ("at least 0 seconds" if seconds else "a share in (0, 1]")
-                )
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -79,19 +71,16 @@ class DeviceModel:
     """
 
     name: str
-    memory_bytes: float
-    memory_bandwidth: float
-    matmul_flops: float
-    vector_flops: float
-    host_to_device_bandwidth: float
-    link_bandwidth: float
+    memory_bytes: Positive
+    memory_bandwidth: Positive
+    matmul_flops: Positive
+    vector_flops: Positive
+    host_to_device_bandwidth: Positive
+    link_bandwidth: Positive
     efficiency: Mapping[str, Efficiency]
 
     def __post_init__(self) -> None:
-        for field in fields(self)[1:-1]:
-            value = getattr(self, field.name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-                raise ConfigError(f"DeviceModel.{field.name}={value!r} of {self.name!r}: must be a positive number")
+        check_fields(self)
         missing = [name for name in SOFTWARE if name not in self.efficiency]
         if missing:
             raise ConfigError(f"DeviceModel.efficiency of {self.name!r} lacks {', '.join(missing)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -14,6 +14,7 @@ from slora_jax.errors import ConfigError
 from slora_jax.models import ModelConfig
 from slora_jax.models.projections import PROJECTIONS, lora_layout
 from slora_jax.parallel.layout import ONE_DEVICE, Shards
+from slora_jax.typed import Count, check_fields
 
 ATTENTION = ("q", "k", "v", "o")
 """The projections that the paper's adapters have."""
@@ -27,22 +28,19 @@ class ModelShape:
     are cut over devices.
     """
 
-    num_layers: int
-    hidden_size: int
-    q_width: int
-    kv_width: int
-    intermediate_size: int
-    vocab_size: int
+    num_layers: Count
+    hidden_size: Count
+    q_width: Count
+    kv_width: Count
+    intermediate_size: Count
+    vocab_size: Count
     tie_word_embeddings: bool = False
-    dtype_bytes: int = 2
+    dtype_bytes: Count = 2
     lora_targets: tuple[str, ...] = ATTENTION
-    head_dim: int = 128
+    head_dim: Count = 128
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ConfigError(f"ModelShape.{field.name}={value!r}: must be a positive integer")
+        check_fields(self)
         unknown = [name for name in self.lora_targets if name not in PROJECTIONS]
         if unknown or not self.lora_targets:
             raise ConfigError(

@@ -134,7 +134,7 @@ def test_dims_of_every_projection(geometry):
     assert dims == [(24, 32), (24, 16), (24, 16), (32, 24), (24, 40), (24, 40), (40, 24)]
     with pytest.raises(ConfigError, match="unknown projection 'q_proj'"):
         geometry.dims("q_proj")
-    with pytest.raises(ConfigError, match=r"BaseGeometry.page_size must be a positive integer, found 0"):
+    with pytest.raises(ConfigError, match=r"BaseGeometry.page_size=0: must be an integer of at least 1"):
         dataclasses.replace(geometry, page_size=0)
 
 

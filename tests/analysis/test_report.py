@@ -37,7 +37,7 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model_file: Path, *more: str) -> int:
-    options = [f"--model-config={model_file}", "--target=l4", "--max-tokens=32", "--max-num-seqs=4", *more]
+    options = [f"--model-config={model_file}", "--target=l4", "--max-num-batched-tokens=32", "--max-num-seqs=4", *more]
     return cli.main(["compile-report", *options])
 
 

@@ -10,6 +10,7 @@ from transformers import BatchEncoding
 
 from slora_jax import AdapterError, ConfigError, Engine, EngineConfig, RequestError, SamplingParams
 from slora_jax.adapters import random_adapter, write_peft
+from slora_jax.typed import FORMER_NAMES
 
 PROMPT = "The quick brown"
 LONG = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -375,6 +376,12 @@ def test_automatic_dtype_is_float32_on_a_cpu(tiny) -> None:
     assert EngineConfig().dtype == "auto" and EngineConfig(dtype="bfloat16").with_dtype().dtype == "bfloat16"
     with tiny.engine(dtype="auto") as engine:
         assert engine.config.dtype == "float32" and engine.store.dtype == np.float32
+
+
+@pytest.mark.parametrize(("former", "now"), [(a, b) for a, b in FORMER_NAMES.items() if hasattr(EngineConfig, b)])
+def test_former_name_of_a_setting_is_refused_with_its_name_now(former, now) -> None:
+    with pytest.raises(ConfigError, match=f"EngineConfig.{former} is called {now} now"):
+        EngineConfig(**{former: 8})
 
 
 def test_unknown_setting_is_refused_with_the_nearest_one() -> None:

@@ -115,7 +115,7 @@ def test_cases_may_have_cases() -> None:
         ({"workload": {"rate": 0}}, r"workload\.rate=0\.0: must be positive"),
         ({"workload": {"rate": []}}, r"workload\.rate=\[\]: a sweep must have one value at least"),
         ({"workload": {"kind": "sinthetic"}}, r"workload\.kind=sinthetic is unknown \(did you mean 'synthetic'\?\)"),
-        ({"workload": {"input_range": [1, 2, 3]}}, r"workload\.input_range=\[1, 2, 3\]: must have 2 values"),
+        ({"workload": {"input_range": [1, 2, 3]}}, r"workload\.input_range=\[1, 2, 3\]: must be a list of 2 values"),
         ({"workload": 3}, r"workload=3: must be a section with fields kind, rate"),
         ({"adapters": {"count": True}}, r"adapters\.count=True: must be an integer"),
         ({"adapters": {"count": 1.5}}, r"adapters\.count=1\.5: must be an integer"),

@@ -60,7 +60,7 @@ def test_more_shards_than_devices_are_refused():
         make_mesh(4, first=6)
     with pytest.raises(ConfigError, match=r"EngineConfig.tp_first_device=1: must be 0, or with tp > 1"):
         EngineConfig(tp_first_device=1)
-    with pytest.raises(ConfigError, match=r"EngineConfig.tensor_parallel_size=0: must be a positive integer"):
+    with pytest.raises(ConfigError, match=r"EngineConfig.tensor_parallel_size=0: must be an integer of at least 1"):
         EngineConfig(tensor_parallel_size=0)
     with pytest.raises(ConfigError, match=r"EngineConfig.tp_lora='vllm': must be one of"):
         EngineConfig(tp_lora="vllm")  # type: ignore[arg-type]

@@ -83,8 +83,8 @@ def test_efficiencies_are_changed_by_name() -> None:
     for software, change, message in (
         ("java", {}, "software='java'"),
         ("jax", {"speed": 1.0}, "speed"),
-        ("jax", {"matmul": 1.5}, "matmul=1.5: must be a share"),
-        ("jax", {"layer_seconds": -1.0}, "layer_seconds=-1.0: must be at least 0 seconds"),
+        ("jax", {"matmul": 1.5}, "matmul=1.5: must be a number in .0, 1."),
+        ("jax", {"layer_seconds": -1.0}, "layer_seconds=-1.0: must be a number of at least 0"),
     ):
         with pytest.raises(ConfigError, match=message):
             device().fitted(software, **change)
