@@ -41,7 +41,7 @@ class Range:
         )
 
     def allowed(self, kind: str) -> str:
-        """What is allowed, for an error. kind: "a number" or "an integer"."""
+        """Names the allowed values, for an error. kind: "a number" or "an integer"."""
         if self.most is not None:
             return f"{kind} in {'[' if self.above is None else '('}{self.least or self.above or 0}, {self.most}]"
         return f"{kind} of at least {self.least}" if self.above is None else f"{kind} above {self.above}"
@@ -99,8 +99,8 @@ def check_fields(settings: Any, prefix: str | None = None) -> None:
 
 
 def is_sweep(value: Any, kind: Any) -> bool:
-    """Whether a list given for a field is one of values to try in turn: any list, unless the field itself takes a list;
-    then a list of lists."""
+    """Returns whether a list given for a field is one of values to try in turn: any list, unless the field itself takes
+    a list; then a list of lists."""
     return isinstance(value, list) and (not _takes_list(kind) or any(isinstance(one, list) for one in value))
 
 
@@ -136,7 +136,7 @@ def nearest(name: Any, known: Iterable[Any]) -> str:
 
 
 class _MismatchError(Exception):
-    """What a value must be. at: its place within the field."""
+    """Says what a value must be. at: its place within the field."""
 
     def __init__(self, value: Any, expected: str, at: str = "") -> None:
         super().__init__(expected)

@@ -76,13 +76,13 @@ class AdapterContents:
         self._closed = False
 
     def is_named(self, digest: str) -> bool:
-        """Whether any name points to this content."""
+        """Returns whether any name points to this content."""
         with self._changed:
             content = self._contents.get(digest)
             return content is not None and content.names > 0
 
     def holds(self, digest: str) -> bool:
-        """Whether this content is in memory or on disk."""
+        """Returns whether this content is in memory or on disk."""
         with self._changed:
             return digest in self._contents
 

@@ -98,7 +98,7 @@ class SpillFiles:
         return AdapterTiles(spilled.digest, spilled.ranks, content.view(spilled.dtype).reshape(spilled.shape))
 
     def is_there(self, spilled: SpilledTiles) -> bool:
-        """Whether the file exists with its size; its content is checked when it is read."""
+        """Returns whether the file exists with its size; its content is checked when it is read."""
         try:
             return spilled.path.stat().st_size == spilled.nbytes
         except OSError:

@@ -206,7 +206,7 @@ class AdapterStore(AdapterContents):
         return self.info(name).digest
 
     def has(self, name: str) -> bool:
-        """Whether a name is registered."""
+        """Returns whether a name is registered."""
         with self._changed:
             return name in self._infos
 

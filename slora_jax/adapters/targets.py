@@ -64,7 +64,7 @@ def resolve_targets(config: LoraConfig, num_layers: int, parent: str = "model") 
 
 
 def is_targeted(config: LoraConfig, name: str, matcher: Matcher) -> bool:
-    """Whether PEFT adapts the module `name` (peft.tuners.tuners_utils.check_target_module_exists)."""
+    """Returns whether PEFT adapts the module `name` (peft.tuners.tuners_utils.check_target_module_exists)."""
     if _is_excluded(config, name, matcher):
         return False
     wanted = DEFAULT_TARGETS if config.target_modules is None else config.target_modules

@@ -111,7 +111,7 @@ class EngineCore[StepT: Step]:
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has anything left to do or to report."""
+        """Returns whether `step` has anything left to do or to report."""
         return self.scheduler.has_work() or self._in_flight is not None or bool(self._updates)
 
     def add(self, request: Request) -> None:

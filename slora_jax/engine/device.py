@@ -30,7 +30,7 @@ class Copy:
         self.arrays = arrays
 
     def is_there(self) -> bool:
-        """Whether the copy has ended."""
+        """Returns whether the copy has ended."""
         return all(array.is_ready() for array in self.arrays)  # type: ignore[attr-defined]
 
     def wait(self) -> None:
@@ -131,7 +131,7 @@ class Device:
 
     @property
     def is_lost(self) -> bool:
-        """Whether another process is lost, so that no call can be made."""
+        """Returns whether another process is lost, so that no call can be made."""
         return False
 
     def close(self) -> None:

@@ -80,7 +80,8 @@ class DeviceExecutor:
         return self.device.spec.pool.page_bytes
 
     def adapter_state(self, digest: str) -> AdapterState:
-        """Where an adapter's tiles are. Those in memory are held for the upload; those on disk begin to be read."""
+        """Returns where an adapter's tiles are. Those in memory are held for the upload; those on disk begin to be
+        read."""
         try:
             tiles = self._store.request(digest)
         except AdapterError as error:
@@ -165,7 +166,7 @@ class DeviceExecutor:
 
     @property
     def is_lost(self) -> bool:
-        """Whether another process is lost, so that nothing can be executed any more."""
+        """Returns whether another process is lost, so that nothing can be executed any more."""
         return self.device.is_lost
 
     def close(self) -> None:

@@ -303,7 +303,7 @@ class Engine:
         return min(self.max_model_len, most_tokens(self.config.page_size, None, self.allocator))
 
     def has_work(self) -> bool:
-        """Whether `step` has anything left to do or to report."""
+        """Returns whether `step` has anything left to do or to report."""
         return self.core.has_work or bool(self._unread)
 
     def step(self) -> list[Delta]:

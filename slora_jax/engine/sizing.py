@@ -26,7 +26,7 @@ logger = logging.getLogger("slora_jax")
 
 
 def adapter_geometry(model: ModelConfig, page_size: int, shards: Shards = ONE_DEVICE) -> BaseGeometry:
-    """What adapters must know of a base model, and how it is cut."""
+    """The widths of a base model that adapters depend on, and how it is cut."""
     return BaseGeometry(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -60,8 +60,8 @@ def step_spec(
     shape: PoolShape,
     parallel: TensorParallel | None = None,
 ) -> StepSpec:
-    """What an engine's step programs depend on. params: `jax.ShapeDtypeStruct` leaves; with `parallel`, graphdef and
-    params are those of `models.init.abstract_shards`."""
+    """Returns the spec of an engine's step programs. params: `jax.ShapeDtypeStruct` leaves; with `parallel`, graphdef
+    and params are those of `models.init.abstract_shards`."""
     return StepSpec(
         model=model,
         graphdef=graphdef,

@@ -151,7 +151,8 @@ class StepSpec:
 
     @property
     def interpret(self) -> bool:
-        """Whether GPU kernels must run by their interpreters: they were asked for by name where there is no GPU."""
+        """Returns whether GPU kernels must run by their interpreters: they were asked for by name where there is no
+        GPU."""
         return self.kernels not in (None, "xla") and devices.target() is None
 
     @property

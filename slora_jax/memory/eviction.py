@@ -152,7 +152,7 @@ class Evictor:
         return self._pages.get(kind, 0)
 
     def has_idle(self, kind: PageKind, protect_awaited: bool = False) -> bool:
-        """Whether anything of this kind is evictable."""
+        """Returns whether anything of this kind is evictable."""
         return self._top(kind) is not None or (not protect_awaited and bool(self._awaited[kind]))
 
     def available(self, kind: PageKind, protect_awaited: bool = False) -> int:
@@ -164,7 +164,7 @@ class Evictor:
         )
 
     def can_make_room(self, kv_pages: int, adapter_pages: int, protect_awaited: bool = False) -> bool:
-        """Whether so many pages can be allocated for keys and values and for adapters together."""
+        """Returns whether so many pages can be allocated for keys and values and for adapters together."""
         available = self.available(PageKind.KV, protect_awaited)
         if self.allocator.shares_room(PageKind.KV, PageKind.ADAPTER):
             return kv_pages + adapter_pages <= available

@@ -114,7 +114,7 @@ class AdapterResidency:
         return 0 if digest in self.users or is_protected else num_pages
 
     def can_acquire(self, digest: str, protect_awaited: bool = False) -> bool:
-        """Whether a slot is free or can be freed; pages are the caller's arithmetic."""
+        """Returns whether a slot is free or can be freed; pages are the caller's arithmetic."""
         return (
             digest in self._resident
             or bool(self._free_slots)

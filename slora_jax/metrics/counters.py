@@ -1,4 +1,4 @@
-"""What happened since an engine, or a simulation, began."""
+"""Counters of an engine or a simulation."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class RequestRecord:
 
     @property
     def completed(self) -> bool:
-        """Whether it was answered in full; it is aborted otherwise."""
+        """Returns whether it was answered in full; it is aborted otherwise."""
         return self.finish_reason in COMPLETED
 
     @property

@@ -28,7 +28,8 @@ class Projection:
 
     @property
     def row_parallel(self) -> bool:
-        """Whether the base is cut by input rows, so that the shards' products are summed; otherwise by outputs."""
+        """Returns whether the base is cut by input rows, so that the shards' products are summed; otherwise by
+        outputs."""
         return self.d_out == "hidden_size"
 
     def dims(self, model: Any) -> tuple[int, int]:
@@ -61,7 +62,7 @@ ROW_PARALLEL = frozenset(p.stack for p in PROJECTIONS.values() if p.row_parallel
 
 
 def lora_layout(model: Any, page_size: int) -> LoraLayout:
-    """Where adapters of a model with these widths lie in their pages, on one device."""
+    """Returns where adapters of a model with these widths lie in their pages, on one device."""
     stacks = []
     for stack, names in STACKS.items():
         d_ins, d_outs = zip(*(PROJECTIONS[name].dims(model) for name in names), strict=True)

@@ -1,4 +1,4 @@
-"""What shards send each other: the paper's formulas (section 6), extended to the feed-forward and to the other layouts.
+"""Traffic between shards: the paper's formulas (section 6), extended to the feed-forward and to the other layouts.
 
 With N shards, B rows, hidden size h and rank r, in elements a layer, sent by each shard in ring collectives:
 
@@ -46,7 +46,8 @@ def base_messages(hidden_size: int, rows: int, itemsize: int) -> list[Message]:
 def lora_messages(
     shards: Shards, rows: int, max_rank: int, itemsize: int, stacks: Sequence[tuple[str, ...]] = tuple(STACKS.values())
 ) -> list[Message]:
-    """Of the adapters in one layer, one for each of `stacks`: projections whose adapters share a collective."""
+    """Collectives of the adapters in one layer, one for each of `stacks`: projections whose adapters share a
+    collective."""
     if shards.lora == "replicated":
         return []
     row = rows * itemsize

@@ -16,7 +16,7 @@ REQUESTS_PER_ADAPTER = 4
 
 
 class AdapterState(Enum):
-    """Where an adapter's tiles are on the host."""
+    """Returns where an adapter's tiles are on the host."""
 
     READY = "ready"
     LOADING = "loading"
@@ -24,14 +24,14 @@ class AdapterState(Enum):
 
 
 class AdapterSource(Protocol):
-    """What the scheduler asks an executor about adapters."""
+    """The executor's side of adapters, as the scheduler sees it."""
 
     @property
     def pages_in_flight(self) -> int:
         """Pages whose copy to the device has begun and has not landed."""
 
     def adapter_state(self, digest: str) -> AdapterState:
-        """Where an adapter's tiles are. Starts the read of those on disk."""
+        """Returns where an adapter's tiles are. Starts the read of those on disk."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Prefetch:
     source: AdapterSource
 
     def on_host(self, digest: str | None, absent: set[str]) -> bool:
-        """Whether an adapter is in the pool or in host memory. `absent` collects those that are not."""
+        """Returns whether an adapter is in the pool or in host memory. `absent` collects those that are not."""
         if digest is None or digest in self.residency:
             return True
         if digest not in absent and self.source.adapter_state(digest) is AdapterState.READY:
@@ -58,7 +58,7 @@ class Prefetch:
         return False
 
     def has_landed(self, digest: str | None) -> bool:
-        """Whether requests of an adapter can start."""
+        """Returns whether requests of an adapter can start."""
         resident = None if digest is None else self.residency.find(digest)
         return digest is None or (resident is not None and resident.has_landed)
 

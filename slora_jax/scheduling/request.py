@@ -119,7 +119,7 @@ class Request:
 
     @property
     def all_sampled(self) -> bool:
-        """Whether the last token that it may have is sampled or being sampled."""
+        """Returns whether the last token that it may have is sampled or being sampled."""
         return self.num_sampled >= self.max_new
 
     @property

@@ -79,7 +79,7 @@ class Scheduler:
             request.token_bytes()  # made now, rather than within a step
 
     def has_work(self) -> bool:
-        """Whether any request waits or runs."""
+        """Returns whether any request waits or runs."""
         return bool(self.waiting or self.running)
 
     def next_digest(self, now: float) -> str | None:
@@ -237,7 +237,7 @@ class Scheduler:
         return bool(started)
 
     def _fits_budget(self, request: Request, budget: int) -> bool:
-        """Whether a request may start with `budget` rows left in the step: always, as prompts run in chunks."""
+        """Returns whether a request may start with `budget` rows left in the step: always, as prompts run in chunks."""
         return True
 
     def _plan_uploads(self, plan: StepPlan, now: float) -> None:
@@ -286,8 +286,8 @@ class Scheduler:
     def _fits(
         self, request: Request, prefix: PrefixNode | None, reservation: Reservation | None, reserved_pages: int | None
     ) -> bool:
-        """Whether there is room for a request: for one that overtakes others (`reserved_pages` for them), beside what
-        they need and a page for each running sequence, and without evicting awaited content."""
+        """Returns whether there is room for a request: for one that overtakes others (`reserved_pages` for them),
+        beside what they need and a page for each running sequence, and without evicting awaited content."""
         overtakes = reserved_pages is not None
         adapter_pages = taken = 0
         if request.adapter is not None:

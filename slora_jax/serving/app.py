@@ -26,7 +26,7 @@ probes = APIRouter()
 
 @probes.get("/health", responses=answers(EngineHealth) | {503: {"model": EngineHealth}})
 async def health(request: Request) -> Response:
-    """Whether the process is worth keeping: 503 if its engine is dead, or a call of it does not return."""
+    """Returns whether the process is worth keeping: 503 if its engine is dead, or a call of it does not return."""
     loop = service_of(request).loop
     status = 503 if loop.health in (Health.DEAD, Health.STALLED) else 200
     return JsonResponse({"status": str(loop.health), "error": loop.error and repr(loop.error)}, status)
@@ -41,7 +41,7 @@ async def metrics(request: Request, client: MayLook) -> Response:
 
 @probes.get("/ready", responses=answers(Readiness) | {503: {"model": Readiness}})
 async def ready(request: Request) -> Response:
-    """Whether requests are taken: everything is loaded, compiled and warm, no fault, not stopping."""
+    """Returns whether requests are taken: everything is loaded, compiled and warm, no fault, not stopping."""
     service = service_of(request)
     status = "stopping" if service.is_draining else str(service.loop.health)
     return JsonResponse({"status": status}, 200 if service.is_ready else 503)

@@ -97,7 +97,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.abort()
 
     def _tell_cycles(self) -> None:
-        """Nobody reads the answers any more: of the last request, and of those before it."""
+        """The client reads no more answers, to the last request or those before it."""
         for cycle in self._cycles:
             if not cycle.response_complete:
                 cycle.disconnected = True

@@ -154,7 +154,8 @@ class EngineLoop:
         self._cancel([one for one in request_ids if self._sequences.pop(one, None) is not None])
 
     async def call[T](self, function: Callable[[Engine], T]) -> T:
-        """What `function` returns, or raises, on the engine's thread between two steps. It should take microseconds.
+        """Returns what `function` returns, or raises, on the engine's thread between two steps. It should take
+        microseconds.
 
         Raises:
           ApiError: 503, the engine is dead, or a call of it does not return. `function` may yet run in the latter case.
@@ -193,7 +194,7 @@ class EngineLoop:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread runs."""
+        """Returns whether the thread runs."""
         return self._thread.is_alive()
 
     def _cancel(self, request_ids: list[str]) -> None:
@@ -251,7 +252,7 @@ class EngineLoop:
         return unavailable("the service is stopping", code="stopping", retry_after=10)
 
     def _is_stuck(self) -> bool:
-        """Whether the call of the engine under way takes too long."""
+        """Returns whether the call of the engine under way takes too long."""
         began = self._busy_since
         return began is not None and time.monotonic() - began >= self._stall_seconds
 

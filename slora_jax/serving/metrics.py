@@ -132,7 +132,7 @@ class ServerMetrics:
         self._faults.inc()
 
     def set_ready(self, ready: bool) -> None:
-        """Whether the server accepts requests. From the first time on that it does, nothing should compile."""
+        """Returns whether the server accepts requests. From the first time on that it does, nothing should compile."""
         self._ready.set(ready)
         if ready:
             self._compilations.ready()

@@ -29,8 +29,8 @@ FREE, KV, PREFIX_IN_USE, PREFIX_IDLE, ADAPTER_IN_USE, ADAPTER_IDLE, ADAPTER_ARRI
 
 State = Literal["disk", "host", "loading", "device", "pinned"]
 STATES: tuple[State, ...] = ("disk", "host", "loading", "device", "pinned")
-"""Where an adapter is: spilled; in host memory; on its way to the device; in the pool and idle; in the pool and in use
-by a running request."""
+"""Returns where an adapter is: spilled; in host memory; on its way to the device; in the pool and idle; in the pool and
+in use by a running request."""
 
 _OBSERVED_AS = np.zeros(len(PageKind), np.uint8)  # by `PageKind`, of pages that no running request is known to use
 _OBSERVED_AS[[PageKind.FREE, PageKind.KV, PageKind.PREFIX, PageKind.ADAPTER, PageKind.DUMMY]] = (

@@ -23,7 +23,7 @@ KEEP_ALIVE_SECONDS = 30
 
 
 class Served(Protocol):
-    """What the HTTP side is there for. Both are called in its event loop, when the application has started."""
+    """The service behind the HTTP side. Both are called in its event loop, when the application has started."""
 
     async def drain(self) -> None:
         """Takes no more requests; returns when those under way have ended, or failed at the deadline."""

@@ -66,7 +66,7 @@ class SimulatedExecutor:
         return self.loading.pages_in_flight
 
     def adapter_state(self, digest: str) -> AdapterState:
-        """Where an adapter is on the host. Starts the read of those on disk."""
+        """Returns where an adapter is on the host. Starts the read of those on disk."""
         return self.loading.state(digest, self._clock.now)
 
     def lost(self) -> Mapping[str, str]:

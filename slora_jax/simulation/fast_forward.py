@@ -24,7 +24,7 @@ STATIC_ORDERS = (Policy.order, Lcfs.order)
 
 
 class Replica(Protocol):
-    """What a fast forward needs of a `simulation.replica.Replica`."""
+    """The part of `simulation.replica.Replica` that a fast forward uses."""
 
     @property
     def core(self) -> EngineCore[SimulatedStep]: ...

@@ -43,7 +43,7 @@ class HostStore:
                 self._put(digest)
 
     def ready(self, digest: str, now: float) -> bool:
-        """Whether it is in memory; its reading begins now if it is not."""
+        """Returns whether it is in memory; its reading begins now if it is not."""
         if self._budget is None:
             return True
         if digest in self._here:

@@ -23,9 +23,10 @@ class LoraCost:
     efficiency: Efficiency
 
     launches = False
-    """Whether every layer has kernels of its own for adapters."""
+    """Returns whether every layer has kernels of its own for adapters."""
     pads = False
-    """Whether the cost depends on runs of equal adapters in the batch (`StepWork.segments`, `longest_segment`)."""
+    """Returns whether the cost depends on runs of equal adapters in the batch (`StepWork.segments`,
+    `longest_segment`)."""
 
     @property
     def stacks(self) -> tuple[tuple[str, ...], ...]:

@@ -79,7 +79,7 @@ class Replica:
 
     @property
     def has_work(self) -> bool:
-        """Whether requests run, wait, or have yet to arrive."""
+        """Returns whether requests run, wait, or have yet to arrive."""
         return bool(self._arrivals) or self.core.has_work
 
     @property

@@ -34,13 +34,13 @@ class SimulatedScheduler(Scheduler):
 
     @property
     def admission_due(self) -> bool:
-        """Whether the next step tries to admit."""
+        """Returns whether the next step tries to admit."""
         return self._every == 1 or self._decoded >= self._every or not self.running
 
     @property
     def may_change(self) -> bool:
-        """Whether the next step may admit, or prefetch. With an empty queue, uploads in flight are of adapters that no
-        request wants any more, and change nothing when they land."""
+        """Returns whether the next step may admit, or prefetch. With an empty queue, uploads in flight are of adapters
+        that no request wants any more, and change nothing when they land."""
         return bool(self.waiting) and (self.admission_due or self.config.prefetch > 0)
 
     def add(self, request: Request) -> None:
