@@ -49,7 +49,7 @@ PAGES = {  # in the order of the stack, from below
 }
 LABELS = {name: KINDS[kind] for name, kind in PAGES.items()}
 LANES = {  # lane: (how the track's name begins, names of its events or all, colour)
-    "host works": ("host", {"schedule", "dispatch", "hand out tokens"}, "#59636f"),
+    "host works": ("host", {"schedule", "dispatch", "outputs"}, "#59636f"),
     "host waits": ("host", {"wait for device"}, "#c3cad3"),
     "device, even": ("device, even", None, "#3b7dd8"),
     "device, odd": ("device, odd", None, "#7fb0ee"),

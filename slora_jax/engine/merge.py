@@ -83,11 +83,11 @@ class MergeProgram:
     def __init__(self, spec: StepSpec) -> None:
         number = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
         shapes = kernels(spec.params), spec.pool.pool_struct(), spec.pool.table_struct(), *number
-        self._program = make_merge(spec).lower(*shapes).compile()
+        self.program = make_merge(spec).lower(*shapes).compile()
 
     def __call__(self, params: Params, pool: Pool, table: AdapterTable, slot: int, sign: float) -> Params:
         """The parameters with `sign` times the adapter in `slot`; the given ones are donated."""
-        merged = self._program(kernels(params), pool, table, np.int32(slot), np.float32(sign))
+        merged = self.program(kernels(params), pool, table, np.int32(slot), np.float32(sign))
         layers = {
             index: layer | {name: layer[name] | {"kernel": kernel} for name, kernel in merged[index].items()}
             for index, layer in params["layers"].items()

@@ -17,20 +17,17 @@ import numpy as np
 from slora_jax.adapters import AdapterInfo, AdapterStore, StoreStats, Tier
 from slora_jax.engine import Engine, EngineStats, RequestOutput
 from slora_jax.memory import PageKind, Resident
+from slora_jax.metrics import PAGE_KINDS as POOL_KINDS
 
-PAGE_KINDS = (
-    *("free", "kv", "prefix_in_use", "prefix_idle", "adapter_in_use", "adapter_idle", "adapter_arriving", "dummy"),
-)
-"""What a page may hold, as an observer tells it. kv: a running request's own keys and values; prefix: the prefix
-cache's, in use by running requests or idle; adapter: in use by running requests, idle, or on its way to the device;
-dummy: page 0, which absorbs padding."""
+PAGE_KINDS = (*POOL_KINDS, "dummy")
+"""Contents of a page: those of `PoolPages`, and page 0, which absorbs padding."""
 
 FREE, KV, PREFIX_IN_USE, PREFIX_IDLE, ADAPTER_IN_USE, ADAPTER_IDLE, ADAPTER_ARRIVING, DUMMY = range(8)
 
 State = Literal["disk", "host", "loading", "device", "pinned"]
 STATES: tuple[State, ...] = ("disk", "host", "loading", "device", "pinned")
-"""Returns where an adapter is: spilled; in host memory; on its way to the device; in the pool and idle; in the pool and
-in use by a running request."""
+"""States of an adapter: spilled; in host memory; on its way to the device; in the pool and idle; in the pool and in use
+by a running request."""
 
 _OBSERVED_AS = np.zeros(len(PageKind), np.uint8)  # by `PageKind`, of pages that no running request is known to use
 _OBSERVED_AS[[PageKind.FREE, PageKind.KV, PageKind.PREFIX, PageKind.ADAPTER, PageKind.DUMMY]] = (
@@ -79,8 +76,7 @@ def page_kinds(engine: Engine) -> np.ndarray:
 
 def _in_use(engine: Engine) -> list[Resident]:
     """Adapters that running requests use: at most `max_num_seqs`, however many are resident."""
-    digests = {request.digest for request in engine.scheduler.running}
-    found = (engine.residency.find(digest) for digest in digests if digest is not None)
+    found = (engine.residency.find(digest) for digest in engine.residency.users)
     return [resident for resident in found if resident is not None]
 
 

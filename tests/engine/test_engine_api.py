@@ -413,7 +413,7 @@ def test_statistics_count_what_happened(engine, tiny) -> None:
     assert after.tokens_computed - before.tokens_computed == 20 + 3 + 3 + 3  # a request's last token is never computed
     assert after.adapter_loads - before.adapter_loads == 1 and after.adapter_hits - before.adapter_hits == 1
     assert after.registered_adapters == 1 and after.resident_adapters == 1
-    assert sum(after.pages.values()) == engine.allocator.capacity
+    assert after.pages.total == engine.allocator.capacity
     for output in outputs:
         metrics = output.metrics
         assert metrics.arrival <= metrics.admitted <= metrics.first_token <= metrics.finished

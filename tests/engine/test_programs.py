@@ -97,11 +97,11 @@ def test_pools_of_nearly_the_same_memory_have_one_size():
 START = """
 import sys, jax
 from slora_jax import Engine, EngineConfig
-from slora_jax.engine import runner
+from slora_jax.engine import sizing
 misses = []
 jax.monitoring.register_event_listener(lambda name, **_: misses.append(name) if name.endswith("cache_misses") else None)
-whole = runner.os.sysconf("SC_PHYS_PAGES")
-runner.os = type("os", (), {"sysconf": lambda name, real=runner.os.sysconf: {
+whole = sizing.os.sysconf("SC_PHYS_PAGES")
+sizing.os = type("os", (), {"sysconf": lambda name, real=sizing.os.sysconf: {
     "SC_PHYS_PAGES": 1 << 18, "SC_AVPHYS_PAGES": int(float(sys.argv[3]) * (1 << 18))}.get(name, real(name))})
 with Engine.from_pretrained(sys.argv[1], EngineConfig(compilation_cache_dir=sys.argv[2], dtype="float32")) as engine:
     programs = engine.executor.device.programs.programs

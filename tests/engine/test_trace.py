@@ -11,10 +11,10 @@ from slora_jax import Engine, RequestError, SamplingParams
 from slora_jax.adapters import random_adapter
 from slora_jax.engine import trace as trace_module
 from slora_jax.engine.trace import NoTrace
-from slora_jax.metrics import adapter_metrics, serving_metrics
+from slora_jax.metrics import PAGE_KINDS, adapter_metrics, serving_metrics
 
 NUM_ADAPTERS = 12
-KINDS = {"free", "kv", "prefix_in_use", "prefix_idle", "adapter_in_use", "adapter_idle"}
+KINDS = set(PAGE_KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_a_step_is_scheduled_then_dispatched_and_the_one_before_is_read(run) -> 
     host = complete_events(run["events"])["host"]
     steps = [e for e in host if e["name"] == "step"]
     parts = [e["name"] for e in host if steps[3]["ts"] < e["ts"] < steps[3]["ts"] + steps[3]["dur"]]
-    assert parts == ["schedule", "dispatch", "wait for device", "hand out tokens"]
+    assert parts == ["schedule", "dispatch", "wait for device", "outputs"]
     assert Counter(e["name"] for e in host)["dispatch"] == run["steps"]
 
 

@@ -42,7 +42,7 @@ CONFIG = EngineConfig(
     num_pages=3000,
     max_num_seqs=SEQS,
     max_num_batched_tokens=ROWS,
-    max_rank=RANK,
+    max_lora_rank=RANK,
     decode_buckets=(SEQS,),
     mixed_buckets=(ROWS,),
 )
