@@ -57,7 +57,7 @@ class Executor[StepT: Step](AdapterSource, Protocol):
 
 
 class Update[StepT: Step](NamedTuple):
-    """What a step brought to one request.
+    """News of one request from a step.
 
     Attributes:
       token: its new token; None: none.

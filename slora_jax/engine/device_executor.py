@@ -17,7 +17,7 @@ from slora_jax.engine.core import Landing
 from slora_jax.engine.device import Copy, Device
 from slora_jax.engine.merge import AdapterMerge
 from slora_jax.engine.sampling import Sampled
-from slora_jax.errors import AdapterError
+from slora_jax.errors import AdapterError, ProcessLostError
 from slora_jax.memory import AdapterResidency, Resident, Upload
 from slora_jax.metrics import Counters
 from slora_jax.scheduling import AdapterState, ScheduledSequence, StepPlan
@@ -156,6 +156,8 @@ class DeviceExecutor:
         if self._staged:
             try:
                 self._staged[0].copy.wait()
+            except ProcessLostError:
+                raise
             except Exception:  # noqa: BLE001  `landed` reports it
                 pass
         elif digest is not None:

@@ -68,7 +68,7 @@ class Lru(EvictionPolicy):
 
 @dataclass(frozen=True)
 class RestoreCosts:
-    """Seconds to bring back what was evicted. load: of an adapter, whatever its size. reload_page: of each of its
+    """Seconds to restore evicted content. load: of an adapter, whatever its size. reload_page: of each of its
     pages, from host memory. recompute_page: of a page of keys and values, by prefill."""
 
     load: float

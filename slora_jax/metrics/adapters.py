@@ -15,8 +15,8 @@ class PoolStay:
     """One stay of an adapter in the pool: from the step that uploads it to its eviction, in seconds on the engine's
     clock; `evicted=None` if it is there to the end.
 
-    adapter: the name by which a request brought it in (content may have several), or the digest's beginning where no
-    name is known. loaded=None: it was there before the recording began, so this stay is no load.
+    adapter: the name in the request that it was loaded for (content may have several), or the digest's beginning where
+    no name is known. loaded=None: it was there before the recording began, so this stay is no load.
     """
 
     adapter: str

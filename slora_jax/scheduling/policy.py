@@ -1,4 +1,4 @@
-"""The policy seam: who comes first when not everyone fits, and who is given up. And the two simplest policies."""
+"""The policy interface: the order of requests when not all fit, and which to abort. And the two simplest policies."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from slora_jax.scheduling.request import Request
 
 @dataclass(frozen=True)
 class Batch:
-    """What runs now, live: while a policy's selection is consumed, it grows by the requests that are admitted.
+    """The running requests, live: while a policy's selection is consumed, those that are admitted are added.
 
-    running: in order of arrival. adapters: digest of each adapter in use -> running requests that use it.
+    Attributes:
+      running: in order of arrival.
+      adapters: number of running requests by the digest of the adapter that they use.
     """
 
     running: Sequence[Request]
@@ -22,39 +24,39 @@ class Batch:
 
 
 class Policy:
-    """First come, first served, and the seam of every other rule: a policy overrides what it does differently.
+    """First come, first served; other policies override the methods in which they differ.
 
     A policy decides on requests only. It sees no page id and no device array; the scheduler does the arithmetic of
-    pages, slots and tokens. The last three methods tell it what happens; what it remembers is its own.
+    pages, slots and tokens. The last three methods notify it; a policy may keep state of its own.
     """
 
     def order(self, requests: Sequence[Request], now: float) -> Iterable[Request]:
-        """The requests by precedence, the most urgent first; `requests` are in order of arrival, `now` is in seconds on
-        the engine's clock. Asked every step of the running ones (all of them), to share out tokens and pages; the last
-        of these is the first to be preempted. Also the order of admission, unless `select` says otherwise.
+        """Returns the requests by precedence, the most urgent first. `requests` are in order of arrival, `now` is in
+        seconds on the engine's clock. Called in every step with all running requests, to allocate tokens and pages; the
+        last one is preempted first. Also the order of admission, unless `select` says otherwise.
 
-        Something must keep its precedence for long enough to finish, or nothing may ever finish.
+        Some request must keep its precedence for long enough to finish, or none may ever finish.
         """
         return requests
 
     def select(self, waiting: RequestQueue, batch: Batch, now: float) -> Iterable[Request]:
-        """The waiting requests that may be admitted now, the most urgent first.
+        """Yields the waiting requests that may be admitted now, the most urgent first.
 
-        Consumed lazily, up to the first that does not fit: none overtakes it. A generator sees the admission of what
-        it yielded when it is resumed: `batch` has grown and `admitted` was called; `waiting` stays as it is until the
-        end. Who is left out waits for a later step; if nothing runs, someone must be let in. It changes no state, as it
-        may be asked of other queues than the whole one. A request may be yielded twice.
+        Consumed lazily, up to the first that does not fit: none overtakes it. A generator sees the admission of a
+        request when it is resumed: `batch` has grown and `admitted` was called; `waiting` stays as it is until the end.
+        Requests not yielded stay queued. If nothing is running, yield at least one. It must not change state, as it is
+        also called with parts of the queue. A request may be yielded twice.
         """
         return self.order(waiting, now)
 
     def upcoming(self, waiting: RequestQueue, batch: Batch, now: float) -> Iterable[Request]:
-        """The waiting requests in the order in which they are likely to be admitted, now and later: whose adapters are
-        brought ahead. Consumed lazily, from the first on and never far. It changes no state either."""
+        """Yields the waiting requests in the order in which they are likely to be admitted, now and later; their
+        adapters are prefetched. Consumed lazily, from the first on and never far. It must not change state either."""
         return self.select(waiting, batch, now)
 
     def aborts(self, waiting: RequestQueue, batch: Batch, now: float) -> Iterable[tuple[Request, str]]:
-        """Waiting requests to give up now, each with the reason for its user. Asked first in every step. Requests that
-        have a token already go on nevertheless."""
+        """Returns waiting requests to abort now, each with the reason for its user. Called first in every step.
+        Requests that have a token already continue nevertheless."""
         return ()
 
     def arrived(self, request: Request, waiting: RequestQueue) -> None:

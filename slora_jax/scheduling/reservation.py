@@ -74,7 +74,7 @@ class Reservation:
         return True
 
     def _share(self, top: PrefixNode) -> None:
-        """What the requests hold of this tree, among it what they brought to it in this step, is theirs no more."""
+        """Counts what the requests hold of this tree, pages added in this step included, as shared."""
         for index, request in enumerate(self._requests):
             if request.prefix is not None and request.prefix.top is top:
                 more = request.prefix.depth - self._shared[index]

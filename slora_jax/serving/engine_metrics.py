@@ -18,14 +18,14 @@ STATS_COUNTERS = {
     "computed_tokens": ("tokens_computed", "Tokens computed: of prompts, and one a step of each decoding request."),
     "generated_tokens": ("tokens_generated", "Tokens handed out, those of unfinished requests included."),
     "preemptions": ("preemptions", "Running requests whose pages were taken, to be computed again later."),
-    "aborts": ("aborts", "Requests that the policy gave up before their first token."),
+    "aborts": ("aborts", "Requests that the policy aborted before their first token."),
     "prefix_hit_tokens": ("prefix_hit_tokens", "Tokens of admitted requests that were in the prefix cache."),
     "prefix_evictions": ("prefix_evictions", "Pages of the prefix cache that were evicted."),
     "adapter_loads": ("adapter_loads", "Adapters that were given pages in the pool."),
     "adapter_hits": ("adapter_hits", "Uses that found their adapter in the pool from before."),
     "adapter_evictions": ("adapter_evictions", "Adapters that left the pool."),
-    "prefetch_hits": ("prefetch_hits", "Adapters brought ahead that were there when their request could start."),
-    "prefetches_wasted": ("prefetches_wasted", "Adapters brought ahead and not used."),
+    "prefetch_hits": ("prefetch_hits", "Prefetched adapters that had landed when their request could start."),
+    "prefetches_wasted": ("prefetches_wasted", "Prefetched adapters that were not used."),
     "upload_bytes": ("upload_bytes", "Bytes of adapters copied to the device."),
 }
 """Name without `slora_` and `_total` -> field of `EngineStats`, help."""
