@@ -284,7 +284,7 @@ def test_a_compile_report_refuses_a_model_that_is_not_supported(tmp_path, capsys
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--port", "70000"], "--port=70000: must be in [0, 65535]"),
+        (["--port", "70000"], "--port=70000: must be an integer in [0, 65535]"),
         (["--adapters", "no/such/place"], "--adapters='no/such/place': not a directory"),
         (["--config", "no/such/file.yaml"], "no/such/file.yaml"),
         (["--host", "192.0.2.1"], "cannot listen there"),

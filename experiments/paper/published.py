@@ -40,11 +40,13 @@ def published_row(run: Run) -> PaperRow | Bar | None:
 
 def _bar(run: Run) -> Bar:
     config = run.config
-    place = config.model_file, config.device, config.system.settings.get("tp"), config.adapters.count
+    place = config.model_file, config.device, config.system.settings.get("tensor_parallel_size"), config.adapters.count
     for point in FIGURE_8:
         if (SETTINGS[point.setting].model_file, point.device, point.tp, point.num_adapters) == place:
             return Bar(getattr(point, run.published.removeprefix(FIGURE_8_BARS)))
-    raise ConfigError(f"published={run.published!r}: figure 8 has no {run.panel!r} with tp={place[2]}")
+    raise ConfigError(
+        f"published={run.published!r}: figure 8 has no {run.panel!r} with tensor_parallel_size={place[2]}"
+    )
 
 
 @cache

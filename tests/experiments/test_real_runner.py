@@ -28,7 +28,7 @@ CONTENT = {
     "slo_seconds": 0.5,
     "adapters": {"count": 3, "ranks": [8, 4]},
     "workload": {"rate": 400, "duration": 0.03, "input_range": [3, 24], "output_range": [2, 9]},
-    "system": {"num_tokens": 1024, "max_num_seqs": 4, "max_tokens": 16},
+    "system": {"num_tokens": 1024, "max_num_seqs": 4, "max_num_batched_tokens": 16, "prefix_cache": False},
     "engine": {"max_model_len": 64, "decode_buckets": [4], "mixed_buckets": [16], "batch": 4},
 }
 

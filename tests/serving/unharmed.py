@@ -63,7 +63,7 @@ class Before:
         pages = {dict(labels)["kind"]: value for (name, labels), value in values.items() if name == "slora_pool_pages"}
         until(lambda: server.metric("slora_pool_pages", MANAGE_KEY, kind="kv") == 0, 5, f"pages are free: {pages}")
         pages = {kind: server.metric("slora_pool_pages", MANAGE_KEY, kind=kind) for kind in pages}
-        assert pages.free + pages["prefix_idle"] + pages["adapter_idle"] + pages["dummy"] == sum(pages.values())
+        assert pages["free"] + pages["prefix_idle"] + pages["adapter_idle"] + pages["dummy"] == sum(pages.values())
         assert values["slora_compilations_after_ready_total", ()] == 0
         assert values["slora_engine_faults_total", ()] == 0
         until(lambda: server.psutil().num_fds() <= self.files + 8, 10, "file handles are given back")
