@@ -17,18 +17,20 @@ from slora_jax.errors import (
 
 if TYPE_CHECKING:
     from slora_jax.adapters import AdapterInfo
+    from slora_jax.distributed.follower import Follower
     from slora_jax.distributed.group import ProcessGroup
     from slora_jax.distributed.join import join_processes
-    from slora_jax.engine import Delta, Engine, EngineConfig, EngineStats, Follower, RequestOutput
+    from slora_jax.engine import Delta, Engine, EngineConfig, EngineStats, RequestOutput
     from slora_jax.scheduling import SamplingParams
 else:
     __getattr__, __dir__ = exported(
         __name__,
         {
             "slora_jax.adapters": ("AdapterInfo",),
-            "slora_jax.engine": ("Delta", "Engine", "EngineConfig", "EngineStats", "Follower", "RequestOutput"),
+            "slora_jax.engine": ("Delta", "Engine", "EngineConfig", "EngineStats", "RequestOutput"),
             "slora_jax.distributed.join": ("join_processes",),
             "slora_jax.distributed.group": ("ProcessGroup",),
+            "slora_jax.distributed.follower": ("Follower",),
             "slora_jax.scheduling": ("SamplingParams",),
         },
     )

@@ -6,7 +6,7 @@ class SloraError(Exception):
 
 
 class ConfigError(SloraError, ValueError):
-    """An `EngineConfig` or `SamplingParams` field is out of range, or fields contradict each other."""
+    """A setting is unknown or out of range, or settings contradict each other."""
 
 
 class UnsupportedModelError(SloraError, ValueError):

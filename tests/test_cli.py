@@ -284,6 +284,8 @@ def test_a_compile_report_refuses_a_model_that_is_not_supported(tmp_path, capsys
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--max-tokens", "5"], "unrecognized arguments: --max-tokens 5"),
+        (["--max-seqs", "5"], "--max-seqs is called --max-num-seqs now"),
         (["--port", "70000"], "--port=70000: must be an integer in [0, 65535]"),
         (["--adapters", "no/such/place"], "--adapters='no/such/place': not a directory"),
         (["--config", "no/such/file.yaml"], "no/such/file.yaml"),

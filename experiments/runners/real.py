@@ -33,6 +33,9 @@ SHARED = tuple(field.name for field in fields(CoreConfig))
 CONVERTED = ("num_tokens", "adapter_tokens", "eviction")
 """Settings of `SystemConfig` that the engine has too: the same ones, and in other units."""
 
+SIMULATED_ONLY = ("disk_reads", "device_seconds", "copy_seconds", "stall_seconds")
+"""Counters that a real engine does not have."""
+
 PAPER = {"admission": "reserve", "prefetch": 0, "prefix_cache": False, "eviction": "immediate"}
 """The engine's part of S-LoRA's scheduling, for systems whose name ends in "-paper"."""
 
@@ -186,6 +189,8 @@ def system_settings(run: RunConfig, max_model_len: int) -> SystemSettings:
     if name == "no-unify-mem" and not adapter_tokens:
         raise ConfigError("system.adapter_tokens: must be given for no-unify-mem in real mode")
     shared = {key: value for key, value in settings.items() if key not in CONVERTED}
+    if shared.get("host_adapter_bytes", 0) is None:  # no limit, in a simulation
+        del shared["host_adapter_bytes"]
     pages = (settings["num_tokens"] + adapter_tokens) // page_size
     engine = EngineConfig(
         **shared,
@@ -243,4 +248,4 @@ def _register(server: Engine, adapters: Mapping[str, _Adapter]) -> None:
 def _counters(server: Engine | Packed) -> dict[str, float]:
     """Counters since the server was made."""
     stats = server.stats()
-    return {field.name: getattr(stats, field.name) for field in fields(Counters)}
+    return {field.name: getattr(stats, field.name) for field in fields(Counters) if field.name not in SIMULATED_ONLY}

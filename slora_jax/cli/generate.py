@@ -153,6 +153,8 @@ def _with_rows_for(prompt: list[int], config: EngineConfig) -> EngineConfig:
 def import_engine(before: float) -> None:
     """Imports the engine. before: seconds that the process took for its other imports."""
     start = time.monotonic()
+    import slora_jax.distributed.follower
+    import slora_jax.engine.engine  # noqa: F401
 
     report("imports", before + time.monotonic() - start)
 

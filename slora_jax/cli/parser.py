@@ -18,11 +18,16 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings, allow_abbrev=False)  # the former --tp must not be taken for --tp-lora
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, unknown = super().parse_known_args(args, namespace)
+        for text in unknown:
+            option = text.split("=")[0]
+            now = FORMER_NAMES.get(option.removeprefix("--").replace("-", "_"), "").replace("_", "-")
+            if f"--{now}" in self._option_string_actions:
+                self.error(f"{option} is called --{now} now")
+        return known, unknown
+
     def error(self, message: str) -> NoReturn:
-        for option in re.findall(r"--[a-z-]+", message) if message.startswith("unrecognized arguments") else ():
-            now = FORMER_NAMES.get(option.removeprefix("--").replace("-", "_"))
-            if now is not None:
-                message = f"{option} is called --{now.replace('_', '-')} now"
         message = message.removeprefix("argument ").replace(": =", "=", 1)
         message = re.sub(r": invalid choice: (.*) \(choose from (.*)\)$", r"=\1: must be one of \2", message)
         message = re.sub(r": invalid int value: (.*)$", r"=\1: must be an integer", message)

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from pallas_kernels.exports import exported
 
 if TYPE_CHECKING:
-    from slora_jax.distributed.follower import Follower
     from slora_jax.engine.config import EngineConfig
     from slora_jax.engine.engine import Engine
     from slora_jax.engine.outputs import Delta, EngineStats, RequestOutput, TokenLogprobs
@@ -17,7 +16,6 @@ else:
         {
             "slora_jax.engine.config": ("EngineConfig",),
             "slora_jax.engine.engine": ("Engine",),
-            "slora_jax.distributed.follower": ("Follower",),
             "slora_jax.engine.outputs": ("Delta", "EngineStats", "RequestOutput", "TokenLogprobs"),
             "slora_jax.engine.sizing": ("adapter_geometry",),
             "slora_jax.engine.trace": ("Trace",),
@@ -29,7 +27,6 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "EngineStats",
-    "Follower",
     "RequestOutput",
     "TokenLogprobs",
     "Trace",

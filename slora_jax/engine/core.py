@@ -101,7 +101,7 @@ class EngineCore[StepT: Step]:
 
     @property
     def counters(self) -> Counters:
-        """The engine's."""
+        """Counters of the engine."""
         return self.scheduler.counters
 
     @property
@@ -116,18 +116,24 @@ class EngineCore[StepT: Step]:
 
     def add(self, request: Request) -> None:
         """Queues a request that fits into the pool alone."""
-        self.requests[request.id] = request
         self.scheduler.add(request)
+        self.requests[request.id] = request
 
-    def step(self) -> list[Update[StepT]]:
-        """Plans and dispatches one step, then reads the step before. With nothing to run, waits for an adapter."""
+    def step(self, may_wait: bool = True) -> list[Update[StepT]]:
+        """Plans and dispatches one step, then reads the step before. With nothing to run or to report, waits for an
+        adapter if it may."""
         self._take_landed()
         plan = self._plan()
         before = self.exchange(self._dispatch(plan) if plan.sequences else None)
         read = [] if before is None else self.read(before)
-        if before is None and self._in_flight is None and not self._updates and self.scheduler.has_work():
+        updates = self.take_updates() + read
+        if may_wait and before is None and self._in_flight is None and not updates and self.scheduler.has_work():
             self.executor.wait(self.scheduler.next_digest(self.clock()))
-        updates, self._updates = self._updates + read, []
+        return updates
+
+    def take_updates(self) -> list[Update[StepT]]:
+        """Ends of requests that no step has reported yet."""
+        updates, self._updates = self._updates, []
         return updates
 
     def exchange(self, dispatched: StepT | None) -> StepT | None:

@@ -25,6 +25,9 @@ from slora_jax.scheduling import AdapterState, ScheduledSequence, StepPlan
 DISK_WAIT_SECONDS = 0.05
 """Longest wait for an adapter's read from disk; requests may arrive meanwhile."""
 
+IDLE_SECONDS = 0.001
+"""Wait when a policy admits none of the waiting requests and nothing runs."""
+
 
 @dataclass(frozen=True)
 class DispatchedStep:
@@ -112,9 +115,6 @@ class DeviceExecutor:
             while self._staged and self._staged[0].copy.is_there():
                 staged = self._staged.popleft()
                 landings.append(Landing(staged.upload, self._move(*staged)))
-        arriving = self._residency.arriving.keys() | {one.upload.resident.digest for one in self._staged}
-        for digest in self._tiles.keys() - arriving:
-            del self._tiles[digest]
         return landings
 
     def upload(self, resident: Resident) -> None:
@@ -144,6 +144,7 @@ class DeviceExecutor:
         if not device.spec.layered:  # on a CPU they are read in place
             for leaf in jax.tree.leaves((step.sampled, step.logits)):
                 leaf.copy_to_host_async()
+        self._release_tiles()
         return step
 
     def read(self, step: DispatchedStep) -> list[int]:
@@ -165,6 +166,9 @@ class DeviceExecutor:
                 self._store.wait(digest, timeout=DISK_WAIT_SECONDS)
             except AdapterError:
                 pass  # not there yet; or lost, which the next plan reports
+        else:
+            time.sleep(IDLE_SECONDS)
+        self._release_tiles()
 
     @property
     def is_lost(self) -> bool:
@@ -186,14 +190,24 @@ class DeviceExecutor:
         except Exception as error:  # noqa: BLE001  one adapter must not disturb the others
             device.discard(copy)
             return repr(error)
-        if self._merge is not None:
-            self._merge.before_upload(resident)
         last = upload.first + upload.count
-        device.move(copy, resident.pages[upload.first : last])
-        if last == resident.num_pages:
-            device.describe(resident.slot, resident.pages, resident.ranks)
+        try:
+            if self._merge is not None:
+                self._merge.before_upload(resident)
+            device.move(copy, resident.pages[upload.first : last])
+            if last == resident.num_pages:
+                device.describe(resident.slot, resident.pages, resident.ranks)
+        except ProcessLostError:
+            raise
+        except Exception as error:  # noqa: BLE001  unreported, it would be awaited for ever
+            return repr(error)
         self._counters.upload_bytes += upload.count * self.page_bytes
         return None
+
+    def _release_tiles(self) -> None:
+        """Keeps the tiles of adapters that have more pages to upload."""
+        for digest in self._tiles.keys() - self._residency.arriving.keys():
+            del self._tiles[digest]
 
     @contextmanager
     def _launch(self) -> Iterator[None]:

@@ -281,9 +281,9 @@ class Engine:
             | frozenset(() if params.ignore_eos else self.model.eos_token_ids),
         )
         self._arrivals += 1
+        self._outputs.open(request, adapter)
         if use is not None:
             self.store.acquire(use.digest)
-        self._outputs.open(request, adapter)
         self.core.add(request)
         return request_id
 
@@ -314,7 +314,7 @@ class Engine:
         counters = self.core.counters
         with InterruptHeld() as interrupt, self.core.trace.step():
             start, launch_seconds = time.thread_time(), counters.launch_seconds
-            updates = self.core.step()
+            updates = self.core.step(may_wait=not self._unread)
             with self.core.trace.span("outputs"):
                 deltas = self._deltas(updates)
             counters.host_seconds += time.thread_time() - start - (counters.launch_seconds - launch_seconds)
@@ -469,7 +469,10 @@ class Engine:
         """News for clients. Adapters of requests that have ended are released."""
         deltas = []
         for update in updates:
-            delta = self._outputs.delta(update)
+            try:
+                delta = self._outputs.delta(update)
+            except Exception as error:  # noqa: BLE001  one request must not disturb the others
+                delta = self._outputs.fail(update.request, error)
             if delta is None:
                 continue
             deltas.append(delta)
@@ -481,6 +484,8 @@ class Engine:
     def _drain(self) -> None:
         while self.has_work() and not self.executor.is_lost:
             self.step()
+        if self.executor.is_lost:
+            self._deltas(self.core.take_updates())
 
     def _stream(self, request_id: str) -> Iterator[Delta]:
         try:

@@ -100,8 +100,8 @@ class EngineStats(Counters):
     Attributes:
       running, waiting: requests. registered_adapters: names in the store. resident_adapters: adapters in the pool.
       pages: of the pool, by content.
-      uploads_in_flight: adapters whose copy to the device has begun and not landed; upload_bytes_in_flight: bytes of
-        those copies.
+      uploads_in_flight: prefetched adapters that have not landed; upload_bytes_in_flight: bytes of their copies that
+        have begun.
     """
 
     running: int

@@ -52,6 +52,16 @@ class RequestOutputs:
         del self._unfinished[request.id]
         return output.last_delta(tokens, update.error)
 
+    def fail(self, request: Request, error: Exception) -> Delta | None:
+        """Ends a request of which `delta` raised, with the text that it has; None: it has ended."""
+        output = self._unfinished.get(request.id)
+        if output is None or output.request is not request:
+            return None
+        self._core.finish(request, FinishReason.ERROR)
+        request.finish_reason = FinishReason.ERROR
+        del self._unfinished[request.id]
+        return output.last_delta([], f"the output cannot be made: {error!r}", is_whole=False)
+
 
 class _Output:
     """One request's way to its output."""
@@ -89,10 +99,12 @@ class _Output:
         logprobs, of_prompt = self._newest(tokens), self._first(tokens)
         return Delta(self.request.id, tokens, self._text.take(), logprobs=logprobs, prompt_logprobs=of_prompt)
 
-    def last_delta(self, tokens: list[int], error: str | None) -> Delta:
-        """The newest tokens and the whole output, of a request that has ended."""
+    def last_delta(self, tokens: list[int], error: str | None, is_whole: bool = True) -> Delta:
+        """The newest tokens and the whole output, of a request that has ended. is_whole: the last bytes of the text are
+        wanted, too."""
         request = self.request
-        self._text.finish()
+        if is_whole:
+            self._text.finish()
         if self._text.stopped and request.finish_reason is FinishReason.LENGTH:
             request.finish_reason = FinishReason.STOP  # the text's last bytes complete a stop string
         assert request.finish_reason is not None

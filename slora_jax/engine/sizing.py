@@ -133,7 +133,8 @@ def coarse(num_pages: int) -> int:
 
 def _free_memory(model: ModelConfig, config: EngineConfig) -> tuple[int, str]:
     """Bytes that the pool may take of each of the engine's devices, which run `model`, and where they are."""
-    group = jax.devices()[config.tp_first_device :][: config.tensor_parallel_size]
+    size = config.tensor_parallel_size
+    group = jax.devices()[config.tp_first_device :][:size] if size > 1 else jax.local_devices()[:1]
     stats = [device.memory_stats() for device in group if device.process_index == jax.process_index()]
     if not all(stats):  # a CPU: an eighth of the host's memory, or of that a half, a quarter..., while it is not free
         whole, free = (os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))

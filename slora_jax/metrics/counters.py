@@ -16,12 +16,13 @@ class Counters:
       prompt_tokens: tokens known of requests when they were admitted (their prompts; after a preemption, their output
         too). prefix_hit_tokens: those of them that the prefix cache had; the others are among `tokens_computed`.
       prefix_evictions: pages evicted from the prefix cache.
-      adapter_loads: adapters that were given pages in the pool. adapter_hits: uses that found their adapter still there
-        from an earlier use.
+      adapter_loads: adapters that were given pages in the pool. adapter_evictions: adapters that left it.
+        adapter_hits: uses that found their adapter still there from an earlier use.
       prefetch_hits: prefetched adapters that had landed when their first request came to its turn. prefetches_wasted:
         prefetched adapters that were evicted, or that no request wanted any more, before any use.
-      upload_bytes: bytes of adapters copied to the device. adapter_merges: times that an adapter was merged into the
-        weights. disk_reads: adapters read back from disk (simulation only; see `AdapterStore.stats`).
+      upload_bytes: bytes of adapters copied to the device (not counted in a simulation).
+      adapter_merges: times that an adapter was merged into the weights.
+      disk_reads: adapters read back from disk (simulation only; see `AdapterStore.stats`).
       host_seconds: CPU time to plan, pack and read steps; in a simulation, modelled. launch_seconds: CPU time of the
         calls that give uploads and steps to the device.
       device_seconds: the device computed (launches, waits and copies excluded). copy_seconds: the copy lane was busy.

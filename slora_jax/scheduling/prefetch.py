@@ -16,7 +16,7 @@ REQUESTS_PER_ADAPTER = 4
 
 
 class AdapterState(Enum):
-    """Returns where an adapter's tiles are on the host."""
+    """Place of an adapter's tiles on the host."""
 
     READY = "ready"
     LOADING = "loading"

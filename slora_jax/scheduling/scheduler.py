@@ -68,7 +68,7 @@ class Scheduler:
 
     @property
     def counters(self) -> Counters:
-        """The engine's."""
+        """Counters of the engine."""
         return self.evictor.counters
 
     def add(self, request: Request) -> None:

@@ -16,7 +16,7 @@ from slora_jax.serving.observation import EngineSnapshot
 STATS_COUNTERS = {
     "engine_steps": ("steps", "Steps that the engine dispatched."),
     "computed_tokens": ("tokens_computed", "Tokens computed: of prompts, and one a step of each decoding request."),
-    "generated_tokens": ("tokens_generated", "Tokens handed out, those of unfinished requests included."),
+    "generated_tokens": ("tokens_generated", "Output tokens read, those of unfinished requests included."),
     "preemptions": ("preemptions", "Running requests whose pages were taken, to be computed again later."),
     "aborts": ("aborts", "Requests that the policy aborted before their first token."),
     "prefix_hit_tokens": ("prefix_hit_tokens", "Tokens of admitted requests that were in the prefix cache."),

@@ -82,7 +82,7 @@ class SimulatedExecutor:
         landings = [Landing(upload) for upload in self.loading.landed(self._clock.now)]
         for upload, _ in landings:
             resident = upload.resident
-            self._has_landed |= resident.present and resident.landed + upload.count == resident.num_pages
+            self._has_landed |= resident.present and upload.first + upload.count == resident.num_pages
         return landings
 
     def upload(self, resident: Resident) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from slora_jax import AdapterError, Engine, SamplingParams
 from slora_jax.adapters import random_adapter
+from slora_jax.errors import ProcessLostError
 from slora_jax.memory import PageKind
 
 LONG = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -306,3 +307,33 @@ def test_closed_engine_holds_nothing(tiny, tmp_path) -> None:
             engine.step()
     assert not engine.has_work() and engine.stats().pages.kv == 0
     assert not list(tmp_path.glob("spill/**/*.tiles"))
+
+
+def test_a_request_whose_output_cannot_be_made_ends_with_the_reason_and_others_go_on(engine, monkeypatch) -> None:
+    expected = engine.generate([PROMPT], LONG)[0].token_ids
+    delta = engine._outputs.delta
+    with monkeypatch.context() as patch:
+        bad = engine.add_request([5, 6], LONG)
+        good = engine.add_request(PROMPT, LONG)
+
+        def failing(update):
+            if update.request.id == bad and len(update.request.output) == 2:
+                raise RuntimeError("no such bytes")
+            return delta(update)
+
+        patch.setattr(engine._outputs, "delta", failing)
+        outputs = drain(engine)
+    assert outputs[bad].finish_reason == "error" and "no such bytes" in outputs[bad].error
+    assert outputs[good].token_ids == expected
+    assert_nothing_left(engine)
+
+
+def test_requests_of_a_lost_device_are_not_left_unfinished(engine, monkeypatch) -> None:
+    """As when another process is lost: the next call meets the same error again."""
+    with monkeypatch.context() as patch:
+        patch.setattr(type(engine.executor), "is_lost", True)
+        before_call(patch, engine.executor, "dispatch", 0, partial(raise_, ProcessLostError("process 1 is lost")))
+        with pytest.raises(ProcessLostError):
+            engine.generate([PROMPT], LONG)
+    assert_nothing_left(engine)
+    assert engine.generate([PROMPT], LONG)[0].finish_reason == "length"
