@@ -49,7 +49,7 @@ def written(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def test_the_json_has_the_promised_form(written) -> None:
-    assert (written["target"], written["tp"]) == ("l4", 1)
+    assert (written["target"], written["tensor_parallel_size"]) == ("l4", 1)
     assert [program["name"] for program in written["programs"]] == ["decode_4", "mixed_32_lora"]
     for program in written["programs"]:
         fields = {"tokens", "seqs", "compile_seconds", "argument_bytes", "temp_bytes", "aliased_bytes", "pool_bytes"}
