@@ -116,7 +116,7 @@ class _BroadcastCopy(Copy):
         super().wait()
 
     def wait_until_sent(self) -> None:
-        """Raises ProcessLostError if a process is lost meanwhile."""
+        """Raises ProcessLostError if a process is lost before that."""
         while not all(event.is_set() for event in self._sent):
             self._group.check()
             time.sleep(0.0005)

@@ -25,7 +25,7 @@ from slora_jax.scheduling import StepPlan
 
 
 class MergeDevice(Protocol):
-    """What `AdapterMerge` needs of a device."""
+    """The part of a device that `AdapterMerge` uses."""
 
     def merge(self, slot: int, sign: float) -> None:
         """Adds `sign` times the adapter in `slot` to the weights."""

@@ -21,7 +21,7 @@ from slora_jax.parallel.mesh import tensor_parallel
 
 
 class Processes(Protocol):
-    """What the engine needs of several processes that serve one model (`distributed.group.ProcessGroup`)."""
+    """The part that the engine uses of several processes that serve one model (`distributed.group.ProcessGroup`)."""
 
     def agree(self, settings: Mapping[str, Any], num_pages: int, is_given: bool) -> int:
         """Compares settings with the other processes; returns the number of pages that all take."""

@@ -36,7 +36,7 @@ class RequestOutputs:
         self._unfinished[request.id] = _Output(request, adapter, self._tokenizer, self._vocab_size)
 
     def delta(self, update: Update[DispatchedStep]) -> Delta | None:
-        """What an update means for a client; None: nothing yet."""
+        """Returns the news of an update for a client; None: nothing yet."""
         request = update.request
         output = self._unfinished.get(request.id)
         if output is None or output.request is not request:

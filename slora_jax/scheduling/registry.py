@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -15,6 +14,7 @@ from slora_jax.scheduling.early_abort import EarlyAbort
 from slora_jax.scheduling.merge import OneAdapter
 from slora_jax.scheduling.policy import Fcfs, Lcfs, Policy
 from slora_jax.scheduling.vtc import Vtc
+from slora_jax.typed import nearest
 
 POLICIES: dict[str, type[Policy]] = {
     "fcfs": Fcfs,
@@ -40,14 +40,14 @@ def make_policy(name: str, **settings: Any) -> Policy:
     kind = _imported(name) if ":" in name else POLICIES.get(name)
     if kind is None:
         raise ConfigError(
-            f"policy {name!r} is unknown{_nearest(name, POLICIES)}; there are {', '.join(POLICIES)}, and your own as "
+            f"policy {name!r} is unknown{nearest(name, POLICIES)}; there are {', '.join(POLICIES)}, and your own as "
             "module:Class"
         )
     known: list[str] = [field.name for field in fields(kind) if field.init] if is_dataclass(kind) else []
     for setting in settings:
         if setting not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
-            raise ConfigError(f"policy {name!r} has no setting {setting!r}{_nearest(setting, known)}; {has}")
+            raise ConfigError(f"policy {name!r} has no setting {setting!r}{nearest(setting, known)}; {has}")
     inner = settings.get("inner")
     if isinstance(inner, str):
         settings["inner"] = make_policy(inner)
@@ -70,8 +70,3 @@ def _imported(name: str) -> type[Policy]:
     if not (isinstance(kind, type) and issubclass(kind, Policy)):
         raise ConfigError(f"policy {name!r}: must be a subclass of slora_jax.scheduling.Policy")
     return kind
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
