@@ -49,15 +49,17 @@ format: $(VENV)/installed-lint ## repair style where that is automatic
 paper: $(VENV)/installed-experiments ## every table and figure of the paper, simulated, as one HTML page (~10 minutes)
 	$(PYTHON) -m experiments.report --output build/paper
 
-# Status 1: a run that cannot be, of which the line says why (a hundred replicas do not fit into memory).
+# Status 1: a run that cannot be carried out; its line has the reason (a hundred replicas do not fit into memory).
 miniature: $(VENV)/installed-parity $(VENV)/installed-experiments ## measure the paper's figures in miniature on this machine's CPU
 	for config in experiments/configs/miniature/*.yaml; do \
 	  $(PYTHON) -m experiments.run $$config --fresh \
 	    --output experiments/results/miniature/$$(basename $$config .yaml).jsonl || [ $$? -eq 1 ] || exit; \
 	done
 
-bench: $(VENV)/installed-parity ## compare with Hugging Face PEFT on this machine's CPU
-	$(PYTHON) -m experiments.cpu_peft_comparison
+MEASURED := peft_comparison
+bench: $(VENV)/installed-parity $(VENV)/installed-experiments ## compare with Hugging Face PEFT on this machine's CPU (or MEASURED=...)
+	$(PYTHON) -m experiments.run experiments/configs/measured/$(MEASURED).yaml --fresh \
+	  --output experiments/results/measured/$(MEASURED).jsonl
 
 bench-gpu: $(VENV)/installed-cuda12 $(VENV)/installed-plot ## measure every kernel on this machine's GPU
 	$(PYTHON) -m experiments.kernel_bench --out experiments/results/kernels.json

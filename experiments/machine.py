@@ -1,18 +1,20 @@
-"""What a result was measured on: written beside every number."""
+"""The provenance of a result, which every results file has."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 
 def provenance(packages: tuple[str, ...] = ("jax", "jaxlib", "flax", "numpy")) -> dict[str, Any]:
-    """Machine, package versions, git revision and date (UTC) as plain JSON values."""
+    """Returns machine, package versions, git revision and date (UTC) as plain JSON values."""
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -34,8 +36,15 @@ def provenance(packages: tuple[str, ...] = ("jax", "jaxlib", "flax", "numpy")) -
     }
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a results file and prints its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
 def _revision() -> str:
-    """The commit, and "-dirty" if more than results differs from it."""
+    """Returns the commit, with "-dirty" if files other than results differ from it."""
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)experiments/results")
     return _git("describe", "--always") + ("-dirty" if changed else "")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from experiments.machine import provenance
+from experiments.machine import provenance, write_json
 from slora_jax import Engine, EngineConfig, SamplingParams
 from slora_jax.engine.placement import load
 from slora_jax.engine.text import load_tokenizer
@@ -57,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as cache:  # all programs are compiled: the compiler's memory shows, if it stays
         config = EngineConfig(dtype="float32", num_pages=args.num_pages, compilation_cache_dir=cache, progress=False)
         values = measure(args.model, config)
-    text = json.dumps({"provenance": provenance(), "model": args.model.name, **values}, indent=1)
-    print(text)
+    values = {"provenance": provenance(), "model": args.model.name, **values}
+    print(json.dumps(values, indent=1))
     if args.output:
-        args.output.write_text(text + "\n", encoding="utf-8")
+        write_json(args.output, values)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Draws the unified pool of a running engine: `python -m experiments.pool_picture [--output docs/pool.png]`.
 
-Left: every page at one busy moment, coloured by what it holds. Right: pages by kind, step by step.
+Left: every page at one busy moment, coloured by its kind. Right: pages by kind, step by step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STACKED = (KV, PREFIX_IN_USE, IN_USE, PREFIX_IDLE, IDLE, FREE)
 
 
 def page_kinds(engine: Engine) -> np.ndarray:
-    """What each page holds now: indices into `KINDS`, `[num_pages]`."""
+    """Returns the present kind of each page: indices into `KINDS`, `[num_pages]`."""
     kinds = np.full(engine.allocator.num_pages, FREE)
     kinds[0] = DUMMY
     kinds[engine.allocator.kinds == PageKind.PREFIX] = PREFIX_IDLE
@@ -42,7 +42,7 @@ def page_kinds(engine: Engine) -> np.ndarray:
 
 
 def tiny_engine(seed: int = 0, **settings: Any) -> Engine:
-    """A tiny random model with 60 adapters of ranks 4 to 32, named adapter-0 to adapter-59."""
+    """Makes an engine with a tiny random model and 60 adapters of ranks 4 to 32, named adapter-0 to adapter-59."""
     model = ModelConfig(
         family="llama", vocab_size=256, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4,
         num_kv_heads=4, head_dim=16, rope=RopeConfig(theta=10000.0), rms_norm_eps=1e-5, tie_word_embeddings=True,
@@ -61,8 +61,8 @@ def tiny_engine(seed: int = 0, **settings: Any) -> Engine:
 
 
 def serve(engine: Engine, seed: int = 0) -> Iterator[list[Delta]]:
-    """Serves 160 requests over the adapters, which arrive over 400 steps; yields what each step brings. All prompts for
-    an adapter begin with the same 32 tokens, its instructions."""
+    """Serves 160 requests over the adapters, which arrive over 400 steps; yields the new tokens of each step. All
+    prompts for an adapter begin with the same 32 tokens, its instructions."""
     rng = np.random.default_rng(seed)
     instructions = rng.integers(0, 256, (60, 32)).tolist()
     arrivals = sorted(rng.integers(0, 400, 160).tolist())
@@ -79,14 +79,14 @@ def serve(engine: Engine, seed: int = 0) -> Iterator[list[Delta]]:
 
 
 def run(seed: int = 0) -> Iterator[np.ndarray]:
-    """`page_kinds` after each step of `serve`."""
+    """Yields `page_kinds` after each step of `serve`."""
     with tiny_engine(seed) as engine:
         for _ in serve(engine, seed):
             yield page_kinds(engine)
 
 
 def draw_pages(axes: Axes, kinds: np.ndarray, columns: int = 25) -> None:
-    """Every page as a square, row by row from page 0 at the top left. kinds: of `page_kinds`."""
+    """Draws every page as a square, row by row from page 0 at the top left. kinds: of `page_kinds`."""
     grid = np.full(-(-kinds.size // columns) * columns, FREE)
     grid[: kinds.size] = kinds
     colours = ListedColormap(COLOURS)
@@ -97,7 +97,7 @@ def draw_pages(axes: Axes, kinds: np.ndarray, columns: int = 25) -> None:
 
 
 def draw_history(axes: Axes, history: Sequence[np.ndarray]) -> None:
-    """Pages by kind, stacked, step by step. history: `page_kinds` after each step."""
+    """Draws the pages by kind, stacked, step by step. history: `page_kinds` after each step."""
     counts = np.stack([[(kinds == kind).sum() for kinds in history] for kind in STACKED])
     axes.stackplot(range(len(history)), counts, colors=[COLOURS[k] for k in STACKED])
     axes.set(xlabel="step", ylabel="pages", xlim=(0, len(history) - 1), ylim=(0, history[0].size - 1))
@@ -105,7 +105,7 @@ def draw_history(axes: Axes, history: Sequence[np.ndarray]) -> None:
 
 
 def draw_legend(figure: Figure, ncols: int = len(KINDS)) -> None:
-    """What each colour means, below everything."""
+    """Draws a legend of the colours below everything."""
     handles = [Patch(color=colour, label=kind) for kind, colour in zip(KINDS, COLOURS, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False)
 

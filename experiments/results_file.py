@@ -1,4 +1,4 @@
-"""Results as JSON lines: one a run, appended safely."""
+"""Results as JSON lines, one per run: its config and metrics, the machine, versions and date."""
 
 from __future__ import annotations
 
@@ -15,19 +15,28 @@ from experiments.config.schema import RunConfig
 from experiments.machine import provenance
 from slora_jax import ConfigError
 
+PACKAGES = {
+    "simulated": ("jax", "numpy"),
+    "real": ("jax", "jaxlib", "flax", "numpy"),
+    "peft": ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "peft"),
+    "load_test": ("jax", "jaxlib", "numpy", "fastapi", "uvicorn", "uvloop", "httptools", "locust"),
+    "replicas": ("jax", "jaxlib", "numpy", "ray", "fastapi", "uvicorn", "httpx"),
+}
+"""Packages whose versions a result has, by `_packages`."""
+
 
 class ResultsFile(Mapping[str, dict[str, Any]]):
-    """The metrics of runs, by the key of their config; open in one process at a time.
+    """The metrics of runs by the key of their config; open in one process at a time.
 
-    A line is written and flushed as a whole. What a killed process left of its last one is cut off when the file is
-    opened again.
+    Each line is written and flushed as a whole. An unfinished last line of a killed process is cut off at the next
+    opening.
     """
 
     def __init__(self, path: Path, fresh: bool = False) -> None:
-        """fresh: forget the lines that are there.
+        """Opens the file. fresh: drops its lines.
 
         Raises:
-          ConfigError: another process has it open; a line (before the last) is not one of a run.
+          ConfigError: another process has the file open, or a line (before the last) is not one of a run.
         """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +49,7 @@ class ResultsFile(Mapping[str, dict[str, Any]]):
         if fresh:
             self._file.truncate(0)
         try:
-            self._lines = read_results(path)
+            self.lines = read_results(path)
         except BaseException:
             self._file.close()
             raise
@@ -48,21 +57,22 @@ class ResultsFile(Mapping[str, dict[str, Any]]):
         content = self._file.read()
         self._file.truncate(content.rfind(b"\n") + 1)
 
-    def add(self, run: RunConfig, metrics: Mapping[str, Any]) -> None:
-        line = {"key": run.key, "run": run.to_json(), "metrics": dict(metrics), **_where(run.mode)}
+    def add(self, run: RunConfig, metrics: Mapping[str, Any], **more: Any) -> None:
+        """Appends the line of a run. more: what a measured run has beside its metrics (`experiments.rounds`)."""
+        line = {"key": run.key, "run": run.to_json(), "metrics": dict(metrics), **more, **_where(_packages(run))}
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._lines[run.key] = line
+        self.lines[run.key] = line
 
     def __getitem__(self, key: str) -> dict[str, Any]:
-        return self._lines[key]["metrics"]  # type: ignore[no-any-return]
+        return self.lines[key]["metrics"]  # type: ignore[no-any-return]
 
     def __iter__(self) -> Any:
-        return iter(self._lines)
+        return iter(self.lines)
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self.lines)
 
     def __enter__(self) -> Self:
         return self
@@ -74,7 +84,7 @@ class ResultsFile(Mapping[str, dict[str, Any]]):
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """The lines of a file by their keys; of runs made twice, the last. A last line without an end is left out.
+    """Returns the lines of a file by their keys; of a run made twice, the last. An unfinished last line is left out.
 
     Raises:
       ConfigError: a line is not one of a run.
@@ -90,10 +100,16 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     return lines
 
 
+def _packages(run: RunConfig) -> str:
+    peft = run.mode == "real" and run.system.name.startswith("peft")
+    return "peft" if peft else run.mode if run.mode in PACKAGES else "real"
+
+
 @cache
 def _where(mode: str) -> dict[str, Any]:
-    """What a result depends on beside its config; a simulated one neither on the date nor on the machine's speed."""
-    found = provenance(("jax", "numpy") if mode == "simulated" else ("jax", "jaxlib", "flax", "numpy"))
+    """Returns what a result depends on beside its config; a simulated one depends neither on the date nor on the
+    machine's speed."""
+    found = provenance(PACKAGES[mode])
     if mode == "simulated":
         del found["date"]
     return found

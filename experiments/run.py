@@ -1,7 +1,8 @@
 """Experiments from config files: `python -m experiments.run experiments/configs/NAME.yaml [key=value ...]`.
 
-Each run adds one JSON line to `experiments/results/runs/NAME.jsonl` (or --output). Runs that the file has already are
-not repeated: what was stopped goes on where it was. A simulated run of the same config and seed gives the same line.
+Each run adds one JSON line to `experiments/results/runs/NAME.jsonl` (or --output). Runs that the file already has are
+not repeated, so a stopped experiment continues. A simulated run of the same config and seed gives the same line. Runs
+with a section `measured` are measured side by side, panel by panel, in rounds.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -19,26 +20,64 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from experiments.config import Experiment, RunConfig, load_experiment
+from experiments.config import Experiment, Run, RunConfig, load_experiment
 from experiments.results_file import ResultsFile
+from experiments.rounds import side_by_side
 from slora_jax import SloraError
 
 RESULTS = Path(__file__).parent / "results" / "runs"
 
 
-def run_experiment(experiment: Experiment, results: ResultsFile, workers: int = 1, progress: bool = True) -> None:
-    """Carries out the runs that `results` lacks, and adds them in order. Ctrl-C keeps what is there.
+def run_experiment(
+    experiment: Experiment, results: ResultsFile, workers: int = 1, progress: bool = True, note: str = ""
+) -> None:
+    """Carries out the runs that `results` lacks, and adds them in order. Ctrl-C keeps the finished ones.
 
-    workers: processes, of simulated runs. A run that cannot be (it does not fit into memory, say) gives a line with
-    the error.
+    A run that cannot be carried out (it does not fit into memory, say) gives a line with the error.
+
+    Args:
+      workers: processes for simulated runs.
+      note: kept in the lines of measured runs.
     """
     todo = {run.config.key: run.config for run in experiment.runs if run.config.key not in results}
+    panels: dict[str, dict[str, Run]] = {}
+    for run in experiment.runs:
+        if _is_measured(run.config):
+            panels.setdefault(run.panel, {})[run.config.key] = run
+    plain = [config for config in todo.values() if not _is_measured(config)]
     done = len({run.config.key for run in experiment.runs}) - len(todo)
     bar = tqdm(total=len(todo) + done, initial=done, desc=experiment.name, unit="run", disable=not progress)
     with bar:
-        for config, metrics in _metrics(list(todo.values()), workers):
+        for config, metrics in _metrics(plain, workers):
             results.add(config, metrics)
             bar.update()
+        for panel, runs in panels.items():
+            if todo.keys() & runs.keys():  # rounds are of all runs of the panel
+                for run, line in zip(runs.values(), _measured(list(runs.values())), strict=True):
+                    results.add(run.config, **line, panel=panel, **({"note": note} if note else {}))
+                    bar.update()
+
+
+def _is_measured(config: RunConfig) -> bool:
+    return config.measured is not None or config.mode in ("load_test", "replicas")
+
+
+def _measured(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    match runs[0].config.mode:
+        case "load_test":
+            from experiments.serving.load_test import LoadTest
+
+            with LoadTest() as load_test:
+                return side_by_side(runs, load_test.measure, warm_up=False)
+        case "replicas":
+            from experiments.serving.replicas import ReplicasRunner
+
+            with ReplicasRunner() as replicas:
+                return side_by_side(runs, replicas.measure, warm_up=False)
+    from experiments.runners.real import RealRunner
+
+    with RealRunner([run.config for run in runs]) as runner:
+        return side_by_side(runs, runner.measure)
 
 
 def _metrics(configs: Sequence[RunConfig], workers: int) -> Iterator[tuple[RunConfig, dict[str, Any]]]:
@@ -49,7 +88,7 @@ def _metrics(configs: Sequence[RunConfig], workers: int) -> Iterator[tuple[RunCo
                 yield from zip(simulated, pool.map(_simulated, simulated), strict=True)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
-                for child in active_children():  # a run that is under way may take a minute
+                for child in active_children():  # a run in progress may take a minute
                     child.terminate()
                 raise
     else:
@@ -90,7 +129,7 @@ def _simulated(config: RunConfig) -> dict[str, Any]:
 
 
 def describe(experiment: Experiment) -> str:
-    """The resolved config of every run as YAML, and their number."""
+    """Returns the resolved config of every run as YAML, and the number of runs."""
     texts = []
     for number, run in enumerate(experiment.runs, 1):
         labels = {name: text for name in ("panel", "curve", "x", "published") if (text := getattr(run, name))}
@@ -108,9 +147,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", type=Path, help="a .yaml or .gin file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="workload.rate=3, seed=[1,2,3]")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the number of runs")
-    parser.add_argument("--output", type=Path, help=f"the JSON lines (default: {RESULTS}/NAME.jsonl)")
-    parser.add_argument("--fresh", action="store_true", help="forget the lines that are there")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of simulated runs")
+    parser.add_argument("--output", type=Path, help=f"JSON lines (default: {RESULTS}/NAME.jsonl)")
+    parser.add_argument("--picture", type=Path, help="also draw the results: a .png or .svg file")
+    parser.add_argument("--fresh", action="store_true", help="drop the lines of --output")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes for simulated runs")
+    parser.add_argument("--note", default="", help="about the machine during the run; kept with measured runs")
     args = parser.parse_intermixed_args(argv)
     try:
         experiment = load_experiment(args.config, args.overrides)
@@ -118,15 +159,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(describe(experiment))
             return 0
         with ResultsFile(args.output or RESULTS / f"{experiment.name}.jsonl", fresh=args.fresh) as results:
-            run_experiment(experiment, results, args.workers)
+            run_experiment(experiment, results, args.workers, note=args.note)
             failed = 0
             for run in experiment.runs:
-                metrics = results[run.config.key]
-                shown = [f"{name} {metrics[name]:.4g}" for name in experiment.metrics if metrics.get(name) is not None]
-                failed += "error" in metrics
-                at = f"{run.x}={run.config.value(run.x)}"
-                print(f"{run.panel:20} {run.curve:16} {at:28} {metrics.get('error') or ', '.join(shown)}")
+                line = results.lines[run.config.key]
+                failed += "error" in line["metrics"] or bool(line.get("problems"))
+                print(_row(run, line, experiment.metrics))
+                for problem in line.get("problems", ()):
+                    print(f"experiments.run: {run.curve}: {problem}", file=sys.stderr)
         print(f"{len(experiment.runs)} points, {failed} with an error; {results.path}")
+        if args.picture:
+            from experiments.report.collect import collect
+            from experiments.report.pictures import picture
+
+            args.picture.write_bytes(picture(collect(experiment, results.lines), kind=args.picture.suffix[1:]))
         return 1 if failed else 0
     except SloraError as error:
         print("experiments.run: error:", error, file=sys.stderr)
@@ -134,6 +180,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("experiments.run: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+
+
+def _row(run: Run, line: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Returns a run in a line of text: its metrics `names`, and these over the reference's."""
+    metrics = line["metrics"]
+    shown = [f"{name} {metrics[name]:.4g}" for name in names if metrics.get(name) is not None]
+    if (over := line.get("over")) is not None:
+        ratios = [f"{over['ratios'][name]:.3g}" for name in names if name in over["ratios"]]
+        shown.append(f"over {over['curve']}, {over['x']}: {' '.join(ratios)}")
+    if "same_tokens" in line:
+        shown.append("{} of {} requests with the same tokens".format(*line["same_tokens"]))
+    at = f"{run.x}={run.config.value(run.x)}"
+    return f"{run.panel:20} {run.curve:16} {at:28} {metrics.get('error') or ', '.join(shown)}"
 
 
 if __name__ == "__main__":

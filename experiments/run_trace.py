@@ -1,8 +1,8 @@
 """Traces a running engine and draws the trace: `python -m experiments.run_trace [--picture docs/trace.png]`.
 
-Open the trace in https://ui.perfetto.dev or chrome://tracing. The engine is tiny, its host memory holds a few of its
-adapters, each read from disk takes 20 ms longer than it would, and four pages of adapters are copied to the device
-beside a step, so that both can be seen.
+Open the trace in https://ui.perfetto.dev or chrome://tracing. To make reads and copies visible, the engine is tiny, its
+host memory holds a few of its adapters, each read from disk is slowed by 20 ms, and each step copies at most four pages
+of adapters to the device.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ ZOOM_MS = 60.0
 
 
 def run(path: Path, disk_seconds: float, seed: int = 0) -> tuple[Trace, list[RequestOutput]]:
-    """Serves `pool_picture`'s traffic, traced to `path`. Returns the trace and the finished requests."""
+    """Serves the requests of `pool_picture`, traced to `path`. Returns the trace and the finished requests."""
     outputs = []
     with (
         tiny_engine(seed, host_adapter_bytes=1 << 20, upload_pages_per_step=4) as engine,
@@ -73,7 +73,7 @@ def run(path: Path, disk_seconds: float, seed: int = 0) -> tuple[Trace, list[Req
 
 
 def tracks(events: Sequence[Event]) -> dict[str, list[Event]]:
-    """Complete events by the name of their track."""
+    """Returns the complete events by the name of their track."""
     names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
     by_track: dict[str, list[Event]] = {name: [] for name in names.values()}
     for event in events:
@@ -83,14 +83,14 @@ def tracks(events: Sequence[Event]) -> dict[str, list[Event]]:
 
 
 def counters(events: Sequence[Event], name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Times in ms and values by series of the counter track whose name begins so."""
+    """Returns the times in ms, and the values by series, of the counter track whose name begins with `name`."""
     samples = [e for e in events if e["ph"] == "C" and e["name"].startswith(name)]
     series = {key: np.array([e["args"][key] for e in samples]) for key in samples[0]["args"]}
     return np.array([e["ts"] for e in samples]) / 1e3, series
 
 
 def draw(events: Sequence[Event], output: Path) -> None:
-    """Writes the picture of a trace: who works when, for a moment and for all of it; the pool; the queues."""
+    """Writes the picture of a trace: the tracks for a moment and for the whole run, the pool, the queues."""
     figure, axes = plt.subplots(
         4, 1, figsize=(11, 9), height_ratios=(1.3, 1.3, 1.6, 0.9), layout="constrained", sharex="none"
     )
@@ -132,7 +132,7 @@ def draw(events: Sequence[Event], output: Path) -> None:
 
 
 def _happens(by_track: dict[str, list[Event]], uploads: list[Event], reads: list[Event], ms: float) -> int:
-    """How much the zoom around a time would show: steps dispatched, times uploads and reads begun."""
+    """Rates the zoom around a time: steps dispatched, times uploads, times reads."""
     dispatches = [e for e in by_track["host"] if e["name"] == "dispatch"]
     first, last = (ms - ZOOM_MS / 6) * 1e3, (ms + ZOOM_MS * 5 / 6) * 1e3
     counts = [sum(first <= e["ts"] < last for e in events) for events in (dispatches, uploads, reads)]
@@ -140,7 +140,7 @@ def _happens(by_track: dict[str, list[Event]], uploads: list[Event], reads: list
 
 
 def _draw_lanes(axis: Axes, by_track: dict[str, list[Event]], first: float, last: float) -> None:
-    """One lane per kind of track, between two times in ms."""
+    """Draws one lane per kind of track, between two times in ms."""
     for row, (prefix, wanted, colour) in enumerate(LANES.values()):
         events = [e for name, track in by_track.items() if name.startswith(prefix) for e in track]
         events = [e for e in events if wanted is None or e["name"] in wanted]
@@ -153,7 +153,7 @@ def _draw_lanes(axis: Axes, by_track: dict[str, list[Event]], first: float, last
 
 
 def report(trace: Trace, outputs: Sequence[RequestOutput]) -> list[str]:
-    """The run in numbers, one line each."""
+    """Returns the run in numbers, one line each."""
     records = [output.record() for output in outputs]
     metrics: ServingMetrics = serving_metrics(records)
     adapters = adapter_metrics(records, trace.stays(), trace.start, trace.samples[-1].time)

@@ -1,18 +1,16 @@
 """Host time of planning one step: `python -m experiments.scheduler_benchmark [--output FILE]`.
 
 A steady state of R running and W waiting requests over 100 adapters: each step, some running requests end, as many new
-ones arrive, and the freed slots are filled from the queue, along which adapters are prefetched. Timed:
-`Scheduler.schedule` alone, and the whole turn with the arrivals and the ends; CPU time of the thread, as
-`EngineStats.host_seconds`. Also at twice the size, as the cost should grow no faster than the queues. With the prefix
-cache, all prompts of an adapter begin with the same 128 tokens, and the pool is full of what earlier requests left, so
-that every new page is taken from that.
+ones arrive, and requests of the queue take the free slots while their adapters are prefetched. Timed: CPU time of the
+thread (as `EngineStats.host_seconds`) in `Scheduler.schedule` alone, and in the whole turn with arrivals and ends. Also
+at twice the size, as the cost should grow no faster than the queues. With the prefix cache, all prompts of an adapter
+begin with the same 128 tokens, and the pool is full of idle prefixes, so that every new page evicts one.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.machine import provenance
+from experiments.machine import provenance, write_json
 from slora_jax.memory import AdapterResidency, Evictor, Lru, PageAllocator, PageKind, PrefixCache
 from slora_jax.scheduling import (
     AdapterState,
@@ -61,7 +59,7 @@ CASES: dict[str, tuple[Callable[[], Policy], str]] = {
 
 
 class InstantCopies:
-    """Every adapter is in host memory, and on the device as soon as its copy begins."""
+    """Copies that are instant: every adapter is in host memory, and on the device as soon as its copy begins."""
 
     pages_in_flight = 0
 
@@ -95,7 +93,7 @@ class Load:
             self.turn()
 
     def arrive(self, adapters: int = ADAPTERS) -> None:
-        """A request for one of the first so many adapters."""
+        """Adds a request for one of the first `adapters` adapters."""
         prompt, new = self.rng.integers(8, 512, 2).tolist()
         number, self.arrivals = self.arrivals, self.arrivals + 1
         metrics = RequestMetrics(arrival=self.now)
@@ -108,7 +106,7 @@ class Load:
         )
 
     def plan(self) -> float:
-        """Plans a step and hands out its tokens; the seconds of `schedule`."""
+        """Plans a step and gives its requests their tokens. Returns the seconds of `schedule`."""
         self.now += STEP_SECONDS
         start = time.thread_time()
         plan = self.scheduler.schedule(self.now)
@@ -121,7 +119,7 @@ class Load:
         return seconds
 
     def turn(self) -> tuple[float, float]:
-        """Some end, as many arrive, a step is planned: the seconds of the planning, and of all that."""
+        """Ends some requests, adds as many, and plans a step. Returns the seconds of planning, and of all of it."""
         ended = [r for r in self.scheduler.running if len(r.output) >= r.max_new]
         others = [r for r in self.scheduler.running if len(r.output) < r.max_new]
         ended += [others[i] for i in self.rng.choice(len(others), max(0, self.churn - len(ended)), replace=False)]
@@ -138,8 +136,9 @@ class Load:
 
 
 def measure(make: Callable[[], Policy], admission: str, prefix_cache: bool, turns: int) -> dict[str, Any]:
-    """Milliseconds of planning over `turns` steps at the size of the goal and at twice that, step by step in turn, so
-    that a busy machine slows both and neither finds its own data in the caches; and the median of their ratio."""
+    """Returns milliseconds of planning over `turns` steps at the goal's size and at twice that, and the median of their
+    ratio. Steps of the two alternate, so that a busy machine slows both and neither finds its own data in the
+    caches."""
     loads = {f"{scale}x": Load(make(), admission, prefix_cache, scale) for scale in (1, 2)}
     gc.collect()
     rounds = [[load.turn() for load in loads.values()] for _ in range(10 + turns)][10:]
@@ -157,7 +156,7 @@ def measure(make: Callable[[], Policy], admission: str, prefix_cache: bool, turn
 
 
 def benchmark(turns: int) -> dict[str, Any]:
-    """Every case."""
+    """Measures every case."""
     cases = {}
     for name, (make, admission) in CASES.items():
         cases[name] = measure(make, admission, "prefix cache" in name, turns)
@@ -186,9 +185,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=100, help="steps measured per case")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
     args = parser.parse_args()
-    results = benchmark(args.turns)
-    args.output.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"wrote {args.output}")
+    write_json(args.output, benchmark(args.turns))
 
 
 if __name__ == "__main__":

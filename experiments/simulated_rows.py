@@ -1,4 +1,4 @@
-"""Published runs, simulated: a row of the paper's results to a system, a workload, and our figures for it."""
+"""Simulates published runs: a row of the paper's results to a system, a workload, and our figures for it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SYSTEM_NAMES = {
     "merge": "merge-paper",
     "peft": "peft-paper",
 }
-"""System of a row -> the simulator's."""
+"""System of a row -> name of the simulator's system."""
 
 VLLM_MAX_SEQS, VLLM_MAX_TOKENS = 256, 2560
 """vLLM's defaults at the time (0.2), which its committed commands did not change."""
@@ -43,8 +43,7 @@ VLLM_MAX_SEQS, VLLM_MAX_TOKENS = 256, 2560
 
 @dataclass(frozen=True)
 class SimulatedRow:
-    """Our figures for a published row, named as `PaperRow` names its own. simulated_seconds: of the virtual
-    clock."""
+    """Our figures for a published row, with the names of `PaperRow`. simulated_seconds: on the virtual clock."""
 
     throughput: float
     latency: float
@@ -71,7 +70,7 @@ def simulate_row(row: PaperRow, device: DeviceModel | None = None) -> SimulatedR
     return SimulatedRow(
         throughput=metrics.throughput,
         latency=latency,
-        first_token_latency=latency if row.system == "vllm-packed" else first,  # its client got answers as a whole
+        first_token_latency=latency if row.system == "vllm-packed" else first,  # its client received whole answers
         attainment=metrics.attainment,
         satisfaction=metrics.satisfaction,
         aborts=metrics.aborted,
@@ -82,8 +81,12 @@ def simulate_row(row: PaperRow, device: DeviceModel | None = None) -> SimulatedR
 def simulate_rows(
     rows: Sequence[PaperRow], devices: Mapping[str, DeviceModel] | None = None, workers: int = 1
 ) -> list[SimulatedRow]:
-    """`simulate_row` of each, in order; by so many processes. Rows of the same run (`PaperRow.label`) are simulated
-    once. devices: by name, instead of the files."""
+    """Simulates rows, in order. Rows of the same run (`PaperRow.label`) are simulated once.
+
+    Args:
+      devices: by name, in place of the files.
+      workers: processes.
+    """
     first = {row.label: row for row in rows}
     chosen = [None if devices is None else devices[row.device] for row in first.values()]
     if workers == 1:
@@ -96,7 +99,7 @@ def simulate_rows(
 
 
 def row_workload(row: PaperRow) -> Workload:
-    """The requests of a row's run; a stand-in where the workload was real."""
+    """Returns the requests of a row's run; a stand-in if the workload was real."""
     ranks = SETTINGS[row.setting].ranks
     if row.workload == "real":
         return arena_like(ranks=ranks, rate=row.rate, duration=row.duration)
@@ -124,7 +127,7 @@ def row_model(row: PaperRow) -> ModelShape:
 
 
 def row_policy(row: PaperRow) -> Policy | None:
-    """What the system admits first, where it is not first come, first served; None: the system's own."""
+    """Returns the row's policy; None: the system's own."""
     if row.system == "lcfs":
         return Lcfs()
     if row.system == "abort":
@@ -136,7 +139,7 @@ def row_policy(row: PaperRow) -> Policy | None:
 
 
 def row_system(row: PaperRow) -> SystemConfig:
-    """The simulator's system for a row, with the row's arguments."""
+    """Returns the simulator's system for a row, with the row's arguments."""
     arguments = row_arguments(row)
     if row.system == "vllm-packed":
         assert arguments.replicas is not None and arguments.memory_share is not None

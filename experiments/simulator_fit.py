@@ -28,12 +28,12 @@ from slora_jax.simulation import DeviceModel, load_device
 DEVICE_FILES = Path(slora_jax.simulation.__file__).parent / "devices"
 
 WEIGHTS = {"throughput": 1.0, "latency": 0.3, "first_token_latency": 0.1}
-"""How much a relative error counts. Latencies of a saturated run are the difference of two large times."""
+"""Weights of relative errors. Latencies of a saturated run are the difference of two large times."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """An efficiency and the range that makes sense for it."""
+    """An efficiency and its plausible range."""
 
     name: str
     low: float
@@ -71,8 +71,13 @@ PEFT_FIXED = {"layer_seconds": 5e-4, "lora_layer_seconds": 2e-4, "adapter_wrap_s
 
 @dataclass(frozen=True)
 class Stage:
-    """Efficiencies of one software on one device, fitted together. rows: (file, number of adapters, request rate).
-    fixed: efficiencies set before the fit. like: (device, software) whose values are taken over before that."""
+    """Efficiencies of one software on one device, fitted together.
+
+    Attributes:
+      rows: (file, number of adapters, request rate).
+      fixed: efficiencies set before the fit.
+      like: (device, software) whose values are copied before that.
+    """
 
     device: str
     software: str
@@ -165,16 +170,17 @@ STAGES = (
 
 
 def fitting_labels(rows: Iterable[PaperRow]) -> set[str]:
-    """Labels of the rows used for fitting. Other measurements of the same run bear the same label: they are no test."""
+    """Returns the labels of the rows used for fitting. Other measurements of a run have its label, so they are not held
+    out."""
     chosen = {run for stage in STAGES for run in stage.rows}
     return {row.label for row in rows if (row.file, row.num_adapters, row.rate) in chosen}
 
 
 def stage_rows(stage: Stage, rows: Iterable[PaperRow]) -> list[PaperRow]:
-    """The stage's rows, in its order.
+    """Returns the stage's rows, in its order.
 
     Raises:
-      ValueError: one is not there, or not alone.
+      ValueError: a row is missing, or there are several.
     """
     used = [row for row in rows if exclusion(row) is None]
     chosen = []
@@ -188,14 +194,15 @@ def stage_rows(stage: Stage, rows: Iterable[PaperRow]) -> list[PaperRow]:
 
 @dataclass(frozen=True)
 class Fit:
-    """values: of the stage's parameters. errors: relative, ours against the published, per row's label and figure."""
+    """A fit. values: of the stage's parameters. errors: relative to the published values, by the row's label and
+    figure."""
 
     values: Mapping[str, float]
     errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def fit(stage: Stage, rows: Sequence[PaperRow], device: DeviceModel, workers: int) -> Fit:
-    """Least squares of the logarithms' differences, on the logarithms of the parameters, from the device's values."""
+    """Fits by least squares of log differences over log parameters, starting from the device's values."""
     start = device.efficiency[stage.software]
     low = np.log([p.low for p in stage.parameters])
     high = np.log([p.high for p in stage.parameters])
@@ -227,7 +234,7 @@ def fit(stage: Stage, rows: Sequence[PaperRow], device: DeviceModel, workers: in
 
 
 def write(stage: Stage, result: Fit, file: Path) -> None:
-    """Puts the fit into a device's file, with the runs it was fitted to."""
+    """Writes the fit into a device's file, with the fitted runs."""
     content: dict[str, Any] = json.loads(file.read_text())
     content["efficiency"][stage.software].update({name: float(f"{x:.4g}") for name, x in result.values.items()})
     content["fit"][stage.software][", ".join(result.values)] = f"fitted to {'; '.join(result.errors)}"
@@ -235,7 +242,7 @@ def write(stage: Stage, result: Fit, file: Path) -> None:
 
 
 def prepare(stage: Stage) -> None:
-    """Takes over the efficiencies that this stage starts from, and sets the fixed ones."""
+    """Copies the efficiencies from which this stage starts, and sets the fixed ones."""
     file = DEVICE_FILES / f"{stage.device}.json"
     content = json.loads(file.read_text())
     notes = content.setdefault("fit", {}).setdefault(stage.software, {})

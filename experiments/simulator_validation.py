@@ -8,7 +8,6 @@ of systems in every figure; the knees; speed). Pictures of the figures are the r
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections import Counter, defaultdict
@@ -19,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.machine import provenance
+from experiments.machine import provenance, write_json
 from experiments.paper import PaperRow, load_rows
 from experiments.paper.exclusions import exclusion
-from experiments.paper.figures import Figure, figures
 from experiments.paper.knees import find_knee, knee_error, knees_agree, rate_sweeps
-from experiments.paper.order import check_order, violations
+from experiments.report.collect import Collected, published_figures
+from experiments.report.order import check_order, violations
 from experiments.simulated_rows import SimulatedRow, simulate_row, simulate_rows
 from experiments.simulator_fit import fitting_labels
 
@@ -34,7 +33,7 @@ QUICK_ROWS = (
     ("synthetic/slora/synthetic_req_rate_a10g_S1_slora.jsonl", 1.5),
     ("real/slora/real_req_rate_a10g_S2_slora.jsonl", 1.0),
 )
-"""Two light rows, by file and rate: enough to see the whole path work."""
+"""Two light rows, by file and rate: enough to exercise the whole path."""
 
 SPEED_LABELS = ("slora a10g S2 n=200 R=2", "slora a100-80 S4 n=400 R=6")
 """Saturated runs that the simulator's speed is measured on."""
@@ -59,15 +58,16 @@ class Compared:
 
 
 def compare(rows: Sequence[PaperRow], all_rows: Sequence[PaperRow], workers: int) -> list[Compared]:
-    """Simulates `rows`."""
+    """Simulates `rows` and pairs them with the published ones."""
     fitted = fitting_labels(all_rows)
     results = simulate_rows(rows, workers=workers)
     return [Compared(row, ours, row.label in fitted) for row, ours in zip(rows, results, strict=True)]
 
 
 def errors(compared: Sequence[Compared]) -> dict[str, Any]:
-    """Absolute errors over rows: median and 90th percentile. Throughput and latency relative; first-token latency
-    relative where the published one is at least `LATENCY_FLOOR`, else in seconds; attainment as a difference."""
+    """Returns absolute errors over rows: median and 90th percentile. Throughput and latency relative; first-token
+    latency relative where the published one is at least `LATENCY_FLOOR`, else in seconds; attainment as a
+    difference."""
     slow = [c for c in compared if c.row.first_token_latency >= LATENCY_FLOOR]
     quick = [c for c in compared if c.row.first_token_latency < LATENCY_FLOOR]
     return {
@@ -81,8 +81,8 @@ def errors(compared: Sequence[Compared]) -> dict[str, Any]:
 
 
 def errors_by_system(compared: Iterable[Compared]) -> dict[str, Any]:
-    """Errors on held-out rows per system, and within a system per device; real workloads, for which we have only a
-    stand-in, apart."""
+    """Returns errors on held-out rows per system, and within a system per device. Real workloads, for which we have
+    only a stand-in, are separate."""
     groups: dict[str, list[Compared]] = defaultdict(list)
     for c in compared:
         if not c.fitted:
@@ -99,14 +99,14 @@ def errors_by_system(compared: Iterable[Compared]) -> dict[str, Any]:
     }
 
 
-def orders(made: Iterable[Figure], ours: dict[PaperRow, SimulatedRow]) -> dict[str, Any]:
-    """Per figure, how many pairs of systems are in the published order, and which are not."""
+def orders(made: Iterable[Collected], ours: dict[PaperRow, SimulatedRow]) -> dict[str, Any]:
+    """Returns, per figure, the number of pairs of systems in the published order, and the other pairs."""
     report = {}
     for figure in made:
         checks = check_order(figure, lambda row, metric: getattr(ours[row], metric) if row in ours else None)
         wrong = violations(checks)
-        report[figure.name] = {
-            "title": figure.title,
+        report[figure.experiment.name] = {
+            "title": figure.experiment.title,
             "pairs": len(checks),
             "right": len(checks) - len(wrong),
             "violations": [
@@ -119,7 +119,7 @@ def orders(made: Iterable[Figure], ours: dict[PaperRow, SimulatedRow]) -> dict[s
 
 
 def knees(rows: Iterable[PaperRow], ours: dict[PaperRow, SimulatedRow]) -> list[dict[str, Any]]:
-    """Published and simulated knee of every sweep over the request rate."""
+    """Returns the published and the simulated knee of every sweep over the request rate."""
     report = []
     for sweep in rate_sweeps(rows):
         if not all(row in ours for row in sweep):
@@ -142,7 +142,7 @@ def knees(rows: Iterable[PaperRow], ours: dict[PaperRow, SimulatedRow]) -> list[
 
 
 def speed(all_rows: Iterable[PaperRow]) -> dict[str, int]:
-    """Virtual seconds per second of CPU time, as this machine may be busy."""
+    """Returns virtual seconds per second of CPU time; wall time would depend on other processes."""
     ratios = {}
     for row in {row.label: row for row in all_rows if row.label in SPEED_LABELS}.values():
         start = time.thread_time()
@@ -152,13 +152,13 @@ def speed(all_rows: Iterable[PaperRow]) -> dict[str, int]:
 
 
 def report(compared: Sequence[Compared], all_rows: Sequence[PaperRow]) -> dict[str, Any]:
-    """All of `validation.json`."""
+    """Returns the content of `validation.json`."""
     ours = {c.row: c.ours for c in compared}
     rows = [c.row for c in compared]
     left_out = Counter((row.system, reason) for row in all_rows if (reason := exclusion(row)) is not None)
     slora = [c for c in compared if c.row.system == "slora" and c.row.workload == "synthetic" and not c.fitted]
     made_knees = knees(rows, ours)
-    made_orders = orders(figures(rows), ours)
+    made_orders = orders(published_figures(), ours)
     made_speed = speed(all_rows)
     return {
         "command": "python -m experiments.simulator_validation",
@@ -190,7 +190,7 @@ def report(compared: Sequence[Compared], all_rows: Sequence[PaperRow]) -> dict[s
 
 
 def summary(content: dict[str, Any]) -> str:
-    """The report in a few lines."""
+    """Returns the report in a few lines."""
     lines = [f"{'held-out rows':34} {'rows':>5} {'throughput':>18} {'first token':>18} {'attainment':>18}"]
     for system, e in content["held_out_errors"].items():
         cells = [e[k] for k in ("throughput", "first_token_latency", "attainment")]
@@ -205,7 +205,7 @@ def summary(content: dict[str, Any]) -> str:
 
 
 def _spread(values: Iterable[float]) -> dict[str, Any]:
-    """Of absolute values, with the mean of the signed ones: which way it leans."""
+    """Returns median and 90th percentile of absolute values, and the mean of the signed ones as the bias."""
     array = np.fromiter(values, float)
     if not array.size:
         return {"count": 0, "median": None, "p90": None, "bias": None}
@@ -243,10 +243,8 @@ def main() -> None:
         rows = [row for row in rows if (row.file, row.rate) in QUICK_ROWS]
     compared = compare(rows, all_rows, args.workers)
     content = report(compared, all_rows)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "validation.json").write_text(json.dumps(content, indent=1) + "\n")
     print(summary(content))
-    print(f"wrote {args.output}")
+    write_json(args.output / "validation.json", content)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A disk that takes its time, to see what waits for it."""
+"""A slow disk, to measure what waits for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from slora_jax.adapters.spill import SpilledTiles, SpillFiles
 
 @contextmanager
 def slow_disk(seconds: float) -> Iterator[None]:
-    """Inside the block, every read of a spilled adapter takes `seconds` longer."""
+    """Slows every read of a spilled adapter by `seconds` inside the block."""
     read = SpillFiles.read
 
     def read_slowly(files: SpillFiles, spilled: SpilledTiles) -> AdapterTiles:

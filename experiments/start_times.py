@@ -8,7 +8,6 @@ project too, in turn, by the same Python.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import socket
 import subprocess
@@ -24,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.machine import provenance
+from experiments.machine import provenance, write_json
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "The capital of France is"
@@ -151,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "model": args.model.name,
             "starts": {case: {name: asdict(s) for name, s in starts.items()} for case, starts in results.items()},
         }
-        args.output.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        write_json(args.output, values)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ compiled; the collectives of every program are held against the formulas of `slo
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections import Counter
@@ -22,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.machine import provenance
+from experiments.machine import provenance, write_json
 from experiments.paper.settings import MODELS
 from pallas_kernels.lora.layout import PROJECTIONS
 from pallas_kernels.targets import TARGETS
@@ -195,8 +194,8 @@ def main() -> int:
         "config": {"max_lora_rank": CONFIG.max_lora_rank, "page_size": CONFIG.page_size, "gpu_memory_fraction": 0.75},
         "rows": [asdict(row) for row in rows],
     }
-    args.out.write_text(json.dumps(content, indent=1) + "\n")
     print(table(rows))
+    write_json(args.out, content)
     return 0 if all(row.is_sound for row in rows) else 1
 
 

@@ -1,4 +1,4 @@
-"""Config files, YAML or gin: an experiment, its cases and its sweeps, spelled out as runs."""
+"""Config files, YAML or gin: the runs of an experiment, from its cases and sweeps."""
 
 from __future__ import annotations
 
@@ -24,9 +24,14 @@ ABOUT = {"title": str, "about": str, "metrics": tuple[str, ...], "expected_secon
 
 @dataclass(frozen=True)
 class Run:
-    """A run and where it is shown. panel, curve: of the figure; without a label, the system's name, with the policy
-    where several differ in it. x: the field that the panel has on its axis, by its
-    dotted name. published: the paper's file of raw results that has the same run, or none ("")."""
+    """A run and its place in the figure.
+
+    Attributes:
+      panel: "" in an experiment of one panel.
+      curve: by default the system's name, with the policy if runs of the system differ in it.
+      x: the field on the panel's axis, by its dotted name.
+      published: the paper's file of raw results that has the same run; "": none.
+    """
 
     config: RunConfig
     panel: str = ""
@@ -37,8 +42,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Experiment:
-    """name: of the file, without its suffix. about: what it shows, and what to expect. metrics: the figures that plots
-    show. expected_seconds: on two cores."""
+    """An experiment.
+
+    Attributes:
+      name: of the file, without its suffix.
+      about: what it shows, and what to expect.
+      metrics: the figures that plots show.
+      expected_seconds: on two cores.
+    """
 
     name: str
     title: str
@@ -51,13 +62,13 @@ class Experiment:
 def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Reads a `.yaml` or `.gin` file.
 
-    A field's list is a sweep: each value in turn, and with several lists every combination, the last varying fastest.
-    (Where the field itself is a list, such as `adapters.ranks`, a sweep is a list of lists.) `cases` is a list of
-    changes to what stands beside it, each with sweeps and cases of its own. overrides: `workload.rate=3`,
-    `seed=[1,2,3]`: they hold in every case.
+    A list for a field is a sweep over its values; several lists give every combination, the last varying fastest. (For
+    a field that itself is a list, such as `adapters.ranks`, a sweep is a list of lists.) `cases` is a list of changes
+    to the fields beside it, each with its own sweeps and cases. overrides: `workload.rate=3`, `seed=[1,2,3]`, for every
+    case.
 
     Raises:
-      ConfigError: no such file, not a config, an unknown name, a wrong value; the message says where.
+      ConfigError: the file is missing or not a config, a name is unknown, or a value is wrong; the message says where.
     """
     file = Path(file)
     if not file.is_file():
@@ -73,7 +84,7 @@ def load_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Experime
 
 
 def make_experiment(name: str, content: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Experiment:
-    """An experiment from the content of a file.
+    """Makes an experiment from the content of a file.
 
     Raises:
       ConfigError: as `load_experiment`.
@@ -100,7 +111,7 @@ def make_experiment(name: str, content: Mapping[str, Any], overrides: Mapping[st
 
 
 def _policy_text(config: RunConfig) -> str:
-    """A policy as a curve's name has it: `early_abort slo=6.0`."""
+    """Returns a policy as text for a curve's name: `early_abort slo=6.0`."""
     policy = dict(config.system.policy or {"name": "default policy"})
     return " ".join([str(policy.pop("name")), *(f"{name}={value}" for name, value in policy.items())])
 
@@ -118,7 +129,7 @@ def _cases(content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` wins, section by section; lists and policies are replaced as a whole."""
+    """Merges two contents, section by section: `above` wins; lists and policies are replaced as a whole."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key != "policy"
@@ -127,7 +138,7 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 
 def _sweep(content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every combination of the values of fields that have lists."""
+    """Yields every combination of the values of fields that have lists."""
     axes: list[tuple[str | None, str, list[Any]]] = []
     for name, value in content.items():
         if name in SECTIONS and isinstance(value, Mapping):
@@ -146,7 +157,7 @@ def _sweep(content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _filled(text: str, config: RunConfig) -> str:
-    """`{workload.cv}` and so on replaced by the run's values."""
+    """Replaces `{workload.cv}` and so on by the run's values."""
     return re.sub(r"\{([\w.]+)\}", lambda match: str(config.value(match[1])), text)
 
 
@@ -168,8 +179,8 @@ _GIN = {name: gin.external_configurable(_section, name=name, module="config") fo
 
 
 def _read_gin(file: Path) -> dict[str, Any]:
-    """Fields of the run and of the experiment are bound to `experiment`, those of a section to its name:
-    `experiment.title = "..."`, `workload.rate = [1, 2]`."""
+    """Reads a gin file. Fields of the run and of the experiment are bound to `experiment`, those of a section to its
+    name: `experiment.title = "..."`, `workload.rate = [1, 2]`."""
     try:
         gin.clear_config()
         gin.parse_config_file(str(file))

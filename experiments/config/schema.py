@@ -1,4 +1,4 @@
-"""What a run is: plain values, each in the section of what it configures."""
+"""The settings of a run: plain values in sections."""
 
 from __future__ import annotations
 
@@ -18,19 +18,25 @@ from slora_jax.adapters.targets import resolve_targets
 from slora_jax.models.config import ModelConfig, read_json
 from slora_jax.scheduling import make_policy
 from slora_jax.simulation import SYSTEMS, SystemConfig, devices
-from slora_jax.typed import nearest, refuse_unknown, typed
+from slora_jax.typed import Count, Seconds, Share, nearest, refuse_unknown, typed
 
 MODELS = Path(__file__).parents[1] / "models"
 
-Mode = Literal["simulated", "real", "served"]
+Mode = Literal["simulated", "real", "served", "load_test", "replicas"]
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 
 @dataclass(frozen=True)
 class AdaptersConfig:
-    """count: registered; 0: all requests are for the base model. ranks: which they take in turn. targets: the
-    projections that each has. path: a directory of PEFT directories, in order of their names, which say the rest (count
-    takes the first ones only); None: random adapters. A file may have the path alone: `adapters: DIR`."""
+    """The registered adapters. A file may give the path alone: `adapters: DIR`.
+
+    Attributes:
+      count: number of adapters; 0: all requests use the base model.
+      ranks: the adapters take them in turn.
+      targets: projections that each adapter changes.
+      path: directory of PEFT directories, in order of their names, which decide ranks and targets (count takes the
+        first ones only); None: random adapters.
+    """
 
     count: int = 1
     ranks: tuple[int, ...] = (8,)
@@ -45,16 +51,21 @@ class AdaptersConfig:
 
 
 def adapter_directories(path: Path) -> list[Path]:
-    """The PEFT directories in a directory, or that directory itself."""
+    """Returns the PEFT directories in a directory, or that directory itself."""
     found = sorted(file.parent for file in path.glob("*/adapter_config.json"))
     return found or [file.parent for file in path.glob("adapter_config.json")]
 
 
 @dataclass(frozen=True)
 class WorkloadConfig:
-    """kind: a name of `WORKLOADS`, or a generator of one's own as "module:function". rate: requests per second.
-    duration: of the arrivals, seconds. parameters: further ones of the generator, by name; in a file they stand beside
-    the others."""
+    """The requests.
+
+    Attributes:
+      kind: a name of `WORKLOADS`, or another generator as "module:function".
+      rate: requests per second.
+      duration: of the arrivals, in seconds.
+      parameters: the generator's other arguments, by name; a file has them beside the fields above.
+    """
 
     kind: str = "synthetic"
     rate: float = 1.0
@@ -64,8 +75,8 @@ class WorkloadConfig:
 
 @dataclass(frozen=True)
 class ClientConfig:
-    """kind: "open" sends each request at its time; "closed" is `users` clients, of whom each sends its next request
-    `think_seconds` after it got the last answer."""
+    """The clients. kind: "open" sends each request at its time; "closed" has `users` clients, each of which sends its
+    next request `think_seconds` after its last answer."""
 
     kind: Literal["open", "closed"] = "open"
     users: int = 1
@@ -74,9 +85,13 @@ class ClientConfig:
 
 @dataclass(frozen=True)
 class SystemSection:
-    """name: of `slora_jax.simulation.SYSTEMS`; the real runner has the same. policy: by name, or a mapping with the
-    name and its settings; None: the system's own. settings: further fields of `SystemConfig`, by name; in a file they
-    stand beside the others."""
+    """The system that serves.
+
+    Attributes:
+      name: of `slora_jax.simulation.SYSTEMS`; the real runner has the same, and "peft-mixed".
+      policy: a name, or a mapping with the name and its settings; None: the system's own.
+      settings: fields of `SystemConfig`, by name; a file has them beside the fields above.
+    """
 
     name: str = "slora"
     policy: Mapping[str, Any] | None = None
@@ -85,9 +100,13 @@ class SystemSection:
 
 @dataclass(frozen=True)
 class EngineSection:
-    """What only the real runner minds. dtype, kernels, decode_buckets and mixed_buckets: as in `EngineConfig`.
-    max_model_len: tokens; None: the longest of the workload, rounded up to a multiple of 128. batch: requests of one of
-    PEFT's batches."""
+    """Settings of a real engine; the simulator ignores them.
+
+    Attributes:
+      dtype, kernels, decode_buckets, mixed_buckets: as in `EngineConfig`.
+      max_model_len: tokens; None: the longest request of the workload, rounded up to a multiple of 128.
+      batch: requests in a batch of PEFT, at most.
+    """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     kernels: str = "auto"
@@ -99,8 +118,8 @@ class EngineSection:
 
 @dataclass(frozen=True)
 class ServerSection:
-    """Settings of a run against a server. url: `http://HOST:PORT`. key_env: environment variable with the API key;
-    None: none is sent. timeout_seconds: that the server may be silent."""
+    """A running server. url: `http://HOST:PORT`. key_env: environment variable with the API key; None: no key is sent.
+    timeout_seconds: longest silence of the server."""
 
     url: str = "http://127.0.0.1:8000"
     key_env: str | None = None
@@ -108,17 +127,75 @@ class ServerSection:
 
 
 @dataclass(frozen=True)
+class MeasuredSection:
+    """Measurement of a run beside the other runs of its panel (`experiments.rounds`).
+
+    Attributes:
+      rounds: timed repetitions.
+      load: the request rate, as a share of the panel's lowest throughput when all requests are present at the start;
+        None: the workload's rate.
+      disk_seconds: added to each read of an adapter from disk.
+      groups: name -> [first, last + 1] adapter numbers, whose requests are also measured on their own.
+    """
+
+    rounds: Count = 3
+    load: Share | None = None
+    disk_seconds: Seconds = 0.0
+    groups: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LoadTestSection:
+    """Mode "load_test": the requests sent to `slora serve` by locust (`client.users` users), or to the engine alone.
+
+    Attributes:
+      side: "alone", "served", or "soak": served for `soak_seconds`, while the server's memory, file handles, threads
+        and pool pages are watched.
+      warm_up: requests before the timed ones.
+      temperature, top_p: of every other request, which has a seed of its own; the others are greedy.
+      directory: keeps model and adapters for the next run; None: a temporary one.
+    """
+
+    side: Literal["alone", "served", "soak"] = "served"
+    warm_up: Count = 64
+    soak_seconds: Seconds = 240.0
+    temperature: Seconds = 0.8
+    top_p: Share = 0.95
+    directory: Path | None = None
+
+
+@dataclass(frozen=True)
+class ReplicasSection:
+    """Mode "replicas": engines behind Ray Serve's router, and a closed loop of HTTP clients.
+
+    Attributes:
+      count: replicas.
+      route: "adapter": the router knows the request's adapter and prefers the replica that holds it. "load": it takes
+        the less busy replica. "round_robin": it takes turns.
+      warm_up: requests before the measured ones.
+      requests_per_replica: requests that a replica takes at once.
+    """
+
+    count: Count = 2
+    route: Literal["adapter", "load", "round_robin"] = "adapter"
+    warm_up: Count = 200
+    requests_per_replica: Count = 12
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run.
 
-    mode: "simulated"; "real", on an engine of this process; "served", against a running server, which has its own
-      model, adapters and settings.
-    model: a file of `experiments/models`, without its suffix, or the path of a config.json: the real runner gives it
-      random weights. Or a Hugging Face directory or GGUF file, with its own weights.
-    device: of the simulator, a name or the path of a file.
-    seed: of workload and weights.
-    slo_seconds: for the first token.
-    dollars_per_hour: the device's price; with it, a run has `dollars_per_million_tokens`.
+    Attributes:
+      mode: "simulated"; "real": an engine of this process; "served": a running server, which has its own model,
+        adapters and settings; "load_test", "replicas": servers started for the run.
+      model: a file of `experiments/models` without its suffix, or the path of a config.json: the weights are random. Or
+        a Hugging Face directory or GGUF file with weights.
+      device: of the simulator, a name or the path of a file.
+      seed: of workload and weights.
+      slo_seconds: for the first token.
+      dollars_per_hour: the device's price, for `dollars_per_million_tokens`; None: not computed.
+      measured: None: the run is carried out once, from an empty pool.
     """
 
     mode: Mode = "simulated"
@@ -133,6 +210,9 @@ class RunConfig:
     system: SystemSection = field(default_factory=SystemSection)
     engine: EngineSection = field(default_factory=EngineSection)
     server: ServerSection = field(default_factory=ServerSection)
+    measured: MeasuredSection | None = None
+    load_test: LoadTestSection | None = None
+    replicas: ReplicasSection | None = None
 
     @property
     def model_file(self) -> Path:
@@ -146,12 +226,12 @@ class RunConfig:
         return self.model_file.suffix != ".json"
 
     def model_config(self) -> ModelConfig:
-        """Raises CheckpointError, UnsupportedModelError as `ModelConfig`."""
+        """Returns the model's configuration. Raises CheckpointError, UnsupportedModelError as `ModelConfig`."""
         file = self.model_file
         return ModelConfig.from_directory(file) if self.has_weights else ModelConfig.from_dict(read_json(file))
 
     def to_json(self) -> dict[str, Any]:
-        """Without what is None, so that a field that a run does not use changes no key."""
+        """Returns JSON values without the fields that are None, so that a field that a run lacks changes no key."""
         given = {name: value for name, value in asdict(self).items() if value is not None}
         if self.adapters.path is None:
             del given["adapters"]["path"]
@@ -161,11 +241,11 @@ class RunConfig:
 
     @property
     def key(self) -> str:
-        """What tells two runs apart: a digest of all fields."""
+        """The run's identity: a digest of all fields."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
     def value(self, path: str) -> Any:
-        """A field by its dotted name, as a file would have it: `workload.cv`, `system.num_tokens`."""
+        """Returns a field by its dotted name in a file: `workload.cv`, `system.num_tokens`."""
         at: Any = self
         for name in path.split("."):
             open_part = next((getattr(at, p) for p in ("parameters", "settings") if hasattr(at, p)), {})
@@ -185,20 +265,23 @@ SECTIONS: dict[str, type] = {
     "system": SystemSection,
     "engine": EngineSection,
     "server": ServerSection,
+    "measured": MeasuredSection,
+    "load_test": LoadTestSection,
+    "replicas": ReplicasSection,
 }
 
 _OPEN = {"workload": "parameters", "system": "settings"}
-"""Sections with names of their own beside their fields, and where these are kept."""
+"""Sections that take other names beside their fields, and the field that holds these."""
 
-_GIVEN = ("num_adapters", "ranks", "rate", "duration", "seed")
-"""Parameters of a generator that other fields are for."""
+_GIVEN = ("num_adapters", "ranks", "rate", "duration", "seed", "round_number")
+"""Arguments of a generator that other fields decide."""
 
 
 @cache
 def known_fields(section: str) -> dict[str, Any]:
-    """The names that a section of a file may have ("": the run itself), with their types."""
+    """Returns the names that a section of a file may have ("": the run itself), with their types."""
     kind = SECTIONS.get(section, RunConfig)
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     known = {f.name: hints[f.name] for f in fields(kind) if f.name not in (_OPEN.get(section), *SECTIONS)}
     if section == "workload":
         for generator in WORKLOADS.values():
@@ -210,7 +293,7 @@ def known_fields(section: str) -> dict[str, Any]:
 
 
 def section_fields(section: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    """`known_fields`, and those of generators of one's own that the content of the section names."""
+    """Returns `known_fields`, and the arguments of generators that the section names as "module:function"."""
     known = dict(known_fields(section))
     if section == "workload":
         kinds = content.get("kind")
@@ -221,10 +304,10 @@ def section_fields(section: str, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_config(content: Mapping[str, Any]) -> RunConfig:
-    """A run from the content of a file, without cases and sweeps.
+    """Makes a run from the content of a file without cases and sweeps.
 
     Raises:
-      ConfigError: an unknown name (the nearest known one is given), or a value of a wrong type or out of range.
+      ConfigError: a name is unknown, or a value has a wrong type or is out of range.
     """
     values: dict[str, Any] = {}
     for name, value in content.items():
@@ -242,11 +325,11 @@ def run_config(content: Mapping[str, Any]) -> RunConfig:
 
 
 def _real_adapters(run: RunConfig, given: set[str]) -> AdaptersConfig:
-    """Reads the fields that the directories decide. given: the fields that the file has.
+    """Reads the fields that the directories decide. given: fields that the file has.
 
     Raises:
-      ConfigError: there are too few of them, or a field that they decide is given.
-      AdapterError: one cannot be used.
+      ConfigError: there are too few directories, or the file gives a field that they decide.
+      AdapterError: an adapter cannot be used.
     """
     path, num_layers = run.adapters.path, run.model_config().num_layers
     assert path is not None
@@ -289,7 +372,7 @@ def _section(section: str, content: Any) -> Any:
 
 
 def _check(run: RunConfig) -> None:
-    """Raises ConfigError for a value that no runner can take."""
+    """Raises ConfigError for a value that no runner accepts."""
     if not run.model_file.exists():
         models = sorted(file.stem for file in MODELS.glob("*.json"))
         raise ConfigError(
@@ -301,7 +384,8 @@ def _check(run: RunConfig) -> None:
             f"device={run.device!r} is unknown{nearest(run.device, devices())}; there are {', '.join(devices())}, and "
             "paths of such files"
         )
-    refuse_unknown([run.system.name], SYSTEMS, "system.name=")
+    systems = SYSTEMS if run.mode == "simulated" else (*SYSTEMS, "peft-mixed")
+    refuse_unknown([run.system.name], systems, "system.name=")
     generator = find_generator(run.workload.kind)
     own = _parameters(generator)
     refuse_unknown(run.workload.parameters, own, f"workload (kind: {run.workload.kind}): ")
@@ -319,6 +403,12 @@ def _check(run: RunConfig) -> None:
             raise ConfigError(f"{name}={value}: must be positive")
     if not run.adapters.ranks or min(run.adapters.ranks) < 1:
         raise ConfigError(f"adapters.ranks={list(run.adapters.ranks)}: must be positive integers, one at least")
+    for mode, section in (("load_test", run.load_test), ("replicas", run.replicas)):
+        if (run.mode == mode) != (section is not None):
+            raise ConfigError(f"mode={run.mode}: the section {mode} belongs to mode={mode}; give both or neither")
+    for name, numbers in run.measured.groups.items() if run.measured else ():
+        if not isinstance(numbers, list) or len(numbers) != 2 or not 0 <= numbers[0] < numbers[1]:
+            raise ConfigError(f"measured.groups.{name}={numbers!r}: must be [first, last + 1] adapter numbers")
     if not run.adapters.targets:
         raise ConfigError("adapters.targets=[]: must name one projection at least")
     if run.system.policy is not None:

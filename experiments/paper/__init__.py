@@ -1,4 +1,4 @@
-"""The paper's experiments as data: settings, systems' arguments, raw results, and which rows make which figure."""
+"""The paper's experiments as data: settings, arguments of the systems, raw results."""
 
 from experiments.paper.results import PaperRow, load_rows
 from experiments.paper.settings import DEVICES, SETTINGS, Setting

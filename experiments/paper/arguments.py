@@ -1,4 +1,4 @@
-"""What each published run was started with: pool tokens, batch limits, memory shares.
+"""The arguments of each published run: pool tokens, batch limits, memory shares.
 
 From the repository's command files (`exp_cmds*.sh`), where the authors lowered `--num-token` by hand until the run no
 longer ran out of memory. Where several values follow each other in a file, a value holds from the number of adapters
@@ -64,9 +64,14 @@ _PEFT_BATCH = {
 
 @dataclass(frozen=True)
 class RowArguments:
-    """num_token: slots of the pool, KV and (where unified) adapters; None where the system has no such argument.
-    batch_max_tokens: prompt tokens of one prefill. replicas, memory_share: processes of vllm-packed, and the share of
-    the device's memory of each. max_batch: requests of one batch of PEFT."""
+    """The arguments of a run; None where the system has no such argument.
+
+    Attributes:
+      num_token: slots of the pool, for KV and (where unified) adapters.
+      batch_max_tokens: prompt tokens of one prefill.
+      replicas, memory_share: processes of vllm-packed, and the share of the device's memory of each.
+      max_batch: requests of one batch of PEFT.
+    """
 
     num_token: int | None = None
     batch_max_tokens: int | None = None
@@ -76,10 +81,10 @@ class RowArguments:
 
 
 def row_arguments(row: PaperRow) -> RowArguments:
-    """The arguments of a published run.
+    """Returns the arguments of a published run.
 
     Raises:
-      KeyError: its system was never run on this device and setting.
+      KeyError: the paper never ran its system on this device and setting.
     """
     if row.system == "peft":
         return RowArguments(max_batch=_PEFT_BATCH[row.device, row.setting])
@@ -90,10 +95,10 @@ def row_arguments(row: PaperRow) -> RowArguments:
 
 
 def pool_tokens(device: str, setting: str) -> int:
-    """`--num-token` of S-LoRA's own runs.
+    """Returns `--num-token` of S-LoRA's own runs.
 
     Raises:
-      KeyError: it was never run on this device and setting.
+      KeyError: the paper never ran it on this device and setting.
     """
     return _POOL_TOKENS[device, setting]
 

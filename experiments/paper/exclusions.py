@@ -1,4 +1,4 @@
-"""Published rows that no result of ours is held against, and why."""
+"""Published rows that are compared with no result of ours, and the reasons."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ BY_HAND = "synthetic/bmm/synthetic_req_rate_a100-80_S4_bmm.jsonl"
 
 
 def exclusion(row: PaperRow) -> str | None:
-    """Why the row is left out; None if it is used."""
+    """Returns the reason why the row is left out; None if it is used."""
     if row.system == "pets":
         return "another scheduler (PetS), in none of the paper's figures and not part of this project"
     if "/backup/" in row.file:

@@ -1,7 +1,7 @@
 """Figure 8 as published: throughput of tensor parallelism, from the repository's `plot_tp.py` (branch `tp`).
 
-The commands that made it were not kept: neither rate nor duration nor pool is known. The picture's label of the 30B
-model on four devices misprints "2x".
+Its commands were not published, so rate, duration and pool are unknown. The picture's label of the 30B model on four
+devices misprints "2x".
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Figure8Point:
-    """A group of bars. setting: a name of `SETTINGS`. Throughputs in requests per second: of S-LoRA, of S-LoRA without
-    the communication of its adapters, and of the base model alone."""
+    """A group of bars. setting: a name of `SETTINGS`. slora, without_lora_communication, base: requests per second of
+    S-LoRA, of S-LoRA without communication for adapters, and of the base model alone."""
 
     setting: str
     device: str

@@ -1,4 +1,4 @@
-"""Knees: the request rate at which the mean first-token latency takes off."""
+"""Knees: the request rate at which the mean first-token latency rises steeply."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ TAKE_OFF_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Knee:
-    """Where a curve of latency over rate crosses `TAKE_OFF_SECONDS`. rate: None if it lies outside the rates measured;
-    then `side` says on which: "below" the lowest or "above" the highest."""
+    """The place where a curve of latency over rate crosses `TAKE_OFF_SECONDS`. rate: None if it lies outside the
+    measured rates; `side` is then "below" the lowest or "above" the highest."""
 
     rate: float | None
     side: str = "inside"
 
 
 def find_knee(rates: Iterable[float], latencies: Iterable[float], threshold: float = TAKE_OFF_SECONDS) -> Knee:
-    """The first crossing of the threshold, on straight lines of the logarithm of latency between the rates measured.
+    """Finds the first crossing of the threshold, on straight lines of log latency between the measured rates.
 
     rates: ascending, requests per second. latencies: means, seconds, positive.
     """
@@ -39,7 +39,7 @@ def find_knee(rates: Iterable[float], latencies: Iterable[float], threshold: flo
 
 
 def rate_sweeps(rows: Iterable[PaperRow]) -> list[list[PaperRow]]:
-    """Published sweeps over at least three request rates, each in order of rate; excluded rows are in none."""
+    """Returns the published sweeps over at least three request rates, each in order of rate, without excluded rows."""
     groups: dict[tuple[str, float], list[PaperRow]] = defaultdict(list)
     for row in rows:
         if exclusion(row) is None:
@@ -49,13 +49,13 @@ def rate_sweeps(rows: Iterable[PaperRow]) -> list[list[PaperRow]]:
 
 
 def knee_error(published: Knee, simulated: Knee) -> float | None:
-    """Relative error of the rate; None where one of them lies outside the rates measured."""
+    """Returns the relative error of the rate; None if a rate lies outside the measured ones."""
     if published.rate is None or simulated.rate is None:
         return None
     return simulated.rate / published.rate - 1
 
 
 def knees_agree(published: Knee, simulated: Knee, tolerance: float) -> bool:
-    """Both within `tolerance`, or both outside on the same side."""
+    """Returns whether the rates are within `tolerance`, or both lie outside on the same side."""
     error = knee_error(published, simulated)
     return published.side == simulated.side if error is None else abs(error) <= tolerance

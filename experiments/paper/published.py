@@ -1,4 +1,4 @@
-"""Runs of ours and the published runs that they repeat."""
+"""The published runs that ours repeat."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ FIGURE_8_BARS = "figure 8: "
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar of figure 8, of which the raw runs are not published. throughput: requests per second."""
+    """A bar of figure 8, whose raw runs are not published. throughput: requests per second."""
 
     throughput: float
 
 
 def published_row(run: Run) -> PaperRow | Bar | None:
-    """The row of the file that `run.published` names (or "figure 8: " and a bar's name); None where it names none.
-    Repeated runs: the last.
+    """Returns the row of the file that `run.published` names (or of "figure 8: " and a bar's name); None if it names
+    none. Of repeated runs, the last one counts.
 
     Raises:
       ConfigError: the file has no such run.

@@ -1,9 +1,8 @@
-"""Every table and figure of the paper, and what goes beyond it: `python -m experiments.report`, or `make paper`.
+"""Every table and figure of the paper, and experiments beyond it: `python -m experiments.report`, or `make paper`.
 
-Runs the simulated configs of `experiments/configs/paper` and `experiments/configs/beyond`, or what `--output` lacks of
-them; takes the engine's results in miniature from `experiments/results/miniature` (they are measured by
-`python -m experiments.run experiments/configs/miniature/NAME.yaml`). Writes JSON lines, a picture per figure, and
-`report.html`.
+Carries out the simulated runs of `experiments/configs/paper` and `experiments/configs/beyond` that `--output` lacks,
+and takes the engine's results from `experiments/results/miniature` (`make miniature` measures them). Writes JSON lines,
+a PNG and an SVG per figure, and `report.html`.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ EXPERIMENTS = Path(__file__).parents[1]
 CONFIGS = EXPERIMENTS / "configs"
 MINIATURE = EXPERIMENTS / "results" / "miniature"
 ORDER = ("table_3", "figure_5", "figure_6", "figure_7", "figure_8", "figure_9", "figure_10", "tables_4_5")
-"""Of the paper's; the others follow by name."""
+"""The order of the paper's; the others follow by name."""
 
 
 def simulated(folder: str, output: Path, workers: int) -> list[Collected]:
-    """Runs what `output` lacks of a folder's configs."""
+    """Carries out the runs of a folder's configs that `output` lacks."""
     files = sorted((CONFIGS / folder).glob("*.yaml"), key=_place)
     made = []
     for file in files:
@@ -46,7 +45,7 @@ def simulated(folder: str, output: Path, workers: int) -> list[Collected]:
 
 
 def miniature() -> list[Collected]:
-    """What was measured on the engine."""
+    """Returns the results in miniature, measured on the engine."""
     made = []
     for file in sorted((CONFIGS / "miniature").glob("*.yaml"), key=_place):
         experiment = load_experiment(file)

@@ -1,24 +1,28 @@
-"""The results of an experiment in the order of its figure: panels, curves, points, beside the published ones."""
+"""The results of an experiment in the order of its figure: panels, curves and points, with the published values."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from experiments.config import Experiment, Run
-from experiments.paper.order import SHARES
+from experiments.config import Experiment, Run, load_experiment
 from experiments.paper.published import Bar, published_row
 from experiments.paper.results import PaperRow
 
+PAPER = Path(__file__).parents[1] / "configs" / "paper"
+SHARES = ("attainment", "satisfaction")
+"""Metrics of which a deviation is a difference."""
+
 SHORT = 1.0
-"""Seconds. Published first-token latencies below this are a prefill or two: compared by their difference."""
+"""Seconds. Published first-token latencies below this are a prefill or two, and compared by their difference."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A run at its place of the axis. metrics: ours; without "error" unless the run could not be."""
+    """A run at its place of the axis. metrics: ours; with "error" if the run could not be carried out."""
 
     run: Run
     at: Any
@@ -36,7 +40,7 @@ class Point:
         return None if self.published is None else getattr(self.published, metric, None)
 
     def deviation(self, metric: str) -> float | None:
-        """Ours from the published value: relative, or (`is_difference`) the difference."""
+        """Returns the relative deviation from the published value, or (`is_difference`) the difference."""
         ours, theirs = self.ours(metric), self.theirs(metric)
         if ours is None or theirs is None:
             return None
@@ -49,7 +53,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """One system, or one setting of it."""
+    """A system, or one setting of it."""
 
     name: str
     points: tuple[Point, ...]
@@ -57,7 +61,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """title: "" in an experiment of one panel. x: the field on the axis, by its dotted name."""
+    """Curves over one axis. title: "" in an experiment of one panel. x: the axis's field, by its dotted name."""
 
     title: str
     x: str
@@ -68,19 +72,19 @@ class Panel:
 
     @property
     def places(self) -> list[Any]:
-        """Of the axis: ascending numbers, or names in the order of the runs."""
+        """Returns the places of the axis: ascending numbers, or names in the order of the runs."""
         found = dict.fromkeys(point.at for curve in self.curves for point in curve.points)
         return sorted(found) if all(isinstance(at, int | float) for at in found) else list(map(str, found))
 
     @property
     def is_line(self) -> bool:
-        """Whether the axis has three numbers at least; else bars are drawn."""
+        """Returns whether the axis has at least three numbers; otherwise bars are drawn."""
         return len(self.places) > 2 and not isinstance(self.places[0], str)
 
 
 @dataclass(frozen=True)
 class Collected:
-    """An experiment with its results. where: commits, machines and versions of its lines, each once."""
+    """An experiment with its results. where: the commits, machines and versions of its lines, each once."""
 
     experiment: Experiment
     panels: tuple[Panel, ...]
@@ -92,7 +96,7 @@ class Collected:
                 yield from curve.points
 
     def median_deviation(self, metric: str, curve: str | None = None) -> tuple[float, int] | None:
-        """The median of the absolute relative deviations, and of how many points; of one curve, or of all."""
+        """Returns the median of the absolute relative deviations and the number of points, of one curve or of all."""
         found = [
             abs(deviation)
             for panel in self.panels
@@ -104,8 +108,14 @@ class Collected:
         return (statistics.median(found), len(found)) if found else None
 
 
+def published_figures() -> list[Collected]:
+    """Returns the paper's figures and tables, by name, with the published values alone."""
+    made = [load_experiment(file) for file in sorted(PAPER.glob("*.yaml"))]
+    return [collect(one, {run.config.key: {"metrics": {}} for run in one.runs}) for one in made]
+
+
 def collect(experiment: Experiment, lines: Mapping[str, Mapping[str, Any]]) -> Collected:
-    """lines: as `read_results` returns them; what they lack is left out."""
+    """Collects the results of an experiment. lines: of `read_results`; runs that they lack are left out."""
     panels: dict[tuple[str, str], dict[str, list[Point]]] = {}
     where: list[Mapping[str, Any]] = []
     for run in experiment.runs:

@@ -1,7 +1,7 @@
-"""What the paper concludes, as checks on results: of the published runs, of the simulator's, and of the engine's.
+"""The paper's conclusions as checks on the results of the published runs, the simulator and the engine.
 
-A check looks at the panels of one experiment and at one source of their values, and says whether the conclusion holds,
-with the numbers that it rests on.
+A check takes the panels of one experiment and one source of their values, and returns whether the conclusion holds,
+with the numbers behind it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from experiments.report.collect import Collected, Curve, Panel, Point
 
 Value = Callable[[Point, str], float | None]
 Check = Callable[[Panel, Value], tuple[bool, str] | None]
-"""Of a panel and a source: whether the conclusion holds, and its numbers; None where there is nothing to judge by."""
+"""(panel, source) -> whether the conclusion holds, and its numbers; None if the source lacks the values."""
 
 SOURCES: Mapping[str, Value] = {"published": Point.theirs, "ours": Point.ours}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """holds: in all panels. numbers: a line for each panel."""
+    """A judgement. holds: in all panels. numbers: a line for each panel."""
 
     holds: bool
     numbers: tuple[str, ...]
@@ -29,8 +29,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Conclusion:
-    """experiment: its name; the miniature on the engine has the same. sentence: what is concluded. up_to: it is a
-    greatest value, so one panel is enough."""
+    """A conclusion of the paper.
+
+    Attributes:
+      experiment: its name, which the miniature on the engine shares.
+      sentence: the conclusion.
+      up_to: whether it is about a greatest value, so that one panel is enough.
+    """
 
     name: str
     experiment: str
@@ -39,7 +44,7 @@ class Conclusion:
     up_to: bool = False
 
     def verdict(self, collected: Collected, source: str) -> Verdict | None:
-        """None where this source has nothing to judge by."""
+        """Judges the results of a source; None if the source lacks the values."""
         found = [
             (panel.title, judged)
             for panel in collected.panels
@@ -52,7 +57,7 @@ class Conclusion:
 
 
 def flat(metric: str, name: str, least: float) -> Check:
-    """The curve's last point is at least `least` of its first."""
+    """Checks that the curve's last point is at least `least` of its first."""
 
     def check(panel: Panel, value: Value) -> tuple[bool, str] | None:
         values = _values(panel.curve(name), metric, value)
@@ -66,8 +71,8 @@ def flat(metric: str, name: str, least: float) -> Check:
 
 
 def above(metric: str, name: str, *others: str, slack: float = 0.03, at_least: float = 1.0) -> Check:
-    """At every place that both curves have, the first is above each of the others, or below by `slack` at most; and
-    somewhere above by a factor of `at_least`."""
+    """Checks that, at every shared place, the first curve is above each of the others, or below by at most `slack`; and
+    that it is somewhere above by a factor of `at_least`."""
 
     def check(panel: Panel, value: Value) -> tuple[bool, str] | None:
         holds, texts = True, []
@@ -87,7 +92,7 @@ def above(metric: str, name: str, *others: str, slack: float = 0.03, at_least: f
 
 
 def with_several_adapters(check: Check) -> Check:
-    """Only for panels in which more than one adapter is served."""
+    """Restricts a check to panels with more than one adapter."""
 
     def checked(panel: Panel, value: Value) -> tuple[bool, str] | None:
         counts = {point.run.config.adapters.count for curve in panel.curves for point in curve.points}
@@ -97,7 +102,7 @@ def with_several_adapters(check: Check) -> Check:
 
 
 def neutral(metric: str, spread: float) -> Check:
-    """At every place, the largest of all curves is at most `1 + spread` times the smallest."""
+    """Checks that, at every place, the largest of all curves is at most `1 + spread` times the smallest."""
 
     def check(panel: Panel, value: Value) -> tuple[bool, str] | None:
         curves = [_values(curve, metric, value) for curve in panel.curves]
@@ -192,7 +197,7 @@ CONCLUSIONS = (
 
 
 def contradictions(collected: Mapping[str, Collected]) -> Iterator[str]:
-    """Sentences of the paper that its own raw results, or ours, do not bear out; with the numbers."""
+    """Yields sentences of the paper that its own raw results, or ours, contradict, with the numbers."""
     if (merging := collected.get("figure_9")) is not None:
         yield from _skew(merging)
     if (table := collected.get("table_3")) is not None:

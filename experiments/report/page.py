@@ -18,8 +18,13 @@ from experiments.runners.figures import AXIS_LABELS
 def page(
     paper: Sequence[Collected], beyond: Sequence[Collected], miniature: Sequence[Collected], about: Mapping[str, Any]
 ) -> str:
-    """The report. paper, beyond: simulated. miniature: on the engine, under the names of the paper's. about: date,
-    command, revision and machine of the report itself."""
+    """Returns the report.
+
+    Args:
+      paper, beyond: simulated results.
+      miniature: results of the engine, under the names of the paper's.
+      about: date, command, revision and machine of the report itself.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("experiments.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -54,7 +59,7 @@ def _conclusions(paper: Mapping[str, Collected], miniature: Mapping[str, Collect
 
 
 def _errors(paper: Sequence[Collected]) -> list[dict[str, Any]]:
-    """Per experiment and system, the median deviation from the published values."""
+    """Returns the median deviation from the published values, per experiment and system."""
     rows = []
     for one in paper:
         names = dict.fromkeys(curve.name for panel in one.panels for curve in panel.curves)

@@ -1,4 +1,4 @@
-"""Pictures of an experiment: ours, and beside it what was published."""
+"""Pictures of an experiment: our results beside the published ones."""
 
 from __future__ import annotations
 
@@ -43,9 +43,12 @@ LOGARITHMIC = (
 )
 
 
-def picture(collected: Collected, panels: Sequence[Panel] | None = None) -> bytes:
-    """A PNG: a column of plots per panel, a row per metric. Ours are crosses on dashed lines (simulated) or squares
-    (measured on the engine); published values are circles on solid lines."""
+def picture(collected: Collected, panels: Sequence[Panel] | None = None, kind: str = "png") -> bytes:
+    """Draws the results as an image ("png" or "svg"): a column of plots per panel, a row per metric.
+
+    Ours are crosses on dashed lines (simulated) or squares (measured on the engine); published values are circles on
+    solid lines.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -84,7 +87,7 @@ def picture(collected: Collected, panels: Sequence[Panel] | None = None) -> byte
     height = 0.1 + 0.2 * -(-len(handles) // per_line)
     fig.tight_layout(rect=(0, height / size[1], 1, 1))
     content = io.BytesIO()
-    fig.savefig(content, dpi=110, metadata={"Software": None})
+    fig.savefig(content, format=kind, dpi=110, metadata={"Software" if kind == "png" else "Date": None})
     plt.close(fig)
     return content.getvalue()
 
@@ -119,7 +122,7 @@ def _plot(axes: Any, panel: Panel, metric: str, colors: dict[str, str]) -> None:
 
 
 def _logarithmic(axes: Any) -> None:
-    """With plain numbers, and a decade at least."""
+    """Makes the axis logarithmic, with plain numbers and at least a decade."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -132,7 +135,7 @@ def _logarithmic(axes: Any) -> None:
 
 
 def _bars(axes: Any, panel: Panel, metric: str, colors: dict[str, str]) -> None:
-    """A group of bars for each place, one per curve; published values are outlined beside ours."""
+    """Draws a group of bars for each place, one per curve; published values are outlined over ours."""
     width = 0.8 / len(panel.curves)
     for index, curve in enumerate(panel.curves):
         color = colors.setdefault(curve.name, COLORS.get(curve.name, f"C{len(colors) % 10}"))

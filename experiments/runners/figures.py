@@ -1,4 +1,4 @@
-"""The figures of a run, by the names that results and plots have."""
+"""The figures of a run, by their names in results and plots."""
 
 from __future__ import annotations
 
@@ -33,11 +33,14 @@ _SPREAD = ("latency", "first_token_latency", "inter_token_latency", "queue_time"
 def run_figures(
     records: Sequence[RequestRecord], start: float, slo_seconds: float, dollars_per_hour: float | None = None
 ) -> dict[str, float | None]:
-    """Requests or tokens per second, seconds, and shares, as `ServingMetrics` defines them. A distribution gives its
-    mean by its own name, and its percentiles: `latency`, `latency_p50`, `latency_p99`. None: of no requests.
+    """Returns requests or tokens per second, seconds, and shares, as `ServingMetrics` defines them; None: of no
+    requests.
+    A distribution gives its mean by its own name, and percentiles: `latency`, `latency_p50`, `latency_p99`.
 
-    start: seconds on the records' clock. dollars_per_hour: the device's price, paid from the start to the last end;
-    with it, `dollars_per_million_tokens` of output are given as well.
+    Args:
+      start: seconds on the records' clock.
+      dollars_per_hour: the device's price, paid from the start to the last end, for `dollars_per_million_tokens` of
+        output.
     """
     metrics = serving_metrics(records, start=start, slo_seconds=slo_seconds)
     found: dict[str, float] = {}
@@ -52,3 +55,19 @@ def run_figures(
     if dollars_per_hour is not None:
         found["dollars_per_million_tokens"] = dollars_per_hour / 3600 / metrics.token_throughput * 1e6
     return {name: value if math.isfinite(value) else None for name, value in found.items()}
+
+
+def latencies(prefix: str, records: Sequence[RequestRecord]) -> dict[str, float | None]:
+    """Returns first-token and inter-token latencies of some of a run's requests, in seconds, with names that begin with
+    `prefix`."""
+    first = Distribution.of(record.first_token_latency or 0.0 for record in records)
+    gaps = Distribution.of(gap for record in records for gap in record.inter_token_latencies.tolist())
+    found = {
+        "first_token_latency": first.mean,
+        "first_token_latency_p50": first.p50,
+        "first_token_latency_p99": first.p99,
+        "inter_token_latency_p50": gaps.p50,
+        "inter_token_latency_p99": gaps.p99,
+        "inter_token_latency_max": gaps.maximum,
+    }
+    return {f"{prefix}{name}": value if math.isfinite(value) else None for name, value in found.items()}

@@ -1,11 +1,12 @@
-"""A run on this machine: the engine (or PEFT), with the model's own weights or random ones, in real time."""
+"""Runs on this machine, in real time: the engine or PEFT, with the model's own weights or random ones."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
@@ -14,12 +15,13 @@ from typing import Any, Self
 import numpy as np
 
 from experiments.config.schema import RunConfig
-from experiments.mechanisms.engine import CPU_COPY, CPU_FLOPS
-from experiments.runners.figures import run_figures
-from experiments.runners.workload import run_workload
-from experiments.systems import Packed, System, SystemSettings, WorkloadRequest, settings_of
-from experiments.systems.peft import PeftModel
-from experiments.workloads import Workload, engine_requests
+from experiments.rounds import Outcome
+from experiments.runners.figures import latencies, run_figures
+from experiments.runners.workload import round_seed, run_workload
+from experiments.slow_disk import slow_disk
+from experiments.systems import Packed, System, SystemSettings, settings_of
+from experiments.systems.peft import PeftModel, write_random_checkpoint
+from experiments.workloads import Workload, WorkloadRequest, engine_requests
 from slora_jax import ConfigError, Engine, EngineConfig
 from slora_jax.adapters import LoraAdapter, random_adapter, read_peft, write_peft
 from slora_jax.engine.sizing import adapter_geometry
@@ -31,7 +33,7 @@ from slora_jax.simulation import ModelShape
 
 SHARED = tuple(field.name for field in fields(CoreConfig))
 CONVERTED = ("num_tokens", "adapter_tokens", "eviction")
-"""Settings of `SystemConfig` that the engine has too: the same ones, and in other units."""
+"""Settings of `SystemConfig` that the engine also has: unchanged, and in other units."""
 
 SIMULATED_ONLY = ("disk_reads", "device_seconds", "copy_seconds", "stall_seconds")
 """Counters that a real engine does not have."""
@@ -39,44 +41,63 @@ SIMULATED_ONLY = ("disk_reads", "device_seconds", "copy_seconds", "stall_seconds
 PAPER = {"admission": "reserve", "prefetch": 0, "prefix_cache": False, "eviction": "immediate"}
 """The engine's part of S-LoRA's scheduling, for systems whose name ends in "-paper"."""
 
+CPU_FLOPS, CPU_COPY = 2e10, 4e9
+"""Assumed of a CPU under `CostAware`: operations, and bytes copied to the pool, per second."""
 
 WARM_UP_TOKENS = 3
-"""Of prompt and of output: less than a page, so that no prefix cache keeps any."""
+"""Of prompt and of output: less than a page, so that the prefix cache keeps none of them."""
 
 
 class RealRunner:
-    """Keeps the last system for the next run, if that differs in its requests, adapters and policy only. A run begins
-    with no adapter in the pool and a policy that has seen nothing; what has to be compiled was, and has run once."""
+    """Keeps the last system for the next run if that differs in its requests, adapters and policy only. A run begins
+    with no adapter in the pool and a new policy; every program is compiled and has run once.
 
-    def __init__(self) -> None:
-        self._key: str | None = None
-        self._system: System | None = None
+    Runs that are measured side by side (`experiments.rounds`) keep all their systems, with their pools as the run
+    before left them, and the adapters that they share.
+    """
+
+    def __init__(self, beside: Sequence[RunConfig] = ()) -> None:
+        """beside: the runs that are measured side by side."""
+        self._keeps = bool(beside)
+        self._with_peft = any(run.system.name.startswith("peft") for run in beside)
+        self._systems: dict[str, System] = {}
+        self._registered: dict[str, dict[str, object]] = {}
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def run(self, run: RunConfig) -> dict[str, Any]:
-        """The figures of a run.
+        """Returns the figures of a run.
 
         Raises:
-          ConfigError: a setting that only the simulator has. SloraError: the system cannot serve the run.
+          ConfigError: a setting is the simulator's only. SloraError: the system cannot serve the run.
         """
-        work = run_workload(run)
+        return dict(self.measure(run).metrics)
+
+    def measure(self, run: RunConfig, round_number: int = 0) -> Outcome:
+        """Returns the figures and tokens of one round of a run. Raises as `run`."""
+        work = run_workload(run, round_number)
         system = self._prepare(run, work)
         server = system.server
-        model = run.model_config()
-        requests = engine_requests(work, model.vocab_size, run.seed)
+        requests = engine_requests(work, run.model_config().vocab_size, round_seed(run, round_number))
         before = {} if isinstance(server, PeftModel) else _counters(server)
-        start = time.perf_counter()
-        records = system.run(requests)
+        with nullcontext() if run.measured is None else slow_disk(run.measured.disk_seconds):
+            start = time.perf_counter()
+            ran = system.run_with_tokens(requests)
         after = {} if isinstance(server, PeftModel) else _counters(server)
-        figures = run_figures(records, start, run.slo_seconds, run.dollars_per_hour)
-        return figures | {name: after[name] - before[name] for name in after}
+        figures = run_figures(ran.records, start, run.slo_seconds, run.dollars_per_hour)
+        figures |= {name: after[name] - before[name] for name in after}
+        if run.measured is not None:
+            figures |= {"most_running": ran.most_running} | latencies("", ran.records)
+            for group, (first, last) in run.measured.groups.items():
+                names = {f"{number}" for number in range(first, last)}
+                figures |= latencies(f"{group}_", [record for record in ran.records if record.adapter in names])
+        return Outcome(figures, ran.tokens)
 
     def close(self) -> None:
-        if self._system is not None:
-            self._system.close()
+        for system in self._systems.values():
+            system.close()
         if self._scratch is not None:
             self._scratch.cleanup()
-        self._system = self._scratch = self._key = None
+        self._systems, self._registered, self._scratch = {}, {}, None
 
     def __enter__(self) -> Self:
         return self
@@ -97,27 +118,27 @@ class RealRunner:
         made_of = "" if engine else (work.ranks, run.adapters.targets, run.adapters.path)
         key = json.dumps([str(settings), _eviction(run), run.model, run.seed, made_of], default=repr)
         remembers = settings.engine.prefix_cache or _eviction(run) == "cost_aware"
-        if key != self._key or remembers:
-            self.close()
-            self._system = self._make(run, settings, adapters)
-            self._key = key
-            self._warm_up(run, adapters)
-        assert self._system is not None
-        if isinstance(self._system.server, Engine):
-            _register(self._system.server, adapters)
-            self._system.server.scheduler.policy = _policy(run, settings)
-        return self._system
+        if key not in self._systems or (remembers and not self._keeps):
+            if not self._keeps:
+                self.close()
+            self._systems[key] = self._make(run, settings, adapters)
+            self._warm_up(self._systems[key], run, adapters)
+        system = self._systems[key]
+        if isinstance(system.server, Engine):
+            registered = self._registered.setdefault(key, {}) if self._keeps else {}
+            _register(system.server, adapters, registered)
+            system.server.scheduler.policy = _policy(run, settings)
+        return system
 
-    def _warm_up(self, run: RunConfig, adapters: Mapping[str, _Adapter]) -> None:
-        """What a program, a library or a thread pool does only once is done before the first run."""
-        assert self._system is not None
-        server = self._system.server
+    def _warm_up(self, system: System, run: RunConfig, adapters: Mapping[str, _Adapter]) -> None:
+        """Does what a program, a library or a thread pool does only once."""
+        server = system.server
         if isinstance(server, Engine):
-            _register(server, dict(list(adapters.items())[:1]))
+            _register(server, dict(list(adapters.items())[:1]), {})
         every = list(adapters) if isinstance(server, Packed) else list(adapters)[:1] or [None]
         vocab_size = run.model_config().vocab_size
         prompts = np.random.default_rng(run.seed).integers(0, vocab_size, (len(every), WARM_UP_TOKENS)).tolist()
-        self._system.run(
+        system.run(
             [WorkloadRequest(0.0, tuple(p), name, WARM_UP_TOKENS) for p, name in zip(prompts, every, strict=True)]
         )
 
@@ -125,8 +146,8 @@ class RealRunner:
         model = run.model_config()
         if settings.software == "peft":
             return System(run.system.name, settings, self._peft(run, adapters))
-        if run.has_weights:
-            graphdef, params, model = load_model(run.model_file, settings.engine.dtype, progress=False)
+        if run.has_weights or self._with_peft:
+            graphdef, params, model = load_model(self._checkpoint(run), settings.engine.dtype, progress=False)
         else:
             graphdef, params = init_random(model, settings.engine.dtype, run.seed)
         if settings.software == "packed":
@@ -137,30 +158,29 @@ class RealRunner:
         return System(run.system.name, settings, engine)
 
     def _peft(self, run: RunConfig, adapters: Mapping[str, _Adapter]) -> PeftModel:
-        """The model's checkpoint, or a random one of the same shape, and the same adapters, as PEFT reads them."""
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
-        self._scratch = tempfile.TemporaryDirectory()
-        root = Path(self._scratch.name)
-        model_dir = run.model_file if run.has_weights else root / "model"
-        if not run.has_weights:
-            torch.manual_seed(run.seed)
-            config = AutoConfig.for_model(**json.loads(run.model_file.read_text()))
-            AutoModelForCausalLM.from_config(config).save_pretrained(model_dir)
-        elif not (model_dir / "config.json").is_file():
+        """Loads the same checkpoint and adapters with PEFT."""
+        model_dir = self._checkpoint(run)
+        if not (model_dir / "config.json").is_file():
             raise ConfigError(f"model={run.model}: PEFT reads Hugging Face directories only")
-        directories = {n: write_peft(root / f"adapter-{n}", a.make(int(n))) for n, a in adapters.items()}
-        return PeftModel(model_dir, directories, run.engine.dtype)
+        with tempfile.TemporaryDirectory() as scratch:
+            directories = {n: write_peft(Path(scratch) / n, a.make(int(n))) for n, a in adapters.items()}
+            return PeftModel(model_dir, directories, run.engine.dtype)
+
+    def _checkpoint(self, run: RunConfig) -> Path:
+        """Returns the model's own checkpoint, or a random one of its shape."""
+        if run.has_weights:
+            return run.model_file
+        self._scratch = self._scratch or tempfile.TemporaryDirectory()
+        directory = Path(self._scratch.name) / f"{run.model_file.stem}-{run.seed}"
+        return directory if directory.is_dir() else write_random_checkpoint(run.model_file, directory, run.seed)
 
 
 class _Adapter:
-    """An adapter, read or made at random when it is wanted."""
+    """An adapter, read or made at random when it is registered."""
 
     def __init__(self, model: ModelConfig, page_size: int, rank: int, run: RunConfig) -> None:
         self._geometry, self._rank, self._run = adapter_geometry(model, page_size), rank, run
+        self.identity = (rank, run.adapters.targets, run.adapters.path, run.seed)
 
     def make(self, number: int) -> LoraAdapter:
         if self._run.adapters.path is not None:
@@ -169,10 +189,10 @@ class _Adapter:
 
 
 def system_settings(run: RunConfig, max_model_len: int) -> SystemSettings:
-    """The engine's settings for a run.
+    """Returns the engine's settings for a run.
 
     Raises:
-      ConfigError: a setting that only the simulator has, or one that the real system needs.
+      ConfigError: a setting is the simulator's only, or one that the real system needs is missing.
     """
     name = run.system.name.removesuffix("-paper")
     settings = dict(PAPER if run.system.name.endswith("-paper") else {}) | dict(run.system.settings)
@@ -223,10 +243,10 @@ def _eviction_policy(run: RunConfig, settings: SystemSettings) -> EvictionPolicy
 
 
 def _policy(run: RunConfig, settings: SystemSettings) -> Policy:
-    """A new one: policies remember what they have seen.
+    """Makes a new policy: policies keep state.
 
     Raises:
-      ConfigError: merged weights, and a policy that mixes adapters.
+      ConfigError: the weights are merged, and the policy mixes adapters.
     """
     merged = settings.engine.lora == "merge"
     policy = make_policy(**(run.system.policy or {"name": "one_adapter" if merged else "fcfs"}))
@@ -237,15 +257,21 @@ def _policy(run: RunConfig, settings: SystemSettings) -> Policy:
     return policy
 
 
-def _register(server: Engine, adapters: Mapping[str, _Adapter]) -> None:
-    """These adapters and no others; none of them is in the pool."""
-    for info in server.adapters():
-        server.unload_adapter(info.name)
+def _register(server: Engine, adapters: Mapping[str, _Adapter], registered: dict[str, object]) -> None:
+    """Registers the adapters that are not among `registered` (name -> identity), which it updates. If that is empty,
+    the engine first unloads all adapters, so that none is in the pool."""
+    if not registered:
+        for info in server.adapters():
+            server.unload_adapter(info.name)
     for name, adapter in adapters.items():
-        server.load_adapter(name, adapter.make(int(name)))
+        if registered.get(name) != adapter.identity:
+            if name in registered:
+                server.unload_adapter(name)
+            server.load_adapter(name, adapter.make(int(name)))
+            registered[name] = adapter.identity
 
 
 def _counters(server: Engine | Packed) -> dict[str, float]:
-    """Counters since the server was made."""
+    """Returns the counters since the server was made."""
     stats = server.stats()
     return {field.name: getattr(stats, field.name) for field in fields(Counters) if field.name not in SIMULATED_ONLY}

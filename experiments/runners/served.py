@@ -1,4 +1,4 @@
-"""A run against a server that is there: its own model, adapters and settings."""
+"""Runs against a running server, which has its own model, adapters and settings."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from slora_jax import ConfigError
 
 
 def run_served(run: RunConfig) -> dict[str, Any]:
-    """The figures of a run, as a client measures them, and `failed`, the number of requests that were not answered.
-    `queue_time` is the time to the first token: a client sees no queue.
+    """Returns the figures of a run as a client measures them, and `failed`, the number of failed requests. `queue_time`
+    is
+    the time to the first token: a client sees no queue.
 
     Raises:
-      ConfigError: there is no such server, it lacks an adapter, or no request was answered.
+      ConfigError: the server does not answer, lacks an adapter, or answered no request.
     """
     key_env = run.server.key_env
     if key_env is not None and key_env not in os.environ:

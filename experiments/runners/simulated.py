@@ -1,4 +1,4 @@
-"""A run in the simulator."""
+"""Runs in the simulator."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from slora_jax.simulation import ModelShape, load_device, make_system, simulate
 
 
 def run_simulated(run: RunConfig) -> dict[str, Any]:
-    """The figures of a run; the same for the same config, to the last bit.
+    """Returns the figures of a run; the same for the same config, to the last bit.
 
     Raises:
-      SloraError: the run does not fit into the device's memory, or its parts do not fit together.
+      SloraError: the run does not fit into the device's memory, or its settings do not fit together.
     """
     work = run_workload(run)
     result = simulate(

@@ -1,7 +1,8 @@
-"""The requests of a run: the same for both runners."""
+"""The requests of a run: the same for every runner."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import numpy as np
@@ -11,15 +12,22 @@ from experiments.workloads import BASE, Workload, closed_loop, find_generator
 from slora_jax import ConfigError
 
 
-def run_workload(run: RunConfig) -> Workload:
-    """Raises ConfigError if the generator's parameters do not fit together, or its file cannot be read."""
+def run_workload(run: RunConfig, round_number: int = 0) -> Workload:
+    """Generates the requests of a run, or of one round of its measurement.
+
+    Raises:
+      ConfigError: the generator's arguments do not fit together, or its file cannot be read.
+    """
+    generator = find_generator(run.workload.kind)
+    own = {"round_number": round_number} if _continues(run) else {}
     try:
-        work = find_generator(run.workload.kind)(
+        work = generator(
             num_adapters=run.adapters.count,
             ranks=run.adapters.ranks,
             rate=run.workload.rate,
             duration=run.workload.duration,
-            seed=run.seed,
+            seed=round_seed(run, round_number),
+            **own,
             **run.workload.parameters,
         )
     except OSError as error:
@@ -28,11 +36,22 @@ def run_workload(run: RunConfig) -> Workload:
         work = _with_real_names(work, run)
     if run.client.kind == "closed":
         return closed_loop(work, run.client.users, run.client.think_seconds)
+    if round_number == 0 and run.measured is not None and run.measured.load is not None:
+        return replace(work, arrival=np.zeros(len(work)))
     return work
 
 
+def round_seed(run: RunConfig, round_number: int) -> int:
+    """Returns the seed of one round's requests: another one each round, unless the generator itself continues."""
+    return run.seed if _continues(run) else run.seed + round_number
+
+
+def _continues(run: RunConfig) -> bool:
+    return "round_number" in inspect.signature(find_generator(run.workload.kind)).parameters
+
+
 def _with_real_names(work: Workload, run: RunConfig) -> Workload:
-    """The log's adapters are the directories of their names. Raises ConfigError if one is missing."""
+    """Gives the log's adapters the directories of the same names. Raises ConfigError if a directory is missing."""
     assert work.names is not None
     names = [directory.name for directory in run.adapters.directories]
     for number in set(work.adapter.tolist()) - {BASE}:

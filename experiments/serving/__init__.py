@@ -1,1 +1,1 @@
-"""The server under load: one list of requests, answered by the engine alone and by `slora serve` to a load tester."""
+"""Clients of a server, and servers started to be measured: under load, and as replicas."""

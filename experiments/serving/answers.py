@@ -1,4 +1,4 @@
-"""What came of the requests: written by whoever asked them, read by the comparison."""
+"""The outcomes of requests: written by the clients, read by the load test."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import psutil
 
 @dataclass(frozen=True)
 class CpuSeconds:
-    """CPU time used: of the process with the engine, of this process's main thread (in a server its event loop, all of
-    HTTP), of the client's process, and of the whole machine."""
+    """CPU time used by the engine's process, by that process's main thread (in a server: the event loop, all of HTTP),
+    by the client's process, and by the whole machine."""
 
     engine: float
     main_thread: float
@@ -22,7 +22,7 @@ class CpuSeconds:
 
     @classmethod
     def now(cls, engine: int, client: int | None = None) -> CpuSeconds:
-        """So far. engine, client: process ids."""
+        """Returns the seconds so far. engine, client: process ids."""
         process = psutil.Process(engine)
         main = next(thread for thread in process.threads() if thread.id == engine)
         return cls(
@@ -38,7 +38,7 @@ class CpuSeconds:
 
 @dataclass(frozen=True)
 class Answer:
-    """To a request that was answered as it should be. Seconds from when it was sent."""
+    """A correct answer. first_token, last_token: seconds from the request's start."""
 
     token_ids: list[int]
     first_token: float
@@ -47,8 +47,13 @@ class Answer:
 
 @dataclass
 class Answers:
-    """Of a phase, by the requests' numbers in the order in which they were sent. seconds: from the first request to
-    the last answer. failures: of those that were not answered as they should be, why."""
+    """The answers of a phase, by the requests' numbers.
+
+    Attributes:
+      seconds: from the first request to the last answer.
+      answered: (number, answer) of the correctly answered requests.
+      failures: descriptions of the other requests' failures.
+    """
 
     seconds: float = 0.0
     cpu: CpuSeconds | None = None
@@ -57,7 +62,7 @@ class Answers:
 
     @property
     def tokens(self) -> int:
-        """Generated, of those answered as they should be."""
+        """Returns the generated tokens of the correct answers."""
         return sum(len(answer.token_ids) for _, answer in self.answered)
 
     def write(self, path: Path) -> None:
@@ -65,7 +70,7 @@ class Answers:
 
     @classmethod
     def read(cls, path: Path) -> Answers:
-        """Raises FileNotFoundError: whoever asked did not come to the end."""
+        """Reads what `write` wrote. Raises FileNotFoundError: the clients did not finish."""
         data = json.loads(path.read_text())
         return cls(
             data["seconds"],
@@ -73,12 +78,6 @@ class Answers:
             [(number, Answer(**answer)) for number, answer in data["answered"]],
             data["failures"],
         )
-
-
-def different_tokens(one: Answers, other: Answers) -> list[int]:
-    """Requests to which the two have different tokens, or which only one of them has answered."""
-    ours, theirs = ({number: answer.token_ids for number, answer in found.answered} for found in (one, other))
-    return sorted(number for number in ours.keys() | theirs.keys() if ours.get(number) != theirs.get(number))
 
 
 def _used(process: psutil.Process) -> float:

@@ -12,7 +12,8 @@ from queue import Empty, Queue
 from typing import Any
 from urllib.parse import urlsplit
 
-from experiments.systems.workload import Done, WorkloadRequest
+from experiments.systems.serving import Done
+from experiments.workloads import WorkloadRequest
 from slora_jax import ConfigError
 from slora_jax.metrics import RequestRecord
 from slora_jax.scheduling import FinishReason
@@ -58,13 +59,9 @@ class Client:
         Raises:
           RequestFailed, OSError, http.client.HTTPException: it was not.
         """
-        body = {
-            "model": model, "prompt": request.prompt, "max_tokens": request.output, "temperature": 0,
-            "ignore_eos": True, "stream": True, "return_token_ids": True,
-        }  # fmt: skip
         times: list[float] = []
         with self._connection() as connection:
-            for line in self._send(connection, "POST", "/v1/completions", json.dumps(body)):
+            for line in self._send(connection, "POST", "/v1/completions", json.dumps(request.body(model))):
                 if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
                     continue
                 event = json.loads(line[len(b"data: ") :])

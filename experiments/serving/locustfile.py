@@ -1,7 +1,7 @@
 """The clients, for locust: `locust -f experiments/serving/locustfile.py --headless --users 64 ...`.
 
-Each user sends a request, reads its events to the end, checks the answer and takes the next one of the list. First come
-those of the warm-up; when all of these have been answered, the list is gone through once, or for `--for-seconds`.
+Each user sends a request, reads its events to the end, checks the answer and takes the next request of the list. After
+the requests of the warm-up have been answered, the users go through the list once, or for `--for-seconds`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from locust import FastHttpUser, events, task
 from locust.exception import StopUser
 
 from experiments.serving.answers import Answer, Answers, CpuSeconds
-from experiments.serving.traffic import LoadRequest, read_requests
+from experiments.workloads import WorkloadRequest, read_requests
 
 
 @events.init_command_line_parser.add_listener
@@ -27,20 +27,20 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--warm-up", type=Path)
     parser.add_argument("--requests", type=Path)
     parser.add_argument("--answers", type=Path)
-    parser.add_argument("--server", type=int, help="its process id")
+    parser.add_argument("--server", type=int, help="process id")
     parser.add_argument("--for-seconds", type=float, default=0.0, help="0: once through the list")
 
 
 class WrongAnswerError(Exception):
-    """What is wrong with it."""
+    """Says what is wrong with an answer."""
 
 
 class Phase:
-    """Requests that users take one by one, and what came of them."""
+    """Requests that users take one by one, and their answers."""
 
-    def __init__(self, requests: list[LoadRequest], server: int, for_seconds: float, name: str) -> None:
+    def __init__(self, requests: list[WorkloadRequest], server: int, for_seconds: float, name: str) -> None:
         self._bodies = [json.dumps(request.body()).encode() for request in requests]
-        self.lengths = [request.max_tokens for request in requests]
+        self.lengths = [request.output for request in requests]
         self._server, self._for_seconds, self._name = server, for_seconds, name
         self._taken = self._unfinished = 0
         self._is_over = False
@@ -48,7 +48,7 @@ class Phase:
         self.has_ended = gevent.event.Event()
 
     def take(self) -> tuple[int, bytes] | None:
-        """The next request and its body; None when there is none any more."""
+        """Returns the next request's number and body; None at the end."""
         count = len(self._bodies)
         if not self._taken:
             total = None if self._for_seconds else count
@@ -65,7 +65,7 @@ class Phase:
         return number, self._bodies[number]
 
     def done(self, number: int, result: Answer | Exception) -> None:
-        """The request was answered, rightly or not."""
+        """Records the answer to a request, or its failure."""
         self._unfinished -= 1
         self._bar.update()
         if isinstance(result, Answer):
@@ -75,7 +75,7 @@ class Phase:
         self.answers.seconds = time.perf_counter() - self._start
 
     def left(self) -> None:
-        """A user found nothing more to take: the last one ends the phase."""
+        """Counts a user without a further request: the last one ends the phase."""
         if not self._unfinished and not self.has_ended.is_set():
             self.answers.cpu = CpuSeconds.now(self._server, os.getpid()).since(self._cpu)
             self._bar.close()
@@ -83,7 +83,7 @@ class Phase:
 
 
 class CompletionUser(FastHttpUser):
-    """Sends one request after the other, on a connection that it keeps."""
+    """Sends one request after the other, on one connection."""
 
     network_timeout = connection_timeout = 120.0
     phases: tuple[Phase, ...] = ()
@@ -106,7 +106,7 @@ class CompletionUser(FastHttpUser):
         ) as response:
             try:
                 answer = _read(response, start, length)
-            except Exception as error:  # noqa: BLE001  whatever it is, it is a failure of this request
+            except Exception as error:  # noqa: BLE001  any error is a failure of this request
                 response.failure(error)
                 return error
             response.request_meta["response_time"] = 1000 * (time.perf_counter() - start)
@@ -115,7 +115,7 @@ class CompletionUser(FastHttpUser):
 
 
 def _read(response: Any, start: float, length: int) -> Answer:
-    """Every event up to [DONE]. Raises WrongAnswerError, or what the connection raises."""
+    """Reads every event up to [DONE]. Raises WrongAnswerError, or an error of the connection."""
     if response.status_code != 200:
         raise WrongAnswerError(f"status {response.status_code}: {response.text[:200]}")
     tokens: list[int] = []

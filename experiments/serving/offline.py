@@ -17,13 +17,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments.serving.answers import Answer, Answers, CpuSeconds
-from experiments.serving.traffic import LoadRequest, read_requests
+from experiments.workloads import WorkloadRequest, read_requests
 from slora_jax import Engine
 from slora_jax.serving.settings import ServerSettings
 
 
-def closed_loop(engine: Engine, requests: Sequence[LoadRequest], users: int) -> Answers:
-    """Has the engine answer all requests, in order, `users` of them at a time."""
+def closed_loop(engine: Engine, requests: Sequence[WorkloadRequest], users: int) -> Answers:
+    """Sends all requests to the engine in order, `users` of them at a time."""
     found, numbers, sent = Answers(), {}, {}
     queue = iter(enumerate(requests))
     bar = tqdm(total=len(requests), desc="engine alone", unit="request", leave=False)
@@ -32,7 +32,7 @@ def closed_loop(engine: Engine, requests: Sequence[LoadRequest], users: int) -> 
     def send() -> None:
         number, request = next(queue, (None, None))
         if request is not None:
-            request_id = engine.add_request(request.prompt, request.params(), request.adapter)
+            request_id = engine.add_request(list(request.prompt), request.params(), request.adapter)
             numbers[request_id], sent[request_id] = number, time.perf_counter()
 
     for _ in range(users):
@@ -43,7 +43,7 @@ def closed_loop(engine: Engine, requests: Sequence[LoadRequest], users: int) -> 
             if output is None:
                 continue
             number, began = numbers.pop(output.request_id), sent.pop(output.request_id)
-            if output.finish_reason == "length" and len(output.token_ids) == requests[number].max_tokens:
+            if output.finish_reason == "length" and len(output.token_ids) == requests[number].output:
                 times = output.token_times
                 found.answered.append((number, Answer(output.token_ids, times[0] - began, times[-1] - began)))
             else:

@@ -1,4 +1,4 @@
-"""`slora serve` and its load tester as child processes, which end with the block that they were started in."""
+"""`slora serve` and its load tester as child processes, which end with the block that started them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ SERVE = (sys.executable, "-c", "from slora_jax.cli import main; raise SystemExit
 
 @contextmanager
 def child(command: Sequence[str], log: Path | None = None) -> Iterator[subprocess.Popen]:
-    """Runs a command beside the block; killed at its end, if it still runs. It gets no Ctrl-C: that is the block's
-    affair. log: for all that it writes; None: its stderr is ours, its stdout nobody's."""
+    """Runs a command beside the block, and kills it at the block's end. It does not receive Ctrl-C. log: file for its
+    output; None: its stderr is this process's, and its stdout is dropped."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with open(log or os.devnull, "ab") as out:
         process = subprocess.Popen(
@@ -41,7 +41,7 @@ def child(command: Sequence[str], log: Path | None = None) -> Iterator[subproces
 def clients(
     url: str, pid: int, users: int, warm_up: Path, requests: Path, answers: Path, for_seconds: float = 0.0
 ) -> AbstractContextManager[subprocess.Popen]:
-    """locust over `locustfile.py`. pid: the server's. The files as in `traffic` and `answers`."""
+    """Runs locust over `locustfile.py`. pid: the server's. Files as of `write_requests` and `Answers.write`."""
     options: dict[str, object] = {
         "users": users, "spawn-rate": users, "host": url, "server": pid, "warm-up": warm_up, "requests": requests,
         "answers": answers, "for-seconds": for_seconds, "loglevel": "ERROR", "exit-code-on-error": 0,
@@ -51,7 +51,7 @@ def clients(
 
 
 def finish(process: subprocess.Popen, what: str) -> None:
-    """Waits for a child's end. Raises RuntimeError if it failed."""
+    """Waits for a child to end. Raises RuntimeError if it failed."""
     if process.wait() != 0:
         raise RuntimeError(f"{what} ended with status {process.returncode}")
 
@@ -60,7 +60,7 @@ class Server:
     """A running `slora serve`."""
 
     def __init__(self, process: subprocess.Popen, log: Path, seconds: float) -> None:
-        """Returns when it listens. Raises RuntimeError if it ends, or does not within `seconds`."""
+        """Returns when the server listens. Raises RuntimeError if it ends, or does not listen within `seconds`."""
         self._process, self._log = process, log
         self._deadline = time.monotonic() + seconds
         while not (found := re.search(r"listening on (http://\S+);", log.read_text(errors="replace"))):
@@ -72,7 +72,7 @@ class Server:
         return self._process.pid
 
     def wait_until_ready(self) -> None:
-        """Returns when requests are taken. Raises RuntimeError as the constructor."""
+        """Returns when the server accepts requests. Raises RuntimeError as the constructor."""
         while True:
             try:
                 self.get("/ready")
@@ -81,13 +81,13 @@ class Server:
                 self._still("ready")
 
     def get(self, path: str) -> str:
-        """The body of an answer. Raises urllib.error.HTTPError for a status that is not 200."""
+        """Returns the body of an answer. Raises urllib.error.HTTPError for a status other than 200."""
         with urllib.request.urlopen(self.url + path, timeout=30) as response:
             text: str = response.read().decode()
             return text
 
     def metrics(self) -> dict[str, dict[tuple[str, ...], float]]:
-        """What /metrics says, by name and by the values of the labels."""
+        """Returns the samples of /metrics by name and by the values of the labels."""
         found: dict[str, dict[tuple[str, ...], float]] = {}
         for family in text_string_to_metric_families(self.get("/metrics")):
             for sample in family.samples:
@@ -98,11 +98,11 @@ class Server:
         self._process.send_signal(number)
 
     def wait(self, seconds: float) -> int:
-        """The exit status. Raises subprocess.TimeoutExpired."""
+        """Returns the exit status. Raises subprocess.TimeoutExpired."""
         return self._process.wait(seconds)
 
     def stop(self, seconds: float = 60) -> None:
-        """Raises RuntimeError if it does not end as it should."""
+        """Ends the server. Raises RuntimeError if its exit status is not 0."""
         self.signal(signal.SIGTERM)
         if (status := self.wait(seconds)) != 0:
             raise RuntimeError(f"the server ended with status {status}; its log is {self._log}")
@@ -116,8 +116,8 @@ class Server:
 
 @contextmanager
 def serving(arguments: Sequence[str], log: Path, seconds: float = 600) -> Iterator[Server]:
-    """`slora serve` with these arguments, on a port that is free, once it is ready. Killed at the end of the block,
-    unless it has ended."""
+    """Runs `slora serve` with these arguments on a free port, and yields it once it is ready. Kills it at the end of
+    the block unless it has ended."""
     log.write_bytes(b"")
     with child([*SERVE, *arguments, "--port", "0"], log) as process:
         server = Server(process, log, seconds)

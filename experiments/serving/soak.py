@@ -1,4 +1,4 @@
-"""A server watched from outside, once a second: does anything grow?"""
+"""Watches a server from outside, once a second, for growth."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import psutil
 from experiments.serving.processes import Server
 
 IN_USE = ("kv", "prefix_in_use", "adapter_in_use", "adapter_arriving")
-"""Kinds of pages that an idle engine has none of."""
+"""Kinds of pages of which an idle engine has none."""
 WATCHED = ("rss_mib", "file_handles", "threads")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Of the server's process: memory, file handles (sockets among them) and threads; of its pool: pages by kind."""
+    """Memory, file handles (with sockets) and threads of the server's process, and pages of its pool by kind."""
 
     seconds: float
     rss_mib: float
@@ -50,20 +50,20 @@ class Watch:
         return one
 
     def run(self, is_over: Callable[[], bool], every: float = 1.0) -> None:
-        """Until `is_over`."""
+        """Samples until `is_over`."""
         while not is_over():
             self.sample()
             time.sleep(every)
 
 
 def pool_pages(server: Server) -> dict[str, int]:
-    """Pages of the pool by kind, as its engine has counted them a moment ago."""
+    """Returns the pages of the pool by kind, as the engine counted them last."""
     return {kind: int(count) for (kind,), count in server.metrics()["slora_pool_pages"].items()}
 
 
 def growth(samples: Sequence[Sample], skip: float = 1 / 3) -> dict[str, Any]:
-    """Of what is watched: at the first and the last sample after a share of `skip`, the slope a minute of a line fitted
-    to these, and its standard error."""
+    """Returns, for each watched quantity: its value at the first and last sample after a share of `skip`, the slope per
+    minute of a line fitted to these, and the slope's standard error."""
     kept = samples[round(len(samples) * skip) :]
     minutes = np.array([sample.seconds for sample in kept]) / 60
     found = {}

@@ -1,9 +1,9 @@
-"""The systems that the paper compares, by name: each is the base settings with one field changed."""
+"""The systems that the paper compares, by name: each changes one field of the base settings."""
 
 from experiments.systems.packed import OutOfMemory, Packed
+from experiments.systems.serving import Run
 from experiments.systems.settings import SYSTEMS, SystemSettings, settings_of
 from experiments.systems.system import System, make_system
-from experiments.systems.workload import Run, Workload, WorkloadRequest
 
 __all__ = [
     "SYSTEMS",
@@ -12,8 +12,6 @@ __all__ = [
     "Run",
     "System",
     "SystemSettings",
-    "Workload",
-    "WorkloadRequest",
     "make_system",
     "settings_of",
 ]

@@ -32,9 +32,9 @@ class OutOfMemory(SloraError):
 
 
 class Packed:
-    """m engines, one per adapter, with what `serve` needs of an engine. Requests for the base model have a replica if
-    `adapters` has the key None. Weights that no adapter changes are one array, and counted m times: each of the paper's
-    servers loads its own."""
+    """m engines, one per adapter, with the methods of an engine that `serve` calls. Requests for the base model have a
+    replica if `adapters` has the key None. Weights that no adapter changes are one array but count m times, as each of
+    the paper's servers loads its own."""
 
     def __init__(
         self,
@@ -44,11 +44,11 @@ class Packed:
         adapters: Mapping[str | None, LoraAdapter | None],
         config: EngineConfig,
     ) -> None:
-        """config: of the one engine whose memory is divided: its weights and its pool of `num_pages`.
+        """Starts the engines. config: of the one engine whose memory is divided: its weights and its `num_pages`.
 
         Raises:
           OutOfMemory: a replica's share does not hold its weights and one request of `max_model_len` tokens.
-          ConfigError: as `Engine`; no adapter.
+          ConfigError: as `Engine`, or there is no adapter.
         """
         if not adapters:
             raise ConfigError("packed: adapters={}: there must be one at least, each has a replica")
@@ -67,7 +67,7 @@ class Packed:
         """Loads a checkpoint, and adapters from PEFT directories by name (None: None for the base model).
 
         Raises:
-          OutOfMemory: as the constructor, before anything is loaded.
+          OutOfMemory: as the constructor, before loading.
         """
         model = ModelConfig.from_directory(model_dir)
         config = replace(config, num_pages=pool_shape(model, config).num_pages)
@@ -87,7 +87,7 @@ class Packed:
         """Queues a request at its adapter's replica.
 
         Raises:
-          RequestError: as `Engine.add_request`; there is no such replica, or the id is in use at another one.
+          RequestError: as `Engine.add_request`; or the adapter has no replica, or another replica uses the id.
         """
         if adapter not in self.replicas:
             raise RequestError(f"adapter={adapter!r} has no replica; there are {', '.join(map(repr, self.replicas))}")
@@ -99,15 +99,15 @@ class Packed:
         return request_id
 
     def cancel(self, request_id: str) -> bool:
-        """As `Engine.cancel`."""
+        """Cancels a request, as `Engine.cancel`."""
         return request_id in self._replica_of and self.replicas[self._replica_of[request_id]].cancel(request_id)
 
     def has_work(self) -> bool:
-        """Whether any replica has."""
+        """Returns whether any replica has work."""
         return any(engine.has_work() for engine in self.replicas.values())
 
     def step(self) -> list[Delta]:
-        """A step of every replica that has work."""
+        """Runs a step of every replica that has work."""
         deltas = []
         for name, engine in self.replicas.items():
             for delta in engine.step() if engine.has_work() else ():
@@ -118,7 +118,7 @@ class Packed:
         return deltas
 
     def stats(self) -> EngineStats:
-        """The sum over the replicas."""
+        """Returns the counters summed over the replicas."""
         all_stats = [engine.stats() for engine in self.replicas.values()]
         pages = [vars(stats.pages) for stats in all_stats]
         summed = {
@@ -132,11 +132,11 @@ class Packed:
 
 
 def pages_per_replica(model: ModelConfig, config: EngineConfig, replicas: int) -> int:
-    """Pages of each replica's pool: `(total - m weights) / m / page`. The total is what one engine with `config` takes
-    for its weights and its `num_pages`.
+    """Returns the pages of each replica's pool: `(total - m weights) / m / page`. The total is the memory of one engine
+    with `config`: its weights and its `num_pages`.
 
     Raises:
-      OutOfMemory: that is not even one request of `max_model_len` tokens.
+      OutOfMemory: they do not hold one request of `max_model_len` tokens.
     """
     shape = pool_shape(model, config)
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_decoder(model, config.dtype)[1]))
@@ -154,7 +154,7 @@ def pages_per_replica(model: ModelConfig, config: EngineConfig, replicas: int) -
 
 
 def merged(params: Params, adapter: LoraAdapter, geometry: BaseGeometry) -> Params:
-    """Parameters with the adapter added to their kernels, in float32 before the cast; the others are shared."""
+    """Returns parameters with the adapter added to their kernels, in float32 before the cast; the others are shared."""
     layers = {}
     for index, layer in params["layers"].items():
         layers[index] = dict(layer)

@@ -1,38 +1,54 @@
-"""The real PEFT library as a server: as the paper's script drives it, and in its mixed-batch mode.
+"""The PEFT library as a server: driven as by the paper's script, and in its mixed-batch mode.
 
 The script (`benchmarks/run_exp_peft.py`) sweeps: it takes all requests that have arrived, groups them by adapter, and
-runs each group in batches of at most k, one after the other, before it looks again. A batch is padded to its longest
-prompt; rows that have all their tokens are dropped; nothing joins a batch that runs. k was 6 on an A10G, 50 (7B) and 35
-(13B) on an A100. Unlike the script, adapters have their own weights, loaded before the clock starts (it makes a random
-one for every group), and prompts of different lengths are padded on the left and masked.
+runs each group in batches of at most k, one after the other, before the next sweep. A batch is padded to its longest
+prompt; finished rows are dropped; no request joins a running batch. k was 6 on an A10G, 50 (7B) and 35 (13B) on an
+A100.
+Two differences from the script: adapters have their own weights, loaded before the clock starts (the script makes a
+random adapter for every group), and prompts of different lengths are padded on the left and masked.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.systems.workload import Done, Run, Workload, WorkloadRequest
+from experiments.systems.serving import Done, Run
+from experiments.workloads.requests import WorkloadRequest
 from slora_jax import ConfigError
 from slora_jax.metrics import RequestRecord
 from slora_jax.scheduling import FinishReason
 from slora_jax.simulation import Arrivals
 
 NAP = 0.01
-"""Seconds between looks at the clock while nothing has arrived."""
+"""Seconds between looks at the clock while no request has arrived."""
+
+
+def write_random_checkpoint(config_file: Path, directory: Path, seed: int) -> Path:
+    """Writes a random Hugging Face checkpoint of a config.json's shape, made by transformers. Returns its directory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(**json.loads(config_file.read_text()))
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return directory
 
 
 class PeftModel:
-    """A checkpoint and its adapters in PEFT, on the CPU (or the first GPU), greedy."""
+    """A checkpoint and its adapters in PEFT, on the CPU (or the first GPU), with greedy decoding."""
 
     def __init__(self, model_dir: Path, adapters: Mapping[str, Path], dtype: str = "float32") -> None:
-        """adapters: PEFT directories by name.
+        """Loads the checkpoint and the adapters (PEFT directories by name).
 
         Raises:
-          ConfigError: torch or peft is not installed; no adapter.
+          ConfigError: torch or peft is not installed, or there is no adapter.
         """
         try:
             import peft
@@ -58,9 +74,10 @@ class PeftModel:
     def decode(
         self, prompts: Sequence[Sequence[int]], outputs: Sequence[int], adapters: str | list[str | None] | None
     ) -> Iterator[dict[int, int]]:
-        """Runs one batch: yields a token of every unfinished row, by its number, until row i has `outputs[i]`.
+        """Runs one batch: yields a token of every unfinished row, by the row's number, until row i has `outputs[i]`.
 
-        adapters: one for all rows (None: the base model), or a list with each row's, mixed in one batch.
+        Args:
+          adapters: one for all rows (None: the base model), or a list with the adapter of each row.
         """
         torch = self._torch
         longest = max(map(len, prompts))
@@ -99,8 +116,8 @@ class PeftModel:
         return self.model(**inputs)
 
 
-def sweep(arrived: Sequence[int], workload: Workload, most: int, mixed: bool) -> list[list[int]]:
-    """The batches, of at most `most` requests, in which `arrived` (numbers into the workload, in order) are run: by
+def sweep(arrived: Sequence[int], workload: Sequence[WorkloadRequest], most: int, mixed: bool) -> list[list[int]]:
+    """Returns the batches, of at most `most` requests, in which the requests `arrived` (numbers, in order) are run: by
     adapter, in order of each adapter's first request, or mixed, in order of arrival."""
     groups: dict[str | None, list[int]] = {}
     for number in arrived:
@@ -108,8 +125,8 @@ def sweep(arrived: Sequence[int], workload: Workload, most: int, mixed: bool) ->
     return [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
 
 
-def serve_by_sweeps(model: PeftModel, workload: Workload, most: int, mixed: bool, done: Done) -> Run:
-    """The script's loop over a workload, in real time."""
+def serve_by_sweeps(model: PeftModel, workload: Sequence[WorkloadRequest], most: int, mixed: bool, done: Done) -> Run:
+    """Runs the script's loop over a workload, in real time."""
     start = time.perf_counter()
     tokens: list[list[int]] = [[] for _ in workload]
     records: dict[int, RequestRecord] = {}
@@ -137,7 +154,7 @@ def serve_by_sweeps(model: PeftModel, workload: Workload, most: int, mixed: bool
 
 
 def _record(number: int, request: WorkloadRequest, arrival: float, times: list[float]) -> RequestRecord:
-    """times: of the batch's beginning, and of each of its tokens; as arrival, on the clock."""
+    """times: of the batch's start and of each token, on the same clock as `arrival`."""
     return RequestRecord(
         request_id=f"{number}",
         adapter=request.adapter,

@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from experiments.systems.workload import Done, Run, Workload
+from experiments.workloads.requests import WorkloadRequest
 from slora_jax import Delta, RequestOutput, SamplingParams
+from slora_jax.metrics import RequestRecord
 from slora_jax.simulation import Arrivals
 
 LONGEST_NAP = 0.05
-"""Seconds of sleep at once, so that Ctrl-C is heard."""
+"""Seconds of one sleep: a longer one would delay Ctrl-C."""
+
+
+Done = Callable[[], object]
+"""Called at the end of each request: the progress bar."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The outcome of a workload.
+
+    Attributes:
+      records, tokens: of each request, in the workload's order.
+      most_running: requests that ran at once, at most; None: unknown.
+    """
+
+    records: list[RequestRecord]
+    tokens: list[list[int]]
+    most_running: int | None = None
 
 
 class Serving(Protocol):
-    """What a system needs of an engine."""
+    """The part of an engine that `serve` calls."""
 
     def add_request(
         self, prompt: list[int], params: SamplingParams, adapter: str | None = None, request_id: str | None = None
@@ -28,15 +48,16 @@ class Serving(Protocol):
     def step(self) -> list[Delta]: ...
 
 
-def serve(engine: Serving, workload: Workload, done: Done) -> Run:
-    """Submits each request when its time has come and steps the engine until all are answered.
+def serve(engine: Serving, workload: Sequence[WorkloadRequest], done: Done) -> Run:
+    """Submits each request at its time and steps the engine until all requests have finished.
 
-    Latencies count from the time at which a request was to arrive, even if a step was under way then; that of one that
-    follows another counts from the other's last token (or its abort) on the engine's clock. An interruption
-    (Ctrl-C) cancels what is unfinished, leaves the engine idle, and is raised.
+    Latencies count from a request's arrival time, even if a step was running then; those of a request that follows
+    another count from the other's last token (or its abort) on the engine's clock. An interruption (Ctrl-C) cancels the
+    unfinished requests, leaves the engine idle, and is raised again.
     """
     start = time.perf_counter()
     arrivals = Arrivals(workload)
+    scheduler, most_running = getattr(engine, "scheduler", None), 0
     outputs: dict[int, RequestOutput] = {}
     arrived: dict[int, float] = {}
     try:
@@ -44,8 +65,7 @@ def serve(engine: Serving, workload: Workload, done: Done) -> Run:
             now = time.perf_counter() - start
             for number, arrival in arrivals.until(now):
                 arrived[number], request = arrival, workload[number]
-                params = SamplingParams(max_tokens=request.output, ignore_eos=True)
-                engine.add_request(list(request.prompt), params, request.adapter, f"{number}")
+                engine.add_request(list(request.prompt), request.params(), request.adapter, f"{number}")
             if not engine.has_work():
                 time.sleep(min(LONGEST_NAP, max(0.0, arrivals.next - now)))
                 continue
@@ -56,6 +76,8 @@ def serve(engine: Serving, workload: Workload, done: Done) -> Run:
                     outputs[number] = delta.output
                     arrivals.ended(number, finished - start)
                     done()
+            if scheduler is not None:
+                most_running = max(most_running, len(scheduler.running))
     except BaseException:
         for number in range(len(workload)):
             engine.cancel(f"{number}")
@@ -64,4 +86,5 @@ def serve(engine: Serving, workload: Workload, done: Done) -> Run:
         raise
     numbers = range(len(workload))
     records = [replace(outputs[number].record(), arrival=start + arrived[number]) for number in numbers]
-    return Run(records, [outputs[number].token_ids for number in numbers])
+    tokens = [outputs[number].token_ids for number in numbers]
+    return Run(records, tokens, None if scheduler is None else most_running)

@@ -1,26 +1,28 @@
-"""What each system changes of the base settings."""
+"""The changes of each system to the base settings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any
 
 from slora_jax import ConfigError, EngineConfig
+from slora_jax.typed import nearest
 
 SOFTWARE = ("engine", "packed", "peft")
 
 
 @dataclass(frozen=True)
 class SystemSettings:
-    """All that a system is, beside its model and adapters; plain values throughout.
+    """A system without its model and adapters, as plain values.
 
-    software: "engine" (this one), "packed" (`Packed`: as many engines as adapters, in the memory of the one) or "peft".
-    engine: of the engine, or of the one whose memory is divided; its `dtype` holds for PEFT as well. policy,
-    policy_settings: as `make_policy` takes them; None: the engine's default. split: under `split_memory`, the share of
-    the pool set aside for adapters. peft_batch: most requests of a batch of PEFT's. peft_mixed: whether a batch of
-    PEFT's mixes adapters.
+    Attributes:
+      software: "engine" (this one), "packed" (`Packed`: an engine per adapter, in the memory of one) or "peft".
+      engine: settings of the engine, or of the one whose memory is divided; PEFT uses its `dtype`.
+      policy, policy_settings: as in `make_policy`; None: the engine's default.
+      split_memory, split: whether a share of the pool is set aside for adapters, and that share.
+      peft_batch: requests in a batch of PEFT, at most.
+      peft_mixed: whether a batch of PEFT mixes adapters.
     """
 
     software: str = "engine"
@@ -51,19 +53,17 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "peft": {"software": "peft"},
     "peft-mixed": {"software": "peft", "peft_mixed": True},
 }
-"""Name -> what differs from the base settings, fields of the engine's by their dotted name."""
+"""Name -> changed fields; those of the engine's settings by their dotted name."""
 
 
 def settings_of(name: str, base: SystemSettings) -> SystemSettings:
-    """The base settings with the changes of a system.
+    """Returns the base settings with the changes of a system.
 
     Raises:
-      ConfigError: there is no such system (the nearest one is named).
+      ConfigError: the system is unknown.
     """
     if name not in SYSTEMS:
-        near = get_close_matches(name, SYSTEMS, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ConfigError(f"system {name!r} is unknown{hint}; there are {', '.join(SYSTEMS)}")
+        raise ConfigError(f"system {name!r} is unknown{nearest(name, SYSTEMS)}; there are {', '.join(SYSTEMS)}")
     changes = SYSTEMS[name]
     engine = {key.removeprefix("engine."): value for key, value in changes.items() if key.startswith("engine.")}
     own = {key: value for key, value in changes.items() if not key.startswith("engine.")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from experiments.systems.packed import Packed
 from experiments.systems.peft import PeftModel, serve_by_sweeps
-from experiments.systems.serving import serve
+from experiments.systems.serving import Run, serve
 from experiments.systems.settings import SystemSettings, settings_of
-from experiments.systems.workload import Run, Workload
+from experiments.workloads.requests import WorkloadRequest
 from slora_jax import ConfigError, Engine, EngineConfig
 from slora_jax.engine.sizing import pool_shape
 from slora_jax.metrics import RequestRecord
@@ -23,20 +23,20 @@ from slora_jax.scheduling import make_policy
 
 
 class System:
-    """Compiled and loaded; `run` may be called any number of times."""
+    """A system that is compiled and loaded; `run` may be called any number of times."""
 
     def __init__(self, name: str, settings: SystemSettings, server: Engine | Packed | PeftModel) -> None:
         self.name = name
         self.settings = settings
         self.server = server
 
-    def run(self, workload: Workload) -> list[RequestRecord]:
-        """Serves a workload in real time (as fast as it can, if all requests arrive at 0) and returns the record of
-        each request, in order. Ctrl-C stops it, leaves it idle, and is raised."""
+    def run(self, workload: Sequence[WorkloadRequest]) -> list[RequestRecord]:
+        """Serves a workload in real time and returns the record of each request, in order. Ctrl-C stops it, leaves the
+        system idle, and is raised again."""
         return self.run_with_tokens(workload).records
 
-    def run_with_tokens(self, workload: Workload) -> Run:
-        """The same, with the tokens."""
+    def run_with_tokens(self, workload: Sequence[WorkloadRequest]) -> Run:
+        """Serves a workload as `run`; also returns the tokens."""
         progress = self.settings.engine.progress
         with tqdm(total=len(workload), desc=self.name, unit="req", disable=not progress) as bar:
             if isinstance(self.server, PeftModel):
@@ -59,11 +59,11 @@ class System:
 
 
 def make_system(name: str, model_dir: str | Path, adapters: Mapping[str, Path], settings: SystemSettings) -> System:
-    """A system by its name in `SYSTEMS`, over a Hugging Face checkpoint and PEFT directories by name. All but "packed"
-    serve requests for the base model as well.
+    """Makes a system by its name in `SYSTEMS`, over a Hugging Face checkpoint and PEFT directories by name. All but
+    "packed" also serve requests for the base model.
 
     Raises:
-      ConfigError: unknown system, or settings that do not fit; PEFT is not installed.
+      ConfigError: the system is unknown, the settings do not fit together, or PEFT is not installed.
       OutOfMemory: the replicas of "packed" do not fit.
     """
     model_dir = Path(model_dir)
@@ -85,7 +85,7 @@ def make_system(name: str, model_dir: str | Path, adapters: Mapping[str, Path], 
 
 
 def _split(settings: SystemSettings, model_dir: Path) -> EngineConfig:
-    """The engine's settings with a share of its pages set aside for adapters."""
+    """Returns the engine's settings with a share of its pages set aside for adapters."""
     num_pages = pool_shape(ModelConfig.from_directory(model_dir), settings.engine).num_pages
     adapter_pages = int(settings.split * (num_pages - 1))
     if adapter_pages < 1:

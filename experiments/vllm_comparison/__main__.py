@@ -7,21 +7,21 @@ process of its own. Every round runs each side once, in turn. Phases:
 - lora: 32 adapters of mixed ranks, all resident on both sides.
 - alone: slora-jax without adapters, with the same 32, with 5 and with 1000, in turn.
 
-The JSON file has every round, the ratio of every pair, how many requests got the same tokens from both sides, and how
-many cores other processes used meanwhile. In float32 two libraries add in different orders, so where two tokens are
+The JSON file has every round, the ratio of every pair, the number of requests with the same tokens from both sides, and
+the cores that other processes used. In float32 two libraries add in different orders, so where two tokens are
 almost equally likely the sides may choose differently, and the rest of that request differs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from experiments.machine import write_json
 from experiments.vllm_comparison.compare import PHASES, Comparison, table
 from experiments.vllm_comparison.settings import QUICK, Settings
 from experiments.vllm_comparison.worker import require_vllm
@@ -60,9 +60,7 @@ def main() -> None:
         results = {"note": args.note, "equal_tokens": NEAR_TIES}
         results |= Comparison(settings, Path(scratch), python, args.model).run(phases)
     print(table(results))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"written to {args.output}")
+    write_json(args.output, results)
 
 
 if __name__ == "__main__":

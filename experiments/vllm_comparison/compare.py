@@ -5,26 +5,32 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from experiments import cpu_peft_comparison as peft_comparison
+from experiments.config.schema import MODELS
 from experiments.machine import provenance
-from experiments.vllm_comparison.requests import Requests, make_requests
+from experiments.rounds import equal_requests, turns
+from experiments.systems.peft import write_random_checkpoint
 from experiments.vllm_comparison.settings import Settings
+from experiments.vllm_comparison.slora_worker import TARGETS
 from experiments.vllm_comparison.worker import Answer, Worker, slora_worker, vllm_environment, vllm_worker
+from experiments.workloads import WorkloadRequest, batch, engine_requests
 from slora_jax.adapters import random_adapter, write_peft
 from slora_jax.engine.sizing import adapter_geometry
 from slora_jax.models import ModelConfig
 
 PAGE_SIZE = 16
+SHAPE = {
+    "layers": "num_layers", "hidden": "hidden_size", "heads": "num_heads", "intermediate": "intermediate_size",
+    "vocab": "vocab_size",
+}  # fmt: skip
+"""Names in the result of the random model's fields."""
 PHASES = ("base", "lora", "alone")
 """Base model beside vLLM, adapters beside vLLM, slora-jax alone."""
 MIXED, MANY = "mixed-", "many-"
-"""Prefixes of adapters' names: those that both sides serve, and those of slora-jax alone."""
+"""Prefixes of adapters' names: of those that both sides serve, and of slora-jax alone."""
 
 
 @dataclass
@@ -32,7 +38,7 @@ class Side:
     """Requests that one worker answers once a round, and its answers."""
 
     worker: Worker
-    requests: Requests
+    requests: Sequence[WorkloadRequest]
     answers: list[Answer] = field(default_factory=list)
 
     def run(self) -> None:
@@ -40,7 +46,8 @@ class Side:
 
     def rates(self) -> list[float]:
         """Output tokens per second, by round."""
-        return [self.requests.new_tokens / answer.seconds for answer in self.answers]
+        tokens = sum(request.output for request in self.requests)
+        return [tokens / answer.seconds for answer in self.answers]
 
     def values(self) -> dict[str, Any]:
         """JSON values."""
@@ -61,13 +68,13 @@ class Comparison:
         self.settings, self._scratch, self._python = settings, scratch, vllm_python
         self._model = model or scratch / "model"
         if model is None:
-            peft_comparison.make_model(settings.model, self._model)
+            write_random_checkpoint(MODELS / f"{settings.model}.json", self._model, settings.seed)
         self.config = ModelConfig.from_directory(self._model)
         geometry = adapter_geometry(self.config, PAGE_SIZE)
         self._adapters = {}
         for i in range(settings.adapters):
             rank = settings.ranks[i % len(settings.ranks)]
-            adapter = random_adapter(geometry, rank, peft_comparison.TARGETS, seed=settings.seed + i)
+            adapter = random_adapter(geometry, rank, TARGETS, seed=settings.seed + i)
             self._adapters[f"{MIXED}{i}"] = str(write_peft(scratch / f"adapter-{i}", adapter))
         self.versions: dict[str, dict[str, str]] = {}
 
@@ -104,12 +111,12 @@ class Comparison:
             peer = stack.enter_context(vllm_worker(self._python, vllm, settings.vllm_kv_gib, self._log("vllm")))
             self.versions |= {"slora-jax": slora.versions, "vllm": peer.versions}
             sides = {"slora-jax": Side(slora, requests), "vllm": Side(peer, requests)}
-            take_turns(name, sides, rounds, warm_up=requests.short())
+            take_turns(name, sides, rounds, warm_up=short(requests))
         equal = equal_requests(sides["slora-jax"].answers[-1].tokens, sides["vllm"].answers[-1].tokens)
         return {
             **{side: run.values() for side, run in sides.items()},
             "slora-jax over vllm": ratios(sides["slora-jax"].rates(), sides["vllm"].rates()),
-            "requests_with_equal_tokens": {"equal": equal, "of": len(requests.prompts)},
+            "requests_with_equal_tokens": {"equal": equal, "of": len(requests)},
         }
 
     def _alone(self) -> dict[str, Any]:
@@ -132,7 +139,7 @@ class Comparison:
             f"{many} adapters over {few}": ratios(rates[f"{many}"], rates[f"{few}"]),
         }
 
-    def _requests(self, count: int, prefix: str, num_adapters: int) -> Requests:
+    def _requests(self, count: int, prefix: str, num_adapters: int) -> list[WorkloadRequest]:
         return make_requests(self.settings, self.config.vocab_size, count, prefix, num_adapters)
 
     def _slora(self, random: int = 0) -> dict[str, Any]:
@@ -150,9 +157,7 @@ class Comparison:
     def _describe(self) -> dict[str, Any]:
         """The model: the settings of the random one, or the directory's name."""
         if self._model.parent == self._scratch:
-            model = self.settings.model
-            names = ("layers", "hidden", "heads", "intermediate", "vocab")
-            return {"random": {name: getattr(model, name) for name in names}}
+            return {"random": {name: getattr(self.config, field) for name, field in SHAPE.items()}}
         return {"directory": self._model.name}
 
     def _environment(self) -> dict[str, str]:
@@ -164,21 +169,32 @@ class Comparison:
         return environment | {"LD_PRELOAD": ":".join(Path(path).name for path in preloaded)}
 
 
-def take_turns(name: str, sides: dict[str, Side], rounds: int, warm_up: Requests | None = None) -> None:
-    """Runs every side once a round, one after the other, after a warm-up.
+def make_requests(settings: Settings, vocab: int, count: int, prefix: str, num_adapters: int) -> list[WorkloadRequest]:
+    """Makes `count` requests spread evenly, in random order, over the adapters `prefix`0 .. `prefix`(n-1); 0 adapters:
+    base model only. Prompts depend on `count` and the seed alone."""
+    work = batch(
+        num_adapters=num_adapters, ranks=(1,), rate=1.0, duration=1.0, seed=settings.seed, requests=count,
+        input_range=(settings.prompt_low, settings.prompt_high + 1),
+        output_range=(settings.output, settings.output + 1),
+    )  # fmt: skip
+    requests = engine_requests(work, vocab, settings.seed)
+    return [replace(one, adapter=None if one.adapter is None else f"{prefix}{one.adapter}") for one in requests]
 
-    Args:
-      warm_up: what each side answers first; None: its own requests.
-    """
-    with tqdm(total=(rounds + 1) * len(sides), desc=name, unit="run") as bar:
-        for number in range(rounds + 1):
-            for side_name, side in sides.items():
-                bar.set_postfix_str(side_name)
-                if number:
-                    side.run()
-                else:
-                    side.worker.run(warm_up or side.requests)
-                bar.update()
+
+def short(requests: Sequence[WorkloadRequest]) -> list[WorkloadRequest]:
+    """Returns the requests with prompts of at most 8 tokens and 4 new tokens: they touch every adapter."""
+    return [replace(one, prompt=one.prompt[:8], output=min(one.output, 4)) for one in requests]
+
+
+def take_turns(
+    name: str, sides: dict[str, Side], rounds: int, warm_up: Sequence[WorkloadRequest] | None = None
+) -> None:
+    """Runs every side once a round, in turn, after a warm-up. warm_up: its requests; None: each side's own."""
+    for number, side in turns(list(sides), rounds, name):
+        if number:
+            sides[side].run()
+        else:
+            sides[side].worker.run(warm_up or sides[side].requests)
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> dict[str, Any]:
@@ -189,11 +205,6 @@ def ratios(over: Sequence[float], under: Sequence[float]) -> dict[str, Any]:
         "of_medians": round(statistics.median(over) / statistics.median(under), 3),
         "pairs": [round(pair, 3) for pair in pairs],
     }
-
-
-def equal_requests(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]]) -> int:
-    """How many requests have the same tokens on both sides."""
-    return sum(list(x) == list(y) for x, y in zip(a, b, strict=True))
 
 
 def table(results: dict[str, Any]) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
-
-from experiments import cpu_peft_comparison as peft_comparison
 
 
 @dataclass(frozen=True)
@@ -13,7 +11,7 @@ class Settings:
     """Both sides run in float32, without prefix caching, with the same limits on sequences and tokens of a step.
 
     Attributes:
-      model: the random Llama, unless the command is given a model (its other fields are unused).
+      model: a file of `experiments/models`, whose weights are random, unless the command is given a model.
       adapters: served by both sides, of `ranks` in turn, on q, k, v, o. vLLM holds all of them at once.
       requests: prompts of prompt_low..prompt_high tokens, with `output` new tokens each, all present at the start.
       many_adapters: two numbers of adapters of rank `many_rank`, for slora-jax alone, over `many_requests` requests.
@@ -24,7 +22,7 @@ class Settings:
       rounds: timed repetitions of phases base and alone. lora_rounds: of phase lora, of which vLLM takes minutes each.
     """
 
-    model: peft_comparison.Settings = field(default_factory=peft_comparison.Settings)
+    model: str = "llama-110m"
     adapters: int = 32
     ranks: tuple[int, ...] = (8, 16, 32, 64)
     requests: int = 64
@@ -81,9 +79,9 @@ class Settings:
 
 
 QUICK = Settings(
-    model=replace(peft_comparison.QUICK, hidden=128), adapters=3, ranks=(8, 16), requests=6, prompt_high=24, output=4,
+    model="small-llama", adapters=3, ranks=(8, 16), requests=6, prompt_high=24, output=4,
     many_adapters=(2, 10), many_rank=8, many_requests=10, max_num_seqs=8, max_num_batched_tokens=32, max_model_len=64,
     num_pages=200, vllm_kv_gib=1, rounds=2, lora_rounds=2,
 )  # fmt: skip
-"""A toy model, to see that the command works; its numbers mean nothing. Heads of 32: vLLM's CPU attention has none
-smaller."""
+"""A toy model, to see that the command works; its numbers mean nothing. Its heads are of 32, the smallest of vLLM's CPU
+attention."""

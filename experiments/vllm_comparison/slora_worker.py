@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
-from experiments.cpu_peft_comparison import TARGETS
 from experiments.vllm_comparison.protocol import Generate, run_worker
 from slora_jax import Engine, EngineConfig, SamplingParams
 from slora_jax.adapters import random_adapter
+
+TARGETS = ("q", "k", "v", "o")
+"""Projections that every adapter of the comparison changes."""
 
 
 def start(settings: dict[str, Any]) -> tuple[Generate, dict[str, str]]:

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.vllm_comparison.requests import Requests
+from experiments.workloads import WorkloadRequest
 
 ROOT = Path(__file__).parents[2]
 TCMALLOC = ("libtcmalloc.so.4", "libtcmalloc_minimal.so.4")
@@ -23,8 +23,8 @@ TCMALLOC = ("libtcmalloc.so.4", "libtcmalloc_minimal.so.4")
 
 @dataclass(frozen=True)
 class Answer:
-    """New tokens of each request. seconds: wall time. cpu_seconds: the worker's, over all threads. others: cores that
-    other processes used meanwhile, on average."""
+    """New tokens of each request. seconds: wall time. cpu_seconds: the worker's, over all threads. others: mean number
+    of cores that other processes used."""
 
     tokens: list[list[int]]
     seconds: float
@@ -40,14 +40,17 @@ class Worker:
         self._process, self._log = process, log
         self.versions: dict[str, str] = self._ask(settings)
 
-    def run(self, requests: Requests) -> Answer:
-        """Has all requests answered. Raises RuntimeError if the worker ends, or if a request lacks tokens."""
+    def run(self, requests: Sequence[WorkloadRequest]) -> Answer:
+        """Sends all requests, of the same number of new tokens. Raises RuntimeError if the worker ends, or if a request
+        lacks tokens."""
+        output = requests[0].output
+        message = {"prompts": [r.prompt for r in requests], "adapters": [r.adapter for r in requests], "output": output}
         busy, start = _busy_seconds(), time.perf_counter()
-        reply = self._ask(requests.message())
+        reply = self._ask(message)
         elapsed = time.perf_counter() - start
         others = max(0.0, _busy_seconds() - busy - reply["cpu_seconds"]) / elapsed
-        if [len(tokens) for tokens in reply["tokens"]] != [requests.output] * len(requests.prompts):
-            raise RuntimeError(f"a worker did not generate {requests.output} tokens for every request: {self._log}")
+        if [len(tokens) for tokens in reply["tokens"]] != [output] * len(requests):
+            raise RuntimeError(f"a worker did not generate {output} tokens for every request: {self._log}")
         return Answer(reply["tokens"], reply["seconds"], reply["cpu_seconds"], others)
 
     def _ask(self, message: Mapping[str, Any]) -> dict[str, Any]:

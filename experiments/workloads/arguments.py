@@ -1,4 +1,4 @@
-"""What all generators take, checked."""
+"""Checks of the arguments that all generators take."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from slora_jax import ConfigError
 def check_arguments(
     kind: str, *, num_adapters: int, ranks: Sequence[int], rate: float, duration: float, **positive: float
 ) -> None:
-    """kind: the generator's name. positive: its own fields that must be.
+    """Checks the common arguments. kind: the generator's name. positive: its own arguments that must be positive.
 
     Raises:
-      ConfigError: one is out of range.
+      ConfigError: an argument is out of range.
     """
     if num_adapters < 0:
         raise ConfigError(f"{kind}: num_adapters={num_adapters}: must be at least 0, the base model alone")
@@ -26,10 +26,10 @@ def check_arguments(
 
 
 def check_range(kind: str, **ranges: tuple[int, int]) -> None:
-    """Lengths uniform in [low, high).
+    """Checks ranges of lengths, [low, high).
 
     Raises:
-      ConfigError: nothing is in one, or a length below 1.
+      ConfigError: a range is empty, or has a length below 1.
     """
     for name, (low, high) in ranges.items():
         if not 1 <= low < high:
@@ -37,5 +37,5 @@ def check_range(kind: str, **ranges: tuple[int, int]) -> None:
 
 
 def ranks_in_turn(num_adapters: int, ranks: Sequence[int]) -> tuple[int, ...]:
-    """Of each adapter: they take the setting's ranks in turn."""
+    """Returns the rank of each adapter: they take the setting's ranks in turn."""
     return tuple(ranks[i % len(ranks)] for i in range(num_adapters))

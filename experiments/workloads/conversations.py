@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.workloads.arguments import check_arguments, check_range, ranks_in_turn
 from experiments.workloads.popularity import draw_adapters
-from experiments.workloads.workload import NOBODY, Workload
+from experiments.workloads.workload import INDEPENDENT, Workload
 from slora_jax import ConfigError
 
 
@@ -50,7 +50,7 @@ def conversations(
     arrival = np.full((count, turns), float(think_seconds))
     arrival[:, 0] = np.cumsum(random.gamma(1 / (cv * cv), cv * cv * turns / rate, count))
     after = np.arange(-1, count * turns - 1).reshape(count, turns)
-    after[:, 0] = NOBODY
+    after[:, 0] = INDEPENDENT
     prompts = np.cumsum(random.randint(*input_range, (count, turns)), axis=1).ravel()
     return Workload(
         arrival=arrival.ravel(),

@@ -1,4 +1,4 @@
-"""Which adapters requests are for."""
+"""The adapters of requests, by popularity."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ Popularity = Literal["zipf", "power"]
 
 
 def zipf_shares(count: int, exponent: float) -> np.ndarray:
-    """Shares of the requests, `[count]`: proportional to (i + 1)^-exponent. 0: all the same."""
+    """Returns shares of the requests, `[count]`, proportional to (i + 1)^-exponent."""
     weights = 1 / np.arange(1, count + 1) ** exponent
     return weights / weights.sum()
+
+
+def hot_shares(count: int, hot_share: float) -> np.ndarray:
+    """Returns shares of the requests, `[count]`: `hot_share` for adapter 0, and the rest evenly for the others."""
+    return np.r_[hot_share, np.full(count - 1, (1 - hot_share) / max(count - 1, 1))] if count > 1 else np.ones(1)
 
 
 def draw_adapters(
@@ -26,13 +31,14 @@ def draw_adapters(
     exponent: float,
     alpha: float,
 ) -> np.ndarray:
-    """An adapter for each request, `[requests]`; the base model for all, of 0 adapters.
+    """Draws an adapter for each request, `[requests]`; with 0 adapters, the base model.
 
-    popularity: "zipf", by `zipf_shares`; "power", as the paper's code: floor(n u^(1/alpha)) of a uniform u, so that
-    alpha = 1 is even and smaller values prefer low numbers.
+    Args:
+      popularity: "zipf": by `zipf_shares`. "power": as the paper's code, floor(n u^(1/alpha)) of a uniform u, so that
+        alpha = 1 is even and smaller values prefer low numbers.
 
     Raises:
-      ConfigError: another popularity, an exponent below 0, an alpha that is not positive.
+      ConfigError: an argument is out of range.
     """
     if popularity not in get_args(Popularity):
         raise ConfigError(f"popularity={popularity!r}: must be one of {get_args(Popularity)}")

@@ -1,4 +1,4 @@
-"""A log of requests, replayed as it is: every request at its own time, for its own adapter."""
+"""A log of requests, replayed: every request at its time, for its adapter."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def replay(
     base model), prompt_tokens (their number or, in JSON lines, their ids) and output_tokens (their number).
 
     Args:
-      num_adapters: registered beside those that the log names, if it is more; 0 sends all to the base model.
+      num_adapters: registered, if more than the log names; 0 sends all requests to the base model.
       ranks: the adapters take them in turn, in order of their first requests.
-      rate: not used: the log has its own. duration: likewise.
+      rate, duration: not used: the log has its own.
       path: of the log.
       speed: by which times are divided.
 

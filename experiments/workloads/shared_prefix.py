@@ -1,4 +1,4 @@
-"""Requests that begin with their adapter's instructions: what a prefix cache saves."""
+"""Requests that begin with their adapter's instructions, for prefix caches."""
 
 from __future__ import annotations
 

@@ -7,23 +7,28 @@ from dataclasses import dataclass
 import numpy as np
 
 BASE = -1
-"""The adapter of a request for the base model."""
+"""Value of `Workload.adapter` for a request for the base model."""
 
-NOBODY = -1
-"""What a request follows that arrives at a time of its own."""
+INDEPENDENT = -1
+"""Value of `Workload.after` for a request that arrives at its own time."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """N requests. arrival: seconds from the start, float64 `[N]`, ascending; of one that follows another: seconds from
-    the other's end. adapter: index into `ranks`, or `BASE`, int `[N]`. prompt_tokens, output_tokens: int `[N]`. ranks:
-    of every registered adapter.
+    """N requests.
 
-    prefix_text, prefix_tokens: int `[N]`, both or neither. The prompt begins with the first `prefix_tokens` tokens of
-    text `prefix_text`, a number from 0; the rest is its own. 0 tokens: all of it is. after: int `[N]`, of each request
-    the number of an earlier one that it follows (a closed loop), or `NOBODY`; None: nobody follows another (an open
-    loop). names: of every registered adapter; None: their numbers. prompts: of each request its token ids, or None for
-    as many random ones as `prompt_tokens` says; None: all are random."""
+    Attributes:
+      arrival: float64 `[N]`, seconds from the start, ascending; with `after`, seconds from the end of that request.
+      adapter: int `[N]`, index into `ranks`, or `BASE`.
+      prompt_tokens, output_tokens: int `[N]`.
+      ranks: of every registered adapter.
+      prefix_text, prefix_tokens: int `[N]`, both or neither. A prompt begins with the first `prefix_tokens` tokens of
+        text `prefix_text`, a number from 0; the rest is its own.
+      after: int `[N]`, the number of an earlier request that each request follows (a closed loop), or `INDEPENDENT`;
+        None: an open loop.
+      names: of every registered adapter; None: their numbers.
+      prompts: token ids of each request, or None for `prompt_tokens` random ones; None: all are random.
+    """
 
     arrival: np.ndarray
     adapter: np.ndarray
@@ -42,9 +47,9 @@ class Workload:
         sizes = {len(array) for array in arrays + [array for array in optional if array is not None]}
         if len(sizes) != 1:
             raise ValueError(f"Workload: arrays of {sorted(sizes)} requests; all must have one per request")
-        follows = np.zeros(len(self), bool) if self.after is None else self.after != NOBODY
+        follows = np.zeros(len(self), bool) if self.after is None else self.after != INDEPENDENT
         if self.after is not None and np.any(follows & ((self.after < 0) | (self.after >= np.arange(len(self))))):
-            raise ValueError(f"Workload.after: must be {NOBODY} or the number of an earlier request")
+            raise ValueError(f"Workload.after: must be {INDEPENDENT} or the number of an earlier request")
         if np.any(np.diff(self.arrival[~follows]) < 0):
             raise ValueError("Workload.arrival: must not decrease")
         if not np.all(self.arrival >= 0):

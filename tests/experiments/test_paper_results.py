@@ -8,9 +8,9 @@ import pytest
 from experiments.paper import DEVICES, SETTINGS, load_rows
 from experiments.paper.arguments import row_arguments
 from experiments.paper.exclusions import exclusion
-from experiments.paper.figures import METRICS, figures
 from experiments.paper.knees import Knee, find_knee, knee_error, knees_agree, rate_sweeps
-from experiments.paper.order import check_order, violations
+from experiments.report.collect import published_figures
+from experiments.report.order import check_order, violations
 
 HEADER = (
     "file,n,alpha,R,cv,D,in_range,out_range,aborts,total_time,throughput,strip_throughput,avg_latency,"
@@ -77,20 +77,27 @@ def test_baselines_have_the_tokens_that_the_authors_lowered_by_hand(paper_rows) 
     assert row_arguments(packed).memory_share == pytest.approx(0.92 / 5)
 
 
-def test_figures_have_the_published_values(paper_rows) -> None:
-    made = {figure.name: figure for figure in figures(paper_rows)}
-    assert len(made) == 9 and all(set(f.metrics) <= set(METRICS) for f in made.values())
-    a10g = made["figure_5"].panels[1]
-    assert [round(r.throughput, 2) for r in a10g.curves[0].rows] == [1.74, 1.68, 1.61, 1.59, 1.58]
-    assert [r.num_adapters for r in a10g.curves[0].rows] == [1, 20, 50, 100, 200]
-    table = {
-        (p.title, c.name): [round(r.throughput, 2) for r in c.rows] for p in made["table_3"].panels for c in p.curves
+@pytest.fixture(scope="module")
+def figures():
+    return {figure.experiment.name: figure for figure in published_figures()}
+
+
+def test_figures_have_the_published_values(figures) -> None:
+    assert len(figures) == 10
+    found = {
+        (name, panel.title, curve.name): [
+            (point.at, round(point.theirs("throughput"), 2)) for point in curve.points if point.published
+        ]
+        for name, figure in figures.items()
+        for panel in figure.panels
+        for curve in panel.curves
     }
-    assert table["a100-80 S4", "slora"] == [4.49, 4.43, 4.28, 3.96]  # n=5 is in the file, not in the table
-    assert table["a100-80 S4", "vllm-packed"] == [3.83]
-    assert table["a100-80 S1", "peft"] == [0.88, 0.25]
-    merged = made["figure_9"].panels[1].curves[1]
-    assert [round(r.throughput, 2) for r in merged.rows] == [1.35, 1.33, 1.23, 1.15]
+    a10g = [(1, 1.74), (20, 1.68), (50, 1.61), (100, 1.59), (200, 1.58)]
+    assert found["figure_5", "A10G S2", "slora"] == a10g
+    assert [value for _, value in found["table_3", "A100-80 S4", "slora"]] == [4.49, 4.43, 4.28, 3.96]
+    assert found["table_3", "A100-80 S4", "vllm-packed"] == [(2, 3.83)]
+    assert [value for _, value in found["table_3", "A100-80 S1", "peft"]] == [0.88, 0.25]
+    assert sorted(value for _, value in found["figure_9", "A10G, 2 adapters", "merge"]) == [1.15, 1.23, 1.33, 1.35]
 
 
 def test_a_knee_is_found_on_the_logarithm_of_latency() -> None:
@@ -116,10 +123,11 @@ def test_the_published_knees_are_found(paper_rows) -> None:
     assert knees["synthetic_req_rate_a10g_S2_bmm.jsonl"].side == "below"
 
 
-def test_the_published_order_agrees_with_itself_and_a_swap_is_found(paper_rows) -> None:
-    figure_5 = next(f for f in figures(paper_rows) if f.name == "figure_5")
+def test_the_published_order_agrees_with_itself_and_a_swap_is_found(figures) -> None:
+    figure_5 = figures["figure_5"]
     checks = check_order(figure_5, getattr)
-    assert len(checks) > 60 and not violations(checks)
+    assert len(checks) == 127 and not violations(checks)
+    assert sum(len(check_order(figure, getattr)) for figure in figures.values()) == 456  # no row is left out
 
     def swapped(row, metric):
         value = getattr(row, metric)
@@ -129,7 +137,7 @@ def test_the_published_order_agrees_with_itself_and_a_swap_is_found(paper_rows) 
     assert not check_order(figure_5, lambda row, metric: None)
 
 
-def test_near_values_claim_no_order(paper_rows) -> None:
-    figure_6 = next(f for f in figures(paper_rows) if f.name == "figure_6")
+def test_near_values_claim_no_order(figures) -> None:
+    figure_6 = figures["figure_6"]
     light = [c for c in check_order(replace(figure_6, panels=figure_6.panels[:1]), getattr) if c.at == 1]
     assert {c.metric for c in light if c.systems == ("slora", "no-unify-mem")} == {"first_token_latency"}

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from experiments.config import make_experiment
-from experiments.config.schema import WorkloadConfig
-from experiments.cpu_peft_comparison import QUICK, make_model
+from experiments.config.schema import MODELS, WorkloadConfig
 from experiments.runners import RealRunner, run_simulated
 from experiments.runners.workload import run_workload
 from experiments.systems import System
+from experiments.systems.peft import write_random_checkpoint
 from experiments.workloads import engine_requests
 from slora_jax import ConfigError, Engine, EngineConfig, SamplingParams
 from slora_jax.adapters import random_adapter, write_peft
@@ -134,15 +134,20 @@ def test_policies_and_eviction_reach_the_engine(runner) -> None:
         {"system": {"policy": {"name": "early_abort", "rule": "code", "slo": 0.011, "margin": 0.01}}},
         {"system": {"policy": {"name": "early_abort", "rule": "code", "slo": 0.011, "margin": 0.01}}},
     )
+
+    def policy_now():
+        (system,) = runner._systems.values()
+        return system.server.scheduler.policy
+
     runner.run(lcfs)
-    assert isinstance(runner._system.server.scheduler.policy, Lcfs)
+    assert isinstance(policy_now(), Lcfs)
     figures = runner.run(abort)
-    policy = runner._system.server.scheduler.policy
+    policy = policy_now()
     assert isinstance(policy, EarlyAbort) and policy.slo == 0.011
     assert figures["aborts"] == figures["aborted"] > 0
     assert figures["aborted"] + figures["completed"] == figures["requests"]
     runner.run(again)
-    assert runner._system.server.scheduler.policy is not policy  # it has seen nothing
+    assert policy_now() is not policy  # a new one has no state
 
     one_user = {"client": {"kind": "closed", "users": 1}}
     kept, dropped = configs(one_user, one_user | {"system": {"eviction": "immediate"}})
@@ -209,7 +214,7 @@ def test_what_does_not_fit_leaves_the_runner_usable(runner) -> None:
 def own(tmp_path_factory):
     """A model and three adapters of one's own on disk; the adapters' ranks are 8, 2 and 4."""
     root = tmp_path_factory.mktemp("own")
-    make_model(QUICK, root / "model")
+    write_random_checkpoint(MODELS / "micro-llama.json", root / "model", seed=0)
     geometry = adapter_geometry(ModelConfig.from_directory(root / "model"), 16)
     for name, rank in (("french", 8), ("legal", 2), ("sql", 4)):
         write_peft(root / "adapters" / name, random_adapter(geometry, rank, ("q", "down"), seed=rank))

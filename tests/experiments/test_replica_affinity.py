@@ -1,24 +1,14 @@
-import numpy as np
+"""The ideal that adapter-aware routing is compared with."""
+
 import pytest
 
-from experiments.replica_affinity import Settings, ideal
+from experiments.serving.replicas import ideal
 
 
 @pytest.mark.parametrize(("capacity", "share"), [(2, 1.0), (1, 0.0)])
 def test_an_ideal_split_gives_each_replica_half_of_the_adapters(capacity: int, share: float) -> None:
-    settings = Settings(adapters=4, warmup=4, requests=8)
-    assert ideal([0, 1, 2, 3] * 3, np.full(4, 0.25), capacity, settings) == share
+    assert ideal([0, 1, 2, 3] * 3, capacity, warm_up=4) == share
 
 
-def test_an_ideal_split_gives_a_hot_adapter_a_replica_of_its_own() -> None:
-    settings = Settings(adapters=3, warmup=3, requests=6)
-    # 1 and 2 take turns in the other replica's only place.
-    assert ideal([0, 1, 2, 0, 1, 0, 2, 0, 1], np.array([0.6, 0.2, 0.2]), 1, settings) == 3 / 6
-
-
-@pytest.mark.parametrize("popularity", ["zipf", "uniform", "hot"])
-def test_requests_are_drawn_by_popularity(popularity: str) -> None:
-    settings = Settings(requests=20_000)
-    found = np.bincount(settings.draw(popularity), minlength=settings.adapters) / (20_000 + settings.warmup)
-    assert np.abs(found - settings.shares(popularity)).max() < 0.02
-    assert settings.shares(popularity).sum() == pytest.approx(1)
+def test_the_most_popular_adapter_has_a_replica_of_its_own_before_the_others_share() -> None:
+    assert ideal([0, 1, 0, 2, 0, 1, 0, 2], capacity=1, warm_up=0) == 3 / 8  # 1 and 2 evict each other

@@ -1,47 +1,72 @@
 """The load test of the server, in miniature, and what its parts find."""
 
-import dataclasses
 import json
 import os
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
-from experiments.serving.answers import Answer, Answers, different_tokens
+from experiments import run as runner
+from experiments.config import load_experiment
+from experiments.results_file import read_results
+from experiments.rounds import Outcome, side_by_side
+from experiments.serving import load_test
+from experiments.serving.answers import Answer, Answers, CpuSeconds
 from experiments.serving.processes import clients, finish
 from experiments.serving.soak import Sample, growth
-from experiments.serving.traffic import Traffic, make_requests, read_requests, write_requests
-from experiments.serving_load import QUICK, compare, problems
+from experiments.workloads import WorkloadRequest, read_requests, write_requests
 
-COMPILATION_CACHE = Path(__file__).parents[2] / ".cache" / "jax"
-TRAFFIC = Traffic(requests=200, prompt_low=2, prompt_high=5, output_low=2, output_high=4)
+CONFIG = runner.RESULTS.parents[1] / "configs" / "measured" / "serving_load.yaml"
+SMALL = (
+    "model=micro-llama", "adapters.count=12", "adapters.ranks=[2,4,8]", "workload.requests=48", "measured.rounds=1",
+    "workload.input_range=[2,25]", "workload.output_range=[2,13]", "client.users=8", "load_test.warm_up=16",
+    "load_test.soak_seconds=8", "system.num_tokens=1592", "system.page_size=8", "system.max_num_seqs=8",
+    "system.max_num_batched_tokens=32", "engine.max_model_len=64", "engine.decode_buckets=[8]",
+    "engine.mixed_buckets=[32]",
+)  # fmt: skip
 
 
 def test_the_load_test_compares_both_sides(tmp_path):
-    engine = QUICK.engine | {"compilation_cache_dir": str(COMPILATION_CACHE)}
-    results = compare(dataclasses.replace(QUICK, engine=engine, soak_seconds=8.0), tmp_path)  # 8 samples, one a second
-    assert problems(results) == []
-    [one] = results["rounds"]
-    wanted = sum(request.max_tokens for request in read_requests(tmp_path / "requests.jsonl"))
-    for side in ("alone", "served"):
-        assert (one[side]["requests"], one[side]["tokens"]) == (QUICK.traffic.requests, wanted)
-        assert one[side]["goodput"] == pytest.approx(wanted / one[side]["seconds"], rel=0.1)
-        assert 1 < one[side]["tokens_per_step"] <= QUICK.users
-    assert one["ratio"] == pytest.approx(one["served"]["goodput"] / one["alone"]["goodput"], rel=0.01)
-    soak = results["soak"]
-    assert soak["requests"] > 0 and sum(soak["pages_when_idle"].values()) == QUICK.engine["num_pages"]
-    assert soak["pages_when_idle"]["kv"] == soak["pages_lost"] == 0
-    assert any(sample["pages"]["kv"] for sample in soak["samples"])
-    json.dumps(results)
+    output = tmp_path / "out.jsonl"
+    directory = f"load_test.directory={tmp_path / 'files'}"
+    assert runner.main([str(CONFIG), *SMALL, directory, "--output", str(output)]) == 0
+    alone, served, soak = read_results(output).values()
+    wanted = sum(request.output for request in read_requests(tmp_path / "files" / "requests.jsonl"))
+    for one in (alone["metrics"], served["metrics"]):
+        assert (one["requests"], one["tokens"], one["failed"]) == (48, wanted, 0)
+        assert one["goodput"] == pytest.approx(wanted / one["seconds"])
+        assert 1 < one["tokens_per_step"] <= 8
+    assert served["same_tokens"] == [48, 48] and served["versions"]["locust"]
+    assert served["over"]["ratios"]["goodput"] == pytest.approx(
+        served["metrics"]["goodput"] / alone["metrics"]["goodput"]
+    )
+    (details,) = soak["details"]
+    assert soak["metrics"]["requests"] > 0 and sum(details["pages_when_idle"].values()) == 200
+    assert details["pages_when_idle"]["kv"] == soak["metrics"]["pages_lost"] == 0
+    assert any(sample["pages"]["kv"] for sample in details["samples"])
 
-    one["served"]["failures"] = ["lost"]
-    one["requests_with_different_tokens"] = [3]
-    soak["pages_lost"] = 1
-    assert len(problems(results)) == 3
+
+def test_half_of_the_requests_are_sampled_and_every_round_has_others(tmp_path):
+    run = load_experiment(CONFIG, [*SMALL, f"load_test.directory={tmp_path}"]).runs[0].config
+    written = []
+    for number in (1, 1, 2):
+        load_test._Files(run, tmp_path).write(number)
+        written.append(read_requests(tmp_path / "requests.jsonl"))
+    assert written[0] == written[1] != written[2]
+    assert sum(request.temperature > 0 for request in written[0]) == 24
+
+
+def test_a_failure_and_other_tokens_are_problems():
+    found = Answers(seconds=1.0, cpu=CpuSeconds(1, 1, 1, 4), answered=[(1, Answer([5], 0.1, 0.2))], failures=["lost"])
+    outcome = load_test._outcome(found, None)
+    assert outcome.problems == ("lost",) and outcome.tokens == [[], [5]] and outcome.metrics["failed"] == 1
+    runs = load_experiment(CONFIG, SMALL).runs[:2]
+    tokens = iter(([[1, 2], [3]], [[1, 2], [4]]))
+    _, served = side_by_side(runs, lambda *_: Outcome({"goodput": 1.0}, next(tokens)), warm_up=False)
+    assert served["problems"] == ["1 of 2 requests have other tokens than alone's"]
 
 
 class Liar(BaseHTTPRequestHandler):
@@ -98,7 +123,7 @@ def liar() -> Iterator[str]:
 
 def test_clients_find_every_fault_and_go_on(liar, tmp_path):
     files = [tmp_path / name for name in ("warm_up", "requests", "answers")]
-    requests = make_requests(dataclasses.replace(TRAFFIC, requests=35), ["a"], 100, seed=0)
+    requests = [WorkloadRequest(0.0, (1, 2, 3), "a", 2 + i % 3, seed=i) for i in range(35)]
     write_requests(files[0], requests[:1])
     write_requests(files[1], requests)
     with clients(liar, os.getpid(), 4, *files) as process:
@@ -106,7 +131,7 @@ def test_clients_find_every_fault_and_go_on(liar, tmp_path):
     found = Answers.read(files[2])
     right = [i for i in range(35) if FAULTS[i % len(FAULTS)] == "none"]
     assert sorted(number for number, _ in found.answered) == right
-    assert found.tokens == sum(requests[i].max_tokens for i in right)
+    assert found.tokens == sum(requests[i].output for i in right)
     assert len(found.failures) == 35 - len(right)
     for fault, words in (
         ("status", "status 503"), ("too few", "tokens of"), ("reason", "stop"), ("error", "the engine failed"),
@@ -114,16 +139,6 @@ def test_clients_find_every_fault_and_go_on(liar, tmp_path):
     ):  # fmt: skip
         failures = [one for one in found.failures if f"request {FAULTS.index(fault)}:" in one]
         assert len(failures) == 1 and words in failures[0]
-
-
-def test_requests_are_the_same_from_a_file_and_their_adapters_follow_zipf(tmp_path, seed):
-    adapters = [f"adapter-{i}" for i in range(20)]
-    requests = make_requests(dataclasses.replace(TRAFFIC, requests=3000), adapters, 100, seed)
-    write_requests(tmp_path / "requests", requests)
-    assert read_requests(tmp_path / "requests") == requests
-    counts = sorted((sum(one.adapter == name for one in requests) for name in adapters), reverse=True)
-    assert counts[0] / counts[1] == pytest.approx(2, rel=0.3) and min(counts) > 0
-    assert sum(one.temperature > 0 for one in requests) == 1500
 
 
 def test_growth_is_the_slope_after_the_beginning():
@@ -136,11 +151,3 @@ def test_growth_is_the_slope_after_the_beginning():
     assert found["rss_mib"]["per_minute"] == pytest.approx(30)
     assert abs(found["file_handles"]["per_minute"]) < 2 * found["file_handles"]["standard_error"]
     assert (found["threads"]["per_minute"], found["threads"]["most"]) == (0, 9)
-
-
-def test_different_tokens_names_the_requests_that_differ_or_lack_an_answer():
-    one, other = (
-        Answers(answered=[(i, Answer([i, 5], 0.1, 0.2)) for i in numbers]) for numbers in ((0, 1, 2), (1, 2, 3))
-    )
-    other.answered[0][1].token_ids[1] = 6
-    assert different_tokens(one, other) == [0, 1, 3]

@@ -9,20 +9,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from experiments.cpu_peft_comparison import QUICK, make_model
+from experiments.config.schema import MODELS
 from experiments.systems import (
     SYSTEMS,
     OutOfMemory,
     Packed,
     System,
     SystemSettings,
-    WorkloadRequest,
     make_system,
     peft,
     settings_of,
 )
 from experiments.systems.packed import pages_per_replica
-from experiments.systems.peft import PeftModel, serve_by_sweeps, sweep
+from experiments.systems.peft import PeftModel, serve_by_sweeps, sweep, write_random_checkpoint
+from experiments.workloads import WorkloadRequest
 from slora_jax import ConfigError, EngineConfig, RequestError
 from slora_jax.adapters import random_adapter, write_peft
 from slora_jax.engine.sizing import adapter_geometry
@@ -52,7 +52,7 @@ class Checkpoint:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Checkpoint:
     root = tmp_path_factory.mktemp("systems")
-    make_model(QUICK, root / "model")
+    write_random_checkpoint(MODELS / "micro-llama.json", root / "model", seed=0)
     geometry = adapter_geometry(ModelConfig.from_directory(root / "model"), SETTINGS.engine.page_size)
     adapters = {
         name: write_peft(root / name, random_adapter(geometry, rank, ("q", "k", "v", "o", "down"), seed=rank))
@@ -66,7 +66,7 @@ def workload(count: int = 9, seconds: float = 0.2) -> list[WorkloadRequest]:
     rng = np.random.default_rng(0)
     return [
         WorkloadRequest(
-            arrival, tuple(rng.integers(3, QUICK.vocab, rng.integers(2, 40)).tolist()), str(rng.choice(list(ADAPTERS))),
+            arrival, tuple(rng.integers(3, 512, rng.integers(2, 40)).tolist()), str(rng.choice(list(ADAPTERS))),
             int(rng.integers(1, 12)),
         )
         for arrival in np.sort(rng.random(count) * seconds).tolist()

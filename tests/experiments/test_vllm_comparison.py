@@ -11,31 +11,27 @@ from tiny_model import TinyModel
 
 from experiments.vllm_comparison import compare
 from experiments.vllm_comparison.__main__ import main
-from experiments.vllm_comparison.requests import Requests, make_requests
 from experiments.vllm_comparison.settings import QUICK
 from experiments.vllm_comparison.worker import slora_worker, vllm_environment
+from experiments.workloads import WorkloadRequest
 from slora_jax.adapters import random_adapter, write_peft
 
 COMPILATION_CACHE = Path(__file__).parents[2] / ".cache" / "jax"
 
 
 def test_requests_spread_over_adapters_and_share_prompts_with_the_base_phase():
-    base, lora = (make_requests(QUICK, 100, 64, "a-", adapters) for adapters in (0, 32))
-    assert base.prompts == lora.prompts and set(base.adapters) == {None}
-    names, counts = np.unique(lora.adapters, return_counts=True)
+    base, lora = (compare.make_requests(QUICK, 100, 64, "a-", adapters) for adapters in (0, 32))
+    assert [r.prompt for r in base] == [r.prompt for r in lora] and {r.adapter for r in base} == {None}
+    names, counts = np.unique([r.adapter for r in lora], return_counts=True)
     assert set(names) == {f"a-{i}" for i in range(32)} and set(counts) == {2}
-    assert base.new_tokens == 64 * QUICK.output
-    short = lora.short()
-    assert max(map(len, short.prompts)) <= 8 and short.adapters == lora.adapters
+    assert {r.output for r in base} == {QUICK.output}
+    short = compare.short(lora)
+    assert max(len(r.prompt) for r in short) <= 8 and [r.adapter for r in short] == [r.adapter for r in lora]
 
 
 def test_ratios_pair_the_rounds():
     found = compare.ratios([10.0, 30.0, 20.0], [10.0, 10.0, 40.0])
     assert found == {"median_of_pairs": 1.0, "of_medians": 2.0, "pairs": [1.0, 3.0, 0.5]}
-
-
-def test_equal_requests_counts_whole_requests():
-    assert compare.equal_requests([[1, 2], [3, 4], [5]], [[1, 2], [3, 9], [5]]) == 2
 
 
 def test_the_table_has_both_sides_and_the_ratios():
@@ -75,11 +71,12 @@ def test_a_slora_worker_answers_with_every_adapter_and_ends_with_its_block(tmp_p
         "adapters": {"mixed-0": str(write_peft(tmp_path / "adapter", adapter))},
         "random_adapters": {"prefix": "many-", "count": 2, "rank": 4},
     }
-    requests = Requests([[5, 6, 7], [8, 9], [8, 9], [8, 9]], [None, None, "mixed-0", "many-1"], output=6)
+    adapters = ((5, 6, 7), None), ((8, 9), None), ((8, 9), "mixed-0"), ((8, 9), "many-1")
+    requests = [WorkloadRequest(0.0, prompt, adapter, 6) for prompt, adapter in adapters]
     with slora_worker(json.loads(json.dumps(settings)), tmp_path / "log") as worker:
         assert {"python", "jax"} <= set(worker.versions)
         side = compare.Side(worker, requests)
-        compare.take_turns("test", {"slora-jax": side}, 2, warm_up=requests.short())
+        compare.take_turns("test", {"slora-jax": side}, 2, warm_up=compare.short(requests))
         process = worker._process
     assert process.poll() is not None
     first, second = side.answers

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.workloads import (
-    NOBODY,
+    INDEPENDENT,
     Workload,
     closed_loop,
     conversations,
@@ -110,7 +110,7 @@ def test_a_turn_finds_the_pages_of_the_turn_before(a10g) -> None:
 def test_a_closed_loop_keeps_the_requests_and_their_order() -> None:
     work = shared_prefix(**COMMON)
     closed = closed_loop(work, 7, 2.5)
-    assert closed.after.tolist() == [NOBODY] * 7 + list(range(len(work) - 7))
+    assert closed.after.tolist() == [INDEPENDENT] * 7 + list(range(len(work) - 7))
     assert closed.arrival.tolist() == [0.0] * 7 + [2.5] * (len(work) - 7)
     assert [r.prompt for r in engine_requests(closed, 99)] == [r.prompt for r in engine_requests(work, 99)]
     alike = [replace(r, arrival=0.0, after=None) for r in simulated_requests(closed)]
@@ -151,5 +151,5 @@ def test_a_loop_of_a_workload_with_its_own_is_refused() -> None:
 
 def test_the_simulator_and_the_workload_agree_on_what_none_is() -> None:
     one = np.array([0])
-    work = Workload(np.array([0.5]), one, one + 5, one + 2, (8,), one + 3, one, one + NOBODY)
+    work = Workload(np.array([0.5]), one, one + 5, one + 2, (8,), one + 3, one, one + INDEPENDENT)
     assert simulated_requests(work) == [SimulatedRequest(0.5, 0, 5, 2)]

@@ -10,7 +10,7 @@ from experiments.paper import SETTINGS
 from experiments.paper.exclusions import exclusion
 from experiments.workloads import (
     BASE,
-    NOBODY,
+    INDEPENDENT,
     WORKLOADS,
     Workload,
     arena_like,
@@ -22,7 +22,9 @@ from experiments.workloads import (
 from slora_jax import ConfigError
 
 SEED = 42
-MADE_UP = [name for name in WORKLOADS if name not in ("azure", "real_trace", "replay")]  # the others read a file
+FROM_FILES = ("azure", "real_trace", "replay")
+AT_ONCE = ("batch", "bursts", "shifting", "chats")  # whose number of requests is an argument
+MADE_UP = [name for name in WORKLOADS if name not in (*FROM_FILES, *AT_ONCE)]
 COMMON = {"num_adapters": 20, "ranks": (8, 16), "rate": 4.0, "duration": 60.0}
 
 
@@ -177,7 +179,7 @@ def test_a_turn_has_the_prompt_of_the_turn_before_and_a_message_and_follows_its_
     prompts, after = work.prompt_tokens.reshape(48, 5), work.after.reshape(48, 5)
     messages = np.diff(prompts, axis=1, prepend=0)
     assert messages.min() == 4 and messages.max() == 19
-    assert set(after[:, 0].tolist()) == {NOBODY} and after[:, 1:].tolist() == (
+    assert set(after[:, 0].tolist()) == {INDEPENDENT} and after[:, 1:].tolist() == (
         np.arange(240).reshape(48, 5)[:, :4].tolist()
     )
     arrival = work.arrival.reshape(48, 5)
@@ -210,19 +212,26 @@ def test_a_seed_gives_its_own_requests_and_always_the_same(name) -> None:
     assert abs(len(first) - 240) < 60
 
 
-@pytest.mark.parametrize("name", MADE_UP)
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_a_seed_decides_which_adapters_get_how_many_requests_at_once(name) -> None:
+    first, second, other = (WORKLOADS[name](**COMMON, seed=seed, requests=40) for seed in (3, 3, 4))
+    assert first.adapter.tolist() == second.adapter.tolist() != other.adapter.tolist()
+    assert len(first) == (60 if name == "shifting" else 40)
+
+
+@pytest.mark.parametrize("name", [*MADE_UP, "batch", "chats"])
 def test_no_adapters_means_the_base_model_everywhere(name) -> None:
     work = WORKLOADS[name](**COMMON | {"num_adapters": 0, "ranks": ()})
     assert set(work.adapter.tolist()) == {BASE} and work.ranks == ()
 
 
-@pytest.mark.parametrize("name", MADE_UP)
+@pytest.mark.parametrize("name", [*MADE_UP, *AT_ONCE])
 @pytest.mark.parametrize(
     ("field", "value"),
     [("num_adapters", -1), ("ranks", ()), ("rate", 0.0), ("rate", float("nan")), ("duration", float("inf"))],
 )
 def test_an_argument_out_of_range_is_refused_by_name(name, field, value) -> None:
-    with pytest.raises(ConfigError, match=f"{name}: {field}="):
+    with pytest.raises(ConfigError, match=f"{'batch' if name == 'shifting' else name}: {field}="):
         WORKLOADS[name](**COMMON | {field: value})
 
 
@@ -237,6 +246,9 @@ def test_an_argument_out_of_range_is_refused_by_name(name, field, value) -> None
         ("shared_prefix", {"prefix_tokens": 0}),
         ("conversations", {"think_seconds": -1.0}),
         ("conversations", {"turns": 0}),
+        ("batch", {"used": 21}),
+        ("bursts", {"burst": 0}),
+        ("chats", {"message_tokens": 0}),
     ],
 )
 def test_a_field_of_its_own_out_of_range_is_refused_by_name(name, fields) -> None:
@@ -251,9 +263,9 @@ def test_a_field_of_its_own_out_of_range_is_refused_by_name(name, fields) -> Non
         ({"arrival": [1.0, 0.0]}, "must not decrease"),
         ({"arrival": [-1.0, 0.0]}, "must be at least 0"),
         ({"adapter": [0, 1]}, "below 1"),
-        ({"after": [NOBODY]}, "arrays of"),
-        ({"after": [NOBODY, 1]}, "an earlier request"),
-        ({"after": [NOBODY, -2]}, "an earlier request"),
+        ({"after": [INDEPENDENT]}, "arrays of"),
+        ({"after": [INDEPENDENT, 1]}, "an earlier request"),
+        ({"after": [INDEPENDENT, -2]}, "an earlier request"),
         ({"prefix_text": [0, 0]}, "both be given"),
         ({"prefix_text": [0, 0], "prefix_tokens": [0, 2]}, "0 to prompt_tokens"),
         ({"prefix_text": [0, -1], "prefix_tokens": [0, 1]}, "prefix_text: must be at least 0"),
