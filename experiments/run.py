@@ -11,8 +11,9 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
@@ -67,17 +68,17 @@ def _measured(runs: Sequence[Run]) -> list[dict[str, Any]]:
         case "load_test":
             from experiments.serving.load_test import LoadTest
 
-            with LoadTest() as load_test:
-                return side_by_side(runs, load_test.measure, warm_up=False)
+            runner: Any = LoadTest()
         case "replicas":
             from experiments.serving.replicas import ReplicasRunner
 
-            with ReplicasRunner() as replicas:
-                return side_by_side(runs, replicas.measure, warm_up=False)
-    from experiments.runners.real import RealRunner
+            runner = ReplicasRunner()
+        case _:
+            from experiments.runners.real import RealRunner
 
-    with RealRunner([run.config for run in runs]) as runner:
-        return side_by_side(runs, runner.measure)
+            runner = RealRunner([run.config for run in runs])
+    with closing(runner):
+        return side_by_side(runs, runner.measure, warm_up=runs[0].config.mode == "real")
 
 
 def _metrics(configs: Sequence[RunConfig], workers: int) -> Iterator[tuple[RunConfig, dict[str, Any]]]:
@@ -97,22 +98,13 @@ def _metrics(configs: Sequence[RunConfig], workers: int) -> Iterator[tuple[RunCo
     if real:
         from experiments.runners.real import RealRunner
 
-        with RealRunner() as runner:
-            for config in real:
-                try:
-                    yield config, runner.run(config)
-                except SloraError as error:
-                    yield config, {"error": str(error)}
-
+        with closing(RealRunner()) as runner:
+            yield from ((config, _or_error(runner.run, config)) for config in real)
     served = [config for config in configs if config.mode == "served"]
     if served:
         from experiments.runners.served import run_served
 
-        for config in served:
-            try:
-                yield config, run_served(config)
-            except SloraError as error:
-                yield config, {"error": str(error)}
+        yield from ((config, _or_error(run_served, config)) for config in served)
 
 
 def _leave_interrupts_to_the_parent() -> None:
@@ -122,8 +114,12 @@ def _leave_interrupts_to_the_parent() -> None:
 def _simulated(config: RunConfig) -> dict[str, Any]:
     from experiments.runners.simulated import run_simulated
 
+    return _or_error(run_simulated, config)
+
+
+def _or_error(carry_out: Callable[[RunConfig], dict[str, Any]], config: RunConfig) -> dict[str, Any]:
     try:
-        return run_simulated(config)
+        return carry_out(config)
     except SloraError as error:
         return {"error": str(error)}
 

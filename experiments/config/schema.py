@@ -406,6 +406,8 @@ def _check(run: RunConfig) -> None:
     for mode, section in (("load_test", run.load_test), ("replicas", run.replicas)):
         if (run.mode == mode) != (section is not None):
             raise ConfigError(f"mode={run.mode}: the section {mode} belongs to mode={mode}; give both or neither")
+    if run.measured is not None and run.mode in ("simulated", "served"):
+        raise ConfigError(f"mode={run.mode}: has no rounds; leave the section measured out, or use mode=real")
     for name, numbers in run.measured.groups.items() if run.measured else ():
         if not isinstance(numbers, list) or len(numbers) != 2 or not 0 <= numbers[0] < numbers[1]:
             raise ConfigError(f"measured.groups.{name}={numbers!r}: must be [first, last + 1] adapter numbers")

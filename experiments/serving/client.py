@@ -1,4 +1,4 @@
-"""A client of a running server: a workload over HTTP, each request at its time, each answer streamed."""
+"""A client of a running server: sends a workload over HTTP, each request at its time, and streams the answers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from queue import Empty, Queue
 from typing import Any
@@ -21,18 +22,18 @@ from slora_jax.simulation import Arrivals
 
 MAX_CONNECTIONS = 1024
 NAP = 0.05
-"""Seconds of waiting at once, so that Ctrl-C is heard."""
+"""Seconds of one wait: a longer one would delay Ctrl-C."""
 
 
 class RequestFailed(Exception):
-    """The server refused a request, or its answer broke off."""
+    """The server rejected a request, or its answer ended early."""
 
 
 class Client:
-    """A client of a server with OpenAI's API and slora-jax's fields. Each request opens a connection."""
+    """A client of a server with OpenAI's API and slora-jax's fields; opens a connection for each request."""
 
     def __init__(self, url: str, key: str | None = None, timeout: float = 600.0) -> None:
-        """url: `http://HOST:PORT`. key: an API key. timeout: seconds that the server may be silent."""
+        """Checks the URL, `http://HOST:PORT`. key: an API key. timeout: longest silence of the server, in seconds."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or parts.hostname is None:
             raise ConfigError(f"server.url={url!r}: must be http://HOST:PORT")
@@ -40,10 +41,10 @@ class Client:
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
     def models(self) -> tuple[str, list[str]]:
-        """Names of the base model, and of the adapters in order.
+        """Returns the names of the base model and of the adapters, in order.
 
         Raises:
-          ConfigError: there is no such server, or it does not answer.
+          ConfigError: no server answers.
         """
         try:
             with self._connection() as connection:
@@ -54,10 +55,10 @@ class Client:
         return base, sorted(model["id"] for model in found if model.get("parent") is not None)
 
     def complete(self, model: str, request: WorkloadRequest) -> list[float]:
-        """Has a request answered, greedily and in full. Returns the time of each token (`time.perf_counter`).
+        """Sends a request. Returns the time of each of its tokens (`time.perf_counter`).
 
         Raises:
-          RequestFailed, OSError, http.client.HTTPException: it was not.
+          RequestFailed, OSError, http.client.HTTPException: the request failed.
         """
         times: list[float] = []
         with self._connection() as connection:
@@ -69,13 +70,13 @@ class Client:
                     raise RequestFailed(event["error"]["message"])
                 times += [time.perf_counter()] * sum(len(choice["token_ids"]) for choice in event["choices"])
         if len(times) != request.output:
-            raise RequestFailed(f"{len(times)} tokens came of {request.output}")
+            raise RequestFailed(f"the answer has {len(times)} of {request.output} tokens")
         return times
 
-    def _connection(self) -> _Closing:
+    def _connection(self) -> closing[http.client.HTTPConnection]:
         kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
         assert self._parts.hostname is not None
-        return _Closing(kind(self._parts.hostname, self._parts.port, timeout=self._timeout))
+        return closing(kind(self._parts.hostname, self._parts.port, timeout=self._timeout))
 
     def _send(self, connection: Any, method: str, path: str, body: str | None) -> Any:
         connection.request(method, self._parts.path.rstrip("/") + path, body, self._headers)
@@ -85,23 +86,10 @@ class Client:
         return response
 
 
-class _Closing:
-    """A connection that is closed with its block."""
-
-    def __init__(self, connection: http.client.HTTPConnection) -> None:
-        self._connection = connection
-
-    def __enter__(self) -> http.client.HTTPConnection:
-        return self._connection
-
-    def __exit__(self, *_: object) -> None:
-        self._connection.close()
-
-
 def serve_over_http(
     client: Client, workload: Sequence[WorkloadRequest], models: Sequence[str], done: Done
 ) -> tuple[list[RequestRecord], list[str]]:
-    """Sends each request when its time has come. Returns a record of each, and what was wrong with those that failed.
+    """Sends each request at its time. Returns a record of each, and descriptions of the failures.
 
     Args:
       models: the name that each request asks for.

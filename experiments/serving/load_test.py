@@ -20,8 +20,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from subprocess import Popen
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import psutil
@@ -55,15 +54,10 @@ COUNTED = {
 class LoadTest:
     """Carries out load tests; their files are in a temporary directory unless a run names one."""
 
-    def __enter__(self) -> Self:
+    def __init__(self) -> None:
         self._scratch = tempfile.TemporaryDirectory()
+        self.close = self._scratch.cleanup
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the child processes, as Ctrl-C does
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._scratch.cleanup()
 
     def measure(self, run: RunConfig, round_number: int) -> Outcome:
         """Returns the figures of one round of a run."""

@@ -18,8 +18,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import httpx
 import numpy as np
@@ -53,14 +52,7 @@ class ReplicasRunner:
 
     def __init__(self) -> None:
         self._stack, self._key, self._running = ExitStack(), "", None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
+        self.close = self._stack.close
 
     def measure(self, run: RunConfig, round_number: int) -> Outcome:
         """Returns the figures of one round of a run."""

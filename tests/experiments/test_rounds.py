@@ -107,6 +107,7 @@ def test_settings_out_of_range_are_refused_by_name():
         ({"measured": {"rounds": 0}}, "measured.rounds=0: must be an integer of at least 1"),
         ({"measured": {"load": 1.5}}, "measured.load=1.5"),
         ({"measured": {"groups": {"hot": [3]}}}, r"measured.groups.hot=\[3\]: must be \[first, last \+ 1\]"),
+        ({"mode": "simulated"}, "mode=simulated: has no rounds"),
         ({"mode": "load_test"}, "mode=load_test: the section load_test belongs to"),
         ({"replicas": {"count": 2}}, "mode=real: the section replicas belongs to mode=replicas"),
         ({"workload": {"used": 9}}, "batch: used=9"),
