@@ -533,23 +533,23 @@ def result_rows() -> str:
         ),
         f"{most} adapters, against Hugging Face PEFT": (
             "peft",
-            f"{grouped:.1f} times PEFT grouped by adapter, {mixed:.1f} times its mixed batches",
+            f"{grouped:.1f} times PEFT's output tokens/s with an adapter per batch, {mixed:.1f} times in mixed batches",
         ),
         f"{many:,} adapters, against {few}": (
             "vllm",
             f"{phases['alone'][f'{many} adapters over {few}']['median_of_pairs']:.2f} of the output tokens/s",
         ),
-        "Memory split in advance, against the unified pool": (
+        "Fixed split between adapters and KV cache, against one pool": (
             "mechanisms",
-            f"{splits[0]:.2f} to {splits[-1]:.2f} of the requests/s, under a load that shifts",
+            f"{splits[0]:.2f} to {splits[-1]:.2f} of the requests/s when the load shifts",
         ),
-        f"HTTP, {users} streams, {adapters} adapters": (
+        f"HTTP server with {users} streams over {adapters} adapters, against the engine alone": (
             "serving",
-            f"{serving['median']['ratio']:.2f} of the engine's own output tokens/s",
+            f"{serving['median']['ratio']:.2f} of the output tokens/s",
         ),
-        "Simulator, against the paper's S-LoRA runs": (
+        "Simulator, against the published S-LoRA runs": (
             "simulator",
-            f"median throughput error {_percent(error)}, {runs} held-out runs",
+            f"median throughput error {_percent(error)} over {runs} held-out runs",
         ),
     }
     return _table(
