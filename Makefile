@@ -12,7 +12,7 @@ export JAX_PLATFORMS := cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test lint format bench bench-gpu bench-vllm paper miniature clean distclean
+.PHONY: help install demo serve test lint format bench bench-gpu bench-vllm paper miniature results clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
@@ -56,8 +56,11 @@ miniature: $(VENV)/installed-parity $(VENV)/installed-experiments ## measure the
 	    --output experiments/results/miniature/$$(basename $$config .yaml).jsonl || [ $$? -eq 1 ] || exit; \
 	done
 
+results: $(VENV)/installed-experiments ## rewrite docs/results.md and the README's numbers from experiments/results
+	$(PYTHON) -m experiments.results_page
+
 MEASURED := peft_comparison
-bench: $(VENV)/installed-parity $(VENV)/installed-experiments ## compare with Hugging Face PEFT on this machine's CPU (or MEASURED=...)
+bench: $(VENV)/installed-parity $(VENV)/installed-experiments ## compare with PEFT on this machine's CPU (or MEASURED=mechanisms, ...)
 	$(PYTHON) -m experiments.run experiments/configs/measured/$(MEASURED).yaml --fresh \
 	  --output experiments/results/measured/$(MEASURED).jsonl
 
