@@ -21,6 +21,7 @@ from experiments.config import load_experiment
 from experiments.report.collect import Collected, Curve, collect
 from experiments.report.conclusions import CONCLUSIONS
 from experiments.results_file import read_results
+from experiments.rounds import ratios
 
 EXPERIMENTS = Path(__file__).parent
 ROOT = EXPERIMENTS.parent
@@ -28,6 +29,8 @@ RESULTS = EXPERIMENTS / "results"
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"
 
 Json = dict[str, Any]
+Lines = Mapping[str, Json]
+"""Runs of `experiments.run` by their keys."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,11 @@ class Section:
 def _read(path: Path) -> Any:
     if path.is_dir():
         return {file.stem: read_results(file) for file in sorted(path.glob("*.jsonl"))}
-    return json.loads(path.read_text())
+    return read_results(path) if path.suffix == ".jsonl" else json.loads(path.read_text())
+
+
+def _of_first(lines: Lines) -> Json:
+    return next(iter(lines.values()))
 
 
 def _provenance(found: Mapping[str, Any]) -> Iterable[str]:
@@ -146,110 +153,156 @@ def _vllm(data: Json) -> Iterable[str]:
     yield _table("ratio, median over rounds | ", ratios.items())
 
 
-def _peft(data: Json) -> Iterable[str]:
-    settings, rates = data["settings"], data["output_tokens_per_second"]
-    few, many = settings["many_adapters"]
-    yield (
-        f"Output tokens per second in float32: a random Llama of {settings['layers']} layers and width "
-        f"{settings['hidden']}, adapters of rank {settings['rank']} on q, k, v and o, {settings['requests']} requests "
-        f"of {settings['prompt_low']} to {settings['prompt_high']} prompt tokens and {settings['output']} new tokens, "
-        f"all submitted at the start. Medians of {settings['rounds']} rounds, in each of which every system runs once. "
-        f"Output equal to PEFT's, in every pairing: {_listed(sorted(set(data['tokens_agree'].values())))}."
+def _line(lines: Lines, **wanted: Any) -> Json:
+    """Returns the line of the run with these fields, whose dots are underlines twice: `system__name="slora"`."""
+    for line in lines.values():
+        if all(_pick(line, name.replace("__", "."))[0] == value for name, value in wanted.items()):
+            return line
+    raise ValueError(f"no line has {wanted}")
+
+
+def _ratio(one: Json, other: Json, metric: str) -> float:
+    """Returns the median over the rounds of a metric over the other run's."""
+    return ratios(one["rounds"], other["rounds"])[metric]
+
+
+def _peft_ratios(lines: Lines) -> dict[str, float]:
+    """Returns the ratios of the comparison with PEFT, by their description."""
+    beside = [line for line in lines.values() if line["panel"] == "beside PEFT"]
+    counts = sorted({line["run"]["adapters"]["count"] for line in beside})
+    runs = {(*_pick(line["run"], "system.name adapters.count"),): line for line in beside}
+    many = {line["run"]["workload"]["parameters"]["used"]: line for line in lines.values() if line not in beside}
+    found = {
+        f"slora over {name}, {counts[-1]} adapters": (runs["slora", counts[-1]], runs[system, counts[-1]])
+        for name, system in (("peft-grouped", "peft"), ("peft-mixed", "peft-mixed"))
+    }
+    found[f"{max(many)} adapters over {min(many)}"] = (many[max(many)], many[min(many)])
+    found |= {f"{n} adapters over base only": (runs["slora", n], runs["slora", 0]) for n in counts[1:]}
+    return {name: _ratio(*pair, "token_throughput") for name, pair in found.items()}
+
+
+def _peft(lines: Lines) -> Iterable[str]:
+    beside = [line for line in lines.values() if line["panel"] == "beside PEFT"]
+    first, many = beside[0]["run"], [line["run"] for line in lines.values() if line not in beside]
+    model = json.loads((EXPERIMENTS / "models" / f"{first['model']}.json").read_text())
+    layers, width = _pick(model, "num_hidden_layers hidden_size")
+    requests, (low, high), (output, _) = _pick(
+        first, "workload.parameters.requests workload.parameters.input_range workload.parameters.output_range"
     )
-    systems = ("slora", "peft-grouped", "peft-mixed")
+    same = sorted({f"{line['same_tokens'][0]} of {line['same_tokens'][1]}" for line in beside if "same_tokens" in line})
+    yield (
+        f"Output tokens per second in float32: a random Llama of {layers} layers and width {width}, adapters of rank "
+        f"{_listed(first['adapters']['ranks'])} on q, k, v and o, {requests} requests of {low} to {high - 1} prompt "
+        f"tokens and {output} new tokens, all submitted at the start. Medians of {first['measured']['rounds']} rounds, "
+        "in each of which every system runs once. Requests with the same tokens as PEFT's, in every pairing: "
+        f"{_listed(same)}."
+    )
+    rates = {(*_pick(line["run"], "system.name adapters.count"),): line["metrics"] for line in beside}
     yield _table(
         "adapters | slora-jax | PEFT, grouped by adapter | PEFT, mixed batch",
         [
-            [adapters, *(rates.get(f"{system}/{adapters}", {}).get("median") for system in systems)]
-            for adapters in ("base", *settings["peft_adapters"])
+            [n or "base", *(rates.get((s, n), {}).get("token_throughput") for s in ("slora", "peft", "peft-mixed"))]
+            for n in sorted({adapters for _, adapters in rates})
         ],
     )
-    yield _table("ratio, median over rounds | ", data["ratios_median_over_rounds"].items())
+    yield _table("ratio, median over rounds | ", _peft_ratios(lines).items())
+    few, most = sorted(run["workload"]["parameters"]["used"] for run in many)
     yield (
         "*Grouped by adapter* drives PEFT as the paper did; *mixed batch* is PEFT's own way to mix adapters. The "
-        f"comparison of {many:,} adapters with {few} takes {settings['many_requests']} requests; the pool has room for "
-        f"all {few} and for a fraction of the {many:,}."
+        f"comparison of {most:,} adapters with {few} takes {many[0]['workload']['parameters']['requests']} requests; "
+        f"the pool has room for all {few} and for a fraction of the {most:,}."
     )
 
 
-MECHANISMS = {"memory": "Unified memory against fixed splits", "prefix": "Prefix cache"}
-MECHANISM_FIELDS = "requests_per_second first_token_mean preemptions adapter_loads"
+MECHANISM_FIELDS = ("throughput", "first_token_latency", "preemptions", "adapter_loads")
 MECHANISM_COLUMNS = "setting | relative | requests/s | first token, mean (s) | preemptions | adapter loads"
 
 
-def _mechanisms(data: Json) -> Iterable[str]:
-    settings, engine = data["settings"], data["engine"]
-    loads = [load for comparison in engine.values() for load in comparison["loads"].values()]
-    same = all(set(load["requests_with_the_tokens_of_the_first"].values()) == {load["requests"]} for load in loads)
+def _mechanisms(lines: Lines, simulated: Lines) -> Iterable[str]:
+    rounds, disk = _pick(next(iter(lines.values()))["run"], "measured.rounds measured.disk_seconds")
+    same = all(line["same_tokens"][0] == line["same_tokens"][1] for line in lines.values() if "over" in line)
     yield (
         "Each mechanism on and off. The engines of a table differ in one setting and serve the same requests; medians "
-        f"of {settings['rounds']} rounds. *Relative* is the median over rounds of the requests per second, divided by "
-        f"those of the first row. A read from the slow disk takes {1000 * settings['disk_seconds']:.0f} ms."
+        f"of {rounds} rounds. *Relative* is the median over rounds of the requests per second, divided by those of the "
+        f"first row. A read from the slow disk takes {1000 * disk:.0f} ms."
         + (" All engines of a table returned the same tokens." if same else "")
     )
     yield "![Each mechanism on and off](../experiments/results/mechanisms.png)"
-    for name, comparison in engine.items():
-        yield f"### {MECHANISMS.get(name, name.capitalize())}"
-        rows = [[load, *row] for load, one in comparison["loads"].items() for row in _sides(one, one["median"])]
-        yield _table(f"load | {MECHANISM_COLUMNS}", rows)
+    rows = [
+        [
+            *_pick(line, "panel curve"),
+            line.get("over", {"ratios": {"throughput": 1.0}})["ratios"]["throughput"],
+            *figures,
+        ]
+        for line in lines.values()
+        for figures in [[line["metrics"][field] for field in MECHANISM_FIELDS]]
+    ]
+    yield _table(f"load | {MECHANISM_COLUMNS}", rows)
     yield "### The same in the simulator"
-    cases = [(name, case, one) for name, cases in data["simulator"].items() for case, one in cases.items()]
-    rows = [[name, case, *row] for name, case, one in cases for row in _sides(one, one["figures"])]
-    yield _table(f"mechanism | device and workload | {MECHANISM_COLUMNS}", rows)
+    rows = []
+    for panel in _collected("beyond", "mechanisms", simulated).panels:
+        points = [(curve.name, point) for curve in panel.curves for point in curve.points]
+        first = points[0][1].metrics["throughput"]
+        for name, point in points:
+            figures = [point.ours(field) for field in MECHANISM_FIELDS]
+            rows.append([panel.title, name, point.metrics["throughput"] / first, *figures])
+    yield _table(f"device, workload and mechanism | {MECHANISM_COLUMNS}", rows)
 
 
-def _sides(result: Json, figures: Json) -> Iterable[list[Any]]:
-    for side, values in figures.items():
-        relative = result["over_the_first"][side]["requests_per_second"]
-        yield [side, relative, *_pick(values, MECHANISM_FIELDS)]
-
-
-def _serving(data: Json) -> Iterable[str]:
-    settings, soak, median = data["settings"], data["soak"], data["median"]
-    requests, pages = _pick(settings, "traffic.requests engine.num_pages")
-    first, last, most = _pick(soak, "growth.rss_mib.first growth.rss_mib.last growth.rss_mib.most")
+def _serving(lines: Lines) -> Iterable[str]:
+    sides = (_line(lines, run__load_test__side=side) for side in ("alone", "served", "soak"))
+    alone, served, soak = sides
+    run, grown = served["run"], soak["metrics"]
+    users, adapters, ranks, requests, tokens = _pick(
+        run, "client.users adapters.count adapters.ranks workload.parameters.requests system.settings.num_tokens"
+    )
     yield (
-        f"{settings['users']} concurrent streams over {settings['adapters']} adapters of rank "
-        f"{_listed(settings['ranks'])}, {requests} requests a round, a pool of {pages:,} pages, client and server on "
-        "one machine. *Engine* runs the same requests without HTTP. Output tokens per second:"
+        f"{users} concurrent streams over {adapters} adapters of rank {_listed(ranks)}, {requests} requests a round, a "
+        f"pool of {tokens:,} tokens, client and server on one machine. *Engine* runs the same requests without HTTP. "
+        "Output tokens per second:"
     )
     rounds = []
-    for number, one in enumerate(data["rounds"], 1):
-        failed = [len(one["requests_with_different_tokens"]), len(one["served"]["failures"])]
-        rounds.append([number, *_pick(one, "alone.goodput served.goodput ratio"), *failed])
-    rounds.append(["median", *_pick(median, "goodput_alone goodput_served ratio"), None, None])
-    yield _table("round | engine | over HTTP | ratio | requests with other tokens | failures", rounds)
+    for number, (one, other) in enumerate(zip(alone["rounds"], served["rounds"], strict=True), 1):
+        rounds.append([number, one["goodput"], other["goodput"], other["goodput"] / one["goodput"], other["failed"]])
+    medians = [line["metrics"]["goodput"] for line in (alone, served)]
+    rounds.append(["median", *medians, served["over"]["ratios"]["goodput"], None])
+    yield _table("round | engine | over HTTP | ratio | failures", rounds)
+    yield "Requests over HTTP with the engine's tokens: {} of {}.".format(*served["same_tokens"])
+    cpu = {name: served["metrics"][f"cpu_microseconds_per_token_of_{name}"] for name in ("main_thread", "client")}
+    engines = [line["metrics"]["cpu_microseconds_per_token_of_engine"] for line in (served, alone)]
     costs = {
-        "event loop": median["event_loop_microseconds_per_token"],
-        "client": median["client_microseconds_per_token"],
-        "server process, over the engine alone": median["server_process_over_engine_alone_microseconds_per_token"],
+        "event loop": cpu["main_thread"],
+        "client": cpu["client"],
+        "server process, over the engine alone": engines[0] - engines[1],
     }
     yield _table("CPU time per token, median | microseconds", costs.items())
+    first, last, most = (grown[f"rss_mib_{at}"] for at in ("first", "last", "most"))
     yield (
-        f"A soak of {soak['seconds']:.0f} s, {soak['requests']:,} requests: {len(soak['failures'])} failures, "
-        f"{soak['pages_lost']} pages lost; {first:,.0f} MiB resident after warm-up, {last:,.0f} at the end, "
+        f"A soak of {grown['seconds']:.0f} s, {grown['requests']:,} requests: {grown['failed']} failures, "
+        f"{grown['pages_lost']} pages lost; {first:,.0f} MiB resident after warm-up, {last:,.0f} at the end, "
         f"{most:,.0f} at most."
     )
 
 
-def _replicas(data: Json) -> Iterable[str]:
-    settings, results = data["settings"], data["results"]
+def _replicas(lines: Lines) -> Iterable[str]:
+    count, adapters = _pick(next(iter(lines.values())), "run.replicas.count run.adapters.count")
+    held = max(number for line in lines.values() for one in line["details"] for number in one["resident_adapters"])
     yield (
-        f"Share of requests that found their adapter in the pool: {data['replicas']} replicas, each with room for "
-        f"{settings['fraction']:.0%} of {settings['adapters']} adapters. *Ideal* is the best possible share."
+        f"Share of requests that found their adapter in the pool: {count} replicas, each with room for {held} of "
+        f"{adapters} adapters. *Ideal* is the best possible share."
     )
-    hot = f"one adapter in {settings['hot_share']:.0%} of the requests"
-    loads, routers = {"zipf": "Zipf", "uniform": "uniform", "hot": hot}, list(results)
-    shares = []
-    for load, title in loads.items():
-        ideal = results[routers[0]][load]["resident_share_ideal"]
-        shares.append([title, *(results[router][load]["resident_share"] for router in routers), ideal])
-    yield _table(f"popularity of adapters | routed by {' | '.join(routers).replace('load', 'by load')} | ideal", shares)
-    fields = "requests_per_second latency_p50_ms latency_p99_ms adapter_loads"
-    yield _table(
-        "popularity of adapters | routed by | requests/s | latency p50 (ms) | p99 (ms) | adapter loads",
-        [[loads[load], router, *_pick(results[router][load], fields)] for load in loads for router in routers],
-    )
+    panels: dict[str, list[Json]] = {}
+    for line in lines.values():
+        panels.setdefault(line["panel"], []).append(line)
+    routes = [line["curve"] for line in next(iter(panels.values()))]
+    shares = [
+        [title, *(line["metrics"]["resident_share"] for line in group), group[0]["metrics"]["resident_share_ideal"]]
+        for title, group in panels.items()
+    ]
+    fields = "panel curve metrics.throughput metrics.latency_p50 metrics.latency_p99 metrics.adapter_loads"
+    rows = [_pick(line, fields) for line in lines.values()]
+    yield _table(f"popularity of adapters | routed by {' | '.join(routes)} | ideal", shares)
+    yield _table("popularity of adapters | routed by | requests/s | latency p50 (s) | p99 (s) | adapter loads", rows)
 
 
 def _starts(data: Json) -> Iterable[str]:
@@ -436,13 +489,23 @@ def _gigabytes(size: int) -> str:
 
 SECTIONS: Mapping[str, Section] = {
     "vllm": Section("Against vLLM's LoRA", "make bench-vllm", ("vllm_comparison.json",), _vllm),
-    "peft": Section("Against Hugging Face PEFT", "make bench", ("cpu_peft_comparison.json",), _peft),
+    "peft": Section("Against Hugging Face PEFT", "make bench", ("measured/peft_comparison.jsonl",), _peft, _of_first),
     "mechanisms": Section(
-        "Mechanisms on and off", "python -m experiments.mechanisms", ("mechanisms.json",), _mechanisms
+        "Mechanisms on and off",
+        "make bench MEASURED=mechanisms",
+        ("measured/mechanisms.jsonl", "measured/mechanisms_simulated.jsonl"),
+        _mechanisms,
+        _of_first,
     ),
-    "serving": Section("HTTP under load", "python -m experiments.serving_load", ("serving_load.json",), _serving),
+    "serving": Section(
+        "HTTP under load", "make bench MEASURED=serving_load", ("measured/serving_load.jsonl",), _serving, _of_first
+    ),
     "replicas": Section(
-        "Routing by adapter", "python -m experiments.replica_affinity", ("replica_affinity.json",), _replicas
+        "Routing by adapter",
+        "make bench MEASURED=replica_affinity",
+        ("measured/replica_affinity.jsonl",),
+        _replicas,
+        _of_first,
     ),
     "starts": Section(
         "Time to start", "python -m experiments.start_times --model MODEL", ("start_times.json",), _starts
@@ -481,7 +544,7 @@ SECTIONS: Mapping[str, Section] = {
 """In the order of the page. The documents have these commands from here alone."""
 
 OTHER_COMMANDS = {
-    "python -m experiments.baselines_cpu": "the paper's baselines side by side on a CPU",
+    "make bench MEASURED=baselines": "the paper's baselines side by side on a CPU",
     "python -m experiments.simulator_fit": "the simulator's efficiencies, fitted to the published runs",
     "python -m experiments.pool_picture": "[`pool.png`](pool.png)",
     "python -m experiments.run_trace": "[`trace.png`](trace.png), and a trace for Perfetto",
@@ -513,25 +576,23 @@ def results_page() -> str:
 
 def result_rows() -> str:
     """The README's table."""
-    (vllm,), (peft,), (mechanisms,), (serving,), (simulator,) = (
+    (vllm,), (peft,), (mechanisms, _), (serving,), (simulator,) = (
         SECTIONS[name].content() for name in ("vllm", "peft", "mechanisms", "serving", "simulator")
     )
     phases, (few, many) = vllm["phases"], vllm["settings"]["many_adapters"]
     base, lora = (phases[name]["slora-jax over vllm"]["median_of_pairs"] for name in ("base", "lora"))
-    most = max(peft["settings"]["peft_adapters"])
-    grouped, mixed = (
-        peft["ratios_median_over_rounds"][f"slora over peft-{mode}, {most} adapters"] for mode in ("grouped", "mixed")
-    )
-    shifting = mechanisms["engine"]["memory"]["loads"]["shifting"]["over_the_first"]
-    splits = sorted(side["requests_per_second"] for name, side in shifting.items() if name != "unified")
-    users, adapters = _pick(serving["settings"], "users adapters")
+    (grouped_name, grouped), (_, mixed), *_ = _peft_ratios(peft).items()
+    shifting = [line for line in mechanisms.values() if line["panel"] == "shifting" and "over" in line]
+    splits = sorted(line["over"]["ratios"]["throughput"] for line in shifting)
+    served = _line(serving, run__load_test__side="served")
+    users, adapters = _pick(served["run"], "client.users adapters.count")
     error, runs = _pick(simulator["held_out_errors"]["slora"], "throughput.median rows")
     rows = {
         f"{vllm['settings']['adapters']} adapters of mixed rank, against vLLM's LoRA on a CPU": (
             "vllm",
             f"{lora:.1f} times vLLM's output tokens/s (without adapters {base:.2f} times)",
         ),
-        f"{most} adapters, against Hugging Face PEFT": (
+        f"{grouped_name.split(', ')[1]}, against Hugging Face PEFT": (
             "peft",
             f"{grouped:.1f} times PEFT's output tokens/s with an adapter per batch, {mixed:.1f} times in mixed batches",
         ),
@@ -545,7 +606,7 @@ def result_rows() -> str:
         ),
         f"HTTP server with {users} streams over {adapters} adapters, against the engine alone": (
             "serving",
-            f"{serving['median']['ratio']:.2f} of the output tokens/s",
+            f"{served['over']['ratios']['goodput']:.2f} of the output tokens/s",
         ),
         "Simulator, against the published S-LoRA runs": (
             "simulator",

@@ -93,6 +93,8 @@ def side_by_side(runs: Sequence[Run], measure: Measure, warm_up: bool = True) ->
         except SloraError as error:
             errors[i] = str(error)
             continue
+        if number and config is not runs[i].config:
+            outcome = replace(outcome, metrics={**outcome.metrics, "offered_rate": config.workload.rate})
         if number:
             outcomes[i].append(outcome)
         else:

@@ -55,7 +55,7 @@ def run_experiment(
         for panel, runs in panels.items():
             if todo.keys() & runs.keys():  # rounds are of all runs of the panel
                 for run, line in zip(runs.values(), _measured(list(runs.values())), strict=True):
-                    results.add(run.config, **line, panel=panel, **({"note": note} if note else {}))
+                    results.add(run.config, **line, panel=panel, curve=run.curve, **({"note": note} if note else {}))
                     bar.update()
 
 

@@ -22,12 +22,18 @@ SHORT = 1.0
 
 @dataclass(frozen=True)
 class Point:
-    """A run at its place of the axis. metrics: ours; with "error" if the run could not be carried out."""
+    """A run at its place of the axis. line: its result, whose metrics have "error" if the run could not be carried
+    out."""
 
     run: Run
     at: Any
-    metrics: Mapping[str, Any]
+    line: Mapping[str, Any]
     published: PaperRow | Bar | None
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """Returns our figures."""
+        return self.line["metrics"]  # type: ignore[no-any-return]
 
     @property
     def error(self) -> str | None:
@@ -122,7 +128,7 @@ def collect(experiment: Experiment, lines: Mapping[str, Mapping[str, Any]]) -> C
         line = lines.get(run.config.key)
         if line is None:
             continue
-        point = Point(run, run.config.value(run.x), line["metrics"], published_row(run))
+        point = Point(run, run.config.value(run.x), line, published_row(run))
         panels.setdefault((run.panel, run.x), {}).setdefault(run.curve, []).append(point)
         place = {key: line[key] for key in ("git", "python", "versions", "machine", "date") if key in line}
         if place not in where:
