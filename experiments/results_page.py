@@ -228,17 +228,13 @@ def _mechanisms(lines: Lines, simulated: Lines) -> Iterable[str]:
         + (" All engines of a table returned the same tokens." if same else "")
     )
     yield "![Each mechanism on and off](../experiments/results/mechanisms.png)"
-    rows = [
-        [
-            *_pick(line, "panel curve"),
-            line.get("over", {"ratios": {"throughput": 1.0}})["ratios"]["throughput"],
-            *figures,
-        ]
-        for line in lines.values()
-        for figures in [[line["metrics"][field] for field in MECHANISM_FIELDS]]
-    ]
+    rows = []
+    for line in lines.values():
+        relative = line["over"]["ratios"]["throughput"] if "over" in line else 1.0
+        rows.append([*_pick(line, "panel curve"), relative, *(line["metrics"][field] for field in MECHANISM_FIELDS)])
     yield _table(f"load | {MECHANISM_COLUMNS}", rows)
     yield "### The same in the simulator"
+    yield "Written by `python -m experiments.run experiments/configs/beyond/mechanisms.yaml`."
     rows = []
     for panel in _collected("beyond", "mechanisms", simulated).panels:
         points = [(curve.name, point) for curve in panel.curves for point in curve.points]
