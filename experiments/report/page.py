@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import csv
+import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +40,8 @@ def page(
     simulated = {one.experiment.name: one for one in paper}
     return environment.get_template("report.html.j2").render(
         parts=[part for part in parts if part[2]],
-        conclusions=_conclusions(simulated, {one.experiment.name: one for one in miniature}),
+        conclusions=(rows := _conclusions(simulated, {one.experiment.name: one for one in miniature})),
+        summary=_summary(rows),
         contradictions=list(contradictions(simulated)),
         errors=_errors(paper),
         about=about,
@@ -56,6 +60,19 @@ def _conclusions(paper: Mapping[str, Collected], miniature: Mapping[str, Collect
         if verdicts:
             rows.append({"conclusion": conclusion, "verdicts": verdicts})
     return rows
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the number of conclusions that hold, per source, in a sentence."""
+    texts = []
+    for label, source in (
+        ("published", "the paper's raw results"),
+        ("simulated", "the simulator"),
+        ("engine", "the engine"),
+    ):
+        holds = [row["verdicts"][label].holds for row in rows if row["verdicts"].get(label)]
+        texts += [f"{sum(holds)} of {len(holds)} in {source}"] if holds else []
+    return f"Of the paper's conclusions, these hold: {', '.join(texts)}." if texts else ""
 
 
 def _errors(paper: Sequence[Collected]) -> list[dict[str, Any]]:
@@ -82,10 +99,36 @@ def _section(one: Collected, kind: str) -> dict[str, Any]:
 
 
 def _panel(one: Collected, panel: Panel) -> dict[str, Any]:
-    image = base64.b64encode(picture(one, [panel])).decode()
-    published = any(point.published for curve in panel.curves for point in curve.points)
-    tables = [_table(panel, metric, published) for metric in one.experiment.metrics]
-    return {"panel": panel, "image": image, "tables": tables, "published": published}
+    points = [point for curve in panel.curves for point in curve.points]
+    published = any(point.published for point in points)
+    return {
+        "panel": panel,
+        "name": "_".join(re.findall(r"\w+", f"{one.experiment.name} {panel.title}")),
+        "image": _encoded(picture(one, [panel])),
+        "svg": _encoded(picture(one, [panel], "svg")),
+        "csv": _encoded(table_csv(one, [panel]).encode()),
+        "tables": [_table(panel, metric, published) for metric in one.experiment.metrics],
+        "published": published,
+        "fitted": any(point.is_fitted for point in points),
+    }
+
+
+def _encoded(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def table_csv(one: Collected, panels: Sequence[Panel]) -> str:
+    """Returns the points as CSV: panel, curve, field and value of the axis, then each metric, ours and published."""
+    metrics, text = one.experiment.metrics, io.StringIO()
+    writer = csv.writer(text)
+    columns = [name for metric in metrics for name in (metric, f"{metric}, published")]
+    writer.writerow(["panel", "curve", "axis", "at", *columns, "fitted", "error"])
+    for panel in panels:
+        for curve in panel.curves:
+            for point in curve.points:
+                values = [value for metric in metrics for value in (point.ours(metric), point.theirs(metric))]
+                writer.writerow([panel.title, curve.name, panel.x, point.at, *values, point.is_fitted, point.error])
+    return text.getvalue()
 
 
 def _table(panel: Panel, metric: str, published: bool) -> dict[str, Any]:
@@ -106,12 +149,12 @@ def _table(panel: Panel, metric: str, published: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _cell(point: Point | None, metric: str) -> dict[str, str]:
+def _cell(point: Point | None, metric: str) -> dict[str, Any]:
     if point is None:
         return {}
     if point.error is not None:
         short = "out of memory" if "memory" in point.error else "refused"
-        return {"ours": short, "theirs": "", "deviation": "", "title": point.error}
+        return {"ours": short, "theirs": "", "deviation": "", "title": point.error, "fitted": False}
     deviation = point.deviation(metric)
     text = "" if deviation is None else f"{deviation:+.3g}" if point.is_difference(metric) else f"{deviation:+.0%}"
     return {
@@ -119,6 +162,7 @@ def _cell(point: Point | None, metric: str) -> dict[str, str]:
         "theirs": _number(point.theirs(metric)),
         "deviation": text,
         "title": "",
+        "fitted": point.is_fitted,
     }
 
 

@@ -1,5 +1,6 @@
 """The report: what was published and what is ours, on one page that stands alone and fits a phone."""
 
+import csv
 import html
 import json
 import re
@@ -10,7 +11,7 @@ import pytest
 
 from experiments.config import make_experiment
 from experiments.report.collect import collect
-from experiments.report.page import page
+from experiments.report.page import page, table_csv
 from experiments.report.pictures import picture
 from experiments.results_file import ResultsFile, read_results
 from experiments.run import run_experiment
@@ -79,6 +80,7 @@ def test_points_stand_beside_the_published_ones(collected) -> None:
 def test_a_picture_has_every_panel(collected) -> None:
     whole, part = picture(collected), picture(collected, collected.panels[:1])
     assert whole.startswith(b"\x89PNG") and part.startswith(b"\x89PNG")
+    assert b"<svg" in picture(collected, kind="svg")
     width = [int.from_bytes(content[16:20]) for content in (whole, part)]
     assert width[0] > 1.5 * width[1]
 
@@ -91,7 +93,16 @@ def test_the_page_stands_alone_and_says_what_was_published(report, collected) ->
     assert cell is not None and cell[2] == "1.83"
     assert cell[1] == f"{collected.panels[0].curve('slora').points[0].ours('throughput'):.3g}"
     assert "out of memory" in report
+    assert "holds if throughput at the last place is at least 0.8 of that at the first in every panel" in report
+    assert "Of the paper&#39;s conclusions, these hold: 1 of" in report
+    assert report.count("data:image/svg") == report.count("data:text/csv") == 4
     assert report.count("holds") >= 2  # flat in the number of adapters: as published, and simulated
+
+
+def test_the_table_as_csv_has_every_point(collected) -> None:
+    head, *rows = csv.reader(table_csv(collected, collected.panels).splitlines())
+    assert head[4:6] == ["throughput", "throughput, published"] and len(rows) == len(list(collected.points()))
+    assert rows[0][:4] == ["A", "slora", "adapters.count", "1"] and float(rows[0][5]) == pytest.approx(1.83, abs=0.005)
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
