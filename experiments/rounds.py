@@ -1,4 +1,4 @@
-"""Runs side by side, in rounds: each round carries out every run once, so that a busy machine slows all alike.
+"""Runs side by side, in rounds: each round carries out every run once, so that a busy machine slows all of them.
 
 One round before the timed ones warms up. In each round another run begins. Every round has new requests; pools and host
 memory stay as the round before left them. A result has the figures of every round, their medians, and ratios within

@@ -1,4 +1,4 @@
-"""The paper's conclusions: of its own raw results, of the simulator's, of the engine's; and that a check can fail."""
+"""The paper's conclusions on its own raw results and on those of the simulator and the engine; and checks that fail."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -56,7 +56,7 @@ def published(name: str) -> Collected:
 
 
 def engine(name: str, change: Callable[[str, Any, dict[str, Any]], None] = lambda *_: None) -> Collected:
-    """What was measured. change(curve, place, metrics): of each point, in place."""
+    """Returns the measured results. change(curve, place, metrics): changes the metrics of each point in place."""
     experiment = load_experiment(MINIATURE / f"{name}.yaml")
     lines = read_results(RESULTS / f"{name}.jsonl")
     for run in experiment.runs:
@@ -65,20 +65,20 @@ def engine(name: str, change: Callable[[str, Any, dict[str, Any]], None] = lambd
 
 
 @pytest.mark.parametrize("conclusion", CONCLUSIONS, ids=lambda conclusion: conclusion.name)
-def test_what_the_published_runs_show(conclusion) -> None:
+def test_verdicts_on_the_published_runs(conclusion) -> None:
     verdict = conclusion.verdict(published(conclusion.experiment), "published")
     assert verdict is not None
     assert verdict.holds == EXPECTED["published"][conclusion.name], verdict.numbers
 
 
 @pytest.mark.parametrize("conclusion", CONCLUSIONS, ids=lambda conclusion: conclusion.name)
-def test_what_the_engine_shows(conclusion) -> None:
+def test_verdicts_on_the_engine(conclusion) -> None:
     verdict = conclusion.verdict(engine(conclusion.experiment), "ours")
     assert verdict is not None
     assert verdict.holds == EXPECTED["engine"][conclusion.name], verdict.numbers
 
 
-def test_what_the_simulator_shows_of_merging() -> None:
+def test_the_simulator_confirms_merging() -> None:
     experiment = load_experiment(PAPER / "figure_9.yaml")
     lines = {run.config.key: {"metrics": run_simulated(run.config)} for run in experiment.runs}
     verdict = BY_NAME["merging below with several adapters"].verdict(collect(experiment, lines), "ours")
@@ -97,8 +97,8 @@ def test_configs_and_results_of_the_engine_belong_together(name) -> None:
 
 
 def test_the_engine_took_as_many_steps_as_the_simulator_does() -> None:
-    """Closed loops, whose steps hardly depend on how long one takes. The scheduler is the same; what differs is who
-    runs its plans."""
+    """In closed loops, whose steps hardly depend on the time of one. The scheduler is the same; only the executor
+    differs."""
     measured = load_experiment(MINIATURE / "figure_9.yaml")
     alike = ["mode=simulated", "system.page_size=16", "system.mixed=true", "system.admit_every=1"]
     simulated = load_experiment(MINIATURE / "figure_9.yaml", alike)
@@ -143,7 +143,7 @@ MUTATIONS: Mapping[str, Callable[[str, Any, dict[str, Any]], None]] = {
     "PEFT far below": lambda curve, at, m: _scale(m, 99, curve == "peft" and at == 48),
     "30 times PEFT": lambda curve, at, m: _scale(m, 99, curve == "peft"),
 }
-"""By conclusion, what of the measured results would speak against it."""
+"""By conclusion, a change of the measured results that contradicts it."""
 
 
 def _scale(metrics: dict[str, Any], factor: float, here: bool) -> None:
@@ -153,7 +153,7 @@ def _scale(metrics: dict[str, Any], factor: float, here: bool) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, holds in EXPECTED["engine"].items() if holds])
-def test_results_that_speak_against_a_conclusion_are_noticed(name) -> None:
+def test_results_that_contradict_a_conclusion_fail_its_check(name) -> None:
     conclusion = BY_NAME[name]
     verdict = conclusion.verdict(engine(conclusion.experiment, MUTATIONS[name]), "ours")
     assert verdict is not None and not verdict.holds, verdict
@@ -162,7 +162,7 @@ def test_results_that_speak_against_a_conclusion_are_noticed(name) -> None:
 @pytest.mark.parametrize(
     ("name", "baseline", "at"), [("30 times PEFT", "peft", 100), ("4 times vLLM-packed", "vllm-packed", 5)]
 )
-def test_results_that_speak_for_a_greatest_factor_are_noticed(name, baseline, at) -> None:
+def test_results_with_the_greatest_factor_pass_its_check(name, baseline, at) -> None:
     collected = engine("table_3", lambda curve, place, m: _scale(m, 0.1, curve == baseline and place == at))
     verdict = BY_NAME[name].verdict(collected, "ours")
     assert verdict is not None and verdict.holds, verdict

@@ -1,4 +1,4 @@
-"""Config files: cases and sweeps spelled out, YAML and gin alike, wrong names and values refused."""
+"""Config files: runs from cases and sweeps, in YAML and in gin; wrong names and values are refused."""
 
 import json
 from dataclasses import replace
@@ -133,7 +133,7 @@ def test_cases_may_have_cases() -> None:
         ({"metrics": "throughput"}, r"metrics='throughput': must be a list"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_named_with_the_remedy(content, message) -> None:
+def test_a_wrong_name_or_value_is_refused_with_the_remedy(content, message) -> None:
     with pytest.raises(ConfigError, match=message):
         make_experiment("x", content)
 
@@ -195,7 +195,7 @@ def burst(*, num_adapters, ranks, rate, duration, seed=42, size: int = 10, lengt
 """
 
 
-def test_a_policy_and_a_workload_of_ones_own_take_a_file_and_no_other_change(tmp_path, monkeypatch) -> None:
+def test_policies_and_workloads_of_other_modules_work_by_name(tmp_path, monkeypatch) -> None:
     (tmp_path / "my_own_study.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     content = {

@@ -1,4 +1,4 @@
-"""The paper's raw results: their typing, the arguments of each run, and which rows make which figure."""
+"""The paper's raw results: their types, the arguments of each run, the figures, order and knees."""
 
 from collections import Counter
 from dataclasses import replace
@@ -41,7 +41,7 @@ def rows_of(tmp_path, *starts):
         ("peft/num_adapter_a100-80_S4_peft_fig3.jsonl", "peft", "a100-80", "S4", None),
     ],
 )
-def test_a_file_name_says_what_was_run(tmp_path, name, system, device, setting, cluster) -> None:
+def test_a_file_name_gives_system_device_and_setting(tmp_path, name, system, device, setting, cluster) -> None:
     (row,) = rows_of(tmp_path, f"{name},5,0.3,2.5,4,300")
     assert (row.system, row.device, row.setting, row.cluster) == (system, device, setting, cluster)
     assert (row.num_adapters, row.alpha, row.rate, row.cv, row.requests) == (5, 0.3, 2.5, 4.0, 750)

@@ -1,4 +1,4 @@
-"""Runs on the engine: the simulator's counts, nothing left of the run before, and nothing compiled meanwhile."""
+"""Runs on the engine: the simulator's counts, no state of the run before, no compilation within a run."""
 
 import json
 from contextlib import contextmanager
@@ -48,7 +48,7 @@ def runner():
 
 @pytest.fixture
 def ran(monkeypatch):
-    """What systems did, the last at the end: records and tokens."""
+    """The outcomes of systems, in order: records and tokens."""
     runs, real = [], System.run_with_tokens
 
     def spy(system, workload):
@@ -60,12 +60,12 @@ def ran(monkeypatch):
 
 
 ALIKE = {"slora-paper": {"mixed": True, "page_size": 16, "admit_every": 1}, "packed": {"replicas": 3}}
-"""What the simulator must be told of what the engine is anyway."""
+"""Settings of the simulator that the engine has anyway."""
 
 
 @contextmanager
 def compilations():
-    """Durations of what is compiled inside the block, in seconds."""
+    """Yields the durations of compilations inside the block, in seconds."""
     found: list[float] = []
 
     def listen(event: str, seconds: float, **_) -> None:
@@ -102,7 +102,7 @@ def test_the_same_requests_and_tokens_as_in_the_simulator(runner, ran, name) -> 
         assert real["adapter_merges"] >= 3
 
 
-def test_nothing_is_left_of_the_run_before(runner, ran) -> None:
+def test_a_run_keeps_no_state_of_the_run_before(runner, ran) -> None:
     first, other, again = configs(
         {"adapters": {"count": 3}},
         {"adapters": {"count": 6, "ranks": [8, 1, 3]}, "system": {"policy": "lcfs"}},
@@ -192,13 +192,13 @@ def test_packed_replicas_are_made_anew_for_other_adapters(runner, ran) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_a_setting_that_it_cannot_have_is_refused_by_name(runner, system, message) -> None:
+def test_a_setting_of_the_simulator_is_refused_by_name(runner, system, message) -> None:
     (config,) = configs({"system": system})
     with pytest.raises(ConfigError, match=message):
         runner.run(config)
 
 
-def test_what_does_not_fit_leaves_the_runner_usable(runner) -> None:
+def test_a_run_that_does_not_fit_leaves_the_runner_usable(runner) -> None:
     long, packed, fine = configs(
         {"workload": {"input_range": [100, 101]}},
         {"adapters": {"count": 40}, "system": {"name": "packed"}},
@@ -212,7 +212,7 @@ def test_what_does_not_fit_leaves_the_runner_usable(runner) -> None:
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """A model and three adapters of one's own on disk; the adapters' ranks are 8, 2 and 4."""
+    """A model and three adapters on disk, of ranks 8, 2 and 4."""
     root = tmp_path_factory.mktemp("own")
     write_random_checkpoint(MODELS / "micro-llama.json", root / "model", seed=0)
     geometry = adapter_geometry(ModelConfig.from_directory(root / "model"), 16)
@@ -222,7 +222,7 @@ def own(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["slora", "peft"])
-def test_a_model_and_adapters_of_ones_own_answer_as_the_engine_does(runner, ran, own, name) -> None:
+def test_a_model_and_adapters_on_disk_answer_as_the_engine_does(runner, ran, own, name) -> None:
     (config,) = configs({"model": str(own / "model"), "adapters": str(own / "adapters"), "system": {"name": name}})
     assert (config.adapters.count, config.adapters.ranks, config.adapters.targets) == (3, (8, 2, 4), ("q", "down"))
     runner.run(config)

@@ -1,4 +1,4 @@
-"""The report: what was published and what is ours, on one page that stands alone and fits a phone."""
+"""The report: published results and ours, on one self-contained page that fits a phone."""
 
 import csv
 import html
@@ -85,7 +85,7 @@ def test_a_picture_has_every_panel(collected) -> None:
     assert width[0] > 1.5 * width[1]
 
 
-def test_the_page_stands_alone_and_says_what_was_published(report, collected) -> None:
+def test_the_page_is_self_contained_and_has_the_published_values(report, collected) -> None:
     assert not re.findall(r'(?:src|href)="(?!data:|#|https://arxiv\.org/)', report) and "<script" not in report
     assert report.count("data:image/png") == 4  # two panels, in two places
     assert "Two &lt;systems&gt;" in report and "Two <systems>" not in report

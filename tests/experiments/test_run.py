@@ -1,7 +1,6 @@
 """The runner: one line a run, the same bytes for the same seed, resumed where it stopped."""
 
 import json
-import multiprocessing
 
 import pytest
 
@@ -60,7 +59,7 @@ def test_a_stopped_experiment_goes_on_where_it_was(tmp_path, monkeypatch) -> Non
     with ResultsFile(tmp_path / "x.jsonl") as results, pytest.raises(KeyboardInterrupt):
         runner.run_experiment(experiment, results, progress=False)
     with (tmp_path / "x.jsonl").open("ab") as file:
-        file.write(b'{"key": "torn')  # what a killed process leaves
+        file.write(b'{"key": "torn')  # left by a killed process
     made.clear()
     with ResultsFile(tmp_path / "x.jsonl") as results:
         assert len(results) == 2
@@ -71,23 +70,12 @@ def test_a_stopped_experiment_goes_on_where_it_was(tmp_path, monkeypatch) -> Non
         assert not results and (tmp_path / "x.jsonl").read_bytes() == b""
 
 
-def _try_to_open(path, answer) -> None:
-    try:
-        ResultsFile(path)
-    except ConfigError as error:
-        answer.put(str(error))
-    else:
-        answer.put("opened")
-
-
-def test_two_processes_do_not_write_one_file(tmp_path) -> None:
-    context = multiprocessing.get_context("spawn")
-    with ResultsFile(tmp_path / "x.jsonl"):
-        answer = context.Queue()
-        other = context.Process(target=_try_to_open, args=(tmp_path / "x.jsonl", answer))
-        other.start()
-        assert "is open in another process" in answer.get(timeout=120)
-        other.join()
+def test_a_file_is_not_opened_twice(tmp_path) -> None:
+    """The lock is of the open file, so a second opening in this process is refused as one in another process is."""
+    with ResultsFile(tmp_path / "x.jsonl"), pytest.raises(ConfigError, match="is open in another process"):
+        ResultsFile(tmp_path / "x.jsonl")
+    with ResultsFile(tmp_path / "x.jsonl") as reopened:
+        assert not reopened
 
 
 def test_a_foreign_line_is_refused_with_its_number(tmp_path) -> None:
@@ -98,7 +86,7 @@ def test_a_foreign_line_is_refused_with_its_number(tmp_path) -> None:
     assert file.read_text().count("\n") == 3
 
 
-def test_what_does_not_fit_is_a_result_and_the_exit_status_says_so(config, tmp_path, capsys) -> None:
+def test_a_run_that_does_not_fit_gives_a_line_and_exit_status_1(config, tmp_path, capsys) -> None:
     arguments = [str(config), "system.num_tokens=300", "workload.rate=1", "--output", str(tmp_path / "x.jsonl")]
     assert runner.main([*arguments, "--workers", "1"]) == 1
     lines = read_results(tmp_path / "x.jsonl").values()

@@ -1,4 +1,4 @@
-"""The load test of the server, in miniature, and what its parts find."""
+"""The load test of the server, in miniature, and its parts."""
 
 import json
 import os
@@ -29,7 +29,8 @@ SMALL = (
 )  # fmt: skip
 
 
-def test_the_load_test_compares_both_sides(tmp_path):
+def test_the_load_test_compares_both_sides(tmp_path, monkeypatch):
+    monkeypatch.setattr(load_test, "IDLE_SECONDS", 2.5)
     output = tmp_path / "out.jsonl"
     directory = f"load_test.directory={tmp_path / 'files'}"
     assert runner.main([str(CONFIG), *SMALL, directory, "--output", str(output)]) == 0
@@ -70,7 +71,7 @@ def test_a_failure_and_other_tokens_are_problems():
 
 
 class Liar(BaseHTTPRequestHandler):
-    """Streams an answer to each request; what is wrong with it depends on the request's seed."""
+    """Streams an answer to each request, with a fault that depends on the request's seed."""
 
     protocol_version = "HTTP/1.1"
 

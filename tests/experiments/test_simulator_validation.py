@@ -1,4 +1,4 @@
-"""The validation of the simulator: what counts as held out, what the errors are, and that a fit finds its values."""
+"""The validation of the simulator: held-out rows, their errors, and a fit that finds its values."""
 
 import json
 from dataclasses import replace
@@ -98,13 +98,13 @@ def test_every_fitting_row_is_one_published_row_and_they_are_few(paper_rows) -> 
     assert 10 <= len(labels) < 0.06 * len(used)
 
 
-def test_another_measurement_of_a_fitted_run_is_no_test_either(paper_rows) -> None:
+def test_other_measurements_of_a_fitted_run_are_not_held_out(paper_rows) -> None:
     labels = fitting_labels(paper_rows)
     again = [row for row in paper_rows if row.label == "slora a10g S2 n=200 R=2" and exclusion(row) is None]
     assert len(again) == 3 and all(row.label in labels for row in again)
 
 
-def test_a_quick_validation_of_two_rows_says_everything(paper_rows) -> None:
+def test_a_quick_validation_of_two_rows_has_every_part(paper_rows) -> None:
     rows = [row for row in paper_rows if (row.file, row.rate) in QUICK_ROWS]
     compared = compare(rows, paper_rows, workers=1)
     content = json.loads(json.dumps(report(compared, paper_rows)))

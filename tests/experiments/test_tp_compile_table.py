@@ -1,4 +1,4 @@
-"""The table of large models over several GPUs: what it says of a program, and that the committed one holds together."""
+"""The table of large models over several GPUs: its entry for a program, and the consistency of the committed one."""
 
 import json
 from dataclasses import replace
@@ -54,7 +54,7 @@ def test_published_collectives_are_known_and_counted_by_layer(compiled) -> None:
 
 
 @pytest.mark.parametrize("change", [{"bytes": 17}, {"count": 3}, {"kind": "all-to-all"}])
-def test_any_other_collective_is_told(compiled, change) -> None:
+def test_any_other_collective_is_reported(compiled, change) -> None:
     others = (replace(compiled.collectives[3], **change), *compiled.collectives[:3], *compiled.collectives[4:])
     assert not read(replace(compiled, collectives=others)).as_published
     assert not read(replace(compiled, collectives=compiled.collectives[:-1])).as_published

@@ -138,18 +138,18 @@ def test_a_simulated_loop_obeys_littles_law(a10g, users, think) -> None:
 
 
 @pytest.mark.parametrize(("users", "think"), [(0, 0.0), (1, -1.0), (1, float("inf")), (1, float("nan"))])
-def test_a_loop_of_nobody_or_of_no_time_is_refused(users, think) -> None:
+def test_a_loop_without_users_or_with_a_wrong_thinking_time_is_refused(users, think) -> None:
     with pytest.raises(ConfigError, match=f"users={users}, think_seconds={think}"):
         closed_loop(synthetic(**COMMON), users, think)
 
 
-def test_a_loop_of_a_workload_with_its_own_is_refused() -> None:
+def test_a_workload_with_its_own_loop_takes_no_other() -> None:
     with pytest.raises(ConfigError, match="follow others already"):
         closed_loop(conversations(**COMMON), 4)
     assert Counter(r.after is None for r in simulated_requests(conversations(**COMMON))) == {True: 13, False: 65}
 
 
-def test_the_simulator_and_the_workload_agree_on_what_none_is() -> None:
+def test_no_prefix_and_no_predecessor_are_none_in_the_simulator() -> None:
     one = np.array([0])
     work = Workload(np.array([0.5]), one, one + 5, one + 2, (8,), one + 3, one, one + INDEPENDENT)
     assert simulated_requests(work) == [SimulatedRequest(0.5, 0, 5, 2)]

@@ -1,4 +1,4 @@
-"""Request lists: rates, variation, skew, lengths, and that the synthetic ones are those of the published runs."""
+"""Workloads: rates, variation, skew and lengths; the synthetic requests are those of the published runs."""
 
 import inspect
 import itertools
@@ -137,7 +137,8 @@ def test_in_the_text_each_adapter_has_its_rate_and_variation(alpha, cv) -> None:
 
 @pytest.mark.parametrize("cv", [0.3, 1.0, 4.0])
 def test_in_the_text_the_rate_is_the_same_from_the_start(cv) -> None:
-    """A thousand adapters with two requests each: were all to start at 0, cv = 4 would bring most of them there."""
+    """A thousand adapters with two requests each: if all processes started at 0, cv = 4 would put most requests
+    there."""
     work = synthetic_text(num_adapters=1000, ranks=(8,), rate=20.0, duration=100.0, alpha=0.0, cv=cv, seed=SEED)
     counts = np.histogram(work.arrival, bins=5, range=(0, 100))[0]
     assert counts == pytest.approx(np.full(5, 400), abs=5 * max(1, cv) * np.sqrt(400)), counts

@@ -35,7 +35,7 @@ def run(workload, system=OURS, **settings) -> list[RequestRecord]:
 
 
 def most_at_once(records: list[RequestRecord]) -> int:
-    """Requests between their arrival and their end; who ends at a time leaves before others arrive."""
+    """Requests between arrival and end, at most; at equal times, ends come before arrivals."""
     events = [(r.arrival, 1) for r in records] + [(r.finished, -1) for r in records]
     return int(np.cumsum([change for _, change in sorted(events)]).max())
 
@@ -67,7 +67,7 @@ def test_as_many_users_as_requests_is_all_at_the_start(name) -> None:
         )
 
 
-def test_users_who_find_the_server_free_wait_for_nobody() -> None:
+def test_a_loop_with_a_free_server_is_an_open_loop() -> None:
     """With every answer in by the time that the next arrives, an open loop with these arrivals is the same run."""
     workload = loop(3, 1, 1.0, requests=10)
     closed = run(workload)
@@ -127,6 +127,6 @@ def test_arrivals_at_several_servers_hear_of_ends_at_any() -> None:
     one, other = Arrivals.of_each(workload, [0, 1, 0, 1], 2)
     assert (one.next, other.next, list(one.until(1.0)), list(other.until(1.0))) == (1.0, 1.0, [(0, 1.0)], [(3, 1.0)])
     assert not one and not other and one.next == float("inf")
-    other.ended(3, 1.5)  # nobody follows it
+    other.ended(3, 1.5)  # no request follows it
     one.ended(0, 2.0)
     assert (list(one.until(2.0)), list(other.until(2.25)), other.next) == ([(2, 2.0)], [], 2.5)

@@ -1,4 +1,4 @@
-"""Copies and disk reads on lanes of their own, by hand."""
+"""Copies and disk reads on their own lanes, computed by hand."""
 
 import math
 from dataclasses import replace
@@ -58,7 +58,7 @@ def test_loading_on_admission_stalls_the_others_and_prefetch_does_not() -> None:
     assert longest_gap(stalled) > copy
     assert stalled.counters.stall_seconds == pytest.approx(copy, rel=0.2)
     assert longest_gap(ahead) < 2 * longest_gap(alone)  # the step that prefills the second request, at most
-    left = 0.05 + copy - ahead.records[0].finished  # of the copy, when nobody runs any more
+    left = 0.05 + copy - ahead.records[0].finished  # of the copy, when no request runs any more
     assert ahead.counters.stall_seconds == pytest.approx(left, abs=longest_gap(alone))
     assert ahead.counters.copy_seconds == stalled.counters.copy_seconds == pytest.approx(copy)
     assert ahead.records[1].first_token >= 0.05 + copy  # its own request cannot be faster than the copy
@@ -73,10 +73,8 @@ def test_a_lone_request_waits_for_its_pages_to_land() -> None:
     assert result.records[0].first_token == pytest.approx(copied + HOST + prefill(RANK), rel=0.02)
     assert result.counters.stall_seconds == pytest.approx(copied)
     assert result.counters.copy_seconds == pytest.approx(copied)
-    assert (result.counters.adapter_loads, result.counters.prefetch_hits) == (
-        1,
-        0,
-    )  # it was wanted before it had landed
+    hits = (result.counters.adapter_loads, result.counters.prefetch_hits)
+    assert hits == (1, 0)  # the request was there before its adapter had landed
 
 
 def test_prefetched_copies_run_while_their_requests_wait_for_room() -> None:
@@ -140,7 +138,7 @@ def test_more_adapters_than_are_copied_ahead_are_served_all_the_same() -> None:
 
 
 def test_a_request_waits_for_its_copy_even_if_others_landed_for_requests_that_are_gone() -> None:
-    """A read from disk that nobody asks for any more must not hide the copy that somebody waits for."""
+    """A read from disk that no request waits for any more must not hide the copy that a request waits for."""
     nbytes = 64 * SHAPE.lora_bytes
     system = make_system(
         "slora", page_size=8, num_tokens=4000, host_adapter_bytes=nbytes, disk_bandwidth=nbytes / 0.1, overlap=False

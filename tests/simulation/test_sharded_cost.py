@@ -34,7 +34,7 @@ def served(system: str = "slora", adapters: int = 6, **settings: object) -> Simu
 
 
 def seconds(tp: int, step: StepWork, lora: str = "segmented", layout: str = "slora", collectives: bool = True) -> float:
-    """Of the step's collectives."""
+    """Returns the seconds of the step's collectives."""
     cost = CostModel(shard_shape(MODEL, tp, layout), DEVICE, "jax", lora, collectives)
     return cost.collective_seconds(step)
 
@@ -175,7 +175,7 @@ def test_steps_run_at_once_are_the_same_over_several_devices() -> None:
         ({"tensor_parallel_size": 2, "offline_batch": 6}, "offline_batch=6"),
     ],
 )
-def test_what_cannot_be_cut_is_refused(settings, message) -> None:
+def test_a_model_that_cannot_be_cut_is_refused(settings, message) -> None:
     with pytest.raises(ConfigError, match=message):
         make_system("slora", **settings)
 

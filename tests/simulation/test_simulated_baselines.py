@@ -1,4 +1,4 @@
-"""What each baseline changes, and nothing else."""
+"""Each baseline changes its own rule and nothing else."""
 
 from dataclasses import replace
 
@@ -64,7 +64,7 @@ def test_launches_of_one_replica_leave_the_device_to_the_other() -> None:
     assert two < 1.02 * one
 
 
-def test_a_packed_replica_that_is_idle_holds_up_nobody() -> None:
+def test_an_idle_packed_replica_delays_no_other() -> None:
     """Whichever of the two gets its request late."""
     packed = make_system("packed", page_size=8, replicas=2)
     alone = simulate([SimulatedRequest(0.0, 0, 10, 20)], packed, SHAPE, device(), [8, 8]).seconds
@@ -102,7 +102,7 @@ def unified_and_split(admission: str):
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_unified_memory_admits_at_least_as_many_as_any_split_of_the_same(admission, seed) -> None:
-    """Of a queue that all came at once, in the first step."""
+    """In the first step, from a queue in which all requests arrived at once."""
     at_once = [replace(request, arrival=0.0) for request in random_workload(seed)]
     unified, *splits = (
         sum(record.admitted == 0.0 for record in simulate(at_once, system, SHAPE, device(), RANKS).records)
@@ -113,7 +113,7 @@ def test_unified_memory_admits_at_least_as_many_as_any_split_of_the_same(admissi
 
 @pytest.mark.parametrize("seed", range(3))
 def test_unified_memory_queues_less_than_any_split_of_the_same(seed) -> None:
-    """Where nobody is preempted. (Optimistic admission may admit so many that they preempt each other.)"""
+    """Without preemption. (Optimistic admission may admit so many requests that they preempt each other.)"""
     workload = random_workload(seed, requests=120)
     unified, *splits = (
         serving_metrics(simulate(workload, system, SHAPE, device(), RANKS).records).queue_time.mean
@@ -164,7 +164,7 @@ def test_merge_switches_adapters_and_pays_for_it() -> None:
 
 
 def _device_seconds(cost: CostModel, rows: int) -> float:
-    """Of a batch of `rows` prompts of 4 tokens, 4 tokens each."""
+    """Returns the seconds of a batch of `rows` prompts of 4 tokens, with 4 new tokens each."""
     prefill = StepWork(
         prefill_rows=4 * rows, prefill_pairs=10 * rows, prefill_context=4 * rows, prompts=rows, sampled=rows
     )
@@ -173,8 +173,8 @@ def _device_seconds(cost: CostModel, rows: int) -> float:
 
 
 def test_peft_runs_static_padded_batches_of_one_adapter() -> None:
-    """By hand: two requests of one adapter padded to 6 tokens, the shorter row dropped after its 2 tokens; a third that
-    comes meanwhile waits for the next collection."""
+    """By hand: two requests of one adapter padded to 6 tokens, the shorter row dropped after its 2 tokens; a third,
+    which arrives during the batch, waits for the next sweep."""
     workload = [SimulatedRequest(0.0, 0, 4, 3), SimulatedRequest(0.0, 0, 6, 2), SimulatedRequest(1e-3, 0, 4, 1)]
     result = simulate(workload, make_system("peft", offline_batch=6), SHAPE, device(), [8])
     cost = CostModel(SHAPE, device(), "peft", "segmented")

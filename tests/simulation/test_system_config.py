@@ -46,7 +46,7 @@ def test_the_published_system_has_the_codes_numbers() -> None:
         ("slora", {"disk_bandwidth": 0}, "disk_bandwidth=0"),
     ],
 )
-def test_what_is_wrong_is_named(name, settings, message) -> None:
+def test_a_wrong_setting_is_named(name, settings, message) -> None:
     with pytest.raises(ConfigError, match=message):
         make_system(name, **settings)
 
