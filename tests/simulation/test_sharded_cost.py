@@ -175,7 +175,7 @@ def test_steps_run_at_once_are_the_same_over_several_devices() -> None:
         ({"tensor_parallel_size": 2, "offline_batch": 6}, "offline_batch=6"),
     ],
 )
-def test_a_model_that_cannot_be_cut_is_refused(settings, message) -> None:
+def test_settings_that_exclude_tensor_parallelism_are_refused(settings, message) -> None:
     with pytest.raises(ConfigError, match=message):
         make_system("slora", **settings)
 
