@@ -1,4 +1,4 @@
-"""The simulation of a workload."""
+"""Simulates a workload."""
 
 from __future__ import annotations
 
@@ -32,15 +32,19 @@ def simulate(
     sample_seconds: float = 1.0,
     fast_forward: bool = True,
 ) -> SimulationResult:
-    """Serves `workload`, in order of arrival but for what follows other requests (`SimulatedRequest.after`), to its
-    last token. Deterministic.
+    """Serves `workload` to its last token. Deterministic.
 
-    adapters: the rank of each. policy: instead of the system's; copied for every replica, so that it can be used again
-    (an offline loop has none). sample_seconds: between samples of the pool, all replicas together. fast_forward=False
-    runs every step by itself, with the same results.
+    Args:
+      workload: requests sorted by arrival, except those with `SimulatedRequest.after`.
+      adapters: rank of each adapter.
+      policy: replaces the system's policy; it is copied for every replica, so the caller can reuse it. Ignored by the
+        offline loop.
+      sample_seconds: interval between samples of the pool, summed over replicas.
+      fast_forward: False runs every step separately, with the same results.
 
     Raises:
-      ConfigError: system, model and device do not fit together. RequestError: a request that can never run.
+      ConfigError: system, model and device do not fit together.
+      RequestError: a request can never run.
     """
     _check(workload, adapters)
     shape = shard_shape(model, system.tensor_parallel_size, system.tp_lora)
@@ -110,10 +114,10 @@ def _check(workload: Sequence[SimulatedRequest], adapters: Sequence[int]) -> Non
 
 
 def _arrivals(workload: Sequence[SimulatedRequest], system: SystemConfig, num_adapters: int) -> list[Arrivals]:
-    """At each replica.
+    """The arrivals at each replica.
 
     Raises:
-      ConfigError: with merged weights in every replica, there are more adapters than replicas.
+      ConfigError: there are several replicas, each with one merged adapter, and more adapters than replicas.
     """
     if system.replicas > 1 and num_adapters > system.replicas:
         raise ConfigError(
