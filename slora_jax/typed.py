@@ -1,4 +1,4 @@
-"""Checks settings against their fields' annotations."""
+"""Checks settings against the types and ranges in their annotations."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
 
 
 def checks_keywords[T](kind: type[T]) -> type[T]:
-    """Decorates a dataclass: an unknown keyword raises ConfigError with the nearest field's name."""
+    """Class decorator: an unknown keyword of the constructor raises ConfigError, which suggests the nearest field."""
     made, known = kind.__init__, [field.name for field in fields(kind)]  # type: ignore[arg-type]
 
     @wraps(made)

@@ -52,7 +52,7 @@ HARMLESS = frozenset(
         "lora_ga_config",
     }
 )
-"""Fields that cannot change what a loaded adapter computes, whatever their value."""
+"""Fields that do not affect a loaded adapter's output."""
 
 REFUSED = {
     "alora_invocation_tokens": "activated LoRA applies only after an invocation string",
@@ -80,7 +80,7 @@ INACTIVE: tuple[Any, ...] = (None, False, 0, "", [], {})
 """Values that leave any field, known or unknown, without effect."""
 
 PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
-"""Named initialisations that leave the base weights untouched, so that the saved A and B mean plain LoRA."""
+"""Named initialisations that leave the base weights untouched, so the saved A and B are plain LoRA."""
 
 
 @dataclass(frozen=True)

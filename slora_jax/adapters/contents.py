@@ -242,7 +242,7 @@ class AdapterContents:
     # Disk I/O, without the lock ---------------------------------------------------------------------------------------
 
     def _enforce_budget(self, keep: str) -> None:
-        """Spills until the budget holds, except the just inserted content of digest `keep`."""
+        """Spills content, except the just inserted one of digest `keep`, until the budget holds."""
         while True:
             with self._changed:
                 victim = self._victim(self._contents.get(keep))

@@ -93,7 +93,7 @@ def read_peft(
     Raises:
       AdapterError: the adapter is refused; the message names file, tensor, expected and found value. Shapes and element
         types are checked in the file's header, before any weight is read. Files that change during the read are
-        refused, lest one adapter's config be combined with another's weights.
+        refused, because one adapter's config could be combined with another's weights.
     """
     directory = Path(directory)
     before = _versions(directory)
@@ -137,7 +137,7 @@ def _read_peft(
 
 
 def is_adapter(directory: Path) -> bool:
-    """Returns whether a folder contains any adapter file, so that it is either served as an adapter or refused."""
+    """Returns whether a folder contains any adapter file; it is then loaded as an adapter or refused."""
     return any(os.path.exists(directory / file) for file in ADAPTER_FILES)
 
 
@@ -182,7 +182,7 @@ def write_peft(
 
     Args:
       dtype: element type of the weights: float32, float16 or bfloat16.
-      base_model_name_or_path: None: the value in `adapter.config`.
+      base_model_name_or_path: name to write; None: the value in `adapter.config`.
 
     Raises:
       AdapterError: `dtype` is not supported, or `adapter.config` does not resolve to the matrices' ranks and scales.

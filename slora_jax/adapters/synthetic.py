@@ -28,7 +28,7 @@ def random_adapter(
 
     Args:
       rank: one rank for all `targets`, or a rank per projection, which replaces `targets`; 0: not adapted.
-      alpha: None: the largest rank.
+      alpha: PEFT's `lora_alpha`; None: the largest rank.
       scale_of_b: for inputs of unit variance the update has standard deviation `scale_of_b * alpha / rank`.
     """
     ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(targets, rank)

@@ -1,4 +1,4 @@
-"""`slora demo`."""
+"""`slora demo`: serves hundreds of random adapters and checks their answers."""
 
 from __future__ import annotations
 

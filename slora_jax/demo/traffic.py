@@ -28,7 +28,7 @@ class DemoRequest:
     """A request for a greedy answer.
 
     Attributes:
-      adapter: None: the base model.
+      adapter: the adapter that answers; None: the base model.
       step: engine step before which the request is added.
       chat: the prompt is a user message for the model's chat template.
     """

@@ -130,7 +130,7 @@ def _restore(path: Path, shapes: Params) -> Params:
 
 
 def _checkpointer(tree: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> "ocp.Checkpointer":
-    """An Orbax checkpointer whose buffers in flight stay below 1/20 of the weights' bytes, or the largest weight.
+    """An Orbax checkpointer whose buffers in flight stay below 1/20 of the weights, or the largest one if larger.
 
     Compression is off: weights hardly compress, and decompression buffers would raise peak memory.
     """

@@ -26,9 +26,9 @@ class RopeConfig:
 
     Attributes:
       factor: for "linear" and "llama3".
-      low_freq_factor: for "llama3", in the notation of the Llama 3.1 release; the next two likewise.
-      original_max_position_embeddings: tokens.
-      divisors: one per rotated pair, or empty; they also divide the frequencies. GGUF files store Llama 3's scaling so.
+      low_freq_factor, high_freq_factor: for "llama3", in the notation of the Llama 3.1 release.
+      original_max_position_embeddings: for "llama3", in tokens.
+      divisors: further divisors of the frequencies, one per rotated pair (GGUF's form of Llama 3's scaling), or empty.
     """
 
     theta: float

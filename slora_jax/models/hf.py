@@ -184,8 +184,8 @@ def load_weights(
       parallel: reads each device's part onto that device instead, sharded by `parallel.mesh.parameter_spec`.
 
     Raises:
-      CheckpointError: a tensor is missing, unexpected or misshapen, or a file damaged (checked before weights are
-        read); or a tensor has NaN or infinity.
+      CheckpointError: a tensor is missing, unexpected or misshapen, or a file is damaged (checked before any weight is
+        read), or a tensor has NaN or infinity.
     """
     files = checkpoint_files(model_dir)
     builders = _builders(config, dtype, parallel)

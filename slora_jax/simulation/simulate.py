@@ -94,12 +94,12 @@ def _check(workload: Sequence[SimulatedRequest], adapters: Sequence[int]) -> Non
     for number, request in enumerate(workload):
         if request.after is None:
             if not request.arrival >= last:
-                raise RequestError(f"workload[{number}].arrival={request.arrival!r}: must ascend from 0")
+                raise RequestError(f"workload[{number}].arrival={request.arrival!r}: must be at least {last}")
             last = request.arrival
         elif not 0 <= request.after < number:
             raise RequestError(f"workload[{number}].after={request.after!r}: must be the number of an earlier request")
         elif not request.arrival >= 0:
-            raise RequestError(f"workload[{number}].arrival={request.arrival!r}: must be seconds from 0 after another")
+            raise RequestError(f"workload[{number}].arrival={request.arrival!r}: must be at least 0 seconds")
         if request.adapter is not None and not 0 <= request.adapter < len(adapters):
             raise RequestError(f"workload[{number}].adapter={request.adapter!r}: there are {len(adapters)} adapters")
         if request.prompt_tokens < 1 or request.output_tokens < 1:

@@ -21,17 +21,17 @@ Eviction = Literal["lru", "immediate", "cost_aware"]
 @checks_keywords
 @dataclass(frozen=True)
 class SystemConfig(CoreConfig):
-    """A serving system: the engine's settings (`CoreConfig`, same defaults), and how its steps are costed.
+    """A serving system: the engine's settings (`CoreConfig`, same defaults), and settings for the cost of its steps.
 
     Attributes:
-      max_num_batched_tokens: None: S-LoRA's max(num_tokens / 6, 3072).
+      max_num_batched_tokens: most rows of a step; None: S-LoRA's max(num_tokens / 6, 3072).
       software: name in `SOFTWARE` that selects the device's efficiencies.
       lora: name in `LORA_COSTS` that selects how adapters are computed.
       serves_adapters: False ignores the requests' adapters (base model only, or merged weights per replica).
       merged: the base weights contain one adapter at a time; a switch unmerges and merges.
       replicas: copies of the system that share one device in time, each with its own weights and an equal part of the
         memory; replica i serves adapter i.
-      lora_collectives: False: adapters' traffic between devices takes no time (the paper's ablation).
+      lora_collectives: adapters' traffic between devices takes time; False is the paper's ablation.
       offline_batch: largest batch of the paper's offline loop around PEFT, which replaces the server; None: a server.
       num_tokens: capacity of each replica's pool, in tokens, to compare systems with different page sizes; None: the
         part of gpu_memory_utilization of the device's memory that weights and uploads in flight leave.
@@ -147,8 +147,8 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
 """Settings that each baseline changes.
 
 Settings that depend on the device must be given: `num_tokens` for all, `adapter_tokens` for "no-unify-mem", `replicas`
-for "packed" (and, for the paper's, which is vLLM, software="vllm"). Without `adapter_tokens`, "no-unify-mem" counts
-adapters against `num_tokens` on admission, as S-LoRA's code does although it stores them separately."""
+for "packed". The paper's "packed" is vLLM, which needs software="vllm" too. Without `adapter_tokens`, "no-unify-mem"
+counts adapters against `num_tokens` on admission, as S-LoRA's code does although it stores them separately."""
 
 SYSTEMS = (*CHANGES, *(f"{name}-paper" for name in CHANGES))
 """Names for `make_system`: each baseline with this engine's scheduling or, with "-paper", S-LoRA's."""

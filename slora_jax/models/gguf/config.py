@@ -64,7 +64,7 @@ def hf_config(header: GgufHeader) -> dict[str, Any]:
             raise _refused(header, family + "." + key, value, f"the size of a head, {head_dim}")
     if 0 < (window := fields.integer("attention.sliding_window", 0)) < context:
         raise _refused(header, f"{family}.attention.sliding_window", window, f"0, or {context}, the context, or more")
-    biases = {"attention_bias": "attn_q", "mlp_bias": "ffn_gate"}  # Qwen2 always has the former
+    biases = {"attention_bias": "attn_q", "mlp_bias": "ffn_gate"}  # always present in Qwen2's attention
     found = {field for field, tensor in biases.items() if f"blk.0.{tensor}.bias" in header.tensors}
     return {
         "model_type": family,

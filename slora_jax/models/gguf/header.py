@@ -131,7 +131,7 @@ class _Cursor:
             raise ValueError(f"metadata type {type_id} is unknown")
         import numpy as np
 
-        numbers = np.frombuffer(self._data, _NUMBERS[type_id], count, self._at).copy()  # the map is closed soon
+        numbers = np.frombuffer(self._data, _NUMBERS[type_id], count, self._at).copy()  # outlives the mmap
         self._at += numbers.nbytes
         return numbers
 

@@ -99,7 +99,7 @@ class GgufSlice:
         self.element_bytes = self._block_bytes / self._block
         if not 1 <= len(self.shape) <= 2 or self.shape[-1] % self._block:
             raise CheckpointError(
-                f"{where}: shape {self.shape} is not one of rows or of rows by columns in whole blocks of {self._block}"
+                f"{where}: shape {self.shape}: must have 1 or 2 axes, the last one a multiple of {self._block}"
             )
         rows = self.shape[0] if len(self.shape) == 2 else 1
         row_bytes = self.shape[-1] // self._block * self._block_bytes
@@ -140,7 +140,9 @@ class GgufSlice:
             heads = header.metadata.get(f"{family}.attention.head_count_kv", heads)
         heads = int(np.max(heads))  # one number, or the same one for each layer
         if self.shape[0] % (2 * heads):
-            raise CheckpointError(f"{header.file}: tensor {name}: {self.shape[0]} rows are not {heads} even heads")
+            raise CheckpointError(
+                f"{header.file}: tensor {name}: {self.shape[0]} rows: must be a multiple of {2 * heads}"
+            )
         return np.arange(self.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 

@@ -1,7 +1,7 @@
 """Converts the tokenizer of a GGUF file to the `tokenizers` library.
 
-transformers' reader (`AutoTokenizer.from_pretrained(gguf_file=...)`) is a hundred times slower, ignores
-`tokenizer.ggml.pre`, so that it splits Llama 3's words like GPT-2's, and uses BOS as EOS.
+transformers' reader (`AutoTokenizer.from_pretrained(gguf_file=...)`) is a hundred times slower, splits Llama 3's words
+like GPT-2's (it ignores `tokenizer.ggml.pre`), and uses BOS as EOS.
 """
 
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ _STYLES = {
 _WHOLE_WORDS_FIRST = {
     "falcon-h1", "falcon3", "lfm2", "llama-bpe", "llama-v3", "llama3", "midm-2.0", "pixtral", "tekken",
 }  # fmt: skip
-"""Values for which merges do not split a word that is a token, and a text begins with BOS unless the file says no."""
+"""Values of `tokenizer.ggml.pre` that keep a word whole if it is a token, and by default begin a text with BOS."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def read_gguf_tokenizer(file: Path) -> GgufTokenizer | None:
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
         twice = next(token for index, token in enumerate(tokens) if vocabulary[token] != index)
-        raise CheckpointError(f"{file}: tokenizer.ggml.tokens: {twice!r} is there twice")
+        raise CheckpointError(f"{file}: tokenizer.ggml.tokens: {twice!r} occurs twice")
     ids = {name: metadata.get(f"tokenizer.ggml.{key}", -1) for name, key in _SPECIAL_TOKENS.items()}
     special = {name: tokens[index] for name, index in ids.items() if index in range(len(tokens))}
     tokenizer = _BUILDERS[kind](header, vocabulary)
