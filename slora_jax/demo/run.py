@@ -176,7 +176,7 @@ def _table(requests: Sequence[DemoRequest], served: Served, capacity: int) -> li
     first = np.array([o.metrics.first_token_latency for o in outputs], float)
     median, p99 = np.percentile(first, [50, 99])
     rows = {
-        "requests": f"{len(outputs)}, including {sum(r.adapter is None for r in requests)} without an adapter",
+        "requests": f"{len(outputs)}, {sum(r.adapter is None for r in requests)} of them without an adapter",
         "distinct adapters": f"{len({r.adapter for r in requests} - {None})}",
         "tokens": f"{stats.tokens_generated} generated in {served.seconds:.1f} s: "
         f"{stats.tokens_generated / served.seconds:.0f} per second",
