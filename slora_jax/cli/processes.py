@@ -31,7 +31,7 @@ def add_parallel_options(parser: argparse.ArgumentParser) -> None:
     )
     option("--num-processes", metavar="N", type=count, help="number of processes")
     option("--process-id", metavar="I", type=int, help="index of this process, from 0")
-    option("--join-timeout", metavar="SECONDS", type=float, default=300.0, help="to connect (default: %(default)s)")
+    option("--join-timeout", metavar="S", type=float, default=300.0, help="seconds to connect (default: %(default)s)")
 
 
 def check_processes(args: argparse.Namespace, tp: int) -> None:
