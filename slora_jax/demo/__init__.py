@@ -1,4 +1,4 @@
-"""The demo: hundreds of adapters of one small model, served from one pool, their answers checked by merged weights."""
+"""The demo: serves hundreds of adapters of a small model from one pool and checks answers with merged weights."""
 
 from typing import TYPE_CHECKING
 

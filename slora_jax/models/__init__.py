@@ -1,4 +1,4 @@
-"""The base model: Llama, Mistral, Qwen2 and Qwen3 decoders, their Hugging Face weights, and a cache of these."""
+"""The base model: Llama, Mistral, Qwen2 and Qwen3 decoders, their weights, and a cache of converted weights."""
 
 from typing import TYPE_CHECKING
 
