@@ -130,7 +130,7 @@ class Request:
 
     @property
     def all_sampled(self) -> bool:
-        """Whether all `max_new` tokens are sampled or being sampled."""
+        """True once all `max_new` tokens are sampled or being sampled."""
         return self.num_sampled >= self.max_new
 
     @property
