@@ -103,12 +103,8 @@ class BroadcastDevice(Device):
 
 
 class _BroadcastCopy(Copy):
-    """A copy on all processes.
-
-    Args:
-      arrays: the local copy.
-      sent: one event per follower, set when the contents are sent. The follower receives them before any later call.
-    """
+    """A copy on all processes. `sent` has an event per follower, set when the contents are sent; the follower receives
+    them before any later call."""
 
     def __init__(self, arrays: list[jax.Array], group: ProcessGroup, sent: list[threading.Event]) -> None:
         super().__init__(arrays)

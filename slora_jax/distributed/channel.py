@@ -143,7 +143,7 @@ def _parse(header: bytes, body_size: int) -> tuple[str, dict[str, Any], list[tup
         raise FrameError("a frame's header has no name or no arguments")
     for _, shape in shapes:
         if len(shape) > 8 or any(type(size) is not int or not 0 <= size <= MAX_BODY for size in shape):
-            raise FrameError(f"a frame's array has shape {shape}")
+            raise FrameError(f"a frame's array has an invalid shape {shape}")
     expected = sum(dtype.itemsize * math.prod(shape) for dtype, shape in shapes)
     if expected != body_size:
         raise FrameError(f"a frame's arrays need {expected} bytes, but its body has {body_size}")

@@ -33,7 +33,7 @@ class Follower:
         """Compiles every step program and allocates this process's part of the pool, in parallel with the leader.
 
         Raises:
-          ConfigError: settings and model do not fit together, or differ from the leader's.
+          ConfigError: the settings do not fit the model, or differ from the leader's.
         """
         config = config.with_dtype()
         keep_compiled_programs(config.compilation_cache_dir)

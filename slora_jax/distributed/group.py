@@ -54,12 +54,7 @@ class ProcessGroup:
         connections: Mapping[int, Connection],
         make_device: Callable[[StepSpec, Params, EngineConfig, ProcessGroup], Device],
     ) -> None:
-        """Starts a watcher thread per connection.
-
-        Args:
-          connections: connections by process number: the leader's to all followers, or a follower's to the leader.
-          make_device: makes the device of process 0.
-        """
+        """Starts a watcher per connection. `connections` are by process number; `make_device` is for process 0."""
         self._make_device = make_device
         self.process_id = process_id
         self.num_processes = num_processes
@@ -100,11 +95,7 @@ class ProcessGroup:
     def tell(
         self, name: str, arguments: dict[str, Any], arrays: Sequence[np.ndarray] = (), to: int | None = None
     ) -> None:
-        """Sends a call from the main thread to process `to`, or to all peers.
-
-        Raises:
-          ProcessLostError: a process is lost.
-        """
+        """Sends a call from the main thread to process `to`, or to all peers. Raises as `send`."""
         frame = encode(name, arguments, arrays)
         try:
             for peer in self._connections if to is None else (to,):
@@ -114,11 +105,7 @@ class ProcessGroup:
             raise
 
     def next(self, process: int) -> Call:
-        """Waits for the next call from a process.
-
-        Raises:
-          ProcessLostError: a process is lost, or `process` has left.
-        """
+        """Waits for the next call from `process`. Raises ProcessLostError if it has left, or any process is lost."""
         call = self._inbox[process].get()
         if call is None:
             self.check()

@@ -148,7 +148,7 @@ def chat_ids(messages: Any, tokenizer: Any, max_model_len: int, **variables: Any
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:
-        raise RequestError(f"the model's chat template refuses the messages: {error}") from error
+        raise RequestError(f"the model's chat template rejects the messages: {error}") from error
     return text_ids(text, tokenizer, max_model_len, add_special_tokens=False)  # the template has added them
 
 
@@ -193,7 +193,7 @@ def _rows(given: Any, whole: Any) -> list[list[int]]:
             return rows
         masks = _rows(mask, whole)
         if [len(row) for row in rows] != [len(row) for row in masks]:
-            raise RequestError("the prompt's attention_mask is not of the shape of its input_ids")
+            raise RequestError("the prompt's attention_mask has another shape than its input_ids")
         return [
             [token for token, is_kept in zip(row, row_mask, strict=True) if is_kept]
             for row, row_mask in zip(rows, masks, strict=True)
@@ -228,5 +228,5 @@ def _no_prompt(given: Any) -> RequestError:
     is_chat = any(isinstance(one, Mapping) and "role" in one for one in messages)
     return RequestError(
         f"prompt={reprlib.repr(given)}: must be a string, a list or an integer array of token ids, or a mapping with "
-        f"input_ids, as a tokenizer returns{'; for messages there is chat' if is_chat else ''}"
+        f"input_ids, as a tokenizer returns{'; for messages use chat' if is_chat else ''}"
     )

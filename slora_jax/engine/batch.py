@@ -48,12 +48,9 @@ TABLE_ROWS = 8
 
 @partial(jax.jit, donate_argnums=0)
 def set_table_rows(page_table: jax.Array, slot: jax.Array, pages: jax.Array) -> jax.Array:
-    """Writes page-table rows in place, for requests that start with more cached pages than a step's metadata holds.
+    """Writes rows `pages [TABLE_ROWS, max_pages]` of sequences `slot [TABLE_ROWS]` to the page table, which is donated.
 
-    Args:
-      page_table: donated.
-      slot: sequence slots, int32 `[TABLE_ROWS]`.
-      pages: page ids, int32 `[TABLE_ROWS, max_pages]`.
+    Used for requests that start with cached pages, more than a step's metadata holds.
     """
     return page_table.at[slot].set(pages)
 
@@ -134,11 +131,8 @@ class StepBatch:
 
 
 def build_metadata(plan: StepPlan, layout: BatchLayout) -> tuple[np.ndarray, list[ScheduledSequence]]:
-    """Packs a plan into a bucket's buffer.
-
-    Returns:
-      The buffer, int32 `[layout.size]`, and the sequences in batch order, with one sequence per scored token.
-    """
+    """Packs a plan into a bucket's buffer, int32 `[layout.size]`. Also returns the sequences in batch order, with one
+    sequence per scored token."""
     buffer = np.zeros(layout.size, np.int32)
     view = {name: buffer[offset : offset + length] for name, (offset, length) in layout.fields.items()}
     for name in ("temperature", "top_p", "min_p"):

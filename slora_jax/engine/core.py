@@ -22,11 +22,7 @@ class Step(Protocol):
 
 
 class Landing(NamedTuple):
-    """A finished upload.
-
-    Attributes:
-      error: the reason if the upload failed, else None.
-    """
+    """A finished upload; `error` is the reason if it failed."""
 
     upload: Upload
     error: str | None = None
@@ -54,11 +50,8 @@ class Executor[StepT: Step](AdapterSource, Protocol):
         """Waits for a step. Returns the new token of each of `step.sequences`."""
 
     def wait(self, digest: str | None) -> None:
-        """Waits until an upload finishes. If none is in flight, waits briefly for an adapter to be read from disk.
-
-        Args:
-          digest: the adapter of the request that would be admitted next.
-        """
+        """Waits until an upload finishes. If none is in flight, waits briefly for `digest`, the adapter of the request
+        to admit next, to be read from disk."""
 
 
 class Update[StepT: Step](NamedTuple):
@@ -121,11 +114,8 @@ class EngineCore[StepT: Step]:
         self.requests[request.id] = request
 
     def step(self, may_wait: bool = True) -> list[Update[StepT]]:
-        """Plans and dispatches one step, then reads the previous one. Returns the updates.
-
-        Args:
-          may_wait: whether to wait for an adapter if there is nothing to run or to report.
-        """
+        """Plans and dispatches one step, then reads the previous one and returns the updates. With `may_wait`, waits
+        for an adapter if there is nothing to run or to report."""
         self._take_landed()
         plan = self._plan()
         previous = self.exchange(self._dispatch(plan) if plan.sequences else None)

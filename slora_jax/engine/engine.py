@@ -175,13 +175,8 @@ class Engine:
         return self.publish_adapter(self.prepare_adapter(name, adapter))
 
     def prepare_adapter(self, name: str, adapter: str | Path | LoraAdapter) -> PreparedAdapter:
-        """Does the slow part of `load_adapter`. May be called by any thread.
-
-        The store keeps the content until the result is passed to `publish_adapter` or `discard_adapter`.
-
-        Raises:
-          AdapterError: as `load_adapter`.
-        """
+        """Does the slow part of `load_adapter`, on any thread, and raises its errors. The store keeps the content until
+        the result is passed to `publish_adapter` or `discard_adapter`."""
         _require_name(name)
         if not isinstance(adapter, str | Path | LoraAdapter):
             raise AdapterError(f"adapter={adapter!r}: must be a PEFT directory or a LoraAdapter")
@@ -189,11 +184,8 @@ class Engine:
 
     @uninterrupted
     def publish_adapter(self, prepared: PreparedAdapter) -> AdapterInfo:
-        """Does the rest of `load_adapter`, in microseconds.
-
-        Raises:
-          AdapterError: `prepared` was published or discarded before.
-        """
+        """Does the rest of `load_adapter`, in microseconds. Raises AdapterError if `prepared` was already published or
+        discarded."""
         name = prepared.info.name
         old = self.store.resolve(name) if self.store.has(name) else None
         info = self.store.publish(prepared)
@@ -201,7 +193,7 @@ class Engine:
         return info
 
     def discard_adapter(self, prepared: PreparedAdapter) -> None:
-        """Releases an adapter that will not be published. May be called by any thread. Raises as `publish_adapter`."""
+        """Releases an adapter that will not be published, on any thread. Raises as `publish_adapter`."""
         self.store.discard(prepared)
 
     def load_adapters(self, root: str | Path) -> list[AdapterInfo]:
@@ -270,7 +262,7 @@ class Engine:
         if params.max_tokens is not None and params.max_tokens > room:
             warnings.warn(
                 f"max_tokens={params.max_tokens}: max_model_len={self.max_model_len} leaves room for {room} beside the "
-                f"prompt's {len(ids)}; the answer ends there",
+                f"prompt's {len(ids)}; the output ends there",
                 skip_file_prefixes=(PACKAGE,),
             )
         use = self._adapter_use(adapter)
@@ -320,9 +312,7 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """Plans and dispatches one step, then reads the previous one. Returns a delta per request with new results.
-
-        Ctrl-C takes effect after the step; the next step then returns its deltas.
-        """
+        Ctrl-C takes effect after the step, and the next step returns its deltas."""
         counters = self.core.counters
         with InterruptHeld() as interrupt, self.core.trace.step():
             start, launch_seconds = time.thread_time(), counters.launch_seconds
@@ -519,10 +509,8 @@ class Engine:
         return AdapterUse(adapter, info.digest, np.asarray(info.ranks, np.int32), info.num_pages)
 
     def _drop_if_unnamed(self, digest: str | None) -> bool:
-        """Frees the pool pages of unnamed content and of the prefixes computed with it, unless requests need them.
-
-        Called again when such a request ends. Returns whether the adapter has left the pool.
-        """
+        """Frees the pool pages of unnamed content and of the prefixes computed with it, unless requests need them (then
+        it is called again when these end). Returns whether the adapter has left the pool."""
         if digest is None or self.store.is_named(digest) or digest in self.scheduler.waiting.by_adapter:
             return False
         if self.prefixes is not None:

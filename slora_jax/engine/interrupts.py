@@ -10,12 +10,9 @@ from types import FrameType, TracebackType
 
 
 class InterruptHeld:
-    """Holds back the first Ctrl-C inside the block. A second one raises at once, in case a step hangs.
+    """Holds back the first Ctrl-C inside the block (`is_pending`). A second one raises at once, in case a step hangs.
 
     It has no effect outside the main thread, or if another handler than Python's own is installed.
-
-    Attributes:
-      is_pending: whether Ctrl-C was pressed.
     """
 
     def __init__(self) -> None:

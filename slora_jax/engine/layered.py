@@ -36,11 +36,7 @@ from slora_jax.parallel.mesh import LOGITS, POOL, REPLICATED
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepShared:
-    """Inputs of all layers of a step.
-
-    Attributes:
-      cos, sin: rotary embeddings, float32 `[T, 1, head_dim / 2]`.
-    """
+    """Inputs of all layers of a step. `cos` and `sin` are rotary embeddings, float32 `[T, 1, head_dim / 2]`."""
 
     batch: StepBatch
     cos: jax.Array

@@ -64,12 +64,8 @@ class ProgramCache:
         return compiled
 
     def load(self, name: str, about: str) -> Any | None:
-        """Returns the compiled program, or None if there is no usable entry.
-
-        Args:
-          name: name of the program.
-          about: text that identifies the program within the engine, such as its bucket.
-        """
+        """Returns the compiled program, or None if there is no usable entry. `about` describes what the program depends
+        on besides the engine, such as its bucket."""
         path = self._path(name, about)
         try:
             payload, arguments, results = pickle.loads(path.read_bytes())

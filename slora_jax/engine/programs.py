@@ -46,12 +46,7 @@ StepKey = tuple[int, int]
 
 @dataclass(frozen=True)
 class Program:
-    """One compiled program, callable with its function's arguments.
-
-    Attributes:
-      compile_seconds: time to compile or load it.
-      is_cached: whether it was loaded from disk.
-    """
+    """One compiled program, callable with its function's arguments. `is_cached` if it was loaded from disk."""
 
     name: str
     compiled: Any
@@ -254,7 +249,7 @@ def _leave() -> None:
     """Ends the process without finalization if a thread is still inside XLA, which would crash during finalization."""
     if not _running:
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut this short
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the wait
     end = time.monotonic() + GRACE_SECONDS
     while _running and time.monotonic() < end:  # `join` would fail for a thread whose `start` was interrupted
         time.sleep(0.01)

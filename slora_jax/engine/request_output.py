@@ -60,7 +60,7 @@ class RequestOutputs:
         self._core.finish(request, FinishReason.ERROR)
         request.finish_reason = FinishReason.ERROR
         del self._unfinished[request.id]
-        return output.last_delta([], f"the output cannot be made: {error!r}", is_whole=False)
+        return output.last_delta([], f"the output could not be built: {error!r}", is_whole=False)
 
 
 class _Output:
@@ -100,11 +100,8 @@ class _Output:
         return Delta(self.request.id, tokens, self._text.take(), None, *self._logprobs_of(tokens))
 
     def last_delta(self, tokens: list[int], error: str | None, is_whole: bool = True) -> Delta:
-        """Returns the last delta of a request that has ended, with its whole output.
-
-        Args:
-          is_whole: whether to flush the bytes of an incomplete last character.
-        """
+        """Returns the last delta of a request that has ended, with its whole output. `is_whole` flushes the bytes of an
+        incomplete last character."""
         request = self.request
         if is_whole:
             self._text.finish()

@@ -39,11 +39,7 @@ def adapter_geometry(model: ModelConfig, page_size: int, shards: Shards = ONE_DE
 
 
 def longest_sequence(model: ModelConfig, config: EngineConfig) -> int:
-    """Returns the maximum tokens of prompt and output together.
-
-    Raises:
-      ConfigError: `max_model_len` exceeds the model's positions.
-    """
+    """Returns the maximum tokens of prompt and output. Raises ConfigError if `max_model_len` exceeds the positions."""
     if (config.max_model_len or 0) > model.max_position_embeddings:
         positions = model.max_position_embeddings
         raise ConfigError(
@@ -60,11 +56,8 @@ def step_spec(
     shape: PoolShape,
     parallel: TensorParallel | None = None,
 ) -> StepSpec:
-    """Returns the spec of an engine's step programs.
-
-    Args:
-      params: `jax.ShapeDtypeStruct` leaves. With `parallel`, use graphdef and params of `models.init.abstract_shards`.
-    """
+    """Returns the spec of an engine's step programs. `params` has `jax.ShapeDtypeStruct` leaves; with `parallel`, it
+    and `graphdef` are from `models.init.abstract_shards`."""
     return StepSpec(
         model=model,
         graphdef=graphdef,

@@ -27,13 +27,8 @@ HOST, UPLOADS, DEVICE = "host", "adapter uploads", ("device, even steps", "devic
 
 @dataclass
 class _Copy:
-    """An adapter upload in progress.
-
-    Attributes:
-      lane: number of its track, the lowest free one.
-      start: seconds.
-      steps: numbers of the steps before which some of its pages landed.
-    """
+    """An adapter upload in progress. `lane` is the lowest free track; `steps` are the numbers of the steps before which
+    some of its pages landed."""
 
     resident: Resident
     adapter: str
@@ -81,21 +76,14 @@ NO_TRACE = NoTrace()
 class Trace(NoTrace):
     """Records all events in memory. An eviction between steps is recorded by the next plan.
 
-    Attributes:
-      samples: queues and pool after each step.
-      start: start of the recording, seconds of `time.perf_counter` like all times (in the file, microseconds since
-        `start`).
+    Times are seconds of `time.perf_counter`; in the file, microseconds since `start`. `samples` has the queues and the
+    pool after each step.
     """
 
     def __init__(
         self, scheduler: Scheduler, adapters: AdapterSource, names: Mapping[str, str], page_bytes: int
     ) -> None:
-        """Starts the recording.
-
-        Args:
-          names: names of registered adapters by digest.
-          page_bytes: bytes per page over all layers.
-        """
+        """Starts the recording. `names` are registered adapters by digest; `page_bytes` is over all layers."""
         self._scheduler, self._adapters, self._page_bytes = scheduler, adapters, page_bytes
         self.samples: list[PoolSample] = []
         self._events: list[dict[str, Any]] = []

@@ -48,7 +48,7 @@ class PageAllocator:
         self.adapter_pages = adapter_pages
         self.kinds = np.full(num_pages, PageKind.FREE, np.uint8)
         self.kinds[DUMMY_PAGE] = PageKind.DUMMY
-        self._stack = np.arange(num_pages - 1, 0, -1, dtype=np.int32)  # the top is the end
+        self._stack = np.arange(num_pages - 1, 0, -1, dtype=np.int32)  # free page ids, top last
         self._num_free = num_pages - 1
         self._num_adapter_pages = 0  # allocated
 
@@ -88,7 +88,7 @@ class PageAllocator:
           PoolError: fewer pages are free, or `count` is negative; nothing is allocated. Call `can_allocate` first.
         """
         if not 0 <= count <= self.available(kind):
-            raise PoolError(f"{count} pages asked for, {self.available(kind)} of {self.capacity_for(kind)} free")
+            raise PoolError(f"{count} pages requested, {self.available(kind)} of {self.capacity_for(kind)} free")
         pages = self._stack[self._num_free - count : self._num_free].copy()
         self._num_free -= count
         if kind is PageKind.ADAPTER:
@@ -123,11 +123,7 @@ class PageAllocator:
         self.kinds[pages] = PageKind.FREE
 
     def free_page(self, page: int) -> None:
-        """Frees one KV or PREFIX page, faster than `free`.
-
-        Raises:
-          PoolError: the page is out of range or already free.
-        """
+        """Frees one KV or PREFIX page, faster than `free`. Raises PoolError if it is out of range or already free."""
         if not DUMMY_PAGE < page < self.num_pages or self.kinds.item(page) == PageKind.FREE:
             raise PoolError(f"free of page {page}: it is not allocated")
         self.kinds[page] = PageKind.FREE

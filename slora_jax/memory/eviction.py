@@ -101,7 +101,6 @@ class RestoreCosts:
           page_bytes: bytes per page, over all layers.
           flops: operations per second of prefill.
           host_to_device: bytes per second of the host-to-device copy.
-          load: see the attribute.
         """
         return cls(load, page_bytes / host_to_device, 2 * parameters * page_size / flops)
 
@@ -231,11 +230,7 @@ class Evictor:
         self._evict[item.kind](item)
 
     def evict_one(self, kind: PageKind, protect_awaited: bool = False) -> None:
-        """Evicts the item of this kind that is first in eviction order.
-
-        Raises:
-          PoolError: no item of this kind is evictable.
-        """
+        """Evicts the first item of this kind in eviction order. Raises PoolError if none is evictable."""
         item = self._first([kind], protect_awaited)
         if item is None:
             raise PoolError(f"no idle {kind.name} can be evicted")

@@ -131,11 +131,7 @@ class PrefixCache:
         return parent if parent.depth else None
 
     def release(self, node: PrefixNode) -> None:
-        """Ends one request's use of a node and its ancestors.
-
-        Raises:
-          PoolError: no request holds the node.
-        """
+        """Ends one request's use of a node and its ancestors. Raises PoolError if no request holds the node."""
         if not node.users:
             raise PoolError(f"release of a prefix of {node.depth} pages: it is not in use")
         for held in node.path():
@@ -145,10 +141,7 @@ class PrefixCache:
                 self.evictor.add(held, exposed=not held.children)
 
     def forget(self, node: PrefixNode | None, keep: int) -> None:
-        """Evicts an idle node and its idle ancestors deeper than `keep` pages, because their pages were never written.
-
-        Skips nodes that are already evicted.
-        """
+        """Evicts a node and its ancestors deeper than `keep`, whose pages were never written, if idle and present."""
         for gone in node.path() if node is not None else ():
             if gone.depth > keep and gone.idle and gone.parent.children.get(gone.block) is gone:
                 self.evictor.evict(gone)

@@ -208,9 +208,7 @@ class AdapterResidency:
 
     def uploads(self, budget: int) -> list[Upload]:
         """Plans uploads of at most `budget` pages of prefetched adapters, in the order of the requests that need them.
-
-        The caller reports each upload by `landed`.
-        """
+        The caller reports each upload by `landed`."""
         uploads = []
         for resident in sorted(self._arriving.values(), key=lambda resident: resident.awaited):
             count = min(resident.num_pages - resident.staged, budget)
@@ -221,21 +219,15 @@ class AdapterResidency:
         return uploads
 
     def landed(self, upload: Upload) -> None:
-        """Records that every step dispatched from now on finds the uploaded pages in the pool.
-
-        Also called for an upload that was discarded because its adapter was evicted.
-        """
+        """Records that every step dispatched from now on finds the uploaded pages in the pool, or that the upload was
+        discarded because its adapter was evicted."""
         resident = upload.resident
         resident.landed += upload.count
         if resident.present and resident.has_landed:
             del self._arriving[resident.digest]
 
     def release(self, digest: str) -> None:
-        """Ends one use. After the last use the adapter is idle.
-
-        Raises:
-          PoolError: the adapter is not in use.
-        """
+        """Ends one use; after the last use the adapter is idle. Raises PoolError if it is not in use."""
         if digest not in self.users:
             raise PoolError(f"release of adapter {digest[:12]}: it is not in use")
         self.users[digest] -= 1

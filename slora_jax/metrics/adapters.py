@@ -54,11 +54,8 @@ class AdapterMetrics:
 def adapter_metrics(
     records: Iterable[RequestRecord], stays: Iterable[PoolStay], start: float, end: float
 ) -> dict[str | None, AdapterMetrics]:
-    """Computes the metrics of each adapter, by name; None stands for requests without an adapter.
-
-    Args:
-      start, end: window for the pool metrics, seconds on the engine's clock.
-    """
+    """Computes the metrics of each adapter, by name; None stands for requests without an adapter. `start` and `end`
+    bound the pool metrics, in seconds on the engine's clock."""
     requests: dict[str | None, list[RequestRecord]] = defaultdict(list)
     in_pool: dict[str | None, list[PoolStay]] = defaultdict(list)
     for record in records:

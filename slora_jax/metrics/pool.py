@@ -75,11 +75,7 @@ class PoolUse:
 
 
 def pool_use(samples: Sequence[PoolSample]) -> PoolUse:
-    """Summarises samples in order of time. Each is weighted by the time until the next.
-
-    Raises:
-      MetricsError: the samples cover no time.
-    """
+    """Summarizes samples, weighted by the time until the next one. Raises MetricsError if they cover no time."""
     times = np.array([s.time for s in samples])
     if times.size < 2 or times[-1] <= times[0]:
         raise MetricsError(f"pool use: {times.size} samples cover no time")

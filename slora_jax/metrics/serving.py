@@ -123,11 +123,7 @@ def serving_metrics(
 
 
 def throughput(completed: int, wall_seconds: float) -> float:
-    """Completed requests (or tokens) per second of wall time, drain included.
-
-    Raises:
-      MetricsError: `wall_seconds` is not positive.
-    """
+    """Completed requests (or tokens) per second of wall time, including drain. Raises MetricsError without any time."""
     if wall_seconds <= 0:
         raise MetricsError(f"wall_seconds={wall_seconds:g}: must be positive")
     return completed / wall_seconds
@@ -173,5 +169,5 @@ def satisfaction(first_token_latency: float, slo_seconds: float = SLO_SECONDS) -
 
 def _first_token_latency(record: RequestRecord) -> float:
     latency = record.first_token_latency
-    assert latency is not None  # a completed request has one
+    assert latency is not None  # completed requests have one
     return latency

@@ -26,12 +26,7 @@ from slora_jax.parallel.layout import Shards
 
 @dataclass(frozen=True)
 class Message:
-    """One collective.
-
-    Attributes:
-      kind: its HLO opcode.
-      bytes: size of the result, which every shard receives in full.
-    """
+    """One collective: its HLO opcode, and the bytes of its result, which every shard receives in full."""
 
     kind: Literal["all-reduce", "all-gather"]
     bytes: int
@@ -43,25 +38,15 @@ class Message:
 
 
 def base_messages(hidden_size: int, rows: int, itemsize: int) -> list[Message]:
-    """Collectives of the base model in one layer: after o and after down.
-
-    Args:
-      rows: tokens of the step.
-      itemsize: bytes per element.
-    """
+    """Collectives of the base model in one layer, after o and after down, for `rows` tokens of `itemsize` bytes per
+    element."""
     return [Message("all-reduce", rows * hidden_size * itemsize)] * 2
 
 
 def lora_messages(
     shards: Shards, rows: int, max_rank: int, itemsize: int, stacks: Sequence[tuple[str, ...]] = tuple(STACKS.values())
 ) -> list[Message]:
-    """Collectives of LoRA in one layer, one per stack.
-
-    Args:
-      rows: tokens of the step.
-      itemsize: bytes per element.
-      stacks: groups of projections that share a collective.
-    """
+    """Collectives of LoRA in one layer; the projections of a stack share one."""
     if shards.lora == "replicated":
         return []
     row = rows * itemsize
@@ -75,13 +60,7 @@ def lora_messages(
 
 
 def vocabulary_messages(hidden_size: int, shards: Shards, rows: int, seqs: int, itemsize: int) -> list[Message]:
-    """Collectives of a step outside its layers: the embeddings, and each shard's best token and logit per sequence.
-
-    Args:
-      rows: tokens of the step.
-      seqs: sequences of the step.
-      itemsize: bytes per element.
-    """
+    """Collectives of a step outside its layers: the embeddings, and each shard's best token and logit per sequence."""
     return [
         Message("all-reduce", rows * hidden_size * itemsize),
         Message("all-gather", shards.count * seqs * 8),  # token and logit, 4 bytes each

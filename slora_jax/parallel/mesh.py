@@ -110,11 +110,7 @@ def make_mesh(count: int, first: int = 0) -> Mesh:
 
 
 def cut(model: ModelConfig, count: int, lora: LoraSharding = "slora") -> Shards:
-    """Shards `model` over `count` devices.
-
-    Raises:
-      ConfigError: `count` does not divide a width of the model; the message names it.
-    """
+    """Shards `model` over `count` devices. Raises ConfigError, naming the width, if `count` does not divide it."""
     if count == 1:
         return Shards()
     for field in ("num_heads", "intermediate_size", "hidden_size"):
@@ -135,11 +131,7 @@ def cut(model: ModelConfig, count: int, lora: LoraSharding = "slora") -> Shards:
 def tensor_parallel(
     model: ModelConfig, count: int, lora: LoraSharding = "slora", first: int = 0
 ) -> TensorParallel | None:
-    """Shards `model` over `count` devices, starting with device number `first`. Returns None for one device.
-
-    Raises:
-      ConfigError: as `cut` and `make_mesh`.
-    """
+    """Shards `model` over `count` devices from number `first` on; None for one. Raises as `cut` and `make_mesh`."""
     return None if count == 1 else _on_devices(cut(model, count, lora), first)
 
 

@@ -15,10 +15,8 @@ NOT_FINITE = -1
 class ScheduledSequence:
     """Tokens `start .. start + count` of a request.
 
-    If `start < request.num_scored`, every token needs logits and is a sequence of one token in the step's batch.
-
-    Attributes:
-      samples: whether the request's last known token is included, so that the step samples the next one.
+    If they include its last known token, the step samples the next one (`samples`). If `start < request.num_scored`,
+    every token needs logits and is a sequence of one token in the step's batch.
     """
 
     request: Request

@@ -55,16 +55,12 @@ class Policy:
 
     def upcoming(self, waiting: RequestQueue, batch: Batch, now: float) -> Iterable[Request]:
         """Yields the waiting requests in their likely order of admission, now and later, to prefetch their adapters.
-
-        Only the first few are consumed. It must not change the policy's state.
-        """
+        Only the first few are consumed. It must not change the policy's state."""
         return self.select(waiting, batch, now)
 
     def aborts(self, waiting: RequestQueue, batch: Batch, now: float) -> Iterable[tuple[Request, str]]:
-        """Returns waiting requests to abort now, each with a reason for the user. Called first in every step.
-
-        The scheduler ignores requests that already have a token.
-        """
+        """Returns waiting requests to abort now, each with a reason for the user. Called first in every step. The
+        scheduler ignores requests that already have a token."""
         return ()
 
     def arrived(self, request: Request, waiting: RequestQueue) -> None:

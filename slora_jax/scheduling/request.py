@@ -25,10 +25,7 @@ class Status(StrEnum):
 class AdapterUse:
     """The adapter of a request, fixed on arrival: reloading the name later does not affect the request.
 
-    Attributes:
-      digest: digest of the adapter's content.
-      ranks: rank of each projection.
-      num_pages: pages that it needs in the pool.
+    `digest` is that of its content, `ranks` has the rank of each projection, `num_pages` the pages that it needs.
     """
 
     name: str
@@ -44,13 +41,8 @@ class AdapterUse:
 
 @dataclass
 class RequestMetrics:
-    """Times of a request, seconds on the engine's clock; None until the event.
-
-    Attributes:
-      admitted: first admission.
-      preemptions: number of preemptions.
-      cached_tokens: prompt tokens found in the prefix cache at the first admission.
-    """
+    """Times of a request, seconds on the engine's clock, None until the event; `admitted` is the first admission, at
+    which `cached_tokens` of the prompt were in the prefix cache."""
 
     arrival: float
     admitted: float | None = None

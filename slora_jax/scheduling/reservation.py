@@ -92,10 +92,6 @@ class Reservation:
 
 
 def peak(used: np.ndarray, remaining: np.ndarray) -> int:
-    """Returns the peak number of tokens of sequences in descending order of `remaining`.
-
-    Args:
-      used: tokens held now, int64 `[n]`.
-      remaining: tokens still to come, int64 `[n]`.
-    """
+    """Returns the peak number of tokens of sequences that hold `used` tokens and gain `remaining`, both int64 `[n]`, in
+    descending order of `remaining`."""
     return int((np.arange(1, used.size + 1) * remaining + np.cumsum(used)).max())

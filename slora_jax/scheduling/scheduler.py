@@ -90,11 +90,7 @@ class Scheduler:
         return -(-num_tokens // self.config.page_size)
 
     def schedule(self, now: float) -> StepPlan:
-        """Plans the next step, allocates its pages and advances the requests' progress counters.
-
-        Args:
-          now: seconds on the engine's clock.
-        """
+        """Plans the step at `now` (seconds), allocates its pages and advances the requests' progress counters."""
         plan = StepPlan()
         self._abort(plan, now)
         self._extend_running(plan, now)
@@ -127,11 +123,7 @@ class Scheduler:
             self.prefixes.forget(node, before)
 
     def check(self) -> None:
-        """Checks page ownership against the allocator.
-
-        Raises:
-          PoolError: a page is leaked or has two owners.
-        """
+        """Checks page ownership against the allocator. Raises PoolError if a page is leaked or has two owners."""
         prefixes = self.prefixes
         self.allocator.check_owned(
             {
@@ -276,11 +268,8 @@ class Scheduler:
         return self.prefixes.match(request.digest, request.token_bytes(), most)
 
     def _register(self, request: Request, plan: StepPlan | None = None) -> None:
-        """Adds a request's full pages to the prefix cache, as far as the host knows their tokens.
-
-        Args:
-          plan: the plan that computes the pages; None if dispatched steps computed them.
-        """
+        """Adds a request's full pages to the prefix cache, as far as the host knows their tokens. `plan` computes them;
+        None if dispatched steps did."""
         if self.prefixes is None:
             return
         before = request.num_shared
