@@ -2,7 +2,7 @@
 
 When a step needs another adapter, the merged one is subtracted (`W -= A B`) and the new one added (`W += A B`). Steps
 run without LoRA. Sums are computed in float32 and rounded to the weights' dtype, so each switch leaves an error of up
-to half a unit in the last place of `W + A B`, as in the paper's code. In float32 the error is far below what changes a
+to half a unit in the last place of `W + A B`, as in the paper's code. In float32 the error is far too small to change a
 token. In bfloat16 it accumulates: after 100 switches the weights are off by about 2% (measured in
 `tests/engine/test_lora_baselines.py`).
 """

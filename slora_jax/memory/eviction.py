@@ -112,7 +112,7 @@ class RestoreCosts:
 
 @dataclass
 class CostAware(EvictionPolicy):
-    """Greedy-Dual-Size-Frequency (Cherkasova 1998): evicts first what is cheap to restore per page and rarely used.
+    """Greedy-Dual-Size-Frequency (Cherkasova 1998): evicts rarely used items that are cheap to restore per page first.
 
     `priority = age + uses * seconds to restore / pages`, where `age` is the highest priority evicted so far. Because
     `age` grows, an item that is no longer used is evicted eventually, however expensive it is.

@@ -21,8 +21,8 @@ class CoreConfig:
       page_size: tokens per KV page, rows per adapter tile.
       max_num_seqs: maximum number of running sequences.
       max_num_batched_tokens: maximum tokens per step, decode and chunked prefill together.
-      admission: "optimistic" admits what fits now and preempts when pages run out; "reserve" admits a request only if
-        the pool holds all output still to come (`Reservation`, as in the paper).
+      admission: "optimistic" admits requests that fit now and preempts when pages run out; "reserve" admits a request
+        only if the pool can hold all output still to come (`Reservation`, as in the paper).
       prefix_cache: whether requests for the same adapter share the KV pages of a common prefix.
       adapter_slots: maximum number of adapters in the pool; None allows as many as fit, up to 4096.
       prefetch: maximum number of adapters uploaded for waiting requests and not used yet. With 0, an adapter is

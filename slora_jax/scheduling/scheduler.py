@@ -26,8 +26,8 @@ work, however long the queue."""
 class Scheduler:
     """Owns the queues and plans each step.
 
-    A step aborts what the policy aborts, then extends running sequences (one token, or the next prefill chunk), then
-    admits waiting requests in the policy's order while pages, slots and the token budget allow.
+    A step aborts the requests that the policy names, then extends running sequences (one token, or the next prefill
+    chunk), then admits waiting requests in the policy's order while pages, slots and the token budget allow.
 
     Admission needs pages for all known tokens, and for the adapter if it is not resident; with "reserve", also for all
     tokens still to come. When a running sequence needs a page and none is free, idle content is evicted first. Then the
