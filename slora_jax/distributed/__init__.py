@@ -1,4 +1,4 @@
-"""Several processes that serve one model together: process 0 leads, the others make its calls on their own devices."""
+"""Serving one model with several processes: process 0 leads, the followers repeat its calls on their own devices."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The engine: batches, the jitted step, sampling, the loop."""
+"""The engine: the step loop, batches, the jitted step and sampling."""
 
 from typing import TYPE_CHECKING
 

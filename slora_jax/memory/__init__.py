@@ -1,4 +1,4 @@
-"""The unified pool: device arrays and pure updates, the page allocator, adapter residency, the prefix cache."""
+"""The unified pool: device arrays and their pure updates, page allocator, adapter residency, eviction, prefix cache."""
 
 from typing import TYPE_CHECKING
 
