@@ -2,7 +2,7 @@
 
 Carries out the simulated runs of `experiments/configs/paper` and `experiments/configs/beyond` that `--output` lacks,
 and takes the engine's results from `experiments/results/miniature` (`make miniature` measures them). Writes JSON lines,
-a PNG, an SVG and a CSV per figure, and `report.html`.
+a PNG and an SVG per figure, and `report.html`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from experiments.config import load_experiment
 from experiments.machine import provenance
 from experiments.report.collect import Collected, collect
-from experiments.report.page import page, table_csv
+from experiments.report.page import page
 from experiments.report.pictures import picture
 from experiments.results_file import ResultsFile, read_results
 from experiments.run import run_experiment
@@ -41,7 +41,6 @@ def simulated(folder: str, output: Path, workers: int) -> list[Collected]:
         collected = collect(experiment, read_results(path))
         for kind in ("png", "svg"):
             path.with_suffix(f".{kind}").write_bytes(picture(collected, kind=kind))
-        path.with_suffix(".csv").write_text(table_csv(collected, collected.panels))
         made.append(collected)
     return made
 

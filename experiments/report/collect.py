@@ -5,14 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from experiments.config import Experiment, Run, load_experiment
 from experiments.paper.published import Bar, published_row
-from experiments.paper.results import PaperRow, load_rows
-from experiments.simulator_fit import fitting_labels
+from experiments.paper.results import PaperRow
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper"
 SHARES = ("attainment", "satisfaction")
@@ -36,11 +34,6 @@ class Point:
     def metrics(self) -> Mapping[str, Any]:
         """Returns our figures."""
         return self.line["metrics"]  # type: ignore[no-any-return]
-
-    @property
-    def is_fitted(self) -> bool:
-        """Returns whether the simulator's efficiencies were fitted to the published run."""
-        return isinstance(self.published, PaperRow) and self.published.label in _fitted()
 
     @property
     def error(self) -> str | None:
@@ -119,11 +112,6 @@ class Collected:
             if not point.is_difference(metric) and (deviation := point.deviation(metric)) is not None
         ]
         return (statistics.median(found), len(found)) if found else None
-
-
-@cache
-def _fitted() -> set[str]:
-    return fitting_labels(load_rows())
 
 
 def published_figures() -> list[Collected]:

@@ -13,21 +13,25 @@ from typing import Any
 from experiments.report.collect import Collected, Curve, Panel, Point
 
 Value = Callable[[Point, str], float | None]
-Judge = Callable[[Panel, Value], tuple[bool, str] | None]
-"""(panel, source) -> whether the conclusion holds, and its numbers; None if the source lacks the values."""
-
-SOURCES: Mapping[str, Value] = {"published": Point.theirs, "ours": Point.ours}
 
 
 @dataclass(frozen=True)
 class Check:
-    """A check of a panel. rule: the condition under which the conclusion holds, in words."""
+    """A test of one panel.
 
-    judge: Judge
+    Attributes:
+      rule: says in words when it holds.
+      judge: given a panel and a source, returns whether it holds and the numbers; None if the source has no values.
+    """
+
     rule: str
+    judge: Callable[[Panel, Value], tuple[bool, str] | None]
 
     def __call__(self, panel: Panel, value: Value) -> tuple[bool, str] | None:
         return self.judge(panel, value)
+
+
+SOURCES: Mapping[str, Value] = {"published": Point.theirs, "ours": Point.ours}
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def flat(metric: str, name: str, least: float) -> Check:
         ratio = values[last] / values[first]
         return ratio >= least, f"{metric} at {last} is {ratio:.2f} of that at {first}"
 
-    return Check(check, f"{metric} at the last place is at least {least:g} of that at the first")
+    return Check(f"{name}'s {metric} at the end of the axis is at least {least:g} times that at its start", check)
 
 
 def above(metric: str, name: str, *others: str, slack: float = 0.03, at_least: float = 1.0) -> Check:
@@ -99,9 +103,9 @@ def above(metric: str, name: str, *others: str, slack: float = 0.03, at_least: f
             texts.append(f"{metric} {_range(ratios, low, high)} times {other}'s")
         return (holds, "; ".join(texts)) if texts else None
 
-    rules = [f"at least {1 - slack:.2g} times the other's at every place"] if slack < 1 else []
-    rules += [f"at least {at_least:g} times the other's somewhere"] if at_least > 1 else []
-    return Check(check, f"{metric} is {' and '.join(rules)}")
+    rules = [f"everywhere at least {1 - slack:g} times"] if slack < 1 else []
+    rules += [f"somewhere at least {at_least:g} times"] if at_least > 1 else []
+    return Check(f"{name}'s {metric} is {' and '.join(rules)} that of {' and '.join(others)}", check)
 
 
 def with_several_adapters(check: Check) -> Check:
@@ -111,7 +115,7 @@ def with_several_adapters(check: Check) -> Check:
         counts = {point.run.config.adapters.count for curve in panel.curves for point in curve.points}
         return check(panel, value) if max(counts) > 1 else None
 
-    return Check(checked, f"with several adapters, {check.rule}")
+    return Check(f"{check.rule}, in each panel with more than one adapter", checked)
 
 
 def neutral(metric: str, spread: float) -> Check:
@@ -129,7 +133,7 @@ def neutral(metric: str, spread: float) -> Check:
         worst = max(ratios, key=lambda at: ratios[at])
         return ratios[worst] <= 1 + spread, f"{metric} differs by a factor of {ratios[worst]:.2f} at most (at {worst})"
 
-    return Check(check, f"{metric} of the curves differs by a factor of at most {1 + spread:g} at every place")
+    return Check(f"{metric} is everywhere within a factor of {1 + spread:g} between the curves", check)
 
 
 def _range(ratios: Mapping[Any, float], low: Any, high: Any) -> str:

@@ -44,11 +44,8 @@ LOGARITHMIC = (
 
 
 def picture(collected: Collected, panels: Sequence[Panel] | None = None, kind: str = "png") -> bytes:
-    """Draws the results as an image ("png" or "svg"): a column of plots per panel, a row per metric.
-
-    Ours are crosses on dashed lines (simulated) or squares (measured on the engine); published values are circles on
-    solid lines, with a ring if the simulator was fitted to the run.
-    """
+    """Plots a column for each panel and a row for each metric, as PNG or SVG. Ours are crosses on dashed lines
+    (simulated) or squares (measured on the engine); published values are circles on solid lines."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -77,8 +74,6 @@ def picture(collected: Collected, panels: Sequence[Panel] | None = None, kind: s
             if lines
             else Patch(fill=False, edgecolor="black", label="published")
         )
-    if lines and any(point.is_fitted for point in points):
-        handles.append(Line2D([], [], color="black", marker="o", ms=8, mfc="none", ls="", label="fitted"))
     for mode, (marker, line) in _STYLES.items():
         if lines and any(point.run.config.mode == mode for point in points):
             label = {"simulated": "simulated", "real": "measured"}[mode]
@@ -89,8 +84,9 @@ def picture(collected: Collected, panels: Sequence[Panel] | None = None, kind: s
     height = 0.1 + 0.2 * -(-len(handles) // per_line)
     fig.tight_layout(rect=(0, height / size[1], 1, 1))
     content = io.BytesIO()
-    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "slora"}
-    fig.savefig(content, format=kind, dpi=110, metadata={"Software" if kind == "png" else "Date": None})
+    fixed = {"Software": None} if kind == "png" else {"Date": None}
+    with plt.rc_context({"svg.hashsalt": "slora", "svg.fonttype": "none"}):
+        fig.savefig(content, format=kind, dpi=110, metadata=fixed)
     plt.close(fig)
     return content.getvalue()
 
@@ -108,9 +104,6 @@ def _plot(axes: Any, panel: Panel, metric: str, colors: dict[str, str]) -> None:
         published = [(p.at, y) for p in points if (y := p.theirs(metric)) is not None]
         if published:
             axes.plot(*np.transpose(published), "o-", ms=4, color=color)
-        fitted = [(p.at, y) for p in points if p.is_fitted and (y := p.theirs(metric)) is not None]
-        if fitted:
-            axes.plot(*np.transpose(fitted), "o", ms=10, mfc="none", color="black")
         ours = [(p.at, y) for p in points if (y := p.ours(metric)) is not None]
         if ours:
             marker, line = _STYLES[points[0].run.config.mode]
