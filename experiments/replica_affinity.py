@@ -41,7 +41,7 @@ from slora_jax.adapters import random_adapter, write_peft
 from slora_jax.demo.checkpoint import write_checkpoint
 from slora_jax.engine.sizing import adapter_geometry
 from slora_jax.models import ModelConfig
-from slora_jax.serving.replicas import run_replicas
+from slora_jax.serving.replicas.deployment import run_replicas
 from slora_jax.serving.settings import ServerSettings
 
 DEFAULT_OUTPUT = Path(__file__).parent / "results" / "replica_affinity.json"
@@ -141,7 +141,7 @@ class Cluster:
 
     @asynccontextmanager
     async def _http(self, by_adapter: bool) -> AsyncIterator[httpx.AsyncClient]:
-        from slora_jax.serving.replica_front import ReplicaFront
+        from slora_jax.serving.replicas.front import ReplicaFront
 
         front = ReplicaFront(self._handle, self._server, by_adapter=by_adapter)
         server = uvicorn.Server(uvicorn.Config(front, host="127.0.0.1", port=0, log_level="warning"))

@@ -1,4 +1,4 @@
-"""An engine of the test's own process, for loops and services that come and go."""
+"""Lends one engine of the test's process to several loops and services in turn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from slora_jax import Engine
 
 
 class Borrowed:
-    """An engine that several loops use in turn: closing it only ends its requests."""
+    """An engine whose `close` only ends its requests."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -25,7 +25,7 @@ class Borrowed:
             self._engine.step()
 
 
-async def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.002)

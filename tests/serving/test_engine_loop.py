@@ -1,4 +1,4 @@
-"""The engine's thread: tokens come through, cancelled requests end within a step, faults are told and survived."""
+"""The engine's thread: tokens are delivered, cancelled requests end within a step, faults are reported and survived."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from slora_jax import Engine, RequestOutput, SamplingParams
 from slora_jax.errors import ConfigError, RequestError
 from slora_jax.scheduling.plan import NOT_FINITE
 from slora_jax.serving.engine_loop import EngineLoop, Health
-from slora_jax.serving.errors import ApiError
+from slora_jax.serving.http.errors import ApiError
 from slora_jax.serving.mailbox import Mailbox
 
 LONG = SamplingParams(max_tokens=80, ignore_eos=True)
 
 
 class Heard:
-    """A listener that remembers."""
+    """A listener that records its calls."""
 
     def __init__(self) -> None:
         self.outputs: list[RequestOutput] = []
@@ -69,7 +69,7 @@ def submit(loop: EngineLoop, prompt: list[int], params: SamplingParams = LONG) -
 
 
 class Trap:
-    """Replaces a method: the calls in `failing` (counted from 1) raise, and all are let through by `gate`."""
+    """Replaces a method: calls in `failing` (counted from 1) raise, and all calls wait for `gate`."""
 
     def __init__(self, method: Callable, failing: Callable[[int], bool]) -> None:
         self._method, self._failing = method, failing
@@ -95,7 +95,7 @@ def trap(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trap]
     return set_trap
 
 
-def test_many_sequences_get_the_tokens_that_generate_gives(engine) -> None:
+def test_tokens_equal_those_of_generate(engine) -> None:
     prompts = [[5 + i, 7, 9 + 3 * i] for i in range(24)]
     params = [SamplingParams(max_tokens=4 + i, temperature=0.7 * (i % 2), seed=i) for i in range(24)]
     expected = engine.generate(prompts, params)
@@ -113,7 +113,7 @@ def test_many_sequences_get_the_tokens_that_generate_gives(engine) -> None:
     run(scenario)
 
 
-def test_a_refused_sequence_fails_its_own_mailbox_only(engine) -> None:
+def test_refused_sequence_fails_alone(engine) -> None:
     async def scenario() -> None:
         async with looping(engine) as loop:
             _, good = submit(loop, [1, 2, 3], SamplingParams(max_tokens=3, ignore_eos=True))
@@ -125,7 +125,7 @@ def test_a_refused_sequence_fails_its_own_mailbox_only(engine) -> None:
     run(scenario)
 
 
-def test_a_cancelled_sequence_runs_no_further_step(engine, trap) -> None:
+def test_cancelled_sequence_runs_no_further_step(engine, trap) -> None:
     dispatch = trap("dispatch")
 
     async def scenario() -> None:
@@ -147,12 +147,12 @@ def test_a_cancelled_sequence_runs_no_further_step(engine, trap) -> None:
 
 
 @pytest.mark.parametrize("place", ["dispatch", "read"])
-def test_a_failed_step_fails_what_it_touched_and_nothing_else(engine, trap, place) -> None:
+def test_failed_step_fails_running_sequences_only(engine, trap, place) -> None:
     async def scenario() -> None:
         heard = Heard()
         async with looping(engine, heard) as loop:
             made = trap(place, lambda call: call == 6)
-            running = [submit(loop, [3 + i, 4]) for i in range(16)]  # all that can run at once
+            running = [submit(loop, [3 + i, 4]) for i in range(16)]  # as many as can run at once
             await running[0][1].take()
             waiting = [submit(loop, [50 + i], SamplingParams(max_tokens=3, ignore_eos=True)) for i in range(3)]
             for _, mailbox in running:
@@ -171,7 +171,7 @@ def test_a_failed_step_fails_what_it_touched_and_nothing_else(engine, trap, plac
     run(scenario)
 
 
-def test_a_sequence_without_finite_logits_fails_alone(engine, monkeypatch) -> None:
+def test_sequence_without_finite_logits_fails_alone(engine, monkeypatch) -> None:
     read = engine.executor.read
     requests = []
 
@@ -201,7 +201,7 @@ def test_a_sequence_without_finite_logits_fails_alone(engine, monkeypatch) -> No
     run(scenario)
 
 
-def test_while_it_recovers_nothing_is_taken(engine, trap) -> None:
+def test_requests_are_rejected_during_recovery(engine, trap) -> None:
     async def scenario() -> None:
         async with looping(engine) as loop:
             dispatch = trap("dispatch", lambda call: call == 3 and not dispatch.gate.clear())
@@ -217,7 +217,7 @@ def test_while_it_recovers_nothing_is_taken(engine, trap) -> None:
     run(scenario)
 
 
-def test_an_engine_that_does_not_recover_is_dead_and_says_so(engine, trap) -> None:
+def test_engine_that_does_not_recover_is_dead(engine, trap) -> None:
     async def scenario() -> None:
         heard = Heard()
         async with looping(engine, heard) as loop:
@@ -239,7 +239,7 @@ def test_an_engine_that_does_not_recover_is_dead_and_says_so(engine, trap) -> No
     run(scenario)
 
 
-def test_a_step_that_hangs_is_noticed_and_survived(engine, trap) -> None:
+def test_hanging_step_is_detected_and_survived(engine, trap) -> None:
     async def scenario() -> None:
         heard = Heard()
         async with looping(engine, heard, stall_seconds=0.4) as loop:
@@ -267,7 +267,7 @@ def test_a_step_that_hangs_is_noticed_and_survived(engine, trap) -> None:
 
 
 @pytest.mark.parametrize("sequences", [1, 20], ids=["in the probe", "in the next step"])
-def test_hang_after_a_failed_step_is_noticed_and_survived(engine, trap, sequences) -> None:
+def test_hang_after_a_failed_step_is_detected_and_survived(engine, trap, sequences) -> None:
     async def scenario() -> None:
         heard = Heard()
         async with looping(engine, heard, stall_seconds=0.4) as loop:
@@ -287,7 +287,7 @@ def test_hang_after_a_failed_step_is_noticed_and_survived(engine, trap, sequence
     run(scenario)
 
 
-def test_call_that_hangs_is_noticed_and_survived(engine) -> None:
+def test_hanging_call_is_detected_and_survived(engine) -> None:
     async def scenario() -> None:
         async with looping(engine, stall_seconds=0.4) as loop:
             gate = threading.Event()
@@ -300,7 +300,7 @@ def test_call_that_hangs_is_noticed_and_survived(engine) -> None:
     run(scenario)
 
 
-def test_stopping_does_not_wait_for_an_engine_whose_close_hangs(engine) -> None:
+def test_stop_does_not_wait_for_a_hanging_close(engine) -> None:
     async def scenario() -> None:
         gate = threading.Event()
         lent = Borrowed(engine)
@@ -322,7 +322,7 @@ def test_stopping_does_not_wait_for_an_engine_whose_close_hangs(engine) -> None:
 
 @pytest.mark.parametrize("health", [Health.DEAD, Health.STOPPED, Health.STALLED])
 def test_sequence_submitted_after_the_engines_end_fails_at_once(engine, trap, health) -> None:
-    """Its request passed the readiness check before, and was tokenized meanwhile."""
+    """Its request passed the readiness check earlier, and was tokenized since."""
 
     async def scenario() -> None:
         async with looping(engine, stall_seconds=0.4) as loop:
@@ -346,23 +346,7 @@ def test_sequence_submitted_after_the_engines_end_fails_at_once(engine, trap, he
     run(scenario)
 
 
-def test_an_engine_that_cannot_be_built_is_dead() -> None:
-    def build() -> Engine:
-        raise RuntimeError("no weights")
-
-    async def scenario() -> None:
-        heard = Heard()
-        loop = EngineLoop(build, heard, stall_seconds=60)
-        loop.start()
-        await until(lambda: loop.health is Health.DEAD)
-        with pytest.raises(ApiError, match="no weights"):
-            loop.engine  # noqa: B018
-        await loop.stop()
-
-    run(scenario)
-
-
-def test_stopping_tells_those_that_wait(engine) -> None:
+def test_stop_fails_waiting_sequences(engine) -> None:
     async def scenario() -> None:
         async with looping(engine) as loop:
             mailbox = submit(loop, [3, 4])[1]
@@ -376,7 +360,7 @@ def test_stopping_tells_those_that_wait(engine) -> None:
 
 
 @pytest.mark.parametrize(("error", "lines"), [(ConfigError("num_pages=3: too few"), 0), (OSError("no disk"), 1)])
-def test_only_an_unforeseen_failure_to_build_logs_a_traceback(error, lines, caplog) -> None:
+def test_only_an_unexpected_build_failure_logs_a_traceback(error, lines, caplog) -> None:
     def build() -> Engine:
         raise error
 
@@ -385,6 +369,8 @@ def test_only_an_unforeseen_failure_to_build_logs_a_traceback(error, lines, capl
         loop.start()
         await until(lambda: loop.health is Health.DEAD)
         assert loop.error is error
+        with pytest.raises(ApiError, match="too few|no disk"):
+            loop.engine  # noqa: B018
         await loop.stop()
 
     asyncio.run(scenario())

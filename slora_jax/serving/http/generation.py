@@ -1,12 +1,12 @@
-"""One HTTP request from its checked body to its answer, whole or as server-sent events."""
+"""Runs one HTTP request and answers it, whole or as server-sent events."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import Request
 from starlette.responses import Response
@@ -15,14 +15,15 @@ from starlette.types import Receive, Scope, Send
 from slora_jax.engine import RequestOutput
 from slora_jax.scheduling import SamplingParams
 from slora_jax.serving.engine_loop import EngineLoop
-from slora_jax.serving.errors import JsonResponse, as_api_error
+from slora_jax.serving.http.answers import Chunk
+from slora_jax.serving.http.bodies import StreamOptions
+from slora_jax.serving.http.errors import JsonResponse, as_api_error, to_json
+from slora_jax.serving.http.shapes import Shape, counts, usage
 from slora_jax.serving.mailbox import Arrived, Mailbox
-from slora_jax.serving.protocol import StreamOptions
-from slora_jax.serving.shapes import Json, Shape, counts, usage
 
 
 class ClientGoneError(Exception):
-    """The client has closed its connection: nobody reads an answer."""
+    """The client has closed its connection, so the answer has no reader."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,15 @@ async def generate(
     loop: EngineLoop,
     held: AsyncExitStack,
 ) -> Response:
-    """Runs the sequences and answers in `shape`: as events if `stream` is not None, else when all have ended. Errors up
-    to the first token are statuses; later ones are events. A client that goes away cancels its sequences.
+    """Runs the sequences and answers in `shape`. A client that disconnects cancels its sequences.
 
-    held: what the request holds, to be given back when this returns; an answer that is a stream takes it along.
+    Args:
+      stream: None answers when all sequences have ended; otherwise tokens are sent as events. Errors before the first
+        token are statuses, later ones are events.
+      held: resources of the request, released when this returns; a stream takes them over.
 
     Raises:
-      ApiError: the service failed, or does not take the request.
+      ApiError: the service failed, or does not accept the request.
     """
     mailbox = Mailbox()
     gone = asyncio.create_task(_until_gone(request, mailbox))
@@ -69,12 +72,12 @@ async def generate(
         if stream is None:
             return JsonResponse(await _whole(first, mailbox, sequences, shape))
     except ClientGoneError:
-        return Response(status_code=499)  # for the log; nobody reads it
+        return Response(status_code=499)  # for the log only
     return EventStream(_events(first, mailbox, sequences, shape, stream), held.pop_all())
 
 
 class EventStream(Response):
-    """Server-sent events. What the request holds is given back at the end, however that comes."""
+    """Server-sent events. Releases the request's resources at the end, whether or not the stream is complete."""
 
     media_type = "text/event-stream"
 
@@ -91,25 +94,27 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+def event_of(data: Mapping[str, Any]) -> bytes:
+    """Encodes a server-sent event."""
+    return b"data: " + to_json(data).encode() + b"\n\n"
+
+
 async def _until_gone(request: Request, mailbox: Mailbox) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     mailbox.fail(ClientGoneError())
 
 
-async def _whole(arrived: dict[int, Arrived], mailbox: Mailbox, sequences: Sequences, shape: Shape) -> Json:
-    wholes: dict[int, Arrived] = {}
-    count = len(sequences.prompts)
+async def _whole(arrived: dict[int, Arrived], mailbox: Mailbox, sequences: Sequences, shape: Shape) -> dict[str, Any]:
+    outputs: dict[int, RequestOutput] = {}
     while True:
-        for index, part in arrived.items():
-            if part.output is not None:
-                wholes[index] = _all_of(part.output)
-        if len(wholes) == count:
+        outputs |= {index: part.output for index, part in arrived.items() if part.output is not None}
+        if len(outputs) == len(sequences.prompts):
             break
         arrived = await mailbox.take()
-    choices = [shape.choice(index, wholes[index]) for index in range(count)]
-    outputs = [whole.output for _, whole in sorted(wholes.items()) if whole.output is not None]
-    return shape.envelope(choices, streamed=False) | {"usage": usage(outputs, sequences.choices)}
+    in_order = [output for _, output in sorted(outputs.items())]
+    choices = [shape.choice(index, _all_of(output)) for index, output in enumerate(in_order)]
+    return shape.whole(choices, usage(in_order, sequences.choices))
 
 
 def _all_of(output: RequestOutput) -> Arrived:
@@ -123,20 +128,20 @@ async def _events(
     shape: Shape,
     options: StreamOptions,
 ) -> AsyncIterator[bytes]:
-    """An event a choice for whatever has come, all in one write. Ends with [DONE], or with an error's body."""
+    """Yields the events of all choices with new tokens in one write. Ends with [DONE], or with an error's body."""
     outputs: dict[int, RequestOutput] = {}
     opened: set[int] = set()
     count = len(sequences.prompts)
     prompt_tokens, generated = sum(map(len, sequences.prompts[:: sequences.choices])), 0
     try:
         while True:
-            events = []
+            events: list[Chunk] = []
             for index, part in sorted(arrived.items()):
                 if index not in opened:
                     opened.add(index)
                     if (opening := shape.opening(index, part)) is not None:
-                        events.append(shape.envelope([opening], streamed=True))
-                events.append(shape.envelope([shape.piece(index, part)], streamed=True))
+                        events.append(shape.chunk([opening]))
+                events.append(shape.chunk([shape.piece(index, part)]))
                 generated += len(part.token_ids)
                 if options.continuous_usage_stats:
                     events[-1]["usage"] = counts(prompt_tokens, generated)
@@ -144,17 +149,14 @@ async def _events(
                     outputs[index] = part.output
             has_ended = len(outputs) == count
             if has_ended and options.include_usage:
-                whole = usage([outputs[index] for index in range(count)], sequences.choices)
-                events.append(shape.envelope([], streamed=True) | {"usage": whole})
-            yield b"".join(map(_event, events)) + (b"data: [DONE]\n\n" if has_ended else b"")
+                last = shape.chunk([])
+                last["usage"] = usage([outputs[index] for index in range(count)], sequences.choices)
+                events.append(last)
+            yield b"".join(map(event_of, events)) + (b"data: [DONE]\n\n" if has_ended else b"")
             if has_ended:
                 return
             arrived = await mailbox.take()
     except ClientGoneError:
         return
-    except Exception as error:  # noqa: BLE001  the status is out already
-        yield _event(as_api_error(error).body())
-
-
-def _event(data: Json) -> bytes:
-    return b"data: " + json.dumps(data, separators=(",", ":"), allow_nan=False).encode() + b"\n\n"
+    except Exception as error:  # noqa: BLE001  the status is sent already
+        yield event_of(as_api_error(error).body())

@@ -1,4 +1,4 @@
-"""A look at the watched directory that meets a client's load or unload half-way: the client's word counts."""
+"""Scans of the watched directory, also during a client's load or unload, which takes precedence."""
 
 import asyncio
 import json
@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from slora_jax.serving.adapters import STATE_FILE, Adapters, StateFile
+from slora_jax.serving.adapter_files import StateFile
+from slora_jax.serving.adapters import STATE_FILE, Adapters
 from slora_jax.serving.settings import ServerSettings
 
 
 class Engine:
-    """Keeps names only; it is its own store and residency, and the loop that it is called by."""
+    """A fake of engine, store, residency and loop that keeps names only."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
@@ -59,7 +60,7 @@ def adapter(directory: Path) -> Path:
 
 
 class Paused:
-    """A method that waits before it does its work, until it is let go."""
+    """Replaces a method by one that waits for `go`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, kind: type, name: str) -> None:
         self.has_begun, self.go = threading.Event(), threading.Event()
@@ -85,91 +86,91 @@ def made(tmp_path) -> tuple[Adapters, Engine]:
     return Adapters(settings, lambda name: None), Engine()
 
 
-def test_what_a_client_loads_during_a_look_stays(made, tmp_path, monkeypatch):
+def test_adapter_loaded_during_a_scan_stays(made, tmp_path, monkeypatch):
     adapters, engine = made
 
     async def play() -> None:
         paused = Paused(monkeypatch, StateFile, "loaded")
         load = asyncio.create_task(adapters.load(engine, "two", str(tmp_path / "other" / "two"), False))
-        await paused.begun()  # it is registered, and the state file does not know it yet
-        look = asyncio.create_task(adapters.look(engine))
+        await paused.begun()  # registered, and not yet in the state file
+        scan = asyncio.create_task(adapters.scan(engine))
         await asyncio.sleep(0.2)
         paused.go.set()
-        await asyncio.gather(load, look)
+        await asyncio.gather(load, scan)
         assert engine.has("two")
         for _ in range(3):
-            await adapters.look(engine)
+            await adapters.scan(engine)
             assert engine.has("two")
         assert engine.names == {"one", "two"}
 
     asyncio.run(play())
 
 
-def test_what_a_client_unloads_during_a_look_does_not_come_back(made, monkeypatch):
+def test_adapter_unloaded_during_a_scan_stays_unloaded(made, monkeypatch):
     adapters, engine = made
 
     async def play() -> None:
         for _ in range(2):
-            await adapters.look(engine)
+            await adapters.scan(engine)
         assert engine.names == {"one"}
         paused = Paused(monkeypatch, StateFile, "unloaded")
         unload = asyncio.create_task(adapters.unload(engine, "one", 1.0))
-        await paused.begun()  # its name is gone, and the state file does not know it yet
-        look = asyncio.create_task(adapters.look(engine))
+        await paused.begun()  # unregistered, and not yet in the state file
+        scan = asyncio.create_task(adapters.scan(engine))
         await asyncio.sleep(0.2)
         paused.go.set()
-        await asyncio.gather(unload, look)
+        await asyncio.gather(unload, scan)
         assert engine.names == set()
         for _ in range(3):
-            await adapters.look(engine)
+            await adapters.scan(engine)
             assert engine.names == set()
 
     asyncio.run(play())
 
 
-def test_an_adapter_that_a_client_unloaded_is_served_again_when_its_files_are_replaced(made, tmp_path):
+def test_unloaded_adapter_is_served_again_when_its_files_are_replaced(made, tmp_path):
     adapters, engine = made
     folder = tmp_path / "watched" / "one"
 
-    async def look() -> dict[str, str]:
+    async def scan_twice() -> dict[str, str]:
         for _ in range(2):
-            await adapters.look(engine)
+            await adapters.scan(engine)
         return adapters.refused
 
     async def play() -> None:
         nonlocal adapters
-        assert await look() == {} and engine.names == {"one"}
+        assert await scan_twice() == {} and engine.names == {"one"}
         await adapters.unload(engine, "one", 1.0)
         adapters = Adapters(adapters._settings, lambda name: None)  # after a restart
-        assert "a client unloaded it" in (await look())["one"] and engine.names == set()
+        assert "a client unloaded it" in (await scan_twice())["one"] and engine.names == set()
         (folder / "adapter_model.safetensors").write_text("{ }")
-        assert await look() == {} and engine.names == {"one"}
+        assert await scan_twice() == {} and engine.names == {"one"}
 
         await adapters.unload(engine, "one", 1.0)
         folder.rename(tmp_path / "elsewhere")
-        assert await look() == {}
+        assert await scan_twice() == {}
         adapter(folder)
-        assert await look() == {} and engine.names == {"one"}
+        assert await scan_twice() == {} and engine.names == {"one"}
 
     asyncio.run(play())
 
 
-def test_names_that_an_earlier_version_unloaded_stay_unloaded(made, tmp_path):
+def test_state_file_of_an_earlier_version_is_read(made, tmp_path):
     adapters, engine = made
     (tmp_path / "watched" / STATE_FILE).write_text(json.dumps({"loaded": {}, "unloaded": ["one"]}))
 
     async def play() -> None:
         for _ in range(2):
-            await adapters.look(engine)
+            await adapters.scan(engine)
         assert "a client unloaded it" in adapters.refused["one"] and engine.names == set()
         await adapters.load(engine, "one", "one", False)
-        await adapters.look(engine)
+        await adapters.scan(engine)
         assert adapters.refused == {} and engine.names == {"one"}
 
     asyncio.run(play())
 
 
-def test_folders_that_are_not_served_are_listed_with_the_reason(made, tmp_path, caplog):
+def test_folders_left_out_are_listed_with_the_reason(made, tmp_path, caplog):
     adapters, engine = made
     watched = tmp_path / "watched"
     adapter(watched / adapters._settings.base_name)
@@ -187,7 +188,7 @@ def test_folders_that_are_not_served_are_listed_with_the_reason(made, tmp_path, 
 
     async def play() -> None:
         for _ in range(3):
-            await adapters.look(engine)
+            await adapters.scan(engine)
         assert engine.names == {"one"}
 
     asyncio.run(play())
@@ -197,17 +198,17 @@ def test_folders_that_are_not_served_are_listed_with_the_reason(made, tmp_path, 
         assert sum(reason in message for message in caplog.messages) == 1
 
 
-def test_what_leaves_the_directory_goes_after_two_looks(made, tmp_path):
+def test_removed_folder_is_unregistered_after_two_scans(made, tmp_path):
     adapters, engine = made
 
     async def play() -> None:
         for _ in range(3):
-            await adapters.look(engine)
+            await adapters.scan(engine)
         assert engine.names == {"one"}
         (tmp_path / "watched" / "one").rename(tmp_path / "elsewhere")
-        await adapters.look(engine)
+        await adapters.scan(engine)
         assert engine.names == {"one"}
-        await adapters.look(engine)
+        await adapters.scan(engine)
         assert engine.names == set()
 
     asyncio.run(play())

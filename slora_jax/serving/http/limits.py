@@ -1,4 +1,4 @@
-"""Bounds on what clients may send and hold: an ASGI layer around the app, and a count by client inside it."""
+"""Limits on requests: an ASGI layer around the app for their size and time, and a count of sequences by client."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from contextlib import contextmanager
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from slora_jax.serving.access import Access
-from slora_jax.serving.errors import ApiError, unavailable
+from slora_jax.serving.http.access import Access
+from slora_jax.serving.http.errors import ApiError, too_large_head, unavailable
 from slora_jax.serving.settings import Limits
 
 OnRequest = Callable[[str | None, str, int, float], None]
-"""Told of a request that is done: the route's template if there is one, method, status, how many seconds it took."""
+"""Called after each request with the route's template if a route matched, method, status, and duration in seconds."""
 
 
 class Gate:
-    """Reads the bodies of clients that have a key, each at most so large and for at most so long, and of all of them
-    together so much; and reports every request."""
+    """Middleware that reads bodies of clients with a valid key only, bounds each body's size and time and the size of
+    all bodies together, and reports every request."""
 
     def __init__(self, app: ASGIApp, limits: Limits, access: Access, on_request: OnRequest) -> None:
         self._app, self._limits, self._access, self._on_request = app, limits, access, on_request
@@ -34,7 +34,7 @@ class Gate:
         start, status, body = time.perf_counter(), 0, _Body(receive, self._limits.body_seconds)
         method = scope["method"]
         if method == "HEAD":
-            scope = {**scope, "method": "GET"}  # the server that called sends no body
+            scope = {**scope, "method": "GET"}  # uvicorn leaves out the body
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -58,8 +58,7 @@ class Gate:
 
         try:
             if _head_bytes(scope) > self._limits.header_bytes:
-                error = ApiError(431, "the request's head is too large (limits.header_bytes)", code="large_head")
-                await error.response()(scope, receive, sending)
+                await too_large_head().response()(scope, receive, sending)
             else:
                 await self._app(scope, receiving, sending)
         finally:
@@ -68,7 +67,7 @@ class Gate:
             self._on_request(route, method, status, time.perf_counter() - start)
 
     def _check(self, scope: Scope) -> None:
-        """Before anything of a body is read. Raises ApiError."""
+        """Checks the key and the declared length before any of the body is read. Raises ApiError."""
         self._access.check(Request(scope), None)
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared[:20]) > self._limits.body_bytes:
@@ -76,7 +75,7 @@ class Gate:
 
 
 class _Body:
-    """A request's body on its way. size: bytes that have come."""
+    """A request's body while it is received. size: bytes received."""
 
     def __init__(self, receive: Receive, seconds: float) -> None:
         self._receive, self._seconds = receive, seconds
@@ -87,12 +86,8 @@ class _Body:
         try:
             message = await asyncio.wait_for(self._receive(), self._deadline - time.monotonic())
         except TimeoutError:
-            raise ApiError(
-                408,
-                f"the body did not come within {self._seconds:g} s (limits.body_seconds)",
-                code="slow_body",
-                headers={"Connection": "close"},
-            ) from None
+            late = f"the body did not come within {self._seconds:g} s (limits.body_seconds)"
+            raise ApiError(408, late, code="slow_body", headers={"Connection": "close"}) from None
         if message["type"] == "http.request":
             self.size += len(message.get("body", b""))
             self.is_whole = not message.get("more_body", False)
@@ -100,10 +95,14 @@ class _Body:
 
 
 class Shares:
-    """How many sequences each client has unfinished, and all of them together."""
+    """Counts unfinished sequences, by client and in all."""
 
     def __init__(self, limits: Limits, max_num_seqs: int) -> None:
-        """max_num_seqs: those that can run at once."""
+        """Starts at zero.
+
+        Args:
+          max_num_seqs: sequences that can run at once.
+        """
         self._limits = limits
         self._most = max_num_seqs + limits.waiting
         self._held: Counter[str] = Counter()
@@ -114,30 +113,19 @@ class Shares:
         """Counts a client's sequences inside the block.
 
         Raises:
-          ApiError: 400 for more than one request may ever have, 429 for more than the client may, 503 for more than the
-            service takes.
+          ApiError: 400 above the limit of one request, 429 above the client's, 503 above the service's.
         """
         limits = self._limits
-        if sequences > min(limits.sequences, limits.per_client, self._most):
-            most = min(limits.sequences, limits.per_client, self._most)
-            raise ApiError(
-                400,
-                f"prompts times n is {sequences}; one request may have {most}",
-                code="too_many_sequences",
-                param="n",
-            )
+        most = min(limits.sequences, limits.per_client, self._most)
+        if sequences > most:
+            message = f"prompts times n is {sequences}; one request may have {most}"
+            raise ApiError(400, message, code="too_many_sequences", param="n")
         if self._held[client] + sequences > limits.per_client:
-            raise ApiError(
-                429,
-                f"{self._held[client]} sequences of yours are unfinished; limits.per_client={limits.per_client}",
-                kind="rate_limit_error",
-                code="too_many_requests",
-                retry_after=1,
-            )
+            message = f"{self._held[client]} sequences of yours are unfinished; limits.per_client={limits.per_client}"
+            raise ApiError(429, message, kind="rate_limit_error", code="too_many_requests", retry_after=1)
         if self._total + sequences > self._most:
-            raise unavailable(
-                f"the queue is full: {limits.waiting} may wait (limits.waiting)", code="queue_full", retry_after=2
-            )
+            message = f"the queue is full: {limits.waiting} may wait (limits.waiting)"
+            raise unavailable(message, code="queue_full", retry_after=2)
         self._held[client] += sequences
         self._total += sequences
         try:
@@ -155,6 +143,5 @@ def _head_bytes(scope: Scope) -> int:
 
 
 def _too_large(limits: Limits) -> ApiError:
-    return ApiError(
-        413, f"the body is larger than {limits.body_bytes} bytes (limits.body_bytes)", code="body_too_large"
-    )
+    message = f"the body is larger than {limits.body_bytes} bytes (limits.body_bytes)"
+    return ApiError(413, message, code="body_too_large")
