@@ -22,6 +22,7 @@ from slora_jax.errors import AdapterError
 from slora_jax.phases import advance, phase
 from slora_jax.serving.adapter_files import AdapterRoots, StateFile, Version, adapters_in, version_of
 from slora_jax.serving.engine_loop import EngineLoop
+from slora_jax.serving.http.answers import Unloaded
 from slora_jax.serving.http.errors import ApiError
 from slora_jax.serving.settings import ServerSettings
 
@@ -38,24 +39,6 @@ class Wanted:
 
     directory: Path
     version: Version
-
-
-@dataclass(frozen=True)
-class Unloaded:
-    """Result of an unload.
-
-    Attributes:
-      is_gone: whether the memory was freed in time.
-      shared: whether another name has the same content.
-      pages, nbytes: freed pages of the pool, and bytes of host memory.
-      seconds: duration.
-    """
-
-    is_gone: bool
-    shared: bool
-    pages: int
-    nbytes: int
-    seconds: float
 
 
 class Adapters:
@@ -151,7 +134,20 @@ class Adapters:
             held = await loop.call(lambda engine: _pages_held(engine, info.digest))
             is_gone = not held and not store.holds(info.digest)
         freed = is_gone and not shared
-        return Unloaded(freed, shared, pages * freed, info.nbytes * freed, time.monotonic() - start)
+        if shared:
+            what = "Its content stays: another name has the same."
+        elif not freed:
+            what = "Requests under way still use it; its memory is free when they have ended."
+        else:
+            what = "Its memory is free."
+        return {
+            "message": f"Success: LoRA adapter '{name}' removed successfully. {what}",
+            "name": name,
+            "freed": freed,
+            "freed_pages": pages * freed,
+            "freed_bytes": info.nbytes * freed,
+            "drain_seconds": round(time.monotonic() - start, 3),
+        }
 
     async def watch(self, loop: EngineLoop) -> None:
         """Follows the watched directory and the state file until it is cancelled. With very many adapters it scans less

@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
@@ -48,15 +47,6 @@ class Health(StrEnum):
     STOPPED = "stopped"
     DEAD = "dead"
     """The engine is unusable. The process should be restarted."""
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """An unfinished sequence, and the destination of its tokens."""
-
-    request_id: str
-    mailbox: Mailbox
-    index: int
 
 
 class Listener(Protocol):
@@ -94,7 +84,7 @@ class EngineLoop:
         self._engine: Engine | None = None
         self._events = asyncio.get_running_loop()
         self._calls: set[asyncio.Future] = set()  # waiting for the thread
-        self._sequences: dict[str, Sequence] = {}
+        self._sequences: dict[str, tuple[Mailbox, int]] = {}  # unfinished ones by id
         self._numbers = 0
         # Shared with the thread:
         self._commands: deque[Callable[[Engine], None]] = deque()
@@ -143,7 +133,7 @@ class EngineLoop:
         if self.health in UNAVAILABLE:
             mailbox.fail(self._refusal())
             return request_id
-        self._sequences[request_id] = Sequence(request_id, mailbox, index)
+        self._sequences[request_id] = mailbox, index
 
         def add(engine: Engine) -> None:
             try:
@@ -216,45 +206,34 @@ class EngineLoop:
 
     def _deliver(self, deltas: list[Delta]) -> None:
         for delta in deltas:
-            sequence = self._sequences.get(delta.request_id)
-            if sequence is None:  # cancelled
-                if delta.output is not None:
-                    self._listener.finished(delta.output)
-                continue
-            if delta.output is None:
-                sequence.mailbox.put(sequence.index, delta)
-                continue
-            del self._sequences[delta.request_id]
             output = delta.output
-            self._listener.finished(output)
-            match output.finish_reason:
-                case FinishReason.ERROR:
-                    sequence.mailbox.fail(engine_failed(output.error or "the engine failed"))
-                case FinishReason.ABORT:
-                    reason = output.error or "the policy aborted the request"
-                    sequence.mailbox.fail(unavailable(reason, code="aborted", retry_after=1))
-                case _:
-                    sequence.mailbox.put(sequence.index, delta)
+            mailbox, index = self._sequences.get(delta.request_id, (None, 0))
+            if output is not None:
+                self._listener.finished(output)
+                self._sequences.pop(delta.request_id, None)
+            if mailbox is None:  # cancelled
+                continue
+            if output is not None and output.finish_reason is FinishReason.ERROR:
+                mailbox.fail(engine_failed(output.error or "the engine failed"))
+            elif output is not None and output.finish_reason is FinishReason.ABORT:
+                mailbox.fail(unavailable(output.error or "the policy aborted it", code="aborted", retry_after=1))
+            else:
+                mailbox.put(index, delta)
 
     def _fail(self, request_ids: list[str], error: Exception) -> None:
         for request_id in request_ids:
-            sequence = self._sequences.pop(request_id, None)
-            if sequence is not None:
-                sequence.mailbox.fail(error)
+            mailbox, _ = self._sequences.pop(request_id, (None, 0))
+            if mailbox is not None:
+                mailbox.fail(error)
 
     def _refusal(self) -> ApiError:
-        match self.health:
-            case Health.STARTING:
-                return unavailable(
-                    "the engine is starting; /ready tells when it is ready", code="starting", retry_after=5
-                )
-            case Health.RECOVERING:
-                return unavailable(f"the engine recovers from {self.error!r}", code="recovering", retry_after=1)
-            case Health.STALLED:
-                return unavailable("a call of the engine does not return", code="stalled", retry_after=30)
-            case Health.DEAD:
-                return unavailable(f"the engine is dead: {self.error!r}", code="dead")
-        return unavailable("the service is stopping", code="stopping", retry_after=10)
+        code, message, seconds = {
+            Health.STARTING: ("starting", "the engine is starting; /ready tells when it is ready", 5),
+            Health.RECOVERING: ("recovering", f"the engine recovers from {self.error!r}", 1),
+            Health.STALLED: ("stalled", "a call of the engine does not return", 30),
+            Health.DEAD: ("dead", f"the engine is dead: {self.error!r}", None),
+        }.get(self.health, ("stopping", "the service is stopping", 10))
+        return unavailable(message, code=code, retry_after=seconds)
 
     def _is_stuck(self) -> bool:
         """Returns whether the current call of the engine takes too long."""

@@ -141,7 +141,7 @@ def test_chat_that_could_change_the_template_is_refused(server) -> None:
 
 
 def test_message_is_not_run_as_a_template(server) -> None:
-    """As a template it would run for ever."""
+    """It would run for ever."""
     loop = "{% for i in range(10**9) %}{{ i }}{% endfor %}"
     answer = exchange(server, post(CHAT, {"messages": [{"role": loop, "content": loop}], "max_tokens": 1}, SERVE_KEY))
     assert answer.status in (200, 400) and "10**9" not in answer.body.decode()

@@ -1,4 +1,4 @@
-"""Clients beyond their limits are told when to retry, and requests under way are not affected."""
+"""Clients beyond their limits get a Retry-After, and requests under way are not affected."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class ErrorDetail(TypedDict):
-    """What went wrong. param: the wrong field, if a field is wrong."""
+    """An error. param: the wrong field, if a field is wrong."""
 
     message: str
     type: str
@@ -169,14 +169,14 @@ class CompletionPiece(Piece):
 
 
 class Delta(TypedDict):
-    """What is new in a message."""
+    """New parts of a message."""
 
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str]
 
 
 class ChatPiece(Piece):
-    """New parts of a message."""
+    """A piece of a message."""
 
     delta: Delta
     logprobs: ChatLogprobs | None

@@ -21,9 +21,10 @@ from slora_jax.serving.http import answers
 from slora_jax.serving.http.access import Client, MayLook, MayManage, MayServe
 from slora_jax.serving.http.bodies import ChatBody, CompletionBody, Generation, LoadBody, StreamOptions, UnloadBody
 from slora_jax.serving.http.errors import ApiError, JsonResponse
-from slora_jax.serving.http.generation import Sequences, generate
+from slora_jax.serving.http.generation import respond, stop_on_disconnect
 from slora_jax.serving.http.openapi import GENERATING, MANAGING, answers_of, errors_of
 from slora_jax.serving.http.shapes import ChatShape, CompletionShape, Shape
+from slora_jax.serving.mailbox import Mailbox
 from slora_jax.serving.service import Service, service_of
 
 router = APIRouter()
@@ -48,7 +49,7 @@ async def completions(request: Request, client: MayServe, body: CompletionBody) 
             prompt_logprobs=body.prompt_logprobs is not None,
         )
         max_tokens = 16 if body.max_tokens is None else body.max_tokens
-        return await _answer(service, client, request, body, prompts, max_tokens, body.logprobs, shape, adapter, held)
+        return await _answer(request, client, body, shape, held, adapter, max_tokens, body.logprobs)
 
 
 @router.post("/v1/chat/completions", responses=answers_of(answers.ChatCompletion, *GENERATING, stream=True))
@@ -69,7 +70,7 @@ async def chat_completions(request: Request, client: MayServe, body: ChatBody) -
         )
         max_tokens = body.max_completion_tokens or body.max_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return await _answer(service, client, request, body, prompts, max_tokens, logprobs, shape, adapter, held)
+        return await _answer(request, client, body, shape, held, adapter, max_tokens, logprobs)
 
 
 @router.get("/v1/models", responses=answers_of(answers.ModelList, 401, 503))
@@ -113,22 +114,7 @@ async def unload_lora_adapter(request: Request, client: MayManage, body: UnloadB
     """Rejects new requests for the adapter, waits until those under way have ended, and reports the memory freed."""
     service = service_of(request)
     seconds = service.settings.drain_seconds if body.drain_seconds is None else body.drain_seconds
-    done = await service.adapters.unload(service.loop, body.lora_name, seconds)
-    if done.shared:
-        what = "Its content stays: another name has the same."
-    elif not done.is_gone:
-        what = "Requests under way still use it; its memory is free when they have ended."
-    else:
-        what = "Its memory is free."
-    unloaded: answers.Unloaded = {
-        "message": f"Success: LoRA adapter '{body.lora_name}' removed successfully. {what}",
-        "name": body.lora_name,
-        "freed": done.is_gone,
-        "freed_pages": done.pages,
-        "freed_bytes": done.nbytes,
-        "drain_seconds": round(done.seconds, 3),
-    }
-    return JsonResponse(unloaded)
+    return JsonResponse(await service.adapters.unload(service.loop, body.lora_name, seconds))
 
 
 @router.get("/v1/adapters", responses=answers_of(answers.AdapterList, 400, 401, 503))
@@ -168,17 +154,16 @@ async def ready(request: Request) -> Response:
 
 
 async def _answer(
-    service: Service,
-    client: Client,
     request: Request,
+    client: Client,
     body: Generation,
-    prompts: list[list[int]],
+    shape: Shape,
+    held: AsyncExitStack,
+    adapter: str | None,
     max_tokens: int | None,
     logprobs: int | None,
-    shape: Shape,
-    adapter: str | None,
-    held: AsyncExitStack,
 ) -> Response:
+    service, prompts = service_of(request), shape.prompts
     of_prompt = body.prompt_logprobs
     if of_prompt is None and isinstance(body, CompletionBody) and body.echo:
         of_prompt = logprobs
@@ -187,10 +172,16 @@ async def _answer(
         body.sampling(index % body.choices, max_tokens and min(max_tokens, room), logprobs, of_prompt)
         for index, room in enumerate(rooms)
     ]
+    mailbox = Mailbox()
+    stop_on_disconnect(request, mailbox, held)
     tenant = client.name if service.settings.tenants == "client" else ""
+    ids = [
+        service.loop.submit(prompt, one, adapter, tenant, mailbox, index)
+        for index, (prompt, one) in enumerate(zip(prompts, params, strict=True))
+    ]
+    held.callback(service.loop.cancel, ids)
     stream = (body.stream_options or StreamOptions()) if body.stream else None
-    sequences = Sequences(prompts, params, adapter, tenant, body.choices)
-    answer = await generate(request, sequences, shape, stream, service.loop, held)
+    answer = await respond(mailbox, shape, body.choices, stream, held)
     if max_tokens is not None and max_tokens > min(rooms):
         answer.headers["X-Max-Tokens-Lowered-To"] = str(min(rooms))
     return answer

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
@@ -13,8 +12,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from slora_jax.engine import RequestOutput
-from slora_jax.scheduling import SamplingParams
-from slora_jax.serving.engine_loop import EngineLoop
 from slora_jax.serving.http.answers import Chunk
 from slora_jax.serving.http.bodies import StreamOptions
 from slora_jax.serving.http.errors import JsonResponse, as_api_error, to_json
@@ -26,54 +23,38 @@ class ClientGoneError(Exception):
     """The client has closed its connection, so the answer has no reader."""
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """The sequences of an HTTP request: a prompt and parameters for each choice, in the answer's order.
+def stop_on_disconnect(request: Request, mailbox: Mailbox, held: AsyncExitStack) -> None:
+    """Makes the mailbox fail with ClientGoneError when the client disconnects, until `held` is closed."""
 
-    Attributes:
-      choices: number of choices for each prompt; they are neighbours.
-    """
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        mailbox.fail(ClientGoneError())
 
-    prompts: Sequence[list[int]]
-    params: Sequence[SamplingParams]
-    adapter: str | None
-    tenant: str
-    choices: int
+    held.callback(asyncio.create_task(watch()).cancel)
 
 
-async def generate(
-    request: Request,
-    sequences: Sequences,
-    shape: Shape,
-    stream: StreamOptions | None,
-    loop: EngineLoop,
-    held: AsyncExitStack,
+async def respond(
+    mailbox: Mailbox, shape: Shape, choices: int, stream: StreamOptions | None, held: AsyncExitStack
 ) -> Response:
-    """Runs the sequences and answers in `shape`. A client that disconnects cancels its sequences.
+    """Answers in `shape` with the sequences that go to `mailbox`.
 
     Args:
+      choices: number of choices for each prompt; they are neighbours.
       stream: None answers when all sequences have ended; otherwise tokens are sent as events. Errors before the first
         token are statuses, later ones are events.
-      held: resources of the request, released when this returns; a stream takes them over.
+      held: resources of the request. A stream takes them over, and releases them at its end.
 
     Raises:
       ApiError: the service failed, or does not accept the request.
     """
-    mailbox = Mailbox()
-    gone = asyncio.create_task(_until_gone(request, mailbox))
-    held.callback(gone.cancel)
-    ids = [
-        loop.submit(prompt, params, sequences.adapter, sequences.tenant, mailbox, index)
-        for index, (prompt, params) in enumerate(zip(sequences.prompts, sequences.params, strict=True))
-    ]
-    held.callback(loop.cancel, ids)
     try:
         first = await mailbox.take()
         if stream is None:
-            return JsonResponse(await _whole(first, mailbox, sequences, shape))
+            return JsonResponse(await _whole(first, mailbox, shape, choices))
     except ClientGoneError:
         return Response(status_code=499)  # for the log only
-    return EventStream(_events(first, mailbox, sequences, shape, stream), held.pop_all())
+    return EventStream(_events(first, mailbox, shape, choices, stream), held.pop_all())
 
 
 class EventStream(Response):
@@ -99,22 +80,16 @@ def event_of(data: Mapping[str, Any]) -> bytes:
     return b"data: " + to_json(data).encode() + b"\n\n"
 
 
-async def _until_gone(request: Request, mailbox: Mailbox) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    mailbox.fail(ClientGoneError())
-
-
-async def _whole(arrived: dict[int, Arrived], mailbox: Mailbox, sequences: Sequences, shape: Shape) -> dict[str, Any]:
+async def _whole(arrived: dict[int, Arrived], mailbox: Mailbox, shape: Shape, choices: int) -> dict[str, Any]:
     outputs: dict[int, RequestOutput] = {}
     while True:
         outputs |= {index: part.output for index, part in arrived.items() if part.output is not None}
-        if len(outputs) == len(sequences.prompts):
+        if len(outputs) == len(shape.prompts):
             break
         arrived = await mailbox.take()
     in_order = [output for _, output in sorted(outputs.items())]
-    choices = [shape.choice(index, _all_of(output)) for index, output in enumerate(in_order)]
-    return shape.whole(choices, usage(in_order, sequences.choices))
+    done = [shape.choice(index, _all_of(output)) for index, output in enumerate(in_order)]
+    return shape.whole(done, usage(in_order, choices))
 
 
 def _all_of(output: RequestOutput) -> Arrived:
@@ -124,15 +99,15 @@ def _all_of(output: RequestOutput) -> Arrived:
 async def _events(
     arrived: dict[int, Arrived],
     mailbox: Mailbox,
-    sequences: Sequences,
     shape: Shape,
+    choices: int,
     options: StreamOptions,
 ) -> AsyncIterator[bytes]:
     """Yields the events of all choices with new tokens in one write. Ends with [DONE], or with an error's body."""
     outputs: dict[int, RequestOutput] = {}
     opened: set[int] = set()
-    count = len(sequences.prompts)
-    prompt_tokens, generated = sum(map(len, sequences.prompts[:: sequences.choices])), 0
+    count = len(shape.prompts)
+    prompt_tokens, generated = sum(map(len, shape.prompts[::choices])), 0
     try:
         while True:
             events: list[Chunk] = []
@@ -150,7 +125,7 @@ async def _events(
             has_ended = len(outputs) == count
             if has_ended and options.include_usage:
                 last = shape.chunk([])
-                last["usage"] = usage([outputs[index] for index in range(count)], sequences.choices)
+                last["usage"] = usage([outputs[index] for index in range(count)], choices)
                 events.append(last)
             yield b"".join(map(event_of, events)) + (b"data: [DONE]\n\n" if has_ended else b"")
             if has_ended:

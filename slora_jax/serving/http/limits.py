@@ -31,8 +31,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status, body = time.perf_counter(), 0, _Body(receive, self._limits.body_seconds)
-        method = scope["method"]
+        start, status, size, is_whole = time.perf_counter(), 0, 0, False
+        method, limits = scope["method"], self._limits
         if method == "HEAD":
             scope = {**scope, "method": "GET"}  # uvicorn leaves out the body
 
@@ -43,26 +43,33 @@ class Gate:
             await send(message)
 
         async def receiving() -> Message:
-            if body.is_whole:
+            nonlocal size, is_whole
+            if is_whole:
                 return await receive()  # a disconnect
-            if not body.size:
+            if not size:
                 self._check(scope)
-            size = body.size
-            message = await body.receive()
-            self._bodies_bytes += body.size - size
-            if body.size > self._limits.body_bytes:
-                raise _too_large(self._limits)
-            if self._bodies_bytes > self._limits.bodies_bytes:
+            try:
+                message = await asyncio.wait_for(receive(), start + limits.body_seconds - time.perf_counter())
+            except TimeoutError:
+                late = f"the body did not come within {limits.body_seconds:g} s (limits.body_seconds)"
+                raise ApiError(408, late, code="slow_body", headers={"Connection": "close"}) from None
+            if message["type"] == "http.request":
+                received = len(message.get("body", b""))
+                size, self._bodies_bytes = size + received, self._bodies_bytes + received
+                is_whole = not message.get("more_body", False)
+            if size > limits.body_bytes:
+                raise _too_large(limits)
+            if self._bodies_bytes > limits.bodies_bytes:
                 raise unavailable("too many large requests are under way", code="bodies_full", retry_after=1)
             return message
 
         try:
-            if _head_bytes(scope) > self._limits.header_bytes:
+            if _head_bytes(scope) > limits.header_bytes:
                 await too_large_head().response()(scope, receive, sending)
             else:
                 await self._app(scope, receiving, sending)
         finally:
-            self._bodies_bytes -= body.size
+            self._bodies_bytes -= size
             route = getattr(scope.get("route"), "path", None)
             self._on_request(route, method, status, time.perf_counter() - start)
 
@@ -72,26 +79,6 @@ class Gate:
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared[:20]) > self._limits.body_bytes:
             raise _too_large(self._limits)
-
-
-class _Body:
-    """A request's body while it is received. size: bytes received."""
-
-    def __init__(self, receive: Receive, seconds: float) -> None:
-        self._receive, self._seconds = receive, seconds
-        self._deadline = time.monotonic() + seconds
-        self.size, self.is_whole = 0, False
-
-    async def receive(self) -> Message:
-        try:
-            message = await asyncio.wait_for(self._receive(), self._deadline - time.monotonic())
-        except TimeoutError:
-            late = f"the body did not come within {self._seconds:g} s (limits.body_seconds)"
-            raise ApiError(408, late, code="slow_body", headers={"Connection": "close"}) from None
-        if message["type"] == "http.request":
-            self.size += len(message.get("body", b""))
-            self.is_whole = not message.get("more_body", False)
-        return message
 
 
 class Shares:

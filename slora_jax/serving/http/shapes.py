@@ -42,7 +42,7 @@ class Shape(ABC):
         self._frame: answers.Frame = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model
         }  # fmt: skip
-        self._token_text, self._prompts, self._logprobs = token_text, prompts, logprobs
+        self.prompts, self._token_text, self._logprobs = prompts, token_text, logprobs
         self._token_ids, self._prompt_logprobs = token_ids, prompt_logprobs
 
     def opening(self, index: int, first: Arrived) -> answers.Piece | None:
@@ -68,7 +68,7 @@ class Shape(ABC):
     def _extras(self, index: int, arrived: Arrived) -> answers.Extras:
         extras: answers.Extras = {"token_ids": arrived.token_ids} if self._token_ids else {}
         if self._prompt_logprobs and arrived.prompt_logprobs is not None:
-            pairs = zip(self._prompts[index], arrived.prompt_logprobs, strict=True)
+            pairs = zip(self.prompts[index], arrived.prompt_logprobs, strict=True)
             extras["prompt_logprobs"] = [None if one is None else self._ranked(token, one) for token, one in pairs]
         return extras
 
@@ -133,7 +133,7 @@ class CompletionShape(Shape):
         echo = self._echoes[index]
         if not (self._logprobs and echo and arrived.prompt_logprobs):
             return None
-        return self._lists(self._prompts[index], arrived.prompt_logprobs, _Offsets(self._token_text, 0, echo))
+        return self._lists(self.prompts[index], arrived.prompt_logprobs, _Offsets(self._token_text, 0, echo))
 
     def _lists(
         self, tokens: Sequence[int], values: Sequence[TokenLogprobs | None], offsets: _Offsets

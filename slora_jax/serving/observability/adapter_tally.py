@@ -1,4 +1,4 @@
-"""What finished requests add up to, by adapter: for `/v1/adapters` and, with a bounded number of labels, Prometheus."""
+"""Totals over finished requests by adapter, for `/v1/adapters` and, with a bounded number of labels, Prometheus."""
 
 from __future__ import annotations
 
