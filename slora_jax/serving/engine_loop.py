@@ -19,7 +19,7 @@ from typing import Protocol
 from slora_jax.engine import Delta, Engine, RequestOutput
 from slora_jax.errors import ProcessLostError, SloraError
 from slora_jax.scheduling import FinishReason, SamplingParams
-from slora_jax.serving.http.errors import ApiError, engine_failed, unavailable
+from slora_jax.serving.http.errors import ApiError, engine_failed, stopping, unavailable
 from slora_jax.serving.mailbox import Mailbox
 from slora_jax.serving.observability.snapshot import EngineSnapshot, observe
 
@@ -227,12 +227,15 @@ class EngineLoop:
                 mailbox.fail(error)
 
     def _refusal(self) -> ApiError:
-        code, message, seconds = {
+        reasons = {
             Health.STARTING: ("starting", "the engine is starting; /ready tells when it is ready", 5),
             Health.RECOVERING: ("recovering", f"the engine recovers from {self.error!r}", 1),
             Health.STALLED: ("stalled", "a call of the engine does not return", 30),
             Health.DEAD: ("dead", f"the engine is dead: {self.error!r}", None),
-        }.get(self.health, ("stopping", "the service is stopping", 10))
+        }
+        if self.health not in reasons:
+            return stopping()
+        code, message, seconds = reasons[self.health]
         return unavailable(message, code=code, retry_after=seconds)
 
     def _is_stuck(self) -> bool:

@@ -18,7 +18,7 @@ from slora_jax.engine.arrival import prompt_ids
 from slora_jax.errors import RequestError
 from slora_jax.serving.adapters import Adapters
 from slora_jax.serving.engine_loop import EngineLoop, Health
-from slora_jax.serving.http.errors import ApiError, unavailable
+from slora_jax.serving.http.errors import ApiError, incomplete, stopping
 from slora_jax.serving.http.limits import Shares
 from slora_jax.serving.http.token_text import TokenText
 from slora_jax.serving.observability.live_state import LiveState
@@ -68,7 +68,7 @@ class Service:
         while self.loop.num_unfinished and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         if self.loop.num_unfinished:
-            self.loop.fail_all(unavailable("the service was stopped before the answer was complete", code="stopping"))
+            self.loop.fail_all(incomplete())
 
     @property
     def is_ready(self) -> bool:
@@ -82,7 +82,7 @@ class Service:
           UnknownAdapterError: there is no such model.
         """
         if self.is_draining:
-            raise unavailable("the service is stopping", code="stopping", retry_after=10)
+            raise stopping()
         self.loop.check_ready()
         return self.adapter_named(model)
 

@@ -340,8 +340,6 @@ def test_invalid_limit_is_400(server) -> None:
 
 VALUES = [
     ({"prompt": ["a"] * 65, "n": 2}, "prompts times n is 130"),
-    ({"prompt": ["a"] * 129}, "prompts times n is 129"),
-    ({"n": 2**31}, "n="),
     ({"n": 0}, "n=0"),
     ({"max_tokens": 2**70}, "max_tokens="),
     ({"stop": ["a"] * 17}, "stop"),
@@ -350,9 +348,7 @@ VALUES = [
     ({"seed": 2**70}, "seed"),
     ({"top_k": -2}, "top_k"),
     ({"prompt": [-1]}, "prompt"),
-    ({"prompt": [2**31 - 1]}, "vocabulary"),
     ({"prompt": [[5], [2**31 - 1]]}, "vocabulary"),
-    ({"logprobs": 21}, "logprobs"),
 ]
 
 

@@ -21,7 +21,7 @@ from slora_jax.serving.http import answers
 from slora_jax.serving.http.access import Client, MayLook, MayManage, MayServe
 from slora_jax.serving.http.bodies import ChatBody, CompletionBody, Generation, LoadBody, StreamOptions, UnloadBody
 from slora_jax.serving.http.errors import ApiError, JsonResponse
-from slora_jax.serving.http.generation import respond, stop_on_disconnect
+from slora_jax.serving.http.generation import ClientGoneError, on_disconnect, respond
 from slora_jax.serving.http.openapi import GENERATING, MANAGING, answers_of, errors_of
 from slora_jax.serving.http.shapes import ChatShape, CompletionShape, Shape
 from slora_jax.serving.mailbox import Mailbox
@@ -173,7 +173,7 @@ async def _answer(
         for index, room in enumerate(rooms)
     ]
     mailbox = Mailbox()
-    stop_on_disconnect(request, mailbox, held)
+    held.callback(on_disconnect(request.receive, lambda: mailbox.fail(ClientGoneError())).cancel)
     tenant = client.name if service.settings.tenants == "client" else ""
     ids = [
         service.loop.submit(prompt, one, adapter, tenant, mailbox, index)

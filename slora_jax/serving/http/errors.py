@@ -81,6 +81,16 @@ def unavailable(message: str, *, code: str, retry_after: float | None = None) ->
     return ApiError(503, message, kind="service_unavailable", code=code, retry_after=retry_after)
 
 
+def stopping() -> ApiError:
+    """The service accepts no more requests."""
+    return unavailable("the service is stopping", code="stopping", retry_after=10)
+
+
+def incomplete() -> ApiError:
+    """The deadline of a drain has passed."""
+    return unavailable("the service was stopped before the answer was complete", code="stopping")
+
+
 def engine_failed(message: str) -> ApiError:
     """The engine failed a request that it had accepted."""
     return ApiError(500, message, kind="server_error", code="engine_error")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
-from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -23,15 +22,15 @@ class ClientGoneError(Exception):
     """The client has closed its connection, so the answer has no reader."""
 
 
-def stop_on_disconnect(request: Request, mailbox: Mailbox, held: AsyncExitStack) -> None:
-    """Makes the mailbox fail with ClientGoneError when the client disconnects, until `held` is closed."""
+def on_disconnect(receive: Receive, callback: Callable[[], None]) -> asyncio.Task[None]:
+    """Starts a task that calls `callback` when the client disconnects."""
 
     async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
-        mailbox.fail(ClientGoneError())
+        callback()
 
-    held.callback(asyncio.create_task(watch()).cancel)
+    return asyncio.create_task(watch())
 
 
 async def respond(

@@ -24,6 +24,7 @@ WINDOW = 60
 
 LATENCIES = ("first_token", "inter_token")
 """Histograms of `ServerMetrics`."""
+PERCENTILES = tuple(f"{name}_{share}" for name in LATENCIES for share in ("p50", "p95"))
 
 
 @dataclass
@@ -33,17 +34,14 @@ class Sample:
     Attributes:
       time: seconds of `time.monotonic`.
       finished: requests finished since the start.
-      counts: of each histogram in `LATENCIES`, since the start.
-      percentiles: seconds, over the window that this sample ends, by name in the JSON.
+      counts: counts since the start of each histogram in `LATENCIES`.
+      shown: values by name in the history; percentiles are in seconds, over the window that this sample ends.
     """
 
     time: float
-    running: int
-    waiting: int
     finished: int
-    tokens_per_second: float
     counts: dict[str, np.ndarray]
-    percentiles: dict[str, float | None]
+    shown: dict[str, float | None]
 
 
 class LiveState:
@@ -73,20 +71,17 @@ class LiveState:
         """
         if snapshot is None:
             return
-        rate, before = 0.0, self._snapshot
+        rate, before, stats = 0.0, self._snapshot, snapshot.stats
         if before is not None and snapshot.time > before.time:
-            tokens = snapshot.stats.tokens_generated - before.stats.tokens_generated
+            tokens = stats.tokens_generated - before.stats.tokens_generated
             rate = round(tokens / (snapshot.time - before.time), 1)
+        shown: dict[str, float | None] = {"running": stats.running, "waiting": stats.waiting, "tokens_per_second": rate}
         counts = self._counts()
         past = self._samples[-WINDOW].counts if len(self._samples) >= WINDOW else self._first_counts
-        percentiles: dict[str, float | None] = {}
         for name in LATENCIES:
-            median, high = getattr(self._metrics, name).percentiles(counts[name] - past[name])
-            percentiles |= {f"{name}_p50": median, f"{name}_p95": high}
-        stats, finished = snapshot.stats, self._metrics.num_finished
-        self._samples.append(
-            Sample(time.monotonic(), stats.running, stats.waiting, finished, rate, counts, percentiles)
-        )
+            percentiles = getattr(self._metrics, name).percentiles(counts[name] - past[name])
+            shown |= dict(zip((f"{name}_p50", f"{name}_p95"), percentiles, strict=True))
+        self._samples.append(Sample(time.monotonic(), self._metrics.num_finished, counts, shown))
         self._snapshot, self._tiers = snapshot, tiers
 
     def to_json(self, status: Status, detail: str | None = None) -> dict[str, Any]:
@@ -108,13 +103,14 @@ class LiveState:
             `tokens_per_second`, and the same latencies.
         """
         snapshot, now = self._snapshot, time.monotonic()
+        latency = {name: self._samples[-1].shown[name] for name in PERCENTILES} if self._samples else {}
         state: dict[str, Any] = {
             "model": self._model,
             "status": status,
             "detail": detail,
             "uptime_seconds": round(now - self._start, 1),
             **dict.fromkeys(("pool", "queue", "adapters", "totals")),
-            "latency": {"window_seconds": WINDOW, **(self._samples[-1].percentiles if self._samples else {})},
+            "latency": {"window_seconds": WINDOW, **latency},
             "history": self._history(now),
         }
         if snapshot is not None:
@@ -138,10 +134,6 @@ class LiveState:
         return {name: getattr(self._metrics, name).counts for name in LATENCIES}
 
     def _history(self, now: float) -> dict[str, list[float | None]]:
-        samples = self._samples
-        history: dict[str, list[float | None]] = {"age_seconds": [round(now - sample.time, 1) for sample in samples]}
-        for name in ("running", "waiting", "tokens_per_second"):
-            history[name] = [getattr(sample, name) for sample in samples]
-        for name in (f"{one}_{share}" for one in LATENCIES for share in ("p50", "p95")):
-            history[name] = [sample.percentiles[name] for sample in samples]
-        return history
+        ages: list[float | None] = [round(now - sample.time, 1) for sample in self._samples]
+        names = ("running", "waiting", "tokens_per_second", *PERCENTILES)
+        return {"age_seconds": ages} | {name: [sample.shown[name] for sample in self._samples] for name in names}

@@ -25,10 +25,11 @@ from ray.serve.exceptions import (
     RequestCancelledError,
 )
 from ray.serve.schema import ApplicationStatus
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from slora_jax.serving.http.errors import ApiError, JsonResponse, as_api_error, unavailable
-from slora_jax.serving.http.generation import event_of
+from slora_jax.serving.http.errors import ApiError, JsonResponse, as_api_error, incomplete, stopping, unavailable
+from slora_jax.serving.http.generation import event_of, on_disconnect
 from slora_jax.serving.replicas.replica import Answer, HttpRequest
 from slora_jax.serving.settings import ServerSettings
 
@@ -73,8 +74,8 @@ class ReplicaFront:
         deadline = time.monotonic() + self._settings.drain_seconds
         while self._under_way and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        stopped = unavailable("the service was stopped before the answer was complete", code="stopping")
-        self._end(list(self._under_way), stopped)
+        for generation in list(self._under_way):
+            generation.end(incomplete())
 
     async def follow(self, say: Callable[[str], None]) -> int:
         before = 0
@@ -102,12 +103,10 @@ class ReplicaFront:
             with suppress(TimeoutError):
                 self.num_replicas = len(await self._broadcast(HttpRequest.get("/ready"), COUNT_SECONDS))
                 if not self.num_replicas:
-                    self._end([one for one in self._under_way if not one.status], _no_replica())
+                    for generation in list(self._under_way):
+                        if not generation.status:
+                            generation.end(_no_replica())
             await asyncio.sleep(WATCH_SECONDS)
-
-    def _end(self, generations: list[_Generation], error: ApiError) -> None:
-        for generation in generations:
-            generation.end(error)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -115,20 +114,20 @@ class ReplicaFront:
                 status = {"status": "alive", "replicas": self.num_replicas}
                 await JsonResponse(status)(scope, receive, send)
                 return
-            body = b"" if scope["method"] in BODILESS else await _read(receive)
-            if body is None:
-                return
+            body = b"" if scope["method"] in BODILESS else await Request(scope, receive).body()
             request = HttpRequest.of(scope, body)
             if scope["path"] in GENERATIONS and scope["method"] == "POST":
                 await self._generate(request, receive, send)
             else:
                 await self._ask_all(request, send)
+        except ClientDisconnect:
+            pass
         except ApiError as error:
             await error.response()(scope, receive, send)
 
     async def _generate(self, request: HttpRequest, receive: Receive, send: Send) -> None:
         if self._is_draining:
-            raise unavailable("the service is stopping", code="stopping", retry_after=10)
+            raise stopping()
         if not self.num_replicas:
             raise _no_replica()
         adapter = self._adapter(request.body)
@@ -137,7 +136,7 @@ class ReplicaFront:
             streams = streams.options(multiplexed_model_id=adapter)
         generation = _Generation(streams.remote(request, adapter))
         self._under_way.add(generation)
-        gone = asyncio.create_task(_until_gone(receive, generation))
+        gone = on_disconnect(receive, lambda: generation.end(unavailable("the client has gone", code="gone")))
         try:
             await generation.pass_on(send)
         finally:
@@ -221,24 +220,6 @@ class _Generation:
         finally:
             if not self._is_whole:
                 self._response.cancel()
-
-
-async def _read(receive: Receive) -> bytes | None:
-    """Reads a request's body, whose size `Gate` bounds; returns None if the client disconnects."""
-    body = b""
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        body += message.get("body", b"")
-        if not message.get("more_body", False):
-            return body
-
-
-async def _until_gone(receive: Receive, generation: _Generation) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    generation.end(unavailable("the client has gone", code="gone"))
 
 
 def _reason(error: Exception) -> ApiError:
