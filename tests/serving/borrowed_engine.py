@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import functools
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from slora_jax import Engine
@@ -23,6 +24,16 @@ class Borrowed:
             self._engine.cancel(request_id)
         while self._engine.has_work():
             self._engine.step()
+
+
+def in_event_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Runs an asynchronous test. The limit only bounds a test that hangs."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **fixtures: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **fixtures), 240))  # type: ignore[arg-type]
+
+    return run
 
 
 async def until(condition: Callable[[], bool], seconds: float = 60) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from borrowed_engine import in_event_loop
 
 from slora_jax.serving.adapter_files import StateFile
 from slora_jax.serving.adapters import STATE_FILE, Adapters
@@ -86,49 +87,44 @@ def made(tmp_path) -> tuple[Adapters, Engine]:
     return Adapters(settings, lambda name: None), Engine()
 
 
-def test_adapter_loaded_during_a_scan_stays(made, tmp_path, monkeypatch):
+@in_event_loop
+async def test_adapter_loaded_during_a_scan_stays(made, tmp_path, monkeypatch) -> None:
     adapters, engine = made
-
-    async def play() -> None:
-        paused = Paused(monkeypatch, StateFile, "loaded")
-        load = asyncio.create_task(adapters.load(engine, "two", str(tmp_path / "other" / "two"), False))
-        await paused.begun()  # registered, and not yet in the state file
-        scan = asyncio.create_task(adapters.scan(engine))
-        await asyncio.sleep(0.2)
-        paused.go.set()
-        await asyncio.gather(load, scan)
+    paused = Paused(monkeypatch, StateFile, "loaded")
+    load = asyncio.create_task(adapters.load(engine, "two", str(tmp_path / "other" / "two"), False))
+    await paused.begun()  # registered, and not yet in the state file
+    scan = asyncio.create_task(adapters.scan(engine))
+    await asyncio.sleep(0.2)
+    paused.go.set()
+    await asyncio.gather(load, scan)
+    assert engine.has("two")
+    for _ in range(3):
+        await adapters.scan(engine)
         assert engine.has("two")
-        for _ in range(3):
-            await adapters.scan(engine)
-            assert engine.has("two")
-        assert engine.names == {"one", "two"}
-
-    asyncio.run(play())
+    assert engine.names == {"one", "two"}
 
 
-def test_adapter_unloaded_during_a_scan_stays_unloaded(made, monkeypatch):
+@in_event_loop
+async def test_adapter_unloaded_during_a_scan_stays_unloaded(made, monkeypatch) -> None:
     adapters, engine = made
-
-    async def play() -> None:
-        for _ in range(2):
-            await adapters.scan(engine)
-        assert engine.names == {"one"}
-        paused = Paused(monkeypatch, StateFile, "unloaded")
-        unload = asyncio.create_task(adapters.unload(engine, "one", 1.0))
-        await paused.begun()  # unregistered, and not yet in the state file
-        scan = asyncio.create_task(adapters.scan(engine))
-        await asyncio.sleep(0.2)
-        paused.go.set()
-        await asyncio.gather(unload, scan)
+    for _ in range(2):
+        await adapters.scan(engine)
+    assert engine.names == {"one"}
+    paused = Paused(monkeypatch, StateFile, "unloaded")
+    unload = asyncio.create_task(adapters.unload(engine, "one", 1.0))
+    await paused.begun()  # unregistered, and not yet in the state file
+    scan = asyncio.create_task(adapters.scan(engine))
+    await asyncio.sleep(0.2)
+    paused.go.set()
+    await asyncio.gather(unload, scan)
+    assert engine.names == set()
+    for _ in range(3):
+        await adapters.scan(engine)
         assert engine.names == set()
-        for _ in range(3):
-            await adapters.scan(engine)
-            assert engine.names == set()
-
-    asyncio.run(play())
 
 
-def test_unloaded_adapter_is_served_again_when_its_files_are_replaced(made, tmp_path):
+@in_event_loop
+async def test_unloaded_adapter_is_served_again_when_its_files_are_replaced(made, tmp_path) -> None:
     adapters, engine = made
     folder = tmp_path / "watched" / "one"
 
@@ -137,40 +133,34 @@ def test_unloaded_adapter_is_served_again_when_its_files_are_replaced(made, tmp_
             await adapters.scan(engine)
         return adapters.refused
 
-    async def play() -> None:
-        nonlocal adapters
-        assert await scan_twice() == {} and engine.names == {"one"}
-        await adapters.unload(engine, "one", 1.0)
-        adapters = Adapters(adapters._settings, lambda name: None)  # after a restart
-        assert "a client unloaded it" in (await scan_twice())["one"] and engine.names == set()
-        (folder / "adapter_model.safetensors").write_text("{ }")
-        assert await scan_twice() == {} and engine.names == {"one"}
+    assert await scan_twice() == {} and engine.names == {"one"}
+    await adapters.unload(engine, "one", 1.0)
+    adapters = Adapters(adapters._settings, lambda name: None)  # after a restart
+    assert "a client unloaded it" in (await scan_twice())["one"] and engine.names == set()
+    (folder / "adapter_model.safetensors").write_text("{ }")
+    assert await scan_twice() == {} and engine.names == {"one"}
 
-        await adapters.unload(engine, "one", 1.0)
-        folder.rename(tmp_path / "elsewhere")
-        assert await scan_twice() == {}
-        adapter(folder)
-        assert await scan_twice() == {} and engine.names == {"one"}
-
-    asyncio.run(play())
+    await adapters.unload(engine, "one", 1.0)
+    folder.rename(tmp_path / "elsewhere")
+    assert await scan_twice() == {}
+    adapter(folder)
+    assert await scan_twice() == {} and engine.names == {"one"}
 
 
-def test_state_file_of_an_earlier_version_is_read(made, tmp_path):
+@in_event_loop
+async def test_state_file_of_an_earlier_version_is_read(made, tmp_path) -> None:
     adapters, engine = made
     (tmp_path / "watched" / STATE_FILE).write_text(json.dumps({"loaded": {}, "unloaded": ["one"]}))
-
-    async def play() -> None:
-        for _ in range(2):
-            await adapters.scan(engine)
-        assert "a client unloaded it" in adapters.refused["one"] and engine.names == set()
-        await adapters.load(engine, "one", "one", False)
+    for _ in range(2):
         await adapters.scan(engine)
-        assert adapters.refused == {} and engine.names == {"one"}
+    assert "a client unloaded it" in adapters.refused["one"] and engine.names == set()
+    await adapters.load(engine, "one", "one", False)
+    await adapters.scan(engine)
+    assert adapters.refused == {} and engine.names == {"one"}
 
-    asyncio.run(play())
 
-
-def test_folders_left_out_are_listed_with_the_reason(made, tmp_path, caplog):
+@in_event_loop
+async def test_folders_left_out_are_listed_with_the_reason(made, tmp_path, caplog) -> None:
     adapters, engine = made
     watched = tmp_path / "watched"
     adapter(watched / adapters._settings.base_name)
@@ -185,30 +175,23 @@ def test_folders_left_out_are_listed_with_the_reason(made, tmp_path, caplog):
         "'a\\nb'": "do not print",
         "watched": "is an adapter itself",
     }
-
-    async def play() -> None:
-        for _ in range(3):
-            await adapters.scan(engine)
-        assert engine.names == {"one"}
-
-    asyncio.run(play())
+    for _ in range(3):
+        await adapters.scan(engine)
+    assert engine.names == {"one"}
     assert adapters.refused.keys() == reasons.keys() and len(caplog.messages) >= len(reasons)
     for name, reason in reasons.items():
         assert reason in adapters.refused[name]
         assert sum(reason in message for message in caplog.messages) == 1
 
 
-def test_removed_folder_is_unregistered_after_two_scans(made, tmp_path):
+@in_event_loop
+async def test_removed_folder_is_unregistered_after_two_scans(made, tmp_path) -> None:
     adapters, engine = made
-
-    async def play() -> None:
-        for _ in range(3):
-            await adapters.scan(engine)
-        assert engine.names == {"one"}
-        (tmp_path / "watched" / "one").rename(tmp_path / "elsewhere")
+    for _ in range(3):
         await adapters.scan(engine)
-        assert engine.names == {"one"}
-        await adapters.scan(engine)
-        assert engine.names == set()
-
-    asyncio.run(play())
+    assert engine.names == {"one"}
+    (tmp_path / "watched" / "one").rename(tmp_path / "elsewhere")
+    await adapters.scan(engine)
+    assert engine.names == {"one"}
+    await adapters.scan(engine)
+    assert engine.names == set()

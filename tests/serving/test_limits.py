@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from borrowed_engine import Borrowed, until
+from borrowed_engine import Borrowed, in_event_loop, until
 from live_server import engine_config
 
 from slora_jax import Engine, SamplingParams
@@ -79,11 +79,8 @@ async def serving(engine: Engine) -> AsyncIterator[Asked]:
         assert service.shares._total == 0 and not service.shares._held
 
 
-def run(scenario: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(scenario(), 120))  # type: ignore[arg-type]
-
-
-def test_full_share_is_429_and_full_queue_503(engine: Engine, gate: threading.Event) -> None:
+@in_event_loop
+async def test_full_share_is_429_and_full_queue_503(engine: Engine, gate: threading.Event) -> None:
     bodies = [("a", {"n": 4, "seed": i, "prompt": [7 + i, 3]}) for i in range(3)]
     bodies.append(("b", {"n": 8, "seed": 9, "prompt": [40, 41]}))
     expected = [
@@ -96,66 +93,56 @@ def test_full_share_is_429_and_full_queue_503(engine: Engine, gate: threading.Ev
         )
         for _, body in bodies
     ]
-
-    async def scenario() -> None:
-        async with serving(engine) as ask:
-            gate.clear()
-            tasks = await ask.under_way(*bodies)
-            for _ in range(2):
-                mine = await ask("a")
-                assert mine.status_code == 429 and int(mine.headers["retry-after"]) >= 1
-                assert mine.json()["error"]["code"] == "too_many_requests"
-                assert "12 sequences of yours" in mine.json()["error"]["message"]
-                all_of_us = await ask("b")
-                assert all_of_us.status_code == 503 and int(all_of_us.headers["retry-after"]) >= 1
-                assert all_of_us.json()["error"]["code"] == "queue_full"
-            gate.set()
-            for task, outputs in zip(tasks, expected, strict=True):
-                answer = await task
-                assert answer.status_code == 200
-                tokens = [choice["token_ids"] for choice in answer.json()["choices"]]
-                assert tokens == [output.token_ids for output in outputs]
-            assert (await ask("a", n=8)).status_code == (await ask("b", n=8)).status_code == 200
-
-    run(scenario)
+    async with serving(engine) as ask:
+        gate.clear()
+        tasks = await ask.under_way(*bodies)
+        for _ in range(2):
+            mine = await ask("a")
+            assert mine.status_code == 429 and int(mine.headers["retry-after"]) >= 1
+            assert mine.json()["error"]["code"] == "too_many_requests"
+            assert "12 sequences of yours" in mine.json()["error"]["message"]
+            all_of_us = await ask("b")
+            assert all_of_us.status_code == 503 and int(all_of_us.headers["retry-after"]) >= 1
+            assert all_of_us.json()["error"]["code"] == "queue_full"
+        gate.set()
+        for task, outputs in zip(tasks, expected, strict=True):
+            answer = await task
+            assert answer.status_code == 200
+            tokens = [choice["token_ids"] for choice in answer.json()["choices"]]
+            assert tokens == [output.token_ids for output in outputs]
+        assert (await ask("a", n=8)).status_code == (await ask("b", n=8)).status_code == 200
 
 
-def test_too_many_sequences_of_one_request_are_400(engine: Engine, gate: threading.Event) -> None:
-    async def scenario() -> None:
-        async with serving(engine) as ask:
-            for body in ({"n": 9}, {"prompt": [[1], [2], [3]], "n": 3}):
-                answer = await ask("a", **body)
-                assert answer.status_code == 400 and "one request may have 8" in answer.json()["error"]["message"]
-
-    run(scenario)
+@in_event_loop
+async def test_too_many_sequences_of_one_request_are_400(engine: Engine, gate: threading.Event) -> None:
+    async with serving(engine) as ask:
+        for body in ({"n": 9}, {"prompt": [[1], [2], [3]], "n": 3}):
+            answer = await ask("a", **body)
+            assert answer.status_code == 400 and "one request may have 8" in answer.json()["error"]["message"]
 
 
-def test_failed_request_releases_its_share(engine: Engine, gate: threading.Event) -> None:
-    async def scenario() -> None:
-        async with serving(engine) as ask:
-            for _ in range(3):
-                assert (await ask("a", n=8, prompt=[10**6])).status_code == 400
-                assert (await ask("a", n=8, prompt=[5] * 200)).status_code == 400
-                assert (await ask("a", n=8, model="nobody")).status_code == 404
-                assert (await ask("a", n=8, max_tokens=0)).status_code == 400
-            assert (await ask("a", n=8)).status_code == 200
-
-    run(scenario)
+@in_event_loop
+async def test_failed_request_releases_its_share(engine: Engine, gate: threading.Event) -> None:
+    async with serving(engine) as ask:
+        for _ in range(3):
+            assert (await ask("a", n=8, prompt=[10**6])).status_code == 400
+            assert (await ask("a", n=8, prompt=[5] * 200)).status_code == 400
+            assert (await ask("a", n=8, model="nobody")).status_code == 404
+            assert (await ask("a", n=8, max_tokens=0)).status_code == 400
+        assert (await ask("a", n=8)).status_code == 200
 
 
-def test_bodies_of_all_requests_are_bounded_together(engine: Engine, gate: threading.Event) -> None:
-    async def scenario() -> None:
-        async with serving(engine) as ask:
-            large = {"user": "x" * 3000}
-            gate.clear()
-            tasks = await ask.under_way(("a", large))
-            refused = await ask("b", **large)
-            assert refused.status_code == 503 and refused.json()["error"]["code"] == "bodies_full"
-            assert "retry-after" in refused.headers
-            tasks += await ask.under_way(("b", {}))
-            gate.set()
-            assert [(await task).status_code for task in tasks] == [200, 200]
-            assert (await ask("b", **large)).status_code == 200
-            assert (await ask("b", user="x" * 4000)).status_code == 413
-
-    run(scenario)
+@in_event_loop
+async def test_bodies_of_all_requests_are_bounded_together(engine: Engine, gate: threading.Event) -> None:
+    async with serving(engine) as ask:
+        large = {"user": "x" * 3000}
+        gate.clear()
+        tasks = await ask.under_way(("a", large))
+        refused = await ask("b", **large)
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "bodies_full"
+        assert "retry-after" in refused.headers
+        tasks += await ask.under_way(("b", {}))
+        gate.set()
+        assert [(await task).status_code for task in tasks] == [200, 200]
+        assert (await ask("b", **large)).status_code == 200
+        assert (await ask("b", user="x" * 4000)).status_code == 413
