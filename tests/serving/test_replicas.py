@@ -20,6 +20,7 @@ import psutil
 import pytest
 from live_server import MANAGE_KEY, SERVE_KEY, START_SECONDS, Files, LiveServer, until, write_adapter
 from tiny_model import TinyModel
+from wire import exchange, post
 
 from slora_jax import Engine, SamplingParams
 from slora_jax.serving.replicas.front import join_metrics, merge
@@ -118,8 +119,8 @@ def test_errors_are_passed_on(replicas: Replicas, client) -> None:
         ask(client.with_options(api_key="sk-wrong"), "base")
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="base", prompt=PROMPT, max_tokens=-1)
-    status, body = replicas.post("/v1/completions", b" " * (1 << 20) + b" ", SERVE_KEY)
-    assert status == 413 and body["error"]["code"] == "body_too_large"
+    large = exchange(replicas, post("/v1/completions", b" " * (1 << 20) + b" ", SERVE_KEY))
+    assert large.status == 413 and large.json["error"]["code"] == "body_too_large"
     assert replicas.get("/v1/nothing", SERVE_KEY)[0] == 404
 
 
