@@ -50,6 +50,7 @@ async def looping(engine: Engine, heard: Heard | None = None, stall_seconds: flo
         yield loop
     finally:
         await loop.stop()
+        await until(lambda: not loop.is_alive)  # a hang may have just ended: the engine must be free for the next test
 
 
 async def finish(mailbox: Mailbox) -> tuple[list[int], RequestOutput]:

@@ -23,6 +23,7 @@ TOKENS = 160
 STREAMS = 24  # three times as many as run at once
 LONG = ENGINE | {"num_pages": 200, "max_num_seqs": 8, "max_model_len": 256, "max_lora_rank": 16, "decode_buckets": (8,)}
 """Long enough answers for signals to arrive during them."""
+pytestmark = pytest.mark.timeout(900)  # two starts on a busy machine
 CLIENT = httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0))
 
 

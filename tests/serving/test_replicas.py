@@ -26,6 +26,7 @@ from slora_jax import Engine, SamplingParams
 from slora_jax.serving.replicas.front import join_metrics, merge
 from slora_jax.serving.replicas.replica import Answer, HttpRequest
 
+pytestmark = pytest.mark.timeout(900)  # Ray starts a dozen processes
 FULL = 4  # requests
 PROMPT = "List all users of the"
 ENDLESS: dict[str, Any] = {"extra_body": {"ignore_eos": True}}
