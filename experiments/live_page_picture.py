@@ -21,7 +21,7 @@ import uvicorn
 
 from experiments.pool_picture import tiny_engine
 from slora_jax import Engine
-from slora_jax.serving.app import create_app
+from slora_jax.serving.http.app import create_app
 from slora_jax.serving.settings import ServerSettings
 
 CLIENTS = 30

@@ -23,7 +23,7 @@ from slora_jax.adapters import random_adapter, write_peft
 from slora_jax.cli.parser import make_parser
 from slora_jax.engine import adapter_geometry
 from slora_jax.models import ModelConfig
-from slora_jax.serving.protocol import ChatBody, CompletionBody
+from slora_jax.serving.http.bodies import ChatBody, CompletionBody
 from slora_jax.serving.settings import ServerSettings
 
 ROOT = Path(__file__).parents[1]

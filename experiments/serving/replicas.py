@@ -35,7 +35,7 @@ from slora_jax.adapters import random_adapter, write_peft
 from slora_jax.demo.checkpoint import Widths, write_checkpoint
 from slora_jax.engine.sizing import adapter_geometry
 from slora_jax.models import ModelConfig
-from slora_jax.serving.replicas import run_replicas
+from slora_jax.serving.replicas.deployment import run_replicas
 from slora_jax.serving.settings import ServerSettings
 
 ROUND_ROBIN = "experiments.serving.round_robin_router.RoundRobinRouter"
@@ -125,7 +125,7 @@ class _Clients:
 
     @asynccontextmanager
     async def _http(self) -> AsyncIterator[httpx.AsyncClient]:
-        from slora_jax.serving.replica_front import ReplicaFront
+        from slora_jax.serving.replicas.front import ReplicaFront
 
         front = ReplicaFront(self._handle, self._server, by_adapter=self._by_adapter)
         server = uvicorn.Server(uvicorn.Config(front, host="127.0.0.1", port=0, log_level="warning"))

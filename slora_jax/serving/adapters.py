@@ -1,11 +1,8 @@
-"""Adapters as the service keeps them: what lies in a watched directory, what clients load and unload, and a file that
-remembers the difference for the next start."""
+"""Registers adapters with the engine: those of a watched directory, and those that clients load and unload."""
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import json
 import logging
 import os
 import time
@@ -13,7 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from weakref import WeakValueDictionary
 
 from tqdm import tqdm
@@ -24,78 +20,57 @@ from slora_jax.adapters.store import PreparedAdapter
 from slora_jax.engine import Engine
 from slora_jax.errors import AdapterError
 from slora_jax.phases import advance, phase
-from slora_jax.serving.adapter_roots import AdapterRoots, Version, adapters_in, version_of
+from slora_jax.serving.adapter_files import AdapterRoots, StateFile, Version, adapters_in, version_of
 from slora_jax.serving.engine_loop import EngineLoop
-from slora_jax.serving.errors import ApiError
+from slora_jax.serving.http.answers import Unloaded
+from slora_jax.serving.http.errors import ApiError
 from slora_jax.serving.settings import ServerSettings
 
 logger = logging.getLogger("slora_jax.serving")
 
 STATE_FILE = ".slora-adapters.json"
 POLL_SECONDS, MAX_POLL_SECONDS = 0.02, 0.5
-"""Between two looks at whether an unloaded adapter is free; each time twice as long, since hundreds may wait."""
-
-
-@dataclass(frozen=True)
-class Changes:
-    """The changes that clients made.
-
-    Attributes:
-      loaded: directory of each adapter that they loaded, by name.
-      unloaded: sizes and times of the files of each adapter of the watched directory that they unloaded, by name.
-    """
-
-    loaded: dict[str, str]
-    unloaded: dict[str, Any]
-
-    def has_unloaded(self, name: str, version: Version) -> bool:
-        """Returns True if a client unloaded these files; files deployed since then are another adapter."""
-        return name in self.unloaded and self.unloaded[name] in (None, _contents(version))
+"""First and longest interval of polling for an unloaded adapter's memory; it doubles, since hundreds may wait."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """An adapter that should be registered: where it lies, and what lies there."""
+    """An adapter that should be registered."""
 
     directory: Path
     version: Version
 
 
-@dataclass(frozen=True)
-class Unloaded:
-    """What an unload gave back. is_gone: whether all did, in time; shared: another name has the same content."""
-
-    is_gone: bool
-    shared: bool
-    pages: int
-    nbytes: int
-    seconds: float
-
-
 class Adapters:
-    """Registers adapters with an engine and takes them away again. Used in the event loop, but for `register_all`."""
+    """Registers and unregisters adapters with an engine. Runs in the event loop, except for `register_all`."""
 
     def __init__(self, settings: ServerSettings, on_gone: Callable[[str], None]) -> None:
-        """on_gone: told the name of an adapter that was unregistered."""
+        """Reads nothing yet.
+
+        Args:
+          on_gone: called with the name of each adapter that was unregistered.
+        """
         self._settings, self._on_gone = settings, on_gone
         self._roots = AdapterRoots(settings.roots)
         self._file = StateFile(settings.state_file or (settings.adapters and settings.adapters / STATE_FILE))
         self._registered: dict[str, Wanted] = {}
-        self._seen: dict[str, Wanted] = {}  # at the last look; what changes while it is looked at is not complete
-        self._known: set[str] = set()  # names that were registered when the last look began
-        self._look_seconds = 0.0  # of CPU time that the last look took, without what it led to
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of names in somebody's hands
+        self._seen: dict[
+            str, Wanted
+        ] = {}  # by the last scan; a directory that changes between two scans may be incomplete
+        self._known: set[str] = set()  # names registered when the last scan began
+        self._scan_seconds = 0.0  # CPU time of the last scan, without loads and unloads
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by name
         self._readers = asyncio.Semaphore(settings.limits.adapter_loads)
         self._refused: dict[str, str] = {}  # by name: why an adapter cannot be used
         self._left_out: dict[str, str] = {}  # by name: why a folder of the watched directory is not registered
 
     @property
     def refused(self) -> dict[str, str]:
-        """By name, why an adapter that might be expected is not there."""
+        """Reasons why adapters are missing, by name."""
         return self._left_out | self._refused
 
     def register_all(self, engine: Engine) -> None:
-        """At the start, on the engine's thread, with a progress bar. A bad one is logged and left out."""
+        """Registers all adapters at the start, on the engine's thread. A bad adapter is logged and left out."""
         wanted = self._seen = self._wanted()
         with phase("adapters"), ThreadPoolExecutor(self._settings.limits.adapter_loads) as pool:
             read = pool.map(lambda item: self._read_or_reason(engine, *item), wanted.items())
@@ -115,7 +90,7 @@ class Adapters:
                     engine.publish_adapter(prepared)
 
     async def load(self, loop: EngineLoop, name: str, path: str, in_place: bool) -> AdapterInfo:
-        """Registers the adapter at `path` under `name`, for good.
+        """Registers the adapter at `path` under `name`, now and at the next start.
 
         Raises:
           ApiError: the path is not allowed, or the name is taken and not `in_place`.
@@ -131,13 +106,13 @@ class Adapters:
                 message = f"adapter {name!r} is loaded already; load_inplace=true replaces it"
                 raise ApiError(400, message, code="name_taken", param="lora_name")
             directory = await asyncio.to_thread(self._roots.find, path)
-            info = await self._bring(loop, name, Wanted(directory, version_of(directory)))
+            info = await self._register(loop, name, Wanted(directory, version_of(directory)))
             is_watched = self._settings.adapters is not None and directory == self._settings.adapters.resolve() / name
             await asyncio.to_thread(self._file.loaded, name, None if is_watched else directory)
             return info
 
     async def unload(self, loop: EngineLoop, name: str, drain_seconds: float) -> Unloaded:
-        """Forgets a name at once; waits until the requests under way that use it have ended and its memory is free.
+        """Unregisters a name at once, then waits until requests that use it have ended and its memory is free.
 
         Raises:
           UnknownAdapterError: no adapter has this name.
@@ -159,33 +134,47 @@ class Adapters:
             held = await loop.call(lambda engine: _pages_held(engine, info.digest))
             is_gone = not held and not store.holds(info.digest)
         freed = is_gone and not shared
-        return Unloaded(freed, shared, pages * freed, info.nbytes * freed, time.monotonic() - start)
+        if shared:
+            what = "Its content stays: another name has the same."
+        elif not freed:
+            what = "Requests under way still use it; its memory is free when they have ended."
+        else:
+            what = "Its memory is free."
+        return {
+            "message": f"Success: LoRA adapter '{name}' removed successfully. {what}",
+            "name": name,
+            "freed": freed,
+            "freed_pages": pages * freed,
+            "freed_bytes": info.nbytes * freed,
+            "drain_seconds": round(time.monotonic() - start, 3),
+        }
 
     async def watch(self, loop: EngineLoop) -> None:
-        """Follows the watched directory and the state file until it is cancelled; of very many adapters less often, so
-        that looking takes no more than 2 % of the time."""
+        """Follows the watched directory and the state file until it is cancelled. With very many adapters it scans less
+        often, so that scans take at most 2 % of the time."""
         while True:
-            await asyncio.sleep(max(self._settings.watch_seconds, 50 * self._look_seconds))
+            await asyncio.sleep(max(self._settings.watch_seconds, 50 * self._scan_seconds))
             try:
-                await self.look(loop)
+                await self.scan(loop)
             except ApiError:
-                pass  # the engine is not to be had now
-            except Exception as error:  # noqa: BLE001  the next look may do better
-                logger.warning("looking for adapters failed: %r", error)
+                pass  # the engine is not available now
+            except Exception as error:  # noqa: BLE001  the next scan may succeed
+                logger.warning("scanning for adapters failed: %r", error)
 
-    async def look(self, loop: EngineLoop) -> None:
-        """Registers what has come (or changed) and has not changed since the last look; unregisters what has gone."""
+    async def scan(self, loop: EngineLoop) -> None:
+        """Registers adapters that are new or changed, once they are unchanged between two scans; unregisters removed
+        ones."""
         before, known_before = self._seen, self._known
         self._known, registered = set(self._registered), dict(self._registered)
 
         def compare() -> tuple[dict[str, Wanted], list[str]]:
-            start = time.thread_time()  # not the time that busy threads make it wait
+            start = time.thread_time()  # leaves out time spent waiting for other threads
             seen = self._wanted()
-            self._look_seconds = time.thread_time() - start
-            come = [name for name, one in seen.items() if before.get(name) == one != registered.get(name)]
-            # What a client has just loaded may be registered, and not in the state file yet.
-            gone = [name for name in self._known & known_before if name not in seen and name not in before]
-            return seen, come + gone
+            self._scan_seconds = time.thread_time() - start
+            new = [name for name, one in seen.items() if before.get(name) == one != registered.get(name)]
+            # An adapter that a client has just loaded may be registered and not yet in the state file.
+            removed = [name for name in self._known & known_before if name not in seen and name not in before]
+            return seen, new + removed
 
         self._seen, changed = await asyncio.to_thread(compare)
         await asyncio.gather(*(self._follow(loop, name) for name in changed))
@@ -200,15 +189,15 @@ class Adapters:
                     logger.info("adapter %r is gone", name)
             elif one != self._registered.get(name):
                 if (await asyncio.to_thread(self._file.read)).has_unloaded(name, one.version):
-                    return  # since the directory was looked at
+                    return  # after the scan
                 try:
-                    await self._bring(loop, name, one)
+                    await self._register(loop, name, one)
                     logger.info("adapter %r registered", name)
                 except AdapterError as error:
                     self._registered[name] = one  # until it changes
                     self._refuse(name, str(error))
 
-    async def _bring(self, loop: EngineLoop, name: str, one: Wanted) -> AdapterInfo:
+    async def _register(self, loop: EngineLoop, name: str, one: Wanted) -> AdapterInfo:
         async with self._readers:
             prepared = await asyncio.to_thread(self._read, loop.engine, name, one)
         try:
@@ -224,7 +213,7 @@ class Adapters:
         self._roots.check(one.directory)
         prepared = engine.prepare_adapter(name, one.directory)
         try:
-            self._roots.check(one.directory)  # nobody changed a link meanwhile
+            self._roots.check(one.directory)  # no link changed during the read
         except AdapterError:
             engine.discard_adapter(prepared)
             raise
@@ -235,12 +224,12 @@ class Adapters:
             return self._read(engine, name, one)
         except AdapterError as error:
             return str(error)
-        except Exception as error:  # noqa: BLE001  one adapter must not disturb the others
+        except Exception as error:  # noqa: BLE001  one bad adapter must not stop the others
             return repr(error)
 
     def _wanted(self) -> dict[str, Wanted]:
-        """Returns the adapters to register: those of the watched directory, with the changes that clients made. Logs
-        the folders that are left out. Reads disks."""
+        """Returns the adapters to register: those of the watched directory, with clients' changes. Logs the folders
+        that are left out. Reads from disk."""
         changes = self._file.read()
         root = self._settings.adapters
         wanted: dict[str, Wanted] = {}
@@ -269,76 +258,13 @@ class Adapters:
         logger.warning("adapter %r is left out: %s", name, reason)
 
     def _alone(self, name: str) -> asyncio.Lock:
-        """What is done to one name is done one after the other."""
+        """Returns the lock that serializes changes of one name."""
         return self._locks.setdefault(name, asyncio.Lock())
 
     def _forget(self, name: str) -> None:
         self._registered.pop(name, None)
         self._refused.pop(name, None)
         self._on_gone(name)
-
-
-class StateFile:
-    """What clients changed, in JSON. Several servers may share it. Without a file, or with one that cannot be read or
-    written, this process alone remembers."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._known = Changes({}, {})  # read or written last
-
-    def read(self) -> Changes:
-        """What there is to know."""
-        if self._path is None:
-            return self._known
-        try:
-            data = json.loads(self._path.read_text())
-            loaded = {str(name): str(directory) for name, directory in data["loaded"].items()}
-            unloaded = data["unloaded"]  # of earlier versions a list of names
-            self._known = Changes(loaded, unloaded if isinstance(unloaded, dict) else dict.fromkeys(map(str, unloaded)))
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("%s cannot be read: %r", self._path, error)
-        return self._known
-
-    def loaded(self, name: str, directory: Path | None) -> None:
-        """A client loaded `name`. directory None: it lies in the watched directory, under that name."""
-        elsewhere = {} if directory is None else {name: str(directory)}
-        self._change(
-            lambda changes: Changes(_without(name, changes.loaded) | elsewhere, _without(name, changes.unloaded))
-        )
-
-    def unloaded(self, name: str, version: Version | None) -> None:
-        """A client unloaded `name`. version: of the files in the watched directory's folder of this name, if it has
-        one."""
-        more = {} if version is None else {name: _contents(version)}
-        self._change(lambda changes: Changes(_without(name, changes.loaded), changes.unloaded | more))
-
-    def _change(self, change: Callable[[Changes], Changes]) -> None:
-        if self._path is None:
-            self._known = change(self._known)
-            return
-        try:
-            with open(self._path.with_suffix(".lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # other servers, and this one's other threads
-                self._known = change(self.read())
-                data = {"loaded": self._known.loaded, "unloaded": self._known.unloaded}
-                new = self._path.with_suffix(f".{os.getpid()}.tmp")
-                new.write_text(json.dumps(data, indent=1) + "\n")
-                os.replace(new, self._path)
-        except OSError as error:
-            logger.warning("%s cannot be written, so a restart will not know of changes: %s", self._path, error)
-            self._path = None
-            self._change(change)
-
-
-def _without[T](name: str, items: dict[str, T]) -> dict[str, T]:
-    return {key: item for key, item in items.items() if key != name}
-
-
-def _contents(version: Version) -> list[list[int] | None]:
-    """Sizes and times as JSON has them; without inodes, which a restart may change."""
-    return [stamp and list(stamp[1:]) for stamp in version]
 
 
 def _pages_held(engine: Engine, digest: str) -> int:

@@ -1,7 +1,7 @@
-"""The engine on a thread of its own: HTTP never waits for a step, and a step never waits for HTTP.
+"""Runs the engine on its own thread: HTTP never waits for a step, and a step never waits for HTTP.
 
-Commands go in by a deque and are carried out between steps; what a step brought goes out in one callback to the event
-loop. Everything else that the event loop reads of the engine is a snapshot that the thread left there.
+The event loop appends commands to a deque, and the thread runs them between steps. The results of a step go to the
+event loop in one callback. The event loop reads all other facts about the engine from a snapshot.
 """
 
 from __future__ import annotations
@@ -13,89 +13,84 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
 from slora_jax.engine import Delta, Engine, RequestOutput
 from slora_jax.errors import ProcessLostError, SloraError
 from slora_jax.scheduling import FinishReason, SamplingParams
-from slora_jax.serving.errors import ApiError, engine_failed, unavailable
+from slora_jax.serving.http.errors import ApiError, engine_failed, stopping, unavailable
 from slora_jax.serving.mailbox import Mailbox
-from slora_jax.serving.observation import EngineSnapshot, observe
+from slora_jax.serving.observability.snapshot import EngineSnapshot, observe
 
 logger = logging.getLogger("slora_jax.serving")
 
 SWITCH_SECONDS = 0.0005
-"""Interval of `sys.setswitchinterval`: Python's own 5 ms would delay the next step's launch."""
+"""Argument of `sys.setswitchinterval`; the default of 5 ms would delay the next step's launch."""
 SNAPSHOT_SECONDS = 0.1
-"""Between two snapshots."""
+"""Interval of snapshots."""
 MAX_FAULTS = 3
-"""Failed steps without a good one in between, after which the engine is taken for dead."""
+"""Failed steps in a row after which the engine is declared dead."""
 
 
 class Health(StrEnum):
-    """Of the engine. Requests are taken while it is READY."""
+    """Health of the engine. Requests are accepted while it is READY."""
 
     STARTING = "starting"
     """Loading, compiling, warming up."""
     READY = "ready"
     RECOVERING = "recovering"
-    """A step failed: its requests have failed, waiting ones go on; when the engine is idle a probe decides between
-    READY and DEAD."""
+    """A step failed, and with it its requests; waiting requests continue. When the engine is idle, a probe generation
+    decides between READY and DEAD."""
     STALLED = "stalled"
     """A call of the engine does not return. All requests have failed."""
     STOPPED = "stopped"
     DEAD = "dead"
-    """It cannot be used any more. The process should be restarted."""
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """One sequence under way: where its tokens go."""
-
-    request_id: str
-    mailbox: Mailbox
-    index: int
+    """The engine is unusable. The process should be restarted."""
 
 
 class Listener(Protocol):
-    """Told in the event loop what becomes of the engine."""
+    """Callbacks of the loop, in the event loop."""
 
     def finished(self, output: RequestOutput) -> None:
-        """A sequence has ended, whatever the reason."""
+        """A sequence has ended, for whatever reason."""
 
     def health_changed(self, health: Health) -> None:
-        """The engine's health is another."""
+        """The engine's health has changed."""
 
     def fault(self, error: BaseException) -> None:
         """The engine failed."""
 
 
 UNAVAILABLE = (Health.STALLED, Health.STOPPED, Health.DEAD)
-"""Nothing that is queued now will run, or not before the engine's call returns."""
+"""States in which a queued command never runs, or not before the engine's call returns."""
 
 
 class EngineLoop:
-    """Owns an engine. Made, started and used in the event loop; `snapshot`, `health` and `engine.store` may be read
-    from other threads."""
+    """Owns an engine. The event loop creates, starts and uses it; other threads may read `snapshot`, `health` and
+    `engine.store`."""
 
     def __init__(self, build: Callable[[], Engine], listener: Listener, *, stall_seconds: float) -> None:
-        """build: makes the engine, on the loop's thread. stall_seconds: bound on each call of the engine after that."""
+        """Creates the loop; `start` starts it.
+
+        Args:
+          build: creates the engine, on the loop's thread.
+          stall_seconds: longest call of the engine after that.
+        """
         self._build, self._listener, self._stall_seconds = build, listener, stall_seconds
         self.health = Health.STARTING
-        self.error: BaseException | None = None  # of the last fault
+        self.error: BaseException | None = None  # the last fault
         self.snapshot: EngineSnapshot | None = None
         self._engine: Engine | None = None
         self._events = asyncio.get_running_loop()
-        self._calls: set[asyncio.Future] = set()  # that wait for the thread
-        self._sequences: dict[str, Sequence] = {}
+        self._calls: set[asyncio.Future] = set()  # waiting for the thread
+        self._sequences: dict[str, tuple[Mailbox, int]] = {}  # unfinished ones by id
         self._numbers = 0
         # Shared with the thread:
         self._commands: deque[Callable[[Engine], None]] = deque()
         self._wake = threading.Event()
         self._stopping = False
-        self._busy_since: float | None = None  # when the call of the engine under way began
+        self._busy_since: float | None = None  # start of the current call of the engine
         self._faults_in_a_row = 0
         self._snapshot_at = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -103,16 +98,16 @@ class EngineLoop:
     # In the event loop
 
     def start(self) -> None:
-        """Begins to build the engine. Returns at once."""
+        """Starts to build the engine. Returns at once."""
         self._thread.start()
         self._watchdog = asyncio.create_task(self._watch())
 
     @property
     def engine(self) -> Engine:
-        """For its immutable parts and its store, which may be used from any thread.
+        """The engine, for its immutable parts and its store, which may be used from any thread.
 
         Raises:
-          ApiError: 503, it is not there yet, or dead.
+          ApiError: 503, the engine is not built yet, or dead.
         """
         if self._engine is None or self.health in (Health.DEAD, Health.STOPPED):
             raise self._refusal()
@@ -120,52 +115,52 @@ class EngineLoop:
 
     @property
     def num_unfinished(self) -> int:
-        """Sequences under way, waiting or running."""
+        """Number of sequences that wait or run."""
         return len(self._sequences)
 
     def check_ready(self) -> None:
-        """Raises ApiError 503 unless requests are taken now."""
+        """Raises ApiError 503 unless requests are accepted now."""
         if self.health is not Health.READY:
             raise self._refusal()
 
     def submit(
         self, prompt: list[int], params: SamplingParams, adapter: str | None, tenant: str, mailbox: Mailbox, index: int
     ) -> str:
-        """Queues a sequence, whose tokens come to `mailbox` under `index`, and returns its id. If the engine refuses
-        it, or runs nothing any more, the mailbox fails."""
+        """Queues a sequence whose tokens go to `mailbox` under `index`, and returns its id. If the engine refuses it or
+        has ended, the mailbox fails."""
         self._numbers += 1
         request_id = f"seq-{self._numbers}"
         if self.health in UNAVAILABLE:
             mailbox.fail(self._refusal())
             return request_id
-        self._sequences[request_id] = Sequence(request_id, mailbox, index)
+        self._sequences[request_id] = mailbox, index
 
         def add(engine: Engine) -> None:
             try:
                 engine.add_request(prompt, params, adapter, request_id, tenant)
-            except Exception as error:  # noqa: BLE001  it is the client's, or ours to report
+            except Exception as error:  # noqa: BLE001  reported to the client
                 self._post(self._fail, [request_id], error)
 
         self._command(add)
         return request_id
 
     def cancel(self, request_ids: list[str]) -> None:
-        """Ends sequences before the next step. Those that have ended already are none of its business."""
+        """Cancels sequences before the next step. Sequences that have ended already are ignored."""
         self._cancel([one for one in request_ids if self._sequences.pop(one, None) is not None])
 
     async def call[T](self, function: Callable[[Engine], T]) -> T:
-        """Returns what `function` returns, or raises, on the engine's thread between two steps. It should take
-        microseconds.
+        """Runs a function on the engine's thread between two steps, and returns its result or raises its error. It
+        should take microseconds.
 
         Raises:
-          ApiError: 503, the engine is dead, or a call of it does not return. `function` may yet run in the latter case.
+          ApiError: 503, the engine is dead, or a call of it does not return; `function` may still run then.
         """
         future: asyncio.Future[T] = self._events.create_future()
 
         def run(engine: Engine) -> None:
             try:
                 self._post(_settle, future, function(engine), None)
-            except Exception as error:  # noqa: BLE001  the caller's
+            except Exception as error:  # noqa: BLE001  raised by the caller's await
                 self._post(_settle, future, None, error)
 
         if self.health in UNAVAILABLE:
@@ -178,14 +173,14 @@ class EngineLoop:
             self._calls.discard(future)
 
     def fail_all(self, error: Exception) -> None:
-        """Ends every sequence; its client is told `error`."""
+        """Fails every sequence with `error`."""
         unfinished = list(self._sequences)
         self._fail(unfinished, error)
         self._cancel(unfinished)
 
     async def stop(self) -> None:
-        """Ends the thread; sequences under way fail. Returns when the engine is closed; earlier if it is still being
-        built, or in a call that does not return: neither can be interrupted (`is_alive`)."""
+        """Fails all sequences, ends the thread, and returns when the engine is closed. It returns earlier, with
+        `is_alive`, if the engine is still being built or in a call that does not return."""
         self._stopping = True
         self._wake.set()
         while self.is_alive and self.health is not Health.STARTING and not self._is_stuck():
@@ -209,55 +204,47 @@ class EngineLoop:
         self._commands.append(command)
         self._wake.set()
 
-    def _hand_out(self, deltas: list[Delta]) -> None:
+    def _deliver(self, deltas: list[Delta]) -> None:
         for delta in deltas:
-            sequence = self._sequences.get(delta.request_id)
-            if sequence is None:  # cancelled
-                if delta.output is not None:
-                    self._listener.finished(delta.output)
-                continue
-            if delta.output is None:
-                sequence.mailbox.put(sequence.index, delta)
-                continue
-            del self._sequences[delta.request_id]
             output = delta.output
-            self._listener.finished(output)
-            match output.finish_reason:
-                case FinishReason.ERROR:
-                    sequence.mailbox.fail(engine_failed(output.error or "the engine failed"))
-                case FinishReason.ABORT:
-                    reason = output.error or "the policy gave the request up"
-                    sequence.mailbox.fail(unavailable(reason, code="aborted", retry_after=1))
-                case _:
-                    sequence.mailbox.put(sequence.index, delta)
+            mailbox, index = self._sequences.get(delta.request_id, (None, 0))
+            if output is not None:
+                self._listener.finished(output)
+                self._sequences.pop(delta.request_id, None)
+            if mailbox is None:  # cancelled
+                continue
+            if output is not None and output.finish_reason is FinishReason.ERROR:
+                mailbox.fail(engine_failed(output.error or "the engine failed"))
+            elif output is not None and output.finish_reason is FinishReason.ABORT:
+                mailbox.fail(unavailable(output.error or "the policy aborted it", code="aborted", retry_after=1))
+            else:
+                mailbox.put(index, delta)
 
     def _fail(self, request_ids: list[str], error: Exception) -> None:
         for request_id in request_ids:
-            sequence = self._sequences.pop(request_id, None)
-            if sequence is not None:
-                sequence.mailbox.fail(error)
+            mailbox, _ = self._sequences.pop(request_id, (None, 0))
+            if mailbox is not None:
+                mailbox.fail(error)
 
     def _refusal(self) -> ApiError:
-        match self.health:
-            case Health.STARTING:
-                return unavailable(
-                    "the engine is starting; /ready tells when it is there", code="starting", retry_after=5
-                )
-            case Health.RECOVERING:
-                return unavailable(f"the engine recovers from {self.error!r}", code="recovering", retry_after=1)
-            case Health.STALLED:
-                return unavailable("a call of the engine does not return", code="stalled", retry_after=30)
-            case Health.DEAD:
-                return unavailable(f"the engine is dead: {self.error!r}", code="dead")
-        return unavailable("the service is stopping", code="stopping", retry_after=10)
+        reasons = {
+            Health.STARTING: ("starting", "the engine is starting; /ready tells when it is ready", 5),
+            Health.RECOVERING: ("recovering", f"the engine recovers from {self.error!r}", 1),
+            Health.STALLED: ("stalled", "a call of the engine does not return", 30),
+            Health.DEAD: ("dead", f"the engine is dead: {self.error!r}", None),
+        }
+        if self.health not in reasons:
+            return stopping()
+        code, message, seconds = reasons[self.health]
+        return unavailable(message, code=code, retry_after=seconds)
 
     def _is_stuck(self) -> bool:
-        """Returns whether the call of the engine under way takes too long."""
+        """Returns whether the current call of the engine takes too long."""
         began = self._busy_since
         return began is not None and time.monotonic() - began >= self._stall_seconds
 
     async def _watch(self) -> None:
-        """Notices a call of the engine that does not return, and fails all requests; `/health` shows the rest."""
+        """Fails all requests, and sets STALLED, when a call of the engine does not return."""
         while True:
             await asyncio.sleep(min(1.0, self._stall_seconds / 4))
             if self.health not in (Health.READY, Health.RECOVERING) or not self._is_stuck():
@@ -283,13 +270,13 @@ class EngineLoop:
         try:
             engine = self._build()
             self._probe(engine)
-            self._look(engine)
+            self._observe(engine)
             self._engine = engine
             self._become(Health.READY)
             while not self._stopping and self.health is not Health.DEAD:
                 self._turn(engine)
         except BaseException as error:
-            is_setting = engine is None and isinstance(error, SloraError)  # its message says all
+            is_setting = engine is None and isinstance(error, SloraError)  # its message needs no traceback
             logger.error("the engine is dead", exc_info=None if is_setting else error)
             self._become(Health.DEAD, error)
         if self.health is not Health.DEAD:
@@ -304,7 +291,7 @@ class EngineLoop:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Calls of the engine inside the block must end within `stall_seconds`."""
+        """Bounds calls of the engine inside the block by `stall_seconds`."""
         self._busy_since = time.monotonic()
         try:
             yield
@@ -315,7 +302,7 @@ class EngineLoop:
         """Runs the queued commands, then one step if there is work; otherwise waits for commands."""
         self._wake.clear()
         if self.health is Health.STALLED:
-            self._become(Health.RECOVERING)  # the call returned after all
+            self._become(Health.RECOVERING)  # the stalled call has returned
         with self._watched():
             while self._commands:
                 self._commands.popleft()(engine)
@@ -326,7 +313,7 @@ class EngineLoop:
         if self.health is Health.RECOVERING:
             with self._watched():
                 self._recover(engine)
-        self._look(engine)
+        self._observe(engine)
         self._wake.wait(timeout=1.0)
 
     def _step(self, engine: Engine) -> None:
@@ -334,50 +321,50 @@ class EngineLoop:
             deltas = engine.step()
         except ProcessLostError:
             raise
-        except Exception as error:  # noqa: BLE001  its requests are told
+        except Exception as error:  # noqa: BLE001  its requests fail with it
             self._fault(engine, error)
             return
         self._faults_in_a_row = 0
         if deltas:
-            self._post(self._hand_out, deltas)
+            self._post(self._deliver, deltas)
         if time.monotonic() - self._snapshot_at >= SNAPSHOT_SECONDS:
-            self._look(engine)
+            self._observe(engine)
 
     def _fault(self, engine: Engine, error: Exception) -> None:
-        """A step failed. The engine reports the requests of a step that was not dispatched; those of one whose result
-        cannot be read are all that run."""
+        """Handles a failed step. The engine itself ends the requests of a step that was not dispatched; if a step's
+        result cannot be read, all running requests fail."""
         logger.error("a step failed", exc_info=error)
         self._become(Health.RECOVERING, error)
         self._faults_in_a_row += 1
-        touched = [request.id for request in engine.scheduler.running]
-        self._post(self._fail, touched, engine_failed(f"the engine failed: {error!r}"))
-        for request_id in touched:
+        running = [request.id for request in engine.scheduler.running]
+        self._post(self._fail, running, engine_failed(f"the engine failed: {error!r}"))
+        for request_id in running:
             engine.cancel(request_id)
         if self._faults_in_a_row >= MAX_FAULTS:
             raise error
 
     def _recover(self, engine: Engine) -> None:
-        """Checks the idle engine's books, and that it still generates."""
+        """Checks the idle engine's bookkeeping, and that it still generates."""
         engine.check()
         self._probe(engine)
-        if self.health is Health.RECOVERING:  # otherwise STALLED meanwhile: the next turn probes again
+        if self.health is Health.RECOVERING:  # if it is STALLED now, the next turn probes again
             logger.info("the engine has recovered")
             self._become(Health.READY)
 
     def _probe(self, engine: Engine) -> None:
-        """Generates two tokens: to warm the engine up at the start, to test it after a fault."""
+        """Generates two tokens, to warm up the engine at the start or to test it after a fault."""
         [output] = engine.generate([[0]], SamplingParams(max_tokens=2, ignore_eos=True))
         if len(output.token_ids) != 2:
             raise RuntimeError(f"the engine does not answer: {output.finish_reason} {output.error or ''}")
 
-    def _look(self, engine: Engine) -> None:
+    def _observe(self, engine: Engine) -> None:
         self.snapshot = observe(engine)
         self._snapshot_at = time.monotonic()
 
-    # On either
+    # On either thread
 
     def _become(self, health: Health, error: BaseException | None = None) -> None:
-        """error: the fault that is the reason."""
+        """Sets the health, with the fault that is the reason."""
         self.error = error or self.error
         self.health = health
         self._post(self._listener.health_changed, health)
@@ -388,7 +375,7 @@ class EngineLoop:
         try:
             self._events.call_soon_threadsafe(callback, *arguments)
         except RuntimeError:
-            pass  # the event loop is gone, and nobody waits any more
+            pass  # the event loop has ended
 
 
 def _settle[T](future: asyncio.Future[T], result: T, error: Exception | None) -> None:

@@ -1,4 +1,4 @@
-"""Where a client's sequences meet what the engine brings for them."""
+"""Passes new tokens from the engine's loop to an HTTP request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from slora_jax.engine.outputs import TokenLogprobs
 
 @dataclass
 class Arrived:
-    """What has come for one sequence since it was last asked for."""
+    """New tokens of one sequence since the last `take`.
+
+    Attributes:
+      output: the whole output, with the last tokens.
+    """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -20,6 +24,7 @@ class Arrived:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
 
     def add(self, delta: Delta) -> None:
+        """Appends the result of a step."""
         self.text += delta.text
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs or ()
@@ -28,8 +33,8 @@ class Arrived:
 
 
 class Mailbox:
-    """All sequences of one HTTP request, by index. A reader that is slower than the engine finds several steps' tokens
-    joined: what waits for it is bounded by what its sequences may generate."""
+    """New tokens of all sequences of one HTTP request, by index. A reader slower than the engine gets the tokens of
+    several steps at once, so memory is bounded by what the sequences may generate."""
 
     def __init__(self) -> None:
         self._arrived: dict[int, Arrived] = {}
@@ -37,16 +42,17 @@ class Mailbox:
         self._filled = asyncio.Event()
 
     def put(self, index: int, delta: Delta) -> None:
+        """Adds the result of a step for a sequence."""
         self._arrived.setdefault(index, Arrived()).add(delta)
         self._filled.set()
 
     def fail(self, error: Exception) -> None:
-        """The next `take` raises `error`; the first one counts."""
+        """Makes the next `take` raise `error`. Only the first error counts."""
         self._error = self._error or error
         self._filled.set()
 
     async def take(self) -> dict[int, Arrived]:
-        """What has come, once there is something. Raises what `fail` was told."""
+        """Waits for new tokens and returns them. Raises the error given to `fail`."""
         await self._filled.wait()
         self._filled.clear()
         if self._error is not None:

@@ -13,36 +13,37 @@ from slora_jax.distributed.group import EXIT_LOST
 from slora_jax.engine import Engine
 from slora_jax.errors import ProcessLostError, SloraError
 from slora_jax.phases import report, seconds_since_start
-from slora_jax.serving.app import create_app
 from slora_jax.serving.engine_loop import SWITCH_SECONDS, Health
-from slora_jax.serving.replicas import serve_replicas
-from slora_jax.serving.server import listen, serve_app
+from slora_jax.serving.http.app import create_app
+from slora_jax.serving.http.server import listen, serve_app
+from slora_jax.serving.replicas.deployment import serve_replicas
 from slora_jax.serving.settings import ServerSettings
 
 
 def serve(settings: ServerSettings, build: Callable[[], Engine]) -> int:
-    """Serves until SIGTERM or Ctrl-C: then no more is accepted, requests under way have `settings.drain_seconds`, and
-    the exit status is 0. A second signal ends the process at once, with 128 plus its number.
+    """Serves until SIGTERM or Ctrl-C. Then new requests are rejected, those under way have `settings.drain_seconds`,
+    and the exit status is 0. A second signal ends the process at once, with status 128 plus its number.
 
-    Returns 1 if the engine died, 2 if it could not be built as asked for, 3 if another process of those that serve
-    together is lost.
+    Returns:
+      The exit status: 1 if the engine died, 2 if its settings cannot be met, 3 if another process of the group that
+      serves together is lost.
 
     Raises:
       ConfigError: the address cannot be listened on.
     """
-    listener = listen(settings.host, settings.port)  # before anything takes time
+    listener = listen(settings.host, settings.port)  # first, so that an address in use is reported at once
     if settings.replicas > 1:
         return serve_replicas(settings, listener)
     sys.setswitchinterval(SWITCH_SECONDS)
     app = create_app(settings, build)
     status = serve_app(app, settings, _Engine(app), listener)
-    if app.state.service.loop.is_alive:  # in a compilation, say, which would keep the process
+    if app.state.service.loop.is_alive:  # such as in a compilation, which cannot be interrupted
         os._exit(status)
     return status
 
 
 class _Engine:
-    """An engine of this process, `Served`."""
+    """Drains and follows the engine of this process (`Served`)."""
 
     def __init__(self, app: FastAPI) -> None:
         self._app = app

@@ -1,10 +1,13 @@
-"""The service's settings, from a YAML file and the command line."""
+"""Settings of the service, from a YAML file and the command line."""
 
 from __future__ import annotations
 
 import ipaddress
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -12,25 +15,74 @@ import yaml
 
 from slora_jax.engine.config import EngineConfig
 from slora_jax.errors import ConfigError
-from slora_jax.serving.access import ApiKey
-from slora_jax.typed import Count, Positive, Range, Seconds, check_fields, made
+from slora_jax.typed import Count, Positive, Range, Seconds, check_fields, made, refuse_unknown, typed
 
-if TYPE_CHECKING:  # JAX, which settings must not wait for
+if TYPE_CHECKING:  # these import JAX, which takes seconds
     from slora_jax.distributed.group import ProcessGroup
     from slora_jax.engine import Engine
     from slora_jax.scheduling import Policy
 
 
+Right = Literal["serve", "manage"]
+"""Rights of an API key: to generate; to load and unload adapters."""
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """A client's key, kept as its SHA-256 only."""
+
+    name: str
+    digest: bytes = field(repr=False)
+    rights: frozenset[str]
+
+    @classmethod
+    def from_mapping(cls, data: Any, where: str) -> ApiKey:
+        """Reads an entry of a config file: `name`, `rights` (default: "serve") and one of `key`, `key_env` (an
+        environment variable) and `key_sha256` (hexadecimal).
+
+        Raises:
+          ConfigError: naming the field, but never the key.
+        """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{where}: must be a mapping")
+        sources = ("key", "key_env", "key_sha256")
+        refuse_unknown(data, ("name", "rights", *sources), f"{where}.")
+        name = typed(data.get("name") or None, str, f"{where}.name")
+        given = [one for one in sources if one in data]
+        if len(given) != 1:
+            raise ConfigError(f"{where}: give one of key, key_env and key_sha256, found {', '.join(given) or 'none'}")
+        rights = typed(data.get("rights", ["serve"]), tuple[Right, ...], f"{where}.rights")
+        return cls(name, _digest(data[given[0]], given[0], f"{where}.{given[0]}"), frozenset(rights))
+
+
+def _digest(value: Any, source: str, where: str) -> bytes:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{where}: must be text")
+    if source == "key_sha256":
+        if not re.fullmatch(r"[0-9a-fA-F]{64}", value):
+            raise ConfigError(f"{where}: must be 64 hexadecimal digits, as `sha256sum` prints")
+        return bytes.fromhex(value)
+    if source == "key_env":
+        if not os.environ.get(value):
+            raise ConfigError(f"{where}={value!r}: this environment variable is not set")
+        value = os.environ[value]
+    return sha256(value.encode()).digest()
+
+
 @dataclass(frozen=True)
 class Limits:
-    """What one client may ask of the service; beyond it, it is told so and nothing is lost.
+    """Limits on clients. A request beyond one is refused, and nothing is lost.
 
-    body_bytes: of a request (413). bodies_bytes: of all that are under way (503). header_bytes: of a request's head
-    (431). waiting: sequences that wait beyond those that can run (503). per_client: sequences that one client may have
-    unfinished (429); a client is an API key or, without keys, an address. sequences: of one request, prompts times `n`.
-    connections: open at once; further ones are closed. header_seconds, body_seconds: for a client to send its request
-    (408). write_seconds: for it to take what it is sent; then its requests are cancelled. adapter_loads: adapters that
-    are read from disk at a time.
+    Attributes:
+      body_bytes: size of a request's body (413). bodies_bytes: of all bodies being received (503).
+      header_bytes: size of a request's head (431).
+      waiting: sequences that wait beyond those that can run (503).
+      per_client: unfinished sequences of one client (429): an API key or, without keys, an address.
+      sequences: of one request, prompts times `n`.
+      connections: open at once; further ones are closed.
+      header_seconds, body_seconds: time to send a request (408).
+      write_seconds: time to read an answer; then the client's requests are cancelled.
+      adapter_loads: adapters read from disk at a time.
     """
 
     body_bytes: Count = 4 << 20
@@ -53,21 +105,25 @@ class Limits:
 class ServerSettings:
     """Settings of `slora serve`; a config file has the same names (`from_file`).
 
-    model_dir: a Hugging Face directory or GGUF file. name: of the base model, for clients; None: the directory's name.
-    adapters: every PEFT directory in it is registered under its folder's name, also those that come later (it is looked
-      at every `watch_seconds`; 0: only at the start).
-    adapter_roots: further directories from which clients may load adapters.
-    state_file: remembers what clients loaded and unloaded, for the next start; None: `.slora-adapters.json` in
-      `adapters`.
-    api_keys: who may do what; none: everybody may do everything.
-    cors_origins: web pages of other origins ("https://example.org", "*") that browsers let call the service.
-    engine: the engine's settings. policy: a name and settings, as `make_policy` takes them; None: first come, first
-      served. tenants: whom a fair-share policy charges: the "adapter" or the "client" (API key).
-    replicas: engines, each in a process of its own behind Ray Serve's router (`replicas`); 1: one, in this process.
-    replica_requests: HTTP requests with which a replica is full, so that those for its adapters go elsewhere; None: as
-      many as its engine can run, and half as many that it can prepare for.
-    drain_seconds: for requests under way to end when the service is stopped. stall_seconds: bound on one call of the
-      engine, such as a step; beyond it all requests fail, and `/health` is 503 until the call returns.
+    Attributes:
+      model_dir: a Hugging Face directory or GGUF file.
+      name: of the base model, for clients; None: the directory's name.
+      adapters: each PEFT directory in it is registered under its folder's name; new ones are found every
+        `watch_seconds` (0: only at the start).
+      adapter_roots: further directories from which clients may load adapters.
+      state_file: keeps adapters that clients loaded and unloaded for the next start; None: `.slora-adapters.json` in
+        `adapters`.
+      api_keys: keys and their rights; without keys, every client has every right.
+      cors_origins: origins of web pages ("https://example.org", "*") whose browsers may call the service.
+      engine: the engine's settings.
+      policy: arguments of `make_policy`, a name and settings; None: first come, first served.
+      tenants: what a fair-share policy charges: the "adapter" or the "client" (API key).
+      replicas: engines, one per process behind Ray Serve's router; 1: one engine in this process.
+      replica_requests: HTTP requests at which a replica is full, so that further ones for its adapters go elsewhere;
+        None: 1.5 `max_num_seqs`, those that run and half as many being prepared.
+      drain_seconds: time for requests under way to end when the service stops.
+      stall_seconds: longest call of the engine, such as a step; beyond it all requests fail, and `/health` returns 503
+        until the call returns.
     """
 
     model_dir: Path
@@ -101,8 +157,10 @@ class ServerSettings:
 
     @classmethod
     def from_file(cls, path: Path | None, **given: Any) -> Self:
-        """Reads a YAML file, if there is one. `given` fields, None for those that were not, take precedence; those of
-        `engine` may be a mapping, laid over the file's.
+        """Reads a YAML file, if `path` is not None.
+
+        Args:
+          given: fields that take precedence unless they are None. `engine` may be a mapping, merged with the file's.
 
         Raises:
           ConfigError: the file cannot be read; a field is unknown, missing or out of range.
@@ -119,25 +177,25 @@ class ServerSettings:
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], **given: Any) -> Self:
-        """Like `from_file`, of what such a file holds."""
+        """Reads the content of such a file."""
         engine = data.get("engine", {})
         if isinstance(engine, Mapping):
             engine = {**engine, **given.pop("engine", {})}
         data = {**data, **{name: value for name, value in given.items() if value is not None}, "engine": engine}
         if not isinstance(data.get("api_keys", ()), list | tuple):
-            raise ConfigError("api_keys: must be a list of mappings")  # without the value: it may hold a key
+            raise ConfigError("api_keys: must be a list of mappings")  # without the value, which may hold a key
         if "model_dir" not in data:
             raise ConfigError("model_dir is missing: a Hugging Face model directory or GGUF file")
         return made(cls, data, "")
 
     @property
     def base_name(self) -> str:
-        """What clients call the base model."""
+        """Name of the base model, for clients."""
         return self.name or self.model_dir.resolve().name
 
     @property
     def roots(self) -> tuple[Path, ...]:
-        """Where adapters may lie."""
+        """Directories from which adapters may be loaded."""
         return (*(() if self.adapters is None else (self.adapters,)), *self.adapter_roots)
 
     @property
@@ -149,7 +207,7 @@ class ServerSettings:
             return self.host == "localhost"
 
     def make_policy(self) -> Policy | None:
-        """A new policy of the kind that was asked for. Raises ConfigError for an unknown one."""
+        """Creates the policy. Raises ConfigError for an unknown one."""
         if self.policy is None:
             return None
         if "name" not in self.policy:
@@ -159,7 +217,7 @@ class ServerSettings:
         return make_policy(**self.policy)
 
     def build_engine(self, processes: ProcessGroup | None = None) -> Engine:
-        """The engine of these settings. Raises as `Engine.from_pretrained`."""
+        """Creates the engine. Raises as `Engine.from_pretrained` does."""
         from slora_jax.engine import Engine
 
         return Engine.from_pretrained(self.model_dir, self.engine, policy=self.make_policy(), processes=processes)

@@ -1,16 +1,17 @@
-"""An engine of the test's own process, for loops and services that come and go."""
+"""Lends one engine of the test's process to several loops and services in turn."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import functools
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from slora_jax import Engine
 
 
 class Borrowed:
-    """An engine that several loops use in turn: closing it only ends its requests."""
+    """An engine whose `close` only ends its requests."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -25,7 +26,17 @@ class Borrowed:
             self._engine.step()
 
 
-async def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+def in_event_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Runs an asynchronous test. The limit only bounds a test that hangs."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **fixtures: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **fixtures), 240))  # type: ignore[arg-type]
+
+    return run
+
+
+async def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.002)

@@ -1,4 +1,4 @@
-"""One server with keys for all tests of its API, and the engine that it must equal."""
+"""One server with keys for all tests of its API, and one engine of the same settings in the tests' process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,18 @@ from tiny_model import TinyModel
 from unharmed import MEMORY, Before
 
 from slora_jax import Engine
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps tests of one server, and tests of one recorded run, in one process of xdist (`--dist loadgroup`)."""
+    for item in items:
+        if isinstance(item, pytest.Function) and item.path.parent.name == "serving":
+            if "server" in item.fixturenames:
+                item.add_marker(pytest.mark.xdist_group("server"))
+            elif hasattr(item.module, "recording"):
+                item.add_marker(pytest.mark.xdist_group("recording"))
+            elif "engine" in item.fixturenames:
+                item.add_marker(pytest.mark.xdist_group("serving engine"))
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +43,7 @@ def files(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture(scope="session")
 def server(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """Shared: a test leaves its adapters as it found them, and nothing running."""
+    """The shared server. A test restores its adapters and leaves nothing running."""
     config = {
         "adapters": str(files.adapters),
         "adapter_roots": [str(files.uploads)],
@@ -49,17 +61,10 @@ def server(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
 
 
 @pytest.fixture(scope="session")
-def reference(files: Files) -> Iterator[Engine]:
-    """An engine of the server's settings, driven directly."""
+def engine(files: Files) -> Iterator[Engine]:
+    """An engine of the server's settings, for direct use and for loops. At the end nothing is running or leaked."""
     with Engine.from_pretrained(files.model, engine_config()) as engine:
         engine.load_adapters(files.adapters)
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def engine(tiny: TinyModel) -> Iterator[Engine]:
-    """For loops and services in the test's own process; afterwards nothing is under way and no page is lost."""
-    with Engine(tiny.config, tiny.graphdef, tiny.params, engine_config()) as engine:
         yield engine
         engine.check()
         stats = engine.stats()
@@ -68,7 +73,7 @@ def engine(tiny: TinyModel) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def unharmed(server: LiveServer) -> Iterator[Before]:
-    """The server before hostile requests; after them it is as it was."""
+    """The server's state before a module's hostile requests; checked again after them."""
     before = Before.of(server)
     yield before
     before.check_all(server, MEMORY)
@@ -76,6 +81,6 @@ def unharmed(server: LiveServer) -> Iterator[Before]:
 
 @pytest.fixture
 def still_answers(server: LiveServer, unharmed: Before) -> Iterator[None]:
-    """After each hostile request a good one is answered as before."""
+    """Checks after each test that an ordinary request is answered as before."""
     yield
     unharmed.check_answers(server)

@@ -1,4 +1,4 @@
-"""`slora serve` in a process of its own, as its users start it, with a tiny model."""
+"""Starts `slora serve` in its own process, as users do, with a tiny model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -31,8 +32,7 @@ ENGINE = {
     "progress": False,
 }
 """An engine shape that other tests compile too."""
-START_SECONDS = 120
-
+START_SECONDS = 240
 
 SERVE_KEY, MANAGE_KEY = "sk-serve", "sk-manage"
 ADAPTERS = 12
@@ -40,8 +40,7 @@ ADAPTERS = 12
 
 @dataclass(frozen=True)
 class Files:
-    """A model directory with a chat template; `adapters` holds adapter-0 to adapter-11; `uploads` is empty and may be
-    loaded from."""
+    """Directories: a model with a chat template, adapters adapter-0 to adapter-11, and an empty root for uploads."""
 
     model: Path
     adapters: Path
@@ -56,8 +55,16 @@ def write_adapter(directory: Path, tiny: TinyModel, seed: int, rank: int = 8) ->
     return write_peft(directory, random_adapter(tiny.geometry, rank, ("q", "k", "v", "o"), seed=seed))
 
 
+def until(condition: Callable[[], object], what: str = "", seconds: float = 60) -> None:
+    """Polls a condition. The limit only bounds a test that hangs."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.01)
+
+
 class LiveServer:
-    """A server process. `url` answers once `wait_ready` has returned."""
+    """A server process. Requests are accepted once `wait_ready` has returned."""
 
     def __init__(self, model_dir: Path, config_file: Path, config: dict[str, Any], *, arguments: tuple = ()) -> None:
         config_file.write_text(json.dumps({"engine": ENGINE, "name": "base"} | config))
@@ -73,7 +80,7 @@ class LiveServer:
                 command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"},  # as the tests: one compilation cache
+                env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"},  # shares the tests' compilation cache
             )
 
     def __enter__(self) -> Self:
@@ -87,32 +94,25 @@ class LiveServer:
         return self._log_file.read_text()
 
     def wait_ready(self) -> Self:
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            if self.process.poll() is not None:
-                raise AssertionError(f"the server ended with {self.process.returncode}:\n{self.log}")
-            try:
-                if self.get("/ready")[0] == 200:
-                    return self
-            except OSError:
-                pass
-            if time.monotonic() > deadline:
-                self.kill()
-                raise AssertionError(f"the server was not ready in {START_SECONDS} s:\n{self.log}")
-            time.sleep(0.05)
+        try:
+            until(self._is_ready, "the server is ready", START_SECONDS)
+        except AssertionError:
+            self.kill()
+            raise
+        return self
 
     def get(self, path: str, key: str | None = None) -> tuple[int, bytes]:
         return self._send(urllib.request.Request(self.url + path), key)
 
     def post(self, path: str, body: object, key: str | None = None) -> tuple[int, Any]:
-        """`body` as JSON, or bytes as they are. The answer is parsed."""
+        """Posts an object as JSON, or bytes unchanged. The answer is parsed."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         status, answer = self._send(request, key)
         return status, json.loads(answer)
 
     def metrics(self, key: str | None = None) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-        """Values by name and labels, such as `("slora_pool_pages", (("kind", "kv"),))`."""
+        """Returns values by name and labels, such as `("slora_pool_pages", (("kind", "kv"),))`."""
         status, text = self.get("/metrics", key)
         assert status == 200, text
         families = text_string_to_metric_families(text.decode())
@@ -135,6 +135,13 @@ class LiveServer:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+
+    def _is_ready(self) -> bool:
+        assert self.process.poll() is None, f"the server ended with {self.process.returncode}:\n{self.log}"
+        try:
+            return self.get("/ready")[0] == 200
+        except OSError:
+            return False
 
     def _send(self, request: urllib.request.Request, key: str | None) -> tuple[int, bytes]:
         if key is not None:

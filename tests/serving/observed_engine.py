@@ -1,4 +1,4 @@
-"""A tiny engine under real traffic, recorded once: what was observed after every step, and every finished request."""
+"""A tiny engine under real traffic, recorded once: a snapshot after every step, and every finished request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slora_jax import Engine, RequestOutput
 from slora_jax.adapters import AdapterInfo, Tier
 from slora_jax.memory import PageKind
 from slora_jax.scheduling import FinishReason, RequestMetrics
-from slora_jax.serving.observation import (
+from slora_jax.serving.observability.snapshot import (
     ADAPTER_ARRIVING,
     ADAPTER_IDLE,
     ADAPTER_IN_USE,
@@ -29,7 +29,7 @@ from slora_jax.serving.observation import (
 
 @dataclass
 class Moment:
-    """After one step. by_owner: `page_kinds` found by asking every owner of pages. loading, used: digests."""
+    """State after one step. by_owner: `page_kinds` derived from every owner of pages. loading, used: digests."""
 
     snapshot: EngineSnapshot
     kinds: np.ndarray
@@ -42,8 +42,12 @@ class Moment:
 
 @dataclass
 class Recording:
-    """Of a run. infos: of the registered adapters. copies: of adapters to the device, by the engine's trace: bytes, and
-    whether given up half-way."""
+    """A recorded run.
+
+    Attributes:
+      infos: registered adapters.
+      copies: copies of adapters to the device in the engine's trace: bytes, and whether the copy was abandoned.
+    """
 
     infos: list[AdapterInfo]
     moments: list[Moment] = field(default_factory=list)
@@ -57,14 +61,14 @@ class Recording:
 def finished_request(
     adapter: str | None = None, tokens: int = 2, queue: float | None = 0.5, first_token: float = 1.0
 ) -> RequestOutput:
-    """Of 3 prompt tokens, and output every half a second. queue, first_token: seconds after its arrival."""
+    """Returns an output with 3 prompt tokens, a token every half second. queue, first_token: seconds after arrival."""
     metrics = RequestMetrics(1.0, None if queue is None else 1.0 + queue, 1.0 + first_token, 9.0)
     times = [1.0 + first_token + n / 2 for n in range(tokens)]
     return RequestOutput("r", adapter, [7] * 3, None, [5] * tokens, FinishReason.LENGTH, metrics, times)
 
 
 def kinds_by_owner(engine: Engine) -> np.ndarray:
-    """`page_kinds` the slow way: page by page, asking the requests, the adapters and the prefix cache."""
+    """Derives `page_kinds` page by page from the requests, the adapters and the prefix cache."""
     kinds = np.full(engine.allocator.num_pages, FREE, np.uint8)
     kinds[0] = DUMMY
     for page in range(1, engine.allocator.num_pages):
@@ -87,7 +91,7 @@ def kinds_by_owner(engine: Engine) -> np.ndarray:
 
 @functools.cache
 def recording() -> Recording:
-    """160 requests over 60 adapters on a pool of 300 pages; host memory holds about half of the adapters."""
+    """Serves 160 requests over 60 adapters on a pool of 300 pages; host memory holds about half of the adapters."""
     settings = {"host_adapter_bytes": 2_000_000, "prefetch": 4, "upload_pages_per_step": 8}
     with tiny_engine(**settings) as engine, engine.trace() as trace:
         made = Recording(engine.adapters())

@@ -1,6 +1,6 @@
-"""Serves the live page over a recorded run, under the policy that the server has, and opens it in a headless browser.
+"""Serves the live page over a recorded run, under the server's policy, and opens it in a headless browser.
 
-The page lies in a frame of a harness page, which can be as narrow as a phone; a script there looks at it from outside.
+The page is in a frame of a harness page, which can be as narrow as a phone and whose script inspects it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from observed_engine import Recording
 
-from slora_jax.serving import state as state_module
-from slora_jax.serving.observation import PAGE_KINDS
-from slora_jax.serving.state import LiveState, live_page_files
+from slora_jax.serving.http.page import page_files
+from slora_jax.serving.observability import live_state as state_module
+from slora_jax.serving.observability.live_state import LiveState
+from slora_jax.serving.observability.prometheus import ServerMetrics
+from slora_jax.serving.observability.snapshot import PAGE_KINDS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 POLICY = "default-src 'self'"
@@ -89,7 +91,7 @@ setTimeout(() => {
 
 @dataclass
 class LivePage:
-    """An app with the page's files and answers that a test may change. asked: paths of the requests that came."""
+    """An app with the page's files, and answers that a test may change. asked: paths of the requests so far."""
 
     state: dict[str, Any]
     kinds: bytes
@@ -101,7 +103,7 @@ class LivePage:
     address: str = ""
 
     def app(self) -> FastAPI:
-        app, files = FastAPI(), live_page_files()
+        app, files = FastAPI(), page_files()
 
         @app.middleware("http")
         async def record(request: Request, answer: Any) -> Response:
@@ -155,8 +157,11 @@ class LivePage:
         return app
 
     def open(self, profile: Path, width: int, *flags: str, **typed: str) -> tuple[dict[str, Any], list[str]]:
-        """The harness' report of the page at this width, and what the browser's console said. typed: a `key`, a
-        `search` or a `prompt`, after 1.5 seconds."""
+        """Returns the harness' report of the page at this width, and the browser's console.
+
+        Args:
+          typed: a `key`, a `search` or a `prompt`, entered after 1.5 seconds.
+        """
         query = urlencode({"width": width, "height": 1600, "kinds": ",".join(PAGE_KINDS), **typed})
         url = f"{self.address}/harness?{query}"
         errors, dom = browse(profile, url, "--dump-dom", *flags)
@@ -166,7 +171,7 @@ class LivePage:
 
 
 def browse(profile: Path, url: str, *flags: str) -> tuple[str, str]:
-    """Standard error and output of the browser."""
+    """Returns standard error and output of the browser."""
     assert CHROMIUM is not None
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
     command += ["--enable-logging=stderr", "--virtual-time-budget=5000", "--window-size=1400,1700", "--hide-scrollbars"]
@@ -177,7 +182,7 @@ def browse(profile: Path, url: str, *flags: str) -> tuple[str, str]:
 
 @contextmanager
 def serving(page: LivePage) -> Iterator[LivePage]:
-    """Serves it on a free port of this machine."""
+    """Serves the page on a free port of this machine."""
     server = uvicorn.Server(uvicorn.Config(page.app(), host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -192,16 +197,18 @@ def serving(page: LivePage) -> Iterator[LivePage]:
 
 
 def played(recording: Recording, until: int, every: int = 4) -> LiveState:
-    """The state after a recorded run's first moments, as if it had taken `every` steps a second."""
+    """Returns the state after a recorded run's first moments, as if it had taken `every` steps a second."""
     clock = SimpleNamespace(now=0.0)
     with mock.patch.object(state_module, "time", SimpleNamespace(monotonic=lambda: clock.now)):
-        live = LiveState("tiny-llama")
+        metrics = ServerMetrics(lambda: None)
+        live = LiveState("tiny-llama", metrics)
         for number, moment in enumerate(recording.moments[: until + 1]):
             for output in moment.finished:
-                live.finished(output)
+                metrics.finished(output)
             if number % every == 0 or number == until:
                 clock.now += 1
                 live.sample(moment.snapshot, moment.tiers)
+    metrics.close()
     live._start = state_module.time.monotonic() - clock.now
     for sample in live._samples:
         sample.time += live._start

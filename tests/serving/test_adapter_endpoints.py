@@ -1,4 +1,4 @@
-"""Adapters that come and go while the server runs: loaded and unloaded by clients, found in the watched directory."""
+"""Adapters that clients load and unload, and adapters found in the watched directory, while the server runs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from live_server import MANAGE_KEY, SERVE_KEY, Files, LiveServer, write_adapter
+from live_server import MANAGE_KEY, SERVE_KEY, Files, LiveServer, until, write_adapter
 from safetensors.numpy import load_file, save_file
 from wire import exchange, post
 
@@ -54,16 +54,9 @@ def text(server: LiveServer, model: str, **more: Any) -> str:
     return answer["choices"][0]["text"]
 
 
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to pass"
-        time.sleep(0.02)
-
-
-def test_an_adapter_is_loaded_used_listed_and_unloaded(server, files, tiny) -> None:
+def test_adapter_is_loaded_used_listed_and_unloaded(server, files, tiny) -> None:
     write_adapter(files.uploads / "fresh", tiny, seed=100, rank=16)
-    status, answer = load(server, "tenant/fresh", files.uploads / "fresh")
+    status, answer = load(server, "tenant/fresh", "fresh")  # relative to a root
     assert status == 200 and answer["rank"] == 16 and "added successfully" in answer["message"]
     assert adapters(server)["tenant/fresh"]["state"] == "host"
     assert text(server, "tenant/fresh") != text(server, "base")
@@ -81,12 +74,7 @@ def test_an_adapter_is_loaded_used_listed_and_unloaded(server, files, tiny) -> N
     assert unload(server, "tenant/fresh")[0] == 404
 
 
-def test_a_path_may_be_relative_to_a_root(server, files, tiny) -> None:
-    write_adapter(files.uploads / "deep" / "er", tiny, seed=101)
-    assert load(server, "deep", "deep/er")[0] == 200
-
-
-def test_a_name_is_replaced_only_in_place(server, files, tiny) -> None:
+def test_name_is_replaced_only_in_place(server, files, tiny) -> None:
     write_adapter(files.uploads / "one", tiny, seed=102)
     write_adapter(files.uploads / "two", tiny, seed=103)
     assert load(server, "swap", files.uploads / "one")[0] == 200
@@ -99,7 +87,7 @@ def test_a_name_is_replaced_only_in_place(server, files, tiny) -> None:
     assert load(server, "base", files.uploads / "two")[0] == 400
 
 
-def test_a_bad_adapter_changes_nothing(server, files, tiny) -> None:
+def test_invalid_adapter_changes_nothing(server, files, tiny) -> None:
     directory = write_adapter(files.uploads / "bad", tiny, seed=104)
     config = json.loads((directory / "adapter_config.json").read_text())
     (directory / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
@@ -109,44 +97,24 @@ def test_a_bad_adapter_changes_nothing(server, files, tiny) -> None:
     assert load(server, "bad", files.uploads / "nowhere")[0] == 404
 
 
-@pytest.mark.parametrize("more", [{}, {"temperature": 0.8}, {"logprobs": 2}], ids=str)
-def test_logits_that_are_not_finite_end_the_request_with_an_error(server, files, tiny, more) -> None:
+def test_non_finite_logits_fail_the_request(server, files, tiny) -> None:
     directory = write_adapter(files.uploads / "huge", tiny, seed=105)
     weights = load_file(directory / "adapter_model.safetensors")
     huge = {name: tensor * np.float32(1e30 if "lora_B" in name else 1) for name, tensor in weights.items()}
     save_file(huge, directory / "adapter_model.safetensors")
     assert load(server, "huge", directory)[0] == 200
     expected = text(server, "base")
-    body = {"model": "huge", **PROMPT, **more}
-    status, answer = server.post("/v1/completions", body, SERVE_KEY)
-    assert status == 500 and answer["error"]["type"] == "server_error"
-    assert answer["error"]["message"].startswith("adapter 'huge': the logits of output token 0 are not finite")
+    for more in ({}, {"temperature": 0.8}, {"logprobs": 2}):
+        body = {"model": "huge", **PROMPT, **more}
+        status, answer = server.post("/v1/completions", body, SERVE_KEY)
+        assert status == 500 and answer["error"]["type"] == "server_error"
+        assert answer["error"]["message"].startswith("adapter 'huge': the logits of output token 0 are not finite")
     stream = exchange(server, post("/v1/completions", body | {"stream": True}, SERVE_KEY))
-    assert stream.status == 500 and stream.json == answer, "errors up to the first token are statuses"
+    assert stream.status == 500 and stream.json == answer, "errors before the first token are statuses"
     assert text(server, "base") == expected
 
 
-@pytest.mark.parametrize("path", ["/etc", "../model", "x/../../model", "/"])
-def test_a_path_outside_the_roots_is_forbidden(server, path) -> None:
-    status, answer = load(server, "outside", path)
-    assert status == 403 and answer["error"]["code"] == "forbidden_path"
-
-
-def test_a_link_out_of_the_roots_is_forbidden(server, files, tiny, tmp_path) -> None:
-    secret = write_adapter(tmp_path / "secret", tiny, seed=105)
-    (files.uploads / "link").mkdir()
-    for file in secret.iterdir():
-        (files.uploads / "link" / file.name).symlink_to(file)
-    assert load(server, "link", files.uploads / "link")[0] == 403
-    whole = files.uploads / "whole"
-    whole.symlink_to(secret)
-    try:
-        assert load(server, "whole", whole)[0] == 403
-    finally:
-        whole.unlink()
-
-
-def test_unloading_waits_for_the_requests_that_use_it(server, files, tiny) -> None:
+def test_unload_waits_for_the_requests_that_use_it(server, files, tiny) -> None:
     write_adapter(files.uploads / "busy", tiny, seed=106)
     load(server, "busy", files.uploads / "busy")
     expected = text(server, "busy", max_tokens=60, ignore_eos=True)
@@ -166,12 +134,12 @@ def test_unloading_waits_for_the_requests_that_use_it(server, files, tiny) -> No
     assert answers == [expected] * 8
 
 
-def test_the_watched_directory_is_followed(server, files, tiny) -> None:
+def test_watched_directory_is_followed(server, files, tiny) -> None:
     ready = write_adapter(files.uploads / "later", tiny, seed=107)
     directory = files.adapters / "later"
     directory.mkdir()
     (directory / "adapter_config.json").write_bytes((ready / "adapter_config.json").read_bytes())
-    until(lambda: "later" in refused(server))  # half of it is there
+    until(lambda: "later" in refused(server))  # it is incomplete
     assert "later" not in names(server)
     (directory / "adapter_model.safetensors").write_bytes((ready / "adapter_model.safetensors").read_bytes())
     until(lambda: "later" in names(server))
@@ -181,14 +149,14 @@ def test_the_watched_directory_is_followed(server, files, tiny) -> None:
     write_adapter(directory, tiny, seed=108)  # other weights
     until(lambda: text(server, "later") != first)
     assert unload(server, "later")[0] == 200
-    time.sleep(0.5)  # several looks
-    assert "later" not in names(server), "a client unloaded it; it came back by itself"
+    until(lambda: "a client unloaded it" in refused(server).get("later", ""))  # by a later scan
+    assert "later" not in names(server)
     assert load(server, "later", directory)[0] == 200
     shutil.rmtree(directory)
     until(lambda: "later" not in names(server))
 
 
-def test_two_names_of_one_content_do_not_take_it_from_each_other(server, files, tiny) -> None:
+def test_unload_keeps_content_that_another_name_shares(server, files, tiny) -> None:
     write_adapter(files.uploads / "shared", tiny, seed=109)
     load(server, "left", files.uploads / "shared")
     load(server, "right", files.uploads / "shared")
@@ -199,13 +167,13 @@ def test_two_names_of_one_content_do_not_take_it_from_each_other(server, files, 
     assert unload(server, "right")[1]["freed"]
 
 
-def test_loads_and_unloads_of_one_name_at_once_end_in_one_of_its_states(server, files, tiny) -> None:
+def test_concurrent_loads_and_unloads_of_one_name_leave_it_usable(server, files, tiny) -> None:
     for i in range(4):
         write_adapter(files.uploads / f"v{i}", tiny, seed=110 + i)
     statuses: list[int] = []
 
     def storm(i: int) -> None:
-        for _ in range(5):
+        for _ in range(3):
             statuses.append(load(server, "stormy", files.uploads / f"v{i}", load_inplace=True)[0])
             statuses.append(unload(server, "stormy")[0])
 
@@ -214,7 +182,7 @@ def test_loads_and_unloads_of_one_name_at_once_end_in_one_of_its_states(server, 
         thread.start()
     for thread in threads:
         thread.join()
-    assert set(statuses) <= {200, 404} and statuses.count(200) > 20
+    assert set(statuses) <= {200, 404} and statuses.count(200) > 12
     status, _ = load(server, "stormy", files.uploads / "v0", load_inplace=True)
     assert status == 200 and text(server, "stormy")
 

@@ -1,28 +1,30 @@
-"""The engine's thread: tokens come through, cancelled requests end within a step, faults are told and survived."""
+"""The engine's thread: tokens are delivered, cancelled requests end within a step, faults are reported and survived."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from borrowed_engine import Borrowed, until
+from borrowed_engine import Borrowed, in_event_loop, until
 
 from slora_jax import Engine, RequestOutput, SamplingParams
 from slora_jax.errors import ConfigError, RequestError
 from slora_jax.scheduling.plan import NOT_FINITE
 from slora_jax.serving.engine_loop import EngineLoop, Health
-from slora_jax.serving.errors import ApiError
+from slora_jax.serving.http.errors import ApiError
 from slora_jax.serving.mailbox import Mailbox
 
 LONG = SamplingParams(max_tokens=80, ignore_eos=True)
+STALL = 1.5
+"""Seconds, longer than any step that does not hang."""
 
 
 class Heard:
-    """A listener that remembers."""
+    """A listener that records its calls."""
 
     def __init__(self) -> None:
         self.outputs: list[RequestOutput] = []
@@ -48,6 +50,7 @@ async def looping(engine: Engine, heard: Heard | None = None, stall_seconds: flo
         yield loop
     finally:
         await loop.stop()
+        await until(lambda: not loop.is_alive)  # a hang may have just ended: the engine must be free for the next test
 
 
 async def finish(mailbox: Mailbox) -> tuple[list[int], RequestOutput]:
@@ -59,8 +62,12 @@ async def finish(mailbox: Mailbox) -> tuple[list[int], RequestOutput]:
             return tokens, arrived.output
 
 
-def run(scenario: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(scenario(), 120))  # type: ignore[arg-type]
+async def failure(mailbox: Mailbox) -> ApiError:
+    """Returns the error that ends a sequence."""
+    with pytest.raises(ApiError) as raised:
+        while True:
+            await mailbox.take()
+    return raised.value
 
 
 def submit(loop: EngineLoop, prompt: list[int], params: SamplingParams = LONG) -> tuple[str, Mailbox]:
@@ -69,7 +76,7 @@ def submit(loop: EngineLoop, prompt: list[int], params: SamplingParams = LONG) -
 
 
 class Trap:
-    """Replaces a method: the calls in `failing` (counted from 1) raise, and all are let through by `gate`."""
+    """Replaces a method: calls in `failing` (counted from 1) raise, and all calls wait for `gate`."""
 
     def __init__(self, method: Callable, failing: Callable[[int], bool]) -> None:
         self._method, self._failing = method, failing
@@ -95,83 +102,72 @@ def trap(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trap]
     return set_trap
 
 
-def test_many_sequences_get_the_tokens_that_generate_gives(engine) -> None:
+@in_event_loop
+async def test_tokens_equal_those_of_generate(engine) -> None:
     prompts = [[5 + i, 7, 9 + 3 * i] for i in range(24)]
     params = [SamplingParams(max_tokens=4 + i, temperature=0.7 * (i % 2), seed=i) for i in range(24)]
     expected = engine.generate(prompts, params)
-
-    async def scenario() -> None:
-        heard = Heard()
-        async with looping(engine, heard) as loop:
-            boxes = [submit(loop, *one)[1] for one in zip(prompts, params, strict=True)]
-            for box, output in zip(boxes, expected, strict=True):
-                tokens, last = await finish(box)
-                assert tokens == last.token_ids == output.token_ids and last.text == output.text
-            assert loop.num_unfinished == 0
-        assert len(heard.outputs) == 24 and heard.health == [Health.READY, Health.STOPPED] and not heard.faults
-
-    run(scenario)
+    heard = Heard()
+    async with looping(engine, heard) as loop:
+        boxes = [submit(loop, *one)[1] for one in zip(prompts, params, strict=True)]
+        for box, output in zip(boxes, expected, strict=True):
+            tokens, last = await finish(box)
+            assert tokens == last.token_ids == output.token_ids and last.text == output.text
+        assert loop.num_unfinished == 0
+    assert len(heard.outputs) == 24 and heard.health == [Health.READY, Health.STOPPED] and not heard.faults
 
 
-def test_a_refused_sequence_fails_its_own_mailbox_only(engine) -> None:
-    async def scenario() -> None:
-        async with looping(engine) as loop:
-            _, good = submit(loop, [1, 2, 3], SamplingParams(max_tokens=3, ignore_eos=True))
-            _, bad = submit(loop, [1] * 500)
-            with pytest.raises(RequestError, match="500 tokens"):
-                await bad.take()
-            assert len((await finish(good))[0]) == 3
-
-    run(scenario)
+@in_event_loop
+async def test_refused_sequence_fails_alone(engine) -> None:
+    async with looping(engine) as loop:
+        _, good = submit(loop, [1, 2, 3], SamplingParams(max_tokens=3, ignore_eos=True))
+        _, bad = submit(loop, [1] * 500)
+        with pytest.raises(RequestError, match="500 tokens"):
+            await bad.take()
+        assert len((await finish(good))[0]) == 3
 
 
-def test_a_cancelled_sequence_runs_no_further_step(engine, trap) -> None:
+@in_event_loop
+async def test_cancelled_sequence_runs_no_further_step(engine, trap) -> None:
     dispatch = trap("dispatch")
-
-    async def scenario() -> None:
-        async with looping(engine) as loop:
-            request_id, mailbox = submit(loop, [4, 5, 6])
-            await mailbox.take()
-            await mailbox.take()
-            dispatch.gate.clear()
-            calls = dispatch.calls
-            await until(lambda: dispatch.calls > calls)  # a step is being dispatched
-            loop.cancel([request_id])
-            dispatch.gate.set()
-            stats = await loop.call(lambda engine: engine.stats())
-            assert stats.running == 0 and stats.pages.kv == 0
-            assert dispatch.calls == calls + 1, "steps ran after the one during which it was cancelled"
-            assert loop.num_unfinished == 0
-
-    run(scenario)
+    async with looping(engine) as loop:
+        request_id, mailbox = submit(loop, [4, 5, 6])
+        await mailbox.take()
+        await mailbox.take()
+        dispatch.gate.clear()
+        calls = dispatch.calls
+        await until(lambda: dispatch.calls > calls)  # a step is being dispatched
+        loop.cancel([request_id])
+        dispatch.gate.set()
+        stats = await loop.call(lambda engine: engine.stats())
+        assert stats.running == 0 and stats.pages.kv == 0
+        assert dispatch.calls == calls + 1, "steps ran after the one during which it was cancelled"
+        assert loop.num_unfinished == 0
 
 
 @pytest.mark.parametrize("place", ["dispatch", "read"])
-def test_a_failed_step_fails_what_it_touched_and_nothing_else(engine, trap, place) -> None:
-    async def scenario() -> None:
-        heard = Heard()
-        async with looping(engine, heard) as loop:
-            made = trap(place, lambda call: call == 6)
-            running = [submit(loop, [3 + i, 4]) for i in range(16)]  # all that can run at once
-            await running[0][1].take()
-            waiting = [submit(loop, [50 + i], SamplingParams(max_tokens=3, ignore_eos=True)) for i in range(3)]
-            for _, mailbox in running:
-                with pytest.raises(ApiError) as raised:
-                    while True:
-                        await mailbox.take()
-                assert raised.value.status_code == 500 and "on fire" in raised.value.detail
-            assert made.calls >= 6
-            for _, mailbox in waiting:
-                assert len((await finish(mailbox))[0]) == 3
-            await until(lambda: loop.health is Health.READY)
-            assert heard.health[:3] == [Health.READY, Health.RECOVERING, Health.READY] and len(heard.faults) == 1
-            assert len((await finish(submit(loop, [9])[1]))[0]) == 80
-            await loop.call(lambda engine: engine.check())
-
-    run(scenario)
+@in_event_loop
+async def test_failed_step_fails_running_sequences_only(engine, trap, place) -> None:
+    heard = Heard()
+    async with looping(engine, heard) as loop:
+        made = trap(place, lambda call: call == 6)
+        running = [submit(loop, [3 + i, 4]) for i in range(16)]  # as many as can run at once
+        await running[0][1].take()
+        waiting = [submit(loop, [50 + i], SamplingParams(max_tokens=3, ignore_eos=True)) for i in range(3)]
+        for _, mailbox in running:
+            error = await failure(mailbox)
+            assert error.status_code == 500 and "on fire" in error.detail
+        assert made.calls >= 6
+        for _, mailbox in waiting:
+            assert len((await finish(mailbox))[0]) == 3
+        await until(lambda: loop.health is Health.READY)
+        assert heard.health[:3] == [Health.READY, Health.RECOVERING, Health.READY] and len(heard.faults) == 1
+        assert len((await finish(submit(loop, [9])[1]))[0]) == 80
+        await loop.call(lambda engine: engine.check())
 
 
-def test_a_sequence_without_finite_logits_fails_alone(engine, monkeypatch) -> None:
+@in_event_loop
+async def test_sequence_without_finite_logits_fails_alone(engine, monkeypatch) -> None:
     read = engine.executor.read
     requests = []
 
@@ -185,198 +181,147 @@ def test_a_sequence_without_finite_logits_fails_alone(engine, monkeypatch) -> No
         return tokens
 
     monkeypatch.setattr(engine.executor, "read", spoilt)
-
-    async def scenario() -> None:
-        heard = Heard()
-        async with looping(engine, heard) as loop:
-            boxes = [submit(loop, prompt)[1] for prompt in ([3, 4], [4, 5])]
-            with pytest.raises(ApiError, match="the base model: the logits of output token 4 are not finite") as raised:
-                while True:
-                    await boxes[0].take()
-            assert raised.value.status_code == 500
-            assert len((await finish(boxes[1]))[0]) == 80
-            await loop.call(lambda engine: engine.check())
-        assert heard.health == [Health.READY, Health.STOPPED] and not heard.faults
-
-    run(scenario)
+    heard = Heard()
+    async with looping(engine, heard) as loop:
+        boxes = [submit(loop, prompt)[1] for prompt in ([3, 4], [4, 5])]
+        error = await failure(boxes[0])
+        assert "the base model: the logits of output token 4 are not finite" in error.detail
+        assert error.status_code == 500
+        assert len((await finish(boxes[1]))[0]) == 80
+        await loop.call(lambda engine: engine.check())
+    assert heard.health == [Health.READY, Health.STOPPED] and not heard.faults
 
 
-def test_while_it_recovers_nothing_is_taken(engine, trap) -> None:
-    async def scenario() -> None:
-        async with looping(engine) as loop:
-            dispatch = trap("dispatch", lambda call: call == 3 and not dispatch.gate.clear())
-            submit(loop, [3, 4])
-            await until(lambda: loop.health is Health.RECOVERING)  # until the gate lets the probe through
-            with pytest.raises(ApiError, match="recovers") as raised:
-                loop.check_ready()
-            assert raised.value.status_code == 503 and "Retry-After" in raised.value.headers
-            dispatch.gate.set()
-            await until(lambda: loop.health is Health.READY)
+@in_event_loop
+async def test_requests_are_rejected_during_recovery(engine, trap) -> None:
+    async with looping(engine) as loop:
+        dispatch = trap("dispatch", lambda call: call == 3 and not dispatch.gate.clear())
+        submit(loop, [3, 4])
+        await until(lambda: loop.health is Health.RECOVERING)  # until the gate lets the probe through
+        with pytest.raises(ApiError, match="recovers") as raised:
             loop.check_ready()
-
-    run(scenario)
-
-
-def test_an_engine_that_does_not_recover_is_dead_and_says_so(engine, trap) -> None:
-    async def scenario() -> None:
-        heard = Heard()
-        async with looping(engine, heard) as loop:
-            trap("dispatch", lambda call: call >= 3)
-            boxes = [submit(loop, [3 + i])[1] for i in range(20)]
-            for mailbox in boxes:
-                with pytest.raises(ApiError) as raised:
-                    while True:
-                        await mailbox.take()
-                assert raised.value.status_code in (500, 503) and "on fire" in raised.value.detail
-            await until(lambda: loop.health is Health.DEAD)
-            with pytest.raises(ApiError, match="dead"):
-                loop.check_ready()
-            with pytest.raises(ApiError, match="dead"):
-                await loop.call(lambda engine: None)
-            await until(lambda: heard.health[-1] is Health.DEAD)
-            assert heard.faults
-
-    run(scenario)
+        assert raised.value.status_code == 503 and "Retry-After" in raised.value.headers
+        dispatch.gate.set()
+        await until(lambda: loop.health is Health.READY)
+        loop.check_ready()
 
 
-def test_a_step_that_hangs_is_noticed_and_survived(engine, trap) -> None:
-    async def scenario() -> None:
-        heard = Heard()
-        async with looping(engine, heard, stall_seconds=0.4) as loop:
-            dispatch = trap("dispatch")
-            _, mailbox = submit(loop, [3, 4])
-            await mailbox.take()
-            dispatch.gate.clear()
-            calls = dispatch.calls
-            await until(lambda: dispatch.calls > calls)
-            asked = asyncio.create_task(loop.call(lambda engine: engine.stats()))
-            with pytest.raises(ApiError, match="stall_seconds"):
-                while True:
-                    await mailbox.take()
-            with pytest.raises(ApiError, match="does not return"):
-                await asked
-            assert loop.health is Health.STALLED and loop.num_unfinished == 0
-            with pytest.raises(ApiError, match="does not return"):
-                loop.check_ready()
-            dispatch.gate.set()
-            await until(lambda: loop.health is Health.READY)
-            assert len((await finish(submit(loop, [9])[1]))[0]) == 80
-        assert heard.health == [Health.READY, Health.STALLED, Health.RECOVERING, Health.READY, Health.STOPPED]
+@in_event_loop
+async def test_engine_that_does_not_recover_is_dead(engine, trap) -> None:
+    heard = Heard()
+    async with looping(engine, heard) as loop:
+        trap("dispatch", lambda call: call >= 3)
+        boxes = [submit(loop, [3 + i])[1] for i in range(20)]
+        for mailbox in boxes:
+            error = await failure(mailbox)
+            assert error.status_code in (500, 503) and "on fire" in error.detail
+        await until(lambda: loop.health is Health.DEAD)
+        with pytest.raises(ApiError, match="dead"):
+            loop.check_ready()
+        with pytest.raises(ApiError, match="dead"):
+            await loop.call(lambda engine: None)
+        await until(lambda: heard.health[-1] is Health.DEAD)
+        assert heard.faults
 
-    run(scenario)
+
+@in_event_loop
+async def test_hanging_step_is_detected_and_survived(engine, trap) -> None:
+    heard = Heard()
+    async with looping(engine, heard, stall_seconds=STALL) as loop:
+        dispatch = trap("dispatch")
+        _, mailbox = submit(loop, [3, 4])
+        await mailbox.take()
+        dispatch.gate.clear()
+        calls = dispatch.calls
+        await until(lambda: dispatch.calls > calls)
+        asked = asyncio.create_task(loop.call(lambda engine: engine.stats()))
+        assert "stall_seconds" in (await failure(mailbox)).detail
+        with pytest.raises(ApiError, match="does not return"):
+            await asked
+        assert loop.health is Health.STALLED and loop.num_unfinished == 0
+        with pytest.raises(ApiError, match="does not return"):
+            loop.check_ready()
+        dispatch.gate.set()
+        await until(lambda: loop.health is Health.READY)
+        assert len((await finish(submit(loop, [9])[1]))[0]) == 80
+    assert heard.health == [Health.READY, Health.STALLED, Health.RECOVERING, Health.READY, Health.STOPPED]
 
 
 @pytest.mark.parametrize("sequences", [1, 20], ids=["in the probe", "in the next step"])
-def test_hang_after_a_failed_step_is_noticed_and_survived(engine, trap, sequences) -> None:
-    async def scenario() -> None:
-        heard = Heard()
-        async with looping(engine, heard, stall_seconds=0.4) as loop:
-            dispatch = trap("dispatch", lambda call: call == 3 and not dispatch.gate.clear())
-            boxes = [submit(loop, [3 + i])[1] for i in range(sequences)]
-            await until(lambda: loop.health is Health.STALLED)
-            for mailbox in boxes:
-                with pytest.raises(ApiError):
-                    while True:
-                        await mailbox.take()
-            dispatch.gate.set()
-            await until(lambda: loop.health is Health.READY)
-            assert len((await finish(submit(loop, [9])[1]))[0]) == 80
-        hang = [Health.READY, Health.RECOVERING, Health.STALLED, Health.RECOVERING, Health.READY, Health.STOPPED]
-        assert heard.health == hang
-
-    run(scenario)
-
-
-def test_call_that_hangs_is_noticed_and_survived(engine) -> None:
-    async def scenario() -> None:
-        async with looping(engine, stall_seconds=0.4) as loop:
-            gate = threading.Event()
-            with pytest.raises(ApiError, match="does not return"):
-                await loop.call(lambda engine: gate.wait())
-            assert loop.health is Health.STALLED
-            gate.set()
-            await until(lambda: loop.health is Health.READY)
-
-    run(scenario)
-
-
-def test_stopping_does_not_wait_for_an_engine_whose_close_hangs(engine) -> None:
-    async def scenario() -> None:
-        gate = threading.Event()
-        lent = Borrowed(engine)
-        close, lent.close = lent.close, lambda: gate.wait() and close()  # type: ignore[method-assign]
-        loop = EngineLoop(lambda: lent, Heard(), stall_seconds=0.4)  # type: ignore[arg-type,return-value]
-        loop.start()
+@in_event_loop
+async def test_hang_after_a_failed_step_is_detected_and_survived(engine, trap, sequences) -> None:
+    heard = Heard()
+    async with looping(engine, heard, stall_seconds=STALL) as loop:
+        dispatch = trap("dispatch", lambda call: call == 3 and not dispatch.gate.clear())
+        boxes = [submit(loop, [3 + i])[1] for i in range(sequences)]
+        await until(lambda: loop.health is Health.STALLED)
+        for mailbox in boxes:
+            await failure(mailbox)
+        dispatch.gate.set()
         await until(lambda: loop.health is Health.READY)
-        _, mailbox = submit(loop, [3, 4])
-        await asyncio.wait_for(loop.stop(), 10)
-        with pytest.raises(ApiError) as raised:
-            while True:
-                await mailbox.take()
-        assert raised.value.status_code == 503 and loop.is_alive
-        gate.set()
-        await until(lambda: not loop.is_alive)
+        assert len((await finish(submit(loop, [9])[1]))[0]) == 80
+    hang = [Health.READY, Health.RECOVERING, Health.STALLED, Health.RECOVERING, Health.READY, Health.STOPPED]
+    assert heard.health == hang
 
-    run(scenario)
+
+@in_event_loop
+async def test_hanging_call_is_detected_and_survived(engine) -> None:
+    async with looping(engine, stall_seconds=STALL) as loop:
+        gate = threading.Event()
+        with pytest.raises(ApiError, match="does not return"):
+            await loop.call(lambda engine: gate.wait())
+        assert loop.health is Health.STALLED
+        gate.set()
+        await until(lambda: loop.health is Health.READY)
+
+
+@in_event_loop
+async def test_stop_does_not_wait_for_a_hanging_close(engine) -> None:
+    gate = threading.Event()
+    lent = Borrowed(engine)
+    close, lent.close = lent.close, lambda: gate.wait() and close()  # type: ignore[method-assign]
+    loop = EngineLoop(lambda: lent, Heard(), stall_seconds=STALL)  # type: ignore[arg-type,return-value]
+    loop.start()
+    await until(lambda: loop.health is Health.READY)
+    _, mailbox = submit(loop, [3, 4])
+    await loop.stop()
+    error = await failure(mailbox)
+    assert error.status_code == 503 and loop.is_alive
+    gate.set()
+    await until(lambda: not loop.is_alive)
 
 
 @pytest.mark.parametrize("health", [Health.DEAD, Health.STOPPED, Health.STALLED])
-def test_sequence_submitted_after_the_engines_end_fails_at_once(engine, trap, health) -> None:
-    """Its request passed the readiness check before, and was tokenized meanwhile."""
-
-    async def scenario() -> None:
-        async with looping(engine, stall_seconds=0.4) as loop:
-            loop.check_ready()
-            if health is Health.STOPPED:
-                await loop.stop()
-            else:
-                dispatch = trap("dispatch", lambda call: health is Health.DEAD)
-                if health is Health.STALLED:
-                    dispatch.gate.clear()
-                for i in range(60):  # three full batches, which fail one after another
-                    submit(loop, [3 + i])
-            await until(lambda: loop.health is health and not loop.num_unfinished)
-            _, mailbox = submit(loop, [3, 4])
-            with pytest.raises(ApiError) as raised:
-                await asyncio.wait_for(mailbox.take(), 5)
-            assert raised.value.status_code == 503 and loop.num_unfinished == 0
+@in_event_loop
+async def test_sequence_submitted_after_the_engines_end_fails_at_once(engine, trap, health) -> None:
+    """Its request passed the readiness check earlier, and was tokenized since."""
+    async with looping(engine, stall_seconds=STALL) as loop:
+        loop.check_ready()
+        if health is Health.STOPPED:
+            await loop.stop()
+        else:
+            dispatch = trap("dispatch", lambda call: health is Health.DEAD)
             if health is Health.STALLED:
-                dispatch.gate.set()
-
-    run(scenario)
-
-
-def test_an_engine_that_cannot_be_built_is_dead() -> None:
-    def build() -> Engine:
-        raise RuntimeError("no weights")
-
-    async def scenario() -> None:
-        heard = Heard()
-        loop = EngineLoop(build, heard, stall_seconds=60)
-        loop.start()
-        await until(lambda: loop.health is Health.DEAD)
-        with pytest.raises(ApiError, match="no weights"):
-            loop.engine  # noqa: B018
-        await loop.stop()
-
-    run(scenario)
+                dispatch.gate.clear()
+            for i in range(60):  # three full batches, which fail one after another
+                submit(loop, [3 + i])
+        await until(lambda: loop.health is health and not loop.num_unfinished)
+        _, mailbox = submit(loop, [3, 4])
+        assert (await failure(mailbox)).status_code == 503 and loop.num_unfinished == 0
+        if health is Health.STALLED:
+            dispatch.gate.set()
 
 
-def test_stopping_tells_those_that_wait(engine) -> None:
-    async def scenario() -> None:
-        async with looping(engine) as loop:
-            mailbox = submit(loop, [3, 4])[1]
-            await mailbox.take()
-        with pytest.raises(ApiError) as raised:
-            while True:
-                await mailbox.take()
-        assert raised.value.status_code == 503
-
-    run(scenario)
+@in_event_loop
+async def test_stop_fails_waiting_sequences(engine) -> None:
+    async with looping(engine) as loop:
+        mailbox = submit(loop, [3, 4])[1]
+        await mailbox.take()
+    assert (await failure(mailbox)).status_code == 503
 
 
 @pytest.mark.parametrize(("error", "lines"), [(ConfigError("num_pages=3: too few"), 0), (OSError("no disk"), 1)])
-def test_only_an_unforeseen_failure_to_build_logs_a_traceback(error, lines, caplog) -> None:
+def test_only_an_unexpected_build_failure_logs_a_traceback(error, lines, caplog) -> None:
     def build() -> Engine:
         raise error
 
@@ -385,6 +330,8 @@ def test_only_an_unforeseen_failure_to_build_logs_a_traceback(error, lines, capl
         loop.start()
         await until(lambda: loop.health is Health.DEAD)
         assert loop.error is error
+        with pytest.raises(ApiError, match="too few|no disk"):
+            loop.engine  # noqa: B018
         await loop.stop()
 
     asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""The Grafana dashboard asks for metrics that there are, by labels that they have."""
+"""The Grafana dashboard queries metrics and labels that exist."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import pytest
 from observed_engine import finished_request, recording
 from prometheus_client.parser import text_string_to_metric_families
 
-from slora_jax.serving.metrics import ServerMetrics
+from slora_jax.serving.observability.prometheus import ServerMetrics
 
 DASHBOARD = json.loads((Path(__file__).parents[2] / "docs" / "grafana.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
@@ -33,7 +33,7 @@ def test_every_metric_of_the_dashboard_exists(samples) -> None:
     assert len(EXPRESSIONS) > 40 and asked <= names, asked - names
     ours = {name for name in names if name.startswith("slora_")}
     counted = {name for name in ours if not name.endswith(("_created", "_sum", "_count"))}
-    assert counted - asked == {"slora_uploads_in_flight", "slora_compilation_seconds_total"}  # nothing else is left out
+    assert counted - asked == {"slora_uploads_in_flight", "slora_compilation_seconds_total"}  # all others are shown
 
 
 def test_every_label_of_the_dashboard_exists(samples) -> None:

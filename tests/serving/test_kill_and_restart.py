@@ -1,4 +1,4 @@
-"""Servers that are killed and stopped under load: what their clients see, and what the next one knows."""
+"""Servers killed and stopped under load: errors that clients see, and adapters that the next server has."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import json
 import signal
 import socket
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from live_server import ENGINE, LiveServer
+from live_server import ENGINE, LiveServer, until
 
 from slora_jax.adapters import BaseGeometry, random_adapter, write_peft
 from slora_jax.demo.checkpoint import write_checkpoint
@@ -21,14 +20,15 @@ from slora_jax.models import ModelConfig
 
 ADAPTERS = 4
 TOKENS = 160
-STREAMS = 24  # three times what runs at once
+STREAMS = 24  # three times as many as run at once
 LONG = ENGINE | {"num_pages": 200, "max_num_seqs": 8, "max_model_len": 256, "max_lora_rank": 16, "decode_buckets": (8,)}
-"""With room for answers during which something can happen."""
+"""Long enough answers for signals to arrive during them."""
+pytestmark = pytest.mark.timeout(900)  # two starts on a busy machine
 CLIENT = httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0))
 
 
 class Files:
-    """Adapters `adapter-0` to `adapter-3` are watched; `extra` lies where clients may load from."""
+    """Adapters `adapter-0` to `adapter-3` in a watched directory, and `extra` in a root for clients."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -61,7 +61,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 def body(model: str, seed: int, max_tokens: int = TOKENS) -> dict[str, Any]:
-    """Every other seed is greedy."""
+    """Returns a request; even seeds are greedy."""
     return {
         "model": model,
         "prompt": [5 + seed, 6, 7],
@@ -74,8 +74,13 @@ def body(model: str, seed: int, max_tokens: int = TOKENS) -> dict[str, Any]:
 
 
 class Stream(threading.Thread):
-    """A client that reads one answer. error: what its connection raised; refusal: the error that it was sent, by status
-    or by event; is_done: [DONE] came."""
+    """A client that reads one answer.
+
+    Attributes:
+      error: exception of its connection.
+      refusal: error in the answer, by status or by event.
+      is_done: whether [DONE] was received.
+    """
 
     def __init__(self, url: str, request: dict[str, Any]) -> None:
         super().__init__()
@@ -114,33 +119,26 @@ class Stream(threading.Thread):
                         self.tokens += choice["token_ids"]
 
 
-def until_taken(server: LiveServer, streams: Sequence[Stream]) -> None:
-    """Waits until the server has taken every request: a connection that it has not accepted when it stops is reset."""
-    deadline = time.monotonic() + 30
-    while True:
+def until_accepted(server: LiveServer, streams: Sequence[Stream]) -> None:
+    """Waits until the server has accepted every request: it resets a connection that is not accepted when it stops."""
+
+    def accepted() -> bool:
         unfinished = server.metric("slora_running_requests") + server.metric("slora_waiting_requests")
-        if unfinished + sum(stream.is_complete for stream in streams) >= STREAMS:
-            return
-        assert time.monotonic() < deadline, server.log
-        time.sleep(0.02)
+        return unfinished + sum(stream.is_complete for stream in streams) >= STREAMS
+
+    until(accepted, "all requests are accepted")
 
 
 def under_load(server: LiveServer, models: Sequence[str]) -> list[Stream]:
-    """Streams of which some have had tokens and some wait."""
+    """Starts streams and returns when some have had tokens and others wait."""
     streams = [Stream(server.url, body(models[i % len(models)], i)) for i in range(STREAMS)]
-    deadline = time.monotonic() + 30
-    while sum(bool(stream.tokens) for stream in streams) < 6:
-        assert time.monotonic() < deadline, server.log
-        time.sleep(0.002)
+    until(lambda: sum(bool(stream.tokens) for stream in streams) >= 6, "tokens of six streams")
     return streams
 
 
-def joined(streams: Sequence[Stream], seconds: float = 30) -> Sequence[Stream]:
-    """When all clients have returned: none hangs."""
-    deadline = time.monotonic() + seconds
-    for stream in streams:
-        stream.join(max(0.0, deadline - time.monotonic()))
-        assert not stream.is_alive()
+def joined(streams: Sequence[Stream]) -> Sequence[Stream]:
+    """Waits for all clients; none may hang."""
+    until(lambda: not any(stream.is_alive() for stream in streams), "all clients have returned")
     return streams
 
 
@@ -151,7 +149,7 @@ def models_of(server: LiveServer) -> set[str]:
 
 
 def tokens_of(server: LiveServer, models: Sequence[str]) -> dict[tuple[str, int], list[int]]:
-    """What each model answers, greedy and sampled."""
+    """Returns the tokens that each model answers, greedy and sampled."""
     answers = {}
     for model in models:
         for seed in (2, 3):
@@ -166,77 +164,66 @@ def is_refused(port: int) -> bool:
         return client.connect_ex(("127.0.0.1", port)) != 0
 
 
-def test_a_killed_server_is_an_error_to_every_client_and_the_next_one_has_its_adapters(files: Files) -> None:
-    there = ["base", "adapter-0", "adapter-1", "adapter-3", "extra"]
-    with files.server("killed", drain_seconds=60) as server:
+def test_killed_server_fails_its_clients_and_the_next_one_has_its_adapters(files: Files) -> None:
+    present = ["base", "adapter-0", "adapter-1", "adapter-3", "extra"]
+    with files.server("killed", drain_seconds=600) as server:
         extra = {"lora_name": "extra", "lora_path": str(files.extra)}
         assert server.post("/v1/load_lora_adapter", extra)[0] == 200
         assert server.post("/v1/unload_lora_adapter", {"lora_name": "adapter-2"})[0] == 200
-        assert models_of(server) == set(there)
-        before = tokens_of(server, there)
-        assert len(set(map(tuple, before.values()))) == len(before)  # every adapter shows
+        assert models_of(server) == set(present)
+        before = tokens_of(server, present)
+        assert len(set(map(tuple, before.values()))) == len(before)  # every adapter changes the answer
 
-        streams = under_load(server, there)
+        streams = under_load(server, present)
         server.kill()
-        for stream in joined(streams, seconds=10):
+        for stream in joined(streams):
             assert stream.is_complete or (stream.error is not None and not stream.is_done)
         assert sum(stream.error is not None for stream in streams) >= STREAMS // 2
         assert is_refused(server.port)
 
-    with files.server("killed", drain_seconds=60) as server:  # the next one; its log replaces the other's
-        assert models_of(server) == set(there)
+    with files.server("killed", drain_seconds=600) as server:  # its log replaces the first one's
+        assert models_of(server) == set(present)
         status, answer = server.post("/v1/completions", body("adapter-2", 0))
         assert (status, answer["error"]["code"]) == (404, "model_not_found")
-        assert tokens_of(server, there) == before
+        assert tokens_of(server, present) == before
 
-        # SIGTERM: who is being answered is answered to the end, who comes now is refused, and the status is 0.
+        # SIGTERM: requests under way are answered to the end, new ones are refused, and the status is 0.
         with httpx.Client(base_url=server.url) as known:
             assert known.get("/ready").status_code == 200
-            streams = under_load(server, there)
-            until_taken(server, streams)
+            streams = under_load(server, present)
+            until_accepted(server, streams)
             server.process.send_signal(signal.SIGTERM)
-            deadline = time.monotonic() + 10
-            while not is_refused(server.port):
-                assert time.monotonic() < deadline
-                time.sleep(0.002)
+            until(lambda: is_refused(server.port), "new connections are refused")
             assert any(stream.is_alive() for stream in streams)
-            late = known.post("/v1/completions", json=body("base", 0))  # on a connection from before
+            late = known.post("/v1/completions", json=body("base", 0))  # on an open connection
             assert (late.status_code, late.json()["error"]["code"]) == (503, "stopping")
             assert int(late.headers["Retry-After"]) > 0
         for stream in joined(streams):
             came_too_late = isinstance(stream.error, httpx.ConnectError) or stream.status == 503
             assert stream.is_complete or came_too_late
-        assert sum(stream.is_complete for stream in streams) >= STREAMS // 2  # those that waited too
-        assert server.process.wait(10) == 0
+        assert sum(stream.is_complete for stream in streams) >= STREAMS // 2  # waiting ones too
+        assert server.process.wait(60) == 0
         assert [stream.tokens[:12] for stream in streams[2:4]] == [before["adapter-1", 2], before["adapter-3", 3]]
 
 
-def test_at_the_deadline_of_a_drain_clients_are_told_and_the_status_is_0(files: Files) -> None:
+def test_drain_deadline_fails_requests_with_an_error_and_status_0(files: Files) -> None:
     with files.server("deadline", drain_seconds=0.1) as server:
         streams = under_load(server, ["base", "adapter-0"])
-        start = time.monotonic()
-        assert server.stop(signal.SIGINT, timeout=10) == 0
-        assert time.monotonic() - start < 8
-        joined(streams, seconds=5)
-        told = [stream for stream in streams if not stream.is_complete]
-        assert len(told) >= STREAMS // 2
-        for stream in told:
+        assert server.stop(signal.SIGINT) == 0
+        failed = [stream for stream in joined(streams) if not stream.is_complete]
+        assert len(failed) >= STREAMS // 2
+        for stream in failed:
             assert stream.error is None and stream.refusal is not None
-            assert stream.status in (200, 503)
             assert stream.refusal["code"] == "stopping" and not stream.is_done
-        assert {stream.status for stream in told} == {200, 503}  # some had begun, some waited
+        assert {stream.status for stream in failed} == {200, 503}  # some had begun, some waited
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_at_once(files: Files, number: signal.Signals) -> None:
-    with files.server(f"twice-{number.name}", drain_seconds=60) as server:
+def test_second_signal_ends_at_once(files: Files) -> None:
+    with files.server("twice", drain_seconds=600) as server:
         streams = under_load(server, ["base", "adapter-0"])
-        server.process.send_signal(number)
-        deadline = time.monotonic() + 10
-        while "stopping" not in server.log:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: "stopping" in server.log, "the first signal is handled")
         assert server.process.poll() is None
-        assert server.stop(number, timeout=2) == 128 + number
-        assert all(stream.error is not None for stream in joined(streams, seconds=5) if not stream.is_complete)
+        assert server.stop(signal.SIGINT) == 128 + signal.SIGINT
+        assert all(stream.error is not None for stream in joined(streams) if not stream.is_complete)
         assert any(stream.error is not None for stream in streams)

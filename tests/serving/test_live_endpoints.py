@@ -1,41 +1,35 @@
-"""The live page's endpoints on a real server: who may look, and that they tell what the server does."""
+"""The live page's endpoints on a real server: access, and a state that agrees with what was served."""
 
 import json
-import time
 import urllib.request
 
-from live_server import SERVE_KEY
+from live_server import SERVE_KEY, until
 
-from slora_jax.serving.observation import PAGE_KINDS
-from slora_jax.serving.state import live_page_files
+from slora_jax.serving.http.page import page_files
+from slora_jax.serving.observability.snapshot import PAGE_KINDS
 
 
-def test_the_page_is_served_to_anybody_under_a_strict_policy(server) -> None:
-    for name, (content, content_type) in live_page_files().items():
+def test_page_is_served_without_a_key_under_a_strict_policy(server) -> None:
+    for name, (content, content_type) in page_files().items():
         path = "/" if name == "index.html" else f"/{name}"
         with urllib.request.urlopen(server.url + path, timeout=30) as answer:
             assert answer.read() == content and answer.headers["Content-Type"] == content_type
             assert answer.headers["Content-Security-Policy"].startswith("default-src 'self'")
-
-
-def test_the_state_is_for_those_with_a_key(server) -> None:
     assert server.get("/state")[0] == server.get("/state/pages")[0] == 401
 
 
-def test_the_state_tells_what_was_served(server) -> None:
-    deadline = time.monotonic() + 20
-    while not (before := json.loads(server.get("/state", SERVE_KEY)[1])["totals"]):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+def test_state_agrees_with_what_was_served(server) -> None:
+    state = {}
+
+    def has_state(finished: int) -> bool:
+        state.update(json.loads(server.get("/state", SERVE_KEY)[1]))
+        return state["totals"] and state["totals"]["finished"] >= finished and state["queue"]["running"] == 0
+
+    until(lambda: has_state(0), "the first sample")
+    before = state["totals"]["finished"]
     body = {"model": "adapter-3", "prompt": [5, 6, 7], "max_tokens": 9, "ignore_eos": True}
-    status, _ = server.post("/v1/completions", body, SERVE_KEY)
-    assert status == 200
-    while True:
-        state = json.loads(server.get("/state", SERVE_KEY)[1])
-        if state["totals"]["finished"] > before["finished"] and state["queue"]["running"] == 0:
-            break
-        assert time.monotonic() < deadline, state
-        time.sleep(0.2)
+    assert server.post("/v1/completions", body, SERVE_KEY)[0] == 200
+    until(lambda: has_state(before + 1), "a sample with the request")
     assert (state["model"], state["status"], state["detail"]) == ("base", "ready", None)
     assert state["latency"]["first_token_p50"] > 0 and state["latency"]["inter_token_p95"] > 0
     assert state["adapters"]["states"]["device"] >= 1 and max(state["history"]["tokens_per_second"]) > 0

@@ -1,4 +1,4 @@
-"""The live page in a browser: numbers, colours, hostile names, phones, darkness, keys, and a server that goes away."""
+"""The live page in a browser: numbers, colours, hostile names, phones, dark mode, keys, and a lost server."""
 
 import re
 import time
@@ -8,8 +8,8 @@ import pytest
 from observed_engine import recording
 from page_server import CHROMIUM, LivePage, played, serving
 
-from slora_jax.serving.observation import PAGE_KINDS, AdapterState, Usage
-from slora_jax.serving.state import live_page_files
+from slora_jax.serving.http.page import page_files
+from slora_jax.serving.observability.snapshot import PAGE_KINDS
 
 HOSTILE = ["<img src=x onerror=alert(1)>", "</td><script>alert(2)</script>", '"><svg onload=alert(3)>', "a" * 300]
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page with")
@@ -18,9 +18,11 @@ browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the p
 def adapters(count: int) -> list[dict[str, object]]:
     now = time.time()
     names = HOSTILE + [f"adapter-{n}" for n in range(count - len(HOSTILE))]
-    usage = [Usage(n + 1, 10, 1000 + n, now - n, n + 1, 0.5, 0.5) for n in range(count)]
+    fixed = {"aliases": [], "rank": 8, "pages": 4, "bytes": 2048, "prompt_tokens": 10, "queue_seconds_last": 0.5}
     return [
-        AdapterState(name, f"{n:064x}", 8, 4, 2048, "pinned" if n % 2 else "disk", usage[n], ()).to_json()
+        fixed
+        | {"name": name, "digest": f"{n:064x}", "state": "pinned" if n % 2 else "disk", "last_used": now - n}
+        | {"requests": n + 1, "generated_tokens": 1000 + n, "queue_seconds_mean": 0.5 / (n + 1)}
         for n, name in enumerate(names)
     ]
 
@@ -36,7 +38,7 @@ def page():
 
 @pytest.fixture
 def fresh(page):
-    """The page, with changes undone afterwards."""
+    """The page; changes are undone afterwards."""
     before = dict(vars(page))
     page.asked = []
     yield page
@@ -70,19 +72,18 @@ def assert_shows(report, page: LivePage) -> None:
     ("width", "flags", "ground"),
     [
         (1300, [], "rgb(246, 247, 249)"),
-        (390, [], "rgb(246, 247, 249)"),
         (390, ["--blink-settings=preferredColorScheme=0"], "rgb(16, 20, 25)"),
     ],
-    ids=["desk", "phone", "phone, dark"],
+    ids=["desk", "phone, dark"],
 )
-def test_the_page_shows_the_state(fresh, tmp_path, width, flags, ground) -> None:
+def test_page_shows_the_state(fresh, tmp_path, width, flags, ground) -> None:
     report, console = fresh.open(tmp_path, width, *flags)
     assert_shows(report, fresh)
     assert console == [] and report["beyond"] == [] and report["ground"] == ground
     assert report["origins"] == [fresh.address]
     assert set(fresh.asked) == {"/harness", "/", "/page.css", "/page.js", "/icon.svg", "/state", "/state/pages",
                                 "/v1/adapters"}  # fmt: skip
-    assert fresh.asked.count("/state") >= 3  # it goes on asking
+    assert fresh.asked.count("/state") >= 3  # it keeps polling
     names = [row[0] for row in report["rows"]]
     assert names == [one["name"] for one in fresh.adapters[:200]]  # hostile ones first, as text
     assert report["elements"] == ["SPAN", "TD", "TR"]
@@ -93,7 +94,7 @@ def test_the_page_shows_the_state(fresh, tmp_path, width, flags, ground) -> None
 
 
 @browser
-def test_a_key_is_asked_for_and_adapters_are_found(fresh, tmp_path) -> None:
+def test_page_asks_for_a_key_and_finds_adapters(fresh, tmp_path) -> None:
     fresh.key = "secret"
     report, _ = fresh.open(tmp_path, 1300, key="secret", search="onload")
     assert report["hidden"]["key-form"]
@@ -104,7 +105,7 @@ def test_a_key_is_asked_for_and_adapters_are_found(fresh, tmp_path) -> None:
 
 
 @browser
-def test_a_prompt_is_answered_and_adapters_left_out_and_aliases_are_told(fresh, tmp_path) -> None:
+def test_page_answers_a_prompt_and_shows_left_out_adapters_and_aliases(fresh, tmp_path) -> None:
     fresh.refused = {"bad <i>one</i>": "no weights"}
     fresh.adapters = [fresh.adapters[4] | {"aliases": ["twin", "third"]}, *fresh.adapters[:2]]
     report, console = fresh.open(tmp_path, 390, prompt="Hi & bye")
@@ -115,7 +116,7 @@ def test_a_prompt_is_answered_and_adapters_left_out_and_aliases_are_told(fresh, 
 
 
 @browser
-def test_a_pool_of_180_000_pages_is_drawn(fresh, tmp_path) -> None:
+def test_pool_of_180_000_pages_is_drawn(fresh, tmp_path) -> None:
     kinds = np.random.default_rng(0).integers(0, 7, 180_000).astype(np.uint8)
     kinds[0] = 7
     fresh.kinds = kinds.tobytes()
@@ -138,7 +139,7 @@ def test_a_pool_of_180_000_pages_is_drawn(fresh, tmp_path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_the_page_says_when_something_is_wrong(fresh, tmp_path, change, status, says) -> None:
+def test_page_reports_problems(fresh, tmp_path, change, status, says) -> None:
     if "state" in change:
         empty = {"pool": None, "queue": None, "adapters": None, "totals": None} if status == "starting" else {}
         change = {"state": fresh.state | empty | {"status": status, "detail": "<b>step</b>"}}
@@ -151,8 +152,8 @@ def test_the_page_says_when_something_is_wrong(fresh, tmp_path, change, status, 
         assert fresh.asked.count("/state") == 1  # it waits for the key
 
 
-def test_the_page_has_no_outside_resource_and_no_inline_script() -> None:
-    files = live_page_files()
+def test_page_has_no_external_resource_and_no_inline_script() -> None:
+    files = page_files()
     assert set(files) == {"index.html", "page.css", "page.js", "icon.svg"}
     page = files["index.html"][0].decode()
     assert not re.findall(r'(?:src|href)="(?:https?:|//|data:)', page) and not re.findall(

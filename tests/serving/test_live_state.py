@@ -1,4 +1,4 @@
-"""The state that the live page shows: history, rates, percentiles."""
+"""The live page's state: history, rates, percentiles."""
 
 import itertools
 import json
@@ -8,28 +8,31 @@ import pytest
 from observed_engine import finished_request, recording
 from page_server import played
 
-from slora_jax.serving.state import SAMPLES, WINDOW, Latencies, LiveState, percentiles
+from slora_jax.serving.observability.histogram import FINE_SECONDS, Histogram
+from slora_jax.serving.observability.live_state import SAMPLES, WINDOW, LiveState
+from slora_jax.serving.observability.prometheus import ServerMetrics
 
-QUANTILES = (0.01, 0.5, 0.95, 1.0)
+SHARES = (0.01, 0.5, 0.95, 1.0)
 
 
-def test_percentiles_are_those_of_numpy_within_three_percent(rng) -> None:
+def test_percentiles_equal_numpys_within_three_percent(rng) -> None:
     values = np.exp(rng.normal(-4, 2, 5000))
-    parts = [Latencies() for _ in range(7)]
-    for part, some in zip(parts, np.array_split(values, 7), strict=True):
-        part.add(some)
-    expected = np.quantile(values, QUANTILES, method="inverted_cdf").tolist()
-    assert percentiles(parts, QUANTILES) == pytest.approx(expected, rel=0.03)
-    assert percentiles([]) == [None, None]
+    histogram = Histogram(FINE_SECONDS)
+    for some in np.array_split(values, 7):
+        histogram.add(some)
+    expected = np.quantile(values, SHARES, method="inverted_cdf").tolist()
+    assert histogram.percentiles(histogram.counts, SHARES) == pytest.approx(expected, rel=0.03)
+    assert histogram.total == pytest.approx(values.sum())
+    assert histogram.percentiles(np.zeros_like(histogram.counts)) == [None, None]
 
 
-def test_latencies_out_of_all_bounds_are_counted() -> None:
-    part = Latencies()
-    part.add([0.0, 1e9])
-    assert percentiles([part], (0.5, 1.0)) == pytest.approx([1e-5, 1e4])
+def test_values_beyond_all_bounds_are_counted() -> None:
+    histogram = Histogram(FINE_SECONDS)
+    histogram.add([0.0, 1e9])
+    assert histogram.percentiles(histogram.counts, (0.5, 1.0)) == pytest.approx([1e-5, 1e4])
 
 
-def test_the_history_is_that_of_the_run() -> None:
+def test_history_equals_the_recorded_run() -> None:
     moments = recording().moments
     state = json.loads(json.dumps(played(recording(), len(moments) - 1, every=3).to_json("ready")))
     history, last = state["history"], moments[-1].snapshot
@@ -49,21 +52,24 @@ def test_the_history_is_that_of_the_run() -> None:
 
 def test_percentiles_are_of_the_last_minute_only() -> None:
     moment = recording().moments[30]
-    live = LiveState("m")
-    live.finished(finished_request(first_token=2.0))
-    live.sample(moment.snapshot, moment.tiers)
-    for _ in range(WINDOW - 1):
+    metrics = ServerMetrics(lambda: moment.snapshot)
+    live = LiveState("m", metrics)
+    metrics.finished(finished_request(first_token=2.0))
+    for _ in range(WINDOW):
         live.sample(moment.snapshot, moment.tiers)
     assert live.to_json("ready")["latency"]["first_token_p50"] == pytest.approx(2.0, rel=0.03)
     assert live.to_json("ready")["latency"]["inter_token_p95"] == pytest.approx(0.5, rel=0.03)
     live.sample(moment.snapshot, moment.tiers)
     assert live.to_json("ready")["latency"]["first_token_p50"] is None
-    assert live.to_json("ready")["history"]["tokens_per_second"][-1] == 0  # the engine is stuck: nothing new
+    assert live.to_json("ready")["history"]["tokens_per_second"][-1] == 0  # the engine is stuck: no newer snapshot
+    metrics.close()
 
 
-def test_there_is_a_state_before_there_is_an_engine() -> None:
-    live = LiveState("m")
+def test_state_exists_before_the_engine() -> None:
+    metrics = ServerMetrics(lambda: None)
+    live = LiveState("m", metrics)
     live.sample(None, {})
     state = live.to_json("starting", "compiling")
     assert state["pool"] is state["queue"] is state["adapters"] is state["totals"] is None
     assert state["history"]["running"] == [] and (state["status"], state["detail"]) == ("starting", "compiling")
+    metrics.close()

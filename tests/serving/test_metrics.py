@@ -1,16 +1,15 @@
-"""Metrics, read back by prometheus_client's own parser."""
+"""Prometheus metrics, read back by prometheus_client's own parser."""
 
 import time
 from collections import Counter
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from observed_engine import finished_request, recording
 from prometheus_client.parser import text_string_to_metric_families
 
-from slora_jax.serving.metrics import INTER_TOKEN_SECONDS, ServerMetrics
+from slora_jax.serving.observability.prometheus import INTER_TOKEN_SECONDS, ServerMetrics
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -33,12 +32,12 @@ def samples(metrics: ServerMetrics) -> Samples:
 
 
 def growing(metrics: ServerMetrics) -> Samples:
-    """Samples that must never go down."""
+    """Returns samples that must never decrease."""
     found = (f for f in families(metrics) if f.type in ("counter", "histogram"))
     return {(s.name, tuple(sorted(s.labels.items()))): s.value for f in found for s in f.samples}
 
 
-def test_a_real_run_is_counted_and_nothing_ever_goes_down() -> None:
+def test_real_run_is_counted_and_no_counter_decreases() -> None:
     made = recording()
     moment = made.moments[0]
     metrics = ServerMetrics(lambda: moment.snapshot, lambda: moment.tiers)
@@ -77,7 +76,7 @@ def test_a_real_run_is_counted_and_nothing_ever_goes_down() -> None:
     assert requests == Counter(o.adapter for o in outputs) | {"_base": 0, "_other": 0}
 
 
-def test_every_metric_has_help_and_a_name_as_prometheus_asks() -> None:
+def test_every_metric_has_help_and_a_conventional_name() -> None:
     moment = recording().moments[50]
     metrics = ServerMetrics(lambda: moment.snapshot, lambda: moment.tiers)
     metrics.http("/v1/models", "GET", 200, 0.1)
@@ -108,9 +107,9 @@ def test_ten_thousand_adapters_have_a_bounded_number_of_labels() -> None:
     assert len(metrics.render()[0]) < 100_000
 
 
-def test_a_label_is_free_again_after_unloading_and_no_sum_goes_down(metrics) -> None:
+def test_unload_frees_a_label_and_no_sum_decreases(metrics) -> None:
     registered = {f"a{n}" for n in range(8)}
-    metrics._adapters._is_registered = registered.__contains__
+    metrics.adapters._is_registered = registered.__contains__
 
     def requests() -> dict[str, float]:
         found = samples(metrics).items()
@@ -120,19 +119,19 @@ def test_a_label_is_free_again_after_unloading_and_no_sum_goes_down(metrics) -> 
         metrics.finished(finished_request(name))
     assert requests() == {"a0": 2, "a1": 1, "a2": 1, "a3": 1, "a4": 1, "_other": 1, "_base": 1}
     registered.discard("a0")
-    metrics.forget("a0")
-    metrics.finished(finished_request("a0"))  # was under way
+    metrics.adapters.forget("a0")
+    metrics.finished(finished_request("a0"))  # it was running
     assert requests() == {"a1": 1, "a2": 1, "a3": 1, "a4": 1, "_other": 4, "_base": 1}
     metrics.finished(finished_request("a5"))
     assert requests()["a5"] == 1 and sum(requests().values()) == 10
     began = samples(metrics)["slora_adapter_requests_created", (("adapter", "a5"),)]
-    metrics.forget("a5")
+    metrics.adapters.forget("a5")
     time.sleep(0.01)
     metrics.finished(finished_request("a5"))
-    assert samples(metrics)["slora_adapter_requests_created", (("adapter", "a5"),)] > began  # a reset that shows
+    assert samples(metrics)["slora_adapter_requests_created", (("adapter", "a5"),)] > began  # a reset is visible
 
 
-def test_hostile_names_come_back_as_they_were(metrics) -> None:
+def test_hostile_names_are_escaped(metrics) -> None:
     names = ['"} 1\nslora_ready 7', "<img src=x onerror=alert(1)>", "back\\slash", "ünïcode", "_other"]
     for name in names:
         metrics.finished(finished_request(name))
@@ -188,10 +187,9 @@ def test_two_servers_in_a_process_do_not_share_counts(metrics) -> None:
     assert ("slora_requests_refused_total", (("reason", "draining"),)) not in samples(metrics)
 
 
-def test_an_interval_at_a_bound_counts_below_it(metrics) -> None:
-    bounds = np.array(INTER_TOKEN_SECONDS)
-    metrics._intervals.observe([0.0, 0.5])
-    metrics._intervals.observe([3.0])  # one token has no interval
+def test_bounds_are_inclusive(metrics) -> None:
+    metrics.finished(finished_request(tokens=2))  # half a second apart
+    metrics.finished(finished_request(tokens=1))  # has no interval
     found = samples(metrics)
-    for bound in bounds:
+    for bound in INTER_TOKEN_SECONDS:
         assert found["slora_inter_token_seconds_bucket", (("le", str(bound)),)] == (bound >= 0.5)

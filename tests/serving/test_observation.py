@@ -1,23 +1,27 @@
-"""What is observed agrees with what every owner of pages and adapters says, after every step of a real run."""
+"""Snapshots agree with every owner of pages and adapters, after every step of a real run."""
+
+from types import SimpleNamespace
 
 import numpy as np
 from observed_engine import finished_request, recording
 
 from slora_jax.adapters import AdapterInfo
-from slora_jax.serving.observation import PAGE_KINDS, STATES, AdapterUsage, adapter_states
+from slora_jax.serving.http.endpoints import list_adapters
+from slora_jax.serving.observability.prometheus import ServerMetrics
+from slora_jax.serving.observability.snapshot import PAGE_KINDS, STATES
 
 
-def test_every_page_is_what_its_owner_says() -> None:
+def test_every_page_has_the_kind_of_its_owner() -> None:
     seen: set[int] = set()
     for moment in recording().moments:
         assert np.array_equal(moment.kinds, moment.by_owner)
         counts = np.bincount(moment.kinds, minlength=len(PAGE_KINDS)).tolist()
         assert dict(moment.snapshot.pages) == dict(zip(PAGE_KINDS, counts, strict=True))
         seen |= set(moment.kinds.tolist())
-    assert seen == set(range(len(PAGE_KINDS)))  # every kind came about
+    assert seen == set(range(len(PAGE_KINDS)))  # every kind occurred
 
 
-def test_every_adapter_is_counted_where_it_is() -> None:
+def test_every_adapter_is_counted_in_its_state() -> None:
     seen: set[str] = set()
     for moment in recording().moments:
         snapshot = moment.snapshot
@@ -32,7 +36,7 @@ def test_every_adapter_is_counted_where_it_is() -> None:
     assert seen == set(STATES)
 
 
-def test_uploaded_bytes_are_those_of_the_copies_that_the_trace_shows() -> None:
+def test_uploaded_bytes_equal_the_traces_copies() -> None:
     made = recording()
     last = made.moments[-1].snapshot.stats
     assert last.upload_bytes_in_flight == 0 and last.adapter_loads == len(made.copies) > 60
@@ -58,22 +62,25 @@ class Store:
         return {"x": "host", "y": "disk"}
 
 
-def test_usage_counts_finished_requests_and_forgets_unloaded_names() -> None:
+def test_adapter_list_counts_finished_requests_and_drops_unloaded_names() -> None:
     store = Store()
-    usage = AdapterUsage(store.has)
+    metrics = ServerMetrics(lambda: None, is_registered=store.has)
+    loop = SimpleNamespace(engine=SimpleNamespace(store=store), snapshot=SimpleNamespace(device={"y": "pinned"}))
+    service = SimpleNamespace(loop=loop, metrics=metrics)
     for adapter, queue, tokens in (("a", 1.0, 4), ("a", 3.0, 6), ("a", None, 0), ("c", 0.5, 1), (None, 9.0, 9)):
-        usage.finished(finished_request(adapter, tokens, queue))
-    states = {state.name: state for state in adapter_states(store, {"y": "pinned"}, usage)}
-    assert list(states) == ["c", "a", "b"]  # the one used last first
-    assert [states[name].state for name in "abc"] == ["host", "host", "pinned"]
-    shown = states["a"].to_json()
-    assert (shown["requests"], shown["prompt_tokens"], shown["generated_tokens"]) == (3, 9, 10)
-    assert (shown["queue_seconds_mean"], shown["queue_seconds_last"]) == (2.0, 3.0)
-    assert states["b"].to_json()["last_used"] is None and states["b"].usage.requests == 0
+        metrics.finished(finished_request(adapter, tokens, queue))
+    total, entries = list_adapters(service, None, "")
+    assert total == 3 and [entry["name"] for entry in entries] == ["c", "a", "b"]  # last used first
+    assert [entry["state"] for entry in entries] == ["pinned", "host", "host"]
+    _, a, b = entries
+    assert (a["requests"], a["prompt_tokens"], a["generated_tokens"]) == (3, 9, 10)
+    assert (a["queue_seconds_mean"], a["queue_seconds_last"]) == (2.0, 3.0)
+    assert a["aliases"] == ["b"] and b["last_used"] is None and b["requests"] == 0
+    assert list_adapters(service, 1, "") == (3, entries[:1]) and list_adapters(service, 5, "x") == (2, [a, b])
 
     del store.names["a"]
-    usage.forget("a")
-    usage.finished(finished_request("a"))  # was under way when its name was unloaded
-    assert len(usage) == 1
+    metrics.adapters.forget("a")
+    metrics.finished(finished_request("a"))  # it was running when its name was unloaded
     store.names["a"] = "z"
-    assert usage.of("a").requests == 0
+    assert metrics.adapters.of("a").requests == 0
+    metrics.close()

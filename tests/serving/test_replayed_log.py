@@ -1,4 +1,4 @@
-"""A log of requests replayed against a running server, as the experiments do."""
+"""A log of requests replayed against a running server by the experiments' runner."""
 
 import json
 
@@ -32,7 +32,7 @@ def write(tmp_path, *rows):
 ROWS = [(0, "adapter-3", [5, 6, 7], 4), (1, None, [5, 6], 3), (2, "adapter-5", [7] * 20, 6)]
 
 
-def test_a_log_is_replayed_against_a_running_server(server, tmp_path, monkeypatch) -> None:
+def test_log_is_replayed_against_a_running_server(server, tmp_path, monkeypatch) -> None:
     figures = run_served(run_of(server, write(tmp_path, *ROWS), monkeypatch))
     assert (figures["requests"], figures["completed"], figures["failed"]) == (3, 3, 0)
     assert figures["wall_seconds"] >= 0.2  # the log's two seconds, ten times as fast
@@ -40,15 +40,15 @@ def test_a_log_is_replayed_against_a_running_server(server, tmp_path, monkeypatc
     assert 0 < figures["first_token_latency"] <= figures["latency"]
 
 
-def test_requests_that_fail_are_counted_and_told(server, tmp_path, monkeypatch) -> None:
+def test_failed_requests_are_counted_and_reported(server, tmp_path, monkeypatch) -> None:
     figures = run_served(run_of(server, write(tmp_path, *ROWS, (3, None, [99999], 2)), monkeypatch))
     assert (figures["completed"], figures["failed"]) == (3, 1)
     assert "token id 99999" in figures["first_failure"]
 
 
-def test_a_model_that_the_server_lacks_is_refused_before_anything_is_sent(server, tmp_path, monkeypatch) -> None:
-    config = run_of(server, write(tmp_path, (0, "nobody", 3, 1)), monkeypatch)
-    with pytest.raises(ConfigError, match="the log names adapter 'nobody'; the server has"):
+def test_unknown_adapter_is_refused_before_anything_is_sent(server, tmp_path, monkeypatch) -> None:
+    config = run_of(server, write(tmp_path, (0, "unknown", 3, 1)), monkeypatch)
+    with pytest.raises(ConfigError, match="the log names adapter 'unknown'; the server has"):
         run_served(config)
     synthetic = {"workload": {"rate": 100, "duration": 1}, "adapters": {"count": 100}}
     with pytest.raises(ConfigError, match="adapters.count=100: the server has 12"):

@@ -1,6 +1,6 @@
-"""Two replicas behind Ray Serve's router: one engine's answers, each adapter's requests where it is.
+"""Two replicas behind Ray Serve's router answer as one engine, and each adapter's requests go to its replica.
 
-Order matters at the end: a replica is killed, then the service is stopped.
+The order of the last tests matters: one kills a replica, the next stops the service.
 """
 
 from __future__ import annotations
@@ -15,39 +15,36 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import live_server
 import openai
 import psutil
 import pytest
-from live_server import MANAGE_KEY, SERVE_KEY, Files, LiveServer, write_adapter
+from live_server import MANAGE_KEY, SERVE_KEY, START_SECONDS, Files, LiveServer, until, write_adapter
 from tiny_model import TinyModel
+from wire import exchange, post
 
-from slora_jax import ConfigError, Engine, SamplingParams
-from slora_jax.serving.replica import Answer, HttpRequest
-from slora_jax.serving.replica_answers import choose, join_metrics
-from slora_jax.serving.settings import ServerSettings
+from slora_jax import Engine, SamplingParams
+from slora_jax.serving.replicas.front import join_metrics, merge
+from slora_jax.serving.replicas.replica import Answer, HttpRequest
 
+pytestmark = pytest.mark.timeout(900)  # Ray starts a dozen processes
 FULL = 4  # requests
 PROMPT = "List all users of the"
 ENDLESS: dict[str, Any] = {"extra_body": {"ignore_eos": True}}
 SETTLE_SECONDS = 1.2
-"""An idle engine is observed once a second; and the router learns in less where adapters are."""
+"""Longer than the interval of an idle engine's snapshots, and than the router takes to learn an adapter's replica."""
 
 
 class Replicas(LiveServer):
-    """The service, and what its replicas say of themselves."""
+    """The service, and the state of its replicas."""
 
     def count(self) -> int:
         return json.loads(self.get("/health")[1])["replicas"]
 
     def wait_for(self, count: int) -> None:
-        deadline = time.monotonic() + live_server.START_SECONDS
-        while self.count() != count:
-            assert time.monotonic() < deadline, self.log
-            time.sleep(0.05)
+        until(lambda: self.count() == count, f"{count} replicas", START_SECONDS)
 
     def by_replica(self, name: str) -> Counter[str]:
-        """A counter's or gauge's value, by rank."""
+        """Returns a metric's value by rank."""
         time.sleep(SETTLE_SECONDS)
         found: Counter[str] = Counter()
         for (sample, labels), value in self.metrics(SERVE_KEY).items():
@@ -78,8 +75,7 @@ def replicas(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "drain_seconds": 20,
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(live_server, "START_SECONDS", 240)  # Ray is a dozen processes
-        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # all of which import much the same
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # Ray starts a dozen processes, which share imports
         patch.setenv("PYTHONPYCACHEPREFIX", str(root / "bytecode"))
         with Replicas(files.model, root / "server.yaml", config) as server:
             server.wait_for(2)
@@ -97,26 +93,26 @@ def ask(client: openai.OpenAI, model: str, max_tokens: int = 4) -> str:
     return answer.choices[0].text
 
 
-@pytest.mark.parametrize("adapter", [None, "adapter-0", "adapter-1"])
-def test_tokens_are_those_of_one_engine(client, reference: Engine, adapter: str | None) -> None:
+@pytest.mark.parametrize("adapter", [None, "adapter-0"])
+def test_tokens_equal_one_engines(client, engine: Engine, adapter: str | None) -> None:
     extra = {"extra_body": {"return_token_ids": True}}
-    for seed in range(4):  # some are answered by each replica
+    for seed in range(4):  # each replica answers some
         answer = client.completions.create(
             model=adapter or "base", prompt=PROMPT, max_tokens=12, temperature=0.9, seed=seed, **extra
         )
-        [output] = reference.generate([PROMPT], SamplingParams(max_tokens=12, temperature=0.9, seed=seed), [adapter])
+        [output] = engine.generate([PROMPT], SamplingParams(max_tokens=12, temperature=0.9, seed=seed), [adapter])
         assert answer.choices[0].token_ids == output.token_ids
 
 
-def test_a_stream_comes_in_pieces(client) -> None:
+def test_stream_comes_in_pieces(client) -> None:
     arguments = {"model": "adapter-2", "prompt": PROMPT, "max_tokens": 24, "temperature": 0.8, "seed": 3, **ENDLESS}
     whole = client.completions.create(**arguments).choices[0].text
     pieces = list(client.completions.create(**arguments, stream=True))
     assert "".join(piece.choices[0].text for piece in pieces) == whole
-    assert len(pieces) > 5
+    assert len(pieces) > 1
 
 
-def test_errors_pass_through(replicas: Replicas, client) -> None:
+def test_errors_are_passed_on(replicas: Replicas, client) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         ask(client, "no-such-adapter")
     assert missing.value.body["code"] == "model_not_found" and missing.value.body["param"] == "model"
@@ -124,13 +120,13 @@ def test_errors_pass_through(replicas: Replicas, client) -> None:
         ask(client.with_options(api_key="sk-wrong"), "base")
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="base", prompt=PROMPT, max_tokens=-1)
-    status, body = replicas.post("/v1/completions", b" " * (1 << 20) + b" ", SERVE_KEY)
-    assert status == 413 and body["error"]["code"] == "body_too_large"
+    large = exchange(replicas, post("/v1/completions", b" " * (1 << 20) + b" ", SERVE_KEY))
+    assert large.status == 413 and large.json["error"]["code"] == "body_too_large"
     assert replicas.get("/v1/nothing", SERVE_KEY)[0] == 404
 
 
-def test_an_adapters_requests_go_where_it_is(replicas: Replicas, client) -> None:
-    """Of 6 adapters each is at home in one replica: the other one never loads it."""
+def test_requests_go_to_their_adapters_replica(replicas: Replicas, client) -> None:
+    """Each of 6 adapters is at home in one replica; the other replica never loads it."""
     names = [f"adapter-{i}" for i in range(4, 10)]
     before = replicas.by_replica("adapter_loads_total")
     for name in names:
@@ -159,7 +155,7 @@ def test_loads_and_unloads_reach_every_replica(replicas: Replicas, client, files
     write_adapter(files.uploads / "late", tiny, seed=77)
     change = {"lora_name": "late", "lora_path": str(files.uploads / "late")}
     assert replicas.post("/v1/load_lora_adapter", change, MANAGE_KEY)[0] == 200
-    with ThreadPoolExecutor(2 * FULL) as threads:  # more than one replica takes
+    with ThreadPoolExecutor(2 * FULL) as threads:  # more than fit into one replica
         texts = set(threads.map(lambda _: ask(client, "late", max_tokens=24), range(2 * FULL)))
     assert len(texts) == 1
     assert replicas.post("/v1/unload_lora_adapter", {"lora_name": "late"}, MANAGE_KEY)[0] == 200
@@ -169,18 +165,25 @@ def test_loads_and_unloads_reach_every_replica(replicas: Replicas, client, files
     assert replicas.post("/v1/unload_lora_adapter", {"lora_name": "late"}, MANAGE_KEY)[0] == 404
 
 
-def test_a_client_that_goes_away_ends_its_request(replicas: Replicas, client) -> None:
-    before = replicas.by_replica("generated_tokens_total")
-    stream = client.completions.create(model="base", prompt=PROMPT, max_tokens=80, stream=True, **ENDLESS)
+def test_disconnected_client_is_cancelled(replicas: Replicas, client) -> None:
+    def cancelled() -> int:
+        """Counts cancelled sequences of both replicas."""
+        return sum(
+            int(value)
+            for (name, labels), value in replicas.metrics(SERVE_KEY).items()
+            if name == "slora_requests_total" and dict(labels)["finish_reason"] == "cancelled"
+        )
+
+    before = cancelled()
+    stream = client.completions.create(model="base", prompt=PROMPT, max_tokens=80, n=64, stream=True, **ENDLESS)
     next(iter(stream))
     stream.close()
-    generated = (replicas.by_replica("generated_tokens_total") - before).total()
-    assert 0 < generated < 70
-    assert not replicas.by_replica("running_requests").total()
+    until(lambda: cancelled() > before, "its sequences are cancelled")
+    until(lambda: not replicas.by_replica("running_requests").total(), "nothing runs")
 
 
-def test_a_lost_replica_is_told_and_replaced(replicas: Replicas, client) -> None:
-    """Clients of the lost one get an error in the form that they know; the others notice nothing; and it comes back."""
+def test_lost_replica_is_reported_and_replaced(replicas: Replicas, client) -> None:
+    """Its clients get a standard error, the others are not affected, and a new replica starts."""
     has_begun = threading.Semaphore(0)
 
     def stream() -> str | None:
@@ -203,17 +206,14 @@ def test_a_lost_replica_is_told_and_replaced(replicas: Replicas, client) -> None
         os.kill(min(process.pid for process in before), signal.SIGKILL)
         outcomes = Counter(end.result(timeout=60) for end in ends)
     assert set(outcomes) <= {"whole", "replica_lost"} and outcomes["replica_lost"], outcomes
-    assert ask(client, "adapter-0")  # by the other
-    deadline = time.monotonic() + live_server.START_SECONDS
-    while not replicas.replica_processes() - before or replicas.count() < 2:
-        assert time.monotonic() < deadline, replicas.log
-        time.sleep(0.1)
+    assert ask(client, "adapter-0")  # from the other replica
+    until(lambda: replicas.replica_processes() - before and replicas.count() == 2, "2 replicas", START_SECONDS)
     with ThreadPoolExecutor(2 * FULL) as threads:
         texts = set(threads.map(lambda _: ask(client, "adapter-1", max_tokens=24), range(2 * FULL)))
     assert len(texts) == 1
 
 
-def test_a_stop_drains_and_leaves_nothing(replicas: Replicas, client) -> None:
+def test_stop_drains_and_leaves_no_process(replicas: Replicas, client) -> None:
     processes = replicas.psutil().children(recursive=True)
     pieces = client.completions.create(model="base", prompt=PROMPT, max_tokens=80, stream=True, **ENDLESS)
     next(iter(pieces))
@@ -223,22 +223,16 @@ def test_a_stop_drains_and_leaves_nothing(replicas: Replicas, client) -> None:
     assert not psutil.wait_procs(processes, timeout=10)[1]
 
 
-def test_what_replicas_say_becomes_one_answer() -> None:
+def test_answers_of_replicas_are_merged() -> None:
     def answers(*statuses: int) -> list[Answer]:
         return [Answer(rank, status, [], b"") for rank, status in enumerate(statuses)]
 
     change = HttpRequest({"path": "/v1/load_lora_adapter", "method": "POST"}, b"")
-    assert choose(change, answers(400, 200)).status == 200  # it had followed the other's change already
-    assert choose(change, answers(200, 500)).status == 500
-    assert choose(change, answers(404, 404)).rank == 0
-    assert choose(HttpRequest.get("/ready"), answers(503, 200)).status == 200
-    assert choose(HttpRequest.get("/v1/models"), answers(200, 200)).rank == 0
+    assert merge(change, answers(400, 200)).status == 200  # it already followed the other's change
+    assert merge(change, answers(200, 500)).status == 500
+    assert merge(change, answers(404, 404)).rank == 0
+    assert merge(HttpRequest.get("/ready"), answers(503, 200)).status == 200
+    assert merge(HttpRequest.get("/v1/models"), answers(200, 200)).rank == 0
     texts = [(rank, f'# HELP a_total A.\n# TYPE a_total counter\na_total{{x="1"}} {rank}.0\n') for rank in (0, 1)]
     joined = join_metrics(texts).decode().splitlines()
     assert joined[2:] == ['a_total{replica="0",x="1"} 0.0', 'a_total{replica="1",x="1"} 1.0']
-
-
-@pytest.mark.parametrize("field", ["replicas", "replica_requests"])
-def test_counts_of_replicas_are_checked(tmp_path, field: str) -> None:
-    with pytest.raises(ConfigError, match=f"{field}=0"):
-        ServerSettings.from_mapping({"model_dir": tmp_path, field: 0})

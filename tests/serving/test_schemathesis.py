@@ -1,4 +1,4 @@
-"""What schemathesis makes up from the server's own OpenAPI schema: every answer is one that the schema tells of."""
+"""Schemathesis derives requests from the server's OpenAPI schema; every answer must conform to the schema."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import schemathesis
 from live_server import MANAGE_KEY, LiveServer
 from schemathesis.specs.openapi import checks
 
-from slora_jax.serving.access import ApiKey
-from slora_jax.serving.app import create_app
-from slora_jax.serving.settings import ServerSettings
+from slora_jax.serving.http.app import create_app
+from slora_jax.serving.settings import ApiKey, ServerSettings
 
-EXAMPLES, SEED = 40, 7
+EXAMPLES, SEED = 12, 7
 KEY = {"Authorization": f"Bearer {MANAGE_KEY}"}
 CHECKS = [
     schemathesis.checks.not_a_server_error,
@@ -28,12 +27,12 @@ CHECKS = [
     checks.missing_required_header,
 ]
 SMALL = {"max_tokens": 3, "max_completion_tokens": 3, "n": 2, "best_of": 2, "prompt": "a prompt", "model": "adapter-3"}
-"""What well-formed requests are cut down to, so that they are served and end soon."""
+"""Values that replace those of well-formed requests, so that they are served and end soon."""
 
 
 @cache
 def described() -> dict[str, Any]:
-    """The schema of a server with keys."""
+    """Returns the schema of a server with keys."""
     settings = ServerSettings(Path(), api_keys=(ApiKey.from_mapping({"name": "a", "key": "b"}, ""),))
 
     def build() -> Any:
@@ -54,12 +53,12 @@ schema = schemathesis.openapi.from_dict(
 )
 
 
-def test_the_server_answers_with_this_schema(server: LiveServer) -> None:
+def test_server_publishes_this_schema(server: LiveServer) -> None:
     status, body = server.get("/openapi.json")
     assert status == 200 and json.loads(body) == described()
 
 
-def test_the_schema_knows_no_422_and_where_a_key_is_needed() -> None:
+def test_schema_has_no_422_and_names_where_a_key_is_needed() -> None:
     for path, operations in described()["paths"].items():
         for operation in operations.values():
             assert "422" not in operation["responses"]
@@ -67,7 +66,7 @@ def test_the_schema_knows_no_422_and_where_a_key_is_needed() -> None:
 
 
 @schema.parametrize()
-def test_every_answer_is_as_the_schema_says(case: Any, server: LiveServer) -> None:
+def test_every_answer_conforms_to_the_schema(case: Any, server: LiveServer) -> None:
     if isinstance(case.body, dict) and case.meta.generation.mode.is_positive:
         case.body |= {name: value for name, value in SMALL.items() if case.body.get(name)}
     case.call_and_validate(base_url=server.url, headers=KEY, checks=CHECKS, timeout=30)
@@ -97,7 +96,7 @@ REAL = [
 ]
 
 
-def test_real_answers_are_as_the_schema_says(server: LiveServer) -> None:
+def test_real_answers_conform_to_the_schema(server: LiveServer) -> None:
     for path, body, status in REAL:
         operation = schema[path]["GET" if body is None else "POST"]
         case = operation.Case(path_parameters={"name": "adapter-1"}, **({} if body is None else {"body": body}))

@@ -1,4 +1,4 @@
-"""Settings of the server: what a file may say, what takes precedence, and which field an error names."""
+"""Settings of the server: files, precedence, and errors that name the field."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ import pytest
 from starlette.testclient import TestClient
 
 from slora_jax import ConfigError
-from slora_jax.serving.access import ApiKey
-from slora_jax.serving.app import create_app
-from slora_jax.serving.settings import Limits, ServerSettings
+from slora_jax.serving.http.app import create_app
+from slora_jax.serving.settings import ApiKey, Limits, ServerSettings
 
 
 def settings(**data: object) -> ServerSettings:
     return ServerSettings.from_mapping({"model_dir": "models/llama-7b", **data})
 
 
-def test_a_file_and_the_command_line(tmp_path: Path) -> None:
+def test_command_line_takes_precedence_over_the_file(tmp_path: Path) -> None:
     (tmp_path / "adapters").mkdir()
     file = tmp_path / "server.yaml"
     file.write_text(
@@ -49,6 +48,7 @@ def test_a_file_and_the_command_line(tmp_path: Path) -> None:
     [
         ({"prot": 1}, "prot is unknown (did you mean 'port'?)"),
         ({"port": "80"}, "port='80': must be an integer"),
+        ({"replica_requests": 0}, "replica_requests=0: must be an integer of at least 1"),
         ({"port": 70000}, "port=70000: must be an integer in [0, 65535]"),
         ({"engine": {"max_seq": 8}}, "engine.max_seq is unknown (did you mean 'max_num_seqs'?)"),
         ({"engine": {"page_size": 7}}, "page_size=7"),
@@ -78,7 +78,7 @@ def test_a_file_and_the_command_line(tmp_path: Path) -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_is_wrong_is_named(data: dict, words: str) -> None:
+def test_wrong_field_is_named(data: dict, words: str) -> None:
     with pytest.raises(ConfigError) as raised:
         settings(**data)
     assert words in str(raised.value)
@@ -95,14 +95,14 @@ def test_an_error_never_shows_a_key(keys: object) -> None:
     assert "sk-secret" not in str(raised.value)
 
 
-def test_the_three_forms_of_a_key_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_forms_of_a_key_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLORA_TEST_KEY", "sk-1")
     forms = {"key": "sk-1", "key_env": "SLORA_TEST_KEY", "key_sha256": sha256(b"sk-1").hexdigest()}
     keys = [ApiKey.from_mapping({"name": "a", form: value}, "api_keys[0]") for form, value in forms.items()]
     assert len({key.digest for key in keys}) == 1 and {key.rights for key in keys} == {frozenset({"serve"})}
 
 
-def test_settings_made_in_code_are_checked_too() -> None:
+def test_settings_created_in_code_are_checked() -> None:
     with pytest.raises(ConfigError, match="replicas=0: must be an integer of at least 1"):
         ServerSettings(Path(), replicas=0)
     with pytest.raises(ConfigError, match=r"limits\.waiting='5': must be an integer"):
@@ -110,7 +110,7 @@ def test_settings_made_in_code_are_checked_too() -> None:
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "a: [", "\t"])
-def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str) -> None:
+def test_file_that_is_not_a_mapping_is_refused(tmp_path: Path, content: str) -> None:
     file = tmp_path / "server.yaml"
     file.write_text(content)
     with pytest.raises(ConfigError, match="server.yaml"):
@@ -119,7 +119,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str) -> N
         ServerSettings.from_file(tmp_path / "missing.yaml", model_dir=Path("x"))
 
 
-def test_a_browsers_preflight_is_answered_for_the_origins_that_were_named() -> None:
+def test_preflight_is_answered_for_configured_origins() -> None:
     def build() -> Any:
         raise AssertionError("nothing is served")
 

@@ -1,4 +1,4 @@
-"""Clients that are slow, silent, or gone: what they hold is given back in time, and others do not notice."""
+"""Slow, silent and disconnected clients: the server releases what they hold, and other clients are not affected."""
 
 from __future__ import annotations
 
@@ -9,25 +9,22 @@ import time
 from contextlib import ExitStack
 
 import pytest
-from live_server import MANAGE_KEY, SERVE_KEY, LiveServer
-from unharmed import Before, running, until
+from live_server import MANAGE_KEY, SERVE_KEY, LiveServer, until
+from unharmed import Before, running
 from wire import CLOSED, connect, exchange, head, post, read_replies, read_reply
 
 COMPLETIONS = "/v1/completions"
 SECONDS = 2.0
-"""The server's deadlines: for a head, for a body, for an answer to be taken."""
-SLACK = 4.0
-"""On a busy machine."""
+"""The server's deadlines for a head, a body, and reading an answer. Tests bound times from below only."""
 LONG = {"model": "adapter-2", "prompt": "a", "max_tokens": 94, "ignore_eos": True, "temperature": 1.0}
 MANY = LONG | {"n": 64}
-"""64 sequences, 16 at a time: some 400 steps."""
-
+"""64 sequences, 16 at a time: about 400 steps."""
 
 pytestmark = pytest.mark.usefixtures("unharmed")
 
 
 def is_closed(client: socket.socket) -> bool:
-    """Whether the other side has closed; what it sent before is thrown away."""
+    """Returns whether the other side has closed; discards data that it sent before."""
     client.setblocking(False)
     try:
         while client.recv(1 << 16):
@@ -40,7 +37,7 @@ def is_closed(client: socket.socket) -> bool:
 
 
 def received(client: socket.socket) -> bytes:
-    """What comes until the other side closes."""
+    """Reads until the other side closes."""
     data = bytearray()
     try:
         while more := client.recv(1 << 16):
@@ -55,62 +52,73 @@ def cancelled(server: LiveServer) -> float:
 
 
 def start(server: LiveServer, body: dict, **options: int) -> socket.socket:
-    """Sends a request and returns when it runs."""
+    """Sends a request and returns its connection once it runs."""
     client = connect(server, **options)
     client.sendall(post(COMPLETIONS, body, SERVE_KEY))
-    until(lambda: running(server) > 0, 10, "the request runs")
+    until(lambda: running(server) > 0, "the request runs")
     return client
 
 
-@pytest.mark.parametrize("first", [b"", b"\r\n", b"GET /hea", b"GET /health HTTP/1.1\r\nHost: x\r\nX-A"])
-def test_a_head_that_comes_a_byte_at_a_time_is_cut_off(server: LiveServer, first: bytes) -> None:
-    with connect(server) as client:
+def test_head_sent_byte_by_byte_is_cut_off(server: LiveServer) -> None:
+    firsts = (b"", b"\r\n", b"GET /hea", b"GET /health HTTP/1.1\r\nHost: x\r\nX-A")
+    with ExitStack() as stack:
         begin = time.monotonic()
-        client.sendall(first)
-        try:
-            while time.monotonic() - begin < SECONDS + SLACK and not is_closed(client):
-                time.sleep(0.1)
-                client.setblocking(True)
-                client.sendall(b"\n" if first == b"\r\n" else b"a" if first else b"")
-        except ConnectionError:
-            pass
-        assert SECONDS * 0.9 < time.monotonic() - begin < SECONDS + SLACK
+        clients = {stack.enter_context(connect(server)): first for first in firsts}
+        for client, first in clients.items():
+            client.sendall(first)
+
+        def drip() -> bool:
+            for client, first in list(clients.items()):
+                if is_closed(client):
+                    del clients[client]
+                    continue
+                try:
+                    client.setblocking(True)
+                    client.sendall(b"\n" if first == b"\r\n" else b"a" if first else b"")
+                except ConnectionError:
+                    del clients[client]
+            time.sleep(0.1)
+            return len(clients) < len(firsts)
+
+        until(drip, "a connection is closed")
+        assert time.monotonic() - begin > SECONDS * 0.9
+        until(lambda: drip() and not clients, "all are closed")
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_that_comes_a_byte_at_a_time_is_408(server: LiveServer, chunked: bool) -> None:
+def test_body_sent_byte_by_byte_is_408(server: LiveServer, chunked: bool) -> None:
     length = "Transfer-Encoding: chunked" if chunked else "Content-Length: 100000"
     with connect(server) as client:
         client.sendall(head("POST", COMPLETIONS, SERVE_KEY, length, "Content-Type: application/json") + b"\r\n")
         client.settimeout(0.1)
-        begin = time.monotonic()
-        while time.monotonic() - begin < SECONDS + SLACK:
+
+        def has_answer() -> bool:
+            client.sendall(b"1\r\n \r\n" if chunked else b" ")
             try:
-                client.sendall(b"1\r\n \r\n" if chunked else b" ")
-                client.recv(1, socket.MSG_PEEK)
-                break
+                return bool(client.recv(1, socket.MSG_PEEK))
             except TimeoutError:
-                continue
-        client.settimeout(5)
+                return False
+
+        until(has_answer, "the server answers")
+        client.settimeout(30)
         reply = read_reply(client)
         assert reply.status == 408 and "limits.body_seconds" in reply.message
         assert reply.headers["connection"] == "close" and read_reply(client) == CLOSED
 
 
-def test_a_refused_body_that_never_ends_is_cut_off(server: LiveServer) -> None:
+def test_endless_refused_body_is_cut_off(server: LiveServer) -> None:
     fields = ("Content-Length: 99999999999", "Content-Type: application/json")
     with connect(server) as client:
         client.sendall(head("POST", COMPLETIONS, SERVE_KEY, *fields) + b"\r\n")
         assert read_reply(client).status == 413
-        begin = time.monotonic()
         with pytest.raises(ConnectionError):
-            while time.monotonic() - begin < SECONDS + SLACK:
+            while True:
                 client.sendall(b"x" * 1000)
                 time.sleep(0.05)
 
 
-def test_a_head_behind_a_stream_is_bounded_too(server: LiveServer) -> None:
-    """The answer to the first request is not complete while megabytes of the second one's head come."""
+def test_pipelined_head_is_bounded(server: LiveServer) -> None:
+    """Megabytes of it arrive while the first request's answer is incomplete."""
     memory = server.psutil().memory_info().rss
     with start(server, MANY | {"stream": True}) as client:
         with pytest.raises(ConnectionError):
@@ -118,20 +126,20 @@ def test_a_head_behind_a_stream_is_bounded_too(server: LiveServer) -> None:
             for _ in range(64):
                 client.sendall(b"x" * (1 << 20))
         assert server.psutil().memory_info().rss - memory < 32 << 20
-    until(lambda: running(server) == 0, SLACK, "the stream was cancelled")
+    until(lambda: running(server) == 0, "the stream was cancelled")
 
 
-def test_requests_behind_a_stream_are_bounded_too(server: LiveServer) -> None:
+def test_pipelined_requests_are_bounded(server: LiveServer) -> None:
     memory = server.psutil().memory_info().rss
     with start(server, MANY | {"stream": True}) as client:
         with pytest.raises(ConnectionError):
             for _ in range(400):
                 client.sendall((head("GET", "/health", None) + b"\r\n") * 2000)
         assert server.psutil().memory_info().rss - memory < 64 << 20
-    until(lambda: running(server) == 0, SLACK, "the stream was cancelled")
+    until(lambda: running(server) == 0, "the stream was cancelled")
 
 
-def test_a_few_requests_in_a_row_are_answered_in_order(server: LiveServer) -> None:
+def test_pipelined_requests_are_answered_in_order(server: LiveServer) -> None:
     with connect(server) as client:
         asks = [post(COMPLETIONS, {"prompt": "x", "max_tokens": n, "ignore_eos": True}, SERVE_KEY) for n in (5, 1, 3)]
         client.sendall(b"".join(asks) + head("GET", "/health", None) + b"\r\n")
@@ -140,33 +148,33 @@ def test_a_few_requests_in_a_row_are_answered_in_order(server: LiveServer) -> No
         assert health.json == {"status": "ready", "error": None}
 
 
-def test_a_client_that_leaves_with_requests_in_a_row_is_cancelled(server: LiveServer) -> None:
-    """The one under way, too, though another came after it."""
+def test_pipelined_requests_are_cancelled_at_a_disconnect(server: LiveServer) -> None:
+    """The running one too."""
     before = cancelled(server)
     for _ in range(2):
         with start(server, MANY) as client:
             client.sendall(post(COMPLETIONS, MANY, SERVE_KEY) + head("GET", "/health", None) + b"\r\n")
             time.sleep(0.05)
-        until(lambda: running(server) == 0, SLACK, "it was cancelled")
+        until(lambda: running(server) == 0, "it was cancelled")
     assert cancelled(server) - before > 64
 
 
-def test_a_client_that_never_reads_a_stream_is_cancelled(server: LiveServer) -> None:
-    """Its answer is larger than what the system takes for it."""
+def test_client_that_never_reads_a_stream_is_cancelled(server: LiveServer) -> None:
+    """Its answer exceeds the socket's buffers."""
     body = MANY | {"n": 128, "stream": True, "logprobs": 20}
     with start(server, body, receive_buffer=4096) as client:
         port = client.getsockname()[1]
-        until(lambda: not holds(server, port), 60, "the server has given it up")
-        until(lambda: running(server) == 0, SLACK, "all of it was cancelled")
+        until(lambda: not holds(server, port), "the server has closed the connection")
+        until(lambda: running(server) == 0, "all of it was cancelled")
         assert b"[DONE]" not in received(client)
 
 
 def holds(server: LiveServer, port: int) -> bool:
-    """Whether the server has a connection to this port of a client."""
+    """Returns whether the server has a connection to a client's port."""
     return any(one.raddr and one.raddr.port == port for one in server.psutil().net_connections("tcp"))
 
 
-def test_a_client_that_reads_slowly_gets_all(server: LiveServer) -> None:
+def test_client_that_reads_slowly_gets_all(server: LiveServer) -> None:
     body = LONG | {"n": 8, "stream": True, "logprobs": 20}
     with connect(server, receive_buffer=4096) as client:
         client.sendall(post(COMPLETIONS, body, SERVE_KEY))
@@ -177,9 +185,8 @@ def test_a_client_that_reads_slowly_gets_all(server: LiveServer) -> None:
     assert data.count(b'"finish_reason":"length"') == 8 and b"[DONE]" in data
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("how", ["close", "reset", "half"])
-def test_a_client_that_goes_away_is_cancelled(server: LiveServer, stream: bool, how: str) -> None:
+@pytest.mark.parametrize(("how", "stream"), [("close", False), ("close", True), ("reset", True), ("half", False)])
+def test_disconnected_client_is_cancelled(server: LiveServer, stream: bool, how: str) -> None:
     before = cancelled(server)
     with start(server, MANY | {"stream": stream}) as client:
         if stream:
@@ -192,12 +199,12 @@ def test_a_client_that_goes_away_is_cancelled(server: LiveServer, stream: bool, 
                 client.close()
             case "half":
                 client.shutdown(socket.SHUT_WR)
-        until(lambda: running(server) == 0, SLACK, "it was cancelled")
+        until(lambda: running(server) == 0, "it was cancelled")
         assert cancelled(server) - before > 0
 
 
-def test_clients_that_go_away_at_any_moment(server: LiveServer, unharmed: Before) -> None:
-    """In the midst of a head, of a body, before the first token and after it."""
+def test_disconnects_at_any_moment_are_harmless(server: LiveServer, unharmed: Before) -> None:
+    """Within a head, within a body, before the first token and after it."""
     data = post(COMPLETIONS, LONG | {"stream": True}, SERVE_KEY)
     ends = [*range(0, len(data), 17), *[len(data)] * 20]
     for i, end in enumerate(ends):
@@ -205,23 +212,21 @@ def test_clients_that_go_away_at_any_moment(server: LiveServer, unharmed: Before
             client.sendall(data[:end])
             if end == len(data):
                 time.sleep(0.003 * (i % 20))
-    until(lambda: running(server) == 0, 10, "all were cancelled")
+    until(lambda: running(server) == 0, "all were cancelled")
     unharmed.check_answers(server)
 
 
-def test_clients_that_go_away_while_an_adapter_comes_and_goes(server: LiveServer, files) -> None:
+def test_disconnect_during_a_load_or_unload_does_not_stop_it(server: LiveServer, files) -> None:
     load = {"lora_name": "fleeting", "lora_path": str(files.adapters / "adapter-1")}
     for _ in range(3):
         for path, body in (("/v1/load_lora_adapter", load), ("/v1/unload_lora_adapter", {"lora_name": "fleeting"})):
             with connect(server) as client:
                 client.sendall(post(path, body, MANAGE_KEY))
-            path, status = "/v1/models/fleeting", 200 if "lora_path" in body else 404
-            until(
-                lambda path=path, status=status: server.get(path, SERVE_KEY)[0] == status, 10, "it is done all the same"
-            )
+            status = 200 if "lora_path" in body else 404
+            until(lambda status=status: server.get("/v1/models/fleeting", SERVE_KEY)[0] == status, "it is done anyway")
 
 
-def test_unloads_that_wait_for_long_do_not_hold_up_anybody(server: LiveServer, files, unharmed: Before) -> None:
+def test_waiting_unloads_do_not_delay_other_requests(server: LiveServer, files, unharmed: Before) -> None:
     """Each waits for a stream that uses its adapter."""
     with ExitStack() as stack:
         waiting = []
@@ -235,7 +240,7 @@ def test_unloads_that_wait_for_long_do_not_hold_up_anybody(server: LiveServer, f
             client = stack.enter_context(connect(server))
             client.sendall(post(COMPLETIONS, LONG | {"model": f"waiting-{i}", "n": 16, "stream": True}, SERVE_KEY))
             streams.append(client)
-        until(lambda: running(server) > 100, 10, "they run")
+        until(lambda: running(server) > 100, "the streams run")
         for i in range(8):
             waiting.append(stack.enter_context(connect(server)))
             body = {"lora_name": f"waiting-{i}", "drain_seconds": 3600}
@@ -247,8 +252,8 @@ def test_unloads_that_wait_for_long_do_not_hold_up_anybody(server: LiveServer, f
             assert read_reply(client).status == 200
 
 
-def test_thousands_of_half_open_connections(server: LiveServer, unharmed: Before) -> None:
-    """2,000 that send half a head leave room for good requests; beyond limits.connections, they are closed."""
+def test_thousands_of_half_open_connections_leave_room(server: LiveServer, unharmed: Before) -> None:
+    """2,000 connections with half a head leave room for other requests; those beyond limits.connections are closed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
     clients = []
@@ -256,23 +261,21 @@ def test_thousands_of_half_open_connections(server: LiveServer, unharmed: Before
         for _ in range(2000):
             clients.append(connect(server))
             clients[-1].sendall(b"GET /health HTTP/1.1\r\nX: ")
-        begin = time.monotonic()
         unharmed.check_answers(server)
-        assert time.monotonic() - begin < SLACK
         for _ in range(400):
             clients.append(connect(server))
-        until(lambda: sum(map(is_closed, clients[2000:])) >= 300, SLACK, "those beyond the limit are closed")
-        until(lambda: all(map(is_closed, clients)), SECONDS + 2 * SLACK, "all are closed at their deadline")
+        until(lambda: sum(map(is_closed, clients[2000:])) >= 300, "connections beyond the limit are closed")
+        until(lambda: all(map(is_closed, clients)), "all are closed at their deadline")
         unharmed.check_answers(server)
-        until(lambda: server.psutil().num_fds() <= unharmed.files + 8, SLACK, "file handles are given back")
+        until(lambda: server.psutil().num_fds() <= unharmed.files + 8, "files are closed")
     finally:
         for client in clients:
             client.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_idle_connections_may_ask_again(server: LiveServer) -> None:
-    """The deadlines are for requests that have begun."""
+def test_idle_connection_may_be_used_again(server: LiveServer) -> None:
+    """The deadlines apply to requests that have begun."""
     with connect(server) as client:
         for _ in range(2):
             client.sendall(head("GET", "/health", None) + b"\r\n")

@@ -1,4 +1,4 @@
-"""Names and bytes of tokens, and where they begin in a text."""
+"""Names and bytes of tokens, and their offsets in a text."""
 
 from types import SimpleNamespace
 
@@ -7,9 +7,9 @@ from byte_level import BYTE_CHARS, byte_fallback_backend, train_tokenizer
 from tokenizers import AddedToken
 
 from slora_jax.engine.outputs import TokenLogprobs
+from slora_jax.serving.http.shapes import CompletionShape
+from slora_jax.serving.http.token_text import TokenText
 from slora_jax.serving.mailbox import Arrived
-from slora_jax.serving.shapes import CompletionShape
-from slora_jax.serving.token_text import TokenText
 
 EMOJI = "🙂".encode()
 
@@ -26,7 +26,7 @@ def byte_tokens(backend, data: bytes) -> list[int]:
     return [next(id for name in pair if (id := backend.token_to_id(name)) is not None) for pair in names]
 
 
-def test_parts_of_a_character_have_their_own_bytes_and_names_that_differ(backend) -> None:
+def test_parts_of_a_character_have_distinct_bytes_and_names(backend) -> None:
     text, tokens = TokenText(SimpleNamespace(backend_tokenizer=backend)), byte_tokens(backend, EMOJI)
     assert b"".join(text.raw(token) for token in tokens) == EMOJI
     assert [text.name(token) for token in tokens] == [f"bytes:\\x{byte:02x}" for byte in EMOJI]
@@ -34,7 +34,7 @@ def test_parts_of_a_character_have_their_own_bytes_and_names_that_differ(backend
     assert text.name(end) == "<|end|>" and text.is_special(end) and not text.is_special(tokens[0])
 
 
-def test_every_token_of_a_text_gives_its_bytes(backend) -> None:
+def test_bytes_of_tokens_join_to_the_text(backend) -> None:
     text = TokenText(SimpleNamespace(backend_tokenizer=backend))
     for word in ("the the a", "b.the é猫🙂"):
         ids = backend.encode(word).ids if backend.token_to_id("<unk>") is None else None
@@ -44,19 +44,17 @@ def test_every_token_of_a_text_gives_its_bytes(backend) -> None:
         assert b"".join(text.raw(token) for token in ids).decode() == word
 
 
-def test_tokens_that_read_alike_keep_as_many_values() -> None:
+def test_tokens_with_the_same_text_keep_their_values() -> None:
     text = TokenText(SimpleNamespace(backend_tokenizer=byte_fallback_backend()))
     b, byte_b = (text._backend.token_to_id(name) for name in ("b", "<0x62>"))
     assert text.name(b) == text.name(byte_b) == "b"
     assert text.values(((byte_b, -0.5), (b, -1.0))) == {f"token_id:{b}": -1.0, "b": -0.5}
 
 
-def test_offsets_follow_the_text_and_not_the_names(backend) -> None:
+def test_offsets_follow_the_text(backend) -> None:
     def offsets(echo: str, text: str, tokens: list[int]) -> list[int]:
-        shape = CompletionShape(
-            "m", TokenText(SimpleNamespace(backend_tokenizer=backend)), logprobs=True, token_ids=False,
-            prompt_logprobs=False, echoes=[echo], prompts=[byte_tokens(backend, echo.encode())],
-        )  # fmt: skip
+        text_of = TokenText(SimpleNamespace(backend_tokenizer=backend))
+        shape = CompletionShape("m", text_of, [byte_tokens(backend, echo.encode())], echoes=[echo], logprobs=True)
         scores = [TokenLogprobs(-1.0, ((token, -1.0),)) for token in tokens]
         return shape.piece(0, Arrived(text, tokens, scores))["logprobs"]["text_offset"]
 

@@ -1,4 +1,4 @@
-"""HTTP byte by byte: what no client library would send, and what came back for it."""
+"""HTTP byte by byte, for requests that no client library would send."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from live_server import LiveServer
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer. status 0: the connection was closed without one."""
+    """An answer. status 0: the connection was closed without an answer."""
 
     status: int
     headers: dict[str, str]
@@ -25,7 +25,7 @@ class Reply:
 
     @property
     def message(self) -> str:
-        """Of the standard error body, which this must be."""
+        """The message of a standard error body; any other body fails the test."""
         assert self.headers["content-type"] == "application/json", self
         error = self.json["error"]
         assert self.json.keys() == {"error"} and error.keys() == {"message", "type", "param", "code"}, self
@@ -38,7 +38,7 @@ CLOSED = Reply(0, {}, b"")
 
 
 def connect(server: LiveServer, timeout: float = 30, receive_buffer: int | None = None) -> socket.socket:
-    """A connection. receive_buffer: bytes that the system takes while nobody reads."""
+    """Opens a connection. receive_buffer: bytes that the system accepts while the client does not read."""
     client = socket.socket()
     client.settimeout(timeout)
     if receive_buffer is not None:
@@ -48,7 +48,7 @@ def connect(server: LiveServer, timeout: float = 30, receive_buffer: int | None 
 
 
 def read_reply(client: socket.socket, method: str = "POST") -> Reply:
-    """The next answer."""
+    """Reads the next answer."""
     response = http.client.HTTPResponse(client, method=method)
     try:
         response.begin()
@@ -60,20 +60,20 @@ def read_reply(client: socket.socket, method: str = "POST") -> Reply:
 
 
 def read_replies(client: socket.socket, count: int) -> list[Reply]:
-    """Answers to requests that were sent one behind the other."""
+    """Reads the answers of pipelined requests."""
     with client.makefile("rb") as file:
         return [_read_from(file) for _ in range(count)]
 
 
 def _read_from(file: Any) -> Reply:
-    """An answer with a Content-Length."""
+    """Reads an answer with a Content-Length."""
     status = int(file.readline().split()[1])
     headers = {key.lower(): value for key, value in http.client.parse_headers(file).items()}
     return Reply(status, headers, file.read(int(headers["content-length"])))
 
 
 def exchange(server: LiveServer, data: bytes, timeout: float = 30) -> Reply:
-    """Sends bytes on a new connection. TimeoutError: nothing comes back."""
+    """Sends bytes on a new connection and reads the answer. Raises TimeoutError if there is none."""
     with connect(server, timeout) as client:
         try:
             client.sendall(data)
@@ -83,14 +83,14 @@ def exchange(server: LiveServer, data: bytes, timeout: float = 30) -> Reply:
 
 
 def head(method: str, path: str, key: str | None, *fields: str) -> bytes:
-    """A request's head without its last empty line."""
+    """Returns a request's head without its last empty line."""
     lines = [f"{method} {path} HTTP/1.1", "Host: server", *fields]
     lines += [] if key is None else [f"Authorization: Bearer {key}"]
     return "".join(f"{line}\r\n" for line in lines).encode("latin-1")
 
 
 def post(path: str, body: bytes | object, key: str | None, content_type: str | None = "application/json") -> bytes:
-    """A request with a body, bytes as they are or an object as JSON."""
+    """Returns a request with a body: bytes unchanged, or an object as JSON."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     fields = [f"Content-Length: {len(data)}"] + ([] if content_type is None else [f"Content-Type: {content_type}"])
     return head("POST", path, key, *fields) + b"\r\n" + data

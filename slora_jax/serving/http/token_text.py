@@ -18,7 +18,7 @@ class TokenText:
         self._bytes: dict[int, bytes] = {}  # at most the vocabulary
 
     def name(self, token: int) -> str:
-        r"""Its text; of one that is a part of a character, its bytes as OpenAI writes them: `bytes:\xf0\x9f`."""
+        r"""Returns a token's text; for part of a character, its bytes as OpenAI writes them: `bytes:\xf0\x9f`."""
         if self._backend is None:
             return _by_number(token)
         raw = self.raw(token)
@@ -28,7 +28,7 @@ class TokenText:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def values(self, pairs: tuple[tuple[int, float], ...]) -> dict[str, float]:
-        """Values by the names of their tokens, best last. Of tokens with the same text, the best has it as its name."""
+        """Returns values by token name, best last. If tokens share a text, only the best has it as its name."""
         names: dict[str, int] = {}
         for token, _ in pairs:
             name = self.name(token)
@@ -37,7 +37,7 @@ class TokenText:
         return {name: values[token] for name, token in reversed(names.items())}
 
     def raw(self, token: int) -> bytes:
-        """Its bytes in a text, as UTF-8."""
+        """Returns a token's bytes in a text, as UTF-8."""
         raw = self._bytes.get(token)
         if raw is None:
             raw = self._bytes[token] = self._raw(token)
@@ -59,7 +59,7 @@ class TokenText:
             return bytes(BYTE_OF[char] for char in piece)
         if "ByteFallback" in self._decoders and (byte := BYTE.fullmatch(piece)):
             return bytes([int(byte[1], 16)])
-        # A decoder may treat the first token differently: what a second one adds is the token's text.
+        # A decoder may treat the first token differently, so the token's text is what a second one adds.
         once, twice = (self._backend.decode([token] * count, skip_special_tokens=False) for count in (1, 2))
         return twice.removeprefix(once).encode(errors="replace")
 
@@ -73,7 +73,7 @@ class TokenText:
 
     @cached_property
     def _decoders(self) -> set[str]:
-        """Kinds of the decoders that the tokenizer's decoder consists of."""
+        """Types of the decoders in the tokenizer's decoder."""
         decoder = self._backend.decoder  # type: ignore[union-attr]
         state = {} if decoder is None else json.loads(decoder.__getstate__())
         return {part["type"] for part in state.get("decoders", [state]) if "type" in part}
@@ -84,11 +84,11 @@ def _by_number(token: int) -> str:
 
 
 def _bytes_of_characters() -> dict[str, int]:
-    """GPT-2's: a printable byte is its own character; the others follow one another from U+0100 on."""
+    """Returns GPT-2's mapping: a printable byte is its own character; the others follow from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 BYTE_OF = _bytes_of_characters()
-"""The byte that a character of a byte-level token stands for."""
+"""Character of a byte-level token -> byte."""

@@ -1,7 +1,7 @@
-"""The HTTP side of several replicas: an ASGI app that hands requests to Ray Serve's router and returns what comes.
+"""The HTTP side of several replicas: an ASGI app that passes requests to Ray Serve's router and returns the answers.
 
-Generations go through the router, keyed by adapter. All else is about the replicas themselves, so every one of them is
-asked and the answers are made one.
+Generations go through the router, keyed by adapter. All other requests concern the replicas themselves: they go to
+every replica, and the answers are merged.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import (
@@ -22,37 +25,43 @@ from ray.serve.exceptions import (
     RequestCancelledError,
 )
 from ray.serve.schema import ApplicationStatus
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from slora_jax.serving.errors import ApiError, JsonResponse, as_api_error, unavailable
-from slora_jax.serving.replica import Answer, HttpRequest
-from slora_jax.serving.replica_answers import choose
+from slora_jax.serving.http.errors import ApiError, JsonResponse, as_api_error, incomplete, stopping, unavailable
+from slora_jax.serving.http.generation import event_of, on_disconnect
+from slora_jax.serving.replicas.replica import Answer, HttpRequest
 from slora_jax.serving.settings import ServerSettings
 
 APPLICATION = "slora"
-"""The Ray Serve application."""
+"""Name of the Ray Serve application."""
 BODILESS = ("GET", "HEAD", "OPTIONS")
-"""Methods whose requests are passed on without a body. Who sends one needs a key before the replica is asked."""
+"""Methods whose requests are passed on without a body."""
 GENERATIONS = ("/v1/completions", "/v1/chat/completions")
 MAX_NAME = 512
-"""Characters of a model's name that may be an adapter's."""
+"""Longest name, in characters, that is passed to the router as an adapter's."""
 WATCH_SECONDS = 1.0
-"""Between two counts of the replicas."""
+"""Interval at which replicas are counted."""
 COUNT_SECONDS = 10.0
-"""For a replica to say that it is there."""
+"""Time for a replica to answer `/ready`."""
 
 
 class ReplicaFront:
-    """The ASGI app, `Served`. `handle`: of the deployment of `Replica`."""
+    """The ASGI app (`Served`)."""
 
     def __init__(self, handle: Any, settings: ServerSettings, *, by_adapter: bool = True) -> None:
-        """by_adapter: whether the router is told the adapter; without, it balances load only."""
+        """Creates the app.
+
+        Args:
+          handle: handle of the deployment of `Replica`.
+          by_adapter: whether the router knows the adapter; without it, the router balances load only.
+        """
         self._handle, self._settings, self._by_adapter = handle, settings, by_adapter
         self._streams = handle.options(method_name="stream", stream=True)
-        self._adapters: set[str] = set()  # that replicas have answered for: the router never forgets a name
+        self._adapters: set[str] = set()  # answered by a replica before: the router never forgets a name
         self._under_way: set[_Generation] = set()
         self._is_draining = False
-        self.num_replicas = 0  # that answered when last asked
+        self.num_replicas = 0  # that answered at the last count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -65,8 +74,8 @@ class ReplicaFront:
         deadline = time.monotonic() + self._settings.drain_seconds
         while self._under_way and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        stopped = unavailable("the service was stopped before the answer was complete", code="stopping")
-        self._end(list(self._under_way), stopped)
+        for generation in list(self._under_way):
+            generation.end(incomplete())
 
     async def follow(self, say: Callable[[str], None]) -> int:
         before = 0
@@ -89,17 +98,15 @@ class ReplicaFront:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _watch(self) -> None:
-        """Counts the replicas. When none is left, those who wait for one are told: a new one may take minutes."""
+        """Counts the replicas. When none is left, waiting requests fail: a new replica may take minutes."""
         while True:
             with suppress(TimeoutError):
                 self.num_replicas = len(await self._broadcast(HttpRequest.get("/ready"), COUNT_SECONDS))
                 if not self.num_replicas:
-                    self._end([one for one in self._under_way if not one.status], _no_replica())
+                    for generation in list(self._under_way):
+                        if not generation.status:
+                            generation.end(_no_replica())
             await asyncio.sleep(WATCH_SECONDS)
-
-    def _end(self, generations: list[_Generation], error: ApiError) -> None:
-        for generation in generations:
-            generation.end(error)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -107,20 +114,20 @@ class ReplicaFront:
                 status = {"status": "alive", "replicas": self.num_replicas}
                 await JsonResponse(status)(scope, receive, send)
                 return
-            body = b"" if scope["method"] in BODILESS else await _read(receive)
-            if body is None:
-                return
+            body = b"" if scope["method"] in BODILESS else await Request(scope, receive).body()
             request = HttpRequest.of(scope, body)
             if scope["path"] in GENERATIONS and scope["method"] == "POST":
                 await self._generate(request, receive, send)
             else:
                 await self._ask_all(request, send)
+        except ClientDisconnect:
+            pass
         except ApiError as error:
             await error.response()(scope, receive, send)
 
     async def _generate(self, request: HttpRequest, receive: Receive, send: Send) -> None:
         if self._is_draining:
-            raise unavailable("the service is stopping", code="stopping", retry_after=10)
+            raise stopping()
         if not self.num_replicas:
             raise _no_replica()
         adapter = self._adapter(request.body)
@@ -129,7 +136,7 @@ class ReplicaFront:
             streams = streams.options(multiplexed_model_id=adapter)
         generation = _Generation(streams.remote(request, adapter))
         self._under_way.add(generation)
-        gone = asyncio.create_task(_until_gone(receive, generation))
+        gone = on_disconnect(receive, lambda: generation.end(unavailable("the client has gone", code="gone")))
         try:
             await generation.pass_on(send)
         finally:
@@ -141,7 +148,7 @@ class ReplicaFront:
             self._adapters.discard(adapter)
 
     def _adapter(self, body: bytes) -> str | None:
-        """The adapter that a body names, if it is one: the replica is the one to check."""
+        """Returns the name in a body that may be an adapter's; the replica checks it."""
         try:
             name = json.loads(body).get("model")
         except (ValueError, AttributeError, RecursionError):
@@ -150,7 +157,7 @@ class ReplicaFront:
         return name if is_name else None
 
     async def _ask_all(self, request: HttpRequest, send: Send) -> None:
-        seconds = self._settings.drain_seconds + COUNT_SECONDS  # an unload may wait so long
+        seconds = self._settings.drain_seconds + COUNT_SECONDS  # an unload may wait for drain_seconds
         try:
             answers = await self._broadcast(request, seconds)
         except TimeoutError:
@@ -158,12 +165,12 @@ class ReplicaFront:
             raise ApiError(504, message, kind="server_error", code="replica_timeout") from None
         if not answers:
             raise _no_replica()
-        answer = choose(request, answers)
+        answer = merge(request, answers)
         await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
         await send({"type": "http.response.body", "body": answer.body, "more_body": False})
 
     async def _broadcast(self, request: HttpRequest, seconds: float) -> list[Answer]:
-        """Of the replicas that answer, in order of rank. Raises TimeoutError."""
+        """Returns the answers of all replicas that answer, by rank. Raises TimeoutError."""
         try:
             broadcast = self._handle.broadcast("answer", request)
             answers = await broadcast.results_async(timeout_s=seconds, return_exceptions=True)
@@ -173,7 +180,7 @@ class ReplicaFront:
 
 
 class _Generation:
-    """One generation between a replica and its client. status: of its answer; 0: nothing has come."""
+    """One generation between a replica and its client. status: HTTP status; 0 before the answer begins."""
 
     def __init__(self, response: Any) -> None:
         self._response = response
@@ -182,16 +189,16 @@ class _Generation:
         self.status = 0
 
     def end(self, reason: ApiError) -> None:
-        """Cancels it, if it is not whole; its client, if it is still there, is told the reason."""
+        """Cancels the generation unless it is complete. Its client gets the reason."""
         if not self._is_whole:
             self._end_reason = reason
             self._response.cancel()
 
     async def pass_on(self, send: Send) -> None:
-        """Sends what comes, to the end or to an error: as its body, or as an event of a stream that has begun.
+        """Sends the replica's messages to the client. An error becomes the last event of a stream that has begun.
 
         Raises:
-          ApiError: nothing has come.
+          ApiError: an error before the answer began.
         """
         try:
             async for messages in self._response:
@@ -204,38 +211,19 @@ class _Generation:
                         self._is_whole = not message.get("more_body", False)
                     await send(message)
         except (RayError, RayServeException) as error:
-            told = self._end_reason or _told(error)
+            reason = self._end_reason or _reason(error)
             if not self.status:
-                raise told from error
+                raise reason from error
             if not self._is_stream:
                 raise
-            event = b"data: " + json.dumps(told.body(), separators=(",", ":")).encode() + b"\n\n"
-            await send({"type": "http.response.body", "body": event, "more_body": False})
+            await send({"type": "http.response.body", "body": event_of(reason.body()), "more_body": False})
         finally:
             if not self._is_whole:
                 self._response.cancel()
 
 
-async def _read(receive: Receive) -> bytes | None:
-    """A request's body, of bounded size by `Gate`; None: the client is gone."""
-    body = b""
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        body += message.get("body", b"")
-        if not message.get("more_body", False):
-            return body
-
-
-async def _until_gone(receive: Receive, generation: _Generation) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    generation.end(unavailable("the client has gone", code="gone"))
-
-
-def _told(error: Exception) -> ApiError:
-    """What a client is told of an error between it and its replica."""
+def _reason(error: Exception) -> ApiError:
+    """Converts an error between a client and its replica."""
     match error:
         case BackPressureError():
             return unavailable("the queue is full (limits.waiting)", code="queue_full", retry_after=2)
@@ -251,9 +239,46 @@ def _no_replica() -> ApiError:
 
 
 def _failure() -> str | None:
-    """Why Ray Serve has given up starting replicas; None: it has not."""
+    """Returns why Ray Serve has stopped starting replicas; None if it has not."""
     application = serve.status().applications.get(APPLICATION)
     if application is None or application.status != ApplicationStatus.DEPLOY_FAILED:
         return None
     messages = [one.message for one in application.deployments.values() if one.message] or [application.message]
-    return messages[0].strip().splitlines()[-1]  # Ray puts its traceback before
+    return messages[0].strip().splitlines()[-1]  # after Ray's traceback
+
+
+def merge(request: HttpRequest, answers: Sequence[Answer]) -> Answer:
+    """Merges the replicas' answers.
+
+    /metrics: all metrics, with their replica's rank. /ready: any that is ready. A change: the worst failure of a
+    replica, else a success (a replica that already followed another's change refuses its own). All else: the first.
+    """
+    path, method = request.scope["path"], request.scope["method"]
+    if path == "/metrics" and all(answer.status == 200 for answer in answers):
+        first = answers[0]
+        body = join_metrics([(answer.rank, answer.body.decode()) for answer in answers])
+        headers = [(name, value) for name, value in first.headers if name != b"content-length"]
+        return Answer(first.rank, 200, [*headers, (b"content-length", str(len(body)).encode())], body)
+    if path == "/ready":
+        return min(answers, key=lambda answer: answer.status)
+    if method in ("GET", "HEAD", "OPTIONS"):
+        return answers[0]
+    return min(answers, key=lambda answer: (answer.status < 500, answer.status))
+
+
+def join_metrics(texts: Sequence[tuple[int, str]]) -> bytes:
+    """Joins the expositions of several replicas, given by rank; each sample gets a label `replica`."""
+
+    class Joined(Collector):
+        def collect(self) -> Iterator[Metric]:
+            families: dict[str, Metric] = {}
+            for rank, text in texts:
+                for family in text_string_to_metric_families(text):
+                    joined = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                    labels = {"replica": str(rank)}
+                    joined.samples += [one._replace(labels={**one.labels, **labels}) for one in family.samples]
+            yield from families.values()
+
+    registry = CollectorRegistry()
+    registry.register(Joined())
+    return generate_latest(registry)

@@ -1,4 +1,4 @@
-"""Several replicas of the service behind Ray Serve's router (extra `ray`)."""
+"""Starts replicas of the service behind Ray Serve's router (extra `ray`)."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from slora_jax.errors import ConfigError
-from slora_jax.serving.access import Access
-from slora_jax.serving.limits import Gate
-from slora_jax.serving.replica import Replica
-from slora_jax.serving.server import serve_app
+from slora_jax.serving.http.access import Access
+from slora_jax.serving.http.limits import Gate
+from slora_jax.serving.http.server import serve_app
+from slora_jax.serving.replicas.replica import Replica
 from slora_jax.serving.settings import ServerSettings
 
 REPLICA_CPUS = 0.5
-"""Cores that Ray sets aside for each; it counts them, it does not bind."""
+"""Cores that Ray counts for each replica; they are not a limit."""
 OBJECT_STORE_BYTES = 100 << 20
-"""Of Ray's shared memory: what passes through it here are small messages."""
+"""Size of Ray's shared memory, through which only small messages pass."""
 MAX_STARTS = 3
-"""Failed starts of replicas, after which no more are tried."""
+"""Failed starts of replicas after which Ray stops trying."""
 
 _ENVIRONMENT = {
     "RAY_ADDRESS": "local",
-    "RAY_USAGE_STATS_ENABLED": "0",  # Ray reports nothing to anybody
-    "RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S": "0.02",  # that a request waits for its adapter's replica
-    "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1.0",  # for a replica to say how full it is
-    "GRPC_VERBOSITY": "ERROR",  # it comments on every fork otherwise
+    "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
+    "RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S": "0.02",  # longest wait for the adapter's replica
+    "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1.0",  # for a replica's queue length
+    "GRPC_VERBOSITY": "ERROR",  # silences a warning at every fork
 }
 
 
 def serve_replicas(settings: ServerSettings, listener: socket.socket) -> int:
-    """Like `serve.serve`, by several engines. Returns 1 if no replica can be started.
+    """Serves like `serve.serve`, with several engines. Returns 1 if no replica can be started.
 
     Raises:
-      ConfigError: Ray is not installed, or has not the GPUs.
+      ConfigError: Ray is not installed, or has too few GPUs.
     """
     with ExitStack() as held:
-        if settings.adapters is None and settings.state_file is None:  # a new replica must know of loads and unloads
+        if settings.adapters is None and settings.state_file is None:  # for loads and unloads to reach later replicas
             directory = held.enter_context(TemporaryDirectory(prefix="slora-"))
             settings = replace(settings, state_file=Path(directory) / "adapters.json")
         handle = held.enter_context(run_replicas(settings))
-        from slora_jax.serving.replica_front import ReplicaFront
+        from slora_jax.serving.replicas.front import ReplicaFront
 
         front = ReplicaFront(handle, settings)
         return serve_app(
@@ -57,17 +57,18 @@ def serve_replicas(settings: ServerSettings, listener: socket.socket) -> int:
 
 @contextmanager
 def run_replicas(settings: ServerSettings, **options: Any) -> Iterator[Any]:
-    """Starts the replicas, which take requests when their engines are there; they end with the block. Yields their
-    deployment's handle. Ray runs on this machine, on the loopback interface, unless `RAY_ADDRESS` names a cluster; its
-    other machines then need the same files.
+    """Runs the replicas during the block and yields their deployment's handle. A replica accepts requests once its
+    engine is built. Ray runs on this machine, on the loopback interface, unless `RAY_ADDRESS` names a cluster, whose
+    machines then need the same files.
 
-    options: further ones of the deployment, for experiments.
+    Args:
+      options: further options of the deployment, for experiments.
 
     Raises:
-      ConfigError: Ray is not installed, or has not the GPUs.
+      ConfigError: Ray is not installed, or has too few GPUs.
     """
     ray, serve = _import_ray()
-    from slora_jax.serving.replica_front import APPLICATION
+    from slora_jax.serving.replicas.front import APPLICATION
 
     is_local = os.environ["RAY_ADDRESS"] == "local"
     cluster = {"num_cpus": math.ceil(REPLICA_CPUS * settings.replicas), "object_store_memory": OBJECT_STORE_BYTES}
@@ -103,11 +104,11 @@ def run_replicas(settings: ServerSettings, **options: Any) -> Iterator[Any]:
 
 
 def _import_ray() -> tuple[Any, Any]:
-    """Ray reads its environment when it is imported."""
+    """Imports Ray, which reads its environment at import."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if os.environ["RAY_ADDRESS"] == "local":
-        # Ray's own switch for clusters of one machine: its services listen on 127.0.0.1 alone.
+        # Ray's switch for clusters of one machine: its services listen on 127.0.0.1 only.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
@@ -118,7 +119,7 @@ def _import_ray() -> tuple[Any, Any]:
 
 
 def _init(ray: Any, **arguments: Any) -> None:
-    """Ray gives its processes 30 s to start, which is too little on a machine that is busy: once more."""
+    """Starts Ray, twice if necessary: its limit of 30 s is too short on a busy machine."""
     try:
         ray.init(**arguments)
     except Exception as error:
@@ -129,7 +130,7 @@ def _init(ray: Any, **arguments: Any) -> None:
 
 
 def _resources(ray: Any, settings: ServerSettings) -> dict[str, float]:
-    """GPUs for the engine's devices where the cluster has any."""
+    """Returns the resources of a replica: GPUs for its devices if the cluster has any."""
     there = ray.cluster_resources().get("GPU", 0)
     if not there:
         return {"num_cpus": REPLICA_CPUS}

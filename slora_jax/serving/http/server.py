@@ -1,4 +1,4 @@
-"""An ASGI application in uvicorn, from the first connection to the last of a drain."""
+"""Runs an ASGI application in uvicorn, from the first connection to the end of a drain."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from slora_jax.errors import ConfigError
-from slora_jax.serving.connection import GuardedProtocol
+from slora_jax.serving.http.connection import GuardedProtocol
 from slora_jax.serving.settings import Limits, ServerSettings
 
 KEEP_ALIVE_SECONDS = 30
 
 
 class Served(Protocol):
-    """The service behind the HTTP side. Both are called in its event loop, when the application has started."""
+    """The service behind the HTTP server. Both methods run in the event loop, after the application has started."""
 
     async def drain(self) -> None:
-        """Takes no more requests; returns when those under way have ended, or failed at the deadline."""
+        """Rejects new requests; returns when those under way have ended, or failed at the deadline."""
 
     async def follow(self, say: Callable[[str], None]) -> int:
-        """Says when requests are taken. Returns the process's exit status when they never will be any more."""
+        """Reports when requests are accepted. Returns the exit status when no more will ever be."""
 
 
 def serve_app(app: ASGIApp, settings: ServerSettings, served: Served, listener: socket.socket) -> int:
-    """Serves `app` until a signal, or until `served` will take no more requests; returns the exit status."""
+    """Serves `app` until a signal, or until `served.follow` returns; returns the exit status."""
     connections = _connections(settings.limits)
     config = uvicorn.Config(
         app,
@@ -42,12 +42,12 @@ def serve_app(app: ASGIApp, settings: ServerSettings, served: Served, listener: 
         http=type("Guarded", (GuardedProtocol,), {"limits": settings.limits, "most": connections}),
         ws="none",
         loop="uvloop",
-        log_level="error",  # below it, uvicorn tells of what clients did wrong
+        log_level="error",  # lower levels report clients' mistakes
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # a client's address is the one that it comes from, not the one that it claims
+        proxy_headers=False,  # a client's address is that of its connection, not one that it claims
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=5,  # after the drain, which has a deadline of its own
+        timeout_graceful_shutdown=5,  # after the drain, which has its own deadline
     )
     server = _Server(config, settings, served)
     server.run(sockets=[listener])
@@ -55,7 +55,7 @@ def serve_app(app: ASGIApp, settings: ServerSettings, served: Served, listener: 
 
 
 class _Server(uvicorn.Server):
-    """Ends by our rules, and says when it can be used."""
+    """Drains at a signal, and reports when requests are accepted."""
 
     def __init__(self, config: uvicorn.Config, settings: ServerSettings, served: Served) -> None:
         super().__init__(config)
@@ -76,19 +76,19 @@ class _Server(uvicorn.Server):
         host = f"[{host}]" if ":" in host else host
         self._say(f"listening on http://{host}:{port}; loading {self._settings.base_name}")
         if not self._settings.is_loopback and not self._settings.api_keys:
-            self._say("anybody who reaches this address may generate and manage adapters: set api_keys")
+            self._say("any client that reaches this address may generate and manage adapters: set api_keys")
         self._following = asyncio.create_task(self._follow())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
-            server.close()  # whoever comes now is refused by the system, and may try elsewhere
+            server.close()  # the system refuses new connections
         await self._served.drain()
         self._following.cancel()
         await super().shutdown(sockets)
 
     async def _follow(self) -> None:
         self.status = await self._served.follow(self._say)
-        await asyncio.sleep(1.0)  # for clients to be told
+        await asyncio.sleep(1.0)  # until clients have their errors
         self.should_exit = True
 
     def _end(self, number: int) -> None:
@@ -104,7 +104,7 @@ class _Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigError if the address cannot be listened on."""
+    """Opens a listening socket. Raises ConfigError if the address cannot be listened on."""
     try:
         [(family, _, _, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         return socket.create_server(address[:2], family=family, backlog=2048)
@@ -113,7 +113,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _connections(limits: Limits) -> int:
-    """How many may be open: as many as the limits say, if the system gives so many file handles."""
+    """Returns how many connections may be open, and raises the limit on file handles if necessary."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = limits.connections + 256  # for the model, adapters and libraries
     if soft < wanted:

@@ -1,7 +1,7 @@
-"""Bodies of requests: OpenAI's fields, and vLLM's names for those that OpenAI lacks.
+"""Request bodies: OpenAI's fields, and vLLM's names for fields that OpenAI lacks.
 
-An unknown field is refused, as is one that asks for what the engine cannot do: no answer differs from what was asked
-for. An empty field is accepted, because clients send null, and send answers back as messages.
+An unknown field is refused, and so is a field that asks for something the engine cannot do, so that no answer silently
+ignores a field. An empty field is accepted: clients send null, and send answers back as messages.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from slora_jax.scheduling import SamplingParams
 from slora_jax.scheduling.sampling_params import MAX_LOGPROBS
 
 MAX_FIELDS = 64
-"""Of an object; more than any has."""
+"""Most fields of an object; no body has as many."""
 MAX_PROMPTS = 4096
 MAX_MESSAGES = 10_000
 
 
 def at_most(count: int) -> BeforeValidator:
-    """Refuses a longer list or object before its items are looked at."""
+    """Refuses a longer list or object before its items are validated."""
 
     def check(data: Any) -> Any:
         if isinstance(data, list | dict) and len(data) > count:
@@ -48,13 +48,13 @@ NOT_SUPPORTED = frozenset(
         *("truncate_prompt_tokens", "skip_special_tokens", "include_stop_str_in_output", "priority", "dry_multiplier"),
     )
 )
-"""Fields of OpenAI's and other servers' that are refused as not supported, rather than as unknown."""
+"""Fields of OpenAI and of other servers, refused as not supported rather than as unknown."""
 NOTHING: tuple[Any, ...] = (None, "", [], {})
-"""Values of fields that ask for nothing, whatever the field."""
+"""Empty values: any field with one of them is accepted."""
 
 
 class Only:
-    """Annotates a field that is not supported: only `values` are accepted, with which it asks for nothing."""
+    """Annotates an unsupported field: it accepts only `values`, with which it has no effect."""
 
     def __init__(self, *values: Any) -> None:
         self._values = values
@@ -71,18 +71,15 @@ class Only:
         return data
 
 
-# fail_fast: of a list with a million wrong items, one is told; complaints about all would take gigabytes.
+# fail_fast: only the first wrong item of a list is reported; complaints about a million would take gigabytes.
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[Token], Field(fail_fast=True, min_length=1)]
 Text = Annotated[str, Field(max_length=256)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-Several = Field(min_length=1, max_length=1024, fail_fast=True)
-
-
 class Body(BaseModel):
-    """Strict: no field is guessed, no text taken for a number. An unknown field is refused, unless it is empty."""
+    """A strict body: text is not converted to numbers, and an unknown field is refused unless it is empty."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -102,7 +99,7 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    """include_usage: a last event has the usage. continuous_usage_stats: every event has it."""
+    """include_usage: the last event has the usage. continuous_usage_stats: every event has it."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -110,11 +107,11 @@ class StreamOptions(Body):
 
 
 class Generation(Body):
-    """The fields that completions and chat share.
+    """Fields that completions and chat share.
 
-    Beyond OpenAI's: top_k, min_p, stop_token_ids, ignore_eos, prompt_logprobs (as `SamplingParams` has them) and
-    return_token_ids (each choice then has `token_ids`). Of a request with a seed, choice i of each prompt has the seed
-    plus i, modulo 2**32.
+    Beyond OpenAI's: top_k, min_p, stop_token_ids, ignore_eos, prompt_logprobs (see `SamplingParams`) and
+    return_token_ids (each choice then has `token_ids`). With a seed, choice i of each prompt uses seed + i modulo
+    2**32.
     """
 
     model: Name | None = None
@@ -153,7 +150,7 @@ class Generation(Body):
     def sampling(
         self, index: int, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
     ) -> SamplingParams:
-        """Of choice `index`. Raises ConfigError."""
+        """Returns the parameters of choice `index`. Raises ConfigError."""
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -170,12 +167,12 @@ class Generation(Body):
 
     @property
     def choices(self) -> int:
-        """How many of each prompt."""
+        """Number of choices for each prompt."""
         return self.n or 1
 
 
 class CompletionBody(Generation):
-    """POST /v1/completions. `prompt`: a text, token ids, or several of either."""
+    """Body of /v1/completions. `prompt`: a text, token ids, or a list of either."""
 
     prompt: (
         str
@@ -198,7 +195,7 @@ class CompletionBody(Generation):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One or several."""
+        """The prompts, one or several."""
         several = not isinstance(self.prompt, str) and not isinstance(self.prompt[0], int)
         return list(self.prompt) if several else [self.prompt]  # type: ignore[arg-type,list-item]
 
@@ -211,8 +208,8 @@ class TextPart(Body):
 
 
 class Message(Body):
-    """One of a chat. The model's template decides which roles there are. An answer's own fields may come back with it,
-    as long as they are empty."""
+    """A message of a chat. The model's template decides which roles exist. Fields that only answers have are accepted
+    if they are empty."""
 
     role: Text
     content: str | Annotated[list[TextPart], Field(fail_fast=True), at_most(MAX_MESSAGES)] | None = None
@@ -228,7 +225,7 @@ class Message(Body):
 
 
 class ChatBody(Generation):
-    """POST /v1/chat/completions."""
+    """Body of /v1/chat/completions."""
 
     messages: Annotated[
         list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES), at_most(MAX_MESSAGES)
@@ -257,7 +254,7 @@ class ChatBody(Generation):
 
 
 class LoadBody(Body):
-    """POST /v1/load_lora_adapter. load_inplace: a name that is in use gets the new content; else it is refused."""
+    """Body of /v1/load_lora_adapter. load_inplace: replace the content of a name in use; otherwise it is refused."""
 
     lora_name: Name
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
@@ -265,7 +262,7 @@ class LoadBody(Body):
 
 
 class UnloadBody(Body):
-    """POST /v1/unload_lora_adapter. drain_seconds: how long the answer may wait for requests under way to end."""
+    """Body of /v1/unload_lora_adapter. drain_seconds: longest wait for requests under way to end."""
 
     lora_name: Name
     drain_seconds: float | None = Field(None, ge=0, le=3600)

@@ -1,4 +1,4 @@
-"""One replica: the service's app inside a Ray Serve actor, driven in process instead of over a socket."""
+"""One replica: the service's app inside a Ray Serve actor, called in process instead of over a socket."""
 
 from __future__ import annotations
 
@@ -12,59 +12,52 @@ from typing import Any
 from starlette.types import ASGIApp, Message
 
 from slora_jax.engine import Engine
-from slora_jax.serving.app import create_app
 from slora_jax.serving.engine_loop import SWITCH_SECONDS
+from slora_jax.serving.http.app import create_app
 from slora_jax.serving.settings import ServerSettings
 
 READY_SECONDS = 0.1
-"""Between two looks at whether a new replica's engine is there."""
+"""Interval at which a new replica's engine is polled."""
 
 MAX_HOMES = 4096
-"""Adapters at home in a replica, where no other bound is known: what an engine's pool has slots for."""
+"""Adapters at home in a replica if no other bound is known."""
 
 _CROSSING = (
     *("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers"),
     *("client", "server"),
 )
-"""The keys of a scope that go to another process; the rest belongs to this one."""
+"""Keys of a scope that go to another process."""
 
 
 @dataclass(frozen=True)
 class HttpRequest:
-    """A request whose body has been read."""
+    """A request with its whole body."""
 
     scope: dict[str, Any]
     body: bytes
 
     @classmethod
     def of(cls, scope: Any, body: bytes) -> HttpRequest:
+        """Copies a request for another process."""
         return cls({key: scope[key] for key in _CROSSING if key in scope}, body)
 
     @classmethod
     def get(cls, path: str) -> HttpRequest:
-        """A GET of this process's own."""
-        return cls(
-            {
-                "type": "http",
-                "asgi": {"version": "3.0"},
-                "http_version": "1.1",
-                "method": "GET",
-                "scheme": "http",
-                "path": path,
-                "raw_path": path.encode(),
-                "query_string": b"",
-                "root_path": "",
-                "headers": [],
-                "client": None,
-                "server": None,
-            },
-            b"",
-        )
+        """Creates a GET without a client."""
+        scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "GET",
+            "scheme": "http",
+        }
+        scope |= {"path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": []}
+        return cls(scope | {"client": None, "server": None}, b"")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole response of the replica of this rank (0, 1, ...)."""
+    """A whole response of a replica. rank: the replica's number from 0."""
 
     rank: int
     status: int
@@ -73,10 +66,8 @@ class Answer:
 
 
 async def respond(app: ASGIApp, request: HttpRequest) -> AsyncIterator[list[Message]]:
-    """What `app` sends, as soon as it is there; what has piled up meanwhile comes together. Closing the iterator early
-    is the client's disconnect.
-
-    Raises: what `app` raises.
+    """Yields the messages that `app` sends, all that are ready at a time. Closing the iterator early disconnects the
+    client. Raises the errors of `app`.
     """
     sent: list[Message] = []
     filled, gone = asyncio.Event(), asyncio.Event()
@@ -111,13 +102,13 @@ async def respond(app: ASGIApp, request: HttpRequest) -> AsyncIterator[list[Mess
 
 
 class Replica:
-    """The deployment's class. Ray Serve calls all of it, in the actor's event loop."""
+    """Ray Serve's deployment. Ray Serve calls every method, in the actor's event loop."""
 
     async def __init__(self, settings: ServerSettings) -> None:  # type: ignore[misc]
-        """Returns when the engine takes requests: until then the replica is not routed to.
+        """Returns when the engine accepts requests; until then the router skips the replica.
 
         Raises:
-          RuntimeError: the engine could not be made, and why.
+          RuntimeError: the engine could not be built.
         """
         from ray import serve
 
@@ -134,12 +125,12 @@ class Replica:
             await self._held.aclose()
             raise
         self._home = _home(most_resident(self._app.state.service.loop.engine) + 1)
-        # Ray reports homes in the context of the first call: this one's, since a request's may be cancelled.
+        # Ray reports homes in the context of the first call. A request's context may be cancelled, so it is this one.
         await self._home(settings.base_name)
 
     async def stream(self, request: HttpRequest, adapter: str | None) -> AsyncIterator[list[Message]]:
-        """A generation, under way. The adapter is at home here from now on if it was when it was routed, or is found to
-        be one (its first request)."""
+        """Streams a generation. From now on the adapter is at home here, if the router chose this replica for it or its
+        first request succeeds."""
         from ray import serve
 
         if adapter is not None and serve.get_multiplexed_model_id():
@@ -154,7 +145,7 @@ class Replica:
             await messages.aclose()  # type: ignore[attr-defined]
 
     async def answer(self, request: HttpRequest) -> Answer:
-        """Anything else, whole."""
+        """Answers any other request, whole."""
         status, headers, body = 500, [], b""
         async for messages in respond(self._app, request):
             for message in messages:
@@ -165,13 +156,13 @@ class Replica:
         return Answer(self.rank, status, [(bytes(name), bytes(value)) for name, value in headers], body)
 
     async def check_health(self) -> None:
-        """Ray Serve asks now and then, and replaces a replica that raises."""
+        """Raises if the engine is unusable; Ray Serve then replaces the replica."""
         answer = await self._get("/health")
         if answer.status != 200:
             raise RuntimeError(answer.body.decode(errors="replace"))
 
     async def __del__(self) -> None:
-        """Ray Serve awaits it before the process ends."""
+        """Stops the service; Ray Serve awaits this before the process ends."""
         await self._held.aclose()
 
     async def _get(self, path: str) -> Answer:
@@ -179,8 +170,8 @@ class Replica:
 
 
 def _home(most: int) -> Callable[[str], Awaitable[str]]:
-    """Called with an adapter, it tells the router that requests for the adapter should come to this replica. When there
-    are more than `most`, the one called for the longest ago is forgotten."""
+    """Returns a function that makes an adapter at home here: the router sends its requests to this replica. The least
+    recently used of more than `most` adapters is dropped."""
     from ray import serve
 
     @serve.multiplexed(max_num_models_per_replica=most)
@@ -191,7 +182,7 @@ def _home(most: int) -> Callable[[str], Awaitable[str]]:
 
 
 def most_resident(engine: Engine) -> int:
-    """How many adapters of the registered ones' mean size its pool can hold, with nothing else in it."""
+    """Returns how many adapters of mean size fit into the engine's pool."""
     pages = [info.num_pages for info in engine.store.infos()]
     fit = engine.allocator.num_pages * len(pages) // max(1, sum(pages)) if pages else MAX_HOMES
     return max(1, min(fit, engine.config.adapter_slots or MAX_HOMES))

@@ -1,5 +1,5 @@
-// The live page: asks /state, /state/pages and /v1/adapters, and shows the answers. Whatever comes from the server is set
-// as text, never as markup: names of adapters are anybody's.
+// The live page: polls /state, /state/pages and /v1/adapters and shows the answers. Everything from the server is set as
+// text, never as markup, because clients choose the names of adapters.
 "use strict";
 
 const KINDS = [
@@ -63,7 +63,7 @@ function bytes(value) {
   return `${Number(value.toPrecision(3))} ${["B", "KiB", "MiB", "GiB", "TiB"][unit]}`;
 }
 
-// Asking the server
+// Polling the server
 
 let lastAnswer = null, asked = 0, timer = 0, polling = false;
 
@@ -80,7 +80,7 @@ async function ask(path) {
   return response;
 }
 
-function unlessRefused(error) { // the engine may be in a long step: the picture of before will do
+function unlessRefused(error) { // the engine may be in a long step: keep the previous picture
   if (error instanceof Refused) throw error;
 }
 
@@ -335,7 +335,7 @@ async function showAdapters() {
   const wanted = $("search").value.trim(), number = ++asking;
   const query = new URLSearchParams({ limit: MOST_ROWS, search: wanted });
   const answer = await (await ask(`v1/adapters?${query}`)).json();
-  if (number !== asking) return; // a later question has been asked meanwhile
+  if (number !== asking) return; // a later search has started
   const contains = text => text.toLowerCase().includes(wanted.toLowerCase());
   const found = answer.data.filter(one => contains(one.name) || contains(one.digest)).slice(0, MOST_ROWS);
   const total = Math.max(answer.total ?? 0, found.length);
@@ -362,7 +362,7 @@ async function showAdapters() {
   if (!wanted) $("try-models").replaceChildren(...found.map(one => Object.assign(html("option"), { value: one.name })));
 }
 
-// A prompt, answered as it comes
+// A prompt and its streamed answer
 
 let answering = null; // aborts the answer under way
 
@@ -392,7 +392,7 @@ async function answer() {
   const asked = { ...(model ? { model } : {}), stream: true, max_tokens: 256 };
   let response = await post("v1/chat/completions", { ...asked, messages: [{ role: "user", content: prompt }] });
   let problem = response.ok ? null : (await response.json()).error;
-  if (problem?.code === "no_chat_template") { // not a chat model: it continues the text
+  if (problem?.code === "no_chat_template") { // not a chat model: continue the text
     response = await post("v1/completions", { ...asked, prompt });
     problem = response.ok ? null : (await response.json()).error;
   }
@@ -434,7 +434,7 @@ function newRow(body) {
 let typing = 0;
 $("search").addEventListener("input", () => {
   clearTimeout(typing);
-  typing = setTimeout(() => showAdapters().catch(() => {}), 200); // the next poll says what is wrong
+  typing = setTimeout(() => showAdapters().catch(() => {}), 200); // the next poll shows the error
 });
 
 // Built once

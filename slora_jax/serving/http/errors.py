@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients expect them: a status, and a body that says what, of which kind, and about which field."""
+"""Errors in OpenAI's form: a status, and a body with a message, its kind, a code, and the field at fault."""
 
 from __future__ import annotations
 
@@ -14,20 +14,25 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from slora_jax.errors import AdapterError, ConfigError, RequestError, SloraError, UnknownAdapterError
-from slora_jax.serving.protocol import NOT_SUPPORTED
+from slora_jax.serving.http.answers import Error
+from slora_jax.serving.http.bodies import NOT_SUPPORTED
 
 logger = logging.getLogger("slora_jax.serving")
 
 MAX_MESSAGE = 2000
 """Characters of an error's message; the input that it quotes may be long."""
 MAX_PARAM = 200
-"""Characters of the field's name in an error; clients may make up names."""
+"""Characters of the field's name in an error; clients may invent names."""
 
 _found = reprlib.Repr(maxlevel=3, maxstring=80, maxlong=80, maxother=80)
 
+to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+"""Encodes an answer in ASCII, so that anything a client sent can be quoted, half of a surrogate pair too. NaN and
+infinity, which JSON lacks, raise ValueError."""
+
 
 class ApiError(HTTPException):
-    """What a client is told. `param` names the field, `retry_after` the seconds after which to try again."""
+    """An error for a client."""
 
     def __init__(
         self,
@@ -40,30 +45,35 @@ class ApiError(HTTPException):
         retry_after: float | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        """Creates an error.
+
+        Args:
+          param: the field at fault.
+          retry_after: seconds after which to try again.
+        """
         after = {} if retry_after is None else {"Retry-After": str(max(1, round(retry_after)))}
         super().__init__(status, message, {**(headers or {}), **after})
         self.kind, self.code, self.param = kind, code, param
 
-    def body(self) -> dict[str, Any]:
-        """OpenAI's error object."""
+    def body(self) -> Error:
+        """Returns OpenAI's error object."""
         message = str(self.detail)
         message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ..."
         param = self.param and self.param[:MAX_PARAM]
         return {"error": {"message": message, "type": self.kind, "param": param, "code": self.code}}
 
     def response(self) -> Response:
-        """As HTTP."""
+        """Returns the HTTP response."""
         return JsonResponse(self.body(), self.status_code, self.headers)
 
 
 class JsonResponse(Response):
-    """JSON in ASCII: whatever a client sent can be quoted, half of a surrogate pair too. NaN and infinity, which JSON
-    does not have, are errors."""
+    """A response in JSON (`to_json`)."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+        return to_json(content).encode()
 
 
 def unavailable(message: str, *, code: str, retry_after: float | None = None) -> ApiError:
@@ -71,13 +81,28 @@ def unavailable(message: str, *, code: str, retry_after: float | None = None) ->
     return ApiError(503, message, kind="service_unavailable", code=code, retry_after=retry_after)
 
 
+def stopping() -> ApiError:
+    """The service accepts no more requests."""
+    return unavailable("the service is stopping", code="stopping", retry_after=10)
+
+
+def incomplete() -> ApiError:
+    """The deadline of a drain has passed."""
+    return unavailable("the service was stopped before the answer was complete", code="stopping")
+
+
 def engine_failed(message: str) -> ApiError:
-    """The engine failed a request that it had taken."""
+    """The engine failed a request that it had accepted."""
     return ApiError(500, message, kind="server_error", code="engine_error")
 
 
+def too_large_head() -> ApiError:
+    """The request line and header fields exceed their limit."""
+    return ApiError(431, "the request's head is too large (limits.header_bytes)", code="large_head")
+
+
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of an error of this project's. Others are ours: it learns no more than that."""
+    """Converts an exception. The client sees this project's messages; any other exception is logged and hidden."""
     match error:
         case ApiError():
             return error
@@ -96,13 +121,13 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def install(app: FastAPI) -> None:
-    """Has every error of `app` answered in this form."""
+    """Makes `app` answer every error in this form."""
 
     def answer(request: Request, error: ApiError) -> Response:
         request.app.state.service.metrics.refused(error.code or str(error.status_code))
         return error.response()
 
-    async def ours(request: Request, error: Exception) -> Response:
+    async def known(request: Request, error: Exception) -> Response:
         return answer(request, as_api_error(error))
 
     async def invalid(request: Request, error: Exception) -> Response:
@@ -119,11 +144,10 @@ def install(app: FastAPI) -> None:
         }.get(error.status_code, (None, str(error.detail)))
         return answer(request, ApiError(error.status_code, message, code=code, headers=error.headers))
 
-    for kind in (ApiError, SloraError):
-        app.add_exception_handler(kind, ours)
+    for kind in (ApiError, SloraError, Exception):
+        app.add_exception_handler(kind, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, ours)
 
 
 def _cors(request: Request) -> str:
@@ -133,8 +157,8 @@ def _cors(request: Request) -> str:
 
 
 def _invalid(error: RequestValidationError) -> ApiError:
-    """Says of the first wrong field which it is, what was found, and what it must be."""
-    problem = max(error.errors(), key=_meant)
+    """Names one wrong field, the value found, and the values allowed."""
+    problem = max(error.errors(), key=_relevance)
     if problem["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {problem.get('ctx', {}).get('error', '')}", code="bad_json")
     _, *names = map(str, problem["loc"])  # after "body" or "query"
@@ -148,7 +172,7 @@ def _invalid(error: RequestValidationError) -> ApiError:
     if problem["type"] == "missing":
         return ApiError(400, f"{field or 'the body'} is missing", code="missing_field", param=field or None)
     what = problem["msg"].removeprefix("Value error, ")
-    if not field:  # fields that contradict each other, or no object at all
+    if not field:  # fields that contradict each other, or the body is not an object
         if isinstance(problem.get("input"), bytes):
             return ApiError(400, "the body is not JSON: send Content-Type: application/json", code="not_json")
         return ApiError(400, what.replace("Input", "the body"), code="invalid_value")
@@ -157,9 +181,9 @@ def _invalid(error: RequestValidationError) -> ApiError:
     return ApiError(400, f"{field}={found}: {what}", code="invalid_value", param=field)
 
 
-def _meant(problem: dict[str, Any]) -> tuple[bool, int, int]:
-    """Of a field that may be of several types, there is a complaint for each: the one that is not about the type, or
-    got furthest, is about the type that was meant."""
+def _relevance(problem: dict[str, Any]) -> tuple[bool, int, int]:
+    """Ranks the complaints about a field that takes several types, one for each type. The complaint that is not about
+    the type, or got furthest, concerns the type that the client meant."""
     at = [part for part in problem["loc"] if isinstance(part, int)]
     return not problem["type"].endswith("_type"), len(problem["loc"]), at[-1] if at else -1
 

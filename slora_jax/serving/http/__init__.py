@@ -1,0 +1,1 @@
+"""OpenAI's API over HTTP: connections, limits, request bodies, answers, endpoints."""

@@ -1,0 +1,136 @@
+"""Runs one HTTP request and answers it, whole or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from slora_jax.engine import RequestOutput
+from slora_jax.serving.http.answers import Chunk
+from slora_jax.serving.http.bodies import StreamOptions
+from slora_jax.serving.http.errors import JsonResponse, as_api_error, to_json
+from slora_jax.serving.http.shapes import Shape, counts, usage
+from slora_jax.serving.mailbox import Arrived, Mailbox
+
+
+class ClientGoneError(Exception):
+    """The client has closed its connection, so the answer has no reader."""
+
+
+def on_disconnect(receive: Receive, callback: Callable[[], None]) -> asyncio.Task[None]:
+    """Starts a task that calls `callback` when the client disconnects."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        callback()
+
+    return asyncio.create_task(watch())
+
+
+async def respond(
+    mailbox: Mailbox, shape: Shape, choices: int, stream: StreamOptions | None, held: AsyncExitStack
+) -> Response:
+    """Answers in `shape` with the sequences that go to `mailbox`.
+
+    Args:
+      choices: number of choices for each prompt; they are neighbours.
+      stream: None answers when all sequences have ended; otherwise tokens are sent as events. Errors before the first
+        token are statuses, later ones are events.
+      held: resources of the request. A stream takes them over, and releases them at its end.
+
+    Raises:
+      ApiError: the service failed, or does not accept the request.
+    """
+    try:
+        first = await mailbox.take()
+        if stream is None:
+            return JsonResponse(await _whole(first, mailbox, shape, choices))
+    except ClientGoneError:
+        return Response(status_code=499)  # for the log only
+    return EventStream(_events(first, mailbox, shape, choices, stream), held.pop_all())
+
+
+class EventStream(Response):
+    """Server-sent events. Releases the request's resources at the end, whether or not the stream is complete."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], held: AsyncExitStack) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events, self._held = events, held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._held:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for event in self._events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def event_of(data: Mapping[str, Any]) -> bytes:
+    """Encodes a server-sent event."""
+    return b"data: " + to_json(data).encode() + b"\n\n"
+
+
+async def _whole(arrived: dict[int, Arrived], mailbox: Mailbox, shape: Shape, choices: int) -> dict[str, Any]:
+    outputs: dict[int, RequestOutput] = {}
+    while True:
+        outputs |= {index: part.output for index, part in arrived.items() if part.output is not None}
+        if len(outputs) == len(shape.prompts):
+            break
+        arrived = await mailbox.take()
+    in_order = [output for _, output in sorted(outputs.items())]
+    done = [shape.choice(index, _all_of(output)) for index, output in enumerate(in_order)]
+    return shape.whole(done, usage(in_order, choices))
+
+
+def _all_of(output: RequestOutput) -> Arrived:
+    return Arrived(output.text or "", output.token_ids, output.logprobs or [], output, output.prompt_logprobs)
+
+
+async def _events(
+    arrived: dict[int, Arrived],
+    mailbox: Mailbox,
+    shape: Shape,
+    choices: int,
+    options: StreamOptions,
+) -> AsyncIterator[bytes]:
+    """Yields the events of all choices with new tokens in one write. Ends with [DONE], or with an error's body."""
+    outputs: dict[int, RequestOutput] = {}
+    opened: set[int] = set()
+    count = len(shape.prompts)
+    prompt_tokens, generated = sum(map(len, shape.prompts[::choices])), 0
+    try:
+        while True:
+            events: list[Chunk] = []
+            for index, part in sorted(arrived.items()):
+                if index not in opened:
+                    opened.add(index)
+                    if (opening := shape.opening(index, part)) is not None:
+                        events.append(shape.chunk([opening]))
+                events.append(shape.chunk([shape.piece(index, part)]))
+                generated += len(part.token_ids)
+                if options.continuous_usage_stats:
+                    events[-1]["usage"] = counts(prompt_tokens, generated)
+                if part.output is not None:
+                    outputs[index] = part.output
+            has_ended = len(outputs) == count
+            if has_ended and options.include_usage:
+                last = shape.chunk([])
+                last["usage"] = usage([outputs[index] for index in range(count)], choices)
+                events.append(last)
+            yield b"".join(map(event_of, events)) + (b"data: [DONE]\n\n" if has_ended else b"")
+            if has_ended:
+                return
+            arrived = await mailbox.take()
+    except ClientGoneError:
+        return
+    except Exception as error:  # noqa: BLE001  the status is sent already
+        yield event_of(as_api_error(error).body())

@@ -1,0 +1,1 @@
+"""Metrics and state of a running service: Prometheus, the live page, adapters."""
