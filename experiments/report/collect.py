@@ -5,12 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from experiments.config import Experiment, Run, load_experiment
 from experiments.paper.published import Bar, published_row
-from experiments.paper.results import PaperRow
+from experiments.paper.results import PaperRow, load_rows
+from experiments.simulator_fit import fitting_labels
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper"
 SHARES = ("attainment", "satisfaction")
@@ -39,6 +41,12 @@ class Point:
     def error(self) -> str | None:
         return self.metrics.get("error")
 
+    @property
+    def fitted(self) -> bool:
+        """Returns whether the simulator's efficiencies were fitted to this published run."""
+        simulated, published = self.run.config.mode == "simulated", self.published
+        return simulated and isinstance(published, PaperRow) and published.label in _fitted_labels()
+
     def ours(self, metric: str) -> float | None:
         return self.metrics.get(metric)
 
@@ -55,6 +63,11 @@ class Point:
     def is_difference(self, metric: str) -> bool:
         theirs = self.theirs(metric)
         return metric in SHARES or (metric == "first_token_latency" and theirs is not None and theirs < SHORT)
+
+
+@cache
+def _fitted_labels() -> frozenset[str]:
+    return frozenset(fitting_labels(load_rows()))
 
 
 @dataclass(frozen=True)

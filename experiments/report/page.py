@@ -8,17 +8,14 @@ import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import jinja2
 
-from experiments.paper import PaperRow, load_rows
 from experiments.report.collect import Collected, Panel, Point
 from experiments.report.conclusions import CONCLUSIONS, contradictions
 from experiments.report.pictures import X_LABELS, picture
 from experiments.runners.figures import AXIS_LABELS
-from experiments.simulator_fit import fitting_labels
 
 
 def page(
@@ -76,25 +73,13 @@ def _holds(conclusions: Sequence[Mapping[str, Any]], label: str) -> tuple[int, i
 
 def _median_deviation(paper: Sequence[Collected]) -> tuple[float, int] | None:
     """The median of the absolute relative deviations of throughput, without the fitted points; and how many."""
-    fitted = _fitted()
     found = [
         abs(deviation)
         for one in paper
         for point in one.points()
-        if not _is_fitted(point, fitted) and (deviation := point.deviation("throughput")) is not None
+        if not point.fitted and (deviation := point.deviation("throughput")) is not None
     ]
     return (statistics.median(found), len(found)) if found else None
-
-
-@cache
-def _fitted() -> frozenset[str]:
-    """Labels of the published runs that the simulator's efficiencies were fitted to."""
-    return frozenset(fitting_labels(load_rows()))
-
-
-def _is_fitted(point: Point, fitted: frozenset[str]) -> bool:
-    simulated, published = point.run.config.mode == "simulated", point.published
-    return simulated and isinstance(published, PaperRow) and published.label in fitted
 
 
 def _errors(paper: Sequence[Collected]) -> list[dict[str, Any]]:
@@ -135,7 +120,7 @@ def _panel(one: Collected, panel: Panel) -> dict[str, Any]:
 
 def _csv(one: Collected, panel: Panel) -> bytes:
     """A line for each point: ours, and what was published."""
-    metrics, fitted = one.experiment.metrics, _fitted()
+    metrics = one.experiment.metrics
     text = io.StringIO()
     lines = csv.writer(text)
     columns = [name for metric in metrics for name in (metric, f"{metric}_published")]
@@ -143,7 +128,7 @@ def _csv(one: Collected, panel: Panel) -> bytes:
     for curve in panel.curves:
         for point in curve.points:
             values = [value for metric in metrics for value in (point.ours(metric), point.theirs(metric))]
-            lines.writerow([curve.name, point.at, *values, int(_is_fitted(point, fitted)), point.error])
+            lines.writerow([curve.name, point.at, *values, int(point.fitted), point.error])
     return text.getvalue().encode()
 
 
@@ -174,7 +159,7 @@ def _cell(point: Point | None, metric: str) -> dict[str, str]:
     deviation = point.deviation(metric)
     text = "" if deviation is None else f"{deviation:+.3g}" if point.is_difference(metric) else f"{deviation:+.0%}"
     return {
-        "ours": _number(point.ours(metric)) + (" *" if _is_fitted(point, _fitted()) else ""),
+        "ours": _number(point.ours(metric)) + (" *" if point.fitted else ""),
         "theirs": _number(point.theirs(metric)),
         "deviation": text,
         "title": "",

@@ -78,6 +78,8 @@ def picture(collected: Collected, panels: Sequence[Panel] | None = None, kind: s
         if lines and any(point.run.config.mode == mode for point in points):
             label = {"simulated": "simulated", "real": "measured"}[mode]
             handles.append(Line2D([], [], color="black", marker=marker, ls=line, ms=5, label=label))
+    if lines and any(point.fitted for point in points):
+        handles.append(Line2D([], [], color="black", **_FITTED, label="fitted"))
     widest = 0.6 + 0.065 * max(len(str(handle.get_label())) for handle in handles)
     per_line = max(1, min(len(handles), int(size[0] / widest)))
     fig.legend(handles=handles, ncols=per_line, loc="lower center", frameon=False, fontsize=8)
@@ -91,6 +93,7 @@ def picture(collected: Collected, panels: Sequence[Panel] | None = None, kind: s
     return content.getvalue()
 
 
+_FITTED = {"marker": "o", "ms": 10, "mfc": "none", "ls": ""}
 _STYLES = {"simulated": ("x", "--"), "real": ("s", "-.")}
 
 
@@ -108,6 +111,9 @@ def _plot(axes: Any, panel: Panel, metric: str, colors: dict[str, str]) -> None:
         if ours:
             marker, line = _STYLES[points[0].run.config.mode]
             axes.plot(*np.transpose(ours), marker=marker, ls=line, ms=5, color=color)
+        fitted = [(p.at, y) for p in points if p.fitted and (y := p.ours(metric)) is not None]
+        if fitted:
+            axes.plot(*np.transpose(fitted), **_FITTED, color=color)
     values = {point.at for curve in panel.curves for point in curve.points}
     if min(values) >= 0 and max(values) > 15 * max(min(values - {0}, default=1), 1):
         axes.set_xscale("symlog", linthresh=1)

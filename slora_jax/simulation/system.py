@@ -70,16 +70,16 @@ class SystemConfig(CoreConfig):
             value = getattr(self, name)
             self.require(value in allowed, name, f"one of {', '.join(allowed)}{nearest(value, allowed)}")
         if self.tensor_parallel_size > 1:
-            for name, allowed in (
+            for name, choices in (
                 ("replicas", (1,)),
                 ("merged", (False,)),
                 ("offline_batch", (None,)),
                 ("lora", ("none", "segmented", "mbgmv")),
             ):
                 self.require(
-                    getattr(self, name) in allowed,
+                    getattr(self, name) in choices,
                     name,
-                    f"{' or '.join(map(repr, allowed))} over several devices (tensor_parallel_size="
+                    f"{' or '.join(map(repr, choices))} over several devices (tensor_parallel_size="
                     f"{self.tensor_parallel_size})",
                 )
 

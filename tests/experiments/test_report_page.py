@@ -114,7 +114,7 @@ def test_every_picture_comes_as_svg_and_csv(report, collected) -> None:
 
 def test_fitted_points_are_marked_and_count_in_no_error(collected, monkeypatch) -> None:
     fitted = collected.panels[0].curve("slora").points[1].published.label
-    monkeypatch.setattr("experiments.report.page._fitted", lambda: {fitted})
+    monkeypatch.setattr("experiments.report.collect._fitted_labels", lambda: {fitted})
     marked = page([collected], [], [], ABOUT)
     assert re.search(r"<td>20</td><td>[\d.]+ \* <span", marked) and "over 1 points that were not fitted" in marked
     table = re.search(r'download="figure_5-a.csv" href="data:[^,]*,([^"]+)"', marked)
