@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels.bench import lora_programs as programs
 from pallas_kernels.bench import peers
 from pallas_kernels.bench.adapters import Ranks
-from pallas_kernels.bench.case import Case, Section, System, chain, repeat
+from pallas_kernels.bench.case import Case, System, chain, repeat
 from pallas_kernels.bench.lora_batch import DTYPE, Batch, Shape, make_batch
 from pallas_kernels.bench.pools import random_array
 from pallas_kernels.bench.size import Size
@@ -120,10 +120,10 @@ def _contiguous(batch: Batch, layers: int) -> list[tuple[Any, ...]]:
     ]
 
 
-def section(size: Size, seed: int) -> Section:
+def section(size: Size, seed: int) -> list[Case]:
     """Every case."""
     grid = MINIATURE if size.miniature else FULL
-    return Section("lora", [*checks(size, grid, seed), *_measured(size, grid, seed)])
+    return [*checks(size, grid, seed), *_measured(size, grid, seed)]
 
 
 def checks(size: Size, grid: Grid, seed: int) -> Iterator[Case]:
@@ -146,9 +146,9 @@ def _measured(size: Size, grid: Grid, seed: int) -> Iterator[Case]:
     for rank, (shape, n) in itertools.product(grid.ranks, steps):
         if rank == "mixed" and n < 4:
             continue
-        batch = make_batch(shape, rank, n, rows=shape.rows, layers=size.reference_layers, seed=seed)
+        batch = make_batch(shape, rank, n, rows=shape.rows, layers=1, seed=seed)
         systems = [kernel(batch, backend, size.layers) for backend in size.backends]
-        systems.append(kernel(batch, "xla", size.reference_layers))
+        systems.append(kernel(batch, "xla", 1))
         facts = {"model": shape.model.name, "rows": shape.rows, "adapters": n, "rank": rank}
         main = rank == grid.main_rank
         if main or (n == grid.main_adapters and rank in grid.peer_ranks):

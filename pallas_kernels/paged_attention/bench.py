@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.bench.case import Case, Program, Section, System, chain
+from pallas_kernels.bench.case import Case, Program, System, chain
 from pallas_kernels.bench.pools import random_array, random_pages, random_pools
 from pallas_kernels.bench.size import Size
 from pallas_kernels.lora.layout import ceil_div
@@ -162,7 +162,7 @@ def attention(shape: Shape, backend: str, layers: int) -> Program:
         attend = PagedAttention(
             tiles, num_heads=model.num_heads, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim,
             page_size=size.page_size, dtype=DTYPE, decode=shape.decode, tile_rows=shape.tile_rows,
-            implementation=backend, interpret=size.interpret and backend != "xla",  # type: ignore[arg-type]
+            implementation=backend, interpret=size.miniature and backend != "xla",  # type: ignore[arg-type]
         )  # fmt: skip
         for pool in pools:
             q = attend(q, pool)
@@ -178,10 +178,10 @@ def system(batch: Batch, backend: str, layers: int) -> System:
     return System(backend, attention(batch.shape, backend, layers), start, repeats=layers)
 
 
-def section(size: Size, seed: int) -> Section:
+def section(size: Size, seed: int) -> list[Case]:
     """Every case."""
     grid = MINIATURE if size.miniature else FULL
-    return Section("attention", [*_checks(size, grid, seed), *_decode(size, grid, seed), *_prefill(size, grid, seed)])
+    return [*_checks(size, grid, seed), *_decode(size, grid, seed), *_prefill(size, grid, seed)]
 
 
 def _checks(size: Size, grid: Grid, seed: int) -> Iterator[Case]:
@@ -216,7 +216,7 @@ def _systems(step: Batch) -> tuple[System, ...]:
     size = step.shape.size
     systems = [system(step, backend, size.layers) for backend in size.backends]
     if (tokens := int(step.contexts.sum())) <= REFERENCE_TOKENS:
-        systems.append(system(step, "xla", size.reference_layers))
+        systems.append(system(step, "xla", 1))
     else:
         systems.append(System("xla", skip=f"takes seconds over {tokens} tokens; measured up to {REFERENCE_TOKENS}"))
     return tuple(systems)
