@@ -108,8 +108,8 @@ def run_section(command: Sequence[str], path: Path, deadline: float, environment
 
 
 def _environment(miniature: bool) -> dict[str, str]:
-    """Of a measuring process: most of the GPU's memory for JAX, few logs; without a GPU or for a miniature, the CPU,
-    with programs that compile fast."""
+    """Environment of a measuring process: most of the GPU's memory for JAX, few logs; without a GPU or for a miniature,
+    the CPU, with programs that compile fast."""
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "TF_CPP_MIN_LOG_LEVEL": "2"} | os.environ
     if miniature or not (any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()):
         environment["JAX_PLATFORMS"] = "cpu"

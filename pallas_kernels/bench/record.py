@@ -57,7 +57,7 @@ class Record:
         return row
 
     def has(self, case: Case, system: str) -> bool:
-        """Whether there is a result of a case's system."""
+        """Returns whether a case's system has a result."""
         rows = self.data["checks" if case.is_check else "rows"]
         return any((row["label"], row["system"]) == (case.label, system) for row in rows)
 

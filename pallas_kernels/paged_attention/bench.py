@@ -21,18 +21,25 @@ from pallas_kernels.roofline import Work
 
 DTYPE = jnp.bfloat16
 TOLERANCE = 1e-2
-"""Of checks: what bfloat16 allows, and far below one wrong row."""
+"""Of checks: bfloat16's error, far below that of one wrong row."""
 REFERENCE_TOKENS = 2**20
-"""Tokens of context beyond which the reference, which takes seconds there, is left out."""
+"""Most tokens of context that the reference is measured with; beyond, it takes seconds."""
 
 Sequences = tuple[tuple[int, int, int], ...]
-"""`(how many, rows, context)` of the sequences of a step."""
+"""`(count, rows, context)` of the sequences of a step."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """contexts, batches: tokens and sequences of decode steps, main_batch: the goal's. prefill: the sequences of steps
-    with prefill, of at most prefill_rows rows and prefill_seqs sequences; check: those of its check."""
+    """The measured shapes.
+
+    Attributes:
+      contexts, batches: tokens and sequences of decode steps.
+      main_batch: the goal's batch.
+      prefill_rows, prefill_seqs: most rows and sequences of steps with prefill.
+      prefill: the sequences of steps with prefill, by name.
+      check: the sequences of their check.
+    """
 
     contexts: tuple[int, ...]
     batches: tuple[int, ...]
@@ -71,7 +78,7 @@ MINIATURE = Grid(
 
 @dataclass(frozen=True)
 class Shape:
-    """What a program is compiled for: at most `rows` rows of `seqs` sequences. decode: one row each."""
+    """Static shape of a program: at most `rows` rows of `seqs` sequences. decode: one row each."""
 
     size: Size
     rows: int
@@ -102,7 +109,7 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A step's sequences: rows and tokens before them, int32 `[n]`. poisoned: pages that they do not own are NaN."""
+    """A step's sequences: rows and tokens before them, int32 `[n]`. poisoned: other pages are NaN."""
 
     shape: Shape
     lengths: np.ndarray
@@ -119,7 +126,7 @@ class Batch:
         )  # fmt: skip
 
     def tiles(self, rng: np.random.Generator) -> AttentionTiles:
-        """With pages in random order."""
+        """Tiles with pages in random order."""
         shape, size, n = self.shape, self.shape.size, self.lengths.size
         table = np.zeros((shape.seqs, ceil_div(size.max_context, size.page_size)), np.int32)
         counts = ceil_div(self.contexts + self.lengths, size.page_size)
@@ -141,7 +148,7 @@ class Batch:
         return random_array(self.shape.q, self.seed + 1000)
 
     def arguments(self, layers: int) -> list[tuple[Any, ...]]:
-        """`(pools, tiles)`, in so many sets of pages that no cache holds them."""
+        """`(pools, tiles)` for enough sets of pages to exceed every cache."""
         size, rng = self.shape.size, np.random.default_rng(self.seed)
         if self.poisoned:
             tiles = self.tiles(rng)
@@ -173,7 +180,7 @@ def attention(shape: Shape, backend: str, layers: int) -> Program:
 
 
 def system(batch: Batch, backend: str, layers: int) -> System:
-    """A backend."""
+    """A backend's system."""
     start = chain(batch.q, partial(batch.arguments, layers))
     return System(backend, attention(batch.shape, backend, layers), start, repeats=layers)
 
@@ -185,7 +192,7 @@ def section(size: Size, seed: int) -> list[Case]:
 
 
 def _checks(size: Size, grid: Grid, seed: int) -> Iterator[Case]:
-    """At shapes that are timed, in one layer whose other pages are NaN."""
+    """Checks at timed shapes, in one layer whose other pages are NaN."""
     batch, longest = grid.main_batch, max(context for _, _, context in grid.check)
     contexts = np.random.default_rng(seed).integers(0, longest, batch - batch // 4)
     decode = Batch(Shape(size, batch, batch, True), np.ones_like(contexts), contexts, seed, True)

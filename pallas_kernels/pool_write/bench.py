@@ -22,7 +22,7 @@ DTYPE = jnp.bfloat16
 
 @dataclass(frozen=True)
 class Grid:
-    """tokens, pages: of one write. pool_pages: of each layer's pool, which the writes own."""
+    """tokens, pages: of one write. pool_pages: of each layer's pool."""
 
     tokens: tuple[int, ...]
     pages: tuple[int, ...]
