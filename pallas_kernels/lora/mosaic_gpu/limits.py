@@ -61,7 +61,7 @@ def buffers(*types: tuple[tuple[int, ...], Any]) -> list[Any]:
 
 
 def interpreter(interpret: bool) -> Any:
-    """The `interpret` argument of `plgpu.kernel`. Blocks of h may extend past its last column; such reads are unused."""
+    """The `interpret` argument of `plgpu.kernel`. Reads of h past its last column are allowed, and unused."""
     if not interpret:
         return False
     return plgpu.InterpretGPUParams(detect_races=True, out_of_bounds_reads="uninitialized")

@@ -24,7 +24,7 @@ def ring(shape: AttentionShape, plan: MosaicGpuPlan, consumers: int) -> tuple[An
 
 def copy_pages(pages: Any, tokens: Any, page_size: int, seq: Any, head: Any, keys: tuple[Any, Any], pipe: Any) -> None:
     """The producer: copies keys and values of tokens `keys = (begin, end)` of a sequence, one step per free stage. A
-    step always fills its stage; past the last needed page, it repeats that page. The four warps share a step's pages."""
+    step fills its stage; past the last needed page, it repeats that page. The four warps share a step's pages."""
     k_smem, v_smem, k_ready, v_ready, consumed = pipe
     stages, step_tokens, head_dim = k_smem.shape
     columns = pl.ds(head * head_dim, head_dim)
