@@ -42,27 +42,26 @@ WIDE = Shape(hidden=128, q_width=256, kv_width=128, ffn=448, page_size=32)
 HIGH_RANK = Shape(hidden=24, q_width=32, kv_width=16, ffn=56, page_size=16, max_rank=130)
 FEW_ROWS = Shape(hidden=24, q_width=32, kv_width=16, ffn=56, page_size=8, decode_rows=5, mixed_rows=16)
 
-BOTH = (True, False)
-# (shape, dtype, implementation, decode): shapes and dtypes are spread over the implementations and regimes.
+BOTH, DECODE, MIXED = (True, False), (True,), (False,)
+# (shape, dtype, implementation, decode). Compiling takes the time: shapes and dtypes are spread over the programs.
 CASES = {
     f"{name}-{dtype}-{implementation}-{'decode' if decode else 'mixed'}": (shape, dtype, implementation, decode)
     for name, shape, dtype, implementation, regimes in (
         ("gqa", GQA, "float32", "xla", BOTH),
-        ("gqa", GQA, "bfloat16", "xla", BOTH),
-        ("mha", MHA, "float16", "xla", BOTH),
-        ("wide", WIDE, "float32", "xla", BOTH),
-        ("high_rank", HIGH_RANK, "float32", "xla", BOTH),
+        ("mha", MHA, "float16", "xla", DECODE),
+        ("wide", WIDE, "bfloat16", "xla", MIXED),
+        ("high_rank", HIGH_RANK, "float32", "xla", MIXED),
         ("few_rows", FEW_ROWS, "float32", "xla", BOTH),
         ("gqa", GQA, "float32", "bmm", BOTH),
-        ("mha", MHA, "float32", "bmm", BOTH),
-        ("wide", WIDE, "bfloat16", "bmm", BOTH),
-        ("high_rank", HIGH_RANK, "float32", "bmm", BOTH),
-        ("few_rows", FEW_ROWS, "float16", "bmm", BOTH),
+        ("mha", MHA, "bfloat16", "bmm", MIXED),
+        ("wide", WIDE, "float32", "bmm", DECODE),
+        ("high_rank", HIGH_RANK, "float16", "bmm", DECODE),
+        ("few_rows", FEW_ROWS, "float32", "bmm", MIXED),
         ("gqa", GQA, "bfloat16", "triton", BOTH),
-        ("mha", MHA, "float16", "triton", (False,)),
-        ("wide", WIDE, "bfloat16", "triton", (True,)),
-        ("high_rank", HIGH_RANK, "bfloat16", "triton", (False,)),
-        ("few_rows", FEW_ROWS, "bfloat16", "triton", (True,)),
+        ("mha", MHA, "float16", "triton", MIXED),
+        ("wide", WIDE, "bfloat16", "triton", DECODE),
+        ("high_rank", HIGH_RANK, "bfloat16", "triton", MIXED),
+        ("few_rows", FEW_ROWS, "bfloat16", "triton", DECODE),
     )
     for decode in regimes
 }
@@ -297,7 +296,7 @@ def test_values_of_one_row_reach_no_other_row(dtype, implementation, decode):
 def test_a_smaller_padding_that_holds_the_step_gives_its_products_too(decode):
     shape = GQA
     rows = shape.decode_rows if decode else shape.mixed_rows
-    for number, padding in enumerate(paddings(rows, SLOTS, decode=decode, tile_rows=TILE_ROWS)[:-1]):
+    for number, padding in enumerate(paddings(rows, SLOTS, decode=decode, tile_rows=TILE_ROWS)[:-1][:2]):
         adapters = Adapters(shape, "float32", np.random.default_rng(20 + number))
         count = padding.segments if padding.cut else padding.rows
         segments = [(int(adapters.slots[0]), min(rows - 2, count))]

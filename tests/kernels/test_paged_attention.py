@@ -38,9 +38,17 @@ GROUPED = Shape(heads=4, kv_heads=2, head_dim=64, page_size=16)
 ONE_KV_HEAD = Shape(heads=4, kv_heads=1, head_dim=128, page_size=32)
 ODD = Shape(heads=6, kv_heads=2, head_dim=24, page_size=16, tile_rows=9)
 
-CASES = [(MULTI_HEAD, "float32"), (GROUPED, "float32"), (ONE_KV_HEAD, "float32"), (ODD, "float32")]
-CASES += [(GROUPED, "bfloat16"), (ODD, "bfloat16")]
-IDS = ["multi_head", "grouped", "one_kv_head", "odd", "grouped_bf16", "odd_bf16"]
+# (shape, dtype, decode): every shape, dtype and regime, without their product.
+CASES = {
+    "multi_head_decode": (MULTI_HEAD, "float32", True),
+    "multi_head_mixed": (MULTI_HEAD, "float32", False),
+    "grouped_decode": (GROUPED, "float32", True),
+    "grouped_mixed": (GROUPED, "float32", False),
+    "grouped_bf16_decode": (GROUPED, "bfloat16", True),
+    "one_kv_head_decode": (ONE_KV_HEAD, "float32", True),
+    "odd_decode": (ODD, "float32", True),
+    "odd_bf16_mixed": (ODD, "bfloat16", False),
+}
 
 
 @cache
@@ -157,8 +165,7 @@ def random_sequences(shape: Shape, decode: bool, rng: np.random.Generator) -> li
     return sequences[: rng.integers(1, MIXED_SEQS + 1)]
 
 
-@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
-@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=IDS)
+@pytest.mark.parametrize(("shape", "dtype", "decode"), CASES.values(), ids=CASES)
 def test_each_row_attends_to_its_own_sequence_up_to_itself(shape, dtype, decode):
     for seed in SEEDS:
         rng = np.random.default_rng(seed)
