@@ -1,25 +1,26 @@
-"""Lazy exports: a package's names are imported at first use, so that its light modules import alone."""
+"""Packages that import a name when it is first used, so that their light modules can be imported alone."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 
-def exported(package: str, names: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Returns the `__getattr__` and `__dir__` (PEP 562) of a package. names: the exported names of each module."""
-    home = {name: module for module, defined in names.items() for name in defined}
+def exported(package: str, **modules: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Returns `__getattr__`, `__dir__` (PEP 562) and `__all__` of a package. modules: by a module of the package, the
+    names that it defines, with spaces between them."""
+    home = {name: f"{package}.{module}" for module, names in modules.items() for name in names.split()}
 
     def get(name: str) -> Any:
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(import_module(home[name]), name)
-        setattr(sys.modules[package], name, value)  # later uses do not call this function
+        setattr(sys.modules[package], name, value)  # found without this function from now on
         return value
 
     def list_names() -> list[str]:
         return sorted({*vars(sys.modules[package]), *home})
 
-    return get, list_names
+    return get, list_names, sorted(home)

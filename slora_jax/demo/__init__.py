@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from slora_jax.demo.run import run_demo
     from slora_jax.demo.settings import DemoSettings
 else:
-    __getattr__, __dir__ = exported(
-        __name__, {"slora_jax.demo.run": ("run_demo",), "slora_jax.demo.settings": ("DemoSettings",)}
+    __getattr__, __dir__, __all__ = exported(
+        __name__,
+        run="run_demo",
+        settings="DemoSettings",
     )
-
-__all__ = ["DemoSettings", "run_demo"]

@@ -82,7 +82,7 @@ class EngineCore[StepT: Step]:
     and its surplus token dropped.
 
     Attributes:
-      scheduler, executor: what it runs.
+      scheduler, executor: what it runs. counters: of the engine.
       clock: seconds on the clock of all times of requests.
       requests: unfinished requests by id.
       trace: records what happens.
@@ -93,16 +93,12 @@ class EngineCore[StepT: Step]:
     ) -> None:
         """overlap: False reads each step before the next one is planned."""
         self.scheduler, self.executor, self.clock = scheduler, executor, clock
+        self.counters: Counters = scheduler.counters
         self.requests: dict[str, Request] = {}
         self.trace: NoTrace = NO_TRACE
         self._overlap = overlap
         self._in_flight: StepT | None = None
         self._updates: list[Update[StepT]] = []  # for the next step to return
-
-    @property
-    def counters(self) -> Counters:
-        """Counters of the engine."""
-        return self.scheduler.counters
 
     @property
     def in_flight(self) -> StepT | None:
@@ -148,7 +144,7 @@ class EngineCore[StepT: Step]:
         with self.trace.span("wait for device"):
             tokens = self.executor.read(step)
         self.trace.tokens_read(step)
-        now, updates = self.clock(), []
+        now, updates, read = self.clock(), [], 0
         for row, (sequence, token) in enumerate(zip(step.sequences, tokens, strict=False)):
             request = sequence.request
             if request.finish_reason is not None:
@@ -161,19 +157,17 @@ class EngineCore[StepT: Step]:
                 updates.append(self._end_not_finite(request))
                 continue
             output = request.output
+            if not output:
+                request.metrics.first_token = now
             output.append(token)
             request.token_times.append(now)
-            if request.metrics.first_token is None:
-                request.metrics.first_token = now
-            reason = None
-            if token in request.stop_token_ids:
-                reason = FinishReason.STOP
-            elif len(output) >= request.max_new:
-                reason = FinishReason.LENGTH
-            if reason is not None:
-                self.finish(request, reason, now)
-            updates.append(Update(request, token, step, row, 0, reason is not None))
-            self.counters.tokens_generated += 1
+            read += 1
+            if ended := token in request.stop_token_ids:
+                self.finish(request, FinishReason.STOP, now)
+            elif ended := len(output) >= request.max_new:
+                self.finish(request, FinishReason.LENGTH, now)
+            updates.append(Update(request, token, step, row, 0, ended))
+        self.counters.tokens_generated += read
         return updates
 
     def finish(self, request: Request, reason: FinishReason, now: float | None = None) -> None:

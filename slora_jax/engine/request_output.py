@@ -73,7 +73,7 @@ class _Output:
         self.request = request
         self._has_text = tokenizer is not None
         self._text = TextStream(tokenizer, tuple(params.stop or ()), request.prompt)
-        self._logprobs: list[TokenLogprobs] = []
+        self._logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
         scored = params.prompt_logprobs is not None
         self._prompt_logprobs: list[TokenLogprobs | None] | None = [None] * len(request.prompt) if scored else None
         self._logits: list[np.ndarray] = []
@@ -82,7 +82,8 @@ class _Output:
         """Takes a new token. Returns whether the text has a stop string now."""
         request, step, token = self.request, update.step, update.token
         assert step is not None and token is not None
-        if request.params.logprobs is not None:
+        if self._logprobs is not None:
+            assert request.params.logprobs is not None
             self._logprobs.append(_logprobs(step.sampled, update.row, request.params.logprobs))
         if step.logits is not None:
             self._logits.append(np.asarray(step.logits)[update.row, : self._vocab_size])
@@ -96,8 +97,7 @@ class _Output:
 
     def delta(self, tokens: list[int]) -> Delta:
         """New tokens of a request that goes on."""
-        logprobs, of_prompt = self._newest(tokens), self._first(tokens)
-        return Delta(self.request.id, tokens, self._text.take(), logprobs=logprobs, prompt_logprobs=of_prompt)
+        return Delta(self.request.id, tokens, self._text.take(), None, *self._logprobs_of(tokens))
 
     def last_delta(self, tokens: list[int], error: str | None, is_whole: bool = True) -> Delta:
         """The newest tokens and the whole output, of a request that has ended. is_whole: the last bytes of the text are
@@ -117,20 +117,19 @@ class _Output:
             finish_reason=request.finish_reason,
             metrics=request.metrics,
             token_times=request.token_times,
-            logprobs=None if request.params.logprobs is None else self._logprobs,
+            logprobs=self._logprobs,
             prompt_logprobs=self._prompt_logprobs,
             logits=np.stack(self._logits) if self._logits else None,
             error=error,
         )
-        logprobs, of_prompt = self._newest(tokens), self._first(tokens)
-        return Delta(request.id, tokens, self._text.take(last=True), output, logprobs, of_prompt)
+        return Delta(request.id, tokens, self._text.take(last=True), output, *self._logprobs_of(tokens))
 
-    def _newest(self, tokens: list[int]) -> list[TokenLogprobs] | None:
-        return None if self.request.params.logprobs is None else self._logprobs[len(self._logprobs) - len(tokens) :]
-
-    def _first(self, tokens: list[int]) -> list[TokenLogprobs | None] | None:
-        """The prompt's log-probabilities, with the first token."""
-        return self._prompt_logprobs if tokens and len(tokens) == len(self.request.output) else None
+    def _logprobs_of(self, tokens: list[int]) -> tuple[list[TokenLogprobs] | None, list[TokenLogprobs | None] | None]:
+        """Log-probabilities of the newest tokens; and the prompt's, with the first token."""
+        newest = None if self._logprobs is None else self._logprobs[len(self._logprobs) - len(tokens) :]
+        if self._prompt_logprobs is None or not tokens or len(tokens) < len(self.request.output):
+            return newest, None
+        return newest, self._prompt_logprobs
 
 
 def _logprobs(sampled: Sampled, row: int, count: int) -> TokenLogprobs:

@@ -59,6 +59,7 @@ class TextStream:
         """tokenizer: a `Tokenizer` or a fast Hugging Face one; None: there is no text, and nothing stops it."""
         self._backend = None if tokenizer is None else tokenizer.backend_tokenizer
         self._stop = stop
+        self._longest_stop = max(map(len, stop), default=0)
         self._ids: list[int] = []  # and the last ones of the prompt
         self._before = ""  # their text
         self._text = ""
@@ -93,7 +94,7 @@ class TextStream:
 
     def take(self, last: bool = False) -> str:
         """Text that is certain and was not taken before; `last`: nothing follows, so all of it is certain."""
-        end = len(self._text) if last or self.stopped else self._certain()
+        end = self._certain() if self._stop and not last and not self.stopped else len(self._text)
         piece, self._emitted = self._text[self._emitted : end], max(self._emitted, end)
         return piece
 
@@ -123,7 +124,7 @@ class TextStream:
             return "\ufffd" + after.removeprefix(before)
 
     def _append(self, piece: str) -> bool:
-        search_from = max(0, len(self._text) - max(map(len, self._stop), default=0) + 1)
+        search_from = max(0, len(self._text) - self._longest_stop + 1)
         self._text += piece
         found = [at for s in self._stop if (at := self._text.find(s, search_from)) >= 0]
         if found:
@@ -133,8 +134,8 @@ class TextStream:
 
     def _certain(self) -> int:
         """Length of the text before the longest suffix that begins a stop string."""
-        text, longest = self._text, max(map(len, self._stop), default=0)
-        for start in range(max(self._emitted, len(text) - longest + 1), len(text)):
+        text = self._text
+        for start in range(max(self._emitted, len(text) - self._longest_stop + 1), len(text)):
             if any(s.startswith(text[start:]) for s in self._stop):
                 return start
         return len(text)
