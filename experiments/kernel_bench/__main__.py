@@ -79,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_section(command: Sequence[str], path: Path, deadline: float, environment: dict[str, str]) -> None:
     """Runs `command --deadline DEADLINE`, which measures a section into the `Record` at `path`.
 
-    If the process dies or hangs, the system that was running has failed, and a new process measures the others. If no
-    system was running, the section ends early, and the results say why.
+    If the process dies or hangs, what was running (a system, or all systems of a case) has failed, and a new process
+    measures the rest. If no system was running, the section ends early, and the results say why.
     """
     budget = max(1.0, deadline - time.time())
     for _ in range(MOST_PROCESSES):
@@ -98,7 +98,7 @@ def run_section(command: Sequence[str], path: Path, deadline: float, environment
         except subprocess.TimeoutExpired:
             code = -signal.SIGKILL
         record = Record(path)
-        if time.time() > record.data.get("under_way", {}).get("until", float("inf")):
+        if time.time() > (record.data.get("under_way") or {}).get("until", float("inf")):
             reason = "hung"
         if (not record.fail_under_way(reason) and code != BROKEN_DEVICE) or time.time() > deadline:
             break

@@ -88,6 +88,7 @@ class Measurement:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
+            self.record.data["under_way"] = None
 
     def _checks(self, case: Case, system: System) -> list[dict[str, Any]]:
         """Results of the checks that apply to a system in a timed case."""

@@ -35,8 +35,8 @@ class Record:
             self.data = json.loads(path.read_text())
 
     def begin(self, limit: float, case: Case | None = None, system: str = "", section: str = "") -> None:
-        """Notes what runs from now on, for at most `limit` seconds: a system of a case, or (None) the compiler. The
-        parent process reads this if the process dies."""
+        """Notes what runs from now on, for at most `limit` seconds: a system of a case, all its systems (""), or the
+        compiler (no case). The parent process reads this if the process dies."""
         row = self._row(case, system, section) if case else None
         self.data["under_way"] = {"row": row, "until": time.time() + limit}
         self.save()
@@ -57,9 +57,9 @@ class Record:
         return row
 
     def has(self, case: Case, system: str) -> bool:
-        """Returns whether a case's system has a result."""
+        """Returns whether a case's system has a result, or all its systems have failed."""
         rows = self.data["checks" if case.is_check else "rows"]
-        return any((row["label"], row["system"]) == (case.label, system) for row in rows)
+        return any(row["label"] == case.label and row["system"] in (system, "") for row in rows)
 
     def save(self) -> None:
         """Replaces the file in one step."""

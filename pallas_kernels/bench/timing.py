@@ -45,7 +45,7 @@ def time_in_turn(
     Args:
       rounds: number of rounds.
       round_seconds: wanted length of a round.
-      watched: context of each warm-up, by name.
+      watched: context of each warm-up, by name, and of the rounds ("").
 
     Returns:
       A timing by name, or the exception of a function that raised, which is left out from then on.
@@ -65,15 +65,16 @@ def time_in_turn(
         counts[name] = max(1, round(round_seconds / max(estimate, 1e-9)))
         if estimate >= SLOW * round_seconds:
             results[name] = Timing(estimate, (estimate,), 1, 0.0)
-    for _ in range(rounds):
-        for name in [name for name in dispatches if name not in results]:
-            try:
-                elapsed, queued = _run(dispatches[name], counts[name])
-            except Exception as error:  # noqa: BLE001 - see above
-                results[name] = error
-                continue
-            seconds[name].append(elapsed / counts[name])
-            queueing[name] = queued / counts[name]
+    with watched(""):
+        for _ in range(rounds):
+            for name in [name for name in dispatches if name not in results]:
+                try:
+                    elapsed, queued = _run(dispatches[name], counts[name])
+                except Exception as error:  # noqa: BLE001 - see above
+                    results[name] = error
+                    continue
+                seconds[name].append(elapsed / counts[name])
+                queueing[name] = queued / counts[name]
     for name, measured in seconds.items():
         if name not in results:
             results[name] = Timing(statistics.median(measured), tuple(measured), counts[name], queueing[name])

@@ -289,7 +289,7 @@ if not record.has(case, "triton"):
     if mode == "device":
         record.add(case, "triton", "lora", failed="illegal access")
         os._exit(BROKEN_DEVICE)
-    with measurement._watched(0.5, case, "triton"):
+    with measurement._watched(0.5, case, "" if mode == "rounds" else "triton"):
         time.sleep(100) if mode == "hang" else os.abort()
 record.add(case, "works", "lora", seconds=1.0)
 """
@@ -313,6 +313,13 @@ def test_a_section_whose_process_dies_outside_of_a_system_ends_early(tmp_path, m
     command.run_section([sys.executable, "-c", CHILD, str(path), mode], path, time.time() + seconds, dict(os.environ))
     results = json.loads(path.read_text())
     assert reason in results["ended_early"][mode] and results["rows"] == []
+
+
+def test_a_crash_between_systems_fails_the_whole_case(tmp_path):
+    path = tmp_path / "results.json"
+    command.run_section([sys.executable, "-c", CHILD, str(path), "rounds"], path, time.time() + 60, dict(os.environ))
+    results = json.loads(path.read_text())
+    assert [(row["system"], "failed" in row) for row in results["rows"]] == [("", True), ("works", False)]
 
 
 def test_a_broken_device_ends_the_process_after_its_failure_is_recorded(tmp_path, monkeypatch):
