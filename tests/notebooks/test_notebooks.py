@@ -64,7 +64,8 @@ def test_a_notebook_runs_from_top_to_bottom(file, environment):
 def test_a_notebook_is_committed_with_small_clean_outputs(file):
     nbformat.validate(nbformat.read(file, as_version=4))
     cells = [cell for cell in json.loads(file.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)], "run all cells in order"
+    counts = [cell["execution_count"] for cell in cells]
+    assert counts == [*range(1, len(cells) + 1)], f"run python notebooks/execute.py {file.name}"
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     for output in outputs:
