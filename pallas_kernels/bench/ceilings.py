@@ -67,7 +67,7 @@ def section(size: Size, seed: int) -> list[Case]:
     launch = System("xla", small, chain(partial(jnp.ones, 128), lambda: [()]), LAUNCHES)
     copies = over_vector("copy", jnp.copy), over_vector("negate", jnp.negative)
     read = over_vector("sum", partial(jnp.sum, dtype=jnp.float32))
-    cases = (
+    cases: tuple[tuple[str, dict[str, Any], Work, tuple[System, ...]], ...] = (
         ("copy", {"bytes": size.copy_bytes}, Work(bytes=2 * 2 * elements), copies),
         ("matmul", {"width": width}, Work(bytes=3 * 2 * width**2, flops=2 * width**3), (matmul,)),
         ("read", {}, Work(bytes=2 * elements), (read,)),
