@@ -256,7 +256,7 @@ def test_every_plan_compiles_without_spills(heads, kv_heads, head_dim, page_size
     rows, seqs = (256, 256) if decode else (8192, 64)
     shape = AttentionShape(heads, kv_heads, head_dim, page_size, jnp.dtype(dtype), seqs, 512, rows, decode, window)
     layers = 2 if window else 1
-    _check_code(compiled(shape, num_pages=40_000, layers=layers), decode, layers)  # more than 2^31 elements
+    _check_code(compiled(shape, num_pages=40_000, layers=layers), decode, layers)  # up to 6 * 10^9 elements
 
 
 def _check_code(program, decode: bool, layers: int = 1) -> None:
