@@ -75,4 +75,5 @@ def lora_tiles(
     row_slot = np.zeros(rows, np.int32)
     row_slot[:lora_rows] = np.repeat(slots, counts)
     scalars = (jnp.int32(n) for n in (len(tiles), *((0, 0) if decode else (len(tiles), lora_rows)), lora_rows))
-    return LoraTiles(*(jnp.asarray(np.array(column)) for column in table.T), jnp.asarray(row_slot), *scalars)
+    slot, first_row, tile_counts = (jnp.asarray(np.array(column)) for column in table.T)
+    return LoraTiles(slot, first_row, tile_counts, jnp.asarray(row_slot), *scalars)
