@@ -1,4 +1,4 @@
-"""The GPUs that kernels are planned and compiled for, and which of them the current trace is for."""
+"""The GPUs that kernels are planned and compiled for, and the target of the current trace."""
 
 from __future__ import annotations
 
@@ -11,10 +11,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """name: key of the plan tables. kind: part of JAX's `device_kind` that names it. compute_capability: 80, 89, 90.
+    """A GPU's data sheet.
 
-    memory_bytes, bandwidth (bytes/s) and matmul_flops (bfloat16 with float32 sums, dense, per second) are from the data
-    sheet; shared_bytes is what one block may ask for; l2_bytes the second-level cache.
+    Attributes:
+      name: key of the plan tables.
+      kind: the part of JAX's `device_kind` that identifies it.
+      compute_capability: 80, 89 or 90.
+      num_sms: multiprocessors.
+      memory_bytes: device memory.
+      bandwidth: of the memory, bytes per second.
+      matmul_flops: dense bfloat16 products with float32 sums, operations per second.
+      shared_bytes: largest shared memory of one block.
+      l2_bytes: second-level cache.
     """
 
     name: str
@@ -43,7 +51,7 @@ _target: ContextVar[Device | None] = ContextVar("target", default=None)
 
 @contextmanager
 def compiling_for(device: Device) -> Iterator[None]:
-    """Everything traced and lowered in this context is for `device`, which need not be there."""
+    """Context in which programs are traced and lowered for `device`, which need not be present."""
     token = _target.set(device)
     try:
         yield
@@ -52,9 +60,9 @@ def compiling_for(device: Device) -> Iterator[None]:
 
 
 def target() -> Device | None:
-    """The device that the current trace is for: that of `compiling_for`, else the machine's GPU, else None (a CPU).
+    """Returns the device of the current trace: that of `compiling_for`, else the machine's GPU, else None (a CPU).
 
-    A GPU that is not in `DEVICES` counts as a known one whose kernels it can run; see `known_device`.
+    A GPU that is not in `DEVICES` is replaced by a compatible one; see `known_device`.
     """
     if (device := _target.get()) is not None:
         return device
@@ -67,8 +75,8 @@ def target() -> Device | None:
 
 
 def known_device(kind: str, compute_capability: int) -> Device | None:
-    """The device of `DEVICES` that stands for a GPU of this name and compute capability (80 for 8.0): itself, or one
-    with no more shared memory per block and no instruction that it lacks. None, before Ampere."""
+    """Returns the device of `DEVICES` for a GPU of this name and compute capability (80 for 8.0): the same GPU, or one
+    with at most its shared memory per block and only instructions that it has. None before Ampere."""
     for device in DEVICES.values():
         if re.search(rf"\b{device.kind}\b", kind):
             return device
@@ -77,5 +85,5 @@ def known_device(kind: str, compute_capability: int) -> Device | None:
 
 
 def is_absent() -> bool:
-    """Whether the current trace is for a device that is not there."""
+    """Returns whether the current trace is for a device that need not be present."""
     return _target.get() is not None

@@ -26,6 +26,6 @@ def choose[T](op: str, named: str | None, dtype: Any, planned: Callable[[], str]
         try:
             return make(planned())
         except NotImplementedError as reason:
-            # One place for all callers, so that Python shows each reason once.
+            # One source line for all callers, so that Python shows each reason once.
             warnings.warn(f"{op} by the XLA reference, which is slow on a GPU: {reason}", stacklevel=1)
     return make("xla")

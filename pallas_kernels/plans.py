@@ -1,8 +1,7 @@
-"""Plan tables: which block shapes a kernel runs with, as data (`<op>/plans.json`), by device and shape.
+"""Plan tables: the block shapes of a kernel by device and shape, as data (`<op>/plans.json`).
 
-A table is a list of entries `{"op", "device", "when", "plan"}`, tried in order. `when` maps a fact to the value that it
-must have or to the range `[lowest, highest]` that it must lie in (null: no bound). The first entry that fits decides.
-A device without entries of its own takes those of `"any"`.
+A table is a list of entries `{"op", "device", "when", "plan"}`. `when` maps a fact to its required value or to a range
+`[lowest, highest]` (null: no bound). The first matching entry applies; entries of `"any"` follow the device's own.
 """
 
 from __future__ import annotations
@@ -21,7 +20,11 @@ def _table(folder: str) -> tuple[dict[str, Any], ...]:
 
 
 def find(folder: str, op: str, **facts: Any) -> dict[str, Any]:
-    """The plan of `op` on the current trace's device. Raises LookupError, with the facts, where no entry fits."""
+    """Returns the plan of `op` on the current trace's device.
+
+    Raises:
+      LookupError: no entry matches; the message has the facts.
+    """
     target = devices.target()
     names = (target.name if target else "any", "any")
     for name in names:

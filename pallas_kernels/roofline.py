@@ -1,4 +1,4 @@
-"""The least that a kernel must do, and the least time that takes (the roofline model)."""
+"""The roofline model: the least work of a kernel, and its least time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes that must move through device memory, reads plus writes, and floating-point operations.
+    """Bytes read plus written in device memory, and floating-point operations.
 
-    Sums (`+`, `sum(works, Work())`) are of kernels that follow one another: what one leaves for the next counts twice.
+    Sums (`+`, `sum(works, Work())`) describe consecutive kernels: an intermediate result counts twice.
     """
 
     bytes: int = 0
@@ -22,5 +22,5 @@ class Work:
         return Work(self.bytes * times, self.flops * times)
 
     def seconds(self, bandwidth: float, matmul_flops: float) -> float:
-        """The larger of the two floors. bandwidth: bytes per second. matmul_flops: operations per second."""
+        """Returns the larger of the two floors. bandwidth: bytes per second. matmul_flops: operations per second."""
         return max(self.bytes / bandwidth, self.flops / matmul_flops)

@@ -1,7 +1,7 @@
-"""Devices to compile for without having them (design: "Checking GPU code without a GPU").
+"""Compilation for absent GPUs.
 
-Needs `jax[cuda12]` installed and, in the environment before JAX starts, `JAX_PLATFORMS=cpu` and
-`JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1`.
+Needs `jax[cuda12]`, and `JAX_PLATFORMS=cpu` and `JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1` in the environment before JAX
+starts.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ from pallas_kernels.devices import DEVICES, Device, compiling_for
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU as XLA's compiler wants to know it: a `Device`, and what else its data sheet says.
+    """A GPU as XLA's compiler describes it: a `Device` and further entries of its data sheet.
 
-    shared_per_sm: bytes of shared memory of one multiprocessor. threads_per_sm: resident threads. fp32_per_sm: float32
-    units. clock_ghz: boost clock.
+    Attributes:
+      description: XLA's name of the device.
+      shared_per_sm: bytes of shared memory of one multiprocessor.
+      threads_per_sm: resident threads of one multiprocessor.
+      fp32_per_sm: float32 units of one multiprocessor.
+      clock_ghz: boost clock.
     """
 
     device: Device
@@ -72,7 +76,7 @@ TARGETS = {
 
 
 def deviceless_mesh(target: Target, devices: int = 1) -> jax.sharding.Mesh:
-    """A mesh of `devices` absent GPUs on one axis, "tp". Lower with arguments sharded over it, for "cuda"."""
+    """Returns a mesh of `devices` absent GPUs on one axis, "tp". Lower for "cuda" with arguments sharded over it."""
     topology = topologies.get_topology_desc(
         target.name, "cuda", target_config=target.target_config, topology=f"1x1x{devices}"
     )
@@ -80,11 +84,13 @@ def deviceless_mesh(target: Target, devices: int = 1) -> jax.sharding.Mesh:
 
 
 def compile_for(target: Target, function: Any, *shapes: Any) -> Any:
-    """Compiles a jitted `function` for an absent GPU, or for several: `shapes` are trees of `jax.ShapeDtypeStruct`,
-    placed on one GPU where they do not say (all do, or none).
+    """Compiles a jitted `function` for one or several absent GPUs.
 
-    The result can be read (`as_text`, `memory_analysis`) and not run. Such programs cannot be read back from JAX's
-    persistent compilation cache, so they do not go there.
+    The result can be read (`as_text`, `memory_analysis`) but not run. It does not enter JAX's persistent compilation
+    cache, which cannot load such programs.
+
+    Args:
+      shapes: trees of `jax.ShapeDtypeStruct`, all with a sharding, or none (one GPU).
     """
     here = NamedSharding(deviceless_mesh(target), PartitionSpec())
     placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding or here), shapes)
@@ -96,7 +102,7 @@ def compile_for(target: Target, function: Any, *shapes: Any) -> Any:
 def _no_compilation_cache() -> Iterator[None]:
     enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # JAX looks at the setting once
+    compilation_cache.reset_cache()  # JAX reads the setting once
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """Calls a Triton kernel from JAX: compiled into the program by jax-triton, or run by Triton's interpreter on the CPU.
 
-Triton decides once, when it is imported, whether it compiles or interprets; so a process of its own interprets, and
-finds the kernel by its module and name (see `triton_interpreter`).
+Triton decides at import whether it compiles or interprets. So a separate process interprets; it imports the kernel by
+its module and name (see `triton_interpreter`).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def triton_call(
 
     Args:
       kernel: a `triton.jit` function of a module.
-      out: shapes and types of the outputs; uninitialised, except where `aliases` (argument -> output) names an argument
-        whose buffer the output takes over.
+      out: shapes and dtypes of the outputs, which are uninitialised unless aliased.
+      aliases: argument -> output: the output takes over the argument's buffer.
+      interpret: run by Triton's interpreter, in a separate process, on the CPU.
       constants: the kernel's `tl.constexpr` arguments.
-      interpret: run by Triton's interpreter, in a process of its own, on the CPU.
     """
     aliases = dict(aliases or {})
     if interpret:
@@ -62,8 +62,8 @@ def triton_call(
 
 @cache
 def _call_through_ffi() -> None:
-    """Has jax-triton's calls go to jaxlib's FFI handler. jax-triton 0.3 names the older entry point, which XLA does not
-    take into command buffers (CUDA graphs): each kernel would be launched on its own and cut the step into pieces."""
+    """Routes jax-triton's calls to jaxlib's FFI handler. jax-triton 0.3 uses the older entry point, which XLA does not
+    put into command buffers (CUDA graphs): every kernel would split the step."""
     from jax.interpreters import mlir
     from jax_triton import triton_lib
     from jaxlib.mlir import ir
@@ -81,5 +81,5 @@ def _call_through_ffi() -> None:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy integers are no constants to Triton."""
+    """Converts NumPy scalars, which Triton does not accept as constants."""
     return value.item() if isinstance(value, np.generic) else value

@@ -1,8 +1,8 @@
 """Triton's interpreter behind a JAX callback. The process that runs it: `python -m pallas_kernels.triton_interpreter`.
 
-Triton chooses between compiling and interpreting when it is imported, by `TRITON_INTERPRET`; a process of its own lets
-one program compile kernels for a GPU and run them on the CPU. Outputs that no argument is aliased to are filled with
-NaN (integers: with a large negative number), so that a kernel which leaves one unwritten is seen.
+Triton chooses between compiling and interpreting at import, by `TRITON_INTERPRET`; a separate process lets one program
+compile kernels for a GPU and run them on the CPU. Outputs without an aliased argument are filled with NaN (integers:
+with a large negative number), which exposes a kernel that leaves one unwritten.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 
 POISON = -(2**30)
-"""What integer outputs hold before the kernel runs."""
+"""Value of integer outputs before the kernel runs."""
 
 
 def call(
@@ -33,7 +33,11 @@ def call(
     aliases: Mapping[int, int],
     constants: Mapping[str, Any],
 ) -> tuple[jax.Array, ...]:
-    """`triton_call` by the interpreter; see there. Raises what the kernel raises, as RuntimeError."""
+    """Runs `triton_call` by the interpreter.
+
+    Raises:
+      RuntimeError: the kernel raised an exception, or its process died.
+    """
 
     def run(*arrays: Any) -> tuple[np.ndarray, ...]:
         inputs = [np.asarray(array) for array in arrays]
@@ -53,7 +57,7 @@ def _poisoned(struct: jax.ShapeDtypeStruct) -> np.ndarray:
 
 
 class _Interpreter:
-    """Owns the interpreting process: started at the first call, ended with this one."""
+    """Owns the interpreting process, which starts at the first call and ends with the parent."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -85,8 +89,8 @@ _interpreter = _Interpreter()
 
 
 def _repair_interpreter() -> None:
-    """Makes good what Triton 3.6's interpreter lacks: NumPy 2.5 refuses how it turns a scalar, kept as an array `[1]`,
-    into an int; bfloat16, kept as its bits, is cast without rounding and multiplied as integers."""
+    """Repairs Triton 3.6's interpreter: it converts a scalar, stored as an array `[1]`, to int in a way that NumPy 2.5
+    refuses; and it casts bfloat16, stored as bits, without rounding and multiplies it as integers."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -124,7 +128,7 @@ def _serve() -> None:
     _repair_interpreter()
 
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a kernel prints must not mix with the answers
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keeps a kernel's prints out of the answers
     while True:
         try:
             request = pickle.load(requests)

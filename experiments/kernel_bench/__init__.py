@@ -1,1 +1,1 @@
-"""The GPU benchmark of `pallas_kernels.bench` with one more section: whole decode steps of the engine."""
+"""The GPU benchmark: the sections of `pallas_kernels.bench`, and whole decode steps of the engine."""

@@ -1,4 +1,4 @@
-"""Resident adapters in pools whose contents do not matter, and the rows of a step spread over some of them."""
+"""Resident adapters on random pages, and the rows of a step spread over some of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 
 from pallas_kernels.bench.pools import random_pages
 from pallas_kernels.lora import AdapterTable, LoraLayout, LoraTiles
-from pallas_kernels.lora.layout import ceil_div
 
 Ranks = int | str
 """Rank of every projection; "mixed": adapters of `MIXED_RANKS` in turn; "ragged": any rank for any projection."""
@@ -35,17 +34,15 @@ class Adapters:
 def resident(
     layout: LoraLayout, ranks: Ranks, *, slots: int, max_rank: int, pool_pages: int, rng: np.random.Generator
 ) -> Adapters:
-    """Adapters in all slots, each on pages of its own, in random order, as far as the pool has them."""
-    match ranks:
-        case "mixed":
-            of_slot = np.resize([min(rank, max_rank) for rank in MIXED_RANKS], slots)
-            table = np.repeat(of_slot[:, None], 7, axis=1)
-        case "ragged":
-            table = rng.integers(0, max_rank + 1, (slots, 7)) * (rng.random((slots, 7)) < 0.8)
-        case int():
-            table = np.full((slots, 7), ranks)
-        case _:
-            raise ValueError(f'ranks: {ranks!r}; an integer, "mixed" or "ragged"')
+    """Returns adapters in all slots, on random pages. Adapters share pages only if the pool has too few."""
+    if ranks == "mixed":
+        table = np.resize([min(rank, max_rank) for rank in MIXED_RANKS], slots)[:, None].repeat(7, axis=1)
+    elif ranks == "ragged":
+        table = rng.integers(0, max_rank + 1, (slots, 7)) * (rng.random((slots, 7)) < 0.8)
+    elif isinstance(ranks, int):
+        table = np.full((slots, 7), ranks)
+    else:
+        raise ValueError(f'ranks={ranks!r}: must be an integer, "mixed" or "ragged"')
     counts = layout.num_pages(table)
     ids = random_pages(int(counts.sum()), pool_pages, rng)
     pages = np.zeros((slots, max_pages(layout, max_rank)), np.int32)
@@ -60,20 +57,15 @@ def max_pages(layout: LoraLayout, max_rank: int) -> int:
 
 
 def spread(rows: int, adapters: int) -> np.ndarray:
-    """`rows` over `adapters`, as evenly as they go: int `[adapters]`."""
+    """Splits `rows` over `adapters` as evenly as possible: int `[adapters]`."""
     return rows // adapters + (np.arange(adapters) < rows % adapters)
-
-
-def num_tiles(rows: int, tile_rows: int, slots: int, seqs: int) -> int:
-    """Entries of a step's tile list."""
-    return ceil_div(rows, tile_rows) + min(slots, seqs)
 
 
 def lora_tiles(
     slots: np.ndarray, counts: np.ndarray, *, rows: int, tile_rows: int, entries: int, decode: bool
 ) -> LoraTiles:
-    """The tile list of a step of `rows` rows whose first belong to `slots [n]`, `counts [n]` each; the rest has no
-    adapter. In a step that is not decode all adapters count as dense."""
+    """Returns the tile list of a step of `rows` rows. `slots [n]` have `counts [n]` rows each, from row 0 on; the other
+    rows have no adapter. Unless `decode`, all adapters are dense."""
     first, tiles = np.cumsum(counts) - counts, []
     for slot, start, count in zip(slots.tolist(), first.tolist(), counts.tolist(), strict=True):
         tiles += [(slot, start + row, min(tile_rows, count - row)) for row in range(0, count, tile_rows)]
@@ -82,7 +74,6 @@ def lora_tiles(
     lora_rows = int(counts.sum())
     row_slot = np.zeros(rows, np.int32)
     row_slot[:lora_rows] = np.repeat(slots, counts)
-    dense = (0, 0) if decode else (len(tiles), lora_rows)
-    scalars = (jnp.int32(n) for n in (len(tiles), *dense, lora_rows))
+    scalars = (jnp.int32(n) for n in (len(tiles), *((0, 0) if decode else (len(tiles), lora_rows)), lora_rows))
     slot, first_row, tile_counts = (jnp.asarray(np.array(column)) for column in table.T)
     return LoraTiles(slot, first_row, tile_counts, jnp.asarray(row_slot), *scalars)

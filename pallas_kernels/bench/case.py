@@ -1,4 +1,4 @@
-"""What is measured: cases, the systems that compete in them, and the programs these run."""
+"""Cases, the systems compared in them, and the programs that these run."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import Any
 from pallas_kernels.roofline import Work
 
 Dispatch = Callable[[], Any]
-"""Runs a program once, asynchronously; returns the arrays to wait for."""
+"""Runs a program once, asynchronously, and returns the arrays to wait for."""
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A jitted function and how to find the shapes of its arguments. Systems of several cases may share one; the name
-    is unique.
+    """A jitted function and the shapes of its arguments. Several systems may share one.
 
-    Finding the shapes and tracing raise NotImplementedError where a backend does not take part.
+    Attributes:
+      name: unique among all programs.
+      function: the jitted function.
+      shapes: returns `jax.ShapeDtypeStruct` trees; like tracing, it raises NotImplementedError where a backend does not
+        serve the shape.
     """
 
     name: str
@@ -27,12 +30,16 @@ class Program:
 
 @dataclass(frozen=True)
 class System:
-    """One way of doing a case's work.
+    """One way to do a case's work.
 
-    program: what is compiled for it; None: nothing. start: puts the arguments on the device and gives the dispatch;
-    called with the compiled program. repeats: how often one dispatch does the work. skip: why it is not measured.
-    work: its own, where the systems of a case differ. over: another system of the case, whose measured time belongs to
-    this one's floor: `work` is what it does beyond that.
+    Attributes:
+      program: None: nothing is compiled.
+      start: puts the arguments on the device and returns the dispatch function; called with the compiled program.
+      repeats: how often one dispatch does the work.
+      skip: reason not to measure it.
+      work: this system's own, where the systems of a case differ.
+      over: another system of the case. Its measured time is added to this system's floor, and `work` is what this
+        system does beyond it.
     """
 
     name: str
@@ -46,12 +53,15 @@ class System:
 
 @dataclass(frozen=True)
 class Case:
-    """Work of one shape.
+    """Work of one shape, and the systems that are compared on it.
 
-    op, regime: what is done ("lora", "decode"). facts: its shape, for people and plots. work: of one repeat.
-    importance: 0 for what the goals are about; the least important are dropped when time runs short.
-    tolerance: makes the case a check, which is not timed: the result of the first system is the reference, and the
-    others' may be so far from it, relative to its norm (and single elements ten times as far, relative to its RMS).
+    Attributes:
+      op, regime: for example "lora", "decode".
+      facts: the shape, for labels and plots.
+      work: of one repeat.
+      importance: 0 for the goals' cases; cases with the highest number are dropped first when time runs short.
+      tolerance: set for a check, which is not timed. The first system's result is the reference; the others' may differ
+        by this much relative to its norm, and single elements by ten times as much relative to its RMS.
     """
 
     op: str
@@ -73,18 +83,9 @@ class Case:
         return self.tolerance is not None
 
 
-@dataclass(frozen=True)
-class Section:
-    """The cases of one kind (`--only`). release: frees what they keep on the device between them."""
-
-    name: str
-    cases: Sequence[Case]
-    release: Callable[[], None] = lambda: None
-
-
 def chain(state: Callable[[], Any], arguments: Callable[[], Sequence[tuple[Any, ...]]]) -> Callable[[Any], Dispatch]:
-    """The start of a program `(state, *arguments) -> state`, state donated: each dispatch takes up where the last one
-    ended and reads the next of the sets of arguments, in turn."""
+    """Returns the `start` of a program `(state, *arguments) -> state` with donated state: each dispatch continues from
+    the previous state and reads the next set of arguments, in turn."""
 
     def start(compiled: Any) -> Dispatch:
         now, sets, turn = state(), arguments(), 0
@@ -101,5 +102,15 @@ def chain(state: Callable[[], Any], arguments: Callable[[], Sequence[tuple[Any, 
 
 
 def repeat(arguments: Callable[[], Sequence[tuple[Any, ...]]]) -> Callable[[Any], Dispatch]:
-    """The start of a program `(*arguments) -> results`: each dispatch reads the next of the sets of arguments."""
+    """Returns the `start` of a program `(*arguments) -> results`: each dispatch reads the next set of arguments."""
     return lambda compiled: chain(lambda: None, arguments)(lambda _, *sets: compiled(*sets))
+
+
+def declined(error: Exception) -> str:
+    """The reason, if a backend does not serve the shape or is not installed; else ""."""
+    return str(error) if isinstance(error, NotImplementedError | ModuleNotFoundError) else ""
+
+
+def error_text(error: Exception) -> str:
+    """Type and message, cut to 2000 characters."""
+    return f"{type(error).__name__}: {error}"[:2000]

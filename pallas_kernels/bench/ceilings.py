@@ -1,8 +1,7 @@
-"""What the chip at hand reaches: the measured rates that floors are computed with."""
+"""The measured rates of this device, from which floors are computed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.bench.case import Case, Program, Section, System, chain, repeat
+from pallas_kernels.bench.case import Case, Program, System, chain, repeat
 from pallas_kernels.bench.pools import random_array
 from pallas_kernels.bench.size import Size
 from pallas_kernels.roofline import Work
@@ -30,7 +29,7 @@ class Ceilings:
 
     @classmethod
     def of(cls, rows: list[dict[str, Any]]) -> Ceilings | None:
-        """From the results so far; None where they lack one."""
+        """The best rates in the results; None if one is missing."""
         best: dict[str, float] = {}
         for row in rows:
             if row["op"] == "ceiling" and "seconds" in row:
@@ -39,12 +38,19 @@ class Ceilings:
         return cls(best["copy"], best["matmul"]) if best.keys() >= {"copy", "matmul"} else None
 
 
-def section(size: Size, seed: int) -> Section:
-    """The cases: `copy` and `matmul` are the ceilings; `read` and `launch` help to read the other results."""
+def section(size: Size, seed: int) -> list[Case]:
+    """`copy` and `matmul` are the ceilings; `read` and `launch` help to interpret the other results."""
     elements, width = size.copy_bytes // 2, size.matmul_width
-    vector = jax.ShapeDtypeStruct((elements,), jnp.bfloat16)
-    square = jax.ShapeDtypeStruct((width, width), jnp.bfloat16)
-    small = jax.ShapeDtypeStruct((128,), jnp.float32)
+
+    def program(name: str, function: Any, *shapes: tuple[int, ...], dtype: Any = jnp.bfloat16) -> Program:
+        structs = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+        return Program(
+            f"ceiling-{name}", jax.jit(function, donate_argnums=0 if name == "launch" else ()), lambda: structs
+        )
+
+    def over_vector(name: str, function: Any) -> System:
+        vector = partial(random_array, (elements,), seed)
+        return System(name, program(name, function, (elements,)), repeat(lambda: [(vector(),)]))
 
     def launches(x: jax.Array) -> jax.Array:
         for _ in range(LAUNCHES):
@@ -54,32 +60,17 @@ def section(size: Size, seed: int) -> Section:
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.dot(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
 
-    def arguments() -> list[tuple[Any, ...]]:
-        return [(random_array((elements,), seed),)]
-
-    def squares() -> list[tuple[Any, ...]]:
-        return [(random_array((width, width), seed, scale=width**-0.5),)]  # so that powers neither grow nor vanish
-
-    def system(name: str, function: Callable[..., Any], struct: Any) -> System:
-        return System(name, _program(name, function, struct), repeat(arguments))
-
-    matmul = System(
-        "xla", _program("matmul", product, square, square), chain(partial(random_array, (width, width), seed), squares)
+    square = partial(random_array, (width, width), seed)
+    factors = chain(square, lambda: [(square(scale=width**-0.5),)])  # powers neither grow nor vanish
+    matmul = System("xla", program("matmul", product, *[(width, width)] * 2), factors)
+    small = program("launch", launches, (128,), dtype=jnp.float32)
+    launch = System("xla", small, chain(partial(jnp.ones, 128), lambda: [()]), LAUNCHES)
+    copies = over_vector("copy", jnp.copy), over_vector("negate", jnp.negative)
+    read = over_vector("sum", partial(jnp.sum, dtype=jnp.float32))
+    cases: tuple[tuple[str, dict[str, Any], Work, tuple[System, ...]], ...] = (
+        ("copy", {"bytes": size.copy_bytes}, Work(bytes=2 * 2 * elements), copies),
+        ("matmul", {"width": width}, Work(bytes=3 * 2 * width**2, flops=2 * width**3), (matmul,)),
+        ("read", {}, Work(bytes=2 * elements), (read,)),
+        ("launch", {}, Work(bytes=2 * 4 * 128), (launch,)),
     )
-    launch = System("xla", _program("launch", launches, small), chain(partial(jnp.ones, 128), lambda: [()]), LAUNCHES)
-    moved = Work(bytes=2 * 2 * elements)
-    cases: Mapping[str, tuple[Work, tuple[System, ...]]] = {
-        "copy": (moved, (system("copy", jnp.copy, vector), system("negate", jnp.negative, vector))),
-        "matmul": (Work(bytes=3 * 2 * width**2, flops=2 * width**3), (matmul,)),
-        "read": (Work(bytes=2 * elements), (system("sum", partial(jnp.sum, dtype=jnp.float32), vector),)),
-        "launch": (Work(bytes=2 * 4 * 128), (launch,)),
-    }
-    facts: dict[str, dict[str, Any]] = {"copy": {"bytes": size.copy_bytes}, "matmul": {"width": width}}
-    return Section(
-        "ceilings",
-        [Case("ceiling", name, facts.get(name, {}), *case, importance=-1) for name, case in cases.items()],
-    )
-
-
-def _program(name: str, function: Callable[..., Any], *structs: jax.ShapeDtypeStruct) -> Program:
-    return Program(f"ceiling-{name}", jax.jit(function, donate_argnums=0 if name == "launch" else ()), lambda: structs)
+    return [Case("ceiling", *case) for case in cases]

@@ -1,4 +1,4 @@
-"""The base models whose layers are measured."""
+"""Widths of the measured base models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pallas_kernels.lora.layout import LoraLayout, Stack
 
 
 def decoder_layout(hidden_size: int, q_width: int, kv_width: int, intermediate_size: int, page_size: int) -> LoraLayout:
-    """The adapter layout of a Llama-like decoder."""
+    """Returns the adapter layout of a Llama-like decoder."""
     stacks = (
         Stack("qkv", ("q", "k", "v"), hidden_size, (q_width, kv_width, kv_width)),
         Stack("o", ("o",), q_width, (hidden_size,)),
@@ -42,7 +42,7 @@ class Model:
         return decoder_layout(self.hidden, self.num_heads * self.head_dim, self.width, self.ffn, page_size)
 
     def config(self) -> dict[str, Any]:
-        """As a Hugging Face `config.json`."""
+        """The model's Hugging Face `config.json`."""
         return {
             "model_type": "llama",
             "vocab_size": self.vocab,

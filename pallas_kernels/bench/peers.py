@@ -1,8 +1,7 @@
-"""What the LoRA kernels are compared with: `jax.lax.ragged_dot`, and a loop over the adapters.
+"""Baselines of the LoRA kernels: `jax.lax.ragged_dot`, and a loop over the adapters.
 
-Both get each adapter's matrices contiguous and padded to the largest rank, gathered from the pool beforehand, outside
-the timed part. That is generous: a server would have to do it whenever the adapters of a step change, or keep
-every adapter padded.
+Both read each adapter's matrices contiguous and padded to the largest rank, gathered from the pool before the timed
+part. That favours them: a server would gather whenever a step's adapters change, or keep every adapter padded.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Weights = tuple[jax.Array, tuple[jax.Array, ...]]
 def contiguous(
     pool: jax.Array, table: AdapterTable, slots: jax.Array, layout: LoraLayout, rank: int
 ) -> tuple[Weights, ...]:
-    """The matrices of `slots [n]` in one layer, for each stack; ranks that an adapter lacks are zero."""
+    """Returns the matrices of `slots [n]` in one layer, for each stack, zero past an adapter's rank."""
     n, flat = slots.shape[0], pool.reshape(-1, layout.width)
     stacks = xla.prepare(layout, table.pages, table.ranks, slots, jnp.int32(n), rank)
 
@@ -46,7 +45,7 @@ def contiguous(
 
 
 def weights_struct(layout: LoraLayout, n: int, rank: int) -> tuple[Weights, ...]:
-    """Shapes of what `contiguous` returns."""
+    """Shapes of the result of `contiguous`."""
 
     def struct(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
@@ -58,7 +57,7 @@ def weights_struct(layout: LoraLayout, n: int, rank: int) -> tuple[Weights, ...]
 
 
 def add_ragged_dot(x: jax.Array, y: jax.Array, weights: Weights, counts: jax.Array) -> jax.Array:
-    """`y + x A B` of rows sorted by adapter, `counts [n]` each."""
+    """Returns `y + x A B` of rows sorted by adapter, `counts [n]` rows each."""
     a, b = weights
     rank = b[0].shape[1]
     h = lax.ragged_dot(x, a, counts, preferred_element_type=jnp.float32).astype(x.dtype)
@@ -70,25 +69,18 @@ def add_ragged_dot(x: jax.Array, y: jax.Array, weights: Weights, counts: jax.Arr
 
 
 def one_by_one(weights: tuple[Weights, ...]) -> tuple[tuple[Weights, ...], ...]:
-    """Each adapter's matrices as arrays of their own: for each stack, for each adapter."""
+    """Splits the matrices into one array per adapter, for each stack."""
     n = weights[0][0].shape[0]
     return tuple(tuple(jax.tree.map(lambda w, i=i: w[i], stack) for i in range(n)) for stack in weights)
 
 
 def add_one_by_one(x: jax.Array, y: jax.Array, weights: tuple[Weights, ...], counts: tuple[int, ...]) -> jax.Array:
-    """The same, adapter by adapter; weights: of one stack, of each adapter. `counts` are static."""
+    """Returns the same, one adapter at a time. weights: one stack's, for each adapter. `counts` are static."""
+    dot = partial(jnp.dot, preferred_element_type=jnp.float32)
     parts, row = [], 0
     for (a, b), count in zip(weights, counts, strict=True):
         rank = b[0].shape[0]
-        h = jnp.dot(x[row : row + count], a, preferred_element_type=jnp.float32).astype(x.dtype)
-        parts.append(
-            jnp.concatenate(
-                [
-                    jnp.dot(h[:, p * rank : (p + 1) * rank], b_p, preferred_element_type=jnp.float32)
-                    for p, b_p in enumerate(b)
-                ],
-                axis=1,
-            )
-        )
+        h = dot(x[row : row + count], a).astype(x.dtype)
+        parts.append(jnp.concatenate([dot(h[:, p * rank :][:, :rank], b_p) for p, b_p in enumerate(b)], axis=1))
         row += count
     return (y + jnp.concatenate(parts)).astype(y.dtype)

@@ -1,29 +1,23 @@
-"""Pools full of random numbers: one array per layer, as a server has them, shared by all the cases of a model."""
+"""Random pools: one array per layer, as in a server, shared by all cases of a model."""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-_kept: dict[tuple[Any, ...], tuple[jax.Array, ...]] = {}
+_kept: dict[tuple, tuple[jax.Array, ...]] = {}
 
 
 def random_pools(shape: tuple[int, ...], layers: int, seed: int) -> tuple[jax.Array, ...]:
-    """bfloat16 N(0, 0.02^2) `shape`, one per layer. Random, since a chip may run faster on zeros. Kept until others are
-    asked for: two sets need not fit."""
+    """One bfloat16 array N(0, 0.02^2) of `shape` per layer. Zeros would be faster on some chips."""
     key = (shape, layers, seed)
     if key not in _kept:
-        release()
+        _kept.clear()  # two sets may not fit
         _kept[key] = tuple(random_array(shape, seed + layer, scale=0.02) for layer in range(layers))
     return _kept[key]
-
-
-def release() -> None:
-    """Frees the pools that are kept."""
-    _kept.clear()
 
 
 def random_array(shape: tuple[int, ...], seed: int, scale: float = 1.0) -> jax.Array:
@@ -31,14 +25,12 @@ def random_array(shape: tuple[int, ...], seed: int, scale: float = 1.0) -> jax.A
     return _normal(jax.random.key(seed), shape, scale)
 
 
-def _draw(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
+@partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
     return scale * jax.random.normal(key, shape, jnp.bfloat16)
 
 
-_normal = jax.jit(_draw, static_argnums=(1, 2))
-
-
 def random_pages(count: int, num_pages: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` page ids in random order, without the dummy page 0; none twice before all have been taken once."""
+    """Returns `count` page ids in random order, without the dummy page 0. An id repeats only after all were used."""
     rounds = [1 + rng.permutation(num_pages - 1) for _ in range(-(-count // (num_pages - 1)))]
     return np.concatenate(rounds)[:count].astype(np.int32) if rounds else np.zeros(0, np.int32)

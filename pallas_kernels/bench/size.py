@@ -1,6 +1,6 @@
-"""How large the benchmark is: the real one, and a miniature that a CPU runs in a minute, whose numbers mean nothing.
+"""The benchmark's sizes: the real one, and a miniature that a CPU runs in a minute, whose numbers mean nothing.
 
-What only one op needs to know stands in the grids of its own `bench.py`.
+Sizes of one op only are in the grids of its `bench.py`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,19 @@ from pallas_kernels.bench.models import LLAMA_3_8B, LLAMA_7B, TINY, TINY_MHA, Mo
 
 @dataclass(frozen=True)
 class Size:
-    """Shared by all ops.
+    """Sizes shared by all ops.
 
-    model, second_model: whose layers are measured. page_size, pool_pages: of the pool, one array for each of `layers`
-    layers. A dispatch runs an op once in every layer, as a step does; the reference runs in `reference_layers` only.
-    max_rank, slots: greatest rank, and number, of resident adapters. max_context: tokens of the longest sequence.
-    backends: of the kernels; interpret: they run on a CPU.
-    cache_bytes: dispatches rotate over inputs until so much has been read that no cache holds it.
-    copy_bytes, matmul_width: of the ceilings. rounds, round_seconds: of the timing.
+    Attributes:
+      miniature: kernels run by their interpreters, on a CPU.
+      model, second_model: the models whose layers are measured.
+      page_size, pool_pages: of the pool of each of `layers` layers. A dispatch runs an op once in every layer, as a
+        step does; the reference runs in one layer only.
+      max_rank, slots: largest rank, and number, of resident adapters.
+      max_context: tokens of the longest sequence.
+      backends: of the kernels.
+      cache_bytes: dispatches rotate over inputs of this many bytes, which no cache holds.
+      copy_bytes, matmul_width: of the ceilings.
+      rounds, round_seconds: of the timing.
     """
 
     miniature: bool
@@ -28,12 +33,10 @@ class Size:
     page_size: int
     pool_pages: int
     layers: int
-    reference_layers: int
     max_rank: int
     slots: int
     max_context: int
     backends: tuple[str, ...]
-    interpret: bool
     cache_bytes: int
     copy_bytes: int
     matmul_width: int
@@ -48,12 +51,10 @@ FULL = Size(
     page_size=16,
     pool_pages=2**15,  # 2 GiB a layer: 512k tokens, or 208 adapters of rank 64
     layers=32,
-    reference_layers=1,
     max_rank=128,
     slots=256,
     max_context=32768,
     backends=("triton", "mosaic_gpu"),
-    interpret=False,
     cache_bytes=192 * 2**20,  # three times the H200's second-level cache
     copy_bytes=2**32,
     matmul_width=8192,
@@ -68,12 +69,10 @@ MINIATURE = Size(
     page_size=8,
     pool_pages=512,
     layers=1,
-    reference_layers=1,
     max_rank=16,
     slots=4,
     max_context=48,
     backends=("triton",),
-    interpret=True,
     cache_bytes=2**14,
     copy_bytes=2**16,
     matmul_width=64,

@@ -29,24 +29,23 @@ _NO_HALVES = {
 
 @jax.tree_util.register_pytree_node_class
 class LoraProduct:
-    """The LoRA products of one step: made once, before the layers, then called for each layer and stack. A pytree, so
-    that one program can make it and another apply it to a layer.
+    """The LoRA products of one step: built once, before the layers, then called for each layer and stack. A pytree, so
+    that one program can build it and another apply it to a layer.
 
     Args:
       dtype: of the pool, the rows and the outputs.
-      decode: no adapter is dense: the step's rows are sequences' single tokens (static).
+      decode: every row is a sequence's single token, so no adapter is dense (static).
       tile_rows: height of the tiles, `lora_tile_rows`.
       max_rank: bound of any projection's rank.
       split: prepares for `shrink` and `expand`, between which shards exchange `x A`, instead of `__call__` (static).
-      implementation: None takes what the plan table names for the current trace's device; float32 and CPUs have the
-        reference, "xla", and so, with a warning, has a shape that the planned one does not serve. "bmm" is the paper's
-        padded baseline.
+      implementation: None: the plan table's for the current trace's device; the reference "xla" for float32, on CPUs,
+        and, with a warning, for shapes that the planned one does not serve. "bmm" is the paper's padded baseline.
       interpret: run GPU kernels on the CPU by their interpreters.
       shrink_plan, expand_plan: block shapes; None: the plan table's.
-      padding: shape of "bmm", which must hold the step; None: one that holds any.
+      padding: shape of "bmm", which must hold the step; None: the largest.
 
     Raises:
-      NotImplementedError: the implementation is unknown, or does not take this shape or dtype or `split` (it says why).
+      NotImplementedError: the implementation is unknown, or does not serve the shape, the dtype or `split`.
     """
 
     _ARRAYS = ("_tiles", "_pages", "_padded", "_row_weights", "_tile_weights", "_a_work", "_b_work")
@@ -132,8 +131,8 @@ class LoraProduct:
         """`x A` of every row with an adapter, after `split=True`.
 
         Returns:
-          `[T, projections, ceil(max_rank / stack.rank_shards)]` in the pool's dtype, in every backend; rows without an
-          adapter and ranks that an adapter lacks may hold anything. Products accumulate in float32.
+          `[T, projections, ceil(max_rank / stack.rank_shards)]` in the pool's dtype. Rows without an adapter and ranks
+          past an adapter's are undefined. Products accumulate in float32.
         """
         self._check_split(True)
         layout, tiles, options, number = self._layout, self._tiles, self._options, self._layout.stacks.index(stack)
@@ -148,8 +147,12 @@ class LoraProduct:
         return h[:, :, :ranks].astype(self._dtype)
 
     def expand(self, h: jax.Array, y: jax.Array, pool: jax.Array, stack: Stack) -> jax.Array:
-        """`y + h B`, after `split=True`: h `[T, projections, ranks]` (at least `max_rank` of them), y `[T,
-        stack.d_out]`. Rows without an adapter are y's to the bit."""
+        """Returns `y + h B`, after `split=True`. Rows without an adapter equal y to the bit.
+
+        Args:
+          h: `[T, projections, ranks]`, at least `max_rank` ranks.
+          y: `[T, stack.d_out]`.
+        """
         self._check_split(True)
         layout, tiles, options, number = self._layout, self._tiles, self._options, self._layout.stacks.index(stack)
         if options.implementation == "xla":
@@ -172,7 +175,7 @@ def _widen(h: jax.Array, ranks: int) -> jax.Array:
 
 
 def backend(layout: LoraLayout, dtype: Any, split: bool = False, implementation: Implementation | None = None) -> str:
-    """Name of the implementation that `LoraProduct` runs with the same arguments."""
+    """Returns the name of the implementation that `LoraProduct` runs with the same arguments."""
     check = partial(_check_served, layout, dtype, split)
     return fallback.choose("LoRA", implementation, dtype, lambda: plans.find("lora", "backend")["backend"], check)
 
@@ -185,7 +188,7 @@ def lora_tile_rows(
     split: bool = False,
     implementation: Implementation | None = None,
 ) -> int:
-    """The height of tiles that suits `LoraProduct` with the same arguments."""
+    """Returns the tile height for `LoraProduct` with the same arguments."""
     return tile_rows(backend=backend(layout, dtype, split, implementation), decode=decode)
 
 
@@ -211,7 +214,7 @@ def _check_served(layout: LoraLayout, dtype: Any, split: bool, name: str) -> str
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """What is static about a step's LoRA products beside their shapes; the fields are `LoraProduct`'s arguments."""
+    """Static settings of a step's LoRA products; the fields are `LoraProduct`'s arguments."""
 
     decode: bool
     tile_rows: int
@@ -236,16 +239,17 @@ def lora_shrink(
     stack: Stack,
     options: LoraOptions,
 ) -> jax.Array:
-    """`x A` of every tile of the step, for all projections of a stack at once (paper: first half of MBGMM and MBGMV).
+    """Computes `x A` of every tile of the step, for all projections of a stack (paper: first half of MBGMM and MBGMV).
 
     Args:
       x: `[T, stack.d_in]`.
-      pool: one layer's pool `[num_pages, 2, page_size, W]`. pages: int32 `[slots, max_pages]`, see `AdapterTable`.
+      pool: one layer's pool `[num_pages, 2, page_size, W]`.
+      pages: int32 `[slots, max_pages]`, see `AdapterTable`.
       work: int32 `[NT, len(work.FIELDS)]`, this stack's table of `work.stack_work`.
 
     Returns:
-      float32 `[slices, T, ranks]`: sums over slices of the input's columns, to be added up. Where a rank lies is the
-      backend's own affair, and its `lora_expand`'s; rows without an adapter and ranks that it lacks are undefined.
+      float32 `[slices, T, ranks]`: sums over slices of the input's columns, still to be added up. The order of ranks is
+      private to the backend. Rows without an adapter and ranks past an adapter's are undefined.
     """
     plan = options.shrink_plan or shrink_plan(
         backend=options.implementation, decode=options.decode, rows=x.shape[0], d_in=stack.d_in, width=layout.width
@@ -266,14 +270,15 @@ def lora_expand(
     stack: Stack,
     options: LoraOptions,
 ) -> jax.Array:
-    """`y + (sum over slices of h) B`, for all projections of a stack at once, in y's buffer where y is not used again
-    (paper: second half of MBGMM and MBGMV).
+    """Computes `y + (sum over slices of h) B` for all projections of a stack (paper: second half of MBGMM and MBGMV).
 
     Args:
-      h: what `lora_shrink` returned. y: `[T, stack.d_out]`. The others: as there.
+      h: result of `lora_shrink`.
+      y: `[T, stack.d_out]`; its buffer is reused if y is not read again.
+      pool, pages, work, layout, stack, options: as in `lora_shrink`.
 
     Returns:
-      `[T, stack.d_out]`; rows without an adapter are y's to the bit.
+      `[T, stack.d_out]`; rows without an adapter equal y to the bit.
     """
     plan = options.expand_plan or expand_plan(
         backend=options.implementation, decode=options.decode, rows=y.shape[0], d_out=stack.d_out, width=layout.width
@@ -284,7 +289,7 @@ def lora_expand(
 
 
 def _kernels(options: LoraOptions) -> ModuleType:
-    """The module of a GPU backend, imported where it is used."""
+    """The module of a GPU backend, imported at use."""
     if options.implementation == "triton":
         from pallas_kernels.lora import triton
 

@@ -1,4 +1,4 @@
-"""Cases of the LoRA products: the whole product of a layer, shrink and expand alone, and what they compete with."""
+"""Cases of the LoRA products: the whole product of a layer, shrink and expand alone, and the baselines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels.bench import lora_programs as programs
 from pallas_kernels.bench import peers
 from pallas_kernels.bench.adapters import Ranks
-from pallas_kernels.bench.case import Case, Section, System, chain, repeat
+from pallas_kernels.bench.case import Case, System, chain, repeat
 from pallas_kernels.bench.lora_batch import DTYPE, Batch, Shape, make_batch
 from pallas_kernels.bench.pools import random_array
 from pallas_kernels.bench.size import Size
@@ -22,18 +22,26 @@ from pallas_kernels.lora.roofline import expand_work, shrink_work
 from pallas_kernels.roofline import Work
 
 TOLERANCE = 1e-2
-"""Of checks: what bfloat16 allows, and far below one wrong row."""
+"""Of checks: bfloat16's error, far below that of one wrong row."""
 PEER_LAYERS = 8
-"""Most layers of a competitor's dispatch."""
+"""Most layers of a baseline's dispatch."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """decode: rows of a step, and how many adapters they are spread over. prefill_rows, prefill_adapters: likewise.
-    ranks: at main_rank everything is measured over all numbers of adapters, at the others with main_adapters; the
-    product alone is measured at all ranks and numbers. loop_adapters: most that the unrolled loop is
-    measured with beside the others; late_loop_adapters: and by itself, last.
-    second_decode, second_ranks: of the second model. check_adapters: of the checks."""
+    """The measured shapes.
+
+    Attributes:
+      decode: rows of a step, and numbers of adapters that they are spread over.
+      prefill_rows, prefill_adapters: the same for steps with prefill.
+      ranks: the product is measured at all ranks and numbers of adapters.
+      main_rank: baselines and halves are measured at this rank with all numbers of adapters.
+      main_adapters: and at `peer_ranks` with this number.
+      loop_adapters: most adapters of the unrolled loop beside the other systems.
+      late_loop_adapters: most adapters of the loop in a case of its own, measured last.
+      second_decode, second_ranks: the same for the second model.
+      check_adapters: adapters of the checks.
+    """
 
     decode: tuple[tuple[int, tuple[int, ...]], ...]
     prefill_rows: int
@@ -112,7 +120,7 @@ def loop(batch: Batch, layers: int) -> System:
 
 
 def _contiguous(batch: Batch, layers: int) -> list[tuple[Any, ...]]:
-    """The competitors' matrices of every layer, for each set of adapters."""
+    """The baselines' matrices of every layer, for each set of adapters."""
     table, pools, rank = batch.adapters.table(), batch.pools(layers), int(batch.ranks.max())
     return [
         tuple(peers.contiguous(pool, table, jnp.asarray(slots), batch.shape.layout, rank) for pool in pools)
@@ -120,15 +128,15 @@ def _contiguous(batch: Batch, layers: int) -> list[tuple[Any, ...]]:
     ]
 
 
-def section(size: Size, seed: int) -> Section:
+def section(size: Size, seed: int) -> list[Case]:
     """Every case."""
     grid = MINIATURE if size.miniature else FULL
-    return Section("lora", [*checks(size, grid, seed), *_measured(size, grid, seed)])
+    return [*checks(size, grid, seed), *_measured(size, grid, seed)]
 
 
 def checks(size: Size, grid: Grid, seed: int) -> Iterator[Case]:
-    """Kernels at the shapes that are timed, in one layer whose other pages are NaN, adapters of any ranks, some rows
-    without an adapter; and the competitors."""
+    """Checks of kernels and baselines at timed shapes, in one layer whose other pages are NaN, with adapters of any
+    ranks; the kernels also with rows without an adapter."""
     for number, (count, decode) in enumerate(((grid.decode[0][0], True), (grid.prefill_rows, False))):
         shape, n = Shape(size, size.model, count, decode), min(grid.check_adapters, count // 2)
         batch = make_batch(shape, "ragged", n, rows=count - count // 4, layers=1, seed=seed + 7 * number, poisoned=True)
@@ -146,9 +154,9 @@ def _measured(size: Size, grid: Grid, seed: int) -> Iterator[Case]:
     for rank, (shape, n) in itertools.product(grid.ranks, steps):
         if rank == "mixed" and n < 4:
             continue
-        batch = make_batch(shape, rank, n, rows=shape.rows, layers=size.reference_layers, seed=seed)
+        batch = make_batch(shape, rank, n, rows=shape.rows, layers=1, seed=seed)
         systems = [kernel(batch, backend, size.layers) for backend in size.backends]
-        systems.append(kernel(batch, "xla", size.reference_layers))
+        systems.append(kernel(batch, "xla", 1))
         facts = {"model": shape.model.name, "rows": shape.rows, "adapters": n, "rank": rank}
         main = rank == grid.main_rank
         if main or (n == grid.main_adapters and rank in grid.peer_ranks):
@@ -172,7 +180,7 @@ def _measured(size: Size, grid: Grid, seed: int) -> Iterator[Case]:
 
 
 def _late_loop(batch: Batch, grid: Grid) -> System:
-    """The loop over many adapters, which compiles too long to keep the others waiting."""
+    """The loop over many adapters, in a case of its own because it compiles long."""
     if len(batch.counts) > grid.late_loop_adapters:
         return System("loop", skip=f"unrolled over {len(batch.counts)} adapters it compiles for minutes")
     return loop(batch, 1)

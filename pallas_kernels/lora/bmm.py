@@ -1,17 +1,17 @@
 """The padded baseline: batched matrix products over zero-padded adapters (S-LoRA's `--bmm`, after `torch.bmm`).
 
 Weights of a step's adapters are gathered from the pool into zero-padded `[n, d_in, r]` and `[n, r, d_out]`, rows into
-zero-padded `[n, rows, d_in]`, and each stack's products are two batched ones. What is padded:
+zero-padded `[n, rows, d_in]`; each stack takes two batched products. Padded are:
 
-- rank: every projection of every adapter to the largest that the engine accepts (`max_rank`, in whole blocks of 16).
-- rows, in a decode step: every segment (one adapter's rows) to the longest of the step, as in the paper.
-- rows, in a mixed step: segments are cut into pieces of `tile_rows`. The paper multiplies each prompt's segment by
-  itself, unpadded, in a step without decoding sequences; to pad those to the length of a prompt would be unfair.
-- and, as shapes are static here, n and the longest segment to the next of a few compiled sizes. The host picks the
-  smallest that holds the step (`smallest`), so there is no branch on the device.
+- ranks: every projection of every adapter to the engine's largest rank (`max_rank`, in whole blocks of 16).
+- rows of a decode step: every segment (one adapter's rows) to the longest of the step, as in the paper.
+- rows of a mixed step: segments are cut into pieces of `tile_rows`. The paper multiplies each prompt's segment alone,
+  unpadded, in a step without decoding sequences; padding those to the length of a prompt would be unfair.
+- n and the longest segment: to the next of a few compiled sizes, since shapes are static. The host picks the smallest
+  that holds the step (`smallest`), so the device has no branch.
 
 The paper's code copies the weights of all layers into one tensor before each step; here each layer gathers its own,
-which needs less memory.
+which takes less memory.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from pallas_kernels.lora import xla
 from pallas_kernels.lora.layout import LoraLayout, Stack, ceil_div
 
 RATIO = 8
-"""Between neighbouring sizes of a decode step's padding."""
+"""Ratio of consecutive sizes of a decode step's padding."""
 
 
 @dataclass(frozen=True)
 class Padding:
-    """Static shape of a step's padded work: `segments` of `rows` rows. cut: a segment of more rows becomes several;
-    otherwise a step with such a segment does not fit."""
+    """Static shape of a step's padded work: `segments` of `rows` rows. cut: longer segments are split; otherwise a step
+    with a longer segment does not fit."""
 
     segments: int
     rows: int
     cut: bool
 
     def holds(self, lengths: Sequence[int]) -> bool:
-        """Whether segments of these lengths fit."""
+        """Returns whether segments of these lengths fit."""
         if self.cut:
             return sum(ceil_div(length, self.rows) for length in lengths) <= self.segments
         return len(lengths) <= self.segments and max(lengths, default=0) <= self.rows
 
 
 def paddings(tokens: int, adapters: int, *, decode: bool, tile_rows: int) -> tuple[Padding, ...]:
-    """The shapes for steps of up to `tokens` rows of up to `adapters` adapters, the least padded rows first; the last
-    holds every step. Only shapes that hold `tokens` rows: less full steps are padded to their program anyway."""
+    """Returns the shapes for steps of up to `tokens` rows and `adapters` adapters, fewest padded rows first; the last
+    holds every step. Every shape holds `tokens` rows, because smaller steps are padded to their program anyway."""
     adapters = min(adapters, tokens)
     if not decode:
         most, full = ceil_div(tokens, tile_rows) + adapters, ceil_div(tokens, tile_rows)
@@ -63,7 +63,7 @@ def paddings(tokens: int, adapters: int, *, decode: bool, tile_rows: int) -> tup
 
 
 def smallest(shapes: Sequence[Padding], lengths: Sequence[int]) -> Padding:
-    """The first of `paddings` that holds segments of these lengths."""
+    """Returns the first of `shapes` that holds segments of these lengths."""
     return next(padding for padding in shapes if padding.holds(lengths))
 
 
@@ -78,10 +78,13 @@ def _sizes(first: int, last: int, ratio: int) -> list[int]:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PaddedStack:
-    """Where one stack's weights lie in the pool, seen as rows `[num_pages * 2 * page_size, W]`, for n padded segments
-    and P projections of R ranks each.
+    """Addresses of one stack's weights in the pool as rows `[num_pages * 2 * page_size, W]`, for n padded segments and
+    P projections of R ranks each.
 
-    a_row: int32 `[n, P, R, A chunks]`. b_row: int32 `[n, R, B chunks]` of each projection. live: bool `[n, P, R]`.
+    Attributes:
+      a_row: int32 `[n, P, R, A chunks]`.
+      b_row: int32 `[n, R, B chunks]` of each projection.
+      live: bool `[n, P, R]`.
     """
 
     a_row: jax.Array
@@ -92,8 +95,13 @@ class PaddedStack:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PaddedWork:
-    """A step's padding, shared by all layers. row: int32 `[n * rows]`, the row of the step at each padded place (T:
-    none). place: int32 `[T]`, the padded place of each row (n * rows: it has no adapter)."""
+    """A step's padding, shared by all layers.
+
+    Attributes:
+      row: int32 `[n * rows]`, the step's row at each padded place (T: none).
+      place: int32 `[T]`, the padded place of each row (n * rows: no adapter).
+      stacks: addresses of every stack's weights.
+    """
 
     row: jax.Array
     place: jax.Array
@@ -109,7 +117,7 @@ def prepare(
     max_rank: int,
     padding: Padding,
 ) -> PaddedWork:
-    """Pads the rows `0 .. lora_rows`; those of one slot of `row_slot [T]` are contiguous. `pages`, `ranks`: as in
+    """Pads the rows `0 .. lora_rows`. Rows of one slot of `row_slot [T]` must be contiguous. `pages`, `ranks`: see
     `AdapterTable`."""
     tokens, places = row_slot.shape[0], padding.segments * padding.rows
     row = jnp.arange(tokens)
@@ -130,7 +138,7 @@ def prepare(
 
 
 def _padded(layout: LoraLayout, stack: Stack, rows: xla.StackRows) -> PaddedStack:
-    """From groups of ranks to all ranks in a row."""
+    """Converts groups of ranks to a contiguous axis of ranks."""
     first, a_chunks = 0, rows.a_row.shape[-1]
     a_row = jnp.moveaxis(rows.a_row, 0, 2)  # [n, P, G, GROUP, A chunks]
     n, projections = a_row.shape[:2]
@@ -174,6 +182,6 @@ def add(
 
 
 def _halves(h: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
-    """float32 as two numbers of a 16-bit type whose sum it is, to 16 more bits: a tensor core's float32."""
+    """Splits float32 into two numbers of a 16-bit type with the same sum, for tensor cores."""
     high = h.astype(dtype)
     return [high, (h - high.astype(jnp.float32)).astype(dtype)]

@@ -1,4 +1,4 @@
-"""Where each row of an adapter lies in its tiles: the one definition shared by the host packer and every kernel.
+"""The tile layout of adapters: the single definition shared by the host packer and every kernel.
 
 An adapter is a list of tiles `[page_size, width]`, two to a page (design: "The unified pool"). Projections that read
 the same input form a *stack*: their A matrices `[r_p, d_in]` are concatenated row-wise into one matrix of `R = sum r_p`
@@ -27,7 +27,7 @@ def ceil_div(a: Any, b: int) -> Any:
 
 
 def _blocks(rows: Any, size: int) -> Any:
-    """`ceil_div` of numbers >= 0, which compiles to two operations instead of a dozen that mind the signs."""
+    """`ceil_div` of numbers >= 0: two compiled operations instead of a dozen that handle signs."""
     if _is_traced(rows):
         from jax import lax
 
@@ -45,17 +45,20 @@ def _column(ranks: Any, index: int) -> Any:
 
 
 def _is_traced(a: Any) -> bool:
-    """Returns whether `a` is an array of JAX, which is not imported here: the command line needs this module first."""
+    """Returns whether `a` is a JAX array, without importing JAX: the command line imports this module first."""
     return hasattr(a, "aval")
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Projections that read the same input. `d_outs` are in the order of the fused base output; the first is the widest
-    and the others are equal, so that only blocks holding rows of the first need its number of column chunks.
+    """Projections that read the same input.
 
-    rank_shards: how many shards the rows of A are dealt to, one by one: each holds `ceil(r / rank_shards)` rows of a
-    projection of rank r (the last may be zero), and all r rows of B.
+    Attributes:
+      d_in: width of the input.
+      d_outs: output widths in the order of the fused base output. The first is the widest and the others are equal, so
+        that only blocks with rows of the first need its number of column chunks.
+      rank_shards: number of shards over which the rows of A are interleaved. Each shard holds `ceil(r / rank_shards)`
+        rows of a projection of rank r (the last may be zero), and all r rows of B.
     """
 
     name: str
@@ -80,21 +83,22 @@ class Stack:
 
     @cached_property
     def rank_index(self) -> tuple[int, ...]:
-        """Where this stack's projections stand in a rank vector `[..., 7]`."""
+        """Indices of this stack's projections in a rank vector `[..., 7]`."""
         return tuple(PROJECTIONS.index(p) for p in self.projections)
 
     def a_ranks(self, rank: Any) -> Any:
-        """Rows of A that a shard holds of a projection of rank `rank`."""
+        """Rows of A per shard of a projection of rank `rank`."""
         return rank if self.rank_shards == 1 else ceil_div(rank, self.rank_shards)
 
 
 @dataclass(frozen=True)
 class StackTiles:
-    """Tile numbers of one stack within one adapter (or, with arrays, within many adapters at once).
+    """Tile numbers of one stack within one adapter (or, with arrays, within many adapters).
 
-    `a_base`, `b_base`: first A and first B tile, counted from the adapter's first tile.
-    `a_rows`, `rows`: rows of A, and of B: R, the stack's total rank. They differ only where A's are dealt to shards.
-    `wide_blocks`: blocks of B that hold a row of the widest projection.
+    Attributes:
+      a_base, b_base: first A and first B tile, counted from the adapter's first tile.
+      a_rows, rows: rows of A, and of B (R, the stack's total rank). They differ only if A is sharded by rank.
+      wide_blocks: blocks of B with a row of the widest projection.
     """
 
     a_base: Any
@@ -106,8 +110,13 @@ class StackTiles:
 
 @dataclass(frozen=True)
 class LoraLayout:
-    """Tile geometry of every adapter of one base model: the `stacks` of a layer, `page_size` rows a tile, and `width`
-    columns a tile, the pool's W."""
+    """Tile geometry of every adapter of one base model.
+
+    Attributes:
+      stacks: the stacks of a layer.
+      page_size: rows of a tile.
+      width: columns of a tile, the pool's W.
+    """
 
     stacks: tuple[Stack, ...]
     page_size: int
@@ -117,11 +126,11 @@ class LoraLayout:
         return ceil_div(stack.d_in, self.width)
 
     def b_chunks(self, stack: Stack) -> tuple[int, int]:
-        """Column chunks of a B block: with, and without, a row of the stack's widest projection."""
+        """Column chunks of a B block with, and without, a row of the stack's widest projection."""
         return ceil_div(stack.d_outs[0], self.width), ceil_div(stack.d_outs[-1], self.width)
 
     def stack_tiles(self, ranks: Any) -> tuple[tuple[StackTiles, ...], Any]:
-        """Tile numbers of every stack for `ranks [..., 7]`, and the adapter's total number of tiles `[...]`."""
+        """Returns the tile numbers of every stack for `ranks [..., 7]`, and the adapter's number of tiles `[...]`."""
         rank_of = [_column(ranks, i) for i in range(len(PROJECTIONS))]
         tiles, base = [], 0 * rank_of[0]
         for stack in self.stacks:
@@ -139,11 +148,11 @@ class LoraLayout:
         return tuple(tiles), base
 
     def a_tile(self, stack: Stack, tiles: StackTiles, block: Any) -> Any:
-        """Number of the tile that holds column chunk 0 of A's row block `block`; chunk `c` is the c-th after it."""
+        """Tile of column chunk 0 of A's row block `block`; chunk `c` is the c-th tile after it."""
         return tiles.a_base + block * self.a_chunks(stack)
 
     def b_tile(self, stack: Stack, tiles: StackTiles, block: Any) -> Any:
-        """Number of the tile that holds column chunk 0 of B's row block `block`; chunk `c` is the c-th after it."""
+        """Tile of column chunk 0 of B's row block `block`; chunk `c` is the c-th tile after it."""
         wide, narrow = self.b_chunks(stack)
         in_wide = block * wide
         after_wide = tiles.wide_blocks * wide + (block - tiles.wide_blocks) * narrow

@@ -9,14 +9,20 @@ from pallas_kernels import plans
 from pallas_kernels.lora.layout import ceil_div
 
 MIN_BLOCK = 16
-"""Fewest columns that a tensor core takes."""
+"""Smallest block width of a tensor-core product."""
 
 
 @dataclass(frozen=True)
 class ShrinkPlan:
-    """block_r: rank rows at once. block_k: input columns at once. slice_k: input columns of one program (a multiple of
-    block_k). warps: of a program. stages: of its copy pipeline, which looks up pages before it reads them, so that the
-    weights have `(stages - 2) / 2` buffers."""
+    """Block shapes of shrink.
+
+    Attributes:
+      block_r: rank rows per block.
+      block_k: input columns per block.
+      slice_k: input columns of one program, a multiple of block_k.
+      warps: per program.
+      stages: of the copy pipeline. It looks up pages before it reads them, so weights have `(stages - 2) / 2` buffers.
+    """
 
     block_r: int
     block_k: int
@@ -25,14 +31,20 @@ class ShrinkPlan:
     stages: int
 
     def splits(self, d_in: int) -> int:
-        """Slices of an input of `d_in` columns."""
+        """Number of slices of an input of `d_in` columns."""
         return ceil_div(d_in, self.slice_k)
 
 
 @dataclass(frozen=True)
 class ExpandPlan:
-    """block_r: rank rows at once. block_n: output columns at once. span_n: output columns of one program (a multiple of
-    block_n). warps, stages: as in ShrinkPlan."""
+    """Block shapes of expand.
+
+    Attributes:
+      block_r: rank rows per block.
+      block_n: output columns per block.
+      span_n: output columns of one program, a multiple of block_n.
+      warps, stages: as in ShrinkPlan.
+    """
 
     block_r: int
     block_n: int
@@ -61,5 +73,5 @@ def tile_rows(**facts: Any) -> int:
 
 
 def _block(block: int, width: int) -> int:
-    """`block` columns, or as many as divide the pool's width: a block must not straddle two tiles."""
+    """`block` limited to a divisor of the pool's width, so that no block spans two tiles."""
     return min(block, width & -width)

@@ -1,8 +1,7 @@
-"""What the LoRA products of one step must move and compute, for one stack of one layer.
+"""Least bytes and operations of a step's LoRA products, for one stack of one layer.
 
-Counted are only what belongs to the adapters at hand: of each adapter with rows in the step the live rows of its tiles,
-once; not the columns that pad a tile, not page tables and work tables. Rows without an adapter of the stack cost
-nothing: the result is added in place.
+The live rows of the step's adapters count once; columns that pad a tile, page tables and work tables do not count. Rows
+without an adapter of the stack cost nothing, since the result is added in place.
 """
 
 from __future__ import annotations
@@ -13,16 +12,17 @@ from pallas_kernels.lora.layout import LoraLayout, Stack
 from pallas_kernels.roofline import Work
 
 INTERMEDIATE_BYTES = 4
-"""Of one element of `x A`, which shrink leaves for expand in float32."""
+"""Bytes of one element of `x A`, the float32 result of shrink."""
 
 
 def shrink_work(ranks: np.ndarray, rows: np.ndarray, stack: Stack, itemsize: int, planes: int = 1) -> Work:
-    """Bytes: A once, x once, and `x A` written `planes` times (1: the least that two kernels can hand over; a shrink
-    that splits its input into slices writes one plane for each). Operations: `2 * rows * rank * d_in`.
+    """Bytes: A once, x once, and `x A` written `planes` times. Operations: `2 * rows * rank * d_in`.
 
     Args:
-      ranks: int `[n, 7]`, of the adapters. rows: int `[n]`, rows of the step that each has.
+      ranks: int `[n, 7]`, the adapters' ranks.
+      rows: int `[n]`, each adapter's rows of the step.
       itemsize: bytes of an element of x and of the pool.
+      planes: slices of the input, each with its own `x A`; 1 is the least.
     """
     rank, rows = _live(ranks, rows, stack)
     total, hidden = rank.sum(1), rows[:, None] * rank  # [n], [n, projections]
@@ -33,8 +33,8 @@ def shrink_work(ranks: np.ndarray, rows: np.ndarray, stack: Stack, itemsize: int
 
 
 def expand_work(ranks: np.ndarray, rows: np.ndarray, stack: Stack, itemsize: int, planes: int = 1) -> Work:
-    """Bytes: B once, `x A` read `planes` times, and y read and written in the columns of projections that the row's
-    adapter has. Operations: `2 * rows * rank * d_out`. Arguments: as of `shrink_work`; itemsize is also y's."""
+    """Bytes: B once, `x A` read `planes` times, and y read and written in the columns of the adapter's projections.
+    Operations: `2 * rows * rank * d_out`. Arguments as in `shrink_work`; itemsize is also y's."""
     rank, rows = _live(ranks, rows, stack)
     widths, hidden = np.array(stack.d_outs), rows[:, None] * rank
     weights = int((rank[rows > 0] * widths).sum()) * itemsize

@@ -10,10 +10,11 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class AdapterTable:
-    """Which pages each adapter slot owns, on the device. Changed only when an adapter is loaded.
+    """The pages of each adapter slot, on the device. Changes only when an adapter is loaded.
 
-    pages: int32 `[slots, max_pages]`, pool page ids in tile order; 0 (the dummy page) past the adapter's end.
-    ranks: int32 `[slots, 7]`, true rank of each projection (`layout.PROJECTIONS`); 0 where it has no LoRA.
+    Attributes:
+      pages: int32 `[slots, max_pages]`, pool page ids in tile order; 0 (the dummy page) past the adapter's end.
+      ranks: int32 `[slots, 7]`, true rank of each projection (`layout.PROJECTIONS`); 0 without LoRA.
     """
 
     pages: jax.Array
@@ -26,11 +27,13 @@ class LoraTiles:
     """The LoRA work of one step: an exact list of row tiles, shared by all layers, stacks and backends.
 
     Rows of one adapter are contiguous. Adapters with many rows (*dense*) come first, in rows `0 .. dense_rows` and
-    tiles `0 .. num_dense`; then the others; rows from `lora_rows` on have none. In each part, high ranks come first.
+    tiles `0 .. num_dense`; then the other adapters; rows from `lora_rows` on have no adapter. In each part, high ranks
+    come first.
 
-    slot, first_row, rows: int32 `[NT]`, valid up to `num_tiles`; `rows` is at most the program's tile height.
-    row_slot: int32 `[T]`, adapter slot of each row (any valid slot where the row has none).
-    num_tiles, num_dense, dense_rows, lora_rows: int32 scalars.
+    Attributes:
+      slot, first_row, rows: int32 `[NT]`, valid up to `num_tiles`; `rows` is at most the program's tile height.
+      row_slot: int32 `[T]`, adapter slot of each row (any valid slot for a row without an adapter).
+      num_tiles, num_dense, dense_rows, lora_rows: int32 scalars.
     """
 
     slot: jax.Array

@@ -1,9 +1,9 @@
 """lora_shrink and lora_expand in Triton: Ampere, Ada, Hopper.
 
-A program of shrink owns one row tile and one slice of the input's columns, and walks over the adapter's live rank rows;
-a program of expand owns one row tile and one block of output columns. Weights are read from their pool tiles row by row
-address, each byte once per tile. Slices of shrink end in planes of their own, which expand adds up in a fixed order: no
-atomics, no zeroing, the same bits every time.
+A program of shrink computes one row tile and one slice of the input's columns, and loops over the adapter's live rank
+rows; a program of expand computes one row tile and one block of output columns. Weights are read from pool tiles by row
+address, each byte once per tile. Each slice of shrink writes its own plane, and expand adds the planes in a fixed
+order: no atomics, no zeroing, deterministic bits.
 """
 
 from __future__ import annotations
@@ -70,15 +70,14 @@ def lora_shrink_kernel(
             a = tl.load(pool_ptr + address[None, :] + (k - chunk * WIDTH + column)[:, None], mask=a_mask, other=0.0)
             x = tl.load(x_tile + k, mask=x_mask, other=0.0)
             acc = tl.dot(x, a, acc)
-        # Projection p's ranks begin at column p * MAX_RANK of h, where expand finds them aligned.
+        # Projection p's ranks begin at column p * MAX_RANK of h, so that expand reads them aligned.
         begin = tl.where(r >= end1, end1 - 2 * MAX_RANK, tl.where(r >= end0, end0 - MAX_RANK, 0))
         tl.store(h_tile + (r - begin)[None, :], acc, mask=own[:, None] & live[None, :])
 
 
 @triton.jit
 def _sum_of_slices(h_ptr, rank, own, live, PLANE: tl.constexpr, SPLITS: tl.constexpr, dtype: tl.constexpr):
-    """The sum of shrink's slices, in their order, as the sum of two numbers of the weights' type: the second holds what
-    the first would lose."""
+    """The sum of shrink's slices, in order, as two numbers of the weights' dtype: the rounded sum and its error."""
     h = tl.load(h_ptr + rank[None, :], mask=own[:, None], other=0.0)  # whole blocks of ranks: wide loads
     for part in tl.static_range(1, SPLITS):
         h += tl.load(h_ptr + part * PLANE + rank[None, :], mask=own[:, None], other=0.0)
@@ -121,7 +120,7 @@ def lora_expand_kernel(
     y_tile += tl.where(projection == 0, 0, D_FIRST + (projection - 1) * D_REST)
     h_ptr += (first_row + row).to(tl.int64)[:, None] * (PROJECTIONS * MAX_RANK) + projection * MAX_RANK
     j = tl.arange(0, BLOCK_R)
-    if rank <= BLOCK_R:  # the common case: h is read once, and B streams by
+    if rank <= BLOCK_R:  # the common case: h is read once, and B is streamed
         r = begin + j
         tile_of_row = b_base + _b_tile(r // PAGE_SIZE, wide_blocks, WIDE_CHUNKS, NARROW_CHUNKS)
         high, low = _sum_of_slices(h_ptr, j, own, j < rank, PLANE, SPLITS, dtype)

@@ -1,4 +1,4 @@
-"""What the GPU kernels know of each LoRA tile of a step: a small table per stack, made once, shared by all layers."""
+"""The LoRA kernels' work tables: one row per tile, one table per stack, built once per step for all layers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pallas_kernels.lora.layout import LoraLayout, Stack
 from pallas_kernels.lora.tiles import LoraTiles
 
 FIELDS = ("first_row", "rows", "slot", "a_base", "b_base", "wide_blocks", "end0", "end1", "end2")
-"""Columns of a work table. `first_row`, `rows`: the tile's rows of the step (0 rows where the list has ended). `slot`:
-row of the adapter table. `a_base`, `b_base`, `wide_blocks`: see `layout.StackTiles`. `end0..2`: rows of the stack up
-to and including each projection (the last, repeated, where a stack has fewer): projection p owns rows `end[p-1]` to
-`end[p]`, and `end2` is the stack's rank. They are rows of A and of B alike, unless A's are dealt to shards."""
+"""Columns of a work table. `first_row`, `rows`: the tile's rows of the step (0 rows past the list's end). `slot`: row
+of the adapter table. `a_base`, `b_base`, `wide_blocks`: see `layout.StackTiles`. `end0..2`: rows of the stack up to and
+including each projection (a stack with fewer repeats the last): projection p owns rows `end[p-1]` to `end[p]`, and
+`end2` is the stack's rank. The same rows hold for A and B, unless A is sharded by rank."""
 
 
 def stack_work(
@@ -22,11 +22,11 @@ def stack_work(
     *,
     of_a: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """The work table of every stack: int32 `[NT, len(FIELDS)]`.
+    """Returns the work table of every stack: int32 `[NT, len(FIELDS)]`.
 
     Args:
       ranks: int32 `[slots, 7]`.
-      of_a: `end0..2` count rows of A, where these are dealt to shards.
+      of_a: `end0..2` count a shard's rows of A.
     """
     slot = tiles.slot
     live = jnp.arange(slot.shape[0]) < tiles.num_tiles

@@ -1,14 +1,13 @@
 """Reference of the gathered LoRA product in plain JAX: work in proportion to live ranks, no stack of padded adapters.
 
-The unit of work is a *group*: up to `GROUP` ranks of every projection of a stack at once. Where a group's rows lie in
-the pool is worked out once per step and shared by all layers (`prepare`); each layer then only reads them. Two regimes,
-by how many rows share an adapter:
+The unit of work is a *group*: up to `GROUP` ranks of every projection of a stack. The addresses of a group's rows in
+the pool are computed once per step and shared by all layers (`prepare`). Two regimes, by the rows of each adapter:
 
-- *rows*: every row has (nearly) an adapter of its own. Rows are taken `ROW_CHUNK` at a time, each with its own
-  weights, read in place: the products are written as sums that XLA fuses with the gather.
+- *rows*: (nearly) every row has its own adapter. Rows are processed `ROW_CHUNK` at a time, each with its own weights,
+  read in place: the products are written as sums that XLA fuses with the gather.
 - *tiles*: each tile of rows shares one adapter; a group is one matrix product.
 
-Trip counts are data, so nothing is recompiled when adapters come and go.
+Trip counts are data, so loading or evicting adapters recompiles nothing.
 """
 
 from __future__ import annotations
@@ -29,21 +28,24 @@ GROUP = 16
 """Ranks per projection in one unit of work."""
 
 ROW_CHUNK = 8
-"""Rows that are worked on together in the row regime, for as long as the highest rank among them takes. They come in
-order of rank, so that few rows wait for others."""
+"""Rows processed together in the row regime, as long as their highest rank takes. Rows are in order of rank, so that
+few wait for others."""
 
 LANES = 64
-"""Columns summed side by side in the row regime's shrink, so that a CPU's vector units are filled."""
+"""Columns summed side by side in the row regime's shrink, to fill a CPU's vector units."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StackRows:
-    """Where one stack's rows lie in the pool, seen as rows `[num_pages * 2 * page_size, W]`, for M adapters.
+    """Addresses of one stack's rows in the pool as rows `[num_pages * 2 * page_size, W]`, for M adapters.
 
-    groups: int32 `[M]`, live groups. a_row: int32 `[G, M, projections, GROUP, A chunks]`; b_row: int32 `[G, M, B chunks
-    of all projections, GROUP]`; b_live: bool, same shape. Dead entries name row 0 of the dummy page; b_live masks them.
-    Where A's rows are dealt to shards, a_groups and a_row's G count the rows of a shard.
+    Attributes:
+      groups: int32 `[M]`, live groups.
+      a_groups: int32 `[M]`, live groups of A; with A sharded by rank, this and a_row's G count a shard's rows.
+      a_row: int32 `[G, M, projections, GROUP, A chunks]`.
+      b_row: int32 `[G, M, B chunks of all projections, GROUP]`. Dead entries are row 0 of the dummy page.
+      b_live: bool, as b_row.
     """
 
     groups: jax.Array
@@ -54,7 +56,7 @@ class StackRows:
 
 
 _CLIP: Any = {"mode": "clip", "wrap_negative_indices": False}
-"""How rows are read: no index is negative, and one past the end reads anything, for it is masked."""
+"""Gather mode: no index is negative, and reads past the end are masked."""
 
 
 def prepare(

@@ -19,15 +19,19 @@ IMPLEMENTATIONS = get_args(Implementation)
 
 
 class PagedAttention:
-    """The attention of one step: made once, before the layers, then called for each layer.
+    """The attention of one step: built once, before the layers, then called for each layer.
 
-    page_size, dtype: the pool's. decode: every sequence has exactly one row: there is no prefill tile (static).
-    tile_rows: most rows of a prefill tile (static). window: how many keys a query sees, its own included (None: all).
-    implementation: None for the plan table's choice on the current trace's device; "xla" on a CPU, for a float32 pool,
-    and, with a warning, where that choice does not serve the shape. interpret: run GPU kernels on the CPU by their
-    interpreters.
+    Args:
+      page_size, dtype: the pool's.
+      decode: every sequence has exactly one row, so there are no prefill tiles (static).
+      tile_rows: most rows of a prefill tile (static).
+      window: number of newest keys that a query sees, its own included; None: all.
+      implementation: None: the plan table's for the current trace's device; "xla" on a CPU, for a float32 pool, and,
+        with a warning, for shapes that the planned one does not serve.
+      interpret: run GPU kernels on the CPU by their interpreters.
 
-    Raises NotImplementedError where an implementation named by the caller does not serve the shape or the dtype.
+    Raises:
+      NotImplementedError: an implementation named by the caller does not serve the shape or the dtype.
     """
 
     def __init__(
@@ -59,14 +63,14 @@ class PagedAttention:
         )
 
     def __call__(self, q: jax.Array, pool: jax.Array) -> jax.Array:
-        """Causal grouped-query attention of every row over its own sequence's pages.
+        """Computes causal grouped-query attention of every row over its own sequence's pages.
 
         Args:
           q: `[T, H, head_dim]`, rotated, not scaled.
           pool: one layer's pool `[num_pages, 2, page_size, W]` with `W = num_kv_heads * head_dim`.
 
         Returns:
-          `[T, H, head_dim]` in q's dtype; zeros in rows that belong to no sequence. Softmax in float32.
+          `[T, H, head_dim]` in q's dtype; zeros in rows without a sequence. Softmax in float32.
         """
         shape = self._shape
         if q.shape[1:] != (shape.num_heads, shape.head_dim) or pool.shape[1:] != (2, shape.page_size, shape.width):
@@ -77,7 +81,7 @@ class PagedAttention:
 def _made(
     tiles: AttentionTiles, shape: AttentionShape, tile_rows: int, interpret: bool, name: str
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The implementation `name` for one step: `(q, pool) -> out`. Backends are imported where they are used."""
+    """Returns the implementation `name` for one step: `(q, pool) -> out`. Backends are imported at use."""
     if name == "xla":
         return xla.Attention(tiles, shape, tile_rows)
     if name == "triton":
@@ -104,7 +108,7 @@ def paged_attention(
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """One layer's attention on its own: `PagedAttention` made and called."""
+    """Computes one layer's attention by a `PagedAttention` built for this call."""
     attend = PagedAttention(
         tiles,
         num_heads=q.shape[1],

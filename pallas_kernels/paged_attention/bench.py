@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.bench.case import Case, Program, Section, System, chain
+from pallas_kernels.bench.case import Case, Program, System, chain
 from pallas_kernels.bench.pools import random_array, random_pages, random_pools
 from pallas_kernels.bench.size import Size
 from pallas_kernels.lora.layout import ceil_div
@@ -21,18 +21,25 @@ from pallas_kernels.roofline import Work
 
 DTYPE = jnp.bfloat16
 TOLERANCE = 1e-2
-"""Of checks: what bfloat16 allows, and far below one wrong row."""
+"""Of checks: bfloat16's error, far below that of one wrong row."""
 REFERENCE_TOKENS = 2**20
-"""Tokens of context beyond which the reference, which takes seconds there, is left out."""
+"""Most tokens of context that the reference is measured with; beyond, it takes seconds."""
 
 Sequences = tuple[tuple[int, int, int], ...]
-"""`(how many, rows, context)` of the sequences of a step."""
+"""`(count, rows, context)` of the sequences of a step."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """contexts, batches: tokens and sequences of decode steps, main_batch: the goal's. prefill: the sequences of steps
-    with prefill, of at most prefill_rows rows and prefill_seqs sequences; check: those of its check."""
+    """The measured shapes.
+
+    Attributes:
+      contexts, batches: tokens and sequences of decode steps.
+      main_batch: the goal's batch.
+      prefill_rows, prefill_seqs: most rows and sequences of steps with prefill.
+      prefill: the sequences of steps with prefill, by name.
+      check: the sequences of their check.
+    """
 
     contexts: tuple[int, ...]
     batches: tuple[int, ...]
@@ -71,7 +78,7 @@ MINIATURE = Grid(
 
 @dataclass(frozen=True)
 class Shape:
-    """What a program is compiled for: at most `rows` rows of `seqs` sequences. decode: one row each."""
+    """Static shape of a program: at most `rows` rows of `seqs` sequences. decode: one row each."""
 
     size: Size
     rows: int
@@ -102,7 +109,7 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A step's sequences: rows and tokens before them, int32 `[n]`. poisoned: pages that they do not own are NaN."""
+    """A step's sequences: rows and tokens before them, int32 `[n]`. poisoned: other pages are NaN."""
 
     shape: Shape
     lengths: np.ndarray
@@ -119,7 +126,7 @@ class Batch:
         )  # fmt: skip
 
     def tiles(self, rng: np.random.Generator) -> AttentionTiles:
-        """With pages in random order."""
+        """Tiles with pages in random order."""
         shape, size, n = self.shape, self.shape.size, self.lengths.size
         table = np.zeros((shape.seqs, ceil_div(size.max_context, size.page_size)), np.int32)
         counts = ceil_div(self.contexts + self.lengths, size.page_size)
@@ -141,7 +148,7 @@ class Batch:
         return random_array(self.shape.q, self.seed + 1000)
 
     def arguments(self, layers: int) -> list[tuple[Any, ...]]:
-        """`(pools, tiles)`, in so many sets of pages that no cache holds them."""
+        """`(pools, tiles)` for enough sets of pages to exceed every cache."""
         size, rng = self.shape.size, np.random.default_rng(self.seed)
         if self.poisoned:
             tiles = self.tiles(rng)
@@ -162,7 +169,7 @@ def attention(shape: Shape, backend: str, layers: int) -> Program:
         attend = PagedAttention(
             tiles, num_heads=model.num_heads, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim,
             page_size=size.page_size, dtype=DTYPE, decode=shape.decode, tile_rows=shape.tile_rows,
-            implementation=backend, interpret=size.interpret and backend != "xla",  # type: ignore[arg-type]
+            implementation=backend, interpret=size.miniature and backend != "xla",  # type: ignore[arg-type]
         )  # fmt: skip
         for pool in pools:
             q = attend(q, pool)
@@ -173,19 +180,19 @@ def attention(shape: Shape, backend: str, layers: int) -> Program:
 
 
 def system(batch: Batch, backend: str, layers: int) -> System:
-    """A backend."""
+    """A backend's system."""
     start = chain(batch.q, partial(batch.arguments, layers))
     return System(backend, attention(batch.shape, backend, layers), start, repeats=layers)
 
 
-def section(size: Size, seed: int) -> Section:
+def section(size: Size, seed: int) -> list[Case]:
     """Every case."""
     grid = MINIATURE if size.miniature else FULL
-    return Section("attention", [*_checks(size, grid, seed), *_decode(size, grid, seed), *_prefill(size, grid, seed)])
+    return [*_checks(size, grid, seed), *_decode(size, grid, seed), *_prefill(size, grid, seed)]
 
 
 def _checks(size: Size, grid: Grid, seed: int) -> Iterator[Case]:
-    """At shapes that are timed, in one layer whose other pages are NaN."""
+    """Checks at timed shapes, in one layer whose other pages are NaN."""
     batch, longest = grid.main_batch, max(context for _, _, context in grid.check)
     contexts = np.random.default_rng(seed).integers(0, longest, batch - batch // 4)
     decode = Batch(Shape(size, batch, batch, True), np.ones_like(contexts), contexts, seed, True)
@@ -216,7 +223,7 @@ def _systems(step: Batch) -> tuple[System, ...]:
     size = step.shape.size
     systems = [system(step, backend, size.layers) for backend in size.backends]
     if (tokens := int(step.contexts.sum())) <= REFERENCE_TOKENS:
-        systems.append(system(step, "xla", size.reference_layers))
+        systems.append(system(step, "xla", 1))
     else:
         systems.append(System("xla", skip=f"takes seconds over {tokens} tokens; measured up to {REFERENCE_TOKENS}"))
     return tuple(systems)

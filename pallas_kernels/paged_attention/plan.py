@@ -1,4 +1,4 @@
-"""What a paged attention kernel is compiled for, and its block shapes, from `plans.json`."""
+"""Static shapes of paged attention kernels, and their block shapes from `plans.json`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from pallas_kernels import plans
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """The static facts of a step's attention.
+    """Static shape of a step's attention.
 
-    page_size: tokens of a page. dtype: the pool's. num_seqs: S. max_pages: columns of the page table. max_rows: bound
-    of the step's rows T. decode: every sequence has one row. window: keys that a query sees, its own included (None:
-    all before it, too).
+    Attributes:
+      num_heads, num_kv_heads, head_dim: of the model, or of a shard.
+      page_size: tokens of a page.
+      dtype: the pool's.
+      num_seqs: S, sequences of the batch.
+      max_pages: columns of the page table.
+      max_rows: bound of the step's rows T.
+      decode: every sequence has one row.
+      window: number of newest keys that a query sees, its own included; None: all keys up to its own.
     """
 
     num_heads: int
@@ -32,7 +38,7 @@ class AttentionShape:
 
     @property
     def group(self) -> int:
-        """Query heads that share a key-value head."""
+        """Query heads per key-value head."""
         return self.num_heads // self.num_kv_heads
 
     @property
@@ -46,7 +52,7 @@ class AttentionShape:
         return self.max_pages * self.page_size
 
     def find(self, op: str) -> dict[str, Any]:
-        """Entry of the plan table for this shape on the current trace's device."""
+        """Returns the plan table's entry for this shape on the current trace's device."""
         return plans.find(
             "paged_attention", op, decode=self.decode, head_dim=self.head_dim, group=self.group, rows=self.max_rows
         )
@@ -56,11 +62,14 @@ class AttentionShape:
 class TritonPlan:
     """Block shapes of the Triton kernel.
 
-    warps: of a program. block_n, stages: keys of a decode program at once, and the depth of its copy pipeline.
-    min_chunk: least tokens of a decode sequence that are worth a program of their own. programs: how many programs
-    should share the decode work where there are too few sequences and heads.
-    prefill_m, prefill_n, prefill_stages: query rows (times heads of a group) and keys of a prefill program at once, and
-    its pipeline; unused in decode programs.
+    Attributes:
+      warps: per program.
+      block_n: keys per block of a decode program.
+      stages: depth of a decode program's copy pipeline.
+      min_chunk: smallest chunk of a decode sequence, in tokens, that gets its own program.
+      programs: wanted number of decode programs; contexts are split into chunks to reach it.
+      prefill_m, prefill_n: query rows (times heads of a group) and keys per block of a prefill program.
+      prefill_stages: depth of its copy pipeline. All three are unused in decode steps.
     """
 
     warps: int
@@ -77,9 +86,14 @@ class TritonPlan:
 class MosaicGpuPlan:
     """Block shapes of the Mosaic GPU kernels.
 
-    block_n, stages: keys of a block at once, and the depth of its copy pipeline. min_chunk: shortest context chunk of a
-    decode block, in tokens. programs: decode blocks wanted beyond one per sequence and KV head. Raises ValueError where
-    block_n is not 64, 128 or 256 (a tensor core's product, in whole pages for each warp), or no divisor of min_chunk.
+    Attributes:
+      block_n: keys per block: 64, 128 or 256 (a tensor-core product, in whole pages per warp), a divisor of min_chunk.
+      stages: depth of the copy pipeline.
+      min_chunk: shortest context chunk of a decode block, in tokens.
+      programs: wanted decode blocks beyond one per sequence and KV head.
+
+    Raises:
+      ValueError: a field is outside these ranges.
     """
 
     block_n: int
@@ -93,7 +107,7 @@ class MosaicGpuPlan:
 
 
 def backend(shape: AttentionShape) -> str:
-    """Name of the implementation that is fastest for `shape` on the current trace's device."""
+    """Returns the name of the planned implementation for `shape` on the current trace's device."""
     return shape.find("backend")["name"]
 
 

@@ -1,4 +1,4 @@
-"""What the attention of one step must move and compute, in one layer."""
+"""Least bytes and operations of a step's attention, in one layer."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ def attention_work(
     itemsize: int,
     window: int | None = None,
 ) -> Work:
-    """Decode rows and prefill chunks alike.
+    """Work of decode rows and prefill chunks.
 
-    Bytes: the keys and values that any of a sequence's rows sees, once for the sequence; q once; the output once. Pages
-    are counted by their live rows, page tables and partial results of a context cut in parts not at all. Operations:
-    `4 * head_dim` for each query head and each key that it sees (scores and weighted sum; softmax is left out).
+    Bytes: the keys and values that any row of a sequence sees, once per sequence; q once; the output once. Only live
+    rows of pages count; page tables and partial results of split contexts do not. Operations: `4 * head_dim` for each
+    query head and each key that it sees (scores and weighted sum, without softmax).
 
     Args:
       rows, context: int `[S]`, each sequence's rows in the step, and its tokens before them.
-      itemsize: bytes of an element of q, of the output and of the pool. window: keys a query sees at most.
+      itemsize: bytes of an element of q, of the output and of the pool.
+      window: most keys that a query sees.
     """
     rows, context = np.asarray(rows, np.int64), np.asarray(context, np.int64)
     end = context + rows

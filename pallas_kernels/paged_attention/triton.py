@@ -1,10 +1,10 @@
 """Paged attention in Triton: Ampere, Ada, Hopper. One launch for a layer's decode rows and prefill tiles.
 
-A *decode* program owns a chunk of one sequence's context and one key-value head with all its query heads: K and V are
-read once. A sequence of several chunks (flash-decoding) leaves partial results, and whoever finishes last adds them up
-in their fixed order: the same bits every time. A *prefill* program owns a tile of rows, with the query heads of one
-key-value head packed beside them, and walks over the keys up to its last row. Softmax is in base 2, with the scale
-folded into its argument. Token indices are clamped to the sequence's own, so nothing that is not live is ever read.
+A *decode* program computes a chunk of one sequence's context for one key-value head with all its query heads: K and V
+are read once. Chunks of a sequence (flash-decoding) leave partial results; the program that finishes last adds them in
+a fixed order, so the bits are deterministic. A *prefill* program computes a tile of rows, packed with the query heads
+of one key-value head, over the keys up to its last row. Softmax is in base 2, with the scale folded into its argument.
+Token indices are clamped to the sequence, so only live tokens are read.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ MASKED = tl.constexpr(-(2.0**100))
 power of two, so that its product with the scale is exact, also where it becomes part of a fused multiply-add."""
 
 MOST_GROUP = 64
-"""Query heads to a key-value head: as many rows as the smallest prefill block has."""
+"""Most query heads per key-value head: the rows of the smallest prefill block."""
 
 
 @triton.jit
 def _tokens(start, first, end, BLOCK_N: tl.constexpr):
-    """The `BLOCK_N` tokens from `start` on, brought into the live range `first .. end - 1`."""
+    """The `BLOCK_N` tokens from `start` on, clamped to the live range `first .. end - 1`."""
     return tl.maximum(tl.minimum(start + tl.arange(0, BLOCK_N), end - 1), first)
 
 
@@ -42,10 +42,12 @@ def _blocks(
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys `start .. stop - 1`, `BLOCK_N` at once.
+    """Online softmax over the keys `start .. stop - 1`, `BLOCK_N` per iteration.
 
-    acc `[M, HEAD_DIM]`, top `[M]` (highest score), total `[M]` (sum of weights): the state. first, end: the keys that
-    may be read are `first .. end - 1`. CAUSAL: rows see keys up to `position [M]` only; otherwise all of these.
+    Args:
+      acc, top, total: the state: weighted sum `[M, HEAD_DIM]`, highest score `[M]`, sum of weights `[M]`.
+      first, end: keys `first .. end - 1` may be read.
+      CAUSAL: rows see only keys up to `position [M]`; otherwise all.
     """
     column = tl.arange(0, HEAD_DIM)
     page = tl.load(table_ptr + _tokens(start, first, end, BLOCK_N) // PAGE_SIZE)
@@ -73,8 +75,8 @@ def _blocks(
 
 @triton.jit
 def _tile(work, head, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Offsets in q and out of a prefill item's rows, the heads of a group side by side `[M, HEAD_DIM]`, and which of
-    them it has `[M, 1]`. A volatile load, so that nothing of it is kept in registers between two calls."""
+    """Offsets in q and out of a prefill item's rows, the heads of a group side by side `[M, HEAD_DIM]`, and the mask of
+    its own rows `[M, 1]`. Loads are volatile, so that no register holds them between two calls."""
     row, rows = tl.load(work, volatile=True), tl.load(work + 1, volatile=True)
     m = tl.arange(0, BLOCK_M)
     offset = ((row + m // GROUP) * HEADS + head * GROUP + m % GROUP).to(tl.int64) * HEAD_DIM
@@ -120,7 +122,7 @@ def _decode(
     BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One row's query heads of one key-value head over the keys `begin .. end - 1`."""
-    M: tl.constexpr = max(BLOCK_G, 16)  # what the tensor cores take
+    M: tl.constexpr = max(BLOCK_G, 16)  # rows of a tensor-core product
     g = tl.arange(0, M)
     own = g < GROUP
     column = tl.arange(0, HEAD_DIM)
@@ -141,9 +143,9 @@ def _decode(
         tl.store(partial_ptr + mine.to(tl.int64)[:, None] * HEAD_DIM + column[None, :], acc, mask=own[:, None])
         tl.store(stats_ptr + mine * 2, top, mask=own)
         tl.store(stats_ptr + mine * 2 + 1, total, mask=own)
-        tl.debug_barrier()  # every thread has written its share before one of them tells of it
+        tl.debug_barrier()  # all threads have written their part before one signals it
         if tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") == parts - 1:
-            tl.store(arrivals_ptr, 0)  # as the next layer wants it
+            tl.store(arrivals_ptr, 0)  # for the next layer
             _add_up(
                 out_ptr + (row.to(tl.int64) * HEADS + head * GROUP) * HEAD_DIM, partial_ptr, stats_ptr,
                 (item - part) * HEADS + head * GROUP, parts, SCALE, GROUP, HEADS, HEAD_DIM, BLOCK_G, BLOCK_P,
@@ -156,7 +158,7 @@ def _add_up(
     SCALE: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the partial results of one sequence and key-value head, `BLOCK_P` at once; `first`: head of the first."""
+    """Adds the partial results of one sequence and key-value head, `BLOCK_P` at a time; `first`: index of the first."""
     g = tl.arange(0, BLOCK_G)
     column = tl.arange(0, HEAD_DIM)
     top = tl.full([BLOCK_G], MASKED, tl.float32)
@@ -166,7 +168,7 @@ def _add_up(
         part = p + tl.arange(0, BLOCK_P)
         live = (part < parts)[:, None] & (g < GROUP)[None, :]  # [P, G]
         at = first + part[:, None] * HEADS + g[None, :]
-        # Other programs wrote these: read them past this multiprocessor's own cache.
+        # Written by other programs: bypass this multiprocessor's cache.
         tops = tl.load(stats_ptr + at * 2, mask=live, other=MASKED, cache_modifier=".cg")
         totals = tl.load(stats_ptr + at * 2 + 1, mask=live, other=0.0, cache_modifier=".cg")
         accs = tl.load(
@@ -192,7 +194,7 @@ def paged_attention_kernel(
     PREFILL_M: tl.constexpr, PREFILL_N: tl.constexpr, PREFILL_STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One work item for one key-value head. First come the prefill items, which take longest."""
+    """One work item for one key-value head. Prefill items are first, because they take longest."""
     head, item = tl.program_id(0), tl.program_id(1)
     KV_HEADS: tl.constexpr = HEADS // GROUP
     WIDTH: tl.constexpr = KV_HEADS * HEAD_DIM
@@ -200,7 +202,7 @@ def paged_attention_kernel(
     row, rows, seq = tl.load(work), tl.load(work + 1), tl.load(work + 2)
     begin, end, num_rows = tl.load(work + 3), tl.load(work + 4), tl.load(work + 7)
 
-    # Each program's share of the step's rows, where they belong to no sequence.
+    # Zeros in this program's share of the step's rows without a sequence.
     column = tl.arange(0, BLOCK_G * HEAD_DIM)
     for t in range(tl.maximum(item * ZERO_ROWS, num_rows), tl.minimum((item + 1) * ZERO_ROWS, T)):
         address = (t * HEADS + head * GROUP).to(tl.int64) * HEAD_DIM + column
@@ -225,9 +227,9 @@ def paged_attention_kernel(
 
 
 class Attention:
-    """The Triton implementation of `PagedAttention`, for one step: the work table is made here, once for all layers.
+    """The Triton implementation of `PagedAttention`, for one step. It builds the work table once for all layers.
 
-    The counters by which the last program of a sequence knows itself go from layer to layer (each leaves zeros).
+    Layers share the counters that identify a sequence's last program; each layer resets them to zero.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What the GPU kernels do in a step: one table of work, a row for each program, made once and shared by all layers."""
+"""The attention kernels' work table: one row per program, built once per step for all layers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pallas_kernels.lora.layout import ceil_div
 from pallas_kernels.paged_attention.tiles import AttentionTiles
 
 FIELDS = ("row", "rows", "seq", "begin", "end", "part", "parts", "num_rows")
-"""Columns of a work table. `row`, `rows`: the item's rows of the step (0 rows: nothing to do). `seq`: whose they are.
-`begin`, `end`: a prefill item's rows have the positions `begin .. end - 1`; a decode item reads the keys
-`begin .. end - 1`, which are number `part` of the `parts` that its sequence's context is cut into; these lie one after
-another in the table. `num_rows`, the same everywhere: rows of the step that belong to a sequence."""
+"""Columns of a work table. `row`, `rows`: the item's rows of the step (0 rows: no work). `seq`: their sequence.
+`begin`, `end`: positions `begin .. end - 1` of a prefill item's rows, or of a decode item's keys. `part`, `parts`: a
+decode item's chunk among those of its sequence's context, which are consecutive in the table. `num_rows`, the same in
+every row: rows of the step with a sequence."""
 
 
 def prefill_items(tiles: AttentionTiles, rows: int, items: int) -> jax.Array:
-    """Tiles of at most `rows` rows of the sequences with more than one, most keys first: int32 `[items, FIELDS]`."""
+    """Tiles of at most `rows` rows of sequences with several rows, most keys first: int32 `[items, FIELDS]`."""
     seq, index, live = _list(jnp.where(tiles.length > 1, ceil_div(tiles.length, rows), 0), items)
     own = jnp.where(live, jnp.minimum(tiles.length[seq] - index * rows, rows), 0)
     begin = jnp.where(live, tiles.context[seq] + index * rows, 0)
@@ -27,13 +27,13 @@ def prefill_items(tiles: AttentionTiles, rows: int, items: int) -> jax.Array:
 def decode_items(
     tiles: AttentionTiles, items: int, min_chunk: int, multiple: int, max_tokens: int, window: int | None
 ) -> jax.Array:
-    """Chunks of the contexts of the sequences with one row, longest context first: int32 `[items, FIELDS]`.
+    """Chunks of the contexts of sequences with one row, longest context first: int32 `[items, FIELDS]`.
 
-    The longest chunk is the smallest `min_chunk * 2^n` tokens with which there are no more than `items` chunks; a
-    sequence's chunks are of one length, a multiple of `multiple` tokens, but for its last.
+    The longest chunk is the smallest `min_chunk * 2^n` tokens that gives at most `items` chunks. All chunks of a
+    sequence but its last have one length, a multiple of `multiple` tokens.
 
     Args:
-      items: at least S, so that one chunk for each sequence always fits.
+      items: at least S, so that one chunk per sequence always fits.
       max_tokens: bound of a sequence's tokens.
     """
     seq = tiles.decode_seq
@@ -59,7 +59,7 @@ def _ceil_div(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _list(counts: jax.Array, items: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Lists `counts[i]` items of every `i`: whose each is, its number there, and whether it is one at all."""
+    """Lists `counts[i]` items of every `i`: (i, number among those of i, whether the entry is used) of each."""
     ends = jnp.cumsum(counts)
     item = jnp.arange(items)
     owner = jnp.minimum((ends[None, :] <= item[:, None]).sum(1), counts.shape[0] - 1)

@@ -1,8 +1,8 @@
 """Reference of paged attention in plain JAX: online softmax over pages, never a copy of a whole context.
 
 Two regimes over the same batch. *Prefill* tiles hold many rows of one sequence: matrix products per group of pages.
-*Decode* rows have one query each: they are taken `ROW_CHUNK` at a time, longest contexts first, so that a chunk's trip
-count wastes little on its shorter members.
+*Decode* rows have one query each: they are processed `ROW_CHUNK` at a time, longest contexts first, so that a chunk's
+trip count wastes little on its shorter contexts.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pallas_kernels.paged_attention.plan import AttentionShape
 from pallas_kernels.paged_attention.tiles import AttentionTiles
 
 ROW_CHUNK = 16
-"""Decode rows that share one gather of pages."""
+"""Decode rows per gather of pages."""
 
 PREFILL_TOKENS = 128
 """Keys read at once in the prefill regime."""
 
 LANES = 32
-"""Columns of a head summed side by side in the decode regime, so that a CPU's vector units are filled."""
+"""Columns of a head summed side by side in the decode regime, to fill a CPU's vector units."""
 
 MASKED = -1e30
 """Score of a key that a query must not see; finite, so that a fully masked block leaves no NaN."""
@@ -86,7 +86,7 @@ def paged_attention(
             if window is not None:
                 seen &= key[None, :] > position[:, None] - window
             scores = jnp.where(seen, scores, MASKED)
-            v = jnp.where(((key >= begin) & (key < last))[:, None, None], v, 0)  # a former owner may have left NaN
+            v = jnp.where(((key >= begin) & (key < last))[:, None, None], v, 0)  # a previous owner may have left NaN
             new = jnp.maximum(highest, scores.max(-1))
             decay, p = jnp.exp(highest - new), jnp.exp(scores - new[..., None])
             pv = jnp.einsum(
@@ -116,7 +116,7 @@ def paged_attention(
         table = tiles.page_table.at[seq].get(mode="clip")  # [M, max_pages]
 
         def masked_value(ids: jax.Array, seen: jax.Array, j: int) -> jax.Array:
-            """Token j of each page, `[M, Hkv, hd]`: a gather of its own, which XLA fuses into its use on a CPU."""
+            """Token j of each page, `[M, Hkv, hd]`: a separate gather, which XLA fuses into its use on a CPU."""
             v = pool.at[ids, 1, j].get(mode="clip").reshape(chunk, num_kv_heads, head_dim)
             return jnp.where(seen[:, j, None, None], v, 0)
 

@@ -1,5 +1,5 @@
-"""Writes into one layer's pool `[num_pages, 2, page_size, W]`: pure functions that XLA turns into in-place scatters
-when the pool is donated (no copy in the compiled program; `tests/engine/test_no_pool_copy.py` reads it)."""
+"""Writes into one layer's pool `[num_pages, 2, page_size, W]`: pure functions that XLA compiles to in-place scatters if
+the pool is donated. `tests/engine/test_no_pool_copy.py` checks that the compiled program has no copy."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 def write_kv(pool: jax.Array, k: jax.Array, v: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
     """Writes each token's key and value rows `[T, W]` to row `offset [T]` of page `page [T]` (int32).
 
-    Tokens that pad the batch name page 0, the dummy page, which nothing reads unmasked.
+    Padding tokens write to page 0, the dummy page, which is never read unmasked.
     """
     kv = jnp.stack([k, v], axis=1).astype(pool.dtype)  # one scatter: one launch
     return pool.at[page[:, None], jnp.arange(2), offset[:, None]].set(kv, mode="drop")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.bench.case import Case, Program, Section, System, chain
+from pallas_kernels.bench.case import Case, Program, System, chain
 from pallas_kernels.bench.pools import random_array, random_pages
 from pallas_kernels.bench.size import Size
 from pallas_kernels.pool_write import write_kv, write_pages
@@ -22,7 +22,7 @@ DTYPE = jnp.bfloat16
 
 @dataclass(frozen=True)
 class Grid:
-    """tokens, pages: of one write. pool_pages: of each layer's pool, which the writes own."""
+    """tokens, pages: of one write. pool_pages: of each layer's pool."""
 
     tokens: tuple[int, ...]
     pages: tuple[int, ...]
@@ -33,11 +33,10 @@ FULL = Grid(tokens=(1, 64, 256, 4096), pages=(4, 32), pool_pages=4096)
 MINIATURE = Grid(tokens=(4,), pages=(2,), pool_pages=16)
 
 
-def section(size: Size, seed: int) -> Section:
+def section(size: Size, seed: int) -> list[Case]:
     """Every case."""
     grid = MINIATURE if size.miniature else FULL
-    cases = [*_write_kv(size, grid, seed), *_write_pages(size, grid, seed)]
-    return Section("pool_write", sorted(cases, key=lambda case: not case.is_check))
+    return [*_write_kv(size, grid, seed), *_write_pages(size, grid, seed)]
 
 
 def _write_kv(size: Size, grid: Grid, seed: int) -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""What writes into one layer's pool must move: every byte is read once and written once. Addresses are not counted."""
+"""Least bytes of writes into one layer's pool: every byte is read once and written once. Addresses do not count."""
 
 from __future__ import annotations
 

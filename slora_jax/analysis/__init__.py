@@ -1,4 +1,4 @@
-"""Reading compiled programs: for devices that are there, and for devices that are not."""
+"""Readers of compiled programs, for present and absent devices."""
 
 from slora_jax.analysis.collectives import Collective, collectives_in
 from slora_jax.analysis.compiled import PoolUse, pool_use

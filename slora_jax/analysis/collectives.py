@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices."""
+"""Collectives of a compiled program."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ _PURPOSE = re.compile(r'op_name="[^"]*\ball_(?:reduce|gather)_([a-z]+)')
 
 @dataclass(frozen=True)
 class Collective:
-    """kind: the HLO opcode. count: how often a run of the program does it. bytes: of one, on one device: of what goes
-    in or of what comes out, whichever is more. purpose: what the program calls it, by a scope `all_reduce_<purpose>` or
-    `all_gather_<purpose>` ("" if it does not)."""
+    """One kind of collective.
+
+    Attributes:
+      kind: the HLO opcode.
+      count: executions per run of the program.
+      bytes: of one execution on one device: the larger of its input and output.
+      purpose: from a scope `all_reduce_<purpose>` or `all_gather_<purpose>`; "" without such a scope.
+    """
 
     kind: str
     count: int
@@ -27,11 +32,11 @@ class Collective:
 
 
 def collectives_in(compiled: Any) -> list[Collective]:
-    """The collectives of a compiled program, by kind, size and purpose, largest first within a kind. A loop's body
-    counts once where the compiler does not know its trip count."""
+    """Returns the collectives of a compiled program, by kind, size and purpose, largest first within a kind. The body
+    of a loop with an unknown trip count counts once."""
     program = instructions(compiled.as_text())
     types = {i.name: i.type for i in program}
-    for instruction in program:  # of a started one, the result is what its end yields
+    for instruction in program:  # the result of a `-start` is that of its `-done`
         if instruction.opcode.endswith("-done"):
             types[_operands(instruction)[0]] = instruction.type
     found = Counter[tuple[str, int, str]]()

@@ -1,4 +1,4 @@
-"""What a compiled step does with the pool."""
+"""A compiled step's use of the pool."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ _HLO_TYPES = {"float32": "f32", "bfloat16": "bf16"}
 
 @dataclass(frozen=True)
 class PoolUse:
-    """pool_bytes: the whole pool. aliased_bytes: of all donated arguments (pool and sequence state). temp_bytes: the
-    program's temporaries. copies: instructions that copy a layer's pool or allocate another, by their HLO line."""
+    """Memory of a compiled step.
+
+    Attributes:
+      pool_bytes: the whole pool.
+      aliased_bytes: all donated arguments (pool and sequence state).
+      temp_bytes: the program's temporaries.
+      copies: HLO lines that copy a layer's pool or allocate another.
+    """
 
     pool_bytes: int
     aliased_bytes: int
@@ -36,8 +42,8 @@ def pool_use(compiled: Any, shape: PoolShape) -> PoolUse:
 
 
 def _copies(hlo: str, shape: PoolShape) -> list[str]:
-    """Lines of HLO that make an array of as many elements as one layer's pool by copying: `copy`, `copy-start`,
-    `transpose`, `concatenate`, or a layout change, whatever its logical shape."""
+    """HLO lines that copy an array with the number of elements of one layer's pool, in any shape: `copy`, `copy-start`,
+    `transpose`, `concatenate`, `convert` or `pad`."""
     elements = shape.num_pages * 2 * shape.page_size * shape.width
     made = re.compile(
         rf"= \(?{_HLO_TYPES[shape.dtype]}\[([\d,]+)\]\S* (copy|copy-start|transpose|concatenate|convert|pad)\("

@@ -1,4 +1,4 @@
-"""The instructions of an optimised HLO program, read from its text, with how often each runs."""
+"""The instructions of an optimised HLO program, read from its text, with their execution counts."""
 
 from __future__ import annotations
 
@@ -30,8 +30,14 @@ _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 @dataclass(frozen=True)
 class Instruction:
-    """type: of the result, as written. rest: everything from the operands on. times: how often a run of the program
-    runs it; a loop's body counts once where the compiler does not know its trip count, and so does every branch."""
+    """One HLO instruction.
+
+    Attributes:
+      type: HLO type of the result.
+      rest: the text from the operands on.
+      times: executions per run of the program. Every branch counts, and the body of a loop with an unknown trip count
+        counts once.
+    """
 
     name: str
     type: str
@@ -41,7 +47,7 @@ class Instruction:
 
 
 def instructions(text: str) -> list[Instruction]:
-    """Every instruction of the program (`compiled.as_text()`), those of loop bodies and other callees included."""
+    """Returns every instruction of the program (`compiled.as_text()`), including those of called computations."""
     computations: dict[str, list[Instruction]] = {}
     entry, body = "", []
     for line in text.splitlines():
@@ -81,7 +87,7 @@ def _parse(name: str, definition: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis that `text` begins with is closed."""
+    """Index of the parenthesis that closes the one at the start of `text`."""
     depth = 0
     for i, char in enumerate(text):
         depth += (char == "(") - (char == ")")
@@ -91,11 +97,11 @@ def _closing(text: str) -> int:
 
 
 def _count(name: str, times: int, computations: dict[str, list[Instruction]], total: Counter[str]) -> None:
-    """Adds `times` runs of a computation and of all that it calls."""
+    """Adds `times` runs of a computation and of its callees."""
     total[name] += times
     for instruction in computations[name]:
         if instruction.opcode in ("custom-call", "constant", "parameter"):
-            continue  # they call nothing, and may be very long
+            continue  # without callees, and possibly very long
         rest = instruction.rest
         called = _CALLED.findall(rest)
         for names in _CALLED_LIST.findall(rest):

@@ -1,4 +1,4 @@
-"""The custom GPU kernels of a compiled program, read from the program itself. XLA's own fusions are not among them."""
+"""The custom GPU kernels of a compiled program, without XLA's own fusions."""
 
 from __future__ import annotations
 
@@ -23,11 +23,16 @@ _MLIR_ESCAPE = re.compile(rb"\\(?:([0-9A-Fa-f]{2})|(.))", re.DOTALL)
 
 @dataclass(frozen=True)
 class KernelUse:
-    """A kernel and how often a run of the program launches it.
+    """A compiled kernel. Each variant of a function (other constants, other block shapes) has its own entry.
 
-    backend: "triton" or "mosaic_gpu". registers: of a thread. spill_bytes: of a thread's spill stores and loads.
-    shared_bytes: of a block, static and dynamic. One function compiled in several ways (other constants, other block
-    shapes) is several of these, under one name.
+    Attributes:
+      name: the function's.
+      backend: "triton" or "mosaic_gpu".
+      registers: per thread.
+      spill_bytes: spill stores and loads per thread.
+      shared_bytes: static and dynamic shared memory per block.
+      count: launches per run of the program.
+      ptx: the assembly.
     """
 
     name: str
@@ -40,11 +45,11 @@ class KernelUse:
 
 
 def kernels_in(compiled: Any, device: Device) -> list[KernelUse]:
-    """The custom kernels of a program compiled for `device`, by name. A loop's body counts once where the compiler does
-    not know its trip count; a kernel in a branch counts as launched.
+    """Returns the custom kernels of a program compiled for `device`, by name. Kernels in branches count as launched;
+    the body of a loop with an unknown trip count counts once.
 
     Raises:
-      ConfigError: there is no `ptxas` to tell registers and spills.
+      ConfigError: `ptxas`, which reports registers and spills, is missing.
     """
     found = Counter[KernelUse]()
     for instruction in instructions(compiled.as_text()):
@@ -70,7 +75,7 @@ def _kernels_of(instruction: Instruction, device: Device) -> Iterator[KernelUse]
 
 
 def _unescape(text: str) -> bytes:
-    """Bytes that MLIR wrote as a string."""
+    """Decodes bytes that MLIR wrote as a string."""
     return _MLIR_ESCAPE.sub(lambda m: bytes.fromhex(m[1].decode()) if m[1] else m[2], text.encode("latin-1"))
 
 
@@ -90,7 +95,7 @@ def _triton_kernel(opaque: str) -> KernelUse:
 @cache
 def _mosaic_kernel(module: str, device: str) -> KernelUse:
     """`module` is MLIR bytecode, escaped as MLIR does."""
-    from slora_jax.analysis import mosaic  # it leans on JAX's internals: only where there is such a kernel
+    from slora_jax.analysis import mosaic  # imports JAX's internals, which only Mosaic kernels need
 
     raw = _unescape(module)
     code, dynamic_shared = mosaic.parse(raw)
@@ -108,7 +113,7 @@ _mosaic_seen: dict[tuple[str, str], tuple[str, str]] = {}
 
 
 def _fields(message: bytes) -> dict[int, Any]:
-    """The fields of a protocol buffer by number: ints and bytes; of a repeated one, the last."""
+    """Returns the fields of a protocol buffer by number, as ints and bytes; a repeated field has its last value."""
     fields: dict[int, Any] = {}
     at = 0
 

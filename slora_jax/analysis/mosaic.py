@@ -1,5 +1,5 @@
-"""Mosaic GPU kernels of a compiled program: the program carries them as MLIR, from which each is compiled once more, by
-itself, with the compiler's reports on."""
+"""Mosaic GPU kernels of a compiled program. The program has them as MLIR; each is compiled again, alone, with the
+compiler's reports enabled."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from pallas_kernels.targets import Target, compile_for
 
 _REPORTS = ("MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS")
 _SHARED_MEMORY = 10
-"""Which operand group of `gpu.launch` is the dynamic shared memory: after dependencies, grid, block and cluster."""
+"""Index of the dynamic shared memory among the operand groups of `gpu.launch`."""
 
 
 def parse(module: bytes) -> tuple[str, int]:
-    """A kernel's code without source locations (by which kernels are told apart), and its dynamic shared memory."""
+    """Returns a kernel's code without source locations, which identifies it, and its dynamic shared memory in bytes."""
     context = make_ir_context()
     context.allow_unregistered_dialects = True
     mosaic_gpu_dialect.register_dialect(context)
@@ -44,12 +44,12 @@ def parse(module: bytes) -> tuple[str, int]:
 
 
 def recompile(module: bytes, target: Target) -> tuple[str, str]:
-    """Compiles a kernel for `target`. Returns its PTX and what `ptxas -v` said of it."""
+    """Compiles a kernel for `target`. Returns its PTX and the report of `ptxas -v`."""
 
     def call(x: jax.Array) -> jax.Array:
         return jax.ffi.ffi_call("mosaic_gpu_v2", x)(
             x,
-            kernel_hash=os.urandom(16).hex(),  # or the compiler takes it from its memory, and reports nothing
+            kernel_hash=os.urandom(16).hex(),  # a known hash would be read from the cache without a report
             module=module,
             use_custom_barrier=False,
             skip_device_barrier=False,
@@ -75,7 +75,7 @@ def _operations(operation: Any) -> Iterator[Any]:
 
 @contextmanager
 def _stdout_to(descriptor: int) -> Iterator[None]:
-    """The compiler is C++ and prints to file descriptor 1."""
+    """Redirects file descriptor 1, which the C++ compiler prints to."""
     libc = ctypes.CDLL(None)
     sys.stdout.flush()
     libc.fflush(None)

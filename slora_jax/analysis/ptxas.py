@@ -1,4 +1,4 @@
-"""NVIDIA's assembler, which ships in JAX's CUDA wheels: what a kernel takes of a multiprocessor."""
+"""NVIDIA's assembler from JAX's CUDA wheels, which reports a kernel's registers, spills and shared memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from pathlib import Path
 from slora_jax.errors import ConfigError
 
 PLACES = ("cuda_nvcc/bin/ptxas", "cu13/bin/ptxas")
-"""Where the wheels of CUDA 12 and 13 put it, under `nvidia/`."""
+"""Paths of the assembler under `nvidia/` in the wheels of CUDA 12 and 13."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """registers: of a thread. spill_bytes: of all spill stores and loads of a thread. shared_bytes: static, of a
-    block."""
+    """registers: per thread. spill_bytes: spill stores and loads per thread. shared_bytes: static, per block."""
 
     registers: int
     spill_bytes: int
@@ -28,10 +27,10 @@ class Resources:
 
 
 def ptxas() -> Path:
-    """The assembler's path: in the installed CUDA wheels, or else on PATH.
+    """Returns the assembler's path: in the installed CUDA wheels, or else on PATH.
 
     Raises:
-      ConfigError: there is none.
+      ConfigError: it is not installed.
     """
     package = importlib.util.find_spec("nvidia")
     for root in (package.submodule_search_locations or ()) if package else ():
@@ -41,17 +40,17 @@ def ptxas() -> Path:
     if found := shutil.which("ptxas"):
         return Path(found)
     raise ConfigError(
-        "ptxas is not installed, so registers and spills cannot be told: install the extra that brings it, "
+        "ptxas, which reports registers and spills, is not installed: install the extra that has it, "
         "make install EXTRAS=cuda12"
     )
 
 
 @cache
 def assemble(ptx: str) -> Resources:
-    """Assembles PTX for the architecture that it names.
+    """Assembles PTX for its `.target` architecture. Results are kept by PTX.
 
     Raises:
-      ConfigError: there is no `ptxas`, or it refuses.
+      ConfigError: `ptxas` is not installed, or fails.
     """
     arch = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
     if arch is None:
@@ -67,7 +66,7 @@ def assemble(ptx: str) -> Resources:
 
 
 def read_report(text: str) -> Resources:
-    """Reads what `ptxas -v` says of one kernel (and of functions that it calls)."""
+    """Reads the report of `ptxas -v` on one kernel and its callees."""
 
     def numbers(pattern: str) -> list[int]:
         return [int(number) for number in re.findall(pattern, text)]

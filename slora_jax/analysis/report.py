@@ -1,4 +1,4 @@
-"""The compile report: an engine's real step programs, compiled for a GPU that is not there, and what they take."""
+"""The compile report: an engine's step programs compiled for an absent GPU, with their memory and kernels."""
 
 from __future__ import annotations
 
@@ -42,17 +42,24 @@ from slora_jax.models.init import abstract_shards
 from slora_jax.parallel.mesh import TensorParallel, cut
 
 SIZING_LAYERS = 2
-"""Layers of the program by which the pool is sized: more of them hardly need more temporaries..."""
+"""Layers of the program that sizes the pool. More layers need hardly more temporaries: at most..."""
 SIZING_MARGIN = (1.05, 2**20)
-"""...and no more than this many times as much, and so many bytes."""
+"""...this factor, plus this many bytes."""
 
 
 @dataclass(frozen=True)
 class ProgramReport:
-    """One program: a step, or a sampler; all bytes are one device's. tokens, seqs: its bucket. argument_bytes: weights,
-    pool and the rest.
-    output_bytes: of results with memory of their own (a step's logits). aliased_bytes: of arguments that are updated in
-    place. copies: HLO lines that copy a layer's pool."""
+    """One program, a step or a sampler. All bytes are per device.
+
+    Attributes:
+      tokens, seqs: its bucket.
+      argument_bytes: weights, pool and other arguments.
+      temp_bytes: temporaries.
+      output_bytes: results with their own memory (a step's logits).
+      aliased_bytes: arguments updated in place.
+      pool_bytes: the pool; 0 for a sampler.
+      copies: HLO lines that copy a layer's pool.
+    """
 
     name: str
     tokens: int
@@ -73,7 +80,7 @@ class ProgramReport:
         return self.pool_bytes == 0
 
     def problems(self) -> list[str]:
-        """What must not be: spills, and a pool that is not updated in place."""
+        """Defects: spills, and a pool that is not updated in place."""
         found = [
             f"{self.name}: kernel {kernel.name} ({kernel.backend}) spills {kernel.spill_bytes} bytes a thread"
             for kernel in self.kernels
@@ -90,12 +97,15 @@ class ProgramReport:
 
 @dataclass(frozen=True)
 class PoolReport:
-    """The pool that the devices would hold (all bytes are one device's, of a tensor-parallel group), by the engine's
-    own rule: `gpu_memory_utilization` of what JAX's share of its memory (`gpu_memory_fraction`) leaves beside weights,
-    the largest program's temporaries and results, and the other arguments (adapter table, sequence state).
+    """The pool by the engine's own rule: `gpu_memory_utilization` of the memory that is left in JAX's share
+    (`gpu_memory_fraction`) after weights, the largest program's temporaries and results, and the other arguments
+    (adapter table, sequence state). All bytes are per device.
 
-    num_pages includes the dummy page. fits: there is room for one sequence of the greatest length. tokens: of KV, if
-    there were no adapters. adapters: of rank `adapter_rank` on every projection, if there were no KV.
+    Attributes:
+      num_pages: with the dummy page.
+      fits: the pool holds one sequence of the greatest length.
+      tokens: capacity for KV without adapters.
+      adapters: capacity for adapters of rank `adapter_rank` on every projection, without KV.
     """
 
     num_pages: int
@@ -117,8 +127,13 @@ class PoolReport:
 
 @dataclass(frozen=True)
 class CompileReport:
-    """tensor_parallel_size, tp_lora: see `EngineConfig`. layers: of the model. compiled_layers: of the programs, whose
-    bytes are for so many; the pool is for them all."""
+    """The report of one model, configuration and GPU.
+
+    Attributes:
+      tensor_parallel_size, tp_lora: see `EngineConfig`.
+      layers: of the model; the pool's size is for all of them.
+      compiled_layers: of the programs and their bytes.
+    """
 
     target: str
     tensor_parallel_size: int
@@ -152,15 +167,17 @@ def compile_report(
     layers: int | None = None,
     gpu_memory_fraction: float = 0.75,
 ) -> CompileReport:
-    """Compiles the step programs of an engine with `config` for `target`. `config.num_pages` is not looked at, and
-    dtype="auto" is bfloat16.
+    """Compiles the step programs of an engine with `config` for `target`.
 
-    adapter_rank: of which to tell how many adapters fit. programs: names of those to compile; empty: all. layers:
-    compile so many only. gpu_memory_fraction: share of the GPU's memory that JAX may take (as it reads from
-    XLA_PYTHON_CLIENT_MEM_FRACTION; the default is JAX's own).
+    Args:
+      config: `num_pages` is ignored, and dtype="auto" is bfloat16.
+      adapter_rank: rank of the adapters whose number is reported.
+      programs: names of the programs to compile; empty: all.
+      layers: number of layers to compile; None: all.
+      gpu_memory_fraction: JAX's share of the GPU's memory, as in XLA_PYTHON_CLIENT_MEM_FRACTION.
 
     Raises:
-      ConfigError: a setting is out of range, or something that compiling needs is not installed.
+      ConfigError: a setting is out of range, or a package needed for compiling is not installed.
     """
     if config.dtype == "auto":
         config = dataclasses.replace(config, dtype="bfloat16")
@@ -170,7 +187,7 @@ def compile_report(
     if layers is not None and not 1 <= layers <= model.num_layers:
         raise ConfigError(f"layers={layers}: must be in 1..{model.num_layers}, the model's number of layers")
     longest = longest_sequence(model, config)
-    cut(model, config.tensor_parallel_size, config.tp_lora)  # says what cannot be cut
+    cut(model, config.tensor_parallel_size, config.tp_lora)  # raises if the model cannot be cut
     _require_compilers()
 
     num_layers = layers or model.num_layers
@@ -243,8 +260,13 @@ def compile_report(
 
 @dataclass(frozen=True)
 class _Budget:
-    """Memory of one device. memory_bytes: JAX's. gpu_memory_utilization: the pool's share of what is left of it.
-    weight_bytes and page_bytes: of the model with all its layers."""
+    """Memory of one device.
+
+    Attributes:
+      memory_bytes: JAX's share.
+      gpu_memory_utilization: the pool's part of what weights and programs leave.
+      weight_bytes, page_bytes: of the model with all its layers.
+    """
 
     memory_bytes: int
     gpu_memory_utilization: float
@@ -265,14 +287,14 @@ class _Budget:
         return cls(memory, config.gpu_memory_utilization, _bytes(spec.params), spec.shard_pool.page_bytes)
 
     def pages(self, temp_bytes: int, other_bytes: int) -> int:
-        """Pages there is room for; none or less where the rest takes it all."""
+        """Pages that fit; zero or negative if nothing is left."""
         free = self.memory_bytes - self.weight_bytes - temp_bytes - other_bytes
         return int(free * self.gpu_memory_utilization) // self.page_bytes
 
 
 def _say_misfit(step_bytes: int, num_pages: int, least: int, budget: _Budget) -> bool:
-    """Says on stderr, before minutes of compiling, that the pool does not hold one sequence of the greatest length.
-    Returns whether it does not."""
+    """Warns on stderr, before minutes of compiling, if the pool does not hold one sequence of the greatest length.
+    Returns whether it warned."""
     if num_pages >= least:
         return False
     sizes = [f"{nbytes / 2**30:.2f} GiB" for nbytes in (budget.memory_bytes, budget.weight_bytes, step_bytes)]
@@ -290,7 +312,7 @@ def _name(bucket: Bucket, with_lora: bool) -> str:
 
 
 def _jobs(config: EngineConfig, names: Sequence[str]) -> tuple[list[tuple[Bucket, bool]], list[tuple[int, bool]]]:
-    """The steps (bucket, with LoRA), and the samplers and scorers (sequences, whether it is a scorer), to compile."""
+    """Returns the steps (bucket, with LoRA), and the samplers and scorers (sequences, whether a scorer), to compile."""
     buckets = config.buckets()
     steps = {_name(bucket, with_lora): (bucket, with_lora) for bucket in buckets for with_lora in (False, True)}
     all_seqs = sorted({bucket.seqs for bucket in buckets})
@@ -308,20 +330,20 @@ def _jobs(config: EngineConfig, names: Sequence[str]) -> tuple[list[tuple[Bucket
 
 
 def _require_compilers() -> None:
-    """Says what is missing before minutes are spent."""
+    """Raises ConfigError if a package needed for compiling is missing."""
     missing = [] if importlib.util.find_spec("jax_triton") else ["jax-triton"]
     if not any(importlib.util.find_spec(plugin) for plugin in ("jax_cuda12_plugin", "jax_cuda13_plugin")):
         missing.insert(0, "JAX's CUDA plugin")
     if missing:
         raise ConfigError(
-            f"compiling for a GPU needs {' and '.join(missing)}: install the extra that brings it (no GPU is needed), "
+            f"compiling for a GPU needs {' and '.join(missing)}: install the extra that has it (no GPU is needed), "
             "make install EXTRAS=cuda12"
         )
     ptxas()
 
 
 def _parallel(model: ModelConfig, target: Target, config: EngineConfig) -> TensorParallel | None:
-    """The model on `config.tensor_parallel_size` absent devices."""
+    """Layout of the model on `config.tensor_parallel_size` absent devices."""
     if config.tensor_parallel_size == 1:
         return None
     return TensorParallel(
@@ -384,7 +406,7 @@ def _compile_sampler(spec: StepSpec, target: Target, seqs: int, logprobs: bool) 
         temp_bytes=memory.temp_size_in_bytes,
         output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
-        pool_bytes=0,  # it does not see the pool
+        pool_bytes=0,  # it does not read the pool
         copies=(),
         kernels=tuple(kernels_in(compiled, target.device)),
         collectives=tuple(collectives_in(compiled)),
@@ -392,7 +414,7 @@ def _compile_sampler(spec: StepSpec, target: Target, seqs: int, logprobs: bool) 
 
 
 def _bytes(params: Params) -> int:
-    """Of one device."""
+    """Bytes of the parameters per device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(params)

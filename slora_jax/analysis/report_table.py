@@ -1,4 +1,4 @@
-"""A compile report as text for people."""
+"""A compile report as text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from slora_jax.analysis.report import CompileReport, PoolReport, ProgramReport
 
 
 def report_table(report: CompileReport) -> str:
-    """The pool, one line a program, then the programs' kernels and collectives."""
+    """Formats the pool, one line per program, then the programs' kernels and collectives."""
     layers = f"{report.layers} layers"
     if report.compiled_layers != report.layers:
         layers = f"ONLY {report.compiled_layers} of {layers} compiled; programs' bytes are for these"
@@ -86,7 +86,7 @@ def _kernels(program: ProgramReport) -> Iterator[tuple[str, ...]]:
 
 
 def _columns(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], left: int = 1) -> list[str]:
-    """Aligned columns, the first `left` to the left; a first cell like the one above stays empty."""
+    """Aligns columns, the first `left` to the left. A first cell equal to the one above is left empty."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines, above = [], ""
     for row in (head, *rows):
@@ -101,7 +101,7 @@ def _columns(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], left: int =
 
 
 def _size(count: int) -> str:
-    """Bytes in the unit that leaves at most four digits before the point."""
+    """Formats bytes in the unit with at most four digits before the point."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= scale:
             return f"{count / scale:.2f} {unit}"

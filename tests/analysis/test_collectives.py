@@ -1,4 +1,4 @@
-"""Collectives read from programs compiled for GPUs that are not there, with exact bytes."""
+"""Collectives read from programs compiled for absent GPUs, with exact bytes."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ X = jax.ShapeDtypeStruct((64, 128), jnp.bfloat16)  # [32, 128] on each of two de
 Y = jax.ShapeDtypeStruct((64, 256), jnp.float32)
 
 
-def test_a_sum_and_a_gather_with_their_bytes() -> None:
+def test_a_sum_and_a_gather_are_read_with_their_bytes() -> None:
     program = compiled(lambda x, y: (jax.lax.psum(x, "tp"), jax.lax.all_gather(y, "tp")), X, Y)
     assert collectives_in(program) == [
         Collective("all-reduce", 1, 32 * 128 * 2),
@@ -37,7 +37,7 @@ def test_a_sum_and_a_gather_with_their_bytes() -> None:
     ]
 
 
-def test_a_scope_tells_what_a_collective_is_for() -> None:
+def test_a_scope_names_the_purpose_of_a_collective() -> None:
     def summed(x, y):
         with jax.named_scope("layer0/all_reduce_base"):
             x = jax.lax.psum(x, "tp")
@@ -50,7 +50,7 @@ def test_a_scope_tells_what_a_collective_is_for() -> None:
     ]
 
 
-def test_of_a_scatter_the_bytes_are_those_that_go_in() -> None:
+def test_a_scatters_bytes_are_those_of_its_input() -> None:
     program = compiled(lambda y: jax.lax.psum_scatter(y, "tp", tiled=True), Y, out=ROWS)
     assert collectives_in(program) == [Collective("reduce-scatter", 1, 32 * 256 * 4)]
 
@@ -67,19 +67,19 @@ def test_exchanges() -> None:
     ]
 
 
-def test_a_loops_collectives_count_as_often_as_it_runs() -> None:
+def test_a_collective_in_a_loop_counts_once_per_iteration() -> None:
     def looped(x):
         return jax.lax.fori_loop(0, 7, lambda _, x: jax.lax.psum(x * 2, "tp"), x)
 
     assert collectives_in(compiled(looped, Y)) == [Collective("all-reduce", 7, 32 * 256 * 4)]
 
 
-def test_sums_of_several_arrays_in_one_launch_are_one() -> None:
+def test_bytes_of_a_sum_of_several_arrays_add_up() -> None:
     program = compiled(lambda x, y: jax.lax.psum((x, x * 2, y.astype(jnp.bfloat16)), "tp"), X, Y)
     assert sum(c.count * c.bytes for c in collectives_in(program)) == 2 * 32 * 128 * 2 + 32 * 256 * 2
 
 
-def test_one_device_sends_nothing() -> None:
+def test_one_device_has_no_collectives() -> None:
     assert collectives_in(jax.jit(lambda x: x + 1).lower(X).compile()) == []
 
 

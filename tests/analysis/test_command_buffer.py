@@ -1,4 +1,4 @@
-"""A decode step is one CUDA graph: read from the list of thunks that XLA makes of it, compiled for an absent H200."""
+"""A decode step is one CUDA graph, as XLA's list of thunks for an absent H200 shows."""
 
 import os
 import re
@@ -21,16 +21,16 @@ def thunks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [line for line in path.read_text().splitlines() if re.match(r"\s*\d+: k", line)]
 
 
-def test_the_whole_step_is_one_command_buffer(thunks):
+def test_a_step_is_one_command_buffer(thunks):
     assert [line for line in thunks if not line.startswith(" ")] == [thunks[0]]
     assert "kCommandBuffer" in thunks[0]
 
 
-def test_the_kernels_of_both_layers_are_in_it(thunks):
+def test_the_command_buffer_has_the_kernels_of_both_layers(thunks):
     assert sum("kCustomCall" in line for line in thunks) == 2 * (8 + 1)
 
 
-def test_a_shrink_waits_for_nothing_that_the_base_product_beside_it_does_not_wait_for(thunks):
+def test_a_shrink_has_the_dependencies_of_the_base_product_beside_it(thunks):
     """So the graph may run the two side by side."""
     first = next(i for i, line in enumerate(thunks) if "kCustomCall" in line)
     shrink, product = thunks[first], thunks[first + 1]

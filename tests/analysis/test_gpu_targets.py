@@ -1,4 +1,4 @@
-"""Programs for GPUs that are not there."""
+"""Programs compiled for absent GPUs."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def test_every_known_device_is_a_target() -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_program_compiles_for_a_gpu_that_is_not_there(name: str) -> None:
+def test_a_program_compiles_for_an_absent_gpu(name: str) -> None:
     x = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
     compiled = compile_for(TARGETS[name], jax.jit(lambda x: x @ x + 1, donate_argnums=0), x)
     assert "__cublas" in compiled.as_text() or "__triton" in compiled.as_text()
@@ -31,7 +31,7 @@ def test_devices_form_one_axis() -> None:
     assert NamedSharding(mesh, PartitionSpec("tp")).shard_shape((8, 3)) == (2, 3)
 
 
-def test_the_compilation_cache_is_as_it_was_afterwards(tmp_path, recwarn) -> None:
+def test_compiling_restores_the_compilation_cache(tmp_path, recwarn) -> None:
     before = jax.config.jax_enable_compilation_cache
     for _ in range(2):  # a program read back from the cache would be a warning and a second compilation
         compile_for(TARGETS["h200"], jax.jit(lambda x: x + 1), jax.ShapeDtypeStruct((8,), jnp.float32))

@@ -1,4 +1,4 @@
-"""Custom kernels read from compiled programs, for GPUs that are not there."""
+"""Custom kernels read from programs compiled for absent GPUs."""
 
 import add_kernel
 import jax
@@ -39,7 +39,7 @@ def test_a_kernel_used_twice_is_counted_twice(device) -> None:
     assert "ld.global" in use.ptx
 
 
-def test_shared_memory_is_that_of_the_kernel() -> None:
+def test_shared_memory_is_read() -> None:
     compiled = compile_for(TARGETS["h200"], jax.jit(multiply), SQUARE, SQUARE)
     (use,) = kernels_in(compiled, DEVICES["h200"])
     assert use.name == "multiply"
@@ -47,7 +47,7 @@ def test_shared_memory_is_that_of_the_kernel() -> None:
     assert "wgmma.mma_async" in use.ptx
 
 
-def test_a_kernel_in_a_loop_counts_as_often_as_the_loop_runs() -> None:
+def test_a_kernel_in_a_loop_counts_once_per_iteration() -> None:
     def looped(x, y):
         y = jax.lax.fori_loop(0, 3, lambda _, y: add(x, y), y)
         return jax.lax.fori_loop(0, 2, lambda _, y: jax.lax.fori_loop(0, 5, lambda _, y: add(x, y, block=256), y), y)
@@ -64,7 +64,7 @@ def test_a_kernel_in_a_branch_counts_as_launched() -> None:
     assert [use.count for use in uses] == [1, 1]
 
 
-def test_fusions_of_xla_are_no_custom_kernels() -> None:
+def test_xla_fusions_are_not_custom_kernels() -> None:
     compiled = compile_for(TARGETS["h200"], jax.jit(lambda x: jax.nn.softmax(x @ x) + 1), SQUARE)
     assert kernels_in(compiled, DEVICES["h200"]) == []
 
@@ -104,5 +104,5 @@ ptxas info    : Used 255 registers, used 1 barriers, 24 bytes cumulative stack s
 """
 
 
-def test_spills_are_stores_and_loads() -> None:
+def test_spill_bytes_add_stores_and_loads() -> None:
     assert read_report(REPORT) == Resources(registers=255, spill_bytes=48, shared_bytes=1040)

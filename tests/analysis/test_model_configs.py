@@ -1,4 +1,4 @@
-"""The shapes in experiments/models are what they are called."""
+"""The model configs in experiments/models have the sizes of their names."""
 
 import math
 import re
@@ -27,12 +27,12 @@ EXPECTED = {
 IN_MINIATURE = {"tiny-llama", "mini-llama", "wide-llama"}
 
 
-def test_every_file_is_known() -> None:
+def test_every_file_is_listed() -> None:
     assert {path.stem for path in MODELS.glob("*.json")} == EXPECTED.keys() | IN_MINIATURE
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_file_describes_the_model_it_is_named_after(name: str) -> None:
+def test_a_config_has_the_sizes_of_its_model(name: str) -> None:
     model = ModelConfig.from_dict(read_json(MODELS / f"{name}.json"))
     billions, *shape = EXPECTED[name]
     width = (model.num_layers, model.hidden_size, model.intermediate_size, model.kv_width, model.vocab_size)
@@ -43,7 +43,7 @@ def test_a_file_describes_the_model_it_is_named_after(name: str) -> None:
     assert adapter_geometry(model, 16).layout.width == model.kv_width
 
 
-def test_the_table_of_settings_names_files_that_exist() -> None:
+def test_the_settings_table_links_existing_files() -> None:
     rows = re.findall(r"^\| (S\d).*?\[(\S+)\]\((\S+)\)", (MODELS / "README.md").read_text(), re.MULTILINE)
     assert [row[0] for row in rows] == ["S1", "S2", "S3", "S4", "S5", "S6"]
     assert all(label == link and (MODELS / link).exists() for _, label, link in rows)

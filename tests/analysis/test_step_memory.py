@@ -1,4 +1,4 @@
-"""What the step of a real model takes on a GPU that is not there."""
+"""Memory and kernels of a real model's step, compiled for an absent GPU."""
 
 import dataclasses
 from collections import Counter
@@ -22,8 +22,8 @@ LAYERS = 2
 
 
 @cache
-def step(decode: bool, with_lora: bool) -> tuple[int, list[KernelUse]]:
-    """Temporaries and kernels of a step on an H200: 256 sequences that decode, or 2,048 rows of a mixed batch."""
+def step(decode: bool) -> tuple[int, list[KernelUse]]:
+    """Temporary bytes and kernels of a step on an H200: 256 sequences that decode, or 2,048 rows of a mixed batch."""
     target = TARGETS["h200"]
     model = dataclasses.replace(ModelConfig.from_dict(read_json(LLAMA_3_8B)), num_layers=LAYERS)
     config = EngineConfig(
@@ -32,24 +32,24 @@ def step(decode: bool, with_lora: bool) -> tuple[int, list[KernelUse]]:
     spec = step_spec(model, *abstract_decoder(model, config.dtype), config, pool_shape(model, config))
     with compiling_for(target.device):
         layout = spec.layout(Bucket(tokens=256 if decode else 2048, seqs=256, decode=decode))
-    compiled = compile_for(target, make_step(spec, layout, with_lora), *step_shapes(spec, layout))
+    compiled = compile_for(target, make_step(spec, layout, with_lora=True), *step_shapes(spec, layout))
     use = pool_use(compiled, spec.pool)
     assert use.copies == ()
     return use.temp_bytes, kernels_in(compiled, target.device)
 
 
 def test_temporaries_are_little_more_than_the_logits() -> None:
-    temporaries, _ = step(decode=True, with_lora=True)
+    temporaries, _ = step(decode=True)
     logits = 4 * 256 * 128_256
     assert temporaries < logits + 100e6  # nothing of the size of a gathered context or of gathered adapters
 
 
-@pytest.mark.parametrize(("decode", "with_lora"), [(True, True), (False, True), (True, False)])
-def test_a_layer_launches_eight_kernels_for_lora_if_there_is_any_and_one_for_attention(decode, with_lora) -> None:
-    _, kernels = step(decode, with_lora)
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_a_layer_launches_eight_kernels_for_lora_and_one_for_attention(decode) -> None:
+    _, kernels = step(decode)
     launches = Counter[str]()
     for kernel in kernels:
         launches[kernel.name] += kernel.count
         assert (kernel.backend, kernel.spill_bytes) == ("triton", 0)
-    lora = {"lora_shrink_kernel": 4 * LAYERS, "lora_expand_kernel": 4 * LAYERS} if with_lora else {}
+    lora = {"lora_shrink_kernel": 4 * LAYERS, "lora_expand_kernel": 4 * LAYERS}
     assert launches == {"paged_attention_kernel": LAYERS, **lora}

@@ -1,4 +1,4 @@
-"""Base models whose layers the kernels are compiled for; of the 70B one, what a shard of eight sees."""
+"""Base models whose layers the kernels are compiled for; of the 70B model, the shard of one of eight devices."""
 
 from pallas_kernels.bench.models import LLAMA_3_8B, LLAMA_7B, Model
 

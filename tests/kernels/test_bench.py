@@ -1,4 +1,4 @@
-"""The GPU benchmark: its whole way in miniature, and what it does with kernels that fail, hang, or are wrong."""
+"""The GPU benchmark: a miniature of all its cases, and kernels that fail, hang, crash, or are wrong."""
 
 import json
 import os
@@ -11,25 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.kernel_bench.__main__ import step_section
-from pallas_kernels.bench import __main__ as command
-from pallas_kernels.bench import peers, supervisor
+from experiments.kernel_bench import __main__ as command
+from experiments.kernel_bench.goals import goals
+from pallas_kernels.bench import measure, peers
 from pallas_kernels.bench.adapters import resident, spread
-from pallas_kernels.bench.case import Case, Program, Section, System, chain
-from pallas_kernels.bench.goals import goals
+from pallas_kernels.bench.case import Case, Program, System, chain
+from pallas_kernels.bench.measure import Measurement, distance
 from pallas_kernels.bench.models import decoder_layout
 from pallas_kernels.bench.pools import random_pages
-from pallas_kernels.bench.record import Record
+from pallas_kernels.bench.record import BROKEN_DEVICE, Record
 from pallas_kernels.bench.size import FULL, MINIATURE
 from pallas_kernels.bench.timing import Timing, time_in_turn
-from pallas_kernels.bench.worker import Worker, distance
 from pallas_kernels.roofline import Work
 
-MORE = {"step": step_section}
 
-
-def sections(miniature: bool) -> list[Section]:
-    return command._sections(command._parser("bench", MORE).parse_args([]), miniature, MORE)
+def cases_of(miniature: bool) -> list[Case]:
+    sections = command._sections(command._parser().parse_args([]), miniature)
+    return [case for cases in sections.values() for case in cases]
 
 
 def bench(*arguments: object) -> subprocess.CompletedProcess:
@@ -43,14 +41,14 @@ def bench(*arguments: object) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.timeout(900)  # a minute of one core's time; more where several share it
-def test_a_miniature_of_everything_runs_on_a_cpu(tmp_path):
+def test_miniature_runs_every_case_on_a_cpu(tmp_path):
     out = tmp_path / "results.json"
     done = bench("--miniature", "--budget-seconds", 800, "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(out.read_text())
     assert results["finished"] and results["miniature"] and "under_way" not in results
     assert "--miniature" in results["command"]
-    assert results["provenance"].keys() >= {"date", "device", "driver", "versions", "git", "argv"}
+    assert results["provenance"].keys() >= {"date", "device", "driver", "versions", "git"}
 
     for row in results["checks"] + results["rows"]:
         assert "failed" not in row, row
@@ -78,7 +76,7 @@ def test_a_miniature_of_everything_runs_on_a_cpu(tmp_path):
     assert {path.name for path in tmp_path.glob("*.png")} == {f"results_{name}.png" for name in plots}
 
 
-def test_programs_compile_for_a_gpu_that_is_not_there(tmp_path):
+def test_compile_only_compiles_for_an_absent_gpu(tmp_path):
     out = tmp_path / "compiled.json"
     case = "^lora_expand decode model=llama-3-8b rows=64 adapters=64 rank=16$"
     done = bench("--compile-only", "h200", "--only", "lora", "--match", case, "--out", out)
@@ -88,12 +86,12 @@ def test_programs_compile_for_a_gpu_that_is_not_there(tmp_path):
     assert "ceiling-matmul" in programs
 
 
-def test_the_list_names_every_case_and_runs_none(capsys):
-    assert command.main(["--list"], more=MORE) == 0
+def test_list_prints_the_cases_and_runs_none(capsys):
+    assert command.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     label = "lora decode model=llama-3-8b rows=256 adapters=256 rank=16"
     assert any(f"{label}: triton, mosaic_gpu, xla, ragged_dot" in line for line in lines)
-    for section in (*command.SECTIONS, *MORE):
+    for section in command.SHARES:
         assert any(line.startswith(section) for line in lines)
 
 
@@ -103,36 +101,36 @@ def test_the_list_names_every_case_and_runs_none(capsys):
         (["--budget-seconds", "0"], "--budget-seconds: '0': must be a number above 0"),
         (["--budget-seconds", "soon"], "--budget-seconds: 'soon': must be a number above 0"),
         (["--seed", "-1"], "--seed: '-1': must be an integer in 0..2^31-1"),
-        (["--match", "("], "is no regular expression"),
+        (["--match", "("], "is not a regular expression"),
         (["--only", "gemm"], "invalid choice: 'gemm'"),
         (["--compile-only", "h100"], "invalid choice: 'h100'"),
-        (["--out", "."], "'.' cannot be written"),
+        (["--out", "."], "'.': cannot be written"),
         (["--list", "--compile-only", "h200"], "not allowed with argument"),
     ],
 )
-def test_wrong_arguments_are_refused_by_name(arguments, message, capsys):
+def test_invalid_arguments_are_named(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         command.main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_match_without_cases_says_so():
-    with pytest.raises(SystemExit, match="'no such case': no case of that label"):
+def test_match_without_cases_is_refused():
+    with pytest.raises(SystemExit, match="'no such case': no case has such a label"):
         command.main(["--list", "--match", "no such case"])
 
 
 @pytest.mark.parametrize("size", [FULL, MINIATURE], ids=["full", "miniature"])
 def test_labels_and_program_names_are_unique(size):
-    cases = [case for section in sections(size.miniature) for case in section.cases]
+    cases = cases_of(size.miniature)
     labels = [case.label for case in cases]
     assert len(set(labels)) == len(labels)
     programs = {id(s.program): s.program.name for case in cases for s in case.systems if s.program}
     assert len(set(programs.values())) == len(programs)
 
 
-def test_the_full_size_covers_what_the_goals_are_about():
-    cases = [case for section in sections(False) for case in section.cases if not case.is_check]
+def test_full_size_has_the_cases_of_the_goals():
+    cases = [case for case in cases_of(False) if not case.is_check]
     decode = [case.facts for case in cases if (case.op, case.regime) == ("lora", "decode")]
     assert {facts["adapters"] for facts in decode} == {1, 4, 16, 64, 256}
     assert {facts["rank"] for facts in decode} == {8, 16, 32, 64, 128, "mixed"}
@@ -144,7 +142,7 @@ def test_the_full_size_covers_what_the_goals_are_about():
     assert steps[256] == ["base", "1 adapters", "16 adapters", "64 adapters", "256 adapters"]
 
 
-# What the measuring process does with systems that do not work
+# Measuring systems that fail
 
 
 def program(function, name):
@@ -156,10 +154,9 @@ def system(name, function=lambda x: 2 * x):
     return System(name, program(function, name), chain(lambda: jnp.arange(8.0), lambda: [()]))
 
 
-def worker(tmp_path, *cases, seconds=100.0):
+def measured(tmp_path, *cases, seconds=100.0):
     record = Record(tmp_path / "results.json")
-    run = Worker(MINIATURE, record, time.time() + seconds, seconds)
-    run.run([Section("toy", cases)])
+    Measurement("toy", MINIATURE, record, time.time() + seconds, seconds).run(cases)
     return json.loads(record.path.read_text())
 
 
@@ -167,7 +164,7 @@ def case(*systems, op="toy", **fields):
     return Case(op, "decode", {}, Work(bytes=100), systems, **fields)
 
 
-def test_a_failing_system_costs_only_its_own_results(tmp_path):
+def test_a_failing_system_leaves_the_others_measured(tmp_path):
     def declines(x):
         raise NotImplementedError("takes no float32")
 
@@ -186,7 +183,7 @@ def test_a_failing_system_costs_only_its_own_results(tmp_path):
     systems = [system("declines", declines), system("breaks", breaks), system("works")]
     systems += [System("bad start", start=bad_start), System("bad dispatch", start=bad_dispatch)]
     systems += [System("left out", skip="not today")]
-    rows = {row["system"]: row for row in worker(tmp_path, case(*systems))["rows"]}
+    rows = {row["system"]: row for row in measured(tmp_path, case(*systems))["rows"]}
     assert rows["works"]["seconds"] > 0
     assert rows["declines"]["skipped"] == "takes no float32"
     assert rows["left out"]["skipped"] == "not today"
@@ -195,37 +192,37 @@ def test_a_failing_system_costs_only_its_own_results(tmp_path):
     assert "no dispatch" in rows["bad dispatch"]["failed"]
 
 
-def test_a_missing_package_is_a_reason_not_a_failure(tmp_path):
+def test_a_missing_package_skips_its_system(tmp_path):
     def imports(x):
         import jax_triton_that_is_not_there  # noqa: F401
 
-    (row,) = worker(tmp_path, case(system("triton", imports)))["rows"]
+    (row,) = measured(tmp_path, case(system("triton", imports)))["rows"]
     assert "No module named 'jax_triton_that_is_not_there'" in row["skipped"]
 
 
-def test_a_wrong_kernel_is_reported_and_not_timed(tmp_path):
+def test_a_wrong_kernel_fails_its_check_and_is_not_timed(tmp_path):
     wrong, nan = system("wrong", lambda x: 2 * x + 0.5), system("nan", lambda x: 2 * x * jnp.nan)
     check = case(system("xla"), wrong, nan, system("right"), tolerance=1e-2)
-    results = worker(tmp_path, check, case(wrong, nan, system("right"), op="timed"))
+    results = measured(tmp_path, check, case(wrong, nan, system("right"), op="timed"))
     assert {c["system"]: c["ok"] for c in results["checks"]} == {"wrong": False, "nan": False, "right": True}
     rows = {row["system"]: row for row in results["rows"]}
     assert rows["wrong"]["skipped"] == rows["nan"]["skipped"] == "failed its check"
     assert rows["right"]["seconds"] > 0
 
 
-def test_without_a_reference_results_are_marked(tmp_path):
+def test_results_without_a_reference_are_unchecked(tmp_path):
     def breaks(x):
         raise KeyError("tile")
 
     check = case(system("xla", breaks), system("ours"), tolerance=1e-2)
-    results = worker(tmp_path, check, case(system("ours"), op="timed"))
+    results = measured(tmp_path, check, case(system("ours"), op="timed"))
     assert [c["system"] for c in results["checks"] if "unchecked" in c] == ["ours"]
     (row,) = results["rows"]
     assert row["unchecked"] and row["seconds"] > 0
     assert all(goal["met"] is None for goal in goals([row | {"op": "lora", "over_floor": 1.0}]))
 
 
-def test_distance_is_relative_and_sees_nan():
+def test_distance_is_relative_and_propagates_nan():
     reference = (jnp.ones(100), 10 * jnp.ones(100))
     assert distance(reference, reference) == (0, 0)
     off = (jnp.ones(100), 10 * jnp.ones(100).at[3].set(1.5))
@@ -233,25 +230,25 @@ def test_distance_is_relative_and_sees_nan():
     assert np.isnan(distance((jnp.ones(100).at[0].set(jnp.nan), reference[1]), reference)).all()
 
 
-def test_out_of_time_everything_left_is_skipped_by_name(tmp_path):
-    results = worker(tmp_path, case(system("works")), seconds=1.0)
+def test_cases_after_the_deadline_are_skipped(tmp_path):
+    results = measured(tmp_path, case(system("works")), seconds=-1.0)
     assert [(row["system"], row["skipped"]) for row in results["rows"]] == [("works", "out of time")]
 
 
-def test_a_floor_may_rest_on_another_systems_time(tmp_path):
+def test_a_floor_includes_the_time_of_the_system_it_is_over(tmp_path):
     def ceiling(regime, work):
-        return Case("ceiling", regime, {}, work, (system(regime),), importance=-1)
+        return Case("ceiling", regime, {}, work, (system(regime),))
 
     base, more = system("base"), system("more")
     more = System("more", more.program, more.start, work=Work(bytes=7), over="base")
-    cases = (ceiling("copy", Work(bytes=10)), ceiling("matmul", Work(flops=10)), case(base, more))
-    rows = {row["system"]: row for row in worker(tmp_path, *cases)["rows"]}
+    cases = (ceiling("copy", Work(bytes=10)), ceiling("matmul", Work(flops=10)), case(base, more, importance=1))
+    rows = {row["system"]: row for row in measured(tmp_path, *cases)["rows"]}
     bandwidth = 10 / rows["copy"]["seconds"]
     assert rows["base"]["floor_seconds"] == pytest.approx(100 / bandwidth)
     assert rows["more"]["floor_seconds"] == pytest.approx(rows["base"]["seconds"] + 7 / bandwidth)
 
 
-def test_timing_takes_turns_and_leaves_out_what_raises():
+def test_timing_interleaves_rounds_and_drops_functions_that_raise():
     order = []
 
     def dispatch(name, failing_from=None):
@@ -272,69 +269,71 @@ def test_timing_takes_turns_and_leaves_out_what_raises():
     assert "never" not in order[order.index("later") :]
 
 
-# The process that watches
+# The measuring processes
 
 CHILD = """
-import json, os, sys, time
+import os, sys, time
 from pathlib import Path
-from pallas_kernels.bench.record import Record
+from pallas_kernels.bench.case import Case, System
+from pallas_kernels.bench.measure import Measurement
+from pallas_kernels.bench.record import BROKEN_DEVICE, Record
+from pallas_kernels.roofline import Work
 path, mode = Path(sys.argv[1]), sys.argv[2]
-resumed = "--resume" in sys.argv
-record = Record(path, resume=resumed)
-if not resumed:
-    record.begin("lora decode", "triton", 0.5)
-    if mode == "hang": time.sleep(100)
-    if mode == "crash": os.abort()
-    if mode == "restart":
-        record.data["rows"].append("recorded"); record.data.pop("under_way"); record.save(); os._exit(75)
-record.data["finished"] = True
-record.save()
+case = Case("lora", "decode", {}, Work(), (System("triton"), System("works")))
+record = Record(path)
+measurement = Measurement("lora", None, record, 0.0, 1.0)
+if not record.has(case, "triton"):
+    if mode == "compiler":
+        record.begin(9.0)
+        os.abort()
+    if mode == "device":
+        record.add(case, "triton", "lora", failed="illegal access")
+        os._exit(BROKEN_DEVICE)
+    with measurement._watched(0.5, case, "" if mode == "rounds" else "triton"):
+        time.sleep(100) if mode == "hang" else os.abort()
+record.add(case, "works", "lora", seconds=1.0)
 """
 
 
-@pytest.mark.parametrize(("mode", "reason"), [("hang", "hung"), ("crash", "SIGABRT")])
-def test_a_kernel_that_hangs_or_crashes_is_gone_around(tmp_path, mode, reason):
+@pytest.mark.parametrize(
+    ("mode", "reason"), [("hang", "hung"), ("crash", "died of SIGABRT"), ("device", "illegal access")]
+)
+def test_after_a_hang_or_crash_a_new_process_measures_the_other_systems(tmp_path, mode, reason):
     path = tmp_path / "results.json"
-    child = [sys.executable, "-c", CHILD, str(path), mode]
-    assert supervisor.supervise(child, path, time.time() + 60, dict(os.environ)) == ""
-    (failure,) = json.loads(path.read_text())["fatal"]
-    assert (failure["label"], failure["system"]) == ("lora decode", "triton")
-    assert reason in failure["failed"]
-
-
-def test_a_child_that_recorded_its_failure_is_just_replaced(tmp_path):
-    path = tmp_path / "results.json"
-    child = [sys.executable, "-c", CHILD, str(path), "restart"]
-    assert supervisor.supervise(child, path, time.time() + 60, dict(os.environ)) == ""
+    command.run_section([sys.executable, "-c", CHILD, str(path), mode], path, time.time() + 280, dict(os.environ))
     results = json.loads(path.read_text())
-    assert results["rows"] == ["recorded"] and "fatal" not in results
+    triton, works = results["rows"]
+    assert (triton["label"], triton["system"], triton["failed"]) == ("lora decode", "triton", reason)
+    assert works["seconds"] and "ended_early" not in results
 
 
-def test_what_ended_an_earlier_process_is_not_tried_again(tmp_path):
-    record = Record(tmp_path / "results.json")
-    toy = case(system("works"), system("hangs"))
-    record.begin(toy.label, "hangs", 1.0)
-    record.fail_under_way("hung: it did not end in time")
-    run = Worker(MINIATURE, Record(record.path, resume=True), time.time() + 100, 100)
-    run.run([Section("toy", (toy,))])
-    rows = {row["system"]: row for row in run.record.data["rows"]}
-    assert "hung" in rows["hangs"]["failed"]
-    assert rows["works"]["seconds"] > 0
+@pytest.mark.parametrize(("mode", "seconds", "reason"), [("compiler", 280, "SIGABRT"), ("hang", -9.9, "past its")])
+def test_a_section_whose_process_dies_outside_of_a_system_ends_early(tmp_path, mode, seconds, reason):
+    path = tmp_path / "results.json"
+    command.run_section([sys.executable, "-c", CHILD, str(path), mode], path, time.time() + seconds, dict(os.environ))
+    results = json.loads(path.read_text())
+    assert reason in results["ended_early"][mode] and results["rows"] == []
 
 
-def test_a_crash_while_compiling_is_pinned_on_one_program(tmp_path):
-    record = Record(tmp_path / "results.json")
-    record.begin("compiling", "", 1.0)
-    record.fail_under_way("died of SIGABRT")
-    assert record.data["one_by_one"] and "uncompilable" not in record.data
-    record.begin("compiling", "hangs", 1.0)
-    record.fail_under_way("died of SIGABRT")
-    toy = case(system("works"), system("hangs"))
-    run = Worker(MINIATURE, Record(record.path, resume=True), time.time() + 100, 100)
-    run.run([Section("toy", (toy,))])
-    rows = {row["system"]: row for row in run.record.data["rows"]}
-    assert rows["hangs"]["failed"] == "died of SIGABRT"
-    assert rows["works"]["seconds"] > 0
+def test_a_crash_between_systems_fails_the_whole_case(tmp_path):
+    path = tmp_path / "results.json"
+    command.run_section([sys.executable, "-c", CHILD, str(path), "rounds"], path, time.time() + 280, dict(os.environ))
+    results = json.loads(path.read_text())
+    assert [(row["system"], "failed" in row) for row in results["rows"]] == [("", True), ("works", False)]
+
+
+def test_a_broken_device_ends_the_process_after_its_failure_is_recorded(tmp_path, monkeypatch):
+    def breaks(x):
+        monkeypatch.setattr(measure.jax, "block_until_ready", breaks)
+        raise ValueError("illegal access")
+
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(measure.os, "_exit", leave)
+    with pytest.raises(SystemExit, match=str(BROKEN_DEVICE)):
+        measured(tmp_path, case(System("breaks", start=breaks)))
+    assert "illegal access" in json.loads((tmp_path / "results.json").read_text())["rows"][0]["failed"]
 
 
 # Goals and inputs
@@ -345,7 +344,7 @@ def row(op, regime, system, label, over_floor=1.0, fraction=1.0, **facts):
     return {"op": op, "regime": regime, "system": system, "label": label, "facts": facts, **numbers}
 
 
-def test_goals_take_the_best_backend_of_each_case_and_the_worst_case():
+def test_goals_take_the_best_backend_of_a_case_and_the_worst_case():
     rows = [
         row("lora", "decode", "triton", "a", fraction=0.7, adapters=64),
         row("lora", "decode", "mosaic_gpu", "a", fraction=0.85, adapters=64),
@@ -363,7 +362,7 @@ def test_goals_take_the_best_backend_of_each_case_and_the_worst_case():
     assert step["met"] is True
 
 
-def test_pages_are_all_taken_before_any_is_taken_twice(rng):
+def test_a_page_repeats_only_after_all_were_used(rng):
     pages = random_pages(14, 8, rng)
     assert sorted(pages[:7]) == sorted(pages[7:]) == list(range(1, 8))
 
@@ -372,7 +371,7 @@ def test_rows_are_spread_evenly():
     assert spread(10, 4).tolist() == [3, 3, 2, 2]
 
 
-def test_competitors_get_the_adapters_own_matrices(rng):
+def test_baselines_read_the_adapters_matrices(rng):
     """`x A B` from the contiguous copies equals the sum over rows of tiles, read by the layout's own arithmetic."""
     layout = decoder_layout(hidden_size=24, q_width=32, kv_width=16, intermediate_size=40, page_size=8)
     adapters = resident(layout, "ragged", slots=3, max_rank=12, pool_pages=400, rng=rng)

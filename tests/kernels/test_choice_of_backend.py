@@ -1,4 +1,4 @@
-"""Which implementation a step takes, and what it says when it cannot take the planned one."""
+"""The choice of a step's implementation, and the warning when the planned one does not serve the shape."""
 
 from functools import partial
 
@@ -36,7 +36,7 @@ def product(width: int, **changes) -> LoraProduct:
     return LoraProduct(layout_of(width), table, tiles, **(static | changes))
 
 
-def test_a_cpu_and_float32_have_the_reference_and_a_gpu_what_the_plan_table_names():
+def test_cpus_and_float32_use_the_reference_and_gpus_the_planned_kernel():
     layout = layout_of(32)
     assert backend(layout, "bfloat16") == "xla"
     with devices.compiling_for(H200):
@@ -45,7 +45,7 @@ def test_a_cpu_and_float32_have_the_reference_and_a_gpu_what_the_plan_table_name
     assert devices.target() is None
 
 
-def test_what_the_planned_kernel_does_not_serve_falls_back_with_a_warning():
+def test_shapes_unsupported_by_the_planned_kernel_fall_back_with_a_warning():
     with devices.compiling_for(H200):
         with pytest.warns(UserWarning, match="attention by the XLA reference.*head_dim 96"):
             attention(head_dim=96)
@@ -55,7 +55,7 @@ def test_what_the_planned_kernel_does_not_serve_falls_back_with_a_warning():
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_lora_tile_rows_are_those_of_the_backend_that_runs(split):
+def test_lora_tile_rows_match_the_backend_that_runs(split):
     height = partial(lora_tile_rows, dtype="bfloat16", decode=False, split=split)
     with devices.compiling_for(H200):
         assert height(layout_of(32)) == height(layout_of(32), implementation="triton")
@@ -64,7 +64,7 @@ def test_lora_tile_rows_are_those_of_the_backend_that_runs(split):
         assert height(layout_of(24), implementation="xla") != height(layout_of(32), implementation="triton")
 
 
-def test_what_a_named_kernel_does_not_serve_is_refused_with_the_reason():
+def test_shapes_unsupported_by_a_named_kernel_are_refused_with_the_reason():
     with pytest.raises(NotImplementedError, match="head_dim 96"):
         attention(head_dim=96, implementation="triton")
     with pytest.raises(NotImplementedError, match="no implementation named 'cuda'"):
@@ -75,7 +75,7 @@ def test_what_a_named_kernel_does_not_serve_is_refused_with_the_reason():
         product(24, implementation="triton")
 
 
-def test_a_product_is_called_whole_or_in_halves_as_it_was_made():
+def test_a_product_is_called_whole_or_split_as_it_was_made():
     (stack, *_), ones = layout_of(32).stacks, jnp.ones((3, 32))
     with pytest.raises(ValueError, match="split=False; shrink and expand need split=True"):
         product(32).shrink(ones, ones, stack)
@@ -83,7 +83,7 @@ def test_a_product_is_called_whole_or_in_halves_as_it_was_made():
         product(32, split=True)(ones, ones, ones, stack)
 
 
-def test_a_plan_is_the_first_entry_of_the_device_or_else_of_any_that_fits():
+def test_the_first_fitting_plan_of_the_device_or_of_any_applies():
     facts = {"backend": "triton", "decode": True, "width": 1024}
     with devices.compiling_for(H200):
         small, large = (shrink_plan(**facts, rows=rows, d_in=4096) for rows in (8, 256))
@@ -106,7 +106,7 @@ def test_a_plan_is_the_first_entry_of_the_device_or_else_of_any_that_fits():
         ("Tesla V100-SXM2-16GB", 70, None),
     ],
 )
-def test_a_gpu_counts_as_itself_or_as_a_known_one_whose_kernels_it_can_run(kind, capability, name):
+def test_an_unknown_gpu_uses_the_plans_of_a_compatible_one(kind, capability, name):
     device = devices.known_device(kind, capability)
     assert (device and device.name) == name
 

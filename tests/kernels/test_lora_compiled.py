@@ -1,6 +1,11 @@
-"""The Triton LoRA kernels at real sizes, compiled for GPUs that are not there: what the machine code says."""
+"""The Triton LoRA kernels at real sizes, compiled for absent GPUs: spills, tensor cores and copies in the machine code.
+
+Spills depend on a kernel's plan, its dtype and the pool's layout, so every entry of the plan table is compiled once per
+device, with the models in turn.
+"""
 
 import re
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -8,86 +13,124 @@ import numpy as np
 import pytest
 from gpu_shapes import LAYERS
 
-from pallas_kernels import devices
+from pallas_kernels import devices, plans
+from pallas_kernels.bench.models import Model
 from pallas_kernels.lora import AdapterTable, LoraProduct, LoraTiles, lora_tile_rows
 from pallas_kernels.lora.layout import ceil_div
 from pallas_kernels.targets import TARGETS, compile_for
 from slora_jax.analysis import kernels_in
 
 SLOTS, NUM_PAGES = 256, 4000
-STEPS = {"decode-256": (256, True), "mixed-2048": (2048, False)}
-OTHER_STEPS = {"decode-8": (8, True), "mixed-256": (256, False), "mixed-8192": (8192, False)}
 
 
-def compiled(layer, device, rows, decode, page_size=16, dtype="bfloat16", max_rank=64, numbers=range(4)):
-    """A layer's stacks of these numbers as one program, every y donated."""
-    layout = layer.layout(page_size)
-    stacks = [layout.stacks[number] for number in numbers]
+@dataclass(frozen=True)
+class Call:
+    """One stack's product in a step of `rows` rows; every row is a sequence of its own if `decode`."""
 
-    def struct(*shape, dtype=dtype):
+    model: Model
+    stack: int
+    rows: int
+    decode: bool
+    page_size: int = 16
+    dtype: str = "bfloat16"
+    max_rank: int = 64
+
+    @property
+    def layout(self):
+        return self.model.layout(self.page_size)
+
+    def plans(self) -> list[dict]:
+        """The plan table's entries for the shrink and the expand kernel."""
+        layout, stack = self.layout, self.layout.stacks[self.stack]
+        facts = {"backend": "triton", "decode": self.decode, "rows": self.rows, "width": layout.width}
+        entries = {"lora_shrink": {"d_in": stack.d_in}, "lora_expand": {"d_out": stack.d_out}}
+        return [plans.find("lora", op, **facts, **more) for op, more in entries.items()]
+
+
+# Stack 0 has three projections of unequal width, stack 3 the longest input; the shard of eight has smaller blocks.
+LLAMA_7B, LLAMA_13B, LLAMA_3_8B, SHARD_OF_70B, QWEN3_8B = LAYERS
+CALLS = {
+    "h200": [
+        Call(LLAMA_3_8B, 0, 8, True), Call(QWEN3_8B, 0, 256, True), Call(SHARD_OF_70B, 0, 256, True),
+        Call(LLAMA_13B, 0, 256, False), Call(LLAMA_7B, 2, 2048, False), Call(LLAMA_3_8B, 3, 8192, False),
+    ],
+    "a100": [
+        Call(LLAMA_7B, 0, 8, True), Call(LLAMA_3_8B, 3, 256, True),
+        Call(QWEN3_8B, 2, 256, False), Call(SHARD_OF_70B, 0, 2048, False), Call(LLAMA_13B, 3, 8192, False),
+    ],
+    "l4": [
+        Call(QWEN3_8B, 2, 8, True), Call(LLAMA_13B, 0, 256, True),
+        Call(LLAMA_3_8B, 0, 256, False), Call(SHARD_OF_70B, 1, 2048, False), Call(LLAMA_7B, 3, 8192, False),
+    ],
+}  # fmt: skip
+OTHERS = [
+    Call(LLAMA_3_8B, 0, 256, decode, page_size, dtype, max_rank=256)
+    for page_size, dtype in ((8, "bfloat16"), (32, "bfloat16"), (16, "float16"))
+    for decode in (True, False)
+]
+
+
+def check(device, calls):
+    """Compiles the calls as one program, every y donated, and checks its kernels and buffers."""
+
+    def struct(*shape, dtype="int32"):
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
-    def ints(*shape):
-        return struct(*shape, dtype="int32")
-
     with devices.compiling_for(device):
-        tile_rows = lora_tile_rows(layout, dtype, decode=decode)
+        tile_rows = [lora_tile_rows(call.layout, call.dtype, decode=call.decode) for call in calls]
 
-    def run(table, tiles, xs, ys, pool):
-        lora = LoraProduct(layout, table, tiles, dtype=dtype, decode=decode, tile_rows=tile_rows, max_rank=max_rank)
-        return [lora(x, y, pool, stack) for x, y, stack in zip(xs, ys, stacks, strict=True)]
+    def arguments(call, tile_rows):
+        stack, layout = call.layout.stacks[call.stack], call.layout
+        table = AdapterTable(struct(SLOTS, int(layout.num_pages(np.full(7, call.max_rank)))), struct(SLOTS, 7))
+        num_tiles = ceil_div(call.rows, tile_rows) + min(call.rows, SLOTS)
+        tiles = LoraTiles(*(struct(num_tiles) for _ in range(3)), struct(call.rows), *(struct() for _ in range(4)))
+        pool = struct(NUM_PAGES, 2, call.page_size, layout.width, dtype=call.dtype)
+        return table, tiles, struct(call.rows, stack.d_in, dtype=call.dtype), pool
 
-    num_tiles = ceil_div(rows, tile_rows) + min(rows, SLOTS)
-    table = AdapterTable(ints(SLOTS, int(layout.num_pages(np.full(7, max_rank)))), ints(SLOTS, 7))
-    tiles = LoraTiles(*(ints(num_tiles) for _ in range(3)), ints(rows), *(ints() for _ in range(4)))
-    xs = [struct(rows, s.d_in) for s in stacks]
-    ys = [struct(rows, s.d_out) for s in stacks]
-    pool = struct(NUM_PAGES, 2, page_size, layer.width)
-    return compile_for(TARGETS[device.name], jax.jit(run, donate_argnums=3), table, tiles, xs, ys, pool)
+    def run(ys, arguments):
+        outputs = []
+        for call, height, y, (table, tiles, x, pool) in zip(calls, tile_rows, ys, arguments, strict=True):
+            static = {"decode": call.decode, "tile_rows": height, "max_rank": call.max_rank}
+            lora = LoraProduct(call.layout, table, tiles, dtype=call.dtype, **static)
+            outputs.append(lora(x, y, pool, call.layout.stacks[call.stack]))
+        return outputs
 
+    ys = [struct(call.rows, call.layout.stacks[call.stack].d_out, dtype=call.dtype) for call in calls]
+    inputs = list(map(arguments, calls, tile_rows))
+    program = compile_for(TARGETS[device.name], jax.jit(run, donate_argnums=0), ys, inputs)
 
-def check(program, device, decode, stacks=4):
-    uses = kernels_in(program, device)
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes == sum(2 * y.size for y in ys)  # the outputs take over the buffers
+    assert " copy(" not in program.as_text() and "copy-start" not in program.as_text()
+    uses, with_wgmma = kernels_in(program, device), 0
     by_name = {name: sum(u.count for u in uses if u.name == name) for name in {u.name for u in uses}}
-    assert by_name == {"lora_shrink_kernel": stacks, "lora_expand_kernel": stacks}
+    assert by_name == {"lora_shrink_kernel": len(calls), "lora_expand_kernel": len(calls)}
     for use in uses:
+        print(use.name, use.registers, "registers", use.shared_bytes, "bytes shared")
         assert use.backend == "triton"
         assert use.spill_bytes == 0, use
         assert use.registers <= 255 and use.shared_bytes <= device.shared_bytes, use
         assert "cp.async.cg.shared.global" in use.ptx, f"{use.name}: no 16-byte asynchronous copies"
-        tensor_cores = "wgmma.mma_async" if device.compute_capability == 90 and not decode else "mma.sync"
-        assert tensor_cores in use.ptx, f"{use.name}: no {tensor_cores}"
+        with_wgmma += use.count if "wgmma.mma_async" in use.ptx else 0
+        assert "wgmma.mma_async" in use.ptx or "mma.sync" in use.ptx, f"{use.name}: no tensor cores"
         assert not re.search(r"\b(atom|red)\.", use.ptx), f"{use.name}: atomics"
-    return uses
+    mixed = sum(not call.decode for call in calls)
+    assert with_wgmma == (2 * mixed if device.compute_capability == 90 else 0)
 
 
-@pytest.mark.parametrize("device", devices.DEVICES.values(), ids=lambda d: d.name)
-@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
-def test_no_kernel_spills_at_real_sizes(layer, device):
-    for name, (rows, decode) in STEPS.items():
-        # The two stacks that differ most: three projections of unequal width, and the longest input.
-        program = compiled(layer, device, rows, decode, numbers=(0, 3))
-        for use in check(program, device, decode, stacks=2):
-            print(name, use.name, use.registers, "registers", use.shared_bytes, "bytes shared")
+@pytest.mark.parametrize("name", CALLS)
+def test_no_plan_spills_and_outputs_are_updated_in_place(name):
+    check(devices.DEVICES[name], CALLS[name])
 
 
-@pytest.mark.parametrize("name", OTHER_STEPS)
-def test_no_kernel_spills_in_the_smallest_and_largest_steps(name):
-    device, (rows, decode) = devices.DEVICES["h200"], OTHER_STEPS[name]
-    check(compiled(LAYERS[2], device, rows, decode), device, decode)
+def test_no_other_page_size_or_dtype_spills():
+    check(devices.DEVICES["h200"], OTHERS)
 
 
-@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
-@pytest.mark.parametrize(("page_size", "dtype"), [(8, "bfloat16"), (32, "bfloat16"), (16, "float16")])
-def test_other_page_sizes_and_types_do_not_spill_either(page_size, dtype, decode):
-    device = devices.DEVICES["h200"]
-    check(compiled(LAYERS[2], device, 256, decode, page_size, dtype, max_rank=256), device, decode)
-
-
-@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
-def test_the_outputs_take_over_the_buffers_of_the_base_products(decode):
-    rows = 256
-    program = compiled(LAYERS[2], devices.DEVICES["h200"], rows, decode)
-    outputs = 2 * rows * sum(stack.d_out for stack in LAYERS[2].layout().stacks)
-    assert program.memory_analysis().alias_size_in_bytes == outputs
-    assert " copy(" not in program.as_text() and "copy-start" not in program.as_text()
+@pytest.mark.parametrize("name", CALLS)
+def test_every_plan_of_a_device_is_compiled(name):
+    with devices.compiling_for(devices.DEVICES[name]):
+        compiled = [one for call in CALLS[name] for one in call.plans()]
+    for entry in plans._table("lora"):
+        if entry["op"] in ("lora_shrink", "lora_expand") and "backend" not in entry["when"]:
+            assert entry["plan"] in compiled, entry

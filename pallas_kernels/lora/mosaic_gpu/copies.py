@@ -11,15 +11,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 PARAMS = plgpu.CompilerParams(unsafe_no_auto_barriers=True)
-"""`commit_smem` stands wherever the four warps of a program must wait for each other: before a buffer that they have
-read or written goes to a copy or a product."""
+"""The kernels call `commit_smem` where the four warps of a program must synchronise: before a copy or product uses a
+buffer that they have read or written."""
 
 BY_ROW = plgpu.Layout.WGMMA_TRANSPOSED
-"""A thread holds neighbours of a product's first axis, which lie side by side in memory."""
+"""Register layout in which a thread holds neighbours along a product's first axis, adjacent in memory."""
 
 
 def wait_for(copies: Iterable[tuple[jax.Array, Any]]) -> None:
-    """Waits for the copies that were started: (whether it was, its barrier) each."""
+    """Waits for copies. Each is (whether it was started, its barrier)."""
     for started, barrier in copies:
 
         @pl.when(started)
@@ -28,8 +28,8 @@ def wait_for(copies: Iterable[tuple[jax.Array, Any]]) -> None:
 
 
 def row_pieces(rows: jax.Array, most: int) -> list[tuple[int, jax.Array, jax.Array]]:
-    """`rows` (at most `most`) as a sum of powers of two: for each its size, its first row, and whether it is there.
-    A copy has a static size, and no row of another tile may be written."""
+    """Splits `rows` (at most `most`) into powers of two: (size, first row, whether it is present) each. A copy has a
+    static size, and must not write rows of another tile."""
     sizes = [1 << bit for bit in reversed(range(most.bit_length()))]
     return [(size, rows // (2 * size) * (2 * size), rows & size != 0) for size in sizes]
 

@@ -67,7 +67,7 @@ def _expand(
                 page, half = page_of(pages, slot, b_base + in_wide + in_narrow + chunk)
                 plgpu.copy_gmem_to_smem(pool.at[page, half, :, pl.ds(column, block_n)], b_rows, b_arrived[i].at[stage])
 
-            is_first_use = (step < stages) | (k_steps > 1)  # else these rows are clear since the first use
+            is_first_use = (step < stages) | (k_steps > 1)  # later these rows are still zero
 
             @pl.when(jnp.logical_not(is_live(k, i)) & is_first_use)
             def _(b_rows: Any = b_rows) -> None:
@@ -109,7 +109,7 @@ def _expand(
 
         @pl.loop(0, k_steps)
         def _(k: jax.Array) -> None:
-            # The sum of the slices of block_r ranks of h becomes a high and a low half.
+            # Split the sum of the slices of block_r ranks of h into a high and a low half.
             wait_for((there, barrier) for (_, _, there), barrier in zip(pieces, h_arrived, strict=True))
             slices = (h_smem.at[:, s].transpose((1, 0)) for s in range(splits))
             loads = (plgpu.load(one, layout=BY_ROW, optimized=False) for one in slices)
@@ -141,7 +141,7 @@ def _expand(
                     wait_for((is_live(k, i), barrier.at[stage]) for i, barrier in enumerate(b_arrived))
                     b = b_smem.at[stage].transpose((1, 0))  # [block_n, block_r]
                     plgpu.wgmma(acc, b, high_smem.at[k].transpose((1, 0)))
-                    plgpu.wgmma(acc, b, low_smem.at[k].transpose((1, 0)))  # what the cast to high has lost
+                    plgpu.wgmma(acc, b, low_smem.at[k].transpose((1, 0)))  # the rounding error of high
                     plgpu.wgmma_wait(0)  # every warp has read the stage
                     plgpu.commit_smem()
 

@@ -1,4 +1,4 @@
-"""What the kernels serve, and the block shapes that a plan comes to."""
+"""Supported shapes, and the block shapes of a plan after rounding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ SWIZZLE = 64
 
 
 def check_served(pool: jax.Array, layout: LoraLayout) -> None:
-    """Raises NotImplementedError for what these kernels do not serve."""
+    """Checks dtype, page size and device.
+
+    Raises:
+      NotImplementedError: these kernels do not serve one of them.
+    """
     if pool.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"mosaic_gpu LoRA: weights of {pool.dtype}; available: bfloat16, float16")
     if layout.page_size not in (8, 16, 32):
@@ -31,7 +35,7 @@ def check_served(pool: jax.Array, layout: LoraLayout) -> None:
 
 
 def product_width(tile_rows: int) -> int:
-    """Width of the product that a tile of `tile_rows` tokens needs."""
+    """Product width for a tile of `tile_rows` tokens."""
     if tile_rows > 248:
         raise NotImplementedError(f"mosaic_gpu LoRA: tiles of {tile_rows} rows; the limit is 248")
     return ceil_div(tile_rows, 8) * 8
@@ -57,7 +61,7 @@ def buffers(*types: tuple[tuple[int, ...], Any]) -> list[Any]:
 
 
 def interpreter(interpret: bool) -> Any:
-    """`plgpu.kernel`'s argument. A block of h may begin near its last column; what lies behind is not used."""
+    """The `interpret` argument of `plgpu.kernel`. Reads of h past its last column are allowed, and unused."""
     if not interpret:
         return False
     return plgpu.InterpretGPUParams(detect_races=True, out_of_bounds_reads="uninitialized")

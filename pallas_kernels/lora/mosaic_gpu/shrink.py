@@ -107,8 +107,8 @@ def lora_shrink(
     x: jax.Array, pool: jax.Array, pages: jax.Array, work: jax.Array, layout: LoraLayout, stack: Stack, *,
     max_rank: int, tile_rows: int, plan: ShrinkPlan, interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
-    """See `pallas_kernels.lora.api.lora_shrink`; but rank j of h is row j of the stack, and its last axis is rounded up
-    to the plan's block_r."""
+    """See `pallas_kernels.lora.api.lora_shrink`. Rank j of h is row j of the stack; its last axis is rounded up to the
+    plan's block_r."""
     check_served(pool, layout)
     return _shrink_launch(x, pool, pages, work, layout, stack, max_rank, product_width(tile_rows), plan, interpret)
 
@@ -125,7 +125,7 @@ def _shrink_launch(
     slice_k = ceil_div(plan.slice_k, block_k) * block_k
     splits = ceil_div(stack.d_in, slice_k)
     window = min(tokens + 8, x.shape[0])
-    stages = max(plan.stages, 2)  # a stage is filled again one step after it was read
+    stages = max(plan.stages, 2)  # a stage is refilled one step after it is read
     kernel = plgpu.kernel(
         functools.partial(_shrink, layout=layout, stack=stack, slice_k=slice_k),
         kernel_name="lora_shrink",

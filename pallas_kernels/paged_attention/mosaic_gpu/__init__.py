@@ -1,4 +1,4 @@
-"""Paged attention for Hopper (sm_90a) in Pallas Mosaic GPU: pages come by TMA, products run on warpgroup MMA."""
+"""Paged attention for Hopper (sm_90a) in Pallas Mosaic GPU: TMA copies of pages, warpgroup MMA products."""
 
 from pallas_kernels.paged_attention.mosaic_gpu.attention import Attention
 

@@ -1,4 +1,4 @@
-"""The attention of one step by the Mosaic GPU kernels: what they serve, and which of them a step takes."""
+"""The attention of one step by the Mosaic GPU kernels: supported shapes, and the choice of the kernel."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ from pallas_kernels.paged_attention.tiles import AttentionTiles
 
 
 class Attention:
-    """The Mosaic GPU implementation of `PagedAttention`, for one step: the work list is made here, for all layers.
+    """The Mosaic GPU implementation of `PagedAttention`, for one step. It builds the work list once for all layers.
 
-    tile_rows is not used: blocks are cut by `work.block_rows`. plan: None for the plan table's. interpret: Pallas' GPU
-    interpreter, with race detection. Raises NotImplementedError for what TMA and its swizzle, or the tensor core,
-    cannot do.
+    Args:
+      tile_rows: ignored; blocks have `work.block_rows` rows.
+      plan: None: the plan table's.
+      interpret: run by Pallas' GPU interpreter, with race detection.
+
+    Raises:
+      NotImplementedError: TMA with its swizzle, or the tensor core, does not support the shape.
     """
 
     def __init__(
@@ -51,16 +55,16 @@ class Attention:
         attend = attend_decode if shape.decode else attend_mixed
         if self._interpret is None:
             attend = _one_kernel(attend)
-        tokens = pool.reshape(-1, shape.width)  # rows of a page's keys, then of its values; TMA takes a row number
+        tokens = pool.reshape(-1, shape.width)  # TMA addresses rows: a page's keys, then its values
         return attend(q, tokens, self._pages, self._work, shape, self._plan, self._interpret)
 
 
 @cache
 def _one_kernel(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`attend` as a function of its own in the program: traced, lowered and compiled once for all layers.
+    """`attend` as a separate function of the program, so that all layers share one trace and compilation.
 
-    Not for the interpreter: it runs each warpgroup as a computation with callbacks, which in a jitted program wait for
-    one another in a pool of as many threads as the machine has cores, and on one or two hang.
+    Not for the interpreter: it runs each warpgroup as a computation with callbacks. In a jitted program these wait for
+    one another in a pool with one thread per core, and hang if there are one or two.
     """
     return jax.jit(attend, static_argnums=(4, 5, 6))
 

@@ -1,9 +1,9 @@
 """Decode attention (every sequence has one row): flash-decoding.
 
-Contexts are cut into chunks of one length, a block takes one chunk and one KV head, and a second, small launch merges
-the chunks: Mosaic GPU has no tested way for the last block of a sequence to know itself (the Triton backend does it in
-one launch). The operands are swapped, so that the 64 rows that the tensor core wants are tokens, and the few query
-heads of a group are its columns.
+Contexts are split into chunks of one length; a block computes one chunk for one KV head, and a second, small launch
+merges the chunks, because Mosaic GPU has no tested way to identify a sequence's last block (the Triton backend needs
+one launch). The operands are swapped: the tensor core's 64 rows are tokens, and its columns the few query heads of a
+group.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def attend_decode(
         heads = jnp.pad(heads, ((0, spare), (0, 0)))
 
     def window(row: Any, head: Any) -> tuple[Any, Any]:
-        """A group's first query row, and that of its window."""
+        """The first query rows of a group and of its window."""
         first = row * num_heads + head * group
         return first, jnp.minimum(lax.div(first, 8) * 8, heads.shape[0] - columns)
 
@@ -136,7 +136,7 @@ def attend_decode(
 
         state = (full((columns,), MASKED, PER_COLUMN), full((columns,), 0, PER_COLUMN))
         _, total, acc = lax.fori_loop(0, count, merge, (*state, full((head_dim, columns), 0, WGMMA)))
-        norm = 1 / jnp.maximum(total, 1e-30)  # a row of no sequence has no items: zeros
+        norm = 1 / jnp.maximum(total, 1e-30)  # a row without a sequence has no items: zeros
         o_smem.transpose((1, 0))[...] = (acc * along(norm, 1, acc.shape)).astype(o_smem.dtype)
         plgpu.commit_smem()
         first, base = window(row, head)

@@ -1,8 +1,8 @@
-"""Attention of a step that prefills (decode rows may be among its rows), in one launch.
+"""Attention of a step with prefill, and possibly decode rows, in one launch.
 
-A block takes `R` rows of one sequence times the heads of a group, packed to 64 rows for each of its warpgroups, through
-the sequence's keys up to its last row. A TMA tile is aligned, so blocks begin at multiples of `R` rows of the step;
-rows of others are computed along, and not stored.
+A block computes `R` rows of one sequence times the heads of a group, packed to 64 rows per warpgroup, over the
+sequence's keys up to its last row. TMA tiles are aligned, so blocks begin at multiples of `R` rows of the step; rows of
+other sequences are computed but not stored.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def attend_mixed(
         begin = lax.div(begin, step_tokens) * step_tokens
 
         def part_of(p: int) -> tuple[Any, Any, Any]:
-            """A warpgroup's part `p`: its head in the group, that head's columns of a row, its first row."""
+            """A warpgroup's part `p`: its head in the group, the head's columns of a row, its first row."""
             first = warpgroup * 64 + p * part
             member = lax.div(first, rows)
             column = (head * group + jnp.minimum(member, group - 1)) * head_dim
@@ -110,7 +110,7 @@ def attend_mixed(
 
                     pl.when(stale)(lambda: plgpu.barrier_wait(cleared))
                 acc *= along(decay, 0, acc.shape)
-                if interpret:  # the interpreter knows neither an operand in registers nor `run_state`
+                if interpret:  # the interpreter supports neither register operands nor `run_state`
                     p_smem.at[warpgroup][...] = weights
                     acc += product(acc.shape, p_smem.at[warpgroup], v_smem.at[stage])
                 else:
@@ -127,7 +127,7 @@ def attend_mixed(
 
             plgpu.barrier_arrive(attended)
             plgpu.barrier_wait(attended)  # queries and output share memory
-            norm = 1 / jnp.maximum(total, 1e-30)  # rows of no sequence have no keys: zeros
+            norm = 1 / jnp.maximum(total, 1e-30)  # rows without a sequence have no keys: zeros
             o_smem.at[warpgroup][...] = (acc * along(norm, 0, acc.shape)).astype(o_smem.dtype)
             plgpu.commit_smem()
             for p in range(64 // part):

@@ -1,4 +1,4 @@
-"""How pages get into shared memory: a warpgroup of its own copies them, one tile `[page_size, head_dim]` a time."""
+"""Copies of pages into shared memory by a separate warpgroup, one tile `[page_size, head_dim]` at a time."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.paged_attention.plan import AttentionShape, MosaicGpuPlan
 
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
-"""Shared-memory layout of 16-bit matrices that both TMA and the tensor core take."""
+"""Shared-memory layout of 16-bit matrices for both TMA and the tensor core."""
 
 
 def ring(shape: AttentionShape, plan: MosaicGpuPlan, consumers: int) -> tuple[Any, ...]:
-    """Shared memory of the page pipeline: keys, values, and barriers: keys there, values there, stage free again."""
+    """Shared memory of the page pipeline: keys, values, and barriers (keys copied, values copied, stage consumed)."""
     buffer = plgpu.SMEM((plan.stages, plan.block_n, shape.head_dim), shape.dtype, transforms=TILED)
     ready = plgpu.Barrier(num_arrivals=plan.block_n // shape.page_size, num_barriers=plan.stages)
     return buffer, buffer, ready, ready, plgpu.Barrier(num_arrivals=consumers, num_barriers=plan.stages)
 
 
 def copy_pages(pages: Any, tokens: Any, page_size: int, seq: Any, head: Any, keys: tuple[Any, Any], pipe: Any) -> None:
-    """The producer: copies keys and values of tokens `keys = (begin, end)` of a sequence, step by step, as stages come
-    free. A step always fills its stage: behind the last page that is wanted, with that page again. The pages of a step
-    are dealt to the four warps."""
+    """The producer: copies keys and values of tokens `keys = (begin, end)` of a sequence, one step per free stage. A
+    step fills its stage; past the last needed page, it repeats that page. The four warps share a step's pages."""
     k_smem, v_smem, k_ready, v_ready, consumed = pipe
     stages, step_tokens, head_dim = k_smem.shape
     columns = pl.ds(head * head_dim, head_dim)
@@ -50,26 +49,26 @@ def copy_pages(pages: Any, tokens: Any, page_size: int, seq: Any, head: Any, key
                     source = tokens.at[pl.ds((page * 2 + tile) * page_size, page_size), columns]
                     target = smem.at[stage, pl.ds((j * warps + warp) * page_size, page_size)]
                     plgpu.copy_gmem_to_smem(source, target, ready.at[stage])
-            return ids(step + 1)  # before the wait for a free stage, which hides its latency
+            return ids(step + 1)  # the wait for a free stage hides its latency
 
         @pl.when((warp < warps) & (num_steps > 0))
         def _copy() -> None:
             lax.fori_loop(0, num_steps, copy, ids(0))
 
             @pl.loop(jnp.maximum(num_steps - stages, 0), num_steps)
-            def _drain(step: Any) -> None:  # no barrier ends in a phase that a waiter has not seen
+            def _drain(step: Any) -> None:  # so that no barrier ends in an unobserved phase
                 plgpu.barrier_wait(consumed.at[lax.rem(step, stages)])
 
     plgpu.warp_map(produce)
 
 
 def steps(begin: Any, end: Any, step_tokens: int) -> Any:
-    """Steps over the keys `begin .. end - 1`; none, or a negative number, where there are none."""
+    """Number of steps over the keys `begin .. end - 1`; zero or negative without keys."""
     return lax.div(end - begin + step_tokens - 1, step_tokens)
 
 
 def clear_stale(v_smem: Any, live: Any) -> None:
-    """Zeros a stage's values from row `live` on: what a page's former owner left may be NaN, and 0 * NaN is NaN."""
+    """Zeros a stage's values from row `live` on, where a page's previous owner may have left NaN (0 * NaN is NaN)."""
     row = plgpu.broadcasted_iota(jnp.int32, (64, 64), 0, layout=plgpu.Layout.WGMMA)
 
     @pl.loop(0, v_smem.shape[0] // 64)

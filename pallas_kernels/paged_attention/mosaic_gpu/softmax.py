@@ -1,4 +1,4 @@
-"""What both kernels' online softmax is made of: values in the tensor core's register layout."""
+"""Parts of both kernels' online softmax: values in the tensor core's register layout."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def product(shape: Any, a: Any, b: Any) -> Any:
 
 
 def full(shape: tuple[int, ...], value: float, layout: Any) -> Any:
-    """Float32 `value` everywhere."""
+    """A float32 array filled with `value`."""
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
 def along(x: Any, axis: int, shape: tuple[int, ...]) -> Any:
-    """A vector along `axis` of a matrix."""
+    """Broadcasts a vector along `axis` of a matrix."""
     return lax.broadcast_in_dim(x, shape, [axis])

@@ -1,4 +1,4 @@
-"""The exact work list of a step's attention: what the kernels' blocks take, one item each."""
+"""The exact work list of a step's attention: one item per block."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pallas_kernels.paged_attention.plan import AttentionShape, MosaicGpuPlan
 from pallas_kernels.paged_attention.tiles import AttentionTiles
 
 CONSUMERS = 2
-"""Warpgroups of 64 packed rows in a mixed block; its registers are dealt for two."""
+"""Warpgroups of 64 packed rows in a mixed block, whose registers are allotted for two."""
 
 
 def block_rows(group: int) -> int:
-    """Rows of a mixed block: a power of two; times the group's heads it fills the consumers."""
+    """Rows of a mixed block: a power of two that, times the group's heads, fills the consumers."""
     return 64 * CONSUMERS // (1 << (group - 1).bit_length())
 
 
@@ -25,10 +25,11 @@ def block_rows(group: int) -> int:
 class MosaicWork:
     """The exact work list of a step, shared by all layers.
 
-    items: int32 `[N, 6]`; surplus items are zeros. Decode: `(seq, row, first key seen, begin, end, 0)`: keys `begin` to
-      `end` of a sequence, for its row. Mixed: `(seq, block's first row, own rows from, to, position minus row, keys of
-      the sequence)`.
-    row_items: int32 `[T, 2]`, of a decode step: each row's first item, and how many it has.
+    Attributes:
+      items: int32 `[N, 6]`; unused items are zeros. Decode: `(seq, row, first key seen, begin, end, 0)`: keys `begin`
+        to `end` of a sequence, for its row. Mixed: `(seq, block's first row, own rows from, to, position minus row,
+        keys of the sequence)`.
+      row_items: int32 `[T, 2]`, of a decode step: each row's first item, and its number of items.
     """
 
     items: jax.Array
@@ -36,7 +37,7 @@ class MosaicWork:
 
 
 def decode_work(tiles: AttentionTiles, shape: AttentionShape, plan: MosaicGpuPlan) -> MosaicWork:
-    """The work list of a decode step: plain XLA, once per step."""
+    """Builds the work list of a decode step in plain XLA."""
     bound = shape.num_seqs + ceil_div(plan.programs, shape.num_kv_heads)
     live = jnp.arange(shape.num_seqs) < tiles.num_decode
     tokens = jnp.where(live, tiles.context[tiles.decode_seq] + 1, 0)
@@ -62,11 +63,11 @@ def decode_work(tiles: AttentionTiles, shape: AttentionShape, plan: MosaicGpuPla
 
 
 def mixed_work(tiles: AttentionTiles, shape: AttentionShape) -> MosaicWork:
-    """The work list of any other step."""
+    """Builds the work list of a step with prefill."""
     rows = block_rows(shape.group)
     blocks = ceil_div(shape.max_rows, rows)
     total = jnp.max(tiles.first_row + tiles.length)
-    # The rows behind the last sequence are one more sequence, without keys: zeros are written there.
+    # Rows after the last sequence form one more sequence without keys, which gets zeros.
     first_row = jnp.append(tiles.first_row, total)
     last_row = first_row + jnp.append(tiles.length, blocks * rows - total)
     keys = jnp.append(tiles.context + tiles.length, 0)
