@@ -186,33 +186,6 @@ def test_config_that_is_not_an_object_is_refused(data):
         LoraConfig.from_json(data)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "not valid JSON"),
-        (b"{not json", "not valid JSON"),
-        (b"\xff\xfe\x00", "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
-        (b"[1, 2]", "expected a JSON object"),
-        (b'{"peft_type": "LORA", "r": 4, "r": 8}', "field 'r' occurs twice"),
-    ],
-)
-def test_damaged_config_file_is_refused_with_its_path(tmp_path, content, message):
-    path = tmp_path / "adapter_config.json"
-    path.write_bytes(content)
-    with pytest.raises(AdapterError, match=message) as caught:
-        LoraConfig.from_file(path)
-    assert str(path) in str(caught.value)
-
-
-def test_missing_config_file_is_refused_with_its_path(tmp_path):
-    with pytest.raises(AdapterError, match=r"adapter_config.json: no such file"):
-        LoraConfig.from_file(tmp_path / "adapter_config.json")
-    (tmp_path / "adapter_config.json").mkdir()
-    with pytest.raises(AdapterError, match="cannot be read"):
-        LoraConfig.from_file(tmp_path / "adapter_config.json")
-
-
 def test_to_json_reads_back_equal():
     config = LoraConfig(
         r=16,

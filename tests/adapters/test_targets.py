@@ -4,7 +4,7 @@ import json
 import warnings
 
 import pytest
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import given, note
 from hypothesis import strategies as st
 
 from slora_jax.adapters.config import LoraConfig
@@ -123,7 +123,6 @@ OTHER = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], print_blob=True)
 @given(targets=st.one_of(LISTS, STRINGS), other=OTHER)
 def test_resolution_of_random_configs_equals_peft(tiny_llama, targets, other):
     fields = other | targets | {"task_type": "CAUSAL_LM"}

@@ -5,7 +5,7 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels.lora.layout import PROJECTIONS
@@ -39,7 +39,6 @@ GEOMETRIES = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None, print_blob=True)
 @given(geometry=GEOMETRIES, data=st.data(), dtype=st.sampled_from(["float32", "bfloat16"]))
 def test_unpacking_gives_back_every_row(geometry, data, dtype):
     rank = st.one_of(st.just(0), st.integers(0, 40))

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import dense_logits
+from dense_reference import dense_logits
 
 from slora_jax import Engine, RequestOutput, SamplingParams
 from slora_jax.adapters import LoraAdapter, random_adapter

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 from byte_level import BYTE_CHARS, SENTENCES, byte_fallback_backend, split_anywhere, train_tokenizer
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -58,14 +58,12 @@ def test_any_split_of_any_text_streams_to_the_same_text(text: str, seed: int) ->
     assert result.text == "".join(pieces) == text
 
 
-@settings(max_examples=500)
 @given(st.lists(st.integers(0, SIZE - 1), max_size=30))
 def test_tokens_that_are_no_valid_utf8_stream_to_what_the_tokenizer_decodes(ids: list[int]) -> None:
     result, pieces = stream(ids)
     assert result.text == "".join(pieces) == TOKENIZER.decode(ids)
 
 
-@settings(max_examples=300)
 @given(st.booleans(), st.lists(st.integers(0, 261), max_size=80), st.lists(st.integers(0, 261), max_size=12))
 def test_text_is_what_the_output_adds_to_the_prompts(byte_level: bool, prompt: list[int], ids: list[int]) -> None:
     tokenizer = TOKENIZER if byte_level else BYTE_FALLBACK
@@ -166,7 +164,6 @@ def test_byte_fallback_run_that_turns_invalid_takes_nothing_back_and_loses_no_wo
     assert result.text == "".join(pieces) == "aa\ufffd the ab"
 
 
-@settings(max_examples=300)
 @given(st.lists(st.integers(0, BYTE_FALLBACK.backend_tokenizer.get_vocab_size() - 1), max_size=20))
 def test_any_byte_fallback_tokens_stream_without_an_error(ids: list[int]) -> None:
     result, pieces = stream(ids, tokenizer=BYTE_FALLBACK)

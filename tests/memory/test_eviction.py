@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -121,7 +120,6 @@ class EvictorMachine(RuleBasedStateMachine):
 
 
 TestEvictor = EvictorMachine.TestCase
-TestEvictor.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 
 
 def evictor_of(policy, pages=30):

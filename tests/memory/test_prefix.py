@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -153,7 +152,6 @@ class PrefixMachine(RuleBasedStateMachine):
 
 
 TestPrefixCache = PrefixMachine.TestCase
-TestPrefixCache.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What cannot be cut is refused by name; what is loaded lies where it should."""
+"""Models that cannot be sharded are refused by field; each device gets its part of a checkpoint."""
 
 import dataclasses
 from pathlib import Path
@@ -46,7 +46,7 @@ MODEL = ModelConfig.from_dict(HF_CONFIG)
         ),
     ],
 )
-def test_a_model_that_cannot_be_cut_is_refused_by_field(changes, count, message):
+def test_model_that_cannot_be_sharded_is_refused_by_field(changes, count, message):
     with pytest.raises(ConfigError, match=message):
         cut(dataclasses.replace(MODEL, **changes), count)
 
@@ -76,7 +76,7 @@ def test_kv_heads_fewer_than_shards_are_shared_by_neighbours():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]:
-    """A directory, its tensors by Hugging Face name, and the same as one device's parameters."""
+    """Returns a model directory, its tensors by Hugging Face name, and the parameters of one device."""
     import json
 
     directory = tmp_path_factory.mktemp("model")
@@ -97,7 +97,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, di
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_each_device_is_given_its_part_of_the_checkpoint(checkpoint, count):
+def test_each_device_holds_its_part_of_the_checkpoint(checkpoint, count):
     directory, tensors, whole = checkpoint
     parallel = tensor_parallel(MODEL, count)
     graphdef, params, config = load_model(directory, "float32", progress=False, parallel=parallel)
@@ -133,7 +133,7 @@ def test_each_device_is_given_its_part_of_the_checkpoint(checkpoint, count):
         own = tensors["lm_head.weight"][shard * rows : (shard + 1) * rows]
         np.testing.assert_array_equal(on(shard, "lm_head", "kernel")[:, : len(own)], own.T)
 
-    cut_graphdef, cut_params = shard_params(MODEL, whole, parallel)  # the same parts from memory
+    cut_graphdef, cut_params = shard_params(MODEL, whole, parallel)  # the same from memory
     assert cut_graphdef == graphdef
     for path, leaf in traverse_util.flatten_dict(params).items():
         other = traverse_util.flatten_dict(cut_params)[path]
@@ -142,7 +142,7 @@ def test_each_device_is_given_its_part_of_the_checkpoint(checkpoint, count):
     assert shard_params(MODEL, params, parallel)[1] is params
 
 
-def test_the_cache_keeps_parts(checkpoint, tmp_path, monkeypatch):
+def test_model_cache_keeps_shards(checkpoint, tmp_path, monkeypatch):
     directory, _, _ = checkpoint
     parallel = tensor_parallel(MODEL, 2)
     cold = load_model(directory, "float32", tmp_path, False, parallel)[1]

@@ -1,8 +1,8 @@
-"""An engine over several devices serves what PEFT says, and what it serves on one device: logits, greedy and sampled
-tokens, under preemption and evictions, with ranks that the devices do not divide.
+"""An engine over several devices gives PEFT's logits and tokens, greedy and sampled, and those of one device, under
+preemption and evictions, with ranks that the devices do not divide.
 
-Every family is cut at least once, one of them into 2, 4 and 8. With two KV heads, shards of 4 and 8 hold equal ones in
-groups; qwen2's two are cut into two, the eight of llama-mha into eight.
+Every family is sharded at least once. Of two KV heads, neighbours among 4 or 8 shards hold the same one; the eight of
+llama-mha are divided among eight.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from peft_families import ADAPTERS, PROMPT_LENGTHS, assert_close
 
 NEW_TOKENS = 20
 GQA = "llama-gqa-tied-biased-llama3-rope"
-CUT = [(GQA, 2), (GQA, 4), (GQA, 8), ("llama-mha-untied", 8), ("mistral-window", 4), ("qwen2", 2), ("qwen3", 4)]
+CUT = [(GQA, 2), (GQA, 8), ("llama-mha-untied", 8), ("mistral-window", 4), ("qwen2", 2), ("qwen3", 4)]
 IN_ORDER = np.arange(len(PROMPT_LENGTHS))
 
 
@@ -28,7 +28,7 @@ def cut(request: pytest.FixtureRequest, peft_servers: Any) -> Any:
     return peft_servers.served(*request.param)
 
 
-@pytest.fixture(scope="module", params=[2, 4, 8], ids=lambda tp: f"tp{tp}")
+@pytest.fixture(scope="module", params=[2, 8], ids=lambda tp: f"tp{tp}")
 def gqa(request: pytest.FixtureRequest, peft_servers: Any) -> Any:
     return peft_servers.served(GQA, request.param)
 
@@ -70,8 +70,8 @@ def test_sampled_tokens_and_logprobs_are_those_of_one_device(gqa: Any, sampled_o
             assert [token for token, _ in one.top] == [token for token, _ in other.top]
 
 
-def test_adapters_come_and_go_without_a_trace(gqa: Any) -> None:
-    """A name is given other weights and its own again; in between its pages belong to others."""
+def test_reloaded_adapters_give_the_same_tokens(gqa: Any) -> None:
+    """A name gets other weights and then its own again; meanwhile its pages belong to others."""
     family, engine = gqa.family, gqa.engine
     for name, other in (("patterns", "rank-1-without-k"), ("q-and-v-rank-3", "regex-rank-64")):
         engine.load_adapter(name, family.adapter_dir / other)
@@ -82,9 +82,9 @@ def test_adapters_come_and_go_without_a_trace(gqa: Any) -> None:
     engine.check()
 
 
-def test_two_groups_of_four_devices_serve_side_by_side(peft_servers: Any) -> None:
-    """Data parallelism: two engines take turns step by step."""
-    groups = [peft_servers.served("qwen3", 4, first) for first in (0, 4)]
+def test_two_groups_of_devices_serve_side_by_side(peft_servers: Any) -> None:
+    """Data parallelism: two engines step in turn."""
+    groups = [peft_servers.served("qwen2", 2, first) for first in (0, 2)]
     family, engines = groups[0].family, [group.engine for group in groups]
     params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
     for i, (prompt, adapter) in enumerate(zip(family.prompts, family.adapters, strict=True)):
@@ -95,16 +95,16 @@ def test_two_groups_of_four_devices_serve_side_by_side(peft_servers: Any) -> Non
     assert len(found) == len(family.prompts)
     family.check(list(found.values()))
     devices = [{shard.device for shard in engine.executor.device.pool[0].addressable_shards} for engine in engines]
-    assert [len(group) for group in devices] == [4, 4]
+    assert [len(group) for group in devices] == [2, 2]
     assert not devices[0] & devices[1]
 
 
-def test_each_device_holds_its_part_and_no_more(cut: Any) -> None:
+def test_each_device_holds_only_its_shard(cut: Any) -> None:
     worker, tp = cut.engine.executor.device, cut.engine.config.tensor_parallel_size
     for layer in worker.pool:
         assert {shard.data.shape for shard in layer.addressable_shards} == {(*layer.shape[:3], layer.shape[3] // tp)}
     width, kv_heads = cut.family.head_dim, cut.family.kv_heads
-    assert worker.pool[0].shape[3] == width * max(tp, kv_heads)  # more shards than KV heads: some are there twice
+    assert worker.pool[0].shape[3] == width * max(tp, kv_heads)  # more shards than KV heads: some heads are held twice
     matrices = [leaf for leaf in jax.tree.leaves(worker.params) if leaf.ndim == 2]
     for leaf in matrices:
         assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // tp}

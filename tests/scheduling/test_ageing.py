@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slora_jax.scheduling import Ageing, Clustering, EarlyAbort, Fcfs, FinishReason, Lcfs, Policy, Vtc
@@ -21,7 +21,6 @@ ADAPTER_PAGES = {None: 0, "a": 1, "b": 2, "c": 4}
 sizes = st.tuples(st.integers(1, 20), st.integers(1, 10), st.sampled_from([None, "a", "b", "c"]))
 
 
-@settings(max_examples=200)
 @given(
     st.sampled_from(sorted(INNER)),
     st.lists(st.lists(sizes, max_size=3), min_size=1, max_size=40),

@@ -1,6 +1,6 @@
 """Adapter clustering against its rule, spelled out."""
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from make_request import make_request
 
@@ -51,7 +51,6 @@ def test_it_admits_in_the_order_of_its_rule(queue, batch, most, is_hard) -> None
     assert admitted(Clustering(most, hard=is_hard), waiting, running) == expected
 
 
-@settings(max_examples=60)
 @given(
     st.lists(st.tuples(names, st.integers(1, 12), st.integers(1, 9)), min_size=1, max_size=25),
     st.integers(1, 3),

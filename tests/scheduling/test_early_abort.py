@@ -3,7 +3,7 @@
 from itertools import combinations, permutations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slora_jax.scheduling import EarlyAbort, Fcfs, FinishReason
@@ -142,7 +142,6 @@ class AbortReqQueue:
         return aborted, admitted
 
 
-@settings(max_examples=100)
 @given(st.lists(st.integers(0, 6), max_size=40), st.integers(1, 4), st.integers(1, 5), st.integers(2, 15))
 def test_the_code_rule_does_what_the_code_does(simulate, bursts, max_num_seqs, new, slo) -> None:
     sim = simulate(

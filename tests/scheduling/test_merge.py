@@ -1,6 +1,6 @@
 """One adapter at a time, against the rule spelled out."""
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from make_request import make_request
 
@@ -25,7 +25,6 @@ def test_it_admits_by_its_rule(queue, current, runs, most) -> None:
     assert [r.number - 1 for r in chosen] == brute_force(queue, current, most)
 
 
-@settings(max_examples=60)
 @given(
     st.lists(st.tuples(names, st.integers(1, 12), st.integers(1, 9)), min_size=1, max_size=25),
     st.integers(1, 6),

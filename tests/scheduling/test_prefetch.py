@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slora_jax.errors import ConfigError
@@ -309,7 +309,6 @@ def test_limits_are_checked() -> None:
         CoreConfig(upload_pages_per_step=0)
 
 
-@settings(max_examples=80)
 @given(
     sizes=st.lists(
         st.tuples(st.integers(1, 24), st.integers(1, 20), st.sampled_from([None, *"abcdefgh"])), min_size=1, max_size=20

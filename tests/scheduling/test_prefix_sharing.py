@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slora_jax.memory import CostAware, Immediate, Lru, PageKind, RestoreCosts
@@ -330,7 +330,6 @@ def pages_alone(request):
     return -(-(beginning + rest + new - 1) // SIZE) + ADAPTERS[adapter]
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.lists(requests, max_size=16), st.integers(0, 20), st.integers(1, 8), st.lists(st.integers(0, 4), min_size=16))
 def test_nobody_is_preempted_under_reserve_whatever_is_shared(shared, sizes, spare, max_num_seqs, gaps) -> None:
     """Prompts take one step, all generate all they may: if admission counted anything twice the wrong way, pages would
@@ -347,7 +346,6 @@ def test_nobody_is_preempted_under_reserve_whatever_is_shared(shared, sizes, spa
     assert all(len(r.output) == r.max_new for r in sim.requests)
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     sizes=st.lists(requests, min_size=1, max_size=16),
     spare=st.integers(0, 16),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from fake_executor import FakeExecutor
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from make_request import make_request
 
@@ -29,7 +29,6 @@ requests = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20), st.sampled
 ADAPTER_PAGES = {None: 0, "a": 2, "b": 5}
 
 
-@settings(max_examples=150)
 @given(requests, st.integers(0, 30), st.integers(1, 8), st.lists(st.integers(0, 4), min_size=20, max_size=20))
 def test_nobody_is_preempted_when_prompts_take_one_step_and_all_finish(
     simulate, requests, spare, max_num_seqs, gaps
@@ -88,7 +87,6 @@ SLOTS = {None: 0, "a": 32, "b": 64}
 jobs = st.tuples(st.integers(1, 60), st.integers(2, 60), st.sampled_from([None, "a", "b"]))
 
 
-@settings(max_examples=150)
 @given(st.lists(jobs, min_size=1, max_size=10), jobs, st.integers(1, 20), st.integers(200, 1500))
 def test_with_pages_of_one_token_it_decides_as_the_code_does_up_to_a_token_for_each_sequence(
     requests, candidate, steps, pages

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slora_jax.errors import PoolError
@@ -170,7 +170,6 @@ request_sizes = st.tuples(
 ADAPTER_PAGES = {"a": 1, "b": 2, "c": 3, "d": 5, "e": 8}
 
 
-@settings(max_examples=150)
 @given(
     sizes=st.lists(request_sizes, min_size=1, max_size=14),
     spare_pages=st.integers(0, 20),

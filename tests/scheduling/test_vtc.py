@@ -4,7 +4,7 @@ from collections import defaultdict
 from itertools import combinations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from make_request import make_request
 
@@ -49,7 +49,6 @@ sizes = st.tuples(st.sampled_from(TENANTS), st.integers(1, 20), st.integers(1, 1
 weights = st.dictionaries(st.sampled_from(TENANTS), st.sampled_from([0.5, 2.0, 3.0]))
 
 
-@settings(max_examples=100)
 @given(st.lists(st.lists(sizes, max_size=4), max_size=20), weights, st.sampled_from([(1, 2), (1, 1), (3, 0.5)]))
 def test_it_admits_whom_the_published_algorithm_admits(simulate, arrivals, weights, prices) -> None:
     policy, published = Vtc(weights, *prices), Published(weights, *prices)
@@ -102,7 +101,6 @@ def widest_gaps(sim, arrivals, weights, prices) -> tuple[float, float]:
     return widest, 2 * (max(parts) if prices[0] <= prices[1] else sum(parts)) / least
 
 
-@settings(max_examples=100)
 @given(
     st.lists(sizes, min_size=10, max_size=60),
     st.lists(st.lists(sizes, max_size=4), max_size=20),
