@@ -159,24 +159,6 @@ def test_closing_releases_a_blocked_caller(open_store, adapters, size):
 # Failures
 
 
-def test_full_disk_keeps_the_adapter_in_memory_and_warns(open_store, adapters, geometry, size, tmp_path, caplog):
-    store = open_store(size)
-
-    def disk_full(tiles):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    write, store._files.write = store._files.write, disk_full
-    with caplog.at_level(logging.WARNING):
-        load(store, "0", adapters[0])
-        load(store, "1", adapters[1])
-    assert "No space left on device" in caplog.text and f"host_adapter_bytes={size} is exceeded" in caplog.text
-    assert resident(store, adapters[:2]) == [0, 1] and store.stats().resident_bytes == 2 * size
-    store._files.write = write
-    load(store, "2", adapters[2])  # the disk has room again
-    assert store.stats().resident_bytes == size and store.stats().spilled == 2
-    assert same(store.wait(adapters[0].digest, TIMEOUT), adapters[0], geometry)
-
-
 def test_spill_directory_that_cannot_be_made_is_refused_at_once(geometry, tmp_path):
     (tmp_path / "file").write_text("")
     for parent in (tmp_path / "file", tmp_path / "file" / "below"):

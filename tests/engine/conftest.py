@@ -29,8 +29,8 @@ def model_dir(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="session")
 def greedy_margin(tiny: TinyModel) -> Callable[..., float]:
-    """How far the chosen tokens' reference logits lie below the largest ones, relative to the largest logit: 0 when
-    every token is the reference's greedy choice."""
+    """Returns a function: how far the reference logits of the chosen tokens lie below the largest ones, relative to the
+    largest logit. 0 when every token is the reference's greedy choice."""
 
     def margin(prompt: list[int], tokens: list[int], adapter: LoraAdapter | None = None) -> float:
         logits = dense_logits(tiny.config, tiny.params, prompt + tokens[:-1], adapter)[len(prompt) - 1 :]
@@ -42,7 +42,7 @@ def greedy_margin(tiny: TinyModel) -> Callable[..., float]:
 
 @pytest.fixture
 def compilations() -> Iterator[list[str]]:
-    """Names of the events of every compilation (or load from the persistent cache) from here on."""
+    """Events of every compilation, or load from the persistent cache, from here on."""
     events: list[str] = []
 
     def listen(event: str, duration: float, **_: object) -> None:
@@ -55,7 +55,7 @@ def compilations() -> Iterator[list[str]]:
 
 
 def assert_idle(engine: Engine) -> None:
-    """Nothing is under way, no page leaked, and what adapters and prefixes hold may be evicted."""
+    """Checks that no request is unfinished, no page leaked, and all adapters and prefixes can be evicted."""
     assert not engine.has_work()
     engine.check()
     stats = engine.stats()
@@ -66,7 +66,7 @@ def assert_idle(engine: Engine) -> None:
 
 @contextmanager
 def squeezed(engine: Engine, pages: int) -> Iterator[None]:
-    """Leaves the engine only so many free pages (what is idle is evicted), so that running sequences collide."""
+    """Evicts idle pages and leaves the engine `pages` free ones, so that running sequences compete for them."""
     engine.residency.evictor.make_room(engine.allocator.capacity, PageKind.KV)
     held = engine.allocator.allocate(engine.allocator.num_free - pages, PageKind.KV)
     yield
@@ -85,7 +85,7 @@ def shared_engine(model_dir: Path, tiny: TinyModel) -> Iterator[Engine]:
 
 
 def assert_clean(engine: Engine) -> None:
-    """Ends and unloads what a test left; nothing may remain, and no request may have been unfinished."""
+    """Cancels and unloads what a test left. Checks that nothing remains and that no request was unfinished."""
     engine.step()  # a surplus step may be in flight
     unfinished = engine.has_work()
     for request in list(engine.core.requests):
@@ -105,15 +105,17 @@ def assert_clean(engine: Engine) -> None:
 
 @pytest.fixture
 def engine(shared_engine: Engine) -> Iterator[Engine]:
-    """The shared engine; afterwards nothing may be left of the test's requests and adapters."""
+    """The shared engine. After the test, no request, adapter or page may be left."""
     yield shared_engine
     assert_clean(shared_engine)
 
 
 class SixAdapters:
-    """Adapters "a" to "f" on an engine whose host memory holds one of them, "f" once all are registered; the others lie
-    in spill files. `expected` has each one's greedy tokens after `prompt` ("base": the base model's), from a run
-    without a fault, which agree with merged weights."""
+    """Adapters "a" to "f" on an engine whose host memory holds one of them: "f", once all are registered.
+
+    The others are in spill files. `expected` has the greedy tokens of each after `prompt` ("base": the base model) from
+    a run without a fault, checked against merged weights.
+    """
 
     names = "abcdef"
     prompt = tuple(range(30, 60))  # two chunks of prefill
@@ -130,11 +132,11 @@ class SixAdapters:
         assert len({tuple(tokens) for tokens in self.expected.values()}) == 7
 
     def weights(self, name: str) -> LoraAdapter:
-        """An adapter of `nbytes`, known by its one letter."""
+        """Returns the adapter of this letter, of `nbytes`."""
         return random_adapter(self.geometry, {"q": 4, "down": 4}, seed=ord(name))
 
     def load(self, names: Iterable[str], sources: Path | None = None) -> None:
-        """From directories `sources / name` that are written first, or from memory."""
+        """Loads adapters from new directories `sources / name`, or from memory."""
         for name in names:
             adapter = self.weights(name)
             info = self.engine.load_adapter(name, write_peft(sources / name, adapter) if sources else adapter)
@@ -144,18 +146,18 @@ class SixAdapters:
         return self.weights(name).digest
 
     def file(self, name: str) -> Path:
-        """Its spill file."""
+        """Returns the spill file of an adapter."""
         (path,) = self.spill_dir.glob(f"*/{self.digest(name)[:16]}*.tiles")
         return path
 
     def add(self, adapters: Iterable[str | None]) -> dict[str, str]:
-        """Queues a request of each; request id -> name ("base" for None)."""
+        """Adds a request for each. Returns request id -> name ("base" for None)."""
         return {self.engine.add_request(self.prompt, self.params, name): name or "base" for name in adapters}
 
     def serve(
         self, adapters: Iterable[str | None], fault: Callable[[], object] | None = None, late: Iterable[str | None] = ()
     ) -> dict[str, RequestOutput]:
-        """Serves `adapters`; `fault` happens after a few steps, then come `late` ones. Name -> output."""
+        """Serves `adapters`; after five steps, calls `fault` and adds requests for `late`. Name -> output."""
         requests, outputs = self.add(adapters), {}
         for step in itertools.count():
             if step == 5:
@@ -170,7 +172,7 @@ class SixAdapters:
         return outputs
 
     def assert_right(self, outputs: dict[str, RequestOutput], names: Iterable[str]) -> None:
-        """Exactly these were served, each with the tokens of a run without a fault."""
+        """Checks that exactly these were served, each with its expected tokens."""
         assert {n: o.token_ids for n, o in outputs.items() if o.finish_reason == "length"} == {
             n: self.expected[n] for n in names
         }
@@ -187,11 +189,11 @@ def shared_six(
 
 @pytest.fixture
 def six(shared_six: SixAdapters) -> Iterator[SixAdapters]:
-    """No adapter is registered yet; afterwards nothing may be left, no file either."""
+    """Six adapters, none registered yet. After the test, no request, adapter, page or file may be left."""
     assert_clean(shared_six.engine)
     yield shared_six
     assert_clean(shared_six.engine)
-    deadline = time.monotonic() + 20  # the store's thread may be finishing what it had begun
+    deadline = time.monotonic() + 20  # the store's thread may still be at work
     while (files := [p for p in shared_six.spill_dir.rglob("*") if p.is_file()]) and time.monotonic() < deadline:
         time.sleep(0.001)
     assert files == []
