@@ -128,7 +128,7 @@ def test_chat_keeps_the_conversation_until_reset(monkeypatch, chat_dir, capsys):
     assert answer and f"{answer} [cut: max_tokens]\n" in out and "there is no command /nothing" in out
 
 
-def test_chat_goes_on_with_another_adapter(monkeypatch, chat_dir, adapter_dirs, capsys):
+def test_chat_continues_with_another_adapter(monkeypatch, chat_dir, adapter_dirs, capsys):
     lines = ["One", "/adapter b", "Two", "/adapter c", "/adapter", "Three"]
     asked = talk(monkeypatch, chat_dir, lines, *(f"--adapter={name}={path}" for name, path in adapter_dirs.items()))
     assert [adapter for _, adapter, _ in asked] == ["a", "b", None]
@@ -150,7 +150,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(monkeypatch, chat_di
     assert answer and f"{answer} [stopped]\n" in capsys.readouterr().out
 
 
-def test_a_conversation_that_is_too_long_is_told_and_can_be_reset(monkeypatch, chat_dir, capsys):
+def test_conversation_that_is_too_long_is_reported_and_can_be_reset(monkeypatch, chat_dir, capsys):
     asked = talk(monkeypatch, chat_dir, ["word " * 40, "/reset", "One"], "--max-model-len=40")
     assert len(asked) == 2 and "One" in asked[1][0]
     assert "with max_model_len=40 at most 39 leave room for an answer (/reset begins a new" in capsys.readouterr().err
@@ -254,7 +254,7 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(model_dir, options, messag
         ),
     ],
 )
-def test_a_mistake_in_a_compile_report_is_told_before_anything_is_compiled(model_dir, options, message, capsys):
+def test_compile_report_refuses_mistakes_before_it_compiles(model_dir, options, message, capsys):
     needed = [
         f"--model-config={model_dir / 'config.json'}",
         "--target=l4",
@@ -295,9 +295,7 @@ def test_a_compile_report_refuses_a_model_that_is_not_supported(tmp_path, capsys
         (["--config", "long.yaml"], "EngineConfig.max_model_len=9999: the model has"),
     ],
 )
-def test_a_mistake_in_serving_is_told_before_anything_is_loaded(
-    model_dir, options, message, capsys, tmp_path, monkeypatch
-):
+def test_serve_refuses_mistakes_before_it_loads(model_dir, options, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("long.yaml").write_text("engine: {max_model_len: 9999}")
     assert cli.main(["serve", str(model_dir), *options]) == 2
@@ -313,7 +311,7 @@ def test_logits_that_are_not_finite_are_an_error(model_dir, tmp_path, capsys):
     assert "adapter 'huge': the logits of output token 0 are not finite" in capsys.readouterr().err
 
 
-def test_a_directory_without_a_model_is_a_mistake_too(tmp_path, capsys):
+def test_directory_without_a_model_is_refused(tmp_path, capsys):
     assert generate(tmp_path) == 2
     assert f"{tmp_path}/config.json: no such file" in capsys.readouterr().err
 
@@ -418,7 +416,7 @@ MEET = "--coordinator=127.0.0.1:1"
         (["--tensor-parallel-size=1000"], "--tensor-parallel-size=1000"),
     ],
 )
-def test_wrong_options_of_several_processes_are_told_in_one_line(model_dir, capsys, options, message):
+def test_mistakes_in_options_of_several_processes_are_one_line(model_dir, capsys, options, message):
     assert generate(model_dir, *options) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("slora: error: ") and errors.count("\n") == 1 and message in errors

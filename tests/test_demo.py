@@ -61,7 +61,7 @@ def greedy(weights: Weights, config: dict, prompt: list[int], count: int) -> lis
     return tokens[len(prompt) :]
 
 
-def test_the_demo_serves_every_adapter_and_its_check_agrees(tmp_path, capsys):
+def test_demo_serves_every_adapter_and_its_check_passes(tmp_path, capsys):
     assert main(["demo", "--dir", str(tmp_path / "demo"), *MINIATURE]) == 0
     out = capsys.readouterr().out
     assert re.search(rf"requests +{REQUESTS}, 2 of them without", out)
@@ -91,7 +91,7 @@ def test_the_demo_fails_when_an_adapter_is_not_what_the_engine_served(tmp_path, 
     assert "1 of 13 answers DIFFER" in out
 
 
-def test_the_demo_touches_no_directory_of_others(tmp_path, capsys):
+def test_demo_refuses_a_directory_that_is_not_its_own(tmp_path, capsys):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "thesis.txt").write_text("do not delete")
     assert main(["demo", "--model", "tiny", "--dir", str(tmp_path)]) == 2
@@ -153,7 +153,7 @@ def test_makefile_reads_the_requirement_that_the_error_names():
     assert re.findall(r'^REQUIREMENT = "(.*)"$', text, re.MULTILINE) == [smollm2.REQUIREMENT]
 
 
-def test_the_reference_refuses_what_it_does_not_compute(model_dir, tmp_path):
+def test_reference_refuses_unsupported_models(model_dir, tmp_path):
     config = read_config(model_dir)
     for field, value in (("model_type", "qwen2"), ("rope_scaling", {"rope_type": "llama3"})):
         (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))

@@ -27,7 +27,7 @@ def test_every_adapter_is_registered_under_its_folders_name(geometry, folder):
         assert store.tiers() == {info.digest: "host" for info in infos}
 
 
-def test_bad_adapters_are_reported_and_disturb_no_other(geometry, folder):
+def test_damaged_adapters_are_reported_and_others_registered(geometry, folder):
     (folder / "a0" / "adapter_model.safetensors").write_bytes(b"\xff" * 100)
     config = folder / "a1" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
@@ -42,7 +42,7 @@ def test_bad_adapters_are_reported_and_disturb_no_other(geometry, folder):
             assert isinstance(error, AdapterError) and reason in str(error) and str(folder / name) in str(error)
 
 
-def test_adapters_a_level_too_high_or_too_low_are_reported(geometry, folder, tmp_path):
+def test_folder_one_level_too_high_or_low_is_reported(geometry, folder, tmp_path):
     with AdapterStore(geometry, "float32", 10**9) as store:
         infos, [(name, error)] = store.load_directory(tmp_path, progress=False)
         assert infos == [] and name == "adapters" and "holds adapters" in str(error)
@@ -50,7 +50,7 @@ def test_adapters_a_level_too_high_or_too_low_are_reported(geometry, folder, tmp
         assert infos == [] and name == "a0" and "is an adapter itself" in str(error)
 
 
-def test_unforeseen_error_of_one_adapter_is_reported_too(geometry, folder, monkeypatch):
+def test_unexpected_error_of_one_adapter_is_reported(geometry, folder, monkeypatch):
     from slora_jax.adapters import store as module
 
     def read(directory, *args):

@@ -12,7 +12,7 @@ from slora_jax.errors import AdapterError
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
 
 
-def test_every_field_of_the_installed_peft_is_decided():
+def test_every_field_of_the_installed_peft_is_classified():
     peft = pytest.importorskip("peft")
     honoured = {field.name for field in dataclasses.fields(LoraConfig)}
     decided = honoured | HARMLESS | REFUSED.keys() | {"peft_type", "bias", "init_lora_weights"}
@@ -20,7 +20,7 @@ def test_every_field_of_the_installed_peft_is_decided():
     assert not honoured & HARMLESS and not honoured & REFUSED.keys() and not HARMLESS & REFUSED.keys()
 
 
-def test_what_peft_writes_by_default_is_accepted():
+def test_default_config_of_peft_is_accepted():
     peft = pytest.importorskip("peft")
     fields = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM").to_dict()
     config = LoraConfig.from_json(json.loads(json.dumps(fields, default=list)))

@@ -91,7 +91,7 @@ def test_request_returns_at_once_and_reads_in_the_background(open_store, adapter
     assert store.request(adapters[0].digest) is not None
 
 
-def test_content_just_read_back_is_not_the_next_victim(open_store, adapters, size):
+def test_content_just_read_is_not_evicted_next(open_store, adapters, size):
     store = open_store(2 * size)
     for i in range(3):
         store.acquire(load(store, str(i), adapters[i]).digest)

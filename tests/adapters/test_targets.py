@@ -171,7 +171,7 @@ def test_all_linear_leaves_out_the_output_head():
         LoraConfig(target_modules="all-linear", exclude_modules=".*"),
     ],
 )
-def test_nothing_targeted_is_refused(config):
+def test_config_without_targets_is_refused(config):
     with pytest.raises(AdapterError, match="matches no projection of the 3 layers"):
         resolve_targets(config, LAYERS)
 

@@ -75,7 +75,7 @@ def test_unpacking_gives_back_every_row(geometry, data, dtype):
     assert np.count_nonzero(tiles.pages) == nonzero  # the padding is zero
 
 
-def test_rows_lie_where_the_layout_says(geometry):
+def test_rows_are_placed_by_the_layout(geometry):
     """Computed by hand: hidden 24 is two columns of W = 16; q has 9 rows, so k's first row is row 1 of block 1."""
     adapter = random_adapter(geometry, {"q": 9, "k": 2}, seed=1)
     tiles = pack_tiles(adapter, geometry, "float32").pages[2].reshape(-1, 8, 16)  # [tiles, page_size, W]
@@ -96,7 +96,7 @@ def test_scale_is_folded_before_the_cast(geometry):
     assert (b != wrong).any()
 
 
-def test_dtype_may_be_named_in_any_form(geometry):
+def test_dtype_is_accepted_in_any_form(geometry):
     adapter = random_adapter(geometry, 4)
     for dtype in ("bfloat16", BF16, np.dtype(BF16)):
         assert pack_tiles(adapter, geometry, dtype).pages.dtype == np.dtype(BF16)

@@ -59,7 +59,7 @@ def _layout(spec: StepSpec, bucket: Bucket) -> BatchLayout:
 
 @pytest.mark.parametrize("with_lora", [False, True])
 @pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=lambda b: b.name)
-def test_the_cpu_step_aliases_the_whole_pool_and_copies_none_of_it(bucket, with_lora):
+def test_cpu_step_updates_the_pool_in_place(bucket, with_lora):
     one_layer = replace(SMALL.pool, num_layers=1)
     for part in LayeredStep(SMALL, _layout(SMALL, bucket), with_lora).parts:
         use = pool_use(part.function.lower(*part.shapes()).compile(), one_layer)
@@ -70,7 +70,7 @@ def test_the_cpu_step_aliases_the_whole_pool_and_copies_none_of_it(bucket, with_
 
 
 @pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=lambda b: b.name)
-def test_the_h200_step_aliases_the_whole_pool_and_copies_none_of_it(bucket):
+def test_h200_step_updates_the_pool_in_place(bucket):
     layout = _layout(LLAMA_8B, bucket)
     here = NamedSharding(deviceless_mesh(TARGETS["h200"]), PartitionSpec())
     shapes = jax.tree.map(
@@ -83,7 +83,7 @@ def test_the_h200_step_aliases_the_whole_pool_and_copies_none_of_it(bucket):
     assert use.temp_bytes < use.pool_bytes / 4  # half of one layer's pool
 
 
-def test_an_upload_writes_the_pool_in_place():
+def test_upload_updates_the_pool_in_place():
     shape = SMALL.pool
     page = jax.ShapeDtypeStruct((4,), jnp.int32)
     contents = jax.ShapeDtypeStruct((2, 4, 2, shape.page_size, shape.width), jnp.float32)
@@ -100,7 +100,7 @@ def test_an_upload_writes_the_pool_in_place():
     assert table.alias_size_in_bytes >= 4 * shape.adapter_slots * (shape.max_adapter_pages + 7)
 
 
-def test_the_check_sees_a_pool_that_is_copied():
+def test_check_detects_a_copied_pool():
     shape = SMALL.pool
 
     def update(pool, value):

@@ -57,7 +57,7 @@ def test_aborts_are_per_request_and_the_others_tokens_are_unchanged(serve, expec
     assert engine.stats().aborts == aborts + 4
 
 
-def test_early_abort_gives_up_what_waits_too_long(serve, expected) -> None:
+def test_early_abort_aborts_requests_past_the_objective(serve, expected) -> None:
     """By the first step the earlier prompts have waited longer than the objective."""
     outputs = serve(make_policy("early_abort", slo=1e-4, margin=0.0)).generate(PROMPTS, PARAMS, ADAPTERS)
     aborted = [output for output in outputs if output.finish_reason == "abort"]
@@ -76,7 +76,7 @@ def test_early_abort_gives_up_what_waits_too_long(serve, expected) -> None:
     ],
 )
 @pytest.mark.parametrize("admission", ["optimistic", "reserve"])
-def test_no_policy_changes_a_token(serve, expected, squeeze, name, settings, admission) -> None:
+def test_policies_do_not_change_tokens(serve, expected, squeeze, name, settings, admission) -> None:
     engine = serve(make_policy(name, **settings), admission)
     with squeeze(engine, 24):
         outputs = engine.generate(PROMPTS, PARAMS, ADAPTERS)

@@ -109,7 +109,7 @@ def test_one_stop_string_anywhere_is_cut_exactly(text: str, seed: int, data: st.
 
 
 @given(texts, st.lists(st.text(alphabet="ab .é€猫🙂", min_size=1, max_size=6), max_size=3), seeds)
-def test_what_was_taken_is_a_prefix_of_the_final_text(text: str, stops: list[str], seed: int) -> None:
+def test_streamed_text_is_a_prefix_of_the_final_text(text: str, stops: list[str], seed: int) -> None:
     result, pieces = stream(TOKENIZER.split(text, seed), tuple(stops))
     taken = ""
     for piece in pieces:

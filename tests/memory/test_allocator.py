@@ -125,19 +125,19 @@ class AllocatorMachine(RuleBasedStateMachine):
 TestAllocator = AllocatorMachine.TestCase
 
 
-def test_a_pool_without_a_page_to_allocate_is_refused():
+def test_pool_without_usable_pages_is_refused():
     for num_pages in (0, 1):
         with pytest.raises(PoolError, match=f"num_pages={num_pages}: a pool needs at least 2 pages"):
             PageAllocator(num_pages)
 
 
 @pytest.mark.parametrize("adapter_pages", [-1, 9, 10])
-def test_a_split_that_leaves_no_page_for_keys_and_values_is_refused(adapter_pages):
+def test_split_without_kv_pages_is_refused(adapter_pages):
     with pytest.raises(PoolError, match=f"adapter_pages={adapter_pages}: must be in 0..8"):
         PageAllocator(10, adapter_pages)
 
 
-def test_what_the_caller_does_with_the_ids_does_not_reach_the_books():
+def test_caller_may_change_the_returned_ids():
     allocator = PageAllocator(6)
     pages = allocator.allocate(3, PageKind.KV)
     mine = set(pages.tolist())

@@ -141,7 +141,7 @@ def item_of(evictor, kind, size, uses=1):
     return item
 
 
-def test_immediate_keeps_nothing():
+def test_immediate_evicts_at_once():
     evictor, gone = evictor_of(Immediate())
     item = item_of(evictor, PageKind.ADAPTER, 4)
     evictor.add(item)
@@ -149,7 +149,7 @@ def test_immediate_keeps_nothing():
 
 
 @pytest.mark.parametrize("policy", [Immediate, Lru, lambda: CostAware(COSTS)])
-def test_what_is_awaited_goes_last_and_the_farthest_in_the_queue_first(policy):
+def test_awaited_items_are_evicted_last_and_the_farthest_in_the_queue_first(policy):
     evictor, gone = evictor_of(policy())
     near, far, unwanted = (item_of(evictor, PageKind.ADAPTER, size) for size in (4, 5, 6))
     evictor.await_(near, 1)  # in use still
@@ -168,7 +168,7 @@ def test_what_is_awaited_goes_last_and_the_farthest_in_the_queue_first(policy):
 
 
 @pytest.mark.parametrize("policy", [Immediate, Lru])
-def test_what_nobody_awaits_any_more_is_like_any_idle_item(policy):
+def test_item_no_longer_awaited_is_an_ordinary_idle_item(policy):
     evictor, gone = evictor_of(policy())
     item = item_of(evictor, PageKind.ADAPTER, 4)
     evictor.await_(item, 3)
@@ -181,7 +181,7 @@ def test_what_nobody_awaits_any_more_is_like_any_idle_item(policy):
     assert evictor.make_room(30, PageKind.KV, protect_awaited=True) and gone == [item]
 
 
-def test_cost_aware_keeps_what_is_dear_and_often_used():
+def test_cost_aware_keeps_expensive_and_popular_items():
     """A page of keys costs 3 s to recompute; a page of a large adapter 0.6 s to reload, of a small one 1.5 s."""
     evictor, gone = evictor_of(CostAware(COSTS))
     large, small = item_of(evictor, PageKind.ADAPTER, 10), item_of(evictor, PageKind.ADAPTER, 1)
@@ -192,7 +192,7 @@ def test_cost_aware_keeps_what_is_dear_and_often_used():
     assert gone == [large, small, prefix, popular]
 
 
-def test_cost_aware_forgets_what_was_popular_long_ago():
+def test_cost_aware_forgets_past_popularity():
     evictor, gone = evictor_of(CostAware(COSTS))
     popular = item_of(evictor, PageKind.ADAPTER, 10, uses=9)  # 5.4 s a page
     evictor.add(popular)
@@ -211,7 +211,7 @@ def test_the_heap_does_not_grow_with_use():
     assert sum(map(len, evictor._heaps.values())) < 200
 
 
-def test_nothing_idle_cannot_be_evicted():
+def test_evicting_without_idle_items_is_refused():
     evictor, _ = evictor_of(Lru())
     with pytest.raises(PoolError, match="no idle ADAPTER"):
         evictor.evict_one(PageKind.ADAPTER)

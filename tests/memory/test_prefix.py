@@ -177,7 +177,7 @@ def test_token_ids_are_compared_in_full(cache):
     assert cache.match("a", as_bytes([1, 2, 3, 4]), 2) is None
 
 
-def test_least_recently_used_leaf_goes_first_and_a_shared_beginning_last(cache):
+def test_least_recently_used_leaf_is_evicted_first_and_a_shared_prefix_last(cache):
     first, second = hold(cache, [0, 0, 1, 1]), hold(cache, [0, 0, 2, 2])
     cache.release(second)
     cache.release(first)
@@ -187,7 +187,7 @@ def test_least_recently_used_leaf_goes_first_and_a_shared_beginning_last(cache):
         assert depths == {22: [2, 1], 23: [1, 1], 24: [0, 0]}[room]
 
 
-def test_forgets_what_was_never_written_and_keeps_what_was(cache):
+def test_forget_drops_unwritten_pages_and_keeps_written_ones(cache):
     node = hold(cache, [1, 2, 3, 4, 5, 6])
     other = hold(cache, [1, 2, 9, 9])
     cache.release(node)
@@ -209,14 +209,14 @@ def test_a_chain_as_long_as_a_long_context_is_dropped(cache):
     assert not cache._roots
 
 
-def test_release_of_what_is_not_held_is_refused(cache):
+def test_releasing_an_unused_node_is_refused(cache):
     node = hold(cache, [1, 2])
     cache.release(node)
     with pytest.raises(PoolError, match="not in use"):
         cache.release(node)
 
 
-def test_check_notices_a_user_that_was_forgotten(cache):
+def test_check_finds_a_missing_user(cache):
     node = hold(cache, [1, 2, 3, 4])
     cache.check([node])
     with pytest.raises(PoolError, match="0 requests hold it, its users=1"):

@@ -153,7 +153,7 @@ class ResidencyMachine(RuleBasedStateMachine):
 TestResidency = ResidencyMachine.TestCase
 
 
-def test_the_least_recently_used_idle_adapter_goes_first():
+def test_least_recently_used_idle_adapter_is_evicted_first():
     residency = AdapterResidency(Evictor(PageAllocator(9), Lru()), num_slots=8)
     for digest in ("c", "d", "b"):  # 2 + 3 + 1 of 8 pages
         residency.acquire(digest, ranks_of(digest), PAGES[digest])
@@ -165,7 +165,7 @@ def test_the_least_recently_used_idle_adapter_goes_first():
     assert "c" not in residency and "b" not in residency and "d" in residency
 
 
-def test_an_adapter_in_use_outlives_every_demand_for_pages():
+def test_adapter_in_use_is_never_evicted():
     residency = AdapterResidency(Evictor(PageAllocator(9), Lru()), num_slots=2)
     resident, _ = residency.acquire("e", ranks_of("e"), 5)
     with pytest.raises(PoolError, match="8 pages asked for, 3 of 8 free"):
@@ -199,7 +199,7 @@ def prefetched(num_pages=6, capacity=20):
     return residency, residency.prefetch("x", np.ones(7, np.int32), num_pages, position=1, protect_awaited=True)
 
 
-def test_a_prefetched_adapter_is_usable_when_all_its_pages_have_landed():
+def test_prefetched_adapter_is_usable_once_all_pages_landed():
     residency, resident = prefetched()
     uploads = [upload for budget in (2, 2, 0) for upload in residency.uploads(budget)]
     assert [(u.first, u.count) for u in uploads] == [(0, 2), (2, 2)]
@@ -221,7 +221,7 @@ def test_a_prefetched_adapter_is_usable_when_all_its_pages_have_landed():
     assert residency.evictor.counters.adapter_hits == 1
 
 
-def test_pages_of_an_evicted_adapter_that_land_are_not_taken_for_its_next_upload():
+def test_late_pages_of_an_evicted_adapter_do_not_count_for_its_next_upload():
     residency, resident = prefetched()
     (upload,) = residency.uploads(4)
     assert residency.drop("x") and not resident.present and residency.evictor.allocator.num_free == 20
@@ -231,7 +231,7 @@ def test_pages_of_an_evicted_adapter_that_land_are_not_taken_for_its_next_upload
     assert again.landed == 0 and not again.has_landed
 
 
-def test_an_adapter_that_no_request_wants_is_evicted_unless_it_has_landed():
+def test_unwanted_adapter_in_flight_is_evicted():
     residency, resident = prefetched()
     other = residency.prefetch("y", np.ones(7, np.int32), 3, position=2, protect_awaited=True)
     while not resident.has_landed:

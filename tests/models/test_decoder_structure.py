@@ -1,4 +1,4 @@
-"""Properties of the decoder that the compiled step relies on: abstract construction, order of hooks, float32 products."""
+"""What the compiled step relies on in the decoder: abstract construction, order of hooks, float32 products."""
 
 import functools
 
@@ -52,7 +52,7 @@ def test_random_init_depends_on_the_seed_and_on_the_leaf():
     assert np.std(kernel) == pytest.approx(0.02, rel=0.1)
 
 
-def test_a_foreign_dtype_is_refused_by_name():
+def test_unsupported_dtype_is_refused_by_name():
     with pytest.raises(UnsupportedModelError, match="float16"):
         abstract_decoder(CONFIG, "float16")
     with pytest.raises(UnsupportedModelError, match="int5"):

@@ -122,7 +122,7 @@ PRE_TOKENIZERS = {
 
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
-def test_words_are_cut_as_the_file_says(pre, tmp_path):
+def test_words_are_split_by_the_files_pre_tokenizer(pre, tmp_path):
     write_byte_level(tmp_path / "t.gguf", special=["<s>"], pre=pre, bos_token_id=0)
     tokenizer = load_tokenizer(tmp_path / "t.gguf")
     pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(WORDS)
@@ -135,7 +135,7 @@ def test_words_are_cut_as_the_file_says(pre, tmp_path):
             assert tokenizer.decode(ids[begins:]) == text
 
 
-def test_whole_words_need_no_merges_where_the_model_has_it_so(tmp_path):
+def test_whole_words_bypass_merges_for_models_that_do_so(tmp_path):
     tokens = ["<s>", *pre_tokenizers.ByteLevel.alphabet(), "Hello"]
     fields = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": ["H e"]}
     fields |= {"tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.tokens": [*tokens, "He"]}
@@ -240,7 +240,7 @@ def test_sentencepiece_merges_by_score(prefix, tmp_path):
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_sentencepiece_begins_anew_after_a_special_token(tmp_path):
+def test_sentencepiece_restarts_after_a_special_token(tmp_path):
     scores = write_sentencepiece(tmp_path / "t.gguf")
     tokenizer = load_tokenizer(tmp_path / "t.gguf")
     tokens = tokenizer.backend_tokenizer.encode("The</s>The").tokens

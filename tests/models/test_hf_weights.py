@@ -64,7 +64,7 @@ def test_truncated_file(checkpoint):
     check_refused(directory, "model.safetensors", "cannot be read as safetensors")
 
 
-def test_no_weights_at_all(checkpoint):
+def test_directory_without_weights(checkpoint):
     directory, _ = checkpoint
     (directory / "model.safetensors").unlink()
     check_refused(directory, "neither model.safetensors nor model.safetensors.index.json")
@@ -133,7 +133,7 @@ def test_rotary_buffers_with_other_values_warn_once(tied):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_own_head_of_a_tied_model_is_used_as_transformers_does(family, make_checkpoint, decoder_logits, tmp_path):
+def test_own_head_of_a_tied_model_is_used_as_in_transformers(family, make_checkpoint, decoder_logits, tmp_path):
     directory = shutil.copytree(make_checkpoint(family, tie_word_embeddings=True)[0], tmp_path / "model")
     tensors = load_file(directory / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][::-1].copy()
@@ -178,7 +178,7 @@ def test_progress_counts_bytes_on_stderr_and_can_be_off(checkpoint, capfd):
     assert f"{total / 1000:.0f}k/{total / 1000:.0f}k" in captured.err
 
 
-def test_an_extra_safetensors_file_is_left_alone(checkpoint):
+def test_extra_safetensors_file_is_ignored(checkpoint):
     directory, _ = checkpoint
     (directory / "consolidated.safetensors").write_bytes(b"not read")
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "gone.safetensors"}}))

@@ -258,7 +258,7 @@ def test_biases_of_llama_are_honoured():
         {"sliding_window": 4096, "max_position_embeddings": 4096},
     ],
 )
-def test_a_window_that_never_slides_is_full_attention(change):
+def test_window_as_long_as_the_model_is_full_attention(change):
     assert ModelConfig.from_dict({**MISTRAL_7B_V01, **change}).sliding_window is None
 
 

@@ -31,7 +31,7 @@ sizes = st.tuples(st.integers(1, 20), st.integers(1, 10), st.sampled_from([None,
     st.integers(0, 15),
     st.sampled_from(["optimistic", "reserve"]),
 )
-def test_waiting_is_bounded_as_the_theorem_says(
+def test_waiting_time_stays_within_the_bound(
     simulate, inner, arrivals, bound, max_num_seqs, extra_tokens, slots, spare, admission
 ) -> None:
     """A step is a second (t = 1). When a request gets old, D is counted, and its first admission is due."""

@@ -44,7 +44,7 @@ def hard(most, waiting, adapters) -> list[int]:
 
 
 @given(st.lists(names, max_size=12), st.lists(names, max_size=6), st.integers(1, 5), st.booleans())
-def test_it_admits_in_the_order_of_its_rule(queue, batch, most, is_hard) -> None:
+def test_clustering_admits_in_the_order_of_its_rule(queue, batch, most, is_hard) -> None:
     running = [make_request(i, adapter=name) for i, name in enumerate(batch)]
     waiting = [make_request(len(batch) + i, adapter=name) for i, name in enumerate(queue)]
     expected = (hard if is_hard else soft)(most, waiting, {name for name in batch if name})
@@ -57,7 +57,7 @@ def test_it_admits_in_the_order_of_its_rule(queue, batch, most, is_hard) -> None
     st.integers(1, 6),
     st.integers(0, 15),
 )
-def test_a_batch_never_has_more_adapters_than_the_hard_number_and_all_finish(
+def test_hard_clustering_bounds_the_adapters_of_a_batch_and_all_finish(
     simulate, requests, most, max_num_seqs, spare
 ) -> None:
     """Preemptions included: a request that comes back is held to the number like any other."""
@@ -75,7 +75,7 @@ def test_a_batch_never_has_more_adapters_than_the_hard_number_and_all_finish(
     assert all(r.finish_reason is FinishReason.LENGTH for r in sim.requests)
 
 
-def test_the_soft_number_is_exceeded_rather_than_a_slot_left_idle(simulate) -> None:
+def test_soft_clustering_exceeds_its_number_before_it_leaves_a_slot_idle(simulate) -> None:
     running = {}
     for is_hard in (False, True):
         sim = simulate(num_pages=60, max_num_seqs=4, max_num_batched_tokens=32, policy=Clustering(1, hard=is_hard))

@@ -61,7 +61,7 @@ def busy(sim, new: int = 200) -> None:
         ("ageing", ["a", "b", "f"]),  # two have aged, then last come first served
     ],
 )
-def test_the_queue_is_followed_in_the_policys_order(simulate, policy, expected) -> None:
+def test_prefetch_follows_the_policys_order(simulate, policy, expected) -> None:
     sim = simulate(300, max_num_seqs=2, max_num_batched_tokens=16, policy=POLICIES[policy](), prefetch=3)
     busy(sim)
     for number, (adapter, tenant) in enumerate(zip("abcdef", "xxxyyz", strict=True)):
@@ -74,7 +74,7 @@ def test_the_queue_is_followed_in_the_policys_order(simulate, policy, expected) 
     assert brought(sim) == expected
 
 
-def test_adapters_that_a_full_batch_holds_back_are_brought_too(simulate) -> None:
+def test_prefetch_includes_adapters_that_the_policy_holds_back(simulate) -> None:
     """Hard clustering yields only the batch's own; the one that comes when an adapter leaves is known all the same."""
     sim = simulate(300, max_num_seqs=4, max_num_batched_tokens=16, policy=Clustering(1, hard=True), prefetch=2)
     sim.add(4, 30, "a", 2)
@@ -86,7 +86,7 @@ def test_adapters_that_a_full_batch_holds_back_are_brought_too(simulate) -> None
     assert brought(sim) == ["b", "c"]
 
 
-def test_pages_of_a_step_and_in_flight_are_bounded_and_the_first_adapter_goes_first(simulate) -> None:
+def test_uploaded_pages_are_bounded_and_in_order_of_the_queue(simulate) -> None:
     sim = simulate(400, max_num_seqs=1, max_num_batched_tokens=16, prefetch=4, upload_pages_per_step=8, copy_steps=3)
     busy(sim)
     sizes = {"a": 13, "b": 20, "c": 1, "d": 5}
@@ -103,7 +103,7 @@ def test_pages_of_a_step_and_in_flight_are_bounded_and_the_first_adapter_goes_fi
 
 
 @pytest.mark.parametrize("copy_steps", [1, 2, 7])
-def test_a_request_starts_with_the_first_step_after_its_adapter_has_landed(simulate, copy_steps) -> None:
+def test_request_starts_in_the_first_step_after_its_adapter_landed(simulate, copy_steps) -> None:
     """Others go ahead meanwhile, and it comes before those that wait behind it."""
     sim = simulate(100, max_num_seqs=3, max_num_batched_tokens=64, prefetch=4, copy_steps=copy_steps)
     first = sim.add(2, 100)
@@ -122,7 +122,7 @@ def test_a_request_starts_with_the_first_step_after_its_adapter_has_landed(simul
     assert first.status is other.status is Status.RUNNING
 
 
-def test_adapters_are_there_when_a_slot_becomes_free(simulate) -> None:
+def test_prefetched_adapters_are_ready_when_a_slot_becomes_free(simulate) -> None:
     """All of them after the first: none of their requests waits for a copy, and the batch is never short of one."""
     sim = simulate(200, max_num_seqs=2, max_num_batched_tokens=32, prefetch=4, copy_steps=3)
     for number in range(12):
@@ -134,14 +134,14 @@ def test_adapters_are_there_when_a_slot_becomes_free(simulate) -> None:
     sim.assert_idle()
 
 
-def test_nothing_runs_so_the_copy_is_waited_for(simulate) -> None:
+def test_idle_step_waits_for_the_copy(simulate) -> None:
     sim = simulate(40, max_num_seqs=2, max_num_batched_tokens=32, prefetch=4, copy_steps=50)
     sim.add(4, 2, "a", 20)
     steps = len(sim.run(10))
     assert steps < 10 and len(sim.requests[0].output) == 2
 
 
-def test_room_is_left_for_what_runs_and_for_the_first_in_line(simulate) -> None:
+def test_prefetch_leaves_room_for_running_requests_and_the_next_one(simulate) -> None:
     """39 pages: 6 run with 3 each. A page for each of them and the 5 of the first prompt are not touched."""
     sim = simulate(39, max_num_seqs=6, max_num_batched_tokens=100, prefetch=8)
     for _ in range(6):
@@ -157,7 +157,7 @@ def test_room_is_left_for_what_runs_and_for_the_first_in_line(simulate) -> None:
     assert 5 <= free < 5 + 6 + 3 + 4
 
 
-def test_idle_adapters_make_room_unless_someone_near_waits_for_them(simulate) -> None:
+def test_prefetch_evicts_idle_adapters_that_no_near_request_awaits(simulate) -> None:
     sim = simulate(60, max_num_seqs=2, max_num_batched_tokens=32, prefetch=4)
     for name in ("old", "wanted", "older"):
         sim.add(2, 1, name, 15)
@@ -171,7 +171,7 @@ def test_idle_adapters_make_room_unless_someone_near_waits_for_them(simulate) ->
     assert "old" not in sim.residency  # although it was used before the wanted one
 
 
-def test_what_a_waiting_request_was_promised_stays_when_newer_ones_come_first(simulate) -> None:
+def test_prefetched_adapters_stay_when_newer_requests_come_first(simulate) -> None:
     sim = simulate(60, max_num_seqs=1, max_num_batched_tokens=32, policy=Lcfs(), prefetch=2)
     busy(sim, new=100)
     for name in ("a", "b"):
@@ -186,7 +186,7 @@ def test_what_a_waiting_request_was_promised_stays_when_newer_ones_come_first(si
 
 @pytest.mark.parametrize("name", EVICTIONS)
 @pytest.mark.parametrize("steps", [1, 2, 30])
-def test_a_cancelled_request_takes_its_adapter_along_while_it_is_in_flight(simulate, name, steps) -> None:
+def test_cancelling_drops_an_adapter_in_flight(simulate, name, steps) -> None:
     """One that has landed is an ordinary idle adapter: it stays, unless nothing idle does."""
     sim = simulate(
         200,
@@ -214,7 +214,7 @@ def test_a_cancelled_request_takes_its_adapter_along_while_it_is_in_flight(simul
     sim.assert_idle()
 
 
-def test_running_sequences_take_an_adapter_in_flight_rather_than_preempt(simulate) -> None:
+def test_adapter_in_flight_is_dropped_before_a_sequence_is_preempted(simulate) -> None:
     """And while it is brought once more, nobody goes ahead of its request."""
     sim = simulate(24, max_num_seqs=3, max_num_batched_tokens=32, prefetch=2, upload_pages_per_step=2, copy_steps=100)
     first = sim.add(4, 50)  # 1 page now, 14 at its end
@@ -233,7 +233,7 @@ def test_running_sequences_take_an_adapter_in_flight_rather_than_preempt(simulat
     sim.assert_idle()
 
 
-def test_immediate_eviction_keeps_what_the_queue_wants(simulate) -> None:
+def test_immediate_eviction_keeps_awaited_adapters(simulate) -> None:
     """S-LoRA's code throws out all that is not used, but not what is tagged for prefetch."""
     sim = simulate(100, max_num_seqs=1, max_num_batched_tokens=32, prefetch=2, eviction=Immediate())
     sim.add(2, 6, "a", 3)
@@ -248,7 +248,7 @@ def test_immediate_eviction_keeps_what_the_queue_wants(simulate) -> None:
     assert not sim.residency.residents and sim.counters.prefetches_wasted == 0
 
 
-def test_reads_from_disk_begin_ahead_and_in_order(simulate) -> None:
+def test_reads_from_disk_are_prefetched_in_order(simulate) -> None:
     asked: list[str] = []
 
     def adapter_state(digest):
@@ -291,7 +291,7 @@ def test_overload_does_not_thrash(simulate, policy, pages, rng) -> None:
     assert loads[8] <= 1.1 * loads[0]
 
 
-def test_without_prefetch_adapters_are_loaded_on_admission_and_nothing_else_happens(simulate) -> None:
+def test_without_prefetch_adapters_are_loaded_on_admission(simulate) -> None:
     sim = simulate(100, max_num_seqs=2, max_num_batched_tokens=32)
     for name in "abc":
         sim.add(4, 3, name, 4)
@@ -327,7 +327,7 @@ def test_limits_are_checked() -> None:
     slow=st.sets(st.sampled_from("abcdefgh")),
     cancellations=st.dictionaries(st.integers(0, 60), st.integers(0, 19), max_size=5),
 )
-def test_every_request_ends_and_the_books_balance(
+def test_random_traffic_with_prefetch_ends_and_leaks_nothing(
     simulate, sizes, arrivals, spare_pages, max_num_seqs, slots, prefetch, upload_pages_per_step, copy_steps, policy,
     eviction,
     admission, split, slow, cancellations,

@@ -69,7 +69,7 @@ def first_chunk(plans, request):
 
 
 @pytest.mark.parametrize(("length", "cached"), [(17, 16), (16, 12), (15, 12), (5, 4), (4, 0)])
-def test_a_prompt_is_found_up_to_its_last_full_page_but_one_token_is_always_computed(shared, length, cached) -> None:
+def test_prompt_is_cached_up_to_its_last_full_page_but_one_token_is_computed(shared, length, cached) -> None:
     sim = shared(num_pages=20, max_num_seqs=4, max_num_batched_tokens=64)
     prompt, longer = prompt_of(length, 30)
     sim.serve(longer, 1)
@@ -80,7 +80,7 @@ def test_a_prompt_is_found_up_to_its_last_full_page_but_one_token_is_always_comp
     sim.assert_idle()
 
 
-def test_requests_of_one_step_share_what_the_first_computes_in_it(shared) -> None:
+def test_requests_of_one_step_share_pages_computed_in_it(shared) -> None:
     sim = shared(num_pages=20, max_num_seqs=4, max_num_batched_tokens=64)
     first, second = (sim.add(p, 2) for p in prompt_of(18, 18))
     plan = sim.step()
@@ -103,7 +103,7 @@ def test_chunks_of_a_long_prompt_are_shared_as_they_are_computed(shared) -> None
     sim.assert_idle()
 
 
-def test_a_preempted_request_finds_its_pages_again(shared, simulate) -> None:
+def test_preempted_request_hits_its_own_pages(shared, simulate) -> None:
     """When the first one has ended, the second one's first pages are still there: the last ones went to the first."""
     again = {}
     for make in (shared, simulate):
@@ -117,7 +117,7 @@ def test_a_preempted_request_finds_its_pages_again(shared, simulate) -> None:
     assert again == {shared: 8, simulate: 0}
 
 
-def test_the_next_turn_of_a_conversation_finds_prompt_and_answer(shared) -> None:
+def test_next_turn_of_a_conversation_hits_prompt_and_answer(shared) -> None:
     sim = shared(num_pages=30, max_num_seqs=4, max_num_batched_tokens=64)
     first = sim.serve(prompt_of(10)[0], 9)
     turn = sim.add(first.prompt + first.output + [7, 7, 7], 2)
@@ -137,7 +137,7 @@ def test_equal_tokens_under_other_adapters_are_not_shared(shared) -> None:
 
 
 @pytest.mark.parametrize(("pages", "admitted"), [(8, True), (7, False)])
-def test_idle_pages_that_are_found_are_no_room_for_the_rest(shared, pages, admitted) -> None:
+def test_idle_pages_that_are_hit_do_not_count_as_free(shared, pages, admitted) -> None:
     """5 found pages that were idle, 2 new ones, one page of another request: 8."""
     sim = shared(num_pages=pages, max_num_seqs=4, max_num_batched_tokens=64)
     sim.serve(prompt_of(20)[0], 2)
@@ -151,7 +151,7 @@ def test_idle_pages_that_are_found_are_no_room_for_the_rest(shared, pages, admit
     sim.assert_idle()
 
 
-def test_a_new_adapters_pages_do_not_displace_the_prefix_found_with_it(shared) -> None:
+def test_loading_an_adapter_does_not_evict_the_prefix_hit_with_it(shared) -> None:
     sim = shared(num_pages=12, max_num_seqs=4, max_num_batched_tokens=64)
     sim.serve(prompt_of(20)[0], 2, "a", 4)  # 5 pages stay, and the adapter
     sim.evictor.evict_one(PageKind.ADAPTER)
@@ -173,7 +173,7 @@ def test_immediate_eviction_shares_among_running_requests_only(shared) -> None:
     assert sim.serve(prompt_of(18)[0], 2).metrics.cached_tokens == 0
 
 
-def test_a_plan_that_never_ran_leaves_no_prefix_but_those_of_earlier_steps(shared) -> None:
+def test_abandoned_plan_keeps_prefixes_of_earlier_steps_only(shared) -> None:
     sim = shared(num_pages=30, max_num_seqs=4, max_num_batched_tokens=12)
     sim.add(prompt_of(30)[0], 1)
     sim.step()  # 12 tokens are computed
@@ -188,7 +188,7 @@ def test_a_plan_that_never_ran_leaves_no_prefix_but_those_of_earlier_steps(share
     assert sim.serve(prompt_of(30)[0], 2).metrics.cached_tokens == 12
 
 
-def test_output_that_was_to_be_recomputed_is_not_taken_for_computed(shared) -> None:
+def test_abandoned_recomputation_registers_no_prefix(shared) -> None:
     sim = shared(num_pages=30, max_num_seqs=2, max_num_batched_tokens=8)
     request = sim.add([5] * 4, 30)
     while len(request.output) < 20:
@@ -205,7 +205,7 @@ def test_output_that_was_to_be_recomputed_is_not_taken_for_computed(shared) -> N
     assert sim.allocator.count(PageKind.PREFIX) == 2
 
 
-def test_a_plan_with_hits_that_never_ran_leaves_nothing(shared) -> None:
+def test_abandoned_plan_with_hits_leaves_nothing(shared) -> None:
     sim = shared(num_pages=30, max_num_seqs=4, max_num_batched_tokens=64)
     for n in (10, 18, 26, 9):
         sim.add(prompt_of(n)[0], 5)
@@ -223,7 +223,7 @@ COSTS = {"prefix is dear": RestoreCosts(0.0, 0.1, 3.0), "adapter is dear": Resto
 
 
 @pytest.mark.parametrize("dear", sorted(COSTS))
-def test_what_is_dear_and_popular_outlives_what_is_used_once(shared, dear) -> None:
+def test_cost_aware_keeps_expensive_popular_entries(shared, dear) -> None:
     """By turns: a popular prefix and adapters that come once; a popular adapter and prompts that come once. Least
     recently used first would have none of them survive the flood."""
     sim = shared(num_pages=20, max_num_seqs=2, max_num_batched_tokens=64, eviction=CostAware(COSTS[dear]))
@@ -245,7 +245,7 @@ def test_what_is_dear_and_popular_outlives_what_is_used_once(shared, dear) -> No
     sim.assert_idle()
 
 
-def test_least_recently_used_takes_no_side(shared) -> None:
+def test_lru_treats_prefixes_and_adapters_alike(shared) -> None:
     sim = shared(num_pages=12, max_num_seqs=2, max_num_batched_tokens=64, eviction=Lru())
     sim.serve(prompt_of(17)[0], 1)
     sim.serve([1], 1, "a", 4)
@@ -276,7 +276,7 @@ def test_reservation_counts_shared_pages_once(shared) -> None:
 
 @pytest.mark.parametrize("delay", [0, 1, 2])
 @pytest.mark.parametrize(("found", "idle"), [(5, 0), (8, 3)])
-def test_a_shared_beginning_outlives_who_brought_it(shared, found, idle, delay) -> None:
+def test_reservation_counts_a_prefix_whose_first_holder_ends(shared, found, idle, delay) -> None:
     """Who holds 5 pages of it ends soon; who finds these, and idle ones below them, keeps all to the end, beside a
     third: the found pages, and 4 for each of the two. In less room, they must not run together."""
     together, needed = {}, found + 4 + 4
@@ -296,7 +296,7 @@ def test_a_shared_beginning_outlives_who_brought_it(shared, found, idle, delay) 
     assert [together[n] for n in (needed - 3, needed - 2, needed - 1, needed + 4)] == [False, False, False, True]
 
 
-def test_pages_that_running_requests_share_are_no_room_for_a_third(shared) -> None:
+def test_reservation_does_not_give_shared_pages_to_a_third_request(shared) -> None:
     """Two share 8 pages and take 4 each; the third wants 4: 20, and rounding."""
     together = {}
     for pages in range(15, 25):
@@ -331,7 +331,7 @@ def pages_alone(request):
 
 
 @given(st.lists(requests, max_size=16), st.integers(0, 20), st.integers(1, 8), st.lists(st.integers(0, 4), min_size=16))
-def test_nobody_is_preempted_under_reserve_whatever_is_shared(shared, sizes, spare, max_num_seqs, gaps) -> None:
+def test_reserve_never_preempts_with_shared_prefixes(shared, sizes, spare, max_num_seqs, gaps) -> None:
     """Prompts take one step, all generate all they may: if admission counted anything twice the wrong way, pages would
     run out."""
     pages = max(map(pages_alone, sizes), default=1) + spare
@@ -358,7 +358,7 @@ def test_nobody_is_preempted_under_reserve_whatever_is_shared(shared, sizes, spa
     admission=st.sampled_from(["optimistic", "reserve"]),
     split=st.booleans(),
 )
-def test_random_traffic_reads_only_what_was_computed_for_it_and_all_ends(
+def test_random_traffic_reads_only_keys_computed_for_it_and_ends(
     shared, sizes, spare, max_num_seqs, budget, gaps, events, stops, policy, admission, split
 ) -> None:
     """`dispatch` checks every token's context; `step` the books."""

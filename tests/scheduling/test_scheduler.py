@@ -31,7 +31,7 @@ def test_long_prompt_is_computed_in_chunks_and_samples_once_at_its_end(simulate)
     sim.assert_idle()
 
 
-def test_running_sequences_get_their_token_before_a_new_prompt_gets_the_rest_of_the_budget(simulate) -> None:
+def test_running_sequences_come_before_new_prompts_in_the_budget(simulate) -> None:
     sim = simulate(num_pages=40, max_num_seqs=4, max_num_batched_tokens=8)
     sim.add(prompt=4, new=20)
     sim.add(prompt=3, new=20)
@@ -41,7 +41,7 @@ def test_running_sequences_get_their_token_before_a_new_prompt_gets_the_rest_of_
     assert counts(sim.step()) == {0: 1, 1: 1, 2: 6}
 
 
-def test_requests_are_admitted_in_order_of_arrival_and_none_overtakes_one_that_does_not_fit(simulate) -> None:
+def test_requests_are_admitted_in_order_of_arrival_without_overtaking(simulate) -> None:
     sim = simulate(num_pages=10, max_num_seqs=8, max_num_batched_tokens=64)
     sim.add(prompt=24, new=1)  # 6 pages
     sim.add(prompt=20, new=1)  # 5 pages: must wait
@@ -52,7 +52,7 @@ def test_requests_are_admitted_in_order_of_arrival_and_none_overtakes_one_that_d
     assert order == [1, 2]
 
 
-def test_never_more_sequences_than_slots(simulate) -> None:
+def test_sequences_never_exceed_slots(simulate) -> None:
     sim = simulate(num_pages=50, max_num_seqs=3, max_num_batched_tokens=64)
     for _ in range(7):
         sim.add(prompt=2, new=4)
@@ -89,7 +89,7 @@ def test_preempted_request_waits_until_its_sampled_token_is_read(simulate) -> No
             assert sequence.start + sequence.count <= sequence.request.num_tokens
 
 
-def test_idle_adapters_are_evicted_before_anyone_is_preempted(simulate) -> None:
+def test_idle_adapters_are_evicted_before_preemption(simulate) -> None:
     sim = simulate(num_pages=12, max_num_seqs=4, max_num_batched_tokens=32)
     sim.add(prompt=4, new=1, adapter="idle", adapter_pages=6)
     sim.run(most_steps=5)
@@ -110,7 +110,7 @@ def test_adapter_in_use_is_shared_and_loaded_once(simulate) -> None:
     assert not any(plan.loads for plan in sim.run(most_steps=10))
 
 
-def test_request_whose_adapter_is_still_on_disk_is_overtaken_and_served_when_it_comes(simulate) -> None:
+def test_request_whose_adapter_is_on_disk_is_overtaken_until_it_is_read(simulate) -> None:
     state = {"slow": AdapterState.LOADING, "ready": AdapterState.READY}
     sim = simulate(num_pages=20, max_num_seqs=4, max_num_batched_tokens=32, adapter_state=state.__getitem__)
     sim.add(prompt=4, new=2, adapter="slow", adapter_pages=2)
@@ -131,7 +131,7 @@ def test_adapter_slots_bound_the_adapters_in_use(simulate) -> None:
     sim.assert_idle()
 
 
-def test_policy_decides_who_is_admitted_and_who_gives_way(simulate) -> None:
+def test_policy_decides_admission_and_preemption(simulate) -> None:
     sim = simulate(num_pages=5, max_num_seqs=2, max_num_batched_tokens=16, policy=Lcfs())
     first, second = sim.add(prompt=8, new=9), sim.add(prompt=8, new=9)
     plan = sim.step()
@@ -227,7 +227,7 @@ def test_every_request_finishes_whatever_the_sizes(
     sim.assert_idle()
 
 
-def test_a_fixed_split_keeps_each_kind_to_its_side(simulate):
+def test_split_pool_bounds_each_kind_of_page(simulate):
     """What fits a unified pool waits in a split one: three adapters of 4 pages, of which only two are set aside."""
     started = {}
     for adapter_pages in (None, 8):
@@ -241,7 +241,7 @@ def test_a_fixed_split_keeps_each_kind_to_its_side(simulate):
     assert started == {None: 3, 8: 2}
 
 
-def test_idle_adapters_of_a_split_pool_do_not_go_for_keys(simulate):
+def test_split_pool_does_not_evict_adapters_for_keys(simulate):
     sim = simulate(num_pages=16, max_num_seqs=2, max_num_batched_tokens=64, adapter_pages=8)
     sim.add(4, 2, "a", 8)
     sim.run(20)
@@ -252,7 +252,7 @@ def test_idle_adapters_of_a_split_pool_do_not_go_for_keys(simulate):
 
 
 @pytest.mark.parametrize("ahead, started", [(MOST_PASSED_OVER, True), (MOST_PASSED_OVER + 1, False)])
-def test_what_a_step_looks_at_does_not_grow_with_the_queue(simulate, ahead, started):
+def test_step_considers_a_bounded_part_of_the_queue(simulate, ahead, started):
     """Requests whose adapter is on its way from disk are overtaken, but not by those far behind."""
     states = {"slow": AdapterState.LOADING, "ready": AdapterState.READY}
     sim = simulate(num_pages=64, max_num_seqs=4, max_num_batched_tokens=64, adapter_state=states.__getitem__)

@@ -50,7 +50,7 @@ weights = st.dictionaries(st.sampled_from(TENANTS), st.sampled_from([0.5, 2.0, 3
 
 
 @given(st.lists(st.lists(sizes, max_size=4), max_size=20), weights, st.sampled_from([(1, 2), (1, 1), (3, 0.5)]))
-def test_it_admits_whom_the_published_algorithm_admits(simulate, arrivals, weights, prices) -> None:
+def test_vtc_admits_as_the_published_algorithm(simulate, arrivals, weights, prices) -> None:
     policy, published = Vtc(weights, *prices), Published(weights, *prices)
     sim = simulate(num_pages=24, max_num_seqs=4, max_num_batched_tokens=200, policy=policy, admission="reserve")
     while arrivals or sim.scheduler.has_work():
@@ -109,7 +109,7 @@ def widest_gaps(sim, arrivals, weights, prices) -> tuple[float, float]:
     st.integers(10, 40),
     st.integers(2, 8),
 )
-def test_backlogged_tenants_services_stay_within_the_published_bound(
+def test_service_of_backlogged_tenants_stays_within_the_published_bound(
     simulate, burst, arrivals, weights, prices, num_pages, max_num_seqs
 ) -> None:
     """|W_f - W_g| <= 2 max(w_p L_input, w_q M) over every interval in which both have waiting requests; where input is
@@ -121,7 +121,7 @@ def test_backlogged_tenants_services_stay_within_the_published_bound(
 
 
 @pytest.mark.parametrize(("policy", "fair"), [(Vtc(), True), (Fcfs(), False)])
-def test_a_flood_of_one_tenant_breaks_the_bound_without_fair_share(simulate, policy: Policy, fair: bool) -> None:
+def test_fcfs_breaks_the_bound_when_one_tenant_floods_the_queue(simulate, policy: Policy, fair: bool) -> None:
     sim = simulate(num_pages=20, max_num_seqs=2, max_num_batched_tokens=64, policy=policy, admission="reserve")
     widest, bound = widest_gaps(sim, [[("f", 8, 8)] * 40 + [("g", 8, 8)] * 40], {}, (1, 2))
     assert (widest <= bound) is fair
@@ -139,7 +139,7 @@ def test_service_follows_the_weights(simulate) -> None:
     assert served["f"] / served["g"] == pytest.approx(3, rel=0.1)
 
 
-def test_an_idle_tenant_saves_up_no_credit(simulate) -> None:
+def test_idle_tenant_accumulates_no_credit(simulate) -> None:
     policy = Vtc()
     sim = simulate(num_pages=20, max_num_seqs=1, max_num_batched_tokens=64, policy=policy)
     for _ in range(20):
@@ -150,7 +150,7 @@ def test_an_idle_tenant_saves_up_no_credit(simulate) -> None:
     assert policy.counters["late"] == policy.counters["busy"] > 0
 
 
-def test_a_preempted_request_is_charged_once(simulate) -> None:
+def test_preempted_request_is_charged_once(simulate) -> None:
     policy = Vtc()
     sim = simulate(num_pages=5, max_num_seqs=2, max_num_batched_tokens=16, policy=policy)
     for tenant in "fg":
@@ -160,7 +160,7 @@ def test_a_preempted_request_is_charged_once(simulate) -> None:
     assert policy.counters == {"f": 8 + 2 * 9, "g": 8 + 2 * 9}
 
 
-def test_tenant_is_the_adapter_unless_said_otherwise() -> None:
+def test_tenant_defaults_to_the_adapter() -> None:
     assert make_request(0, adapter="sql").tenant == "sql"
     assert make_request(0, adapter="sql", tenant="acme").tenant == "acme"
     assert make_request(0).tenant == ""

@@ -24,7 +24,7 @@ def damaged(content: bytes, rng: np.random.Generator) -> bytes:
     return bytes(damaged[: rng.integers(len(damaged))] if rng.random() < 0.1 else damaged)
 
 
-def test_accepts_and_reads_what_the_library_does(tmp_path, rng) -> None:
+def test_accepts_the_same_files_as_safetensors(tmp_path, rng) -> None:
     tensors = {
         "a": rng.random((3, 4), np.float32),
         "b.c": rng.random(2).astype(np.float16),
@@ -63,7 +63,7 @@ def test_unknown_element_type_is_refused_by_name(geometry, tmp_path) -> None:
         read_peft(tmp_path, geometry)
 
 
-def test_file_truncated_between_header_and_weights_is_an_error(geometry, tmp_path) -> None:
+def test_file_truncated_after_its_header_was_read_is_an_error(geometry, tmp_path) -> None:
     """Under a memory map this ends the process: SIGBUS."""
     path = write_peft(tmp_path, random_adapter(geometry, 64)) / "adapter_model.safetensors"
     with TensorFile(path) as file:
