@@ -1,4 +1,4 @@
-"""The evictor against a list, and each policy against its rule written out."""
+"""The evictor compared with a list, and each policy with its rule written out."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ KINDS = (PageKind.ADAPTER, PageKind.PREFIX)
 
 
 class Item(Evictable):
-    """Pages that someone used. Prefixes rest upon each other: `parent` cannot go before its children."""
+    """Pages that were used. A prefix cannot be evicted before its children."""
 
     __slots__ = ("children", "pages", "parent")
 
@@ -24,7 +24,7 @@ class Item(Evictable):
 
 
 class EvictorMachine(RuleBasedStateMachine):
-    """Model: all idle items with the priority of the rule, searched from end to end."""
+    """Model: a list of all idle items with the priority of the rule."""
 
     @initialize(policy=st.sampled_from(["lru", "cost_aware"]), split=st.booleans())
     def start(self, policy, split):
@@ -32,7 +32,7 @@ class EvictorMachine(RuleBasedStateMachine):
         self.allocator = PageAllocator(31, 12 if split else None)
         self.evictor = Evictor(self.allocator, self.policy)
         self.used: list[Item] = []
-        self.idle: list[tuple[float, Item]] = []  # by the model's priority, idle for longest first
+        self.idle: list[tuple[float, Item]] = []  # (priority, item), idle for longest first
         self.gone: list[Item] = []
         self.age = 0.0
         for kind in KINDS:
@@ -53,7 +53,7 @@ class EvictorMachine(RuleBasedStateMachine):
         return self.age + item.uses * restore / item.num_pages
 
     def expected(self, kinds):
-        """Who goes next of these kinds: the lowest, among equals the one idle for longest, that no child holds."""
+        """Returns the next victim of these kinds: lowest priority, then longest idle, without children."""
         free = [(p, i, item) for i, (p, item) in enumerate(self.idle) if item.kind in kinds and not self.children(item)]
         return min(free, default=None, key=lambda entry: entry[:2])
 
@@ -76,7 +76,7 @@ class EvictorMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.used)
     @rule(data=st.data())
     def release(self, data):
-        """Children before their parents, as a request releases them."""
+        """A request releases children before their parents."""
         leaves = [i for i in self.used if not any(other.parent is i for other in self.used)]
         item = data.draw(st.sampled_from(leaves))
         self.used.remove(item)
@@ -86,7 +86,7 @@ class EvictorMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.idle)
     @rule(data=st.data())
     def use_again(self, data):
-        """With everything that it rests upon."""
+        """With all its ancestors."""
         item = data.draw(st.sampled_from([item for _, item in self.idle]))
         while item is not None and item.idle:
             self.idle = [entry for entry in self.idle if entry[1] is not item]

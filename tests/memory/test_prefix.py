@@ -76,7 +76,8 @@ class PrefixMachine(RuleBasedStateMachine):
 
     @rule(digest=digests, tokens=prompts)
     def admit(self, digest, tokens):
-        """As the scheduler does: match all but the last token, take what is shared, then pages for the rest."""
+        """Like the scheduler: matches all but the last token, acquires the shared node, allocates pages for the
+        rest."""
         most = (len(tokens) - 1) // SIZE
         node = self.cache.match(digest, as_bytes(tokens), most)
         depth = self.longest(digest, tokens, most)
@@ -160,7 +161,7 @@ def cache():
 
 
 def hold(cache, tokens, digest=None):
-    """A request with all its full pages registered: its deepest node."""
+    """Registers all full pages of a request. Returns its deepest node."""
     node = cache.match(digest, as_bytes(tokens), len(tokens) // SIZE)
     depth = 0 if node is None else node.depth
     if node is not None:
@@ -170,7 +171,7 @@ def hold(cache, tokens, digest=None):
 
 
 def test_token_ids_are_compared_in_full(cache):
-    """Not by a hash: ids that differ in any byte are other tokens."""
+    """Ids that differ in one byte are different tokens; no hash is involved."""
     hold(cache, [1, 2, 3, 4])
     for other in ([1, 2, 3, 5], [257, 2, 3, 4], [1 + (1 << 16), 2, 3, 4], [1 + (1 << 24), 2, 3, 4], [2, 1, 3, 4]):
         assert (found := cache.match(None, as_bytes(other), 2)) is None or found.depth == 1
@@ -195,12 +196,12 @@ def test_forget_drops_unwritten_pages_and_keeps_written_ones(cache):
     cache.forget(node, 1)
     assert cache.match(None, as_bytes([1, 2, 3, 4]), 2).depth == 1
     assert cache.match(None, as_bytes([1, 2, 9, 9]), 2) is other
-    cache.forget(node, 1)  # gone already
+    cache.forget(node, 1)  # a no-op
     cache.check([])
 
 
 def test_a_chain_as_long_as_a_long_context_is_dropped(cache):
-    """Far deeper than Python's recursion goes."""
+    """The chain is deeper than Python's recursion limit."""
     cache = PrefixCache(Evictor(PageAllocator(5001), Lru()), SIZE)
     node = hold(cache, list(range(10_000)))
     cache.release(node)

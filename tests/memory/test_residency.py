@@ -1,4 +1,5 @@
-"""Adapter residency against a model: users by digest, and the idle ones in the order in which they became idle."""
+"""Adapter residency compared with a model: users by digest, and idle adapters in the order in which they became
+idle."""
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         return self.capacity - sum(pages.size for pages in self.kv) - sum(PAGES[d] for d in self.users)
 
     def victims(self, pages: int, slots: int) -> list[str] | None:
-        """The fewest idle adapters, oldest first, whose eviction leaves `pages` and `slots` free; None if none do."""
+        """Returns the fewest idle adapters, oldest first, whose eviction frees `pages` and `slots`; None if none do."""
         for count in range(len(self.idle) + 1):
             gone = self.idle[:count]
             if self.free + sum(PAGES[d] for d in gone) >= pages and self.num_slots - len(self.users) + count >= slots:
@@ -64,7 +65,7 @@ class ResidencyMachine(RuleBasedStateMachine):
                 self.idle.remove(digest)
             self.users[digest] += 1
         elif (victims := self.victims(pages, 1)) is not None:
-            assert fits  # what the scheduler asks before it admits
+            assert fits  # the scheduler asks this before it admits
             resident, new = residency.acquire(digest, ranks_of(digest), pages)
             assert new
             self.loads += 1
@@ -75,7 +76,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             with pytest.raises(PoolError):
                 residency.acquire(digest, ranks_of(digest), pages)
             assert digest not in residency
-            self.forget([d for d in self.idle if d not in residency])  # idle ones may have gone, others not
+            self.forget([d for d in self.idle if d not in residency])  # only idle ones may be evicted
             return
         assert resident.digest == digest and self.residency.users[digest] == self.users[digest]
         assert resident.pages.size == pages and (self.allocator.kinds[resident.pages] == PageKind.ADAPTER).all()
@@ -98,7 +99,7 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     @rule(digest=DIGESTS)
     def drop(self, digest):
-        """Goes at once when idle; stays while in use."""
+        """Evicts an idle adapter; keeps one in use."""
         assert self.residency.drop(digest) == (not self.users.get(digest))
         if digest in self.idle:
             self.forget([digest])
@@ -135,7 +136,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         assert counted == (self.loads, self.hits, self.evictions)
 
     def teardown(self):
-        """Nothing is lost for good: at the end every page and every slot can still be had."""
+        """At the end every page and every slot can be used again."""
         if not hasattr(self, "residency"):
             return
         for pages in self.kv:

@@ -1,4 +1,4 @@
-"""Early abort: its set against exhaustive search, its optimality claim, and the code's rule against the code."""
+"""Early abort: its set and its optimality against exhaustive search, and the code rule against the paper's code."""
 
 from itertools import combinations, permutations
 
@@ -13,7 +13,7 @@ ages = st.lists(st.integers(0, 12), max_size=6).map(lambda values: sorted(-a for
 
 
 def first_tokens(count: int, margin: float, each: float) -> list[float]:
-    """When the requests get their first tokens, in the order in which they are served from time 0 on."""
+    """Returns the times of the first tokens, in the order of service from time 0."""
     return [margin + j * each for j in range(count)]
 
 
@@ -58,7 +58,8 @@ def test_serving_the_latest_maximises_every_nonincreasing_reward(ages, reward, t
 
 
 def overload(simulate, policy):
-    """One slot, three steps a request, a request a step, for 120 steps; then to the end. A step is a second."""
+    """Runs one slot with a request per step, each of three steps, for 120 steps; then to the end. A step is a
+    second."""
     sim = simulate(num_pages=20, max_num_seqs=1, max_num_batched_tokens=16, policy=policy)
     for _ in range(120):
         sim.add(prompt=4, new=2)
@@ -80,10 +81,10 @@ def test_early_abort_under_overload_serves_in_time_and_aborts_the_rest(simulate)
         )
 
     served = [r for r in early.requests if r.finish_reason is FinishReason.LENGTH]
-    assert in_time(early) == len(served), "every request that is served is in time"
+    assert in_time(early) == len(served), "every served request is in time"
     possible = 120 // 3
     assert in_time(early) >= 0.9 * possible
-    assert in_time(plain) < 0.5 * possible, "first come, first served falls behind for good"
+    assert in_time(plain) < 0.5 * possible, "first come, first served falls behind"
     assert early.counters.aborts == 120 - len(served)
     assert all(r.metrics.first_token is None and not r.output for r in early.requests if r not in served)
 
@@ -120,7 +121,7 @@ def test_request_with_a_token_is_never_aborted(simulate) -> None:
 
 
 class AbortReqQueue:
-    """S-LoRA's `abort_req_queue.py`, line by line, but for room in the batch: the newest are at the front."""
+    """S-LoRA's `abort_req_queue.py` line by line, except for room in the batch. The newest requests are in front."""
 
     def __init__(self, slo: float) -> None:
         self.slo = slo
@@ -129,7 +130,7 @@ class AbortReqQueue:
         self.last = 0
 
     def attempt(self, now: float, room: int) -> tuple[list[int], list[int]]:
-        """Numbers aborted and admitted."""
+        """Returns the numbers of aborted and of admitted requests."""
         self.rate = int(0.7 * (len(self.waiting) - self.last) + 0.3 * self.rate)
         aborted = [number for number, arrival in self.waiting if now - arrival + 0.5 >= self.slo]
         self.waiting = [one for one in self.waiting if one[0] not in aborted]

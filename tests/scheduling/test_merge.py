@@ -1,4 +1,4 @@
-"""One adapter at a time, against the rule spelled out."""
+"""One adapter at a time, compared with its rule written out."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +10,7 @@ names = st.sampled_from([None, "a", "b", "c"])
 
 
 def brute_force(queue, current, most) -> list[int]:
-    """Indices of the queue that may join a batch of adapter `current`."""
+    """Returns the indices of requests that may join a batch of adapter `current`."""
     same = [i for i, name in enumerate(queue) if name == current]
     return same if same and same[0] <= most else []
 

@@ -1,4 +1,4 @@
-"""The waiting queue against a sorted list."""
+"""The waiting queue compared with a sorted list."""
 
 import pytest
 from hypothesis import given

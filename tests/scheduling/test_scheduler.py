@@ -1,4 +1,4 @@
-"""The continuous-batching scheduler, on page arithmetic alone."""
+"""The continuous-batching scheduler over a fake executor."""
 
 from collections.abc import Sequence
 
@@ -151,7 +151,7 @@ def test_finish_frees_everything_at_once_in_any_state(simulate, steps: int) -> N
     sim.assert_idle()
     finished = request.metrics.finished
     sim.steps += 1
-    sim.core.finish(request, FinishReason.STOP)  # again: nothing happens
+    sim.core.finish(request, FinishReason.STOP)  # a no-op
     assert (request.finish_reason, request.metrics.finished) == (FinishReason.CANCELLED, finished)
 
 
@@ -183,8 +183,8 @@ ADAPTER_PAGES = {"a": 1, "b": 2, "c": 3, "d": 5, "e": 8}
 def test_every_request_finishes_whatever_the_sizes(
     simulate, sizes, spare_pages, max_num_seqs, budget, adapter_slots, gaps, cancellations, slow
 ) -> None:
-    """Arrivals over time, cancellations, early stops and slow disks: the budget and the books hold at every step, the
-    oldest running request is never preempted, and all get their tokens."""
+    """Arrivals over time, cancellations, early stops and slow disks: at every step the budget holds and no page leaks,
+    the oldest running request is never preempted, and all requests get their tokens."""
     pages = [-(-(prompt + new - 1) // 4) + ADAPTER_PAGES.get(name, 0) for prompt, new, name, _ in sizes]
     asked: dict[str, int] = {}
 
@@ -217,7 +217,7 @@ def test_every_request_finishes_whatever_the_sizes(
         assert plan.sequences or previous is None or previous.sequences or slow or not sim.scheduler.has_work()
         previous = plan
         steps += 1
-        assert steps < 5000, "the scheduler does not get its work done"
+        assert steps < 5000, "the scheduler makes no progress"
     sim.step()
     for request in sim.requests:
         if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
@@ -228,7 +228,7 @@ def test_every_request_finishes_whatever_the_sizes(
 
 
 def test_split_pool_bounds_each_kind_of_page(simulate):
-    """What fits a unified pool waits in a split one: three adapters of 4 pages, of which only two are set aside."""
+    """Three adapters of 4 pages fit a unified pool; of a split pool with 8 adapter pages, only two do."""
     started = {}
     for adapter_pages in (None, 8):
         sim = simulate(num_pages=40, max_num_seqs=8, max_num_batched_tokens=64, adapter_pages=adapter_pages)
@@ -245,7 +245,7 @@ def test_split_pool_does_not_evict_adapters_for_keys(simulate):
     sim = simulate(num_pages=16, max_num_seqs=2, max_num_batched_tokens=64, adapter_pages=8)
     sim.add(4, 2, "a", 8)
     sim.run(20)
-    sim.add(30, 2)  # all 8 pages of the other side
+    sim.add(30, 2)  # all 8 KV pages
     sim.run(20)
     assert "a" in sim.residency
     sim.assert_idle()
@@ -253,7 +253,7 @@ def test_split_pool_does_not_evict_adapters_for_keys(simulate):
 
 @pytest.mark.parametrize("ahead, started", [(MOST_PASSED_OVER, True), (MOST_PASSED_OVER + 1, False)])
 def test_step_considers_a_bounded_part_of_the_queue(simulate, ahead, started):
-    """Requests whose adapter is on its way from disk are overtaken, but not by those far behind."""
+    """Requests whose adapter is being read from disk are overtaken, but not by those far behind."""
     states = {"slow": AdapterState.LOADING, "ready": AdapterState.READY}
     sim = simulate(num_pages=64, max_num_seqs=4, max_num_batched_tokens=64, adapter_state=states.__getitem__)
     for _ in range(ahead):

@@ -1,4 +1,4 @@
-"""VTC against its published algorithm, and its fairness bound."""
+"""VTC compared with its published algorithm and fairness bound."""
 
 from collections import defaultdict
 from itertools import combinations
@@ -14,7 +14,7 @@ TENANTS = "fgh"
 
 
 class Published:
-    """Algorithm 2 of arXiv 2401.00588, with weights (section 4.3): lists, and a search where the policy has a heap."""
+    """Algorithm 2 of arXiv 2401.00588 with weights (section 4.3), on lists."""
 
     def __init__(self, weights: dict[str, float], input_price: float, output_price: float) -> None:
         self.weights, self.prices = weights, (input_price, output_price)
@@ -65,10 +65,10 @@ def test_vtc_admits_as_the_published_algorithm(simulate, arrivals, weights, pric
 
 
 def widest_gaps(sim, arrivals, weights, prices) -> tuple[float, float]:
-    """Runs a workload. The largest difference of two tenants' weighted service over an interval in which both had
-    waiting requests throughout; and the published bound on it."""
+    """Runs a workload. Returns the largest difference of two tenants' weighted service over an interval in which both
+    had waiting requests throughout, and the published bound on it."""
     service = defaultdict(float)
-    spells: dict[tuple[str, str], tuple[float, float]] = {}  # pair -> least and most of their difference in this spell
+    spells: dict[tuple[str, str], tuple[float, float]] = {}  # pair -> range of their difference in this interval
     widest, most_tokens, longest_prompt = 0.0, 0, 0
 
     def look() -> None:
@@ -112,8 +112,8 @@ def widest_gaps(sim, arrivals, weights, prices) -> tuple[float, float]:
 def test_service_of_backlogged_tenants_stays_within_the_published_bound(
     simulate, burst, arrivals, weights, prices, num_pages, max_num_seqs
 ) -> None:
-    """|W_f - W_g| <= 2 max(w_p L_input, w_q M) over every interval in which both have waiting requests; where input is
-    dearer than output, which the published proof does not cover, the sum of the two takes the place of the larger."""
+    """|W_f - W_g| <= 2 max(w_p L_input, w_q M) over every interval in which both have waiting requests. The published
+    proof assumes that output costs at least as much as input; otherwise the sum replaces the maximum."""
     policy = Vtc(weights, *prices)
     sim = simulate(num_pages, max_num_seqs, max_num_batched_tokens=400, policy=policy, admission="reserve")
     widest, bound = widest_gaps(sim, [burst, *arrivals], weights, prices)
