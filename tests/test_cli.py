@@ -1,4 +1,4 @@
-"""The console script: `slora generate` against a dense model, exit statuses, messages."""
+"""The console script: `slora generate` compared with a dense model, `slora chat`, exit statuses, error messages."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def generate(model_dir: Path, *more: str) -> int:
 
 
 def expected_text(model_dir: Path, weights: Weights) -> str:
-    """The greedy answer of the dense model."""
+    """Returns the greedy answer of the dense model."""
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     config = json.loads((model_dir / "config.json").read_text())
     prompt = tokenizer.encode(PROMPT).ids
@@ -85,7 +85,7 @@ def test_generate_wraps_the_prompt_in_the_chat_template(model_dir, tmp_path, cap
 
 @pytest.fixture
 def chat_dir(model_dir, tmp_path):
-    """A model whose template shows the whole conversation."""
+    """A model whose chat template writes the whole conversation."""
     chat = tmp_path / "chat"
     shutil.copytree(model_dir, chat)
     (chat / "chat_template.jinja").write_text(
@@ -96,8 +96,8 @@ def chat_dir(model_dir, tmp_path):
 
 
 def talk(monkeypatch, chat_dir: Path, lines: list, *more: str) -> list[list[str | None]]:
-    """Runs `slora chat` with these lines as input, exceptions among them raised. Returns each request's prompt, adapter
-    and streamed answer."""
+    """Runs `slora chat` with these lines as input; exceptions among them are raised. Returns prompt, adapter and
+    streamed answer of each request."""
     asked, real, lines = [], Engine.stream, [*lines, EOFError]
 
     def read(prompt: str) -> str:
@@ -114,7 +114,7 @@ def talk(monkeypatch, chat_dir: Path, lines: list, *more: str) -> list[list[str 
 
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr(Engine, "stream", stream)
-    assert cli.main(["chat", str(chat_dir), "--max-tokens=4", "--dtype=float32", *more]) == 0
+    assert cli.main(["chat", str(chat_dir), "--max-tokens=4", "--max-model-len=40", "--dtype=float32", *more]) == 0
     return asked
 
 
@@ -151,7 +151,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(monkeypatch, chat_di
 
 
 def test_conversation_that_is_too_long_is_reported_and_can_be_reset(monkeypatch, chat_dir, capsys):
-    asked = talk(monkeypatch, chat_dir, ["word " * 40, "/reset", "One"], "--max-model-len=40")
+    asked = talk(monkeypatch, chat_dir, ["word " * 40, "/reset", "One"])
     assert len(asked) == 2 and "One" in asked[1][0]
     assert "with max_model_len=40 at most 39 leave room for an answer (/reset begins a new" in capsys.readouterr().err
 

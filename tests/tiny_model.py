@@ -1,4 +1,4 @@
-"""A tiny model whose greedy outputs vary, and engine shapes that are compiled once for all tests."""
+"""A tiny model whose greedy outputs vary, and engine shapes that all tests share, because each is compiled once."""
 
 import json
 import math
@@ -44,7 +44,7 @@ SMALL = {
     "decode_buckets": (4,),
     "mixed_buckets": (16,),
 }
-"""One engine shape for all tests that need no other: compiled once."""
+"""The engine shape of tests that need no other. A new shape costs about 25 s of compilation."""
 MEDIUM = SMALL | {
     "max_model_len": 128,
     "num_pages": 160,
@@ -54,19 +54,16 @@ MEDIUM = SMALL | {
     "decode_buckets": (16,),
     "mixed_buckets": (32,),
 }
-"""The shape for tests of many adapters."""
+"""The engine shape of live servers in tests."""
 
 
 class TinyModel:
-    """Two layers of width 32, grouped-query attention: `config`, `graphdef`, `params`, and the adapters' geometry.
-    `medium` are settings of an engine for many adapters."""
-
-    medium = MEDIUM
+    """Two layers of width 32 with grouped-query attention: `config`, `graphdef`, `params`, and adapter geometry."""
 
     def __init__(self) -> None:
         self.config = ModelConfig.from_dict(HF_CONFIG)
         self.graphdef, params = init_random(self.config, "float32", seed=0)
-        # Embeddings of unit variance and kernels of gain 2: the context and every adapter show in the greedy tokens.
+        # Embeddings of unit variance and kernels of gain 2: greedy tokens depend on the context and on every adapter.
         self.params = jax.tree.map(lambda x: x if x.ndim < 2 else x * (2 / (0.02 * math.sqrt(x.shape[0]))), params)
         self.params["embed"]["embedding"] = params["embed"]["embedding"] / 0.02
         config = self.config
@@ -81,7 +78,7 @@ class TinyModel:
         return Engine(self.config, self.graphdef, self.params, self.settings(**changes))
 
     def save(self, directory: Path) -> Path:
-        """Writes the model as Hugging Face does, with a tokenizer."""
+        """Writes a Hugging Face directory with a tokenizer."""
         tensors = {}
         for name, placement in tensor_placements(self.config).items():
             array: Any = self.params

@@ -1,4 +1,4 @@
-"""Puts adapters into a store, and compares what it returns."""
+"""Loads adapters into a store and compares its tiles."""
 
 import numpy as np
 

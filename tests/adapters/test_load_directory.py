@@ -1,4 +1,4 @@
-"""Loading a folder of adapters: complete, fast, within memory; a bad adapter disturbs no other."""
+"""Loading a folder of adapters: all are registered, within time and memory; damaged ones are reported."""
 
 import json
 import subprocess

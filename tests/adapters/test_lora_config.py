@@ -1,4 +1,4 @@
-"""Every PEFT field is honoured, harmless or refused by name."""
+"""Every PEFT field is honoured, ignored as harmless, or refused by name."""
 
 import dataclasses
 import json

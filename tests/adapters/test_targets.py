@@ -1,4 +1,4 @@
-"""Which projections are adapted, with which rank and scale: compared with the real PEFT on a real model."""
+"""Projections with their rank and scale, compared with PEFT on a real model."""
 
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""Packing follows the layout row by row, and nothing but the adapter's rows is nonzero."""
+"""Packing follows the layout row by row; everything else in the tiles is zero."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The loop over a fake executor: failures, cancellations, waits, in milliseconds."""
+"""The engine's loop over a fake executor: failures, cancellations, waits."""
 
 from collections.abc import Callable
 

@@ -1,5 +1,5 @@
-"""Cancellation, Ctrl-C, failed steps, adapters loaded and unloaded meanwhile: no page leaks, other requests keep their
-tokens."""
+"""Cancellation, Ctrl-C, failed steps, adapters loaded and unloaded under requests: no page leaks, other requests keep
+their tokens."""
 
 import itertools
 import signal

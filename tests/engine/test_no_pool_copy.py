@@ -1,4 +1,4 @@
-"""The compiled step updates the pool in place: read from the program, on the CPU and for an H200 that is not there."""
+"""The compiled step updates the pool in place: read from the program for the CPU, and for an H200 without a device."""
 
 from dataclasses import replace
 

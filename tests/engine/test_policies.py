@@ -1,4 +1,4 @@
-"""Policies on the real engine: what is given up is reported per request, and nobody else's tokens change."""
+"""Policies on the real engine: aborts are reported per request, and other requests keep their tokens."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,7 +15,7 @@ ADAPTERS = ["a", None, "b"] * 4
 
 
 class EveryThird(Policy):
-    """Gives up every third prompt, whenever it is looked at."""
+    """Aborts every third prompt."""
 
     def aborts(self, waiting, batch, now):
         dropped = PROMPTS[1::3]
@@ -24,7 +24,7 @@ class EveryThird(Policy):
 
 @pytest.fixture
 def serve(engine: Engine, tiny) -> Iterator[Callable[..., Engine]]:
-    """The shared engine under another policy or admission, for one test."""
+    """Returns a function that sets policy and admission of the shared engine for one test."""
     before = engine.scheduler.policy, engine.scheduler.config
     for seed, name in enumerate("ab"):
         engine.load_adapter(name, random_adapter(tiny.geometry, 4, seed=seed))

@@ -1,4 +1,4 @@
-"""Sampling on the device against float64 references, and random streams that depend on nothing else in the batch."""
+"""Sampling on the device compared with float64 references; random streams do not depend on the rest of the batch."""
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ masks = jax.jit(sampling._masks)
 
 
 def inputs(rows: int, **fields: object) -> SamplingInputs:
-    """One value for all rows, or one each."""
+    """fields: one value for all rows, or one per row."""
     types = {
         "temperature": (np.float32, 1.0),
         "top_k": (np.int32, 0),
@@ -33,7 +33,8 @@ def inputs(rows: int, **fields: object) -> SamplingInputs:
 
 
 def kept_tokens(logits: np.ndarray, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
-    """Bool `[V]`, in float64: top-k, then top-p of what is left, then min-p; equal logits stand or fall together."""
+    """Returns bool `[V]`, computed in float64: top-k, then top-p of the rest, then min-p. Equal logits are kept
+    together."""
     logits = logits.astype(np.float64)
     keep = np.ones(logits.size, bool)
     if 0 < top_k < logits.size:

@@ -1,4 +1,4 @@
-"""Streamed text equals decoded text, stops at the first stop string, and never takes anything back."""
+"""Streamed text equals decoded text, ends at the first stop string, and only grows."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from slora_jax.engine.text import TextStream
 
 
 class FastTokenizer:
-    """What `TextStream` uses of a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer that `TextStream` uses."""
 
     def __init__(self, backend: Tokenizer) -> None:
         self.backend_tokenizer = backend
@@ -37,7 +37,7 @@ def stream(
     tokenizer: FastTokenizer = TOKENIZER,
     prompt: Sequence[int] = (),
 ) -> tuple[TextStream, list[str]]:
-    """Pushes ids until a stop string is met; the stream, and the pieces taken after each token and at the end."""
+    """Pushes ids up to a stop string. Returns the stream, and the pieces taken after each token and at the end."""
     text = TextStream(tokenizer, stop, prompt)
     pieces = []
     for token in ids:
@@ -92,7 +92,7 @@ def test_text_ends_before_the_first_of_many_stop_strings(text: str, stops: list[
     assert result.stopped == bool(found)
     if not found:
         assert result.text == text
-    else:  # of several, the one that is complete first counts
+    else:  # the stop string that is complete first counts
         assert text.startswith(result.text)
         assert any(text.startswith(stop, len(result.text)) for stop in stops)
         assert len(result.text) < min(text.find(stop) + len(stop) for stop in found)

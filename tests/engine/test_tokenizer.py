@@ -1,4 +1,4 @@
-"""The tokenizer agrees with transformers' plain fast tokenizer: ids, text, chat templates, files found in the wild."""
+"""The tokenizer agrees with transformers' fast tokenizer: ids, text, chat templates, published files."""
 
 import json
 import subprocess

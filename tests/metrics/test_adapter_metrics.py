@@ -1,4 +1,4 @@
-"""Metrics by adapter and of the pool, by hand and by brute force."""
+"""Metrics per adapter and of the pool, compared with values by hand and by brute force."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""GGUF files of tiny models, written as llama.cpp's converter writes them."""
+"""Writes GGUF files of tiny models like llama.cpp's converter."""
 
 from collections.abc import Callable
 from pathlib import Path

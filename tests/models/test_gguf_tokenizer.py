@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file gives the ids that llama.cpp gives, and the text back."""
+"""The tokenizer of a GGUF file gives llama.cpp's ids and decodes to the same text."""
 
 import itertools
 import json

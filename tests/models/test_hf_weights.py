@@ -1,4 +1,4 @@
-"""Every way a checkpoint directory can be wrong ends in a CheckpointError that names file and tensor."""
+"""Invalid checkpoint directories are refused with a CheckpointError that names file and tensor."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Real-world config.json files parse; what would change the computation is refused by name."""
+"""Published config.json files are read; fields that would change the computation are refused by name."""
 
 import json
 

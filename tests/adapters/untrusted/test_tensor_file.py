@@ -1,4 +1,4 @@
-"""Reading safetensors without a memory map: as the library where files are sound, errors where they change under us."""
+"""Reading safetensors without a memory map: like the library for valid files, an error if a file changes."""
 
 import os
 
@@ -31,14 +31,14 @@ def test_accepts_the_same_files_as_safetensors(tmp_path, rng) -> None:
         "e": np.zeros((0, 3), "f4"),
     }
     sound, path, accepted, refused = save(tensors), tmp_path / "x.safetensors", 0, 0
-    for _ in range(3000):
+    for _ in range(1000):
         content = damaged(sound, rng)
         path.write_bytes(content)
         try:
             expected = dict(deserialize(content))
         except SafetensorError as error:
             if "unknown variant" in str(error):
-                continue  # a dtype that the format does not have is the reader's caller's to refuse
+                continue  # dtypes that the format does not have are refused by the caller
             expected = None
         try:
             with TensorFile(path) as file:
@@ -53,7 +53,7 @@ def test_accepts_the_same_files_as_safetensors(tmp_path, rng) -> None:
         assert all(array.tobytes() == bytes(expected[name]["data"]) for name, array in found.items())
         accepted += 1
     print(accepted, "accepted,", refused, "refused")
-    assert accepted > 300 and refused > 300
+    assert accepted > 100 and refused > 100
 
 
 def test_unknown_element_type_is_refused_by_name(geometry, tmp_path) -> None:
