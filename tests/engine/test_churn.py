@@ -1,4 +1,4 @@
-"""A thousand adapters, a tenth of them in host memory and about ten in the pool: nothing leaks, nothing compiles, and
+"""Five hundred adapters, a tenth of them in host memory and about ten in the pool: nothing leaks, nothing compiles, and
 tokens are those of merged weights, under reloads, unloads, cancellations and preemptions."""
 
 import gc
@@ -14,11 +14,11 @@ from pallas_kernels.lora.layout import PROJECTIONS
 from slora_jax import AdapterError, Engine, RequestOutput, SamplingParams
 from slora_jax.adapters import AdapterTiles, BaseGeometry, LoraAdapter, random_adapter
 
-NUM_ADAPTERS = 1000
-HOST_BYTES = 2 << 20
+NUM_ADAPTERS = 500
+HOST_BYTES = 1 << 20
 """About a tenth of the adapters; the others are spilled."""
 RANKS = (1, 2, 3, 4, 5, 8, 11, 16)
-SAMPLE = 100  # outputs compared with merged weights
+SAMPLE = 80  # outputs compared with merged weights
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ class Churn:
         self.drain()
 
 
-def test_a_thousand_adapters_churn_through_a_small_pool(
+def test_five_hundred_adapters_churn_through_a_small_pool(
     tiny, engine, greedy_margin, compilations, squeeze, rng
 ) -> None:
     others = tiles_in_memory()
@@ -162,8 +162,8 @@ def test_a_thousand_adapters_churn_through_a_small_pool(
 
     assert churn.outputs.keys() == churn.expected.keys()
     reasons = [output.finish_reason for output in churn.outputs.values()]
-    assert reasons.count("cancelled") == churn.cancelled > 20
-    assert reasons.count("stop") > 20 and "error" not in reasons
+    assert reasons.count("cancelled") == churn.cancelled > 5
+    assert reasons.count("stop") > 10 and "error" not in reasons
     stats = engine.stats()
     assert 6 < churn.most_resident < 30, churn.most_resident
     assert stats.adapter_loads > 0.9 * NUM_ADAPTERS and stats.adapter_evictions > 0.9 * NUM_ADAPTERS
