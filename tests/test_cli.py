@@ -337,35 +337,43 @@ def test_a_command_line_that_cannot_be_parsed_is_one_line_and_status_2(options, 
     assert message in captured.err
 
 
-@pytest.mark.parametrize(
-    ("options", "status"),
-    [
-        (["--help"], 0),
-        (["serve", "--help"], 0),
-        (["--version"], 0),
-        (["generate", "nowhere", "--prompt=x"], 2),
-        (["generate", "nowhere", "--prompt=x", "--tensor-parallel-size=0"], 2),
-        (["compile-report", "--target=h100"], 2),
-        (["demo", "--seed=x"], 2),
-    ],
-)
-def test_help_and_mistakes_are_answered_without_the_heavy_imports(options, status):
-    program = (
-        "import sys\nfrom slora_jax.cli import main\ntry:\n    status = main(sys.argv[1:])\n"
-        "except SystemExit as end:\n    status = end.code\n"
-        "heavy = sys.modules.keys() & {'jax', 'numpy', 'flax', 'transformers', 'tokenizers'}\n"
-        "print([status, *heavy], file=sys.stderr)"
+RUN_ALL = """
+import json, sys
+from slora_jax.cli import main
+for options in json.load(sys.stdin):
+    try:
+        status = main(options)
+    except SystemExit as end:
+        status = end.code
+    loaded = sys.modules.keys() & {"jax", "numpy", "flax", "transformers", "tokenizers"}
+    print(json.dumps([status, sorted(loaded)]), file=sys.stderr)
+"""
+
+
+def run_all(commands: list[list[str]]) -> list[list]:
+    """Runs commands one after another in a new process. Returns the status of each and the heavy modules loaded
+    then."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ALL], input=json.dumps(commands), capture_output=True, text=True, check=True
     )
-    done = subprocess.run([sys.executable, "-c", program, *options], capture_output=True, text=True, check=True)
-    assert done.stderr.splitlines()[-1] == f"[{status}]"
+    return [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[")]
 
 
-@pytest.mark.parametrize("options", [["--max-model-len=3"], ["--prompt="], ["--chat", "--max-model-len=9"]])
-def test_a_bad_prompt_is_refused_before_jax_is_imported(model_dir, options):
-    program = "import sys\nfrom slora_jax.cli import main\nprint([main(sys.argv[1:]), 'jax' in sys.modules])"
-    command = [sys.executable, "-c", program, "generate", str(model_dir), "--prompt", PROMPT, *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == "[2, False]\n"
+def test_help_and_mistakes_are_answered_without_the_heavy_imports():
+    helps = [["--help"], ["serve", "--help"], ["--version"]]
+    mistakes = [
+        ["generate", "nowhere", "--prompt=x"],
+        ["generate", "nowhere", "--prompt=x", "--tensor-parallel-size=0"],
+        ["compile-report", "--target=h100"],
+        ["demo", "--seed=x"],
+    ]
+    assert run_all(helps + mistakes) == [[0, []]] * 3 + [[2, []]] * 4
+
+
+def test_a_bad_prompt_is_refused_before_jax_is_imported(model_dir):
+    bad = (["--max-model-len=3"], ["--prompt="], ["--chat", "--max-model-len=9"])
+    results = run_all([["generate", str(model_dir), "--prompt", PROMPT, *options] for options in bad])
+    assert [(status, "jax" in loaded) for status, loaded in results] == [(2, False)] * 3
 
 
 def test_ctrl_c_is_status_130_without_a_traceback(monkeypatch, capsys):

@@ -100,10 +100,11 @@ from slora_jax import Engine, EngineConfig
 from slora_jax.engine import sizing
 misses = []
 jax.monitoring.register_event_listener(lambda name, **_: misses.append(name) if name.endswith("cache_misses") else None)
-whole = sizing.os.sysconf("SC_PHYS_PAGES")
 sizing.os = type("os", (), {"sysconf": lambda name, real=sizing.os.sysconf: {
     "SC_PHYS_PAGES": 1 << 18, "SC_AVPHYS_PAGES": int(float(sys.argv[3]) * (1 << 18))}.get(name, real(name))})
-with Engine.from_pretrained(sys.argv[1], EngineConfig(compilation_cache_dir=sys.argv[2], dtype="float32")) as engine:
+few = dict(max_num_seqs=1, max_num_batched_tokens=16, decode_buckets=(1,), mixed_buckets=(16,), lora="off")
+config = EngineConfig(compilation_cache_dir=sys.argv[2], dtype="float32", **few)
+with Engine.from_pretrained(sys.argv[1], config) as engine:
     programs = engine.executor.device.programs.programs
     print(sum(not program.is_cached for program in programs), len(misses), engine.allocator.capacity)
 """
