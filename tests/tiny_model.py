@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from slora_jax import Engine, EngineConfig
 from slora_jax.adapters import BaseGeometry
-from slora_jax.models import ModelConfig, init_random
+from slora_jax.models import ModelConfig, Params, init_random
 from slora_jax.models.hf import tensor_placements
 
 PAGE_SIZE = 8
@@ -57,6 +57,19 @@ MEDIUM = SMALL | {
 """The engine shape of live servers in tests."""
 
 
+def hf_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
+    """Returns parameters as the tensors of a Hugging Face checkpoint, by name."""
+    tensors = {}
+    for name, placement in tensor_placements(config).items():
+        array: Any = params
+        for key in placement.path:
+            array = array[key]
+        width = placement.shape[0] if placement.transposed or len(placement.shape) == 1 else None
+        part = np.asarray(array)[..., placement.column :][..., :width]
+        tensors[name] = np.ascontiguousarray(part.T if placement.transposed else part)
+    return tensors
+
+
 class TinyModel:
     """Two layers of width 32 with grouped-query attention: `config`, `graphdef`, `params`, and adapter geometry."""
 
@@ -79,15 +92,7 @@ class TinyModel:
 
     def save(self, directory: Path) -> Path:
         """Writes a Hugging Face directory with a tokenizer."""
-        tensors = {}
-        for name, placement in tensor_placements(self.config).items():
-            array: Any = self.params
-            for key in placement.path:
-                array = array[key]
-            width = placement.shape[0] if placement.transposed else None
-            part = np.asarray(array)[..., placement.column :][..., :width]
-            tensors[name] = np.ascontiguousarray(part.T if placement.transposed else part)
-        save_file(tensors, directory / "model.safetensors")
+        save_file(hf_tensors(self.config, self.params), directory / "model.safetensors")
         (directory / "config.json").write_text(json.dumps(HF_CONFIG))
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(), bos_token="<s>", eos_token="</s>")
         tokenizer.chat_template = CHAT_TEMPLATE

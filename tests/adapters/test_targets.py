@@ -17,7 +17,7 @@ LAYERS = 3
 
 
 def by_peft(tiny_llama, fields):
-    """`module name -> Target` as PEFT builds it, and the config that PEFT saves."""
+    """Returns PEFT's `module name -> Target`, and the config that it saves before and after."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(**fields)
     before = json.loads(json.dumps(config.to_dict(), default=list))

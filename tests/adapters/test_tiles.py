@@ -16,7 +16,7 @@ BF16 = ml_dtypes.bfloat16
 
 
 def adapter_with_ranks(geometry, ranks, seed):
-    """An adapter with any `ranks [num_layers, 7]`, weights and scales; its config is not meaningful."""
+    """Returns an adapter of random weights with `ranks [num_layers, 7]`. Its config is a placeholder."""
     rng = np.random.default_rng(seed)
     a, b, scales = {}, {}, {}
     for layer, index in zip(*np.nonzero(ranks), strict=True):

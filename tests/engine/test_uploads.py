@@ -76,7 +76,7 @@ def traffic(rng: np.random.Generator, requests: int = 40):
     return prompts, [replace(SHORT, max_tokens=int(rng.integers(2, 14))) for _ in names], names
 
 
-@pytest.mark.parametrize("copy_steps", [0, 1, 6])
+@pytest.mark.parametrize("copy_steps", [0, 6])
 def test_tokens_are_the_same_with_and_without_prefetch_and_nothing_compiles(
     engine, rng, monkeypatch, compilations, copy_steps
 ) -> None:
@@ -211,7 +211,7 @@ def test_failed_copy_is_reported_before_the_pool_is_written(engine) -> None:
     engine.residency.drop(resident.digest)
 
 
-@pytest.mark.parametrize("after", range(4))
+@pytest.mark.parametrize("after", [0, 1, 3])
 def test_unload_or_cancel_while_in_flight(engine, tiny, monkeypatch, after) -> None:
     slow_copies(monkeypatch, engine, 2)
     engine.load_adapter("x", random_adapter(tiny.geometry, 16, seed=77))

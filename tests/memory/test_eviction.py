@@ -186,7 +186,7 @@ def test_cost_aware_keeps_expensive_and_popular_items():
     evictor, gone = evictor_of(CostAware(COSTS))
     large, small = item_of(evictor, PageKind.ADAPTER, 10), item_of(evictor, PageKind.ADAPTER, 1)
     prefix, popular = item_of(evictor, PageKind.PREFIX, 1), item_of(evictor, PageKind.ADAPTER, 10, uses=9)
-    for item in (popular, prefix, small, large):  # the dearest idle for longest
+    for item in (popular, prefix, small, large):  # the most expensive one, idle for longest
         evictor.add(item)
     evictor.make_room(30, PageKind.KV)
     assert gone == [large, small, prefix, popular]

@@ -52,7 +52,7 @@ def test_resident_seconds_agree_with_a_count_per_second(rng) -> None:
 
 
 def sample(time, free, kv, in_use, idle):
-    """Half of the pages of keys and values are the prefix cache's, a fifth of these idle."""
+    """Half of the KV pages belong to the prefix cache; a fifth of these are idle."""
     pages = PoolPages(free, kv // 2, kv // 2 - kv // 10, kv // 10, in_use, idle)
     return PoolSample(time, pages, running=0, waiting=0)
 

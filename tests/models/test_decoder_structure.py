@@ -1,4 +1,4 @@
-"""What the compiled step relies on in the decoder: abstract construction, order of hooks, float32 products."""
+"""The decoder inside a compiled step: abstract construction, order of hooks, float32 products."""
 
 import functools
 

@@ -32,7 +32,7 @@ GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 
 
 def train(texts, splitter, initial_alphabet, size=400) -> tuple[list[str], list[tuple[str, str]]]:
-    """Tokens and merges of a small BPE."""
+    """Trains a small BPE. Returns tokens and merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = splitter
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=initial_alphabet, show_progress=False)
@@ -42,7 +42,7 @@ def train(texts, splitter, initial_alphabet, size=400) -> tuple[list[str], list[
 
 
 def write_byte_level(file, special=(), defined=(), **metadata):
-    """A byte-level tokenizer file, trained on the texts; GGUF fields by their last name."""
+    """Writes a byte-level tokenizer trained on the texts. metadata: GGUF fields by the last part of their name."""
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokens, merges = train(TEXTS, splitter, pre_tokenizers.ByteLevel.alphabet())
     fields = {
@@ -191,7 +191,7 @@ def test_a_tokenizer_that_is_not_supported_or_damaged_is_named(metadata, error, 
 
 
 def write_sentencepiece(file, **metadata) -> dict[str, float]:
-    """A SentencePiece file trained on the texts; returns the scores of its tokens."""
+    """Writes a SentencePiece tokenizer trained on the texts. Returns the scores of its tokens."""
     splitter = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(), pre_tokenizers.Split(Regex(r"▁*[^▁]+|▁+"), "isolated")]
     )

@@ -16,7 +16,7 @@ from slora_jax.models import load_model
 
 @pytest.fixture
 def checkpoint(make_checkpoint, tmp_path):
-    """A single-file copy to damage, as (directory, tensors)."""
+    """(directory, tensors) of a single-file checkpoint, for the test to damage."""
     directory = tmp_path / "model"
     shutil.copytree(make_checkpoint("llama", num_hidden_layers=1)[0], directory)
     return directory, load_file(directory / "model.safetensors")
@@ -100,7 +100,7 @@ def test_index_without_a_weight_map(tiny_checkpoint, tmp_path):
 
 @pytest.fixture
 def tied(make_checkpoint, tmp_path):
-    """A copy of a tied model, as (directory, tensors)."""
+    """(directory, tensors) of a model with tied embeddings."""
     directory = tmp_path / "tied"
     shutil.copytree(make_checkpoint("llama", tie_word_embeddings=True)[0], directory)
     tensors = load_file(directory / "model.safetensors")
@@ -151,7 +151,7 @@ def test_own_head_of_a_tied_model_is_used_as_in_transformers(family, make_checkp
 
 @pytest.mark.parametrize(("dtype", "value"), [("float32", np.nan), ("bfloat16", -np.inf), ("bfloat16", 3.4e38)])
 def test_value_that_is_not_finite_is_refused(checkpoint, dtype, value):
-    """Also one that is beyond bfloat16."""
+    """Includes a finite value beyond the range of bfloat16."""
     directory, tensors = checkpoint
     tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = value
     save_file(tensors, directory / "model.safetensors")

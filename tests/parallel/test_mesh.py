@@ -1,6 +1,7 @@
 """Models that cannot be sharded are refused by field; each device gets its part of a checkpoint."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -8,11 +9,11 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from safetensors.numpy import save_file
+from tiny_model import hf_tensors
 
 from slora_jax.engine import EngineConfig
 from slora_jax.errors import ConfigError
 from slora_jax.models import ModelConfig, init_random, load_model
-from slora_jax.models.hf import tensor_placements
 from slora_jax.models.shards import shard_params
 from slora_jax.parallel.layout import Shards
 from slora_jax.parallel.mesh import cut, make_mesh, tensor_parallel
@@ -77,20 +78,9 @@ def test_kv_heads_fewer_than_shards_are_shared_by_neighbours():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]:
     """Returns a model directory, its tensors by Hugging Face name, and the parameters of one device."""
-    import json
-
     directory = tmp_path_factory.mktemp("model")
     _, params = init_random(MODEL, "float32", seed=0)
-    tensors = {}
-    for name, placement in tensor_placements(MODEL).items():
-        array = params
-        for key in placement.path:
-            array = array[key]
-        width = placement.shape[0] if placement.transposed else None
-        part = np.asarray(array)[..., placement.column :][..., :width]
-        if part.ndim == 1:
-            part = part[: placement.shape[0]]
-        tensors[name] = np.ascontiguousarray(part.T if placement.transposed else part)
+    tensors = hf_tensors(MODEL, params)
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(HF_CONFIG))
     return directory, tensors, params

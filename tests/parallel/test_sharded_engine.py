@@ -71,7 +71,7 @@ def test_sampled_tokens_and_logprobs_are_those_of_one_device(gqa: Any, sampled_o
 
 
 def test_reloaded_adapters_give_the_same_tokens(gqa: Any) -> None:
-    """A name gets other weights and then its own again; meanwhile its pages belong to others."""
+    """A name gets other weights and then its own again; in between its pages belong to others."""
     family, engine = gqa.family, gqa.engine
     for name, other in (("patterns", "rank-1-without-k"), ("q-and-v-rank-3", "regex-rank-64")):
         engine.load_adapter(name, family.adapter_dir / other)

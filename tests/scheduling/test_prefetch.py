@@ -142,7 +142,7 @@ def test_idle_step_waits_for_the_copy(simulate) -> None:
 
 
 def test_prefetch_leaves_room_for_running_requests_and_the_next_one(simulate) -> None:
-    """Of 39 pages, 6 running requests hold 3 each. One page for each and 5 for the next prompt stay free."""
+    """Six running requests hold 3 of 39 pages each. One page for each and 5 for the next prompt stay free."""
     sim = simulate(39, max_num_seqs=6, max_num_batched_tokens=100, prefetch=8)
     for _ in range(6):
         sim.add(12, 50)
