@@ -96,15 +96,16 @@ def test_pools_of_similar_memory_have_one_size():
 
 START = """
 import sys, jax
-from slora_jax import Engine, EngineConfig
+from slora_jax import Engine, EngineConfig, SamplingParams
 from slora_jax.engine import sizing
 misses = []
 jax.monitoring.register_event_listener(lambda name, **_: misses.append(name) if name.endswith("cache_misses") else None)
 sizing.os = type("os", (), {"sysconf": lambda name, real=sizing.os.sysconf: {
     "SC_PHYS_PAGES": 1 << 18, "SC_AVPHYS_PAGES": int(float(sys.argv[3]) * (1 << 18))}.get(name, real(name))})
-few = dict(max_num_seqs=1, max_num_batched_tokens=16, decode_buckets=(1,), mixed_buckets=(16,), lora="off")
+few = dict(max_num_seqs=1, max_num_batched_tokens=16, mixed_buckets=(16,), lora="off", compile_ahead=False)
 config = EngineConfig(compilation_cache_dir=sys.argv[2], dtype="float32", **few)
 with Engine.from_pretrained(sys.argv[1], config) as engine:
+    engine.generate([[3, 4, 5]], SamplingParams(max_tokens=1))
     programs = engine.executor.device.programs.programs
     print(sum(not program.is_cached for program in programs), len(misses), engine.allocator.capacity)
 """
