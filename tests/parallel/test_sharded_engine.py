@@ -19,7 +19,8 @@ from peft_families import ADAPTERS, PROMPT_LENGTHS, assert_close
 
 NEW_TOKENS = 20
 GQA = "llama-gqa-tied-biased-llama3-rope"
-CUT = [(GQA, 8), ("llama-mha-untied", 8), ("mistral-window", 4), ("qwen2", 2), ("qwen3", 4)]
+# Family, shards, and the first device if it is not 0.
+CUT = [(GQA, 8), ("llama-mha-untied", 8), ("mistral-window", 4, 4), ("qwen2", 2), ("qwen3", 4)]
 IN_ORDER = np.arange(len(PROMPT_LENGTHS))
 
 
@@ -83,19 +84,21 @@ def test_reloaded_adapters_give_the_same_tokens(gqa: Any) -> None:
 
 
 def test_two_groups_of_devices_serve_side_by_side(peft_servers: Any) -> None:
-    """Data parallelism: two engines step in turn."""
-    groups = [peft_servers.served("qwen2", 2, first) for first in (0, 2)]
-    family, engines = groups[0].family, [group.engine for group in groups]
-    params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
-    for i, (prompt, adapter) in enumerate(zip(family.prompts, family.adapters, strict=True)):
-        engines[i % 2].add_request(prompt, params, adapter, request_id=str(i))
-    found = {}
-    while any(engine.has_work() for engine in engines):
-        found |= {delta.request_id: delta.output for engine in engines for delta in engine.step() if delta.output}
-    assert len(found) == len(family.prompts)
-    family.check(list(found.values()))
-    devices = [{shard.device for shard in engine.executor.device.pool[0].addressable_shards} for engine in engines]
-    assert [len(group) for group in devices] == [2, 2]
+    """Two engines on different devices step in turn."""
+    groups = [peft_servers.served("qwen3", 4), peft_servers.served("mistral-window", 4, 4)]
+    params, found = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True), ({}, {})
+    for group in groups:
+        for i, (prompt, adapter) in enumerate(zip(group.family.prompts, group.family.adapters, strict=True)):
+            group.engine.add_request(prompt, params, adapter, request_id=str(i))
+    while any(group.engine.has_work() for group in groups):
+        for group, outputs in zip(groups, found, strict=True):
+            outputs |= {delta.request_id: delta.output for delta in group.engine.step() if delta.output}
+    for group, outputs in zip(groups, found, strict=True):
+        assert len(outputs) == len(group.family.prompts)
+        group.family.check(list(outputs.values()))
+    pools = [group.engine.executor.device.pool[0] for group in groups]
+    devices = [{shard.device for shard in pool.addressable_shards} for pool in pools]
+    assert [len(group) for group in devices] == [4, 4]
     assert not devices[0] & devices[1]
 
 
