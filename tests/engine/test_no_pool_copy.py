@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.targets import TARGETS, deviceless_mesh
 from slora_jax.analysis import pool_use
-from slora_jax.engine.batch import BatchLayout, Bucket
+from slora_jax.engine.batch import Bucket
 from slora_jax.engine.layered import LayeredStep
 from slora_jax.engine.step import StepSpec, make_step, step_shapes
 from slora_jax.memory import PoolShape
@@ -53,15 +53,11 @@ SMALL = _spec(hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, dtype="float
 LLAMA_8B = _spec(hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, dtype="bfloat16", num_pages=4000)
 
 
-def _layout(spec: StepSpec, bucket: Bucket) -> BatchLayout:
-    return spec.layout(bucket)
-
-
-@pytest.mark.parametrize("with_lora", [False, True])
 @pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=lambda b: b.name)
-def test_cpu_step_updates_the_pool_in_place(bucket, with_lora):
+def test_cpu_step_updates_the_pool_in_place(bucket):
     one_layer = replace(SMALL.pool, num_layers=1)
-    for part in LayeredStep(SMALL, _layout(SMALL, bucket), with_lora).parts:
+    plain, with_lora = (LayeredStep(SMALL, SMALL.layout(bucket), lora).parts for lora in (False, True))
+    for part in [*with_lora, *(part for part in plain if part.name.endswith("_layer"))]:
         use = pool_use(part.function.lower(*part.shapes()).compile(), one_layer)
         assert use.copies == ()
         assert use.temp_bytes < use.pool_bytes
@@ -71,7 +67,7 @@ def test_cpu_step_updates_the_pool_in_place(bucket, with_lora):
 
 @pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=lambda b: b.name)
 def test_h200_step_updates_the_pool_in_place(bucket):
-    layout = _layout(LLAMA_8B, bucket)
+    layout = LLAMA_8B.layout(bucket)
     here = NamedSharding(deviceless_mesh(TARGETS["h200"]), PartitionSpec())
     shapes = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), step_shapes(LLAMA_8B, layout)
