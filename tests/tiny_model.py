@@ -1,7 +1,11 @@
 """A tiny model whose greedy outputs vary, and engine shapes that all tests share, because each is compiled once."""
 
+import fcntl
 import json
 import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +74,14 @@ def hf_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
     return tensors
 
 
+@contextmanager
+def one_start_at_a_time() -> Iterator[None]:
+    """Lets one test process start an engine; others wait, and then find the compiled programs on disk."""
+    with (Path(tempfile.gettempdir()) / "slora-tests-start.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class TinyModel:
     """Two layers of width 32 with grouped-query attention: `config`, `graphdef`, `params`, and adapter geometry."""
 
@@ -88,7 +100,8 @@ class TinyModel:
         return EngineConfig(**({"dtype": "float32", "page_size": PAGE_SIZE, "progress": False} | SMALL | changes))  # type: ignore[arg-type]
 
     def engine(self, **changes: object) -> Engine:
-        return Engine(self.config, self.graphdef, self.params, self.settings(**changes))
+        with one_start_at_a_time():
+            return Engine(self.config, self.graphdef, self.params, self.settings(**changes))
 
     def save(self, directory: Path) -> Path:
         """Writes a Hugging Face directory with a tokenizer."""

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from dense_reference import dense_logits
-from tiny_model import TinyModel
+from tiny_model import TinyModel, one_start_at_a_time
 
 from slora_jax import Engine, RequestOutput, SamplingParams
 from slora_jax.adapters import LoraAdapter, random_adapter, write_peft
@@ -80,7 +80,9 @@ def squeeze() -> Callable:
 
 @pytest.fixture(scope="session")
 def shared_engine(model_dir: Path, tiny: TinyModel) -> Iterator[Engine]:
-    with Engine.from_pretrained(model_dir, tiny.settings()) as engine:
+    with one_start_at_a_time():
+        engine = Engine.from_pretrained(model_dir, tiny.settings())
+    with engine:
         yield engine
 
 
