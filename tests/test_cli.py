@@ -55,6 +55,19 @@ def expected_text(model_dir: Path, weights: Weights) -> str:
     return tokenizer.decode(tokens[len(prompt) :])
 
 
+def report(model_dir: Path) -> list[str]:
+    """The command of a compile report."""
+    config = f"--model-config={model_dir / 'config.json'}"
+    return ["compile-report", config, "--target=l4", "--max-num-batched-tokens=32", "--max-num-seqs=4"]
+
+
+def assert_one_line(capsys, message: str) -> None:
+    """Checks that the output is one line on stderr, with the message."""
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith("slora: error: ") and message in captured.err
+
+
 def test_generate_writes_the_answer_and_nothing_else(model_dir, adapter_dirs, capsys):
     assert generate(model_dir, f"--adapter=a={adapter_dirs['a']}") == 0
     weights = merge(load_weights(model_dir / "model.safetensors"), adapter_dirs["a"])
@@ -223,11 +236,7 @@ def test_verbose_writes_the_seconds_of_each_phase_to_stderr(model_dir, capsys):
 )
 def test_a_mistake_is_one_line_on_stderr_and_status_2(model_dir, options, message, capsys):
     assert generate(model_dir, *options) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("slora: error: ")
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
+    assert_one_line(capsys, message)
 
 
 @pytest.mark.parametrize(
@@ -255,29 +264,13 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(model_dir, options, messag
     ],
 )
 def test_compile_report_refuses_mistakes_before_it_compiles(model_dir, options, message, capsys):
-    needed = [
-        f"--model-config={model_dir / 'config.json'}",
-        "--target=l4",
-        "--max-num-batched-tokens=32",
-        "--max-num-seqs=4",
-    ]
-    assert cli.main(["compile-report", *needed, *options]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("slora: error: ")
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
+    assert cli.main([*report(model_dir), *options]) == 2
+    assert_one_line(capsys, message)
 
 
 def test_a_compile_report_refuses_a_model_that_is_not_supported(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    options = [
-        f"--model-config={tmp_path}/config.json",
-        "--target=l4",
-        "--max-num-batched-tokens=32",
-        "--max-num-seqs=4",
-    ]
-    assert cli.main(["compile-report", *options]) == 2
+    assert cli.main(report(tmp_path)) == 2
     assert "model_type='gpt2' is not supported" in capsys.readouterr().err
 
 
@@ -299,8 +292,7 @@ def test_serve_refuses_mistakes_before_it_loads(model_dir, options, message, cap
     monkeypatch.chdir(tmp_path)
     Path("long.yaml").write_text("engine: {max_model_len: 9999}")
     assert cli.main(["serve", str(model_dir), *options]) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("slora: error: ") and message in line
+    assert_one_line(capsys, message)
 
 
 def test_logits_that_are_not_finite_are_an_error(model_dir, tmp_path, capsys):
@@ -331,10 +323,7 @@ def test_directory_without_a_model_is_refused(tmp_path, capsys):
 )
 def test_a_command_line_that_cannot_be_parsed_is_one_line_and_status_2(options, message, capsys):
     assert cli.main(options) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("slora: error: ") and captured.err.count("\n") == 1
-    assert message in captured.err
+    assert_one_line(capsys, message)
 
 
 RUN_ALL = """
@@ -426,5 +415,4 @@ MEET = "--coordinator=127.0.0.1:1"
 )
 def test_mistakes_in_options_of_several_processes_are_one_line(model_dir, capsys, options, message):
     assert generate(model_dir, *options) == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith("slora: error: ") and errors.count("\n") == 1 and message in errors
+    assert_one_line(capsys, message)

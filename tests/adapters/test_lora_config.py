@@ -128,42 +128,21 @@ def test_other_peft_types_are_refused(peft_type):
         LoraConfig.from_json(PLAIN | {"peft_type": peft_type})
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("r", 0),
-        ("r", -1),
-        ("r", 257),
-        ("r", True),
-        ("r", 4.0),
-        ("r", "8"),
-        ("r", None),
-        ("lora_alpha", float("nan")),
-        ("lora_alpha", float("inf")),
-        ("lora_alpha", 10**400),
-        ("lora_alpha", True),
-        ("lora_alpha", "16"),
-        ("rank_pattern", {"q_proj": 0}),
-        ("rank_pattern", {"q_proj": 300}),
-        ("rank_pattern", ["q_proj"]),
-        ("rank_pattern", {"q_proj(": 4}),
-        ("alpha_pattern", {"q_proj": "4"}),
-        ("alpha_pattern", {"*": 4}),
-        ("use_rslora", "true"),
-        ("use_rslora", 1),
-        ("fan_in_fan_out", 1),
-        ("target_modules", 3),
-        ("target_modules", ["q_proj", 3]),
-        ("target_modules", {"q_proj": 1}),
-        ("target_modules", "q_proj("),
-        ("exclude_modules", "["),
-        ("exclude_modules", 1),
-        ("layers_to_transform", "0"),
-        ("layers_to_transform", [0, "1"]),
-        ("layers_to_transform", True),
-        ("layers_pattern", "layers"),
-    ],
-)
+OUT_OF_RANGE = {
+    "r": [0, -1, 257, True, 4.0, "8", None],
+    "lora_alpha": [float("nan"), float("inf"), 10**400, True, "16"],
+    "rank_pattern": [{"q_proj": 0}, {"q_proj": 300}, ["q_proj"], {"q_proj(": 4}],
+    "alpha_pattern": [{"q_proj": "4"}, {"*": 4}],
+    "use_rslora": ["true", 1],
+    "fan_in_fan_out": [1],
+    "target_modules": [3, ["q_proj", 3], {"q_proj": 1}, "q_proj("],
+    "exclude_modules": ["[", 1],
+    "layers_to_transform": ["0", [0, "1"], True],
+    "layers_pattern": ["layers"],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, v) for field, values in OUT_OF_RANGE.items() for v in values])
 def test_value_out_of_range_is_refused_by_name(field, value):
     with pytest.raises(AdapterError, match=rf"^{field}"):
         LoraConfig.from_json(PLAIN | {field: value})

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
-from store_content import load
+from store_content import eventually, load
 
 from slora_jax.adapters import AdapterStore, random_adapter, write_peft
 from slora_jax.errors import AdapterError
@@ -16,11 +16,6 @@ TIMEOUT = 20.0  # seconds; only a failing test waits that long
 def assert_empty(store) -> None:
     assert store.stats() == type(store.stats())(0, 0, 0, store.stats().spill_writes, store.stats().spill_reads)
     assert store.tiers() == {} and not store._prepared
-
-
-def eventually(condition) -> bool:
-    """Returns whether the condition becomes true: the store's thread may be at work."""
-    return any(condition() or threading.Event().wait(0.001) for _ in range(20_000))
 
 
 def test_prepared_content_is_resident_but_not_named(open_store, adapters, size, tmp_path) -> None:

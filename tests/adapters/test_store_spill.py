@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from store_content import load, same
+from store_content import eventually, load, same
 
 from slora_jax.adapters import AdapterStore, pack_tiles, write_peft
 from slora_jax.errors import AdapterError, ConfigError
@@ -26,14 +26,6 @@ def spill_files(tmp_path):
 def resident(store, adapters):
     tiers = store.tiers()
     return [i for i, adapter in enumerate(adapters) if tiers[adapter.digest] == "host"]
-
-
-def eventually(condition):
-    """Returns whether the condition becomes true within the timeout: the store's thread may still be at work."""
-    deadline = time.monotonic() + TIMEOUT
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    return condition()
 
 
 # Spill

@@ -67,7 +67,7 @@ class Churn:
         rng = self.late
         greedy = rng.random() < 0.7
         params = SamplingParams(
-            max_tokens=int(rng.choice([1, 3, 40])),
+            max_tokens=int(rng.choice([1, 3, 20])),
             temperature=0.0 if greedy else 0.9,
             stop_token_ids=rng.integers(2, 320, 6).tolist(),
         )

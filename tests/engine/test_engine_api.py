@@ -364,6 +364,12 @@ def test_ids_given_by_the_caller_never_collide_with_the_engines_own(engine) -> N
         ("spill_dir", 3),
         ("adapter_slots", 0),
         ("host_adapter_bytes", 0),
+        ("prefetch", -1),
+        ("prefetch", 1.5),
+        ("upload_pages_per_step", 0),
+        ("prefix_cache", "yes"),
+        ("admission", "eager"),
+        ("lora", "unmerged"),
     ],
 )
 def test_bad_setting_is_refused_with_field_and_value(field, value) -> None:

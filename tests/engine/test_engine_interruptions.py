@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+from drain import drain
 
 from slora_jax import AdapterError, Engine, SamplingParams
 from slora_jax.adapters import random_adapter
@@ -18,14 +19,6 @@ from slora_jax.memory import PageKind
 LONG = SamplingParams(max_tokens=24, ignore_eos=True)
 PROMPT = list(range(30, 60))  # two chunks of prefill
 TIMEOUT = 20.0  # seconds; only a failing test waits that long
-
-
-def drain(engine: Engine) -> dict:
-    """Runs to the end; request id -> output."""
-    outputs = {}
-    while engine.has_work():
-        outputs |= {delta.request_id: delta.output for delta in engine.step() if delta.output is not None}
-    return outputs
 
 
 # Cancellation

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.lora.layout import PROJECTIONS
-from slora_jax import AdapterError, ConfigError, Engine, EngineConfig, RequestOutput, SamplingParams
+from slora_jax import AdapterError, ConfigError, Engine, RequestOutput, SamplingParams
 from slora_jax.adapters import random_adapter, write_peft
 from slora_jax.adapters.tiles import pack_tiles
 from slora_jax.analysis import pool_use
@@ -275,8 +275,3 @@ def test_lora_off_keeps_names_and_neither_loads_nor_computes_adapters(baseline, 
     assert not any("lora" in program.name for program in engine.executor.device.programs.programs)
     with pytest.raises(AdapterError, match="unknown adapter 'adapter-99'"):
         engine.add_request([1], params, "adapter-99")
-
-
-def test_unknown_lora_setting_is_refused():
-    with pytest.raises(ConfigError, match="EngineConfig.lora='unmerged': must be 'paged' or 'bmm'"):
-        EngineConfig(lora="unmerged")

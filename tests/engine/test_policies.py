@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from slora_jax import ConfigError, Engine, SamplingParams
+from slora_jax import Engine, SamplingParams
 from slora_jax.adapters import random_adapter
 from slora_jax.scheduling import Fcfs, Policy, Vtc, make_policy
 
@@ -88,8 +88,3 @@ def test_tenants_are_charged(serve) -> None:
     serve(policy).generate([[5] * 7, [6] * 7], PARAMS, ["a", "b"], tenants=["acme", ""])
     charged = 1 * 7 + 2 * 12
     assert policy.counters == {"acme": charged, "b": charged}
-
-
-def test_unknown_admission_is_refused(tiny) -> None:
-    with pytest.raises(ConfigError, match="EngineConfig.admission='eager'"):
-        tiny.settings(admission="eager")

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from drain import drain
 
 from slora_jax import Engine, SamplingParams
 from slora_jax.adapters import random_adapter
-from slora_jax.errors import ConfigError
 from slora_jax.memory import PageKind
 from slora_jax.models import init_random
 
@@ -39,13 +39,6 @@ def both(engine, plain, tiny):
 
 def tokens(outputs):
     return [output.token_ids for output in outputs]
-
-
-def drain(engine: Engine) -> dict:
-    outputs = {}
-    while engine.has_work():
-        outputs |= {delta.request_id: delta.output for delta in engine.step() if delta.output is not None}
-    return outputs
 
 
 def questions(rng, count):
@@ -204,8 +197,3 @@ def test_sliding_window_attends_over_shared_pages(tiny) -> None:
             assert tokens(together) == tokens(alone)
         assert [output.metrics.cached_tokens for output in together] == [40, 32, 24, 8]
         engine.check()
-
-
-def test_the_setting_is_checked(tiny) -> None:
-    with pytest.raises(ConfigError, match="prefix_cache='yes'"):
-        tiny.settings(prefix_cache="yes")

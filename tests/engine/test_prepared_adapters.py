@@ -4,6 +4,7 @@ import queue
 import threading
 
 import pytest
+from drain import drain
 
 from slora_jax import AdapterError, SamplingParams
 from slora_jax.adapters import random_adapter, store, write_peft
@@ -11,14 +12,6 @@ from slora_jax.adapters import random_adapter, store, write_peft
 LONG = SamplingParams(max_tokens=24, ignore_eos=True)
 SHORT = SamplingParams(max_tokens=5, ignore_eos=True)
 TIMEOUT = 20.0  # seconds; only a failing test waits that long
-
-
-def drain(engine) -> dict:
-    outputs = {}
-    while engine.has_work():
-        outputs |= {delta.request_id: delta.output for delta in engine.step() if delta.output is not None}
-    engine.check()
-    return outputs
 
 
 def test_steps_go_on_while_an_adapter_is_prepared(engine, tiny, monkeypatch, greedy_margin) -> None:

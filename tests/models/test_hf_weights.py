@@ -29,32 +29,22 @@ def check_refused(directory, *message_parts):
         assert part in str(caught.value)
 
 
-def test_missing_tensor(checkpoint):
+LAYER = "model.layers.0"
+EDITS = {
+    "missing": ({f"{LAYER}.self_attn.k_proj.weight": None}, ["missing"]),
+    "unexpected": ({f"{LAYER}.self_attn.q_proj.bias": np.zeros(64, np.float32)}, ["unexpected"]),
+    "wrong shape": ({f"{LAYER}.mlp.up_proj.weight": np.zeros((112, 65), np.float32)}, ["(112, 64)", "(112, 65)"]),
+    "integers": ({"model.norm.weight": np.ones(64, np.int8)}, ["I8"]),
+}
+
+
+@pytest.mark.parametrize("case", EDITS)
+def test_invalid_tensor_is_named(checkpoint, case):
     directory, tensors = checkpoint
-    del tensors["model.layers.0.self_attn.k_proj.weight"]
-    save_file(tensors, directory / "model.safetensors")
-    check_refused(directory, "model.safetensors", "missing", "model.layers.0.self_attn.k_proj.weight")
-
-
-def test_unexpected_tensor(checkpoint):
-    directory, tensors = checkpoint
-    tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(64, np.float32)
-    save_file(tensors, directory / "model.safetensors")
-    check_refused(directory, "model.safetensors", "unexpected", "model.layers.0.self_attn.q_proj.bias")
-
-
-def test_wrong_shape(checkpoint):
-    directory, tensors = checkpoint
-    tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((112, 65), np.float32)
-    save_file(tensors, directory / "model.safetensors")
-    check_refused(directory, "model.safetensors", "model.layers.0.mlp.up_proj.weight", "(112, 64)", "(112, 65)")
-
-
-def test_integer_weights(checkpoint):
-    directory, tensors = checkpoint
-    tensors["model.norm.weight"] = np.ones(64, np.int8)
-    save_file(tensors, directory / "model.safetensors")
-    check_refused(directory, "model.norm.weight", "I8")
+    (edit, parts) = EDITS[case]
+    changed = {name: tensor for name, tensor in (tensors | edit).items() if tensor is not None}
+    save_file(changed, directory / "model.safetensors")
+    check_refused(directory, "model.safetensors", *edit, *parts)
 
 
 def test_truncated_file(checkpoint):
