@@ -3,7 +3,6 @@
 import fcntl
 import json
 import math
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from slora_jax.adapters import BaseGeometry
 from slora_jax.models import ModelConfig, Params, init_random
 from slora_jax.models.hf import tensor_placements
 
+CACHE = Path(__file__).parents[1] / ".cache"
 PAGE_SIZE = 8
 EOS = 1
 CHAT_TEMPLATE = (
@@ -77,7 +77,8 @@ def hf_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
 @contextmanager
 def one_start_at_a_time() -> Iterator[None]:
     """Lets one test process start an engine; others wait, and then find the compiled programs on disk."""
-    with (Path(tempfile.gettempdir()) / "slora-tests-start.lock").open("w") as file:
+    CACHE.mkdir(exist_ok=True)
+    with (CACHE / "start.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -90,7 +90,8 @@ def test_tokens_are_the_same_with_and_without_prefetch_and_nothing_compiles(
     assert engine.stats().prefetch_hits == after.prefetch_hits
 
 
-def test_prefetched_adapter_is_ready_when_a_slot_becomes_free(engine) -> None:
+def test_prefetched_adapter_is_ready_when_a_slot_becomes_free(engine, monkeypatch) -> None:
+    slow_copies(monkeypatch, engine, 1)
     running = [engine.add_request([5, 6, 7], LONG) for _ in range(4)]
     engine.step()
     before = engine.stats()
