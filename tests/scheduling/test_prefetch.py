@@ -308,15 +308,24 @@ def test_limits_are_checked() -> None:
         CoreConfig(upload_pages_per_step=0)
 
 
+REQUEST = st.fixed_dictionaries(
+    {
+        "prompt": st.integers(1, 30),
+        "new": st.integers(1, 25),
+        "adapter": st.sampled_from([None, *"abcdefgh"]),
+        "early": st.integers(0, 25),  # output tokens up to a stop token, if less than `new`
+        "gap": st.integers(0, 5),  # steps until the next request
+    }
+)
+
+
 @given(
-    sizes=st.lists(
-        st.tuples(st.integers(1, 24), st.integers(1, 20), st.sampled_from([None, *"abcdefgh"])), min_size=1, max_size=20
-    ),
-    arrivals=st.lists(st.integers(0, 4), min_size=20, max_size=20),
+    requests=st.lists(REQUEST, min_size=1, max_size=20),
     spare_pages=st.integers(0, 40),
-    max_num_seqs=st.integers(1, 4),
+    max_num_seqs=st.integers(1, 6),
+    budget=st.integers(0, 20),
     slots=st.integers(1, 6),
-    prefetch=st.integers(1, 5),
+    prefetch=st.integers(0, 5),
     upload_pages_per_step=st.integers(1, 6),
     copy_steps=st.integers(0, 6),
     policy=st.sampled_from(sorted(POLICIES)),
@@ -326,14 +335,15 @@ def test_limits_are_checked() -> None:
     slow=st.sets(st.sampled_from("abcdefgh")),
     cancellations=st.dictionaries(st.integers(0, 60), st.integers(0, 19), max_size=5),
 )
-def test_random_traffic_with_prefetch_ends_and_leaks_nothing(
-    simulate, sizes, arrivals, spare_pages, max_num_seqs, slots, prefetch, upload_pages_per_step, copy_steps, policy,
-    eviction,
-    admission, split, slow, cancellations,
+def test_random_traffic_ends_and_leaks_nothing(
+    simulate, requests, spare_pages, max_num_seqs, budget, slots, prefetch, upload_pages_per_step, copy_steps, policy,
+    eviction, admission, split, slow, cancellations,
 ) -> None:  # fmt: skip
-    pages_of = {name: 1 + 2 * i for i, name in enumerate("abcdefgh")}
-    kv = max(-(-(prompt + new) // 4) for prompt, new, _ in sizes)
-    adapter = max(pages_of.get(name, 0) for _, _, name in sizes)
+    """Arrivals over time, cancellations, early stops and slow disks: every request gets its tokens, the bounds hold at
+    every step, and first come, first served never preempts the oldest request."""
+    pages_of = {None: 0} | {name: 1 + 2 * i for i, name in enumerate("abcdefgh")}
+    kv = max(-(-(request["prompt"] + request["new"]) // 4) for request in requests)
+    adapter = max(pages_of[request["adapter"]] for request in requests)
     asked = {name: itertools.count() for name in pages_of}
 
     def adapter_state(digest):
@@ -341,21 +351,27 @@ def test_random_traffic_with_prefetch_ends_and_leaks_nothing(
         return AdapterState.LOADING if slowly else AdapterState.READY
 
     sim = simulate(
-        kv + adapter + spare_pages, max_num_seqs, max_num_seqs + 16, slots, POLICIES[policy](), adapter_state,
-        admission,
-        adapter + spare_pages // 2 if split and adapter + spare_pages // 2 else None, EVICTIONS[eviction](), prefetch,
-        upload_pages_per_step, copy_steps,
+        kv + adapter + spare_pages, max_num_seqs, max_num_seqs + budget, slots, POLICIES[policy](), adapter_state,
+        admission, adapter + spare_pages // 2 if split and adapter + spare_pages // 2 else None,
+        EVICTIONS[eviction](), prefetch, upload_pages_per_step, copy_steps,
     )  # fmt: skip
-    left = list(zip(sizes, arrivals, strict=False))
-    pause = step = 0
+    left, pause, step = list(requests), 0, 0
     while left or sim.scheduler.has_work():
         while left and pause <= 0:
-            (prompt, new, name), pause = left.pop(0)
-            sim.add(prompt, new, name, pages_of.get(name, 0))
+            one = left.pop(0)
+            request = sim.add(one["prompt"], one["new"], one["adapter"], pages_of[one["adapter"]])
+            if 0 < one["early"] < one["new"]:
+                sim.stop_early[request.number] = one["early"]
+            pause = one["gap"]
         pause -= 1
         if step in cancellations and cancellations[step] < len(sim.requests):
             sim.core.finish(sim.requests[cancellations[step]], FinishReason.CANCELLED)
+        oldest = sim.scheduler.running[0] if sim.scheduler.running and policy == "fcfs" else None
         plan = sim.step()
+        assert oldest is None or oldest.status is not Status.WAITING, "the oldest request was preempted"
+        assert plan.num_tokens == sum(s.count for s in plan.sequences) <= max_num_seqs + budget
+        assert len({s.request.number for s in plan.sequences}) == len(plan.sequences) <= max_num_seqs
+        assert all(s.count >= 1 for s in plan.sequences)
         for sequence in plan.sequences:
             digest = sequence.request.digest
             if sequence.request.status is Status.RUNNING and digest is not None:
@@ -370,6 +386,10 @@ def test_random_traffic_with_prefetch_ends_and_leaks_nothing(
         assert step < 4000, "the scheduler makes no progress"
     for _ in range(copy_steps + 2):
         sim.step()
-    assert all(r.finish_reason is not None for r in sim.requests)
+    for request in sim.requests:
+        if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+            assert len(request.output) == sim.stop_early.get(request.number, request.max_new)
+        else:
+            assert request.finish_reason is FinishReason.CANCELLED
     assert not sim.copies and not sim.residency.arriving and not sim.residency.num_unused
     sim.assert_idle()

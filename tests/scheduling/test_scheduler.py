@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from slora_jax.errors import PoolError
 from slora_jax.memory import PageKind
@@ -162,69 +160,6 @@ def test_check_notices_a_leaked_page(simulate) -> None:
     request.pages.pop()
     with pytest.raises(PoolError, match="leaked"):
         sim.scheduler.check()
-
-
-request_sizes = st.tuples(
-    st.integers(1, 30), st.integers(1, 25), st.sampled_from([None, "a", "b", "c", "d", "e"]), st.integers(0, 25)
-)
-ADAPTER_PAGES = {"a": 1, "b": 2, "c": 3, "d": 5, "e": 8}
-
-
-@given(
-    sizes=st.lists(request_sizes, min_size=1, max_size=14),
-    spare_pages=st.integers(0, 20),
-    max_num_seqs=st.integers(1, 6),
-    budget=st.integers(0, 20),
-    adapter_slots=st.integers(1, 6),
-    gaps=st.lists(st.integers(0, 6), min_size=14, max_size=14),
-    cancellations=st.dictionaries(st.integers(0, 60), st.integers(0, 13), max_size=4),
-    slow=st.sets(st.sampled_from("abcde")),
-)
-def test_every_request_finishes_whatever_the_sizes(
-    simulate, sizes, spare_pages, max_num_seqs, budget, adapter_slots, gaps, cancellations, slow
-) -> None:
-    """Arrivals over time, cancellations, early stops and slow disks: at every step the budget holds and no page leaks,
-    the oldest running request is never preempted, and all requests get their tokens."""
-    pages = [-(-(prompt + new - 1) // 4) + ADAPTER_PAGES.get(name, 0) for prompt, new, name, _ in sizes]
-    asked: dict[str, int] = {}
-
-    def adapter_state(digest: str) -> AdapterState:
-        asked[digest] = asked.get(digest, 0) + 1
-        return AdapterState.LOADING if digest in slow and asked[digest] % 3 else AdapterState.READY
-
-    sim = simulate(
-        max(pages) + spare_pages, max_num_seqs, max_num_seqs + budget, adapter_slots, adapter_state=adapter_state
-    )
-    arrivals = list(zip(sizes, gaps, strict=False))
-    pause, steps, previous = 0, 0, None
-    while arrivals or sim.scheduler.has_work():
-        while arrivals and pause <= 0:
-            (prompt, new, name, early), pause = arrivals.pop(0)
-            request = sim.add(prompt, new, name, ADAPTER_PAGES.get(name, 0))
-            if 0 < early < new:
-                sim.stop_early[request.number] = early
-        pause -= 1
-        if steps in cancellations and cancellations[steps] < len(sim.requests):
-            sim.core.finish(sim.requests[cancellations[steps]], FinishReason.CANCELLED)
-        oldest = sim.scheduler.running[0] if sim.scheduler.running else None
-        plan = sim.step()
-        assert oldest is None or oldest.status is not Status.WAITING, "the oldest running request was preempted"
-        assert plan.num_tokens == sum(s.count for s in plan.sequences) <= sim.scheduler.config.max_num_batched_tokens
-        assert len(plan.sequences) <= max_num_seqs and len({id(s.request) for s in plan.sequences}) == len(
-            plan.sequences
-        )
-        assert all(s.count >= 1 for s in plan.sequences)
-        assert plan.sequences or previous is None or previous.sequences or slow or not sim.scheduler.has_work()
-        previous = plan
-        steps += 1
-        assert steps < 5000, "the scheduler makes no progress"
-    sim.step()
-    for request in sim.requests:
-        if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
-            assert len(request.output) == sim.stop_early.get(request.number, request.max_new)
-        else:
-            assert request.finish_reason is FinishReason.CANCELLED
-    sim.assert_idle()
 
 
 def test_split_pool_bounds_each_kind_of_page(simulate):
