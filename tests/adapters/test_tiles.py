@@ -1,6 +1,7 @@
 """Packing follows the layout row by row; everything else in the tiles is zero."""
 
 import dataclasses
+import time
 
 import ml_dtypes
 import numpy as np
@@ -138,14 +139,12 @@ def test_dims_of_every_projection(geometry):
 
 
 def test_packing_takes_milliseconds():
-    """Rank 16 on every projection of 12 layers of width 768; the bound is wide because test machines are shared."""
-    import time
-
+    """Rank 16 on every projection of 12 layers of width 768; processor time, because test machines are shared."""
     geometry = BaseGeometry(12, 768, 768, 768, 3072, 16)
     adapter = random_adapter(geometry, 16)
     times = []
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = time.thread_time()
         pack_tiles(adapter, geometry, "bfloat16")
-        times.append(time.perf_counter() - begin)
+        times.append(time.thread_time() - begin)
     assert min(times) < 0.05, times
