@@ -12,7 +12,8 @@ export JAX_PLATFORMS := cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-thorough lint format bench bench-gpu bench-vllm paper miniature clean distclean
+.PHONY: help install demo serve test test-thorough lint format bench bench-gpu bench-vllm paper miniature results clean \
+  distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
@@ -58,6 +59,9 @@ miniature: $(VENV)/installed-parity $(VENV)/installed-experiments ## measure the
 	  $(PYTHON) -m experiments.run $$config --fresh \
 	    --output experiments/results/miniature/$$(basename $$config .yaml).jsonl || [ $$? -eq 1 ] || exit; \
 	done
+
+results: $(VENV)/installed-experiments ## rewrite docs/results.md and the README's numbers from experiments/results
+	$(PYTHON) -m experiments.results_page
 
 bench: $(VENV)/installed-parity ## compare with Hugging Face PEFT on this machine's CPU
 	$(PYTHON) -m experiments.cpu_peft_comparison

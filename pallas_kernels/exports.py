@@ -1,16 +1,17 @@
-"""Packages whose names are imported when they are first used, so that light modules of theirs can be had alone."""
+"""Packages that import a name when it is first used, so that their light modules can be imported alone."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 
-def exported(package: str, names: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The `__getattr__` and `__dir__` (PEP 562) of a package that exports `names`, by the modules that define them."""
-    home = {name: module for module, defined in names.items() for name in defined}
+def exported(package: str, **modules: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Returns `__getattr__`, `__dir__` (PEP 562) and `__all__` of a package. modules: by a module of the package, the
+    names that it defines, with spaces between them."""
+    home = {name: f"{package}.{module}" for module, names in modules.items() for name in names.split()}
 
     def get(name: str) -> Any:
         if name not in home:
@@ -22,4 +23,4 @@ def exported(package: str, names: Mapping[str, Sequence[str]]) -> tuple[Callable
     def list_names() -> list[str]:
         return sorted({*vars(sys.modules[package]), *home})
 
-    return get, list_names
+    return get, list_names, sorted(home)

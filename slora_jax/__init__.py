@@ -17,42 +17,15 @@ from slora_jax.errors import (
 
 if TYPE_CHECKING:
     from slora_jax.adapters import AdapterInfo
-    from slora_jax.distributed.follower import Follower
-    from slora_jax.distributed.group import ProcessGroup
-    from slora_jax.distributed.join import join_processes
+    from slora_jax.distributed import Follower, ProcessGroup, join_processes
     from slora_jax.engine import Delta, Engine, EngineConfig, EngineStats, RequestOutput
     from slora_jax.scheduling import SamplingParams
 else:
-    __getattr__, __dir__ = exported(
+    __getattr__, __dir__, __all__ = exported(
         __name__,
-        {
-            "slora_jax.adapters": ("AdapterInfo",),
-            "slora_jax.engine": ("Delta", "Engine", "EngineConfig", "EngineStats", "RequestOutput"),
-            "slora_jax.distributed.join": ("join_processes",),
-            "slora_jax.distributed.group": ("ProcessGroup",),
-            "slora_jax.distributed.follower": ("Follower",),
-            "slora_jax.scheduling": ("SamplingParams",),
-        },
+        adapters="AdapterInfo",
+        engine="Delta Engine EngineConfig EngineStats RequestOutput",
+        distributed="join_processes ProcessGroup Follower",
+        scheduling="SamplingParams",
     )
-
-__all__ = [
-    "AdapterError",
-    "AdapterInfo",
-    "CheckpointError",
-    "ConfigError",
-    "Delta",
-    "Engine",
-    "EngineConfig",
-    "EngineStats",
-    "Follower",
-    "MetricsError",
-    "PoolError",
-    "ProcessGroup",
-    "ProcessLostError",
-    "RequestError",
-    "RequestOutput",
-    "SamplingParams",
-    "SloraError",
-    "UnsupportedModelError",
-    "join_processes",
-]
+    __all__ += [name for name, value in vars().items() if isinstance(value, type) and issubclass(value, SloraError)]

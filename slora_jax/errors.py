@@ -18,7 +18,7 @@ class CheckpointError(SloraError, ValueError):
 
 
 class AdapterError(SloraError, ValueError):
-    """An adapter cannot be used: unsupported field, wrong shape, missing tensor, unknown name. Nothing was changed."""
+    """An adapter cannot be used (unsupported field, wrong shape, missing tensor, unknown name). Nothing has changed."""
 
 
 class UnknownAdapterError(AdapterError):
@@ -26,16 +26,16 @@ class UnknownAdapterError(AdapterError):
 
 
 class RequestError(SloraError, ValueError):
-    """A request was refused on arrival; other requests are not affected."""
+    """A request was rejected on arrival; other requests are not affected."""
 
 
 class PoolError(SloraError, RuntimeError):
-    """The pool's bookkeeping was violated (double free, leak, use after free): always a defect of the caller."""
+    """The pool's bookkeeping was violated (double free, leak, use after free): always a bug in the caller."""
 
 
 class ProcessLostError(SloraError, RuntimeError):
-    """One of several processes that serve a model together failed or is gone; the others cannot go on without it."""
+    """One of the processes that serve a model together failed or exited; the others cannot continue without it."""
 
 
 class MetricsError(SloraError, ValueError):
-    """A metric is not defined for what was recorded: no requests, or a window that is too short."""
+    """A metric is undefined for the recorded data: no requests, or too short a window."""

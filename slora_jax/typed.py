@@ -1,4 +1,4 @@
-"""Checks settings against the annotations of their fields."""
+"""Checks settings against the types and ranges in their annotations."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ FORMER_NAMES = {
     "upload_pages": "upload_pages_per_step",
     "host_bytes": "host_adapter_bytes",
 }
-"""Names that settings had before, for the errors of `refuse_unknown`."""
+"""Former name of a setting -> present name, for the errors of `refuse_unknown`."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number, for `typing.Annotated`: `least` and `most` are allowed, `above` is not."""
+    """Bounds of a number, for `typing.Annotated`: `least` and `most` are inclusive, `above` is exclusive."""
 
     least: float | None = None
     most: float | None = None
@@ -41,7 +41,7 @@ class Range:
         )
 
     def allowed(self, kind: str) -> str:
-        """Names the allowed values, for an error. kind: "a number" or "an integer"."""
+        """Describes the allowed values in an error; `kind` is "a number" or "an integer"."""
         if self.most is not None:
             return f"{kind} in {'[' if self.above is None else '('}{self.least or self.above or 0}, {self.most}]"
         return f"{kind} of at least {self.least}" if self.above is None else f"{kind} above {self.above}"
@@ -55,14 +55,14 @@ Seconds = Annotated[float, Range(least=0)]
 
 
 def typed(value: Any, kind: Any, where: str) -> Any:
-    """`value` as an instance of the annotation `kind`: lists become tuples, integers floats, text paths, and mappings
+    """Converts `value` to the annotation `kind`: lists to tuples, integers to floats, text to paths, and mappings to
     dataclasses (by their `from_mapping(value, where)`, if they have one).
 
     Args:
       where: the field's dotted name, for the error.
 
     Raises:
-      ConfigError: it has another type, is out of range, or is not one of a `Literal`'s values.
+      ConfigError: the value has another type, is out of range, or is not one of a `Literal`'s values.
     """
     try:
         return _converted(value, kind, where)
@@ -71,10 +71,13 @@ def typed(value: Any, kind: Any, where: str) -> Any:
 
 
 def made[T](kind: Callable[..., T], data: Any, where: str) -> T:
-    """A dataclass from a mapping of its fields. where: its dotted name, "" at the top.
+    """Builds a dataclass from a mapping of its fields.
+
+    Args:
+      where: the dataclass's dotted name, for errors; "" at the top level.
 
     Raises:
-      ConfigError: `data` is not a mapping; a field is unknown, or `typed` refuses its value.
+      ConfigError: `data` is not a mapping, a field is unknown, or `typed` rejects its value.
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where}={data!r}: must be a mapping")
@@ -84,10 +87,10 @@ def made[T](kind: Callable[..., T], data: Any, where: str) -> T:
 
 
 def check_fields(settings: Any, prefix: str | None = None) -> None:
-    """Checks and converts every field of a dataclass by `typed`. For `__post_init__`, also of a frozen one.
+    """Checks and converts every field of a dataclass with `typed`; for its `__post_init__`, even if it is frozen.
 
     Args:
-      prefix: of the fields' names in errors; None: the class and a dot.
+      prefix: prepended to field names in errors; None: the class name and a dot.
     """
     kind: Any = type(settings)
     prefix = f"{kind.__name__}." if prefix is None else prefix
@@ -99,13 +102,13 @@ def check_fields(settings: Any, prefix: str | None = None) -> None:
 
 
 def is_sweep(value: Any, kind: Any) -> bool:
-    """Returns whether a list given for a field is one of values to try in turn: any list, unless the field itself takes
-    a list; then a list of lists."""
+    """Returns whether `value` lists values to sweep for a field of annotation `kind`: any list does, or, if the field
+    itself takes a list, any list that contains lists."""
     return isinstance(value, list) and (not _takes_list(kind) or any(isinstance(one, list) for one in value))
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raises ConfigError for the first unknown name, with its present name or the nearest known one."""
+    """Raises ConfigError for the first unknown name; the message gives its present name or the nearest known one."""
     known = list(known)
     for name in given:
         if name not in known:
@@ -116,7 +119,7 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
 
 
 def checks_keywords[T](kind: type[T]) -> type[T]:
-    """Class decorator of a dataclass: a keyword that is no field raises ConfigError, with the nearest one that is."""
+    """Class decorator: an unknown keyword of the constructor raises ConfigError, which suggests the nearest field."""
     made, known = kind.__init__, [field.name for field in fields(kind)]  # type: ignore[arg-type]
 
     @wraps(made)
@@ -130,13 +133,13 @@ def checks_keywords[T](kind: type[T]) -> type[T]:
 
 
 def nearest(name: Any, known: Iterable[Any]) -> str:
-    """A hint at the known name that is most like `name`, for the end of an error; "" if none is."""
+    """Returns " (did you mean ...?)" with the known name most like `name`, for the end of an error; "" if none is."""
     near = get_close_matches(str(name), [str(one) for one in known], n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 class _MismatchError(Exception):
-    """Says what a value must be. at: its place within the field."""
+    """A value does not match its annotation; `expected` is what it must be, `at` its index within the field."""
 
     def __init__(self, value: Any, expected: str, at: str = "") -> None:
         super().__init__(expected)
@@ -150,7 +153,7 @@ def _annotations(kind: Any) -> dict[str, Any]:
 
 
 def _converted(value: Any, kind: Any, where: str) -> Any:
-    """where: for errors within a nested dataclass."""
+    """Implements `typed`; `where` prefixes errors in nested dataclasses."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
         return value

@@ -1,4 +1,4 @@
-"""README.md and docs/*.md: their Python runs, their commands parse, their settings are known."""
+"""README.md and docs/*.md: Python runs, commands parse, settings are known, links exist, results are up to date."""
 
 import argparse
 import hashlib
@@ -15,9 +15,10 @@ import pytest
 import yaml
 from tiny_model import TinyModel
 
+from experiments import results_page
 from experiments.config import load_experiment, make_experiment
 from experiments.runners.simulated import run_simulated
-from slora_jax import Engine, cli
+from slora_jax import Engine, EngineConfig, cli
 from slora_jax.adapters import random_adapter, write_peft
 from slora_jax.cli.parser import make_parser
 from slora_jax.engine import adapter_geometry
@@ -29,6 +30,11 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = "\n".join(document.read_text() for document in DOCUMENTS)
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.M | re.S)
+FOLDERS = {
+    "docs", "experiments", "notebooks", "pallas_kernels", "slora_jax", "tests",
+    *(folder.name for folder in (ROOT / "slora_jax").iterdir() if folder.is_dir()),
+}  # fmt: skip
+"""First parts of the paths that documents name: from the root, or from slora_jax/."""
 ELSEWHERE = {"source", "hf", "pip", "git", "cd", ".venv/bin/jupyter"}
 """Commands that are not ours."""
 
@@ -41,7 +47,7 @@ def commands() -> list[str]:
     """Every line of the shell blocks, and the commands in running text."""
     lines = [line for text in blocks("sh") for line in text.replace("\\\n", " ").splitlines()]
     spans = re.findall(r"`((?:slora|make|python -m) [^`]+)`", re.sub(r"^```.*?^```", "", TEXT, flags=re.M | re.S))
-    return [line for line in lines if line.strip()] + [" ".join(span.split()) for span in spans]
+    return list(dict.fromkeys([line for line in lines if line.strip()] + [" ".join(span.split()) for span in spans]))
 
 
 @pytest.fixture
@@ -63,16 +69,17 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         '{"time": 0, "adapter": "adapter-0001", "prompt_tokens": 3, "output_tokens": 2}\n'
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("slora_jax.demo.smollm2.smollm2_path", lambda: None)
+    monkeypatch.setattr("slora_jax.demo.smollm2.smollm2_path", lambda: tmp_path / ".demo/model")
     return tmp_path
 
 
 @pytest.mark.parametrize("text", [text for text in blocks("python") if not text.startswith("# study.py")])
 def test_a_python_block_runs_as_it_stands(place, text, monkeypatch) -> None:
     real = Engine.from_pretrained
-    lazily = staticmethod(
-        lambda model, config: real(model, replace(config, compile_ahead=False))
-    )  # programs in use only
+
+    def lazily(model, config=EngineConfig(), **options):  # noqa: B008
+        return real(model, replace(config, compile_ahead=False), **options)  # only the programs in use
+
     monkeypatch.setattr(Engine, "from_pretrained", lazily)
     exec(compile(text, "README.md", "exec"), {"__name__": "__main__"})
 
@@ -169,3 +176,32 @@ def test_the_commands_of_the_documents_answer(place, capsys) -> None:
     words = shlex.split(line, comments=True)
     assert cli.main([*words[1:], "--max-tokens=2", "--max-model-len=64"]) == 0
     assert capsys.readouterr().out.strip()
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors that GitHub gives the headings."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_links_and_paths_exist(document) -> None:
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.M | re.S)
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if not link.startswith(("http://", "https://")):
+            path, _, anchor = link.partition("#")
+            target = document.parent / path if path else document
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+    for path in re.findall(r"`(\w[\w.-]*/[\w./-]*)`", text):
+        if path.partition("/")[0] in FOLDERS:
+            assert (ROOT / path).exists() or (ROOT / "slora_jax" / path).exists(), path
+
+
+def test_results_are_those_of_the_committed_files() -> None:
+    for path, text in results_page.documents().items():
+        assert path.read_text() == text, f"{path.name} is out of date: run `make results`"
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150

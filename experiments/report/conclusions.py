@@ -13,8 +13,23 @@ from typing import Any
 from experiments.report.collect import Collected, Curve, Panel, Point
 
 Value = Callable[[Point, str], float | None]
-Check = Callable[[Panel, Value], tuple[bool, str] | None]
-"""Of a panel and a source: whether the conclusion holds, and its numbers; None where there is nothing to judge by."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A test of one panel.
+
+    Attributes:
+      rule: says in words when it holds.
+      judge: given a panel and a source, returns whether it holds and the numbers; None if the source has no values.
+    """
+
+    rule: str
+    judge: Callable[[Panel, Value], tuple[bool, str] | None]
+
+    def __call__(self, panel: Panel, value: Value) -> tuple[bool, str] | None:
+        return self.judge(panel, value)
+
 
 SOURCES: Mapping[str, Value] = {"published": Point.theirs, "ours": Point.ours}
 
@@ -62,7 +77,7 @@ def flat(metric: str, name: str, least: float) -> Check:
         ratio = values[last] / values[first]
         return ratio >= least, f"{metric} at {last} is {ratio:.2f} of that at {first}"
 
-    return check
+    return Check(f"{name}'s {metric} at the end of the axis is at least {least:g} times that at its start", check)
 
 
 def above(metric: str, name: str, *others: str, slack: float = 0.03, at_least: float = 1.0) -> Check:
@@ -83,7 +98,9 @@ def above(metric: str, name: str, *others: str, slack: float = 0.03, at_least: f
             texts.append(f"{metric} {_range(ratios, low, high)} times {other}'s")
         return (holds, "; ".join(texts)) if texts else None
 
-    return check
+    rules = [f"everywhere at least {1 - slack:g} times"] if slack < 1 else []
+    rules += [f"somewhere at least {at_least:g} times"] if at_least > 1 else []
+    return Check(f"{name}'s {metric} is {' and '.join(rules)} that of {' and '.join(others)}", check)
 
 
 def with_several_adapters(check: Check) -> Check:
@@ -93,7 +110,7 @@ def with_several_adapters(check: Check) -> Check:
         counts = {point.run.config.adapters.count for curve in panel.curves for point in curve.points}
         return check(panel, value) if max(counts) > 1 else None
 
-    return checked
+    return Check(f"{check.rule}, in each panel with more than one adapter", checked)
 
 
 def neutral(metric: str, spread: float) -> Check:
@@ -111,7 +128,7 @@ def neutral(metric: str, spread: float) -> Check:
         worst = max(ratios, key=lambda at: ratios[at])
         return ratios[worst] <= 1 + spread, f"{metric} differs by a factor of {ratios[worst]:.2f} at most (at {worst})"
 
-    return check
+    return Check(f"{metric} is everywhere within a factor of {1 + spread:g} between the curves", check)
 
 
 def _range(ratios: Mapping[Any, float], low: Any, high: Any) -> str:

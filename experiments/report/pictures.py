@@ -43,9 +43,9 @@ LOGARITHMIC = (
 )
 
 
-def picture(collected: Collected, panels: Sequence[Panel] | None = None) -> bytes:
-    """A PNG: a column of plots per panel, a row per metric. Ours are crosses on dashed lines (simulated) or squares
-    (measured on the engine); published values are circles on solid lines."""
+def picture(collected: Collected, panels: Sequence[Panel] | None = None, kind: str = "png") -> bytes:
+    """Plots a column for each panel and a row for each metric, as PNG or SVG. Ours are crosses on dashed lines
+    (simulated) or squares (measured on the engine); published values are circles on solid lines."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -84,7 +84,9 @@ def picture(collected: Collected, panels: Sequence[Panel] | None = None) -> byte
     height = 0.1 + 0.2 * -(-len(handles) // per_line)
     fig.tight_layout(rect=(0, height / size[1], 1, 1))
     content = io.BytesIO()
-    fig.savefig(content, dpi=110, metadata={"Software": None})
+    fixed = {"Software": None} if kind == "png" else {"Date": None}
+    with plt.rc_context({"svg.hashsalt": "slora", "svg.fonttype": "none"}):
+        fig.savefig(content, format=kind, dpi=110, metadata=fixed)
     plt.close(fig)
     return content.getvalue()
 

@@ -9,22 +9,9 @@ if TYPE_CHECKING:
     from pallas_kernels.lora.layout import PROJECTIONS, LoraLayout, Stack
     from pallas_kernels.lora.tiles import AdapterTable, LoraTiles
 else:
-    __getattr__, __dir__ = exported(
+    __getattr__, __dir__, __all__ = exported(
         __name__,
-        {
-            "pallas_kernels.lora.api": ("Implementation", "LoraProduct", "lora_tile_rows"),
-            "pallas_kernels.lora.layout": ("PROJECTIONS", "LoraLayout", "Stack"),
-            "pallas_kernels.lora.tiles": ("AdapterTable", "LoraTiles"),
-        },
+        api="Implementation LoraProduct lora_tile_rows",
+        layout="PROJECTIONS LoraLayout Stack",
+        tiles="AdapterTable LoraTiles",
     )
-
-__all__ = [
-    "PROJECTIONS",
-    "AdapterTable",
-    "Implementation",
-    "LoraLayout",
-    "LoraProduct",
-    "LoraTiles",
-    "Stack",
-    "lora_tile_rows",
-]

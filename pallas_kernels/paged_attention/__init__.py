@@ -8,12 +8,8 @@ if TYPE_CHECKING:
     from pallas_kernels.paged_attention.api import PagedAttention, paged_attention
     from pallas_kernels.paged_attention.tiles import AttentionTiles
 else:
-    __getattr__, __dir__ = exported(
+    __getattr__, __dir__, __all__ = exported(
         __name__,
-        {
-            "pallas_kernels.paged_attention.api": ("PagedAttention", "paged_attention"),
-            "pallas_kernels.paged_attention.tiles": ("AttentionTiles",),
-        },
+        api="PagedAttention paged_attention",
+        tiles="AttentionTiles",
     )
-
-__all__ = ["AttentionTiles", "PagedAttention", "paged_attention"]

@@ -1,4 +1,4 @@
-"""One LoRA adapter in host memory, as matrices: what the PEFT reader gives and the tile packer takes."""
+"""One LoRA adapter as matrices in host memory: the PEFT reader's output and the tile packer's input."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ from slora_jax.errors import AdapterError
 class LoraAdapter:
     """Low-rank updates `y += scales[key] * b[key] @ (a[key] @ x)`; `key` is `(layer, projection)`.
 
-    `a[key]` is `[r, d_in]` and `b[key]` is `[d_out, r]`, both float32; `ranks [num_layers, 7]` is int32, 0 where a
-    projection (in the order of `PROJECTIONS`) is not adapted. `config` says how PEFT would describe the same adapter.
+    Attributes:
+      config: the same adapter in PEFT's terms.
+      a: `[r, d_in]` float32 by key.
+      b: `[d_out, r]` float32 by key.
+      scales: factor of the update by key.
+      ranks: `[num_layers, 7]` int32 in the order of `PROJECTIONS`; 0 where a projection is not adapted.
     """
 
     config: LoraConfig
@@ -31,9 +35,9 @@ class LoraAdapter:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of what determines the computation: the adapted projections, their ranks, scales and weights.
+        """SHA-256 (hex) of everything that determines the computation: adapted projections, ranks, scales, weights.
 
-        Names, paths, storage precision and config fields that resolve to the same adapter make no difference.
+        It does not depend on names, paths, storage precision, or how the config expresses the same adapter.
         """
         digest = hashlib.sha256(b"slora-jax adapter 1")
         for key in sorted(self.a):
@@ -44,7 +48,7 @@ class LoraAdapter:
         return digest.hexdigest()
 
     def check(self, geometry: BaseGeometry) -> None:
-        """Raises AdapterError unless every matrix has the shape that `ranks` and the base model's widths demand."""
+        """Raises AdapterError unless every matrix has the shape that `ranks` and the base model's widths require."""
         if self.ranks.shape != (geometry.num_layers, len(PROJECTIONS)):
             raise AdapterError(
                 f"ranks: expected {[geometry.num_layers, len(PROJECTIONS)]}, found {[*self.ranks.shape]}"

@@ -1,7 +1,7 @@
 """adapter_config.json as PEFT writes it: every field is honoured, provably harmless, or refused by name.
 
-The fields are those of PEFT 0.21.2's `LoraConfig`. A field that is not known here is refused unless it is inactive
-(null, false, zero or empty): ignoring active fields is how adapters come to run with a silently wrong scale.
+The fields are those of PEFT 0.21.2's `LoraConfig`. An unknown field is refused unless it is inactive (null, false, zero
+or empty): if active fields were ignored, an adapter could run with a wrong scale and no error.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ MAX_RANK = 256
 """Largest rank of one projection that the kernels accept."""
 
 MAX_BYTES = 1 << 20
-"""Of an adapter_config.json. PEFT's are of about 1 kB, with a rank for every module of the largest models 100 kB."""
+"""Largest adapter_config.json, in bytes. PEFT writes about 1 kB, or 100 kB with a rank for each module of the largest
+models."""
 
 MAX_ITEMS = 4096
-"""Of a list or object in it: more than any model has modules."""
+"""Most entries of a list or object in it: more than any model has modules."""
 
 HARMLESS = frozenset(
     {
         # Provenance and training-time settings: no effect on a loaded adapter's output.
         "auto_mapping",
-        # What it would tie (embeddings, lm_head, saved modules, trained tokens) is refused under its own name.
+        # The modules that it ties (embeddings, lm_head, saved modules, trained tokens) are refused by name.
         "ensure_weight_tying",
         "inference_mode",
         "lora_dropout",
@@ -40,7 +41,7 @@ HARMLESS = frozenset(
         "revision",
         "runtime_config",
         "task_type",
-        # Parameters of a method that another field switches on; that field is checked.
+        # Parameters of a method that another, checked field switches on.
         "megatron_core",
         "qalora_group_size",
         # Parameters of an initialisation. PEFT ignores them unless `init_lora_weights` names it (checked), and leaves
@@ -51,7 +52,7 @@ HARMLESS = frozenset(
         "lora_ga_config",
     }
 )
-"""Fields that cannot change what a loaded adapter computes, whatever their value."""
+"""Fields that do not affect a loaded adapter's output."""
 
 REFUSED = {
     "alora_invocation_tokens": "activated LoRA applies only after an invocation string",
@@ -73,23 +74,25 @@ REFUSED = {
 """Fields that must be inactive (null, false, zero or empty), and why."""
 
 SWITCHED_ON_EMPTY = frozenset({"arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "velora_config"})
-"""Refused fields for which PEFT takes an empty object as "on, with the defaults"."""
+"""Refused fields for which PEFT reads an empty object as "on, with the defaults"."""
 
 INACTIVE: tuple[Any, ...] = (None, False, 0, "", [], {})
-"""Values with which a field, known or not, changes nothing."""
+"""Values that leave any field, known or unknown, without effect."""
 
 PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
-"""Named initialisations that leave the base weights untouched, so that the saved A and B mean plain LoRA."""
+"""Named initialisations that leave the base weights untouched, so the saved A and B are plain LoRA."""
 
 
 @dataclass(frozen=True)
 class LoraConfig:
     """The honoured fields, with PEFT's names, defaults and meaning.
 
-    `target_modules` and `exclude_modules` are a tuple of module-name suffixes or one regular expression that must match
-    the whole name; `target_modules` may be "all-linear", and None means PEFT's default for this family of models.
-    `fan_in_fan_out` describes the base weight's storage; PEFT sets it to False for linear layers, so it has no effect.
-    `base_model_name_or_path` names the base model that the adapter was trained on; it is only compared.
+    Attributes:
+      target_modules: module-name suffixes, one regular expression that must match the whole name, or "all-linear";
+        None: PEFT's default for this family of models.
+      exclude_modules: suffixes or a regular expression, likewise.
+      fan_in_fan_out: layout of the base weight; without effect, since PEFT sets it to False for linear layers.
+      base_model_name_or_path: the base model that the adapter was trained on; only compared.
     """
 
     r: int = 8
@@ -128,7 +131,7 @@ class LoraConfig:
         except OSError as error:
             raise AdapterError(f"{path}: cannot be read: {error}") from error
         if len(content) > MAX_BYTES:
-            raise AdapterError(f"{path}: is larger than {MAX_BYTES} bytes; PEFT's are of about 1 kB")
+            raise AdapterError(f"{path}: is larger than {MAX_BYTES} bytes; PEFT writes about 1 kB")
         try:
             return cls.from_json(json.loads(content, object_pairs_hook=_without_duplicates))
         except AdapterError as error:
@@ -137,14 +140,15 @@ class LoraConfig:
             raise AdapterError(f"{path}: not valid JSON: {clipped(error)}") from None
 
     def to_json(self) -> dict[str, Any]:
-        """The content of an adapter_config.json that PEFT reads back to the same meaning."""
+        """The content of an adapter_config.json that PEFT reads back with the same meaning."""
         fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
         fields |= {"rank_pattern": dict(self.rank_pattern), "alpha_pattern": dict(self.alpha_pattern)}
         plain = {"bias": "none", "inference_mode": True, "init_lora_weights": True, "lora_dropout": 0.0}
         return fields | plain | {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
 
     def _check_combinations(self) -> None:
-        """The contradictions that PEFT refuses, and every regular expression in the form in which it is matched."""
+        """Raises AdapterError for the contradictions that PEFT refuses, and for a regular expression (in the form in
+        which it will be matched) that `check_pattern` refuses."""
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) not in (None, (), ""):
@@ -191,8 +195,8 @@ def _refuse_unsupported(data: dict[str, Any]) -> None:
 
 
 def _refuse_changed_base(value: object) -> None:
-    """PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base weights: A and B are relative to that changed base.
-    Saved with PEFT's `path_initial_model_for_weight_conversion` they become plain LoRA, marked True."""
+    """Refuses initialisations that change the base weights (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA): A and B are relative
+    to the changed base. PEFT's `path_initial_model_for_weight_conversion` saves them as plain LoRA, marked True."""
     if value is None or isinstance(value, bool) or (isinstance(value, str) and value in PLAIN_INITS):
         return
     raise AdapterError(

@@ -1,4 +1,4 @@
-"""Contents of adapters by digest: reference counts, a byte budget in host memory, LRU spill to disk, read-back."""
+"""Adapter contents by digest: reference counts, a byte budget in host memory, LRU spill to disk, read-back."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ from slora_jax.errors import AdapterError
 logger = logging.getLogger(__name__)
 
 DiskObserver = Callable[[str, str, int, float], None]
-"""Called after each disk access, on the thread that made it: "read" or "write", digest, bytes, and the start in seconds
+"""Called after each disk access, on the accessing thread, with "read" or "write", digest, bytes, and start in seconds
 of `time.perf_counter`."""
 
 Tier = Literal["host", "disk"]
-"""Where content is: in memory (and perhaps also on disk), or on disk only."""
+"""Place of content: in memory (perhaps also on disk), or on disk only."""
 
 
 @dataclass(eq=False)
 class _Content:
     """Tiles of one digest: in memory (`tiles`), on disk (`spilled`), both, or lost (`error`).
 
-    `names`, and `pins` (running requests and prepared adapters), keep it alive; `waiters` are callers of `wait`.
+    Attributes:
+      names: names that point to it; these and `pins` keep it alive.
+      pins: running requests and prepared adapters that use it.
+      waiters: callers blocked in `wait`.
     """
 
     digest: str
@@ -46,20 +49,20 @@ class _Content:
 
 
 class AdapterContents:
-    """At most `host_adapter_bytes` of tiles in memory, the rest in spill files. Every method is thread-safe.
+    """Keeps at most `host_adapter_bytes` of tiles in memory, the rest in spill files. Every method is thread-safe.
 
     One lock guards all state and is never held during disk I/O. The least recently used content is spilled first,
-    pinned content only if nothing else is left. The budget is exceeded while content arrives, while callers block in
-    `wait`, and when the disk refuses a spill.
+    pinned content last. The budget may be exceeded while content is inserted, while callers block in `wait`, and when a
+    spill fails.
 
-    Content that cannot be read back keeps its error until it is inserted again, or until the next `acquire` if its
-    source, or a spill file not known to be damaged, may be readable by then.
+    Content that could not be read back raises the same error until it is inserted again; if a source or an undamaged
+    spill file remains, the next `acquire` also clears the error.
     """
 
     def __init__(
         self, host_adapter_bytes: int, spill_dir: str | Path | None, reread: Callable[[Path], AdapterTiles]
     ) -> None:
-        """reread: packs an adapter again from its source directory."""
+        """Makes an empty collection; `reread` packs an adapter again from its source directory."""
         self.host_adapter_bytes = host_adapter_bytes
         self._reread = reread
         self._files = SpillFiles(None if spill_dir is None else Path(spill_dir))
@@ -72,7 +75,7 @@ class AdapterContents:
         self._queue: deque[_Content] = deque()  # to be read back
         self._dropped: deque[tuple[AdapterTiles | None, SpilledTiles | None]] = deque()
         self._worker: threading.Thread | None = None
-        self._disk_refuses = False
+        self._spill_failing = False
         self._closed = False
 
     def is_named(self, digest: str) -> bool:
@@ -87,14 +90,14 @@ class AdapterContents:
             return digest in self._contents
 
     def tiers(self) -> dict[str, Tier]:
-        """The tier of each content, by digest, as of one moment."""
+        """A consistent snapshot of every content's tier, by digest."""
         with self._changed:
             tiers: dict[str, Tier] = dict.fromkeys(self._contents, "disk")
             tiers.update(dict.fromkeys(self._resident, "host"))
             return tiers
 
     def acquire(self, digest: str) -> None:
-        """Keeps content alive (in memory or on disk), whatever happens to its names, until `release`. Counted.
+        """Pins content, in memory or on disk, until the matching `release`, even if all its names are removed.
 
         Raises AdapterError if the digest is unknown.
         """
@@ -112,7 +115,7 @@ class AdapterContents:
             self._count(digest, pins=-1)
 
     def request(self, digest: str) -> AdapterTiles | None:
-        """The tiles if they are in memory; otherwise starts their read from disk and returns None. Never blocks on it.
+        """Returns the tiles if they are in memory; otherwise starts reading them from disk and returns None at once.
 
         Raises AdapterError if the digest is unknown or its content was lost.
         """
@@ -120,9 +123,9 @@ class AdapterContents:
             return self._touch(self._content(digest))
 
     def wait(self, digest: str, timeout: float | None = None) -> AdapterTiles:
-        """The tiles, read from disk if need be; blocks up to `timeout` seconds (None: without limit).
+        """Returns the tiles, read from disk if needed; blocks up to `timeout` seconds (None: without limit).
 
-        Raises AdapterError if the digest is unknown, its content is lost or removed meanwhile, or time runs out.
+        Raises AdapterError on timeout, if the digest is unknown, or if its content is lost or removed.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
@@ -141,7 +144,7 @@ class AdapterContents:
                 content.waiters -= 1
 
     def observe_disk(self, observer: DiskObserver | None) -> None:
-        """Calls `observer` after every disk access from now on; None: no more."""
+        """Calls `observer` after every later disk access; None removes the observer."""
         self._observer = observer
 
     def close(self) -> None:
@@ -171,14 +174,14 @@ class AdapterContents:
         return content
 
     def _insert(self, tiles: AdapterTiles, source: Path | None) -> None:
-        """Makes content resident, without a reference yet; spilled or lost content is restored."""
+        """Makes content resident, also if it was spilled or lost; adds no reference."""
         self._check_open()
         content = self._contents.setdefault(tiles.digest, _Content(tiles.digest, tiles.nbytes, source))
         content.source = content.source or source
         self._make_resident(content, tiles)
 
     def _count(self, digest: str, *, names: int = 0, pins: int = 0) -> None:
-        """Adds to the reference counts; content without any is dropped."""
+        """Adds to the reference counts and drops content that has no reference left."""
         content = self._content(digest)
         content.names += names
         content.pins += pins
@@ -186,7 +189,7 @@ class AdapterContents:
             self._drop(content)
 
     def _touch(self, content: _Content) -> AdapterTiles | None:
-        """The tiles, now the most recently used; or None, and the worker reads them."""
+        """Returns the tiles and marks them most recently used; or queues their read and returns None."""
         if content.error is not None:
             raise AdapterError(*content.error.args)
         if content.tiles is not None:
@@ -211,7 +214,7 @@ class AdapterContents:
         content.tiles = None
 
     def _drop(self, content: _Content) -> None:
-        """Forgets content. The worker frees its memory and its file: both may take milliseconds."""
+        """Forgets content. The worker frees its memory and its file, since both may take milliseconds."""
         del self._contents[content.digest]
         self._dropped.append((content.tiles, content.spilled))
         self._leave_memory(content)
@@ -224,7 +227,7 @@ class AdapterContents:
         self._changed.notify_all()
 
     def _victim(self, keep: _Content | None) -> _Content | None:
-        """The content to spill next, None within the budget."""
+        """The content to spill next; None within the budget, or if no content can be spilled."""
         if self._resident_bytes - self._spilling_bytes <= self.host_adapter_bytes:
             return None
         pinned = None
@@ -239,7 +242,7 @@ class AdapterContents:
     # Disk I/O, without the lock ---------------------------------------------------------------------------------------
 
     def _enforce_budget(self, keep: str) -> None:
-        """Spills until the budget holds; the content of digest `keep` has just arrived and stays."""
+        """Spills content, except the just inserted one of digest `keep`, until the budget holds."""
         while True:
             with self._changed:
                 victim = self._victim(self._contents.get(keep))
@@ -251,38 +254,38 @@ class AdapterContents:
             spilled = error = None
             try:
                 spilled = written if written and self._files.is_there(written) else self._write(tiles)
-            except Exception as refusal:  # noqa: BLE001  whatever the disk says, the adapter is in memory
-                error = refusal
+            except Exception as failure:  # noqa: BLE001  the adapter is still in memory
+                error = failure
             finally:
                 with self._changed:
                     victim.spilling = False
                     self._spilling_bytes -= victim.nbytes
                     alive = self._contents.get(victim.digest) is victim
-                    left = spilled is not None and alive and victim.spilled is written
-                    if left:
+                    moved = spilled is not None and alive and victim.spilled is written
+                    if moved:
                         self._spill_writes += spilled is not written
                         victim.spilled = spilled
                         self._leave_memory(victim)
             del tiles
             if error is not None:
-                self._spill_refused(victim, error)
+                self._warn_spill_failed(victim, error)
                 return
-            self._disk_refuses = False
-            if not left:
+            self._spill_failing = False
+            if not moved:
                 self._files.discard(spilled)
 
-    def _spill_refused(self, content: _Content, error: Exception) -> None:
-        """Warns, once until spilling works again."""
-        if not self._disk_refuses:
+    def _warn_spill_failed(self, content: _Content, error: Exception) -> None:
+        """Warns once, and again only after a spill has succeeded."""
+        if not self._spill_failing:
             logger.warning(
                 "host_adapter_bytes=%d is exceeded: an adapter of %d bytes stays in memory because it cannot be "
                 "spilled: %s; make room in spill_dir, or raise host_adapter_bytes",
                 self.host_adapter_bytes, content.nbytes, _text(error),
             )  # fmt: skip
-        self._disk_refuses = True
+        self._spill_failing = True
 
     def _work(self) -> None:
-        """The worker: frees dropped content and reads queued content, one after another, until the store is closed."""
+        """Runs the worker thread: frees dropped content and reads queued content until the store is closed."""
         while True:
             with self._changed:
                 while not (self._dropped or self._queue or self._closed):
@@ -298,7 +301,7 @@ class AdapterContents:
             del content
 
     def _load(self, content: _Content) -> None:
-        """Reads queued content, unless it was dropped meanwhile, and records the result."""
+        """Reads queued content and records the result, unless the content was dropped."""
         with self._changed:
             if self._contents.get(content.digest) is not content:
                 return
@@ -318,7 +321,7 @@ class AdapterContents:
         self._enforce_budget(keep=content.digest)
 
     def _read_back(self, content: _Content) -> AdapterTiles | AdapterError:
-        """Reads the spill file; if that fails, the source, unless it has become another adapter."""
+        """Reads the spill file or, if that fails, the source directory if it still has the same weights."""
         digest, reasons = content.digest, []
         if content.spilled is None:
             reasons.append("its spill file was found lost before")
@@ -370,5 +373,5 @@ def _lost(content: _Content, reasons: list[str]) -> AdapterError:
 
 
 def _text(error: BaseException) -> str:
-    """An error's message if it is ours or the system's, otherwise with its type."""
+    """The message of an AdapterError or OSError; the `repr` of any other error."""
     return str(error) if isinstance(error, (AdapterError, OSError)) else repr(error)

@@ -1,4 +1,4 @@
-"""What an adapter must know of its base model: widths, layer count, and the full names of its projections."""
+"""Properties of a base model that its adapters depend on: widths, layer count, and full names of projections."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from slora_jax.typed import Count, check_fields
 
 
 def module_name(layer: int, projection: str, parent: str = "model") -> str:
-    """The module's full Hugging Face name, e.g. `model.layers.0.self_attn.q_proj`. parent: what holds the layers."""
+    """The full Hugging Face name, e.g. `model.layers.0.self_attn.q_proj`; `parent` is the module with the layers."""
     return f"{parent}.layers.{layer}.{PROJECTIONS[projection].module}"
 
 
 @dataclass(frozen=True)
 class BaseGeometry:
-    """Widths of a Llama-like base model, in elements, and the pool's `page_size`, in tokens (= rows of a tile).
+    """Widths of a Llama-like base model, in elements, and the pool's page size.
 
-    `q_width` is `num_heads * head_dim` and `kv_width` is `num_kv_heads * head_dim`, the pool's W on one device.
-    `shards` tells how adapters are cut.
+    Attributes:
+      q_width: `num_heads * head_dim`.
+      kv_width: `num_kv_heads * head_dim`, the pool's W on one device.
+      page_size: tokens of a page, equal to the rows of a tile.
+      shards: division of adapters among devices.
     """
 
     num_layers: Count
@@ -43,7 +46,7 @@ class BaseGeometry:
 
     @cached_property
     def layout(self) -> LoraLayout:
-        """Where every row of an adapter of this base model lies in a shard's tiles."""
+        """The layout of this base model's adapters in one shard's tiles."""
         return self.shards.of_layout(self.whole)
 
     @property

@@ -1,4 +1,4 @@
-"""PEFT adapter directories in and out, without torch: adapter_config.json and adapter_model.safetensors."""
+"""Reads and writes PEFT adapter directories (adapter_config.json, adapter_model.safetensors) without torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _WEIGHT = re.compile(
     _LAYERS + r"(?P<layer>0|[1-9]\d{0,5})\.(?P<module>[a-z_]+\.[a-z_]+)"
     r"\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\.weight"
 )
-_MOST_INNER = 1000  # entries of a folder that are searched for adapters
+_MAX_ENTRIES = 1000  # of a folder, searched for nested adapters
 _PROJECTION_OF = {p.module: name for name, p in PROJECTIONS.items()}
 _UNSUPPORTED_PARTS = {
     "lora_magnitude_vector": "a DoRA magnitude",
@@ -55,10 +55,10 @@ Key = tuple[int, str]
 
 
 class WeightName(NamedTuple):
-    """The meaning of a tensor's name.
+    """A parsed tensor name.
 
     Attributes:
-      parent: the module that holds the decoder's layers.
+      parent: the module that contains the decoder's layers.
       key: layer and projection.
       side: "A" or "B".
     """
@@ -69,8 +69,8 @@ class WeightName(NamedTuple):
 
 
 def weight_name(name: str) -> WeightName | None:
-    """Reads a tensor's name. Wrappers' parts are skipped, PEFT's prefix may be missing, and the layers may be those of
-    a multimodal model's language model. Returns None unless it is a LoRA weight of one of the projections."""
+    """Parses a tensor's name; None unless it names a LoRA weight of one of the projections. Wrappers' parts are
+    skipped, PEFT's prefix is optional, and the layers may belong to the language model of a multimodal model."""
     match = _WEIGHT.fullmatch(_unwrapped(name))
     projection = _PROJECTION_OF.get(match["module"]) if match else None
     if match is None or projection is None:
@@ -85,12 +85,15 @@ def _unwrapped(name: str) -> str:
 def read_peft(
     directory: str | Path, geometry: BaseGeometry, check_ranks: Callable[[np.ndarray], object] | None = None
 ) -> LoraAdapter:
-    """Reads an adapter that PEFT saved for a base model of this geometry; weights become float32. `check_ranks` may
-    refuse it by its ranks `[num_layers, 7]`, before any weight is read.
+    """Reads an adapter that PEFT saved for a base model of this geometry; converts weights to float32.
 
-    Raises AdapterError naming file, tensor, what was expected and what was found. Shapes and element types are checked
-    against `geometry` from the file's header, before any weight is read. Files that are written meanwhile are refused:
-    the config of one adapter must not meet the weights of another.
+    Args:
+      check_ranks: called with the ranks `[num_layers, 7]` before any weight is read; may raise to refuse the adapter.
+
+    Raises:
+      AdapterError: the adapter is refused; the message names file, tensor, expected and found value. Shapes and element
+        types are checked in the file's header, before any weight is read. Files that change during the read are
+        refused, because one adapter's config could be combined with another's weights.
     """
     directory = Path(directory)
     before = _versions(directory)
@@ -134,26 +137,26 @@ def _read_peft(
 
 
 def is_adapter(directory: Path) -> bool:
-    """Returns True if a folder has one of an adapter's files: it is then served as an adapter, or refused."""
+    """Returns whether a folder contains any adapter file; it is then loaded as an adapter or refused."""
     return any(os.path.exists(directory / file) for file in ADAPTER_FILES)
 
 
 def misplaced(root: Path) -> dict[str, str]:
-    """Why a search of `root` for adapters misses some, by folder: `root` is an adapter itself, folders hold adapters,
-    folders cannot be read. Hidden folders are passed over."""
+    """Explains, by folder, why a search of `root` misses adapters: `root` is an adapter itself, or a folder in it
+    contains adapters or cannot be read. Hidden folders are skipped."""
     reasons = {}
     if is_adapter(root):
-        reasons[root.resolve().name] = f"{root} is an adapter itself; name the directory that it is in"
+        reasons[root.resolve().name] = f"{root} is an adapter itself; pass its parent directory"
     for folder in sorted(root.iterdir()):
         if folder.name.startswith(".") or is_adapter(folder) or not folder.is_dir():
             continue
         try:
-            inner = next((one.name for one in islice(folder.iterdir(), _MOST_INNER) if is_adapter(one)), None)
+            inner = next((one.name for one in islice(folder.iterdir(), _MAX_ENTRIES) if is_adapter(one)), None)
         except OSError as error:
             reasons[folder.name] = f"{folder} cannot be read: {error.strerror}"
         else:
             if inner is not None:
-                reasons[folder.name] = f"{folder} holds adapters ({inner!r}) and is none itself; name this directory"
+                reasons[folder.name] = f"{folder} holds adapters ({inner!r}) but is not one itself; pass this directory"
     return reasons
 
 
@@ -175,9 +178,14 @@ def write_peft(
     dtype: str = "float32",
     base_model_name_or_path: str | None = None,
 ) -> Path:
-    """Writes an adapter directory that PEFT loads; `dtype` is float32, float16 or bfloat16. Returns the directory.
+    """Writes an adapter directory that PEFT can load, and returns it.
 
-    Raises AdapterError when `adapter.config` does not resolve to the ranks and scales of the matrices.
+    Args:
+      dtype: element type of the weights: float32, float16 or bfloat16.
+      base_model_name_or_path: name to write; None: the value in `adapter.config`.
+
+    Raises:
+      AdapterError: `dtype` is not supported, or `adapter.config` does not resolve to the matrices' ranks and scales.
     """
     if dtype not in DTYPES.values():
         raise AdapterError(f"dtype: expected one of {', '.join(DTYPES.values())}, found {dtype!r}")
@@ -209,7 +217,7 @@ def _ranks(targets: Mapping[Key, Target], num_layers: int) -> np.ndarray:
 
 
 def _versions(directory: Path) -> list[tuple[int, int] | None]:
-    """What changes when another process writes or replaces the adapter's files."""
+    """Size and modification time of each adapter file, to detect writes by other processes."""
     versions: list[tuple[int, int] | None] = []
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         try:
@@ -223,7 +231,7 @@ def _versions(directory: Path) -> list[tuple[int, int] | None]:
 def _tensor_names(
     path: Path, names: Mapping[str, WeightName | None], targets: Mapping[Key, Target], geometry: BaseGeometry
 ) -> dict[tuple[Key, str], str]:
-    """`((layer, projection), "A" | "B") -> tensor name`; raises AdapterError if a tensor has no place."""
+    """`((layer, projection), "A" | "B") -> tensor name`. Raises AdapterError for an unexpected or duplicate tensor."""
     places: dict[tuple[Key, str], str] = {}
     unexpected: dict[str, str] = {}  # tensor name -> reason
     for name, found in names.items():
@@ -245,8 +253,8 @@ def _tensor_names(
 
 
 def _unknown(name: str) -> str:
-    """Why a tensor is not read."""
-    reason = next((what for part, what in _UNSUPPORTED_PARTS.items() if part in name), "no known LoRA weight")
+    """The reason for refusing a tensor whose name `weight_name` cannot parse."""
+    reason = next((kind for part, kind in _UNSUPPORTED_PARTS.items() if part in name), "no known LoRA weight")
     prefix, layers, _ = name.partition("layers.")
     if not re.fullmatch(_LAYERS, _unwrapped(prefix + layers)):
         reason += f" (expected the prefix '{PREFIX}model.layers.', found {quoted(prefix)})"

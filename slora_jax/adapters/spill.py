@@ -21,7 +21,7 @@ from slora_jax.errors import AdapterError, ConfigError
 
 @dataclass(frozen=True, eq=False)
 class SpilledTiles:
-    """The spill file of an adapter's pages, and what is needed to read it back."""
+    """A spill file of an adapter's pages, with the metadata needed to read it back."""
 
     path: Path
     digest: str
@@ -32,23 +32,23 @@ class SpilledTiles:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the file, which are the bytes of `pages`."""
+        """Bytes of the file."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
 class SpillDamagedError(AdapterError):
-    """A spill file is gone or not what was written: reading it again cannot help."""
+    """A spill file is missing or damaged; another read would fail too."""
 
 
 class SpillFiles:
     """Writes and reads spill files in a fresh directory under `parent` (None: the system's temporary directory).
 
-    The directory is made at the first write (under a given `parent`, at once), again if it was removed meanwhile, and
-    removed by `close`, or when the process ends. Thread-safe.
+    The directory is created at the first write (at once if `parent` is given), created again if it disappears, and
+    removed by `close` or at the end of the process. Thread-safe.
     """
 
     def __init__(self, parent: Path | None) -> None:
-        """Raises ConfigError when no directory can be made under `parent`."""
+        """Raises ConfigError if no directory can be created under `parent`."""
         self._parent = parent
         self._lock = threading.Lock()
         self._directory: Path | None = None
@@ -64,7 +64,7 @@ class SpillFiles:
                 ) from None
 
     def write(self, tiles: AdapterTiles) -> SpilledTiles:
-        """Writes `tiles.pages`; no two files share a name. Raises OSError (disk full), leaving nothing."""
+        """Writes `tiles.pages` to a new file. Raises OSError (e.g. disk full) and leaves no partial file."""
         path = self._ensure_directory() / f"{tiles.digest[:16]}-{next(self._numbers)}.tiles"
         partial = path.with_suffix(".partial")
         content = tiles.pages.view(np.uint8).reshape(-1).data
@@ -79,8 +79,8 @@ class SpillFiles:
         return SpilledTiles(path, tiles.digest, tiles.ranks, pages.shape, pages.dtype, zlib.crc32(content))
 
     def read(self, spilled: SpilledTiles) -> AdapterTiles:
-        """Reads an adapter back. Raises SpillDamagedError when the file is missing or not what was written, another
-        AdapterError when it cannot be read."""
+        """Reads an adapter back. Raises SpillDamagedError if the file is missing or damaged, AdapterError if it cannot
+        be read."""
         content = np.empty(spilled.nbytes, np.uint8)
         try:
             with spilled.path.open("rb") as file:
@@ -98,14 +98,14 @@ class SpillFiles:
         return AdapterTiles(spilled.digest, spilled.ranks, content.view(spilled.dtype).reshape(spilled.shape))
 
     def is_there(self, spilled: SpilledTiles) -> bool:
-        """Returns whether the file exists with its size; its content is checked when it is read."""
+        """Returns whether the file exists with the right size; only `read` checks its content."""
         try:
             return spilled.path.stat().st_size == spilled.nbytes
         except OSError:
             return False
 
     def discard(self, spilled: SpilledTiles | None) -> None:
-        """Removes a spill file; a file that is already gone or cannot be removed is left to `close`."""
+        """Removes a spill file if possible; otherwise `close` removes it."""
         if spilled is not None:
             with contextlib.suppress(OSError):
                 spilled.path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Thousands of adapters of one base model in host memory, in tile form, by name and by digest.
+"""Host store for thousands of adapters of one base model, in tile form, by name and by digest.
 
 A name is a pointer to content, and content is identified by its digest. Content lives while a name points to it or a
-running request has acquired it, so reloading a name with new weights never disturbs requests on the old ones.
+running request has acquired it, so requests keep the old weights when a name is reloaded with new ones.
 """
 
 from __future__ import annotations
@@ -32,8 +32,14 @@ from slora_jax.errors import AdapterError, UnknownAdapterError
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """A registered adapter. `ranks` are the largest over the layers, in the order of `PROJECTIONS`; `rank` is the
-    largest of them. `num_pages` is its size in the pool; `nbytes` its size in host memory."""
+    """A registered adapter.
+
+    Attributes:
+      rank: the largest of `ranks`.
+      ranks: `[7]`, each projection's largest rank over the layers, in the order of `PROJECTIONS`.
+      num_pages: size in the pool.
+      nbytes: size in host memory.
+    """
 
     name: str
     digest: str
@@ -45,8 +51,15 @@ class AdapterInfo:
 
 @dataclass(frozen=True)
 class StoreStats:
-    """Counters. `registered` names; `resident_bytes` of tiles in memory; `spilled` contents on disk only;
-    `spill_writes` and `spill_reads` of files since the store was made."""
+    """Counters of an `AdapterStore`.
+
+    Attributes:
+      registered: names.
+      resident_bytes: bytes of tiles in memory.
+      spilled: contents on disk only.
+      spill_writes: spill files written since the store was made.
+      spill_reads: spill files read since the store was made.
+    """
 
     registered: int
     resident_bytes: int
@@ -57,25 +70,22 @@ class StoreStats:
 
 @dataclass(frozen=True, eq=False)
 class PreparedAdapter:
-    """An adapter whose content is in the store before `info.name` points to it. `source` is its directory, if it was
-    read from one."""
+    """An adapter whose content is in the store although `info.name` does not point to it yet; `source` is the directory
+    it was read from, if any."""
 
     info: AdapterInfo
     source: Path | None
 
 
 class LoadReport(NamedTuple):
-    """What `load_directory` did: `infos` of the adapters registered, and `(name, error)` of those refused."""
+    """Result of `load_directory`: `infos` of the registered adapters, and `(name, error)` of each refused one."""
 
     infos: list[AdapterInfo]
     errors: list[tuple[str, AdapterError]]
 
 
 class AdapterStore(AdapterContents):
-    """The host tier of adapters: names, and the contents they point to, under one lock. Every method is thread-safe.
-
-    Adapters beyond `max_lora_rank` (in a projection) or `max_pages` (of the pool) are refused.
-    """
+    """The host tier of adapters: names, and the contents they point to, under one lock. Every method is thread-safe."""
 
     def __init__(
         self,
@@ -90,12 +100,14 @@ class AdapterStore(AdapterContents):
         """Makes an empty store.
 
         Args:
-          dtype: of the pool, float32 or bfloat16.
+          dtype: element type of the pool, float32 or bfloat16.
           host_adapter_bytes: bound on the tiles in memory; beyond it the least recently used are spilled.
           spill_dir: parent of the private directory of spill files; None: the system's temporary directory.
+          max_lora_rank: adapters with a larger rank in any projection are refused.
+          max_pages: adapters that need more pages of the pool are refused; None: no limit.
         """
         self.base_names: frozenset[str] = frozenset()
-        """Lower-case names of the base model; empty: unknown, so that no adapter is warned about."""
+        """Lower-case names of the base model; if empty, adapters of other base models cause no warning."""
         self.geometry = geometry
         self.dtype = tile_dtype(dtype)
         self._max_lora_rank = max_lora_rank
@@ -109,10 +121,10 @@ class AdapterStore(AdapterContents):
         )
 
     def prepare(self, name: str, adapter: str | Path | LoraAdapter) -> PreparedAdapter:
-        """Reads (a PEFT directory), checks and packs an adapter, and spills others to make room for it. The result
-        keeps the content alive until it is published or discarded.
+        """Checks and packs an adapter, read from a PEFT directory if `adapter` is a path, and spills others to make
+        room. The result keeps the content alive until it is published or discarded.
 
-        Raises AdapterError when the adapter cannot be used or is larger than allowed; nothing is changed then.
+        Raises AdapterError if the adapter cannot be used or exceeds a limit; the store is unchanged then.
         """
         source = None if isinstance(adapter, LoraAdapter) else Path(adapter)
         if not isinstance(adapter, LoraAdapter):
@@ -123,8 +135,8 @@ class AdapterStore(AdapterContents):
         ranks = tuple(int(rank) for rank in adapter.ranks.max(axis=0))
         info = AdapterInfo(name, adapter.digest, max(ranks), ranks, num_pages, nbytes)
         prepared = PreparedAdapter(info, source)
-        if not self._keep(prepared, None):
-            self._keep(prepared, pack_tiles(adapter, self.geometry, self.dtype))
+        if not self._pin(prepared, None):
+            self._pin(prepared, pack_tiles(adapter, self.geometry, self.dtype))
         try:
             self._enforce_budget(keep=info.digest)
         except BaseException:  # Ctrl-C
@@ -133,13 +145,13 @@ class AdapterStore(AdapterContents):
         return prepared
 
     def publish(self, prepared: PreparedAdapter) -> AdapterInfo:
-        """Points the name to the prepared content; a name that exists moves to it. Never waits for the disk.
+        """Points the name, new or existing, to the prepared content. Never waits for the disk.
 
-        Raises AdapterError if it was published or discarded before.
+        Raises AdapterError if it was already published or discarded.
         """
         info = prepared.info
         with self._changed:
-            self._take(prepared)
+            self._end_preparation(prepared)
             content = self._content(info.digest)
             content.source = prepared.source or content.source
             self._count(info.digest, names=1, pins=-1)
@@ -152,14 +164,14 @@ class AdapterStore(AdapterContents):
     def discard(self, prepared: PreparedAdapter) -> None:
         """Releases prepared content that will not be published. Raises AdapterError like `publish`."""
         with self._changed:
-            self._take(prepared)
+            self._end_preparation(prepared)
             self._count(prepared.info.digest, pins=-1)
 
     def load_directory(self, root: str | Path, progress: bool = True, threads: int = 2) -> LoadReport:
-        """Registers every adapter directory in `root` under its folder's name; `threads` of them at a time.
+        """Registers every adapter directory in `root` under its folder's name, `threads` of them at a time.
 
-        A bad adapter, or one that lies a level too high or too low, is reported and disturbs no other. Raises
-        AdapterError only when `root` is not a directory.
+        A bad adapter, or one a level too high or too low, is reported without affecting the others. Raises AdapterError
+        only if `root` is not a directory.
         """
         root = Path(root)
         if not root.is_dir():
@@ -182,8 +194,8 @@ class AdapterStore(AdapterContents):
         return report
 
     def remove(self, name: str) -> None:
-        """Drops a name, and its content unless another name or an `acquire` holds it. Raises AdapterError if
-        unknown."""
+        """Drops a name, and its content unless another name or an `acquire` keeps it. Raises AdapterError if the name
+        is unknown."""
         with self._changed:
             info = self._infos.pop(name, None)
             if info is not None:
@@ -193,7 +205,7 @@ class AdapterStore(AdapterContents):
         raise _unknown(name, names)
 
     def info(self, name: str) -> AdapterInfo:
-        """The adapter that a name points to. Raises AdapterError with the nearest names if unknown."""
+        """The adapter that a name points to. Raises AdapterError with the nearest names if the name is unknown."""
         with self._changed:
             info = self._infos.get(name)
             names = list(self._infos) if info is None else []
@@ -216,7 +228,7 @@ class AdapterStore(AdapterContents):
             return list(self._infos.values())
 
     def stats(self) -> StoreStats:
-        """The counters."""
+        """A consistent snapshot of the counters."""
         with self._changed:
             return StoreStats(
                 registered=len(self._infos),
@@ -227,7 +239,7 @@ class AdapterStore(AdapterContents):
             )
 
     def close(self) -> None:
-        """Drops everything, ends the worker thread and removes the spill files. May be called twice."""
+        """Drops all names and content, ends the worker and removes the spill files. May be called twice."""
         with self._changed:
             self._infos.clear()
             self._prepared.clear()
@@ -241,8 +253,9 @@ class AdapterStore(AdapterContents):
     ) -> None:
         self.close()
 
-    def _keep(self, prepared: PreparedAdapter, tiles: AdapterTiles | None) -> bool:
-        """Pins prepared content; False if it is not in memory and `tiles` is None."""
+    def _pin(self, prepared: PreparedAdapter, tiles: AdapterTiles | None) -> bool:
+        """Pins prepared content, inserting `tiles` if given; returns False if it is not in memory and `tiles` is
+        None."""
         digest = prepared.info.digest
         with self._changed:
             self._check_open()
@@ -254,8 +267,8 @@ class AdapterStore(AdapterContents):
             self._prepared.add(prepared)
             return True
 
-    def _take(self, prepared: PreparedAdapter) -> None:
-        """Ends a preparation; with the lock held."""
+    def _end_preparation(self, prepared: PreparedAdapter) -> None:
+        """Removes `prepared` from the open preparations. The caller holds the lock."""
         if prepared not in self._prepared:
             raise AdapterError(f"adapter {prepared.info.name!r} was published or discarded before; prepare it again")
         self._prepared.remove(prepared)
@@ -282,7 +295,7 @@ class AdapterStore(AdapterContents):
         return num_pages, nbytes
 
     def _check_base(self, name: str, trained_on: str | None) -> None:
-        """Warns if an adapter's config names another base model than this one."""
+        """Warns if an adapter's config names a different base model."""
         *_, last = re.split(r"[/\\]", (trained_on or "").rstrip("/\\").lower())
         if last and self.base_names and last not in self.base_names:
             warnings.warn(
@@ -308,8 +321,8 @@ def _unknown(name: str, names: list[str]) -> UnknownAdapterError:
 
 
 def _neighbours(name: str, names: list[str]) -> list[str]:
-    """The names to compare a misspelt one with: all, or of very many those next to it in the alphabet, since comparing
-    with 10,000 would hold up every other request by 0.1 s."""
+    """Candidates for the spelling hint: all names, or the alphabetical neighbours if there are more than 200, since
+    comparing with 10,000 names would delay every other request by 0.1 s."""
     if len(names) <= 200:
         return names
     names.sort()

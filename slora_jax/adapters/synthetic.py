@@ -1,4 +1,4 @@
-"""Random adapters with visible effect, for demos, benchmarks and tests."""
+"""Random adapters with a visible effect, for demos, benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ def random_adapter(
     seed: int = 0,
     scale_of_b: float = 0.5,
 ) -> LoraAdapter:
-    """A float32 adapter with normal A and B in every layer, both nonzero.
+    """A float32 adapter with normally distributed, nonzero A and B in every layer.
 
-    `rank` is one rank for all `targets`, or a rank per projection (then `targets` are those with a rank above 0).
-    `alpha` defaults to the largest rank. For inputs of unit variance the update has standard deviation
-    `scale_of_b * alpha / rank`.
+    Args:
+      rank: one rank for all `targets`, or a rank per projection, which replaces `targets`; 0: not adapted.
+      alpha: PEFT's `lora_alpha`; None: the largest rank.
+      scale_of_b: for inputs of unit variance the update has standard deviation `scale_of_b * alpha / rank`.
     """
     ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(targets, rank)
     ranks = {projection: r for projection, r in ranks.items() if r}

@@ -1,4 +1,4 @@
-"""Which projections an adapter adapts, with which rank and scale: PEFT's own rules, on module names alone."""
+"""Resolves an adapter's config to projections, ranks and scales by PEFT's own rules, from module names alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from slora_jax.adapters.untrusted.quoting import quoted
 from slora_jax.errors import AdapterError
 
 DEFAULT_TARGETS = ("q_proj", "v_proj")
-"""What PEFT adapts in Llama, Mistral, Qwen2 and Qwen3 when `target_modules` is null."""
+"""PEFT's targets in Llama, Mistral, Qwen2 and Qwen3 when `target_modules` is null."""
 
 OTHER_MODULES = ("", ".embed_tokens", ".layers", ".norm", ".rotary_emb")
 OTHER_LAYER_MODULES = ("", ".self_attn", ".mlp", ".mlp.act_fn", ".input_layernorm", ".post_attention_layernorm")
@@ -30,12 +30,17 @@ class Target:
 
 
 def resolve_targets(config: LoraConfig, num_layers: int, parent: str = "model") -> dict[tuple[int, str], Target]:
-    """`(layer, projection) -> Target`, in layer-major order, exactly as PEFT would adapt a model of `num_layers` that
-    the module `parent` holds.
+    """Resolves a config to the targets that PEFT would adapt in a model of `num_layers` layers.
 
-    Raises AdapterError when a module other than the seven projections is targeted (an embedding, lm_head),
-    or none of them.
-    Warns, as PEFT does, that `fan_in_fan_out` has no effect on linear layers.
+    Args:
+      parent: name of the module that contains the layers.
+
+    Returns:
+      `(layer, projection) -> Target`, in layer-major order.
+
+    Raises:
+      AdapterError: the config targets another module than the seven projections (an embedding, lm_head), or no
+        projection at all.
     """
     if config.fan_in_fan_out:
         warnings.warn("fan_in_fan_out is set to True but the targets are linear layers; it has no effect", stacklevel=2)
@@ -71,7 +76,7 @@ def is_targeted(config: LoraConfig, name: str, matcher: Matcher) -> bool:
     if isinstance(wanted, str):
         return matcher.fullmatch("target_modules", wanted, name)
     if name in wanted:
-        return True  # a full name is adapted whatever layers_to_transform says
+        return True  # layers_to_transform does not apply to full names
     return _has_suffix(name, wanted) and _in_layers(config, name, matcher)
 
 

@@ -1,4 +1,4 @@
-"""An adapter as the tiles that are uploaded: `pallas_kernels.lora.layout` says where each row lies."""
+"""An adapter as tiles ready to upload; `pallas_kernels.lora.layout` defines the place of each row."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from slora_jax.adapters.geometry import BaseGeometry
 from slora_jax.errors import AdapterError, ConfigError
 
 _BITS = {"float32": (np.uint32, 0x7F800000), "bfloat16": (np.uint16, 0x7F80)}
-"""Per tile dtype: the unsigned type of the same size, and the exponent that marks NaN and infinity."""
+"""Tile dtype -> unsigned type of the same size, and the exponent bits that mark NaN and infinity."""
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterTiles:
-    """An adapter ready to upload. `ranks [7]` int32 is the largest rank of each projection over the layers.
+    """An adapter ready to upload.
 
-    `pages [num_layers, num_pages, 2, page_size, W]` is float32 or bfloat16; page `p` of every layer goes to the same
-    page of the pool. Of N shards (`parallel.layout`), shard s has columns `s * W / N` to `(s + 1) * W / N`. Rows beyond
-    a layer's own rank, columns beyond a matrix and an odd last tile are zero.
+    Attributes:
+      ranks: `[7]` int32, each projection's largest rank over the layers.
+      pages: `[num_layers, num_pages, 2, page_size, W]` float32 or bfloat16. Page `p` of every layer is uploaded to the
+        same page of the pool. With N shards (`parallel.layout`), shard s owns columns `s * W / N` to `(s + 1) * W / N`.
+        Rows beyond a layer's own rank, columns beyond a matrix and an odd last tile are zero.
     """
 
     digest: str
@@ -36,7 +38,7 @@ class AdapterTiles:
 
     @property
     def num_pages(self) -> int:
-        """Pages that the adapter takes in the pool (the same page ids in every layer)."""
+        """Pages that the adapter occupies in the pool (the same page ids in every layer)."""
         return self.pages.shape[1]
 
 
@@ -57,7 +59,7 @@ def tile_shape(ranks: np.ndarray, geometry: BaseGeometry) -> tuple[int, int, int
 def pack_tiles(adapter: LoraAdapter, geometry: BaseGeometry, dtype: str | np.dtype) -> AdapterTiles:
     """Packs an adapter; the scale is folded into B in float32 before the cast to `dtype`.
 
-    Raises AdapterError when a matrix has not the base model's shape, or a value is not finite in `dtype`.
+    Raises AdapterError if a matrix does not fit the base model, or a value is not finite in `dtype`.
     """
     adapter.check(geometry)
     dtype = tile_dtype(dtype)
@@ -97,8 +99,10 @@ def _stack_rows(
     dtype: np.dtype,
     shard: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A shard's A rows and scaled, transposed B rows of the stack in every layer, zero-padded to whole tiles, as bits
-    of `dtype`: NumPy transposes and cuts integers several times faster than bfloat16."""
+    """One shard's A rows and scaled, transposed B rows of a stack in every layer, zero-padded to whole tiles.
+
+    Both are bit patterns of `dtype`: NumPy transposes and cuts integers several times faster than bfloat16.
+    """
     bits = _BITS[dtype.name][0]
     layout, page_size, width, shards = geometry.layout, geometry.page_size, geometry.layout.width, geometry.shards
     a_rows, rows = (ceil_div(int(n), page_size) * page_size for n in (place.a_rows, place.rows))
@@ -127,7 +131,7 @@ def _bits(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _cut(rows: np.ndarray, tiles: np.ndarray, first: int) -> None:
-    """Cuts `rows [L, blocks * page_size, chunks * W]` into tiles, block-major, from tile `first` on."""
+    """Writes `rows [L, blocks * page_size, chunks * W]` to `tiles`, block-major, from tile `first` on."""
     layers, num_rows, columns = rows.shape
     page_size, width = tiles.shape[2:]
     blocks, chunks = num_rows // page_size, columns // width
@@ -138,10 +142,11 @@ def _cut(rows: np.ndarray, tiles: np.ndarray, first: int) -> None:
 def unpack_tiles(
     tiles: AdapterTiles, geometry: BaseGeometry, shard: int = 0
 ) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]:
-    """`(layer, projection) -> (A [r, d_in], scaled B transposed [r, d_out])`, row by row as a kernel would find them.
+    """Reads one shard's matrices back, row by row as a kernel would. Slow; for tests and debugging.
 
-    `r` is the projection's largest rank over the layers; of several shards, rows and columns are the shard's. Slow; for
-    tests and debugging.
+    Returns:
+      `(layer, projection) -> (A [r, d_in], scaled B transposed [r, d_out])`, where `r` is the projection's largest rank
+      over the layers.
     """
     layout, page_size = geometry.layout, geometry.page_size
     own = _tiles_by_shard(tiles.pages, geometry)[..., shard, :]  # [L, tiles, page_size, W / shards]
@@ -162,6 +167,6 @@ def unpack_tiles(
 
 
 def _row(tiles: np.ndarray, first: int, row: int, columns: int) -> np.ndarray:
-    """`columns` elements of row `row` of a block whose column chunks are the tiles from `first` on."""
+    """The first `columns` elements of a row of a block whose column chunks are the tiles from `first` on."""
     chunks = ceil_div(columns, tiles.shape[-1])
     return tiles[int(first) : int(first) + chunks, row].reshape(-1)[:columns]

@@ -1,7 +1,6 @@
-"""The console script `slora`: one module for each command.
+"""The console script `slora`, with one module for each command.
 
-What parses the command line imports neither NumPy nor JAX, so that help and mistakes are answered at once; a command
-imports what it needs when it runs.
+Parsing imports neither NumPy nor JAX, so help and usage errors appear at once; a command imports the rest when it runs.
 """
 
 from __future__ import annotations
@@ -16,13 +15,17 @@ from slora_jax.errors import ProcessLostError, SloraError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 1 (the demo's check failed, or a compile report has a spill or a
-    copy of the pool), 2 (an error of the user's making, one line on stderr), 3 (another process of those that serve
-    together is lost, one line on stderr), 130 (Ctrl-C)."""
+    """Runs one command.
+
+    Returns:
+      The exit status. 0: success; 1: the demo's check failed, or a compile report shows a spill or a copy of the pool;
+      2: a `SloraError`, shown as one line on stderr; 3: another process of the group was lost, likewise; 130: Ctrl-C;
+      141: stdout was closed.
+    """
     args = None
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not needed
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # hides "PyTorch was not found"
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # in a pipe too, text and progress bars come in order
+        sys.stdout.reconfigure(line_buffering=True)  # keeps text and progress bars in order in a pipe
     try:
         args = make_parser().parse_args(argv)
         return args.run(args)
@@ -36,6 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("slora: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of stdout has had enough
+    except BrokenPipeError:  # the reader closed stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -1,4 +1,4 @@
-"""`slora chat`: a conversation with a model on the terminal."""
+"""`slora chat`: a conversation with a model in the terminal."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from slora_jax.scheduling.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from slora_jax.engine.engine import Engine
 
-COMMANDS = "/reset forgets the conversation, /adapter NAME goes on with that adapter (without a name: the base model)"
+COMMANDS = "/reset starts a new conversation, /adapter NAME selects an adapter (without NAME: the base model)"
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "chat",
-        help="talk to a model",
-        description="Keeps a conversation with a chat model, or with an adapter of it, and writes each answer as it "
-        f"is generated. Ctrl-C stops an answer, Ctrl-D leaves; {COMMANDS}.",
+        help="chat with a model in the terminal",
+        description="Holds a conversation with a chat model or one of its adapters and prints each answer as it is "
+        f"generated. Ctrl-C stops an answer, Ctrl-D exits; {COMMANDS}.",
     )
     option = parser.add_argument
     option("model_dir", metavar="MODEL", type=model_path, help=MODEL_HELP)
-    option("--system", metavar="TEXT", help="instructions: the first message of every conversation")
+    option("--system", metavar="TEXT", help="system message that begins every conversation")
     add_sampling_options(parser, max_tokens=512)
     add_verbose_option(parser)
     parser.set_defaults(run=run, tensor_parallel_size=1, process_id=None)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Checks settings, model and adapters; then loads them and talks."""
+    """Checks settings, model and adapters, then loads them and chats."""
     observe_phases(args)
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
     check_adapters(args)
@@ -63,24 +63,24 @@ def run(args: argparse.Namespace) -> int:
     import_engine(before)
     with loaded_engine(args, model, config, tokenizer) as engine:
         report("total", seconds_since_start())
-        print(f"Ctrl-C stops an answer, Ctrl-D leaves; {COMMANDS}.")
+        print(f"Ctrl-C stops an answer, Ctrl-D exits; {COMMANDS}.")
         talk(engine, params, args.system, next((name for name, _ in args.adapter), None))
     return 0
 
 
 def talk(engine: Engine, params: SamplingParams, system: str | None, adapter: str | None) -> None:
-    """Reads messages from stdin and answers them until its end.
+    """Reads messages from stdin to its end and answers them.
 
     Args:
-      engine: the adapters are loaded.
-      params: of each answer.
-      system: the first message of every conversation; None: there is none.
-      adapter: answers until another is chosen; None: the base model.
+      engine: an engine with the adapters loaded.
+      params: sampling parameters of each answer.
+      system: first message of every conversation, or None.
+      adapter: the adapter to start with; None: the base model.
     """
     from slora_jax.engine.arrival import chat_ids
 
     with suppress(ImportError):
-        import readline  # noqa: F401  input() edits lines with it
+        import readline  # noqa: F401  gives input() line editing
     first = [] if system is None else [{"role": "system", "content": system}]
     messages = list(first)
     while True:
@@ -90,7 +90,7 @@ def talk(engine: Engine, params: SamplingParams, system: str | None, adapter: st
             print()
             return
         except KeyboardInterrupt:
-            print("\n(Ctrl-D leaves)")
+            print("\n(Ctrl-D exits)")
             continue
         command, _, rest = text.partition(" ")
         if command == "/reset":
@@ -116,7 +116,7 @@ def talk(engine: Engine, params: SamplingParams, system: str | None, adapter: st
 
 
 def _answer(engine: Engine, prompt: list[int], params: SamplingParams, adapter: str | None) -> str:
-    """Prints an answer as it is generated and returns it; on Ctrl-C, as far as it was generated."""
+    """Prints an answer as it is generated and returns it. Ctrl-C stops the answer; its text so far is returned."""
     assert params.max_tokens is not None
     room = max(1, engine.max_model_len - len(prompt))
     answer = ""

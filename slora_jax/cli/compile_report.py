@@ -1,4 +1,4 @@
-"""`slora compile-report`: what the step programs take on a GPU that is not there."""
+"""`slora compile-report`: memory, kernels and collectives of the step programs on a GPU, without that GPU."""
 
 from __future__ import annotations
 
@@ -19,58 +19,59 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "compile-report",
-        help="compile the step for a GPU that is not there, and tell what it takes",
-        description="Compiles an engine's step programs for a GPU that is not there and reports memory, custom kernels "
-        "(registers, spills, shared memory) and collectives. Exit status 1: a kernel spills, or the pool is copied.",
+        help="compile the step for a GPU without having one, and report memory, kernels and collectives",
+        description="Compiles an engine's step programs for a GPU without having one, and reports memory, custom "
+        "kernels (registers, spills, shared memory) and collectives. Exit status 1: a kernel spills, or the pool is "
+        "copied.",
     )
     option = parser.add_argument
     option("--model-config", metavar="FILE", type=Path, required=True, help="a Hugging Face config.json")
-    option("--target", choices=tuple(DEVICES), required=True, help="the GPU")
+    option("--target", choices=tuple(DEVICES), required=True, help="GPU to compile for")
     option(
         "--tensor-parallel-size",
         metavar="N",
         type=count,
         default=1,
-        help="GPUs the model is spread over (default: %(default)s)",
+        help="GPUs that share the model (default: %(default)s)",
     )
     option(
         "--tp-lora",
         choices=LORA_SHARDINGS,
         default=EngineConfig.tp_lora,
-        help="how adapters are cut: as S-LoRA does (the default), A and B as vLLM's default, or A by input everywhere",
+        help="sharding of adapters: S-LoRA's (the default), A and B as in vLLM's default, or A by input everywhere",
     )
     option("--max-num-batched-tokens", metavar="T", type=count, required=True, help="rows of the largest step")
     option("--max-num-seqs", metavar="S", type=count, required=True, help="sequences running at once")
-    option("--json", metavar="FILE", type=Path, help="write the report there too")
+    option("--json", metavar="FILE", type=Path, help="also write the report to this file")
     option(
         "--max-lora-rank", metavar="R", type=count, default=64, help="largest LoRA rank served (default: %(default)s)"
     )
-    option("--rank", metavar="R", type=count, default=16, help="rank to count adapters in (default: %(default)s)")
+    option("--rank", metavar="R", type=count, default=16, help="rank of the adapters counted (default: %(default)s)")
     option("--page-size", metavar="N", type=count, default=EngineConfig.page_size, help="tokens (default: %(default)s)")
-    option("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of weights (default: %(default)s)")
+    option("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="weight dtype (default: %(default)s)")
     option("--max-model-len", metavar="N", type=count, help="longest sequence (default: the model's)")
-    option("--adapter-slots", metavar="N", type=count, help="adapters in the pool at once (default: as the engine's)")
+    option("--adapter-slots", metavar="N", type=count, help="adapters in the pool at once (default: the engine's)")
     option(
         "--gpu-memory-fraction",
         metavar="F",
         type=float,
         default=0.75,
-        help="share of the GPU's memory that JAX may take, as XLA_PYTHON_CLIENT_MEM_FRACTION would tell it (default: "
-        "JAX's own, %(default)s); the engine's pool gets 90%% of what weights and temporaries leave",
+        help="share of the GPU's memory that JAX may use, like XLA_PYTHON_CLIENT_MEM_FRACTION (default: %(default)s, "
+        "as in JAX); the engine's pool gets 90%% of the memory left by weights and temporaries",
     )
     option(
         "--programs",
         metavar="NAME,...",
         type=lambda text: tuple(text.split(",")),
         default=(),
-        help="compile these only, e.g. decode_64,mixed_2048_lora",
+        help="compile only these programs, e.g. decode_64,mixed_2048_lora",
     )
-    option("--layers", metavar="N", type=count, help="compile so many layers only: faster, and labelled so")
+    option("--layers", metavar="N", type=count, help="compile only N layers: faster, and noted in the report")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the report. Returns 1 if it has a problem."""
+    """Prints the report. Returns 1 if it has a problem, else 0."""
     if not args.model_config.is_file():
         raise ConfigError(f"--model-config={args.model_config}: no such file; give a Hugging Face config.json")
     if args.json is not None and not args.json.parent.is_dir():
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     from slora_jax.models.config import ModelConfig, read_json
 
     model = ModelConfig.from_dict(read_json(args.model_config))
-    _leave_devices_alone()
+    _use_cpu_only()
     from pallas_kernels.targets import TARGETS
     from slora_jax.analysis.report import compile_report
     from slora_jax.analysis.report_table import report_table
@@ -113,12 +114,12 @@ def run(args: argparse.Namespace) -> int:
     return 1 if report.problems() else 0
 
 
-def _leave_devices_alone() -> None:
-    """Before JAX starts: the GPU is not there, and one that is must be left alone; the compiler runs on the host."""
+def _use_cpu_only() -> None:
+    """Keeps JAX off any GPU of this machine; compilation runs on the host. Call before JAX starts."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    # The compiler logs that it cannot tune for a GPU that is not there, and that the pool leaves less than the fifth of
-    # memory that it likes to have. What fails is raised.
+    # Hides warnings that the compiler cannot tune without the GPU and that less than 1/5 of memory is left to it.
+    # Failures still raise.
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # as JAX sets it
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     import jax

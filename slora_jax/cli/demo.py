@@ -1,4 +1,4 @@
-"""`slora demo`."""
+"""`slora demo`: serves hundreds of random adapters and checks their answers."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from slora_jax.demo.settings import DemoSettings
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Adds the command."""
-    parser = commands.add_parser("demo", help="serve hundreds of random adapters and check the answers")
-    parser.add_argument("--dir", type=Path, default=DemoSettings.directory, help="for its files (default: %(default)s)")
+    parser = commands.add_parser("demo", help="serve hundreds of random adapters and check their answers")
+    parser.add_argument("--dir", type=Path, default=DemoSettings.directory, help="demo's files (default: %(default)s)")
     parser.add_argument(
         "--model",
         help="smollm2, tiny (random weights), or a GGUF file or model directory (default: smollm2 if it is installed)",
     )
-    for name, kind, default, what in (
+    for name, kind, default, description in (
         ("adapters", count, DemoSettings.adapters, "number of adapters"),
         ("requests", count, DemoSettings.requests, "number of requests"),
         ("layers", count, DemoSettings.layers, "layers of the tiny model"),
         ("pages", count, DemoSettings.num_pages, "pages of the memory pool"),
-        ("seed", int, DemoSettings.seed, "of weights, prompts and arrivals"),
+        ("seed", int, DemoSettings.seed, "random seed of weights, prompts and arrivals"),
     ):
         shown = "depends on the model" if default is None else default
-        parser.add_argument(f"--{name}", metavar="N", type=kind, default=default, help=f"{what} (default: {shown})")
+        text = f"{description} (default: {shown})"
+        parser.add_argument(f"--{name}", metavar="N", type=kind, default=default, help=text)
     parser.set_defaults(run=run, fields={"num_pages": "pages"})
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the demo. Returns 1 if its check failed."""
+    """Runs the demo. Returns 1 if its check failed, else 0."""
     settings = DemoSettings(
         directory=args.dir,
         model=args.model,

@@ -1,4 +1,4 @@
-"""`slora generate`: one prompt, answered by the base model or by each of some adapters."""
+"""`slora generate`: answers one prompt with the base model or with each of several adapters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from slora_jax.models.config import ModelConfig
 
 _ROWS = 64
-"""The rows of the prefill program are a multiple of this."""
+"""The prefill program's rows are a multiple of this."""
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -31,13 +31,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "generate",
         help="answer a prompt",
-        description="Answers a prompt and writes the text as it comes. With several adapters, each answers in turn, "
-        "after a line with its name.",
+        description="Answers a prompt and prints the text as it is generated. With several adapters, each answers in "
+        "turn, after a line with its name.",
     )
     option = parser.add_argument
     option("model_dir", metavar="MODEL", type=model_path, help=MODEL_HELP)
-    option("--prompt", metavar="TEXT", required=True, help="text to go on from")
-    option("--chat", action="store_true", help="put the prompt into the model's chat template, as a user's message")
+    option("--prompt", metavar="TEXT", required=True, help="text to continue")
+    option("--chat", action="store_true", help="send the prompt as a user message, in the model's chat template")
     add_sampling_options(parser, max_tokens=128)
     add_verbose_option(parser)
     add_parallel_options(parser)
@@ -45,7 +45,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
-    """Options that `slora generate` and `slora chat` share. max_tokens: the default."""
+    """Adds the options shared by `slora generate` and `slora chat`; `max_tokens` is a default."""
     option = parser.add_argument
     option(
         "--adapter",
@@ -53,17 +53,17 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
         type=named_directory,
         action="append",
         default=[],
-        help="a PEFT directory and a name for it; may be given several times",
+        help="name and directory of a PEFT adapter; may be repeated",
     )
-    option("--max-tokens", metavar="N", type=count, default=max_tokens, help="of an answer (default: %(default)s)")
-    option("--max-model-len", metavar="N", type=count, default=4096, help="most with the prompt (default: %(default)s)")
-    option("--temperature", metavar="T", type=float, default=0.0, help="0, the default, takes the likeliest token")
-    option("--seed", metavar="N", type=int, default=0, help="of sampling (default: %(default)s)")
-    option("--dtype", default="auto", choices=DTYPES, help="of weights (default: float32 on a CPU, else bfloat16)")
+    option("--max-tokens", metavar="N", type=count, default=max_tokens, help="longest answer (default: %(default)s)")
+    option("--max-model-len", metavar="N", type=count, default=4096, help="longest sequence (default: %(default)s)")
+    option("--temperature", metavar="T", type=float, default=0.0, help="sampling temperature (default: 0, greedy)")
+    option("--seed", metavar="N", type=int, default=0, help="sampling seed (default: %(default)s)")
+    option("--dtype", default="auto", choices=DTYPES, help="weight dtype (default: float32 on a CPU, else bfloat16)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Checks settings, model, adapters and prompt, in the order of what that costs; then loads and answers."""
+    """Checks settings, model, adapters and prompt, the cheapest first, then loads the engine and answers."""
     observe_phases(args)
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
     check_processes(args, args.tensor_parallel_size)
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     before = seconds_since_start()
     with phase("tokenizer"):
         tokenizer, prompt = _prompt(args, model, config)
-    config = _with_rows_for(prompt, config)
+    config = _sized_for(prompt, config)
     import_engine(before)
     with join(args) or nullcontext() as processes:
         if processes is None or processes.is_leader:
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_adapters(args: argparse.Namespace) -> None:
-    """Checks names, and the directories that this process reads: only process 0 has adapters.
+    """Checks the adapters' names and, in process 0, which alone reads them, their directories.
 
     Raises:
       ConfigError: a name is given twice, or a directory does not exist.
@@ -110,7 +110,7 @@ def check_adapters(args: argparse.Namespace) -> None:
 
 
 def _engine_config(args: argparse.Namespace, model: ModelConfig) -> EngineConfig:
-    """The settings, but for the number of pages and the rows of the prefill program."""
+    """The engine's settings, except the number of pages and the rows of the prefill program."""
     return EngineConfig(
         dtype=args.dtype,
         max_num_seqs=1,
@@ -123,10 +123,10 @@ def _engine_config(args: argparse.Namespace, model: ModelConfig) -> EngineConfig
 
 
 def _prompt(args: argparse.Namespace, model: ModelConfig, config: EngineConfig) -> tuple[Any, list[int]]:
-    """The tokenizer, and the prompt's tokens.
+    """Returns the tokenizer and the prompt's token ids.
 
     Raises:
-      RequestError: there is no tokenizer, or no chat template for `--chat`; the prompt is too long.
+      RequestError: the model has no tokenizer, or no chat template for `--chat`, or the prompt is too long.
     """
     from slora_jax.engine.arrival import chat_ids, prompt_ids
     from slora_jax.engine.text import load_tokenizer
@@ -144,14 +144,14 @@ def _prompt(args: argparse.Namespace, model: ModelConfig, config: EngineConfig) 
     return tokenizer, prompt_ids(prompt, tokenizer, model.vocab_size, longest)
 
 
-def _with_rows_for(prompt: list[int], config: EngineConfig) -> EngineConfig:
-    """One prefill program, no larger than the prompt needs."""
+def _sized_for(prompt: list[int], config: EngineConfig) -> EngineConfig:
+    """Returns the config with one prefill program, no larger than the prompt needs."""
     rows = min(EngineConfig.max_num_batched_tokens, -(-len(prompt) // _ROWS) * _ROWS)
     return replace(config, max_num_batched_tokens=rows, mixed_buckets=(rows,))
 
 
 def import_engine(before: float) -> None:
-    """Imports the engine. before: seconds that the process took for its other imports."""
+    """Imports the engine and reports the phase "imports"; `before` is the seconds of the earlier imports."""
     start = time.monotonic()
     import slora_jax.distributed.follower
     import slora_jax.engine.engine  # noqa: F401
@@ -167,7 +167,7 @@ def loaded_engine(
     tokenizer: Any,
     processes: ProcessGroup | None = None,
 ) -> Iterator[Engine]:
-    """An engine with the adapters of the command line, whose pool holds one sequence and the largest of them."""
+    """An engine with the command line's adapters loaded; its pool holds one sequence and the largest adapter."""
     from pallas_kernels.lora.layout import ceil_div
     from slora_jax.adapters import read_peft
     from slora_jax.engine.engine import Engine

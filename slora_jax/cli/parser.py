@@ -1,4 +1,4 @@
-"""The command line's grammar: commands, kinds of values, and errors that name the option."""
+"""The command line's parser, with errors that name the option."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from slora_jax.typed import FORMER_NAMES
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises `ConfigError` for a mistake: one line that names the option, the value and what is allowed."""
+    """Raises `ConfigError` for a usage error: one line that names the option, its value and the allowed values."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings, allow_abbrev=False)  # the former --tp must not be taken for --tp-lora
+        super().__init__(**settings, allow_abbrev=False)  # or the former --tp would mean --tp-lora
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         known, unknown = super().parse_known_args(args, namespace)
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Prints the version; looking it up takes longer than all other parsing."""
+    """Prints the version, looked up only on demand since that takes longer than all other parsing."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         from importlib.metadata import version
@@ -46,7 +46,7 @@ class _Version(argparse.Action):
 
 
 def make_parser() -> Parser:
-    """The parser of all commands; the result of a parse has `run`, which takes it and returns the exit status."""
+    """Returns the parser of all commands. Its result `args` has `args.run(args)`, which returns the exit status."""
     parser = Parser(prog="slora", description="One base model, thousands of LoRA adapters, one unified paged pool.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -56,7 +56,7 @@ def make_parser() -> Parser:
 
 
 def with_options(message: str, args: argparse.Namespace | None) -> str:
-    """An error's message; where it begins with a field that an option has set, with the option in its place."""
+    """Returns an error's message, with a field at its beginning replaced by the option that set it."""
     field = re.match(r"(?:EngineConfig\.|SamplingParams\.)?(\w+)=", message)
     if args is None or field is None:
         return message

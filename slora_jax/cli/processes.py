@@ -1,4 +1,4 @@
-"""Options of the commands that serve a model: devices, and processes that serve it together."""
+"""Options for serving a model on several devices and in several processes."""
 
 from __future__ import annotations
 
@@ -11,37 +11,35 @@ from slora_jax.errors import ConfigError
 if TYPE_CHECKING:
     from slora_jax.distributed.group import ProcessGroup
 
-_TOGETHER = ("coordinator", "num_processes", "process_id")
+_PROCESS_OPTIONS = ("coordinator", "num_processes", "process_id")
 
 
 def add_parallel_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `check_processes` and `join` read."""
+    """Adds the options that `check_processes` and `join` read."""
     option = parser.add_argument_group("several devices, several processes").add_argument
     option(
         "--tensor-parallel-size",
         metavar="N",
         type=count,
-        help="devices the model is cut over, of all processes together (default: 1)",
+        help="devices that share the model, in all processes together (default: 1)",
     )
     option(
         "--coordinator",
         metavar="HOST:PORT",
-        help="address of process 0, where the processes meet (it uses PORT and PORT + 1); each is started with the "
-        "same command and its own --process-id, and all but process 0 write nothing",
+        help="address of process 0, which all processes connect to (it uses PORT and PORT + 1); start each process "
+        "with the same command and its own --process-id; only process 0 prints",
     )
-    option("--num-processes", metavar="N", type=count, help="how many there are")
-    option("--process-id", metavar="I", type=int, help="which one this is, from 0")
-    option(
-        "--join-timeout", metavar="SECONDS", type=float, default=300.0, help="for all to come (default: %(default)s)"
-    )
+    option("--num-processes", metavar="N", type=count, help="number of processes")
+    option("--process-id", metavar="I", type=int, help="index of this process, from 0")
+    option("--join-timeout", metavar="S", type=float, default=300.0, help="seconds to connect (default: %(default)s)")
 
 
 def check_processes(args: argparse.Namespace, tp: int) -> None:
     """Raises ConfigError if the options are incomplete or contradict each other."""
-    given = [_option(name) for name in _TOGETHER if getattr(args, name) is not None]
+    given = [_option(name) for name in _PROCESS_OPTIONS if getattr(args, name) is not None]
     if not given:
         return
-    for name in _TOGETHER:
+    for name in _PROCESS_OPTIONS:
         if getattr(args, name) is None:
             raise ConfigError(f"{_option(name)} is missing: it goes with {', '.join(given)}")
     if args.num_processes > 1 and tp % args.num_processes:
@@ -51,10 +49,10 @@ def check_processes(args: argparse.Namespace, tp: int) -> None:
 
 
 def join(args: argparse.Namespace) -> ProcessGroup | None:
-    """The processes that serve the model together; None: this one alone.
+    """Joins the processes that serve the model together; returns None if this process serves alone.
 
     Raises:
-      ConfigError: the options are out of range, or the other processes cannot be met.
+      ConfigError: the options are out of range, or the other processes did not connect.
     """
     if args.coordinator is None:
         return None

@@ -18,27 +18,27 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "serve",
-        help="serve the model and its adapters over HTTP, as OpenAI's API does",
-        description="Serves the model and its adapters over HTTP, as OpenAI's API does, until SIGTERM or Ctrl-C. The "
-        "config file has all settings (those of slora_jax/serving/settings.py); options take precedence over it.",
+        help="serve the model and its adapters over HTTP with OpenAI's API",
+        description="Serves the model and its adapters over HTTP with OpenAI's API until SIGTERM or Ctrl-C. The config "
+        "file can set everything in slora_jax/serving/settings.py; options take precedence over it.",
     )
     option = parser.add_argument
     option("model_dir", metavar="MODEL", type=model_path, help=MODEL_HELP)
-    option("--adapters", metavar="DIR", type=Path, help="PEFT directories; new ones are registered as they come")
-    option("--config", metavar="FILE", type=Path, help="settings, in YAML")
-    option("--name", metavar="NAME", help="of the base model, for clients (default: the directory's)")
-    option("--host", metavar="ADDRESS", help="to listen on (default: 127.0.0.1, this machine only)")
-    option("--port", metavar="N", type=int, help="to listen on (default: 8000; 0: any that is free)")
-    option("--cors-origin", metavar="URL", action="append", help="of web pages that may call the service; *: any")
-    option("--dtype", choices=DTYPES, help="of weights (default: float32 on a CPU, else bfloat16)")
+    option("--adapters", metavar="DIR", type=Path, help="folder of PEFT directories, watched for new ones")
+    option("--config", metavar="FILE", type=Path, help="YAML file with settings")
+    option("--name", metavar="NAME", help="base model's name for clients (default: the directory's)")
+    option("--host", metavar="ADDRESS", help="address to listen on (default: 127.0.0.1, this machine only)")
+    option("--port", metavar="N", type=int, help="port to listen on (default: 8000; 0: any free port)")
+    option("--cors-origin", metavar="URL", action="append", help="origin of web pages with access; *: any")
+    option("--dtype", choices=DTYPES, help="weight dtype (default: float32 on a CPU, else bfloat16)")
     option(
         "--max-num-seqs",
         metavar="N",
         type=count,
         help=f"sequences running at once (default: {EngineConfig.max_num_seqs})",
     )
-    option("--num-pages", metavar="N", type=count, help="pages of the pool (default: what memory allows)")
-    option("--replicas", metavar="N", type=count, help="engines, behind Ray Serve if more than one (default: 1)")
+    option("--num-pages", metavar="N", type=count, help="pages of the pool (default: as many as fit)")
+    option("--replicas", metavar="N", type=count, help="number of engines, behind Ray Serve if above 1 (default: 1)")
     add_verbose_option(parser)
     add_parallel_options(parser)
     parser.set_defaults(run=run)
@@ -64,11 +64,11 @@ def run(args: argparse.Namespace) -> int:
     }
     settings = ServerSettings.from_file(args.config, **given)
     if settings.replicas > 1 and args.coordinator is not None:
-        raise ConfigError(f"--replicas={settings.replicas}: of engines in one process each; leave --coordinator out")
+        raise ConfigError(f"--replicas={settings.replicas}: must be 1 with --coordinator; leave one of the two out")
     check_processes(args, settings.engine.tensor_parallel_size)
     from slora_jax.models.config import ModelConfig
 
-    model = ModelConfig.from_directory(settings.model_dir)  # raises before anything listens
+    model = ModelConfig.from_directory(settings.model_dir)  # raises before the server listens
     try:
         from slora_jax.serving.serve import serve
     except ImportError as error:

@@ -1,22 +1,22 @@
-"""Kinds of option values. Their errors begin with "=", which the parser writes after the option's name."""
+"""Types of option values. Their errors begin with "=", to follow the option's name in the parser's message."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-MODEL_HELP = "Hugging Face model directory or GGUF file; smollm2: the model that make install brings"
+MODEL_HELP = "Hugging Face model directory or GGUF file; smollm2: the model that make install installs"
 
 
 def count(text: str) -> int:
-    """A positive integer."""
+    """Parses a positive integer."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"={text}: must be a positive integer")
     return int(text)
 
 
 def model_path(text: str) -> Path:
-    """A model's path; "smollm2" is the installed SmolLM2."""
+    """Parses a model's path; "smollm2" stands for the installed SmolLM2."""
     if text != "smollm2" or Path(text).exists():
         return Path(text)
     from slora_jax.demo.smollm2 import REQUIREMENT, smollm2_path
@@ -28,7 +28,7 @@ def model_path(text: str) -> Path:
 
 
 def named_directory(text: str) -> tuple[str, Path]:
-    """An adapter's name and directory."""
+    """Parses NAME=DIR: an adapter's name and directory."""
     name, _, directory = text.partition("=")
     if not name or not directory:
         raise argparse.ArgumentTypeError(f"={text}: must be NAME=DIR")

@@ -1,4 +1,4 @@
-"""`--verbose`: the time that each phase of a start takes, on stderr."""
+"""`--verbose`: writes the duration of each phase of a start to stderr."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from slora_jax import phases
 
 
 def add_verbose_option(parser: argparse.ArgumentParser) -> None:
-    """The option that `observe_phases` reads."""
+    """Adds the option that `observe_phases` reads."""
     parser.add_argument("--verbose", action="store_true", help="write the seconds of each phase of the start to stderr")
 
 
 def observe_phases(args: argparse.Namespace) -> None:
-    """Writes phases to stderr from now on, if they were asked for."""
+    """Writes later phases to stderr if `--verbose` was given."""
     phases.observe(_write if args.verbose else None)
 
 

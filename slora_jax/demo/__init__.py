@@ -1,4 +1,4 @@
-"""The demo: hundreds of adapters of one small model, served from one pool, their answers checked by merged weights."""
+"""The demo: serves hundreds of adapters of a small model from one pool and checks answers with merged weights."""
 
 from typing import TYPE_CHECKING
 
@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from slora_jax.demo.run import run_demo
     from slora_jax.demo.settings import DemoSettings
 else:
-    __getattr__, __dir__ = exported(
-        __name__, {"slora_jax.demo.run": ("run_demo",), "slora_jax.demo.settings": ("DemoSettings",)}
+    __getattr__, __dir__, __all__ = exported(
+        __name__,
+        run="run_demo",
+        settings="DemoSettings",
     )
-
-__all__ = ["DemoSettings", "run_demo"]

@@ -35,11 +35,10 @@ def write_adapters(
     ranks: Sequence[int] = RANKS,
     targets: Sequence[tuple[str, ...]] = TARGETS,
 ) -> list[DemoAdapter]:
-    """Writes `count` float16 adapters to folders of `root`; every pair of `ranks` and `targets` is equally common."""
+    """Writes `count` float16 adapters to folders of `root`, cycling through all pairs of `ranks` and `targets`."""
     adapters = []
     for i in tqdm(range(count), desc="writing adapters", unit="adapter"):
         rank, modules = ranks[i % len(ranks)], targets[i // len(ranks) % len(targets)]
-        # Trained adapters come with the training part; they would be loaded here.
         adapter = random_adapter(geometry, rank, modules, seed=seed + i)
         directory = write_peft(root / f"adapter-{i:04d}", adapter, dtype="float16")
         adapters.append(DemoAdapter(directory, rank, modules))

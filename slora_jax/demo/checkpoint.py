@@ -1,4 +1,4 @@
-"""A small Llama checkpoint in Hugging Face format, with random weights and a tokenizer of its own; no torch needed."""
+"""Writes a small Llama checkpoint in Hugging Face format, with random weights and its own tokenizer, without torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_POSITIONS = 512
 
 @dataclass(frozen=True)
 class Widths:
-    """Of a model: its hidden states, its heads, and its feed-forward layers."""
+    """Widths of the model's hidden states and feed-forward layers, and its numbers of heads."""
 
     hidden: int = 256
     heads: int = 8
@@ -62,7 +62,7 @@ def write_checkpoint(directory: Path, num_layers: int, seed: int, widths: Widths
 
 
 def _random_weights(num_layers: int, widths: Widths, vocab: int, seed: int) -> dict[str, np.ndarray]:
-    """Kernels `[out, in]` drawn from N(0, 1 / in), embeddings from N(0, 1), norms at one."""
+    """Draws kernels `[out, in]` from N(0, 1 / in) and embeddings from N(0, 1); norm scales are 1."""
     rng = np.random.default_rng(seed)
     hidden, ffn = widths.hidden, widths.ffn
     kv = widths.kv_heads * hidden // widths.heads

@@ -1,4 +1,4 @@
-"""The text that the tiny model's tokenizer is trained on and its prompts are taken from; questions for chat models."""
+"""Text for the tiny model's tokenizer and prompts, and questions for chat models."""
 
 TEXT = """
 A language model is trained once on a great deal of text and then adapted to many different tasks.

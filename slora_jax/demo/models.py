@@ -1,4 +1,4 @@
-"""The models that the demo can serve, and the load that suits each."""
+"""The demo's models, and a suitable load for each."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Load:
     """Adapters and requests of a run.
 
     Attributes:
-      ranks: Ranks of the adapters, equally common.
-      targets: Sets of target modules, equally common; a set may be listed more than once.
-      requests: Number of requests.
-      num_pages: Pages of the pool.
-      max_num_seqs: Requests that run at once.
-      max_model_len: Most tokens of prompt and answer together.
-      checks: Answers compared with merged weights.
-      chat: Whether prompts are questions in the model's chat template.
+      ranks: ranks of the adapters, equally common.
+      targets: sets of target modules, equally common; a set may be listed several times.
+      requests: number of requests.
+      num_pages: pages of the pool.
+      max_num_seqs: requests that run at once.
+      max_model_len: tokens of prompt and answer, at most.
+      checks: number of answers compared with merged weights.
+      chat: prompts are questions in the model's chat template.
     """
 
     ranks: tuple[int, ...]
@@ -66,8 +66,8 @@ class DemoModel:
 
     Attributes:
       path: GGUF file or Hugging Face directory; None: the tiny model, which the demo writes.
-      name: Words for the output.
-      notice: A line to print first; empty: none.
+      name: description to print.
+      notice: a line to print first, or "".
     """
 
     path: Path | None

@@ -1,4 +1,4 @@
-"""A model's weights and config for the re-check, read from its files without the engine's loader."""
+"""Reads a model's weights and config for the check, independently of the engine's loader."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _OTHER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm",
 
 
 def read_reference(model: Path) -> tuple[Weights, dict[str, Any]]:
-    """Weights under Hugging Face names, and the config that `dense_logits` takes.
+    """Returns weights by Hugging Face name, and the config for `dense_logits`.
 
     Raises:
-      UnsupportedModelError: Not a Llama, or one with biases or scaled rotary positions.
+      UnsupportedModelError: the model is not a Llama, or has biases or scaled rotary positions.
     """
     weights, config = _read_gguf(model) if model.is_file() else _read_directory(model)
     parts = {name.split(".")[-2] for name in weights}
     known = {name.split(".")[-1] for name in (*_LAYER_NAMES.values(), *_OTHER_NAMES.values())}
     if parts - known or any(name.endswith(".bias") for name in weights):
-        raise UnsupportedModelError(f"{model}: has tensors that the re-check does not know: {sorted(parts - known)}")
+        raise UnsupportedModelError(f"{model}: has tensors that the check does not support: {sorted(parts - known)}")
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     return weights, config
 
@@ -54,7 +54,7 @@ def _read_directory(model: Path) -> tuple[Weights, dict[str, Any]]:
 
 
 def _read_gguf(file: Path) -> tuple[Weights, dict[str, Any]]:
-    """Dequantised by `gguf`. llama.cpp orders the rows of q and k so that a rotated pair lies side by side."""
+    """Dequantises with `gguf`, and undoes llama.cpp's order of q and k rows, in which rotated pairs are adjacent."""
     reader = gguf.GGUFReader(file)
 
     def field(name: str, default: Any = None) -> Any:
@@ -81,9 +81,9 @@ def _read_gguf(file: Path) -> tuple[Weights, dict[str, Any]]:
         weight = gguf.dequantize(tensor.data, tensor.tensor_type)
         if part.startswith("blk."):
             _, layer, part = part.split(".")
-            of_heads = {"attn_q": heads, "attn_k": config["num_key_value_heads"]}.get(part)
-            if of_heads:
-                weight = weight.reshape(of_heads, -1, 2, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
+            permuted_heads = {"attn_q": heads, "attn_k": config["num_key_value_heads"]}.get(part)
+            if permuted_heads:
+                weight = weight.reshape(permuted_heads, -1, 2, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
             part = f"model.layers.{layer}.{_LAYER_NAMES.get(part, part)}"
         weights[f"{_OTHER_NAMES.get(part, part)}.{kind}"] = weight
     return weights, config

@@ -1,4 +1,4 @@
-"""The demo from beginning to end: start, ask, make adapters, serve, check, and say what happened."""
+"""Runs the demo: starts an engine, asks a question, makes adapters, serves requests, and checks answers."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ SHOWN_ANSWERS = 4
 
 
 def run_demo(settings: DemoSettings) -> bool:
-    """Runs the demo, talking to stdout. Returns whether every checked answer agrees with its merged weights.
+    """Runs the demo and prints its progress. Returns whether all checked answers agree with merged weights.
 
     Raises:
-      ConfigError: the directory holds something else, or the model is not there.
+      ConfigError: the directory holds other files, or the model does not exist.
     """
     model, adapters_dir = choose_model(settings.model), settings.directory / "adapters"
     load = model.load
@@ -72,11 +72,11 @@ def run_demo(settings: DemoSettings) -> bool:
         pages = sum(info.num_pages for info in engine.load_adapters(adapters_dir))
         ranks = ", ".join(map(str, load.ranks))
         print(f"   Their ranks are {ranks}, on 2, 4 or 7 modules of each layer; they are in {adapters_dir}")
-        print(f"   The memory pool has {engine.allocator.capacity} pages, for adapters and keys and values together.")
-        print(f"   All adapters at once would take {pages}: they must come and go.")
+        print(f"   The memory pool has {engine.allocator.capacity} pages, shared by adapters and the KV cache.")
+        print(f"   All adapters together need {pages} pages, so they are loaded and evicted as needed.")
         count = settings.requests or load.requests
         requests = make_traffic(adapters, count, settings.seed, load.chat)
-        print(f"3. Serving {len(requests)} requests, which arrive while others are being answered.")
+        print(f"3. Serving {len(requests)} requests, which arrive while others are running.")
         served = serve(engine, requests)
     for line in _table(requests, served, engine.allocator.capacity):
         print("   " + line)
@@ -84,11 +84,11 @@ def run_demo(settings: DemoSettings) -> bool:
         for line in _answers(requests, served.outputs):
             print("   " + line)
 
-    print("4. Checking answers: each again, alone, in NumPy, with the adapter merged into the weights.", flush=True)
+    print("4. Checking answers one by one, in NumPy, with the adapter merged into the weights.", flush=True)
     try:
         base, reference_config = read_reference(path)
     except UnsupportedModelError as error:
-        print(f"   Skipped, because the check computes plain Llama models only. {error}")
+        print(f"   Skipped, because the check supports only plain Llama models. {error}")
         return True
     agree = _check(base, reference_config, requests, served.outputs, settings.checks or load.checks)
     print(f"Try them: {_slora()} serve {path} --adapters {adapters_dir} --dtype float32")
@@ -96,17 +96,17 @@ def run_demo(settings: DemoSettings) -> bool:
 
 
 def _slora() -> str:
-    """The command `slora` as this shell can start it."""
-    beside = Path(sys.executable).with_name("slora")
-    if shutil.which("slora") or not beside.exists():
+    """The command `slora`, with its path unless the shell finds it."""
+    script = Path(sys.executable).with_name("slora")
+    if shutil.which("slora") or not script.exists():
         return "slora"
-    return os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
+    return os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)
 
 
 def _prepare(directory: Path) -> None:
-    """An empty directory but for the compiled programs of earlier demos."""
+    """Creates the directory, or removes an earlier demo's files except compiled programs."""
     if directory.exists() and any(directory.iterdir()) and not (directory / MARKER).exists():
-        raise ConfigError(f"{directory}: holds something that no earlier demo left there; choose another directory")
+        raise ConfigError(f"{directory}: holds files that no earlier demo left there; choose another directory")
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MARKER).touch()
     (directory / "model.gguf").unlink(missing_ok=True)
@@ -115,7 +115,7 @@ def _prepare(directory: Path) -> None:
 
 
 def _place(model: DemoModel, settings: DemoSettings) -> Path:
-    """Path of the model. The tiny one is written to the directory; a GGUF file gets a short name there."""
+    """Returns the model's path. Writes the tiny model to the demo's directory; links a GGUF file there."""
     if model.path is None:
         path = settings.directory / "model"
         parameters = write_checkpoint(path, settings.layers, settings.seed)
@@ -129,7 +129,7 @@ def _place(model: DemoModel, settings: DemoSettings) -> Path:
 
 
 def _ask(engine: Engine) -> None:
-    """Asks the base model a question and prints its answer as it comes."""
+    """Asks the base model a question and prints the answer as it is generated."""
     start, first = time.perf_counter(), None
 
     def pieces() -> Iterable[str]:
@@ -145,7 +145,7 @@ def _ask(engine: Engine) -> None:
 
 
 def _print_wrapped(label: str, pieces: Iterable[str]) -> None:
-    """Prints text word by word as its pieces come, in lines of at most `COLUMNS`."""
+    """Prints text word by word as its pieces arrive, in lines of at most `COLUMNS` characters."""
     print(label, end="", flush=True)
     column, word = len(label), ""
     for piece in chain(pieces, " "):
@@ -161,7 +161,7 @@ def _print_wrapped(label: str, pieces: Iterable[str]) -> None:
 
 
 def _answers(requests: Sequence[DemoRequest], outputs: Sequence[RequestOutput]) -> list[str]:
-    """Some of the answers, one line each, of different adapters."""
+    """Lines with a sample of the answers."""
     rows = ["some of the answers:"]
     for request, output in list(zip(requests, outputs, strict=True))[:: len(requests) // SHOWN_ANSWERS + 1]:
         name = "base model" if request.adapter is None else request.adapter.name
@@ -171,7 +171,7 @@ def _answers(requests: Sequence[DemoRequest], outputs: Sequence[RequestOutput]) 
 
 
 def _table(requests: Sequence[DemoRequest], served: Served, capacity: int) -> list[str]:
-    """What the run did, one aligned line each."""
+    """Aligned lines with the run's metrics."""
     stats, outputs = served.stats, served.outputs
     first = np.array([o.metrics.first_token_latency for o in outputs], float)
     median, p99 = np.percentile(first, [50, 99])
@@ -181,9 +181,9 @@ def _table(requests: Sequence[DemoRequest], served: Served, capacity: int) -> li
         "tokens": f"{stats.tokens_generated} generated in {served.seconds:.1f} s: "
         f"{stats.tokens_generated / served.seconds:.0f} per second",
         "time to first token": f"median {median:.2f} s, p99 {p99:.2f} s",
-        "adapter loads": f"{stats.adapter_loads}; {stats.adapter_hits} times the adapter was still in the pool",
+        "adapter loads": f"{stats.adapter_loads}; {stats.adapter_hits} times the adapter was already in the pool",
         "adapter evictions": f"{stats.adapter_evictions}, to make room",
-        "preemptions": f"{stats.preemptions} requests set back for want of pages, and computed again",
+        "preemptions": f"{stats.preemptions} (out of pages; the requests were recomputed later)",
     }
     for kind, label in (("kv", "KV cache pages"), ("adapter", "adapter pages"), ("free", "free pages")):
         pages = served.pages[kind]
@@ -200,7 +200,7 @@ def _check(
     outputs: Sequence[RequestOutput],
     checks: int,
 ) -> bool:
-    """Compares a sample with its merged weights, says so request by request, and returns whether all agree."""
+    """Compares sampled answers with merged weights, prints each verdict, and returns whether all agree."""
     sample = _sample(requests, outputs, checks)
     with_adapter = changed = failed = 0
     for i in sample:
@@ -213,14 +213,14 @@ def _check(
             failed += 1
             found, expected = ("the end" if t is None else t for t in (difference.token, difference.expected))
             verdict = f"DIFFERS: token {difference.position} is {found}, not {expected}"
-        what = "base model"
+        label = "base model"
         if adapter is not None:
             with_adapter += 1
             changed += first_difference(base, config, *answer) is not None
-            what = f"{adapter.name}, rank {adapter.rank:2}, {' '.join(adapter.targets)}"
-        print(f"   request {i:4}  {what:48}  {verdict}", flush=True)
+            label = f"{adapter.name}, rank {adapter.rank:2}, {' '.join(adapter.targets)}"
+        print(f"   request {i:4}  {label:48}  {verdict}", flush=True)
     if failed:
-        print(f"   {failed} of {len(sample)} answers DIFFER from those of the merged weights. The engine is wrong.")
+        print(f"   {failed} of {len(sample)} answers DIFFER from those of the merged weights: the engine has a bug.")
         return False
     print(f"   All {len(sample)} agree with the merged weights token for token.")
     print(f"   The base model alone would have answered {changed} of the {with_adapter} with adapters differently.")
@@ -228,8 +228,8 @@ def _check(
 
 
 def _sample(requests: Sequence[DemoRequest], outputs: Sequence[RequestOutput], count: int) -> list[int]:
-    """Requests of different adapters, every combination of rank and targets in turn; the most preempted ones first,
-    otherwise at random."""
+    """Indices of `count` requests with distinct adapters, cycling through the combinations of rank and targets; prefers
+    the most often preempted requests, otherwise random."""
     used: set[DemoAdapter | None] = set()
     taken: Counter[tuple | None] = Counter()
     turn: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""The demo's settings, without the demo: the command line reads its defaults here."""
+"""The demo's settings, apart from the demo since the command line imports their defaults."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from slora_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Settings of the demo. Where None, the default depends on the model (`demo.models`).
+    """Settings of the demo. None selects the model's default (`demo.models`).
 
     Attributes:
-      directory: Holds the demo's files; must be empty, missing, or left by an earlier demo.
-      model: "smollm2", "tiny" (a small random model), or a path; None: SmolLM2 if it is installed, else tiny.
-      layers: Layers of the tiny model.
-      num_pages: Pages of the pool.
-      checks: Answers compared with merged weights.
-      seed: Seed of weights, prompts and arrivals.
+      directory: for the demo's files; must be empty, missing, or left by an earlier demo.
+      model: "smollm2", "tiny" (a small random model), or a path; None: SmolLM2 if installed, else tiny.
+      layers: layers of the tiny model.
+      num_pages: pages of the pool.
+      checks: number of answers compared with merged weights.
+      seed: random seed of weights, prompts and arrivals.
     """
 
     directory: Path = Path(".demo")

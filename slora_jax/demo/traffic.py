@@ -1,4 +1,4 @@
-"""Requests for many adapters, and the run that serves them with continuous batching."""
+"""Makes requests for many adapters and serves them with continuous batching."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slora_jax.metrics import PoolPages
 from slora_jax.scheduling import SamplingParams
 
 BASE_ONLY = 0.1
-"""Share of the requests that use no adapter."""
+"""Share of requests without an adapter."""
 ARRIVALS_PER_STEP = 1.0
 MAX_SENTENCES = 4
 MIN_TOKENS, MAX_TOKENS = 16, 32
@@ -25,9 +25,12 @@ MIN_TOKENS, MAX_TOKENS = 16, 32
 
 @dataclass(frozen=True)
 class DemoRequest:
-    """`max_tokens` greedy tokens after `prompt`, from `adapter` (None: the base model), added before step `step`.
+    """A request for a greedy answer.
 
-    chat: whether the prompt is a user's message for the model's chat template.
+    Attributes:
+      adapter: the adapter that answers; None: the base model.
+      step: engine step before which the request is added.
+      chat: the prompt is a user message for the model's chat template.
     """
 
     prompt: str
@@ -39,18 +42,25 @@ class DemoRequest:
 
 @dataclass(frozen=True)
 class Served:
-    """What the run gave: outputs in the order of the requests, and pool pages by kind after each step."""
+    """Result of a run.
+
+    Attributes:
+      outputs: in the order of the requests.
+      stats: the engine's counters at the end.
+      seconds: duration.
+      pages: kind -> pages in the pool after each step, int `[steps]`.
+    """
 
     outputs: list[RequestOutput]
     stats: EngineStats
     seconds: float
-    pages: dict[str, np.ndarray]  # kind -> int [steps]
+    pages: dict[str, np.ndarray]
 
 
 def make_traffic(adapters: Sequence[DemoAdapter], count: int, seed: int, chat: bool = False) -> list[DemoRequest]:
-    """`count` requests in order of arrival: questions if `chat`, else texts.
+    """Makes `count` requests in order of arrival: questions if `chat`, else texts.
 
-    Every adapter is asked for once before any is asked for again.
+    Every adapter is used once before any is used again.
     """
     rng = np.random.default_rng(seed)
     num_base = round(count * BASE_ONLY)
@@ -68,14 +78,14 @@ def make_traffic(adapters: Sequence[DemoAdapter], count: int, seed: int, chat: b
 
 
 def chat_prompt(tokenizer: Any, message: str) -> list[int]:
-    """The tokens of a user's message in the model's chat template, up to where the answer begins."""
+    """Token ids of a user message in the model's chat template, up to the beginning of the answer."""
     messages = [{"role": "user", "content": message}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def serve(engine: Engine, requests: Sequence[DemoRequest]) -> Served:
-    """Adds each request at its step and steps the engine until all are answered, under a progress bar."""
+    """Adds each request at its step and runs the engine until all are answered, with a progress bar."""
     outputs: dict[str, RequestOutput] = {}
     pages: list[PoolPages] = []
     waiting = list(enumerate(requests))[::-1]

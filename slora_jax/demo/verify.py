@@ -1,7 +1,7 @@
-"""The answers again, from merged weights: NumPy, one request at a time, nothing shared with the engine.
+"""Checks answers with merged weights in NumPy, one request at a time, sharing no code with the engine.
 
-The weights come straight from the model's files (`demo.reference_weights`), the adapter is added to them as
-`W + (alpha / r) B A`, and the model is a dense Llama forward pass without cache, pages or batching.
+Weights are read from the model's files (`demo.reference_weights`), the adapter is merged as `W + (alpha / r) B A`, and
+the model is a dense Llama forward pass without cache, pages or batching.
 """
 
 from __future__ import annotations
@@ -17,14 +17,20 @@ from safetensors.numpy import load_file
 
 Weights = dict[str, np.ndarray]
 ROUNDING = 1e-5
-"""Logits closer than this share of the largest are a tie, which float32 rounding may decide either way..."""
+"""Logits that differ by less than this share of the largest are a tie, which float32 rounding decides..."""
 LARGEST_TIE = 1e-4
-"""...and no more than this apart."""
+"""...unless they differ by more than this."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first token, counted from 0, at which an answer and the merged model part; None: here the answer ends."""
+    """The first difference between an answer and the merged model's.
+
+    Attributes:
+      position: index in the answer, from 0.
+      token: the answer's token; None: the answer ends here.
+      expected: the merged model's token; None: the answer should have ended here.
+    """
 
     position: int
     token: int | None
@@ -32,12 +38,12 @@ class Difference:
 
 
 def load_weights(file: Path) -> Weights:
-    """The tensors of a safetensors file by name, float64."""
+    """Reads the tensors of a safetensors file as float64, by name."""
     return {name: tensor.astype(np.float64) for name, tensor in load_file(file).items()}
 
 
 def merge(base: Weights, adapter_dir: Path) -> Weights:
-    """The base model's weights with an adapter's update added to those that it targets."""
+    """Returns the base model's weights with an adapter's update added."""
     alpha = json.loads((adapter_dir / "adapter_config.json").read_text())["lora_alpha"]
     lora = load_weights(adapter_dir / "adapter_model.safetensors")
     merged = dict(base)
@@ -51,9 +57,10 @@ def merge(base: Weights, adapter_dir: Path) -> Weights:
 
 
 def dense_logits(weights: Weights, config: dict, tokens: Sequence[int], first: int = 0) -> np.ndarray:
-    """Logits `[T - first, vocab]` after each of the T `tokens` from the one at `first`, computed in the weights' dtype.
+    """Returns logits `[T - first, vocab]` after each of the T `tokens` from index `first`, in the weights' dtype.
 
-    `config` has the names of a config.json.
+    Args:
+      config: fields of a config.json.
     """
     embedding = weights["model.embed_tokens.weight"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -98,10 +105,9 @@ def dense_logits(weights: Weights, config: dict, tokens: Sequence[int], first: i
 def first_difference(
     weights: Weights, config: dict, prompt: Sequence[int], answer: Sequence[int], max_tokens: int
 ) -> Difference | None:
-    """Where `answer` leaves the dense model's own greedy answer to `prompt`; None: nowhere.
+    """Returns the first difference between `answer` and the dense model's greedy answer to `prompt`; None if equal.
 
-    One pass over prompt and answer suffices: the answer is greedy if each of its tokens is the most likely one after
-    all that precede it.
+    One pass over prompt and answer suffices: an answer is greedy if each token is the most likely after its prefix.
     """
     ends = np.atleast_1d(config["eos_token_id"])
     logits = dense_logits(weights, config, [*prompt, *answer], first=len(prompt) - 1)

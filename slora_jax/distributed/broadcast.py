@@ -1,4 +1,4 @@
-"""The device of process 0 of several: every call is sent to the others, then made here."""
+"""The leader's device: sends every call to the followers, then executes it locally."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ from slora_jax.models import Params
 
 
 class BroadcastDevice(Device):
-    """Scheduler, store and clock are in process 0 alone; the followers receive its calls in the order in which they are
-    made here, with the columns of adapters that their devices hold.
+    """The `Device` of process 0, which alone has the scheduler, the store and the clock.
 
-    Copies go beside the calls, a layer of a piece at a time, so that no step waits behind them; a copy has ended when
-    it is on the device here and with the network. A call that fails here after others received it ends them all, as
-    does the loss of a process: `ProcessLostError`, from every later call too.
+    Followers receive its calls in order, with the adapter columns that their devices hold. Adapter contents are sent by
+    background threads, one layer of a few pages at a time, so that steps do not wait for them. A copy has landed when
+    it is on the local device and sent to all followers.
+
+    If a call fails here after a follower received it, or a process is lost, all processes end: this call and every
+    later one raise `ProcessLostError`.
     """
 
     def __init__(self, spec: StepSpec, params: Params, config: EngineConfig, group: ProcessGroup) -> None:
@@ -40,7 +42,7 @@ class BroadcastDevice(Device):
         self._feeds = [_Feed(group, peer, columns) for peer, columns in self._columns_of.items()]
         super().__init__(spec, params, config)
         for peer in group.peers:
-            group.next(peer)  # has compiled all, too: a collective waits only so long for the others
+            group.next(peer)  # wait until it has compiled: the first collective could time out otherwise
 
     def step(
         self, key: StepKey, metadata: np.ndarray, rows: Sequence[TableRows], logprobs: bool | None
@@ -86,7 +88,7 @@ class BroadcastDevice(Device):
         return self._group.lost is not None
 
     def close(self) -> None:
-        """The followers return from `Follower.run`."""
+        """Makes the followers return from `Follower.run`."""
         for feed in self._feeds:
             feed.close()
         self._group.leave()
@@ -101,8 +103,8 @@ class BroadcastDevice(Device):
 
 
 class _BroadcastCopy(Copy):
-    """sent: set by each follower's feed when the contents are with the network, so that the follower has them before
-    any call that is sent later."""
+    """A copy on all processes. `sent` has an event per follower, set when the contents are sent; the follower receives
+    them before any later call."""
 
     def __init__(self, arrays: list[jax.Array], group: ProcessGroup, sent: list[threading.Event]) -> None:
         super().__init__(arrays)
@@ -116,7 +118,7 @@ class _BroadcastCopy(Copy):
         super().wait()
 
     def wait_until_sent(self) -> None:
-        """Raises ProcessLostError if a process is lost before that."""
+        """Raises `ProcessLostError` if a process is lost before all contents are sent."""
         while not all(event.is_set() for event in self._sent):
             self._group.check()
             time.sleep(0.0005)
@@ -128,7 +130,7 @@ class _Sending(NamedTuple):
 
 
 class _Feed:
-    """Sends the contents of copies to one follower, on a thread of its own."""
+    """Sends the contents of copies to one follower from a background thread."""
 
     def __init__(self, group: ProcessGroup, process: int, columns: slice) -> None:
         self._group, self._process, self._columns = group, process, columns
@@ -136,8 +138,8 @@ class _Feed:
         threading.Thread(target=self._run, name=f"feed process {process}", daemon=True).start()
 
     def put(self, contents: np.ndarray) -> threading.Event:
-        """Sends `contents [num_layers, n, 2, page_size, W]`, which must not change any more. The event is set when they
-        are with the network."""
+        """Queues `contents [num_layers, n, 2, page_size, W]`, which must not change afterwards. The returned event is
+        set when they are sent."""
         sending = _Sending(contents, threading.Event())
         self._queue.put(sending)
         return sending.sent
@@ -155,5 +157,5 @@ class _Feed:
                         part = contents[layer, piece][..., self._columns]
                         self._group.send(self._process, encode("part", about, (part,)))
                 sending.sent.set()
-        except ProcessLostError:  # which the main thread finds too
+        except ProcessLostError:  # the main thread raises it too
             pass

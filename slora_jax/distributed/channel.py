@@ -1,7 +1,7 @@
-"""Calls from process to process over TCP: a JSON header and raw arrays. Nothing that is received is ever executed.
+"""Calls between processes over TCP, as a JSON header and raw arrays. Received data is never executed.
 
-A frame is `SLRA`, the header's length (uint32), the body's length (uint64), the header (JSON: a call's name, its plain
-arguments, and dtype and shape of each array), and the body: the arrays' bytes, one after the other.
+A frame is `SLRA`, the header's length (uint32), the body's length (uint64), the header, and the body. The header is
+JSON: the call's name, its plain arguments, and the dtype and shape of each array. The body is the arrays' bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 MAX_HEADER = 1 << 20
 MAX_BODY = 1 << 33
-"""Bytes. A whole adapter of the largest models and ranks is less."""
+"""Bytes, more than an adapter of the largest models and ranks."""
 
 _PREFIX = struct.Struct("<4sIQ")
 _MAGIC = b"SLRA"
@@ -28,12 +28,12 @@ _DTYPES = {
     name: np.dtype(dtype)
     for name, dtype in (("int32", np.int32), ("float32", np.float32), ("bfloat16", ml_dtypes.bfloat16))
 }
-_VANISHED_SECONDS = 8
-"""How long a machine may be silent before its connection counts as lost. A process that ends is noticed at once."""
+_SILENCE_SECONDS = 8
+"""Silence after which a machine's connection counts as lost. The end of a process is detected at once."""
 
 
 class FrameError(ValueError):
-    """What came is not a frame: the peer is not one of ours, or of another version."""
+    """The received data is not a frame: the peer is not a slora-jax process, or has another version."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Call:
 
 
 def encode(name: str, arguments: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> bytes:
-    """The frame of a call."""
-    described = [(array.dtype.name, array.shape) for array in arrays]
-    header = json.dumps([name, arguments, described], separators=(",", ":")).encode()
+    """Encodes a call as a frame."""
+    shapes = [(array.dtype.name, array.shape) for array in arrays]
+    header = json.dumps([name, arguments, shapes], separators=(",", ":")).encode()
     body = [array.tobytes() for array in arrays]
     return b"".join((_PREFIX.pack(_MAGIC, len(header), sum(map(len, body))), header, *body))
 
@@ -64,15 +64,20 @@ class Connection:
         for option, value in (
             ("TCP_KEEPIDLE", 2),
             ("TCP_KEEPINTVL", 2),
-            ("TCP_KEEPCNT", (_VANISHED_SECONDS - 2) // 2),
-            ("TCP_USER_TIMEOUT", 1000 * _VANISHED_SECONDS),  # of what was sent, and not acknowledged
+            ("TCP_KEEPCNT", (_SILENCE_SECONDS - 2) // 2),
+            ("TCP_USER_TIMEOUT", 1000 * _SILENCE_SECONDS),  # for sent data without acknowledgement
         ):
-            if hasattr(socket, option):  # Linux has all of them
+            if hasattr(socket, option):  # only Linux has all of them
                 connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
     def send(self, frame: bytes, timeout: float = -1) -> bool:
-        """Hands a frame to the network; waits while the peer takes no more, and at most `timeout` seconds (-1: for
-        ever) for another thread's frame. Returns whether it was sent.
+        """Sends a frame. Blocks while the peer's receive buffer is full.
+
+        Args:
+          timeout: seconds to wait for another thread that is sending; -1 waits forever.
+
+        Returns:
+          Whether the frame was sent before the timeout.
 
         Raises:
           OSError: the connection is lost.
@@ -86,10 +91,10 @@ class Connection:
         return True
 
     def receive(self) -> Call | None:
-        """The next call, or None at the end: the peer closed the connection between two frames.
+        """Returns the next call, or None if the peer closed the connection between two frames.
 
         Raises:
-          FrameError: what came is not a frame, or ends within one.
+          FrameError: the data is not a frame, or ends within one.
           OSError: the connection is lost.
         """
         prefix = bytearray(_PREFIX.size)
@@ -108,15 +113,15 @@ class Connection:
         return Call(name, arguments, arrays)
 
     def close(self) -> None:
-        """Ends the connection in both directions; a thread in `receive` returns."""
+        """Closes the connection in both directions; a thread in `receive` returns."""
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:  # it is lost already
+        except OSError:  # already lost
             pass
         self._socket.close()
 
     def _fill(self, buffer: memoryview, may_end: bool = False) -> bool:
-        """Reads until the buffer is full; False if the connection ended before the first byte and `may_end`."""
+        """Fills the buffer. With `may_end`, returns False if the connection ends before the first byte."""
         done = 0
         while done < len(buffer):
             count = self._socket.recv_into(buffer[done:])
@@ -133,13 +138,13 @@ def _parse(header: bytes, body_size: int) -> tuple[str, dict[str, Any], list[tup
         name, arguments, described = json.loads(header)
         shapes = [(_DTYPES[dtype], tuple(shape)) for dtype, shape in described]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise FrameError(f"a frame's header is not one: {error!r}") from None
+        raise FrameError(f"a frame has an invalid header: {error!r}") from None
     if not isinstance(name, str) or not isinstance(arguments, dict):
         raise FrameError("a frame's header has no name or no arguments")
     for _, shape in shapes:
         if len(shape) > 8 or any(type(size) is not int or not 0 <= size <= MAX_BODY for size in shape):
-            raise FrameError(f"a frame's array has shape {shape}")
+            raise FrameError(f"a frame's array has an invalid shape {shape}")
     expected = sum(dtype.itemsize * math.prod(shape) for dtype, shape in shapes)
     if expected != body_size:
-        raise FrameError(f"a frame's arrays have {expected} bytes, but it carries {body_size}")
+        raise FrameError(f"a frame's arrays need {expected} bytes, but its body has {body_size}")
     return name, arguments, shapes

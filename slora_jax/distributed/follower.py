@@ -1,4 +1,4 @@
-"""The processes beside process 0: each makes the leader's calls on its own devices."""
+"""A follower: any process but process 0. It repeats the leader's calls on its own devices."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from slora_jax.models import ModelConfig, Params
 
 
 class Follower:
-    """One process's part of a model that several processes serve (`join_processes`): made as the leader's `Engine` is,
-    from the same model and settings. Requests, adapters, policies and clocks are the leader's.
+    """Holds one process's part of a model that several processes serve (`join_processes`).
 
-    Settings that only scheduling or the store read are ignored, and so is `num_pages` where the leader gives a number.
+    It is made from the same model and settings as the leader's `Engine`. Only the leader has requests, adapters,
+    policies and clocks. Settings of scheduling and of the adapter store are ignored, as is `num_pages` if the leader
+    sets it.
     """
 
     def __init__(
         self, model: ModelConfig, graphdef: nnx.GraphDef, params: Params, config: EngineConfig, processes: ProcessGroup
     ) -> None:
-        """Compiles every step program and allocates this process's part of the pool, as the leader does meanwhile.
+        """Compiles every step program and allocates this process's part of the pool, in parallel with the leader.
 
         Raises:
-          ConfigError: settings and model do not fit together, or differ from the leader's.
+          ConfigError: the settings do not fit the model, or differ from the leader's.
         """
         config = config.with_dtype()
         keep_compiled_programs(config.compilation_cache_dir)
@@ -44,34 +45,34 @@ class Follower:
             processes.fail(error)
             raise
         processes.tell("ready", {})
-        self._filling: np.ndarray | None = None  # staged pages of which parts are missing
-        self._missing = 0  # of its elements
-        self._before: jax.Array | None = None
+        self._staged: np.ndarray | None = None  # pages being received, [num_layers, n, 2, page_size, W]
+        self._missing = 0  # elements of `_staged` not received yet
+        self._previous: jax.Array | None = None  # tokens of the previous step
         self._copies: deque[Copy] = deque()
 
     @classmethod
     def from_pretrained(cls, model_dir: str | Path, config: EngineConfig, processes: ProcessGroup) -> Follower:
-        """Loads its devices' part of a Hugging Face directory. Raises as `Engine.from_pretrained`."""
+        """Loads this process's part of a Hugging Face directory. Raises the errors of `Engine.from_pretrained`."""
         config = config.with_dtype()
         model, graphdef, params = load(model_dir, config)
         return cls(model, graphdef, params, config, processes)
 
     def run(self) -> None:
-        """Makes the leader's calls until its engine is closed.
+        """Repeats the leader's calls until its engine is closed.
 
         Raises:
-          ProcessLostError: the leader left before that; or a call failed here, of which the leader is told, and all
+          ProcessLostError: a process was lost, or a call failed here. Then the leader receives the error and all
             processes end.
         """
         try:
             while (call := self._group.next(LEADER)).name != "stop":
-                self._make(call)
+                self._execute(call)
         except ProcessLostError:
             raise
         except BaseException as error:
             raise self._group.explained(error) from error
 
-    def _make(self, call: Call) -> None:
+    def _execute(self, call: Call) -> None:
         device, arguments = self._device, call.arguments
         match call.name, call.arrays:
             case "step", (metadata, *rows):
@@ -81,9 +82,9 @@ class Follower:
                     list(zip(rows[::2], rows[1::2], strict=True)),
                     arguments["logprobs"],
                 )
-                if self._before is not None:
-                    self._before.block_until_ready()  # raises the error of the step before
-                self._before = step.token
+                if self._previous is not None:
+                    self._previous.block_until_ready()  # raises the previous step's error
+                self._previous = step.token
             case "part", (part,):
                 self._take_part(part, **arguments)
             case "move", (pages,):
@@ -98,12 +99,17 @@ class Follower:
                 raise FrameError(f"unknown call {name!r} with {len(arrays)} arrays")
 
     def _take_part(self, part: np.ndarray, layer: int, first: int, pages: int) -> None:
-        """Takes `part [n, 2, page_size, W]` of a layer of staged pages; the last one begins their copy."""
-        if self._filling is None:
-            self._filling = np.empty((self._device.spec.pool.num_layers, pages, *part.shape[1:]), part.dtype)
-            self._missing = self._filling.size
-        self._filling[layer, first : first + part.shape[0]] = part
+        """Stores one part of an upload, and starts its copy to the device with the last part.
+
+        Args:
+          part: `[n, 2, page_size, W]`, pages `first .. first + n` of the upload in one layer.
+          pages: number of pages of the upload.
+        """
+        if self._staged is None:
+            self._staged = np.empty((self._device.spec.pool.num_layers, pages, *part.shape[1:]), part.dtype)
+            self._missing = self._staged.size
+        self._staged[layer, first : first + part.shape[0]] = part
         self._missing -= part.size
         if self._missing == 0:
-            self._copies.append(self._device.begin_copy(self._filling))
-            self._filling = None
+            self._copies.append(self._device.begin_copy(self._staged))
+            self._staged = None

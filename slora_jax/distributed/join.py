@@ -1,7 +1,7 @@
-"""How the processes that serve a model together find each other.
+"""Rendezvous of the processes that serve one model.
 
-JAX's coordination service listens on the coordinator's port, the leader's channel to its followers on the next one. The
-channel comes first, since JAX ends a process that finds nobody.
+JAX's coordination service listens on the coordinator's port, the leader's channel to its followers on the next port.
+The channel is set up first, because JAX ends a process that finds no coordinator.
 """
 
 from __future__ import annotations
@@ -23,21 +23,26 @@ from slora_jax.distributed.channel import Connection, FrameError, encode
 from slora_jax.distributed.group import LEADER, ProcessGroup, difference
 from slora_jax.errors import ConfigError
 
-_HEARTBEAT_SECONDS = 30  # JAX's: of a process that hangs; JAX then aborts the others with a message of its own
+_HEARTBEAT_SECONDS = 30  # JAX aborts the other processes this long after one hangs
 _HELLO_SECONDS = 10.0
 _LOG = logging.getLogger(__name__)
 
 
 def join_processes(coordinator: str, num_processes: int, process_id: int, timeout: float = 300.0) -> ProcessGroup:
-    """Joins the processes that serve a model together, and starts `jax.distributed`. Called by each of them, before
-    JAX has touched a device; waits up to `timeout` seconds for all to come.
+    """Connects the processes that serve one model and starts `jax.distributed`.
 
-    coordinator: `HOST:PORT` of process 0, reachable from all; process 0 also listens on `PORT + 1` of that address.
-    Neither port is encrypted or asks who is there: keep them inside the cluster.
+    Every process must call it before JAX uses a device. The ports have no encryption or authentication, so keep them
+    inside the cluster.
+
+    Args:
+      coordinator: `HOST:PORT` of process 0, reachable from all processes. Process 0 also listens on `PORT + 1`.
+      num_processes: number of processes, at least 2.
+      process_id: number of this process, from 0.
+      timeout: seconds to wait for all processes.
 
     Raises:
-      ConfigError: an argument is out of range; a port is in use; the others do not come in time, or are of another
-        version.
+      ConfigError: an argument is out of range, a port is in use, or another process does not connect in time or has
+        another version.
     """
     host, port = _address(coordinator)
     if num_processes < 2:
@@ -55,7 +60,7 @@ def join_processes(coordinator: str, num_processes: int, process_id: int, timeou
         connections = _welcome(host, port, hello, deadline)
     else:
         connections = {LEADER: _connect(host, port + 1, process_id, hello, deadline)}
-    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from ending the process
+    jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM
     try:
         jax.distributed.initialize(
             coordinator,
@@ -84,14 +89,14 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
         raise ConfigError(
-            f"coordinator: process 0 cannot listen on {host}:{port}: {error}; give an address of its machine, and a "
-            "port that is free, as is the one after it"
+            f"coordinator: process 0 cannot listen on {host}:{port}: {error}; give an address of its machine and a "
+            "port that is free and followed by a free port"
         ) from None
 
 
 def _welcome(host: str, port: int, hello: dict[str, Any], deadline: float) -> dict[int, Connection]:
-    """The leader's connections to all others."""
-    _listen(host, port).close()  # JAX's port: its own complaint would end the process
+    """Accepts the leader's connections to all followers."""
+    _listen(host, port).close()  # check JAX's port first: JAX would end the process if it is in use
     connections: dict[int, Connection] = {}
     with _listen(host, port + 1) as listener:
         while missing := [number for number in range(1, hello["num_processes"]) if number not in connections]:
@@ -99,20 +104,20 @@ def _welcome(host: str, port: int, hello: dict[str, Any], deadline: float) -> di
             try:
                 accepted, address = listener.accept()
             except TimeoutError:
-                late = f"coordinator: of {hello['num_processes']} processes, {missing} did not come in time"
+                late = f"coordinator: of {hello['num_processes']} processes, {missing} did not connect in time"
                 raise _refuse(connections.values(), late) from None
             connection = Connection(accepted)
             theirs = _hello(accepted, connection)
             if theirs is None:
-                _LOG.warning("coordinator: %s is none of ours", address)
+                _LOG.warning("coordinator: %s is not a slora-jax process", address)
                 connection.close()
                 continue
             number = theirs.pop("process_id")
-            why = difference(hello, theirs, number)
-            if why is None and number not in missing:
-                why = f"process_id={number}: another process has this number"
-            if why is not None:
-                raise _refuse([*connections.values(), connection], why)
+            reason = difference(hello, theirs, number)
+            if reason is None and number not in missing:
+                reason = f"process_id={number}: another process has this number"
+            if reason is not None:
+                raise _refuse([*connections.values(), connection], reason)
             connections[number] = connection
     for connection in connections.values():
         connection.send(encode("welcome", {}))
@@ -120,7 +125,7 @@ def _welcome(host: str, port: int, hello: dict[str, Any], deadline: float) -> di
 
 
 def _hello(accepted: socket.socket, connection: Connection) -> dict[str, Any] | None:
-    """How a process introduces itself; None: it is none of ours."""
+    """Receives a follower's hello; None if the peer is not a slora-jax process."""
     accepted.settimeout(_HELLO_SECONDS)
     try:
         call = connection.receive()
@@ -132,15 +137,15 @@ def _hello(accepted: socket.socket, connection: Connection) -> dict[str, Any] | 
     return call.arguments
 
 
-def _refuse(connections: Iterable[Connection], why: str) -> ConfigError:
+def _refuse(connections: Iterable[Connection], reason: str) -> ConfigError:
     for connection in connections:
         with contextlib.suppress(OSError):
-            connection.send(encode("refused", {"error": why}))
-    return ConfigError(why)
+            connection.send(encode("refused", {"error": reason}))
+    return ConfigError(reason)
 
 
 def _connect(host: str, port: int, process_id: int, hello: dict[str, Any], deadline: float) -> Connection:
-    """A follower's connection to the leader, which may not be there yet."""
+    """Connects a follower to the leader, retrying until the leader listens."""
     while True:
         try:
             connected = socket.create_connection((host, port), timeout=max(0.01, min(5.0, deadline - time.monotonic())))
@@ -155,11 +160,13 @@ def _connect(host: str, port: int, process_id: int, hello: dict[str, Any], deadl
         connection.send(encode("hello", hello | {"process_id": process_id}))
         answer = connection.receive()
     except TimeoutError:
-        raise ConfigError(f"coordinator: process 0 at {host}:{port} still waits for others") from None
+        raise ConfigError(f"coordinator: process 0 at {host}:{port} is still waiting for other processes") from None
     except (OSError, FrameError) as error:
         raise ConfigError(f"coordinator: no answer from process 0 at {host}:{port}: {error}") from None
     if answer is None or answer.name != "welcome":
-        why = "it closed the connection" if answer is None else answer.arguments.get("error", "it is none of ours")
-        raise ConfigError(f"coordinator: refused by process 0 at {host}:{port}: {why}")
+        reason = "it closed the connection"
+        if answer is not None:
+            reason = answer.arguments.get("error", "it is not a slora-jax process")
+        raise ConfigError(f"coordinator: refused by process 0 at {host}:{port}: {reason}")
     connected.settimeout(None)
     return connection

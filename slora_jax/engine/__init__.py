@@ -1,4 +1,4 @@
-"""The engine: batches, the jitted step, sampling, the loop."""
+"""The engine: the step loop, batches, the jitted step and sampling."""
 
 from typing import TYPE_CHECKING
 
@@ -11,24 +11,11 @@ if TYPE_CHECKING:
     from slora_jax.engine.sizing import adapter_geometry
     from slora_jax.engine.trace import Trace
 else:
-    __getattr__, __dir__ = exported(
+    __getattr__, __dir__, __all__ = exported(
         __name__,
-        {
-            "slora_jax.engine.config": ("EngineConfig",),
-            "slora_jax.engine.engine": ("Engine",),
-            "slora_jax.engine.outputs": ("Delta", "EngineStats", "RequestOutput", "TokenLogprobs"),
-            "slora_jax.engine.sizing": ("adapter_geometry",),
-            "slora_jax.engine.trace": ("Trace",),
-        },
+        config="EngineConfig",
+        engine="Engine",
+        outputs="Delta EngineStats RequestOutput TokenLogprobs",
+        sizing="adapter_geometry",
+        trace="Trace",
     )
-
-__all__ = [
-    "Delta",
-    "Engine",
-    "EngineConfig",
-    "EngineStats",
-    "RequestOutput",
-    "TokenLogprobs",
-    "Trace",
-    "adapter_geometry",
-]

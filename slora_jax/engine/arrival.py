@@ -1,4 +1,4 @@
-"""What is checked when a request arrives, so that nothing that runs can fail on its input."""
+"""Validation of arriving requests, so that no step can fail on a request's input."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def prompt_ids(prompt: Prompt, tokenizer: Any, vocab_size: int, max_model_len: i
     """Returns the prompt's token ids.
 
     Raises:
-      RequestError: the prompt is of another kind or empty, a string without a tokenizer or with half a surrogate pair,
-        has ids outside the vocabulary, or leaves no room for an answer.
+      RequestError: the prompt has another type, is empty, is a string without a tokenizer or with half a surrogate
+        pair, has ids outside the vocabulary, or leaves no room for an answer.
     """
     if isinstance(prompt, str):
         if tokenizer is None:
@@ -44,22 +44,27 @@ def prompt_ids(prompt: Prompt, tokenizer: Any, vocab_size: int, max_model_len: i
 
 
 def text_ids(text: str, tokenizer: Any, max_model_len: int, **options: Any) -> list[int]:
-    """A text's tokens. options: the tokenizer's.
+    """Returns a text's token ids.
+
+    A long text is rejected after tokenizing only its beginning, because tokenizing megabytes would take seconds and
+    hundreds of times the text's memory.
+
+    Args:
+      options: keyword arguments of the tokenizer.
 
     Raises:
-      RequestError: half a surrogate pair; a beginning that alone has twice the tokens that fit: the tokens of megabytes
-        would take seconds, and hundreds of times the text's memory.
+      RequestError: the text has half a surrogate pair, or its beginning alone exceeds `2 * max_model_len` tokens.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(f"the prompt is no valid Unicode: {error.reason}, at character {error.start}") from None
+        raise RequestError(f"the prompt is not valid Unicode: {error.reason}, at character {error.start}") from None
     beginning = text[: 8 * max_model_len]
     if len(beginning) < len(text):
-        least = len(tokenizer(beginning, **options)["input_ids"])
-        if least > 2 * max_model_len:
+        count = len(tokenizer(beginning, **options)["input_ids"])
+        if count > 2 * max_model_len:
             raise RequestError(
-                f"the prompt has {len(text)} characters, the first {len(beginning)} of which are {least} tokens; with "
+                f"the prompt has {len(text)} characters, and its first {len(beginning)} are {count} tokens; with "
                 f"max_model_len={max_model_len} at most {max_model_len - 1} leave room for an answer"
             )
     ids: list[int] = tokenizer(text, **options)["input_ids"]
@@ -67,12 +72,16 @@ def text_ids(text: str, tokenizer: Any, max_model_len: int, **options: Any) -> l
 
 
 def check_fits(prompt: int, new: int, page_size: int, adapter: AdapterUse | None, allocator: PageAllocator) -> None:
-    """Whether a request of `prompt` and at most `new` tokens could run alone in the pool.
+    """Checks that a request could run alone in the pool.
+
+    Args:
+      prompt: number of prompt tokens.
+      new: maximum number of generated tokens.
 
     Raises:
-      RequestError: it could not; the message has the arithmetic.
+      RequestError: it does not fit; the message shows the arithmetic.
     """
-    kv_pages = -(-(prompt + new - 1) // page_size)  # the last token's keys and values are never needed
+    kv_pages = -(-(prompt + new - 1) // page_size)  # the last token needs no KV
     need = f"({prompt} prompt + {new} new - 1) tokens / {page_size} per page = {kv_pages} KV pages"
     if allocator.adapter_pages is None:
         adapter_pages = 0 if adapter is None else adapter.num_pages
@@ -89,19 +98,20 @@ def check_fits(prompt: int, new: int, page_size: int, adapter: AdapterUse | None
 
 
 def most_tokens(page_size: int, adapter: AdapterUse | None, allocator: PageAllocator) -> int:
-    """Returns the most tokens, of prompt and output, of a request that runs alone in the pool."""
+    """Returns the maximum number of tokens, prompt and output, of a request that runs alone in the pool."""
     pages = allocator.capacity_for(PageKind.KV)
     if allocator.adapter_pages is None and adapter is not None:
         pages = allocator.capacity - adapter.num_pages
-    return pages * page_size + 1  # the last token's keys and values are never needed
+    return pages * page_size + 1  # the last token needs no KV
 
 
 def each_prompt(prompts: Any) -> list[Any]:
-    """Returns a list of prompts: the one prompt that was given, the rows of an array or of a mapping's `input_ids`, or
-    the items of a list. An item is checked when it is added.
+    """Returns a list of prompts: one prompt, the rows of an array or of a mapping's `input_ids`, or a list's items.
+
+    The items are validated later, by `prompt_ids`.
 
     Raises:
-      RequestError: neither a prompt nor a list of prompts.
+      RequestError: `prompts` is neither a prompt nor a list.
     """
     prompts = _plain(prompts)
     if isinstance(prompts, str):
@@ -115,20 +125,20 @@ def each_prompt(prompts: Any) -> list[Any]:
 
 
 def each_conversation(messages: Any) -> list[Any]:
-    """Returns a list of conversations: the one that was given, or the items of a list. `chat_ids` checks each."""
+    """Returns a list of conversations: a single one, or a list's items. `chat_ids` validates each."""
     is_one = not _is_list(messages) or any(isinstance(one, Mapping) for one in messages)
     return [messages] if is_one else list(messages)
 
 
 def chat_ids(messages: Any, tokenizer: Any, max_model_len: int, **variables: Any) -> list[int]:
-    """Returns the token ids of a conversation in the tokenizer's chat template, up to the beginning of an answer.
+    """Returns the token ids of a conversation in the model's chat template, up to the start of the answer.
 
     Args:
       messages: mappings with "role" and "content".
-      variables: of the template.
+      variables: variables of the template.
 
     Raises:
-      RequestError: these are no messages, there is no template, or it refuses them.
+      RequestError: `messages` has another form, or there is no template, or the template rejects the messages.
     """
     if not (_is_list(messages) and all(isinstance(one, Mapping) and "role" in one for one in messages)):
         raise RequestError(f"messages={reprlib.repr(messages)}: must be a list of mappings with role and content")
@@ -138,22 +148,22 @@ def chat_ids(messages: Any, tokenizer: Any, max_model_len: int, **variables: Any
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:
-        raise RequestError(f"the model's chat template refuses the messages: {error}") from error
-    return text_ids(text, tokenizer, max_model_len, add_special_tokens=False)  # the template has written them
+        raise RequestError(f"the model's chat template rejects the messages: {error}") from error
+    return text_ids(text, tokenizer, max_model_len, add_special_tokens=False)  # the template has added them
 
 
 def require_kind(field: str, value: Any, kind: type) -> None:
-    """Raises RequestError unless `value` is None or a `kind`."""
+    """Raises RequestError unless `value` is None or an instance of `kind`."""
     if value is not None and not isinstance(value, kind):
         remedy = f"; write {kind.__name__}(**{field})" if isinstance(value, Mapping) else ""
         raise RequestError(f"{field}={reprlib.repr(value)}: must be None or of type {kind.__name__}{remedy}")
 
 
 def one_each(field: str, value: Any, kind: type, count: int) -> Sequence[Any]:
-    """Returns `value` for each of `count` prompts: one of `kind` (or None) for all, or as many as there are prompts.
+    """Returns `count` values: `value` repeated if it is a single one (or None), or its items if it is a list.
 
     Raises:
-      RequestError: there are more or fewer, or one is of another type.
+      RequestError: the list has another length, or a value another type.
     """
     value = _plain(value)
     if value is None or isinstance(value, kind) or not _is_list(value):
@@ -167,8 +177,13 @@ def one_each(field: str, value: Any, kind: type, count: int) -> Sequence[Any]:
 
 
 def _rows(given: Any, whole: Any) -> list[list[int]]:
-    """Rows of token ids: one of a flat list or array, and those of a nested one or of a mapping's `input_ids`, without
-    the tokens that its `attention_mask` masks. whole: what the caller gave, for the error."""
+    """Returns rows of token ids: one for a flat list or array, several for a nested one.
+
+    A mapping contributes its `input_ids`, without the tokens masked by its `attention_mask`.
+
+    Args:
+      whole: the caller's value, for the error message.
+    """
     if type(given) is list and all(type(token) is int for token in given):
         return [given[:]]
     given = _plain(given)
@@ -178,10 +193,10 @@ def _rows(given: Any, whole: Any) -> list[list[int]]:
             return rows
         masks = _rows(mask, whole)
         if [len(row) for row in rows] != [len(row) for row in masks]:
-            raise RequestError("the prompt's attention_mask is not of the shape of its input_ids")
+            raise RequestError("the prompt's attention_mask has another shape than its input_ids")
         return [
-            [token for token, seen in zip(row, of_row, strict=True) if seen]
-            for row, of_row in zip(rows, masks, strict=True)
+            [token for token, is_kept in zip(row, row_mask, strict=True) if is_kept]
+            for row, row_mask in zip(rows, masks, strict=True)
         ]
     if not _is_list(given):
         raise _no_prompt(whole)
@@ -194,7 +209,7 @@ def _rows(given: Any, whole: Any) -> list[list[int]]:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays and their scalars (NumPy, torch, JAX) as lists and numbers; anything else as it is."""
+    """Converts arrays and array scalars (NumPy, torch, JAX) to lists and numbers; returns other values unchanged."""
     if isinstance(value, (int, str, list)) or not (hasattr(value, "shape") and hasattr(value, "tolist")):
         return value
     return value.tolist()
@@ -213,5 +228,5 @@ def _no_prompt(given: Any) -> RequestError:
     is_chat = any(isinstance(one, Mapping) and "role" in one for one in messages)
     return RequestError(
         f"prompt={reprlib.repr(given)}: must be a string, a list or an integer array of token ids, or a mapping with "
-        f"input_ids, as a tokenizer returns{'; for messages there is chat' if is_chat else ''}"
+        f"input_ids, as a tokenizer returns{'; for messages use chat' if is_chat else ''}"
     )

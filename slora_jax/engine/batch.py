@@ -1,7 +1,8 @@
-"""The step's metadata: built once on the host as one small int32 buffer, unpacked on the device.
+"""The step's metadata: packed on the host into one small int32 buffer, unpacked on the device.
 
-Rows of a step are sequences' tokens, contiguous by sequence; sequences are ordered so that each adapter's rows are
-contiguous: adapters with many rows first (dense), then the others, then rows without an adapter; high ranks first.
+The rows of a step are the tokens of its sequences, contiguous by sequence. Sequences are ordered by adapter, so that an
+adapter's rows are contiguous too: adapters with many rows first (dense), then the other adapters, each by descending
+rank, then rows without an adapter.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from slora_jax.engine.sampling import SamplingInputs
 from slora_jax.scheduling import Request, ScheduledSequence, StepPlan
 
 DENSE_ROWS = 8
-"""From how many rows on an adapter's rows are multiplied as a matrix rather than row by row."""
+"""Minimum number of rows of an adapter for a matrix product instead of products row by row."""
 
 
 @dataclass(frozen=True)
 class SequenceState:
-    """State of running sequences on the device, by sequence slot; the last slot absorbs padding.
+    """State of running sequences on the device, by sequence slot. The last slot is for padding.
 
     Attributes:
-      page_table: int32 `[max_num_seqs + 1, max_pages]`.
-      last_token: int32 `[max_num_seqs + 1]`, the newest sampled token; the next step reads it before the host does.
+      page_table: page ids, int32 `[max_num_seqs + 1, max_pages]`.
+      last_token: newest sampled token, int32 `[max_num_seqs + 1]`; the next step reads it before the host does.
     """
 
     page_table: jax.Array
@@ -42,18 +43,20 @@ jax.tree_util.register_dataclass(SequenceState, data_fields=["page_table", "last
 
 
 TABLE_ROWS = 8
-"""Rows of the page table that one call of `set_table_rows` writes."""
+"""Page-table rows written by one call of `set_table_rows`."""
 
 
 @partial(jax.jit, donate_argnums=0)
 def set_table_rows(page_table: jax.Array, slot: jax.Array, pages: jax.Array) -> jax.Array:
-    """Writes rows `pages [TABLE_ROWS, max_pages]` of sequences `slot [TABLE_ROWS]`, in place: requests that begin with
-    pages of the prefix cache, far more than a step's metadata has room for."""
+    """Writes rows `pages [TABLE_ROWS, max_pages]` of sequences `slot [TABLE_ROWS]` to the page table, which is donated.
+
+    Used for requests that start with cached pages, more than a step's metadata holds.
+    """
     return page_table.at[slot].set(pages)
 
 
 def shared_rows(requests: Sequence[Request], page_table: jax.Array) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """`slot` and `pages` of as many calls of `set_table_rows` as it takes to tell of the requests' shared pages."""
+    """Yields `slot` and `pages` for the calls of `set_table_rows` that write the requests' shared pages."""
     padding, max_pages = page_table.shape[0] - 1, page_table.shape[1]
     for first in range(0, len(requests), TABLE_ROWS):
         slot, pages = np.full(TABLE_ROWS, padding, np.int32), np.zeros((TABLE_ROWS, max_pages), np.int32)
@@ -63,23 +66,23 @@ def shared_rows(requests: Sequence[Request], page_table: jax.Array) -> Iterator[
 
 
 SAMPLER_FIELDS = ("slot", "target", "temperature", "top_k", "top_p", "min_p", "seed", "output_index")
-"""Fields of a step's metadata that the sampler and the scorer read, one number per sequence each; they come first in
-the buffer. target: the prompt's token that is scored, -1 if it is the token that is chosen."""
+"""Metadata fields of the sampler and the scorer, one number per sequence each, at the start of the buffer. "target" is
+the prompt token to score, or -1 to score the sampled token."""
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """Where each field of a bucket's metadata lies in its buffer."""
+    """Layout of a bucket's metadata buffer."""
 
     bucket: Bucket
     page_size: int
     max_num_seqs: int
     adapter_slots: int
-    lora_tile_rows: int = 32  # most rows of a LoRA tile
+    lora_tile_rows: int = 32  # maximum rows of a LoRA tile
 
     @cached_property
     def fields(self) -> dict[str, tuple[int, int]]:
-        """Name -> (offset, length) in the int32 buffer."""
+        """(offset, length) of each field in the int32 buffer, by name."""
         bucket = self.bucket
         tokens, seqs = bucket.tokens, bucket.seqs
         deltas = ceil_div(tokens, self.page_size) + seqs
@@ -107,10 +110,14 @@ class BatchLayout:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepBatch:
-    """The metadata on the device, as the model and the kernels take it. T rows, S sequences.
+    """The unpacked metadata that the model and the kernels read, for T rows and S sequences.
 
-    token, position, page, offset: int32 `[T]`: token id, position in its sequence, and where its key and value go.
-    slot: int32 `[S]` sequence slots. last_row: int32 `[S]`, the row whose hidden state yields the next token.
+    Attributes:
+      token: token ids, int32 `[T]`.
+      position: position of each token in its sequence, int32 `[T]`.
+      page, offset: page id, and row in the page, of each token's KV, int32 `[T]`.
+      slot: sequence slots, int32 `[S]`.
+      last_row: row whose hidden state yields each sequence's next token, int32 `[S]`.
     """
 
     token: jax.Array
@@ -124,14 +131,14 @@ class StepBatch:
 
 
 def build_metadata(plan: StepPlan, layout: BatchLayout) -> tuple[np.ndarray, list[ScheduledSequence]]:
-    """Packs a plan into the bucket's buffer: int32 `[layout.size]`; and the sequences in the order of the batch, scored
-    tokens as one each."""
+    """Packs a plan into a bucket's buffer, int32 `[layout.size]`. Also returns the sequences in batch order, with one
+    sequence per scored token."""
     buffer = np.zeros(layout.size, np.int32)
     view = {name: buffer[offset : offset + length] for name, (offset, length) in layout.fields.items()}
     for name in ("temperature", "top_p", "min_p"):
         view[name] = view[name].view(np.float32)
 
-    planned = [one for s in plan.sequences for one in _each_scored(s)] if plan.extra else plan.sequences
+    planned = [one for s in plan.sequences for one in _split_scored(s)] if plan.extra else plan.sequences
     count = np.array([s.count for s in planned], np.int32)
     adapter = np.array([s.request.adapter_slot for s in planned], np.int32)
     rank = np.array([0 if s.request.adapter is None else s.request.adapter.rows for s in planned], np.int32)
@@ -145,7 +152,7 @@ def build_metadata(plan: StepPlan, layout: BatchLayout) -> tuple[np.ndarray, lis
     first_row = np.cumsum(count) - count
     context = np.array([s.start for s in sequences], np.int32)
 
-    view["slot"][:] = layout.max_num_seqs  # padding: the slot that absorbs it
+    view["slot"][:] = layout.max_num_seqs  # the padding slot
     view["slot"][:n] = [r.slot for r in requests]
     view["first_row"][:n], view["length"][:n], view["context"][:n] = first_row, count, context
     view["adapter_slot"][:n] = np.maximum(adapter, 0)
@@ -165,14 +172,14 @@ def build_metadata(plan: StepPlan, layout: BatchLayout) -> tuple[np.ndarray, lis
     return buffer, sequences
 
 
-def _each_scored(sequence: ScheduledSequence) -> list[ScheduledSequence]:
+def _split_scored(sequence: ScheduledSequence) -> list[ScheduledSequence]:
     if sequence.start >= sequence.request.num_scored:
         return [sequence]
     return [ScheduledSequence(sequence.request, sequence.start + i, 1, False) for i in range(sequence.count)]
 
 
 def _cut(lengths: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts segments into tiles of at most `rows`: each tile's segment, and its first row within the segment."""
+    """Cuts segments into tiles of at most `rows` rows. Returns each tile's segment and its first row in it."""
     tiles = ceil_div(lengths, rows)
     segment = np.repeat(np.arange(lengths.size), tiles)
     row = (np.arange(segment.size) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * rows
@@ -180,7 +187,7 @@ def _cut(lengths: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _put_tokens(view: dict[str, np.ndarray], sequences: list, first_row: np.ndarray) -> None:
-    """Token ids; `-1 - slot` where the token is the sequence's newest, which only the device knows yet."""
+    """Writes token ids, or `-1 - slot` for a newest token that only the device knows yet."""
     tokens = view["token"]
     for sequence, row in zip(sequences, first_row.tolist(), strict=True):
         request, start, count = sequence.request, sequence.start, sequence.count
@@ -193,7 +200,7 @@ def _put_tokens(view: dict[str, np.ndarray], sequences: list, first_row: np.ndar
 
 
 def _put_page_deltas(view: dict[str, np.ndarray], sequences: list, layout: BatchLayout) -> None:
-    """Page-table entries that this step is the first to write to; shared ones are there (`shared_rows`)."""
+    """Writes page-table entries of pages that this step writes first; `shared_rows` has written the shared ones."""
     size, at = layout.page_size, 0
     slot, column, page = view["delta_slot"], view["delta_column"], view["delta_page"]
     for sequence in sequences:
@@ -206,7 +213,7 @@ def _put_page_deltas(view: dict[str, np.ndarray], sequences: list, layout: Batch
         column[at : at + count] = np.arange(first, end)
         page[at : at + count] = request.pages[first:end]
         at += count
-    slot[at:] = layout.max_num_seqs  # padding: the slot that absorbs it
+    slot[at:] = layout.max_num_seqs  # the padding slot
 
 
 def _put_sampling(view: dict[str, np.ndarray], sequences: list[ScheduledSequence]) -> None:
@@ -232,7 +239,7 @@ def _target(sequence: ScheduledSequence) -> int:
 def _put_lora_tiles(
     view: dict[str, np.ndarray], count: np.ndarray, adapter: np.ndarray, dense: np.ndarray, tile_rows: int
 ) -> None:
-    """The exact tile list over the rows of each adapter, the dense ones first."""
+    """Writes the exact list of tiles over each adapter's rows, dense adapters first."""
     with_lora = adapter >= 0
     count, adapter, dense = count[with_lora], adapter[with_lora], dense[with_lora]
     if not count.size:
@@ -252,7 +259,7 @@ def _put_lora_tiles(
 
 
 def unpack(buffer: jax.Array, state: SequenceState, layout: BatchLayout) -> tuple[StepBatch, SequenceState]:
-    """On the device: applies the page-table changes and derives what the layers need. Returns the new state too."""
+    """Unpacks the metadata on the device and applies its page-table changes. Returns the batch and the new state."""
     field = {name: buffer[offset : offset + length] for name, (offset, length) in layout.fields.items()}
     tokens = layout.bucket.tokens
     page_table = state.page_table.at[field["delta_slot"], field["delta_column"]].set(field["delta_page"], mode="drop")
@@ -300,10 +307,17 @@ def unpack(buffer: jax.Array, state: SequenceState, layout: BatchLayout) -> tupl
 
 
 def unpack_sampling(buffer: jax.Array, seqs: int) -> tuple[jax.Array, jax.Array, SamplingInputs]:
-    """On the device: from the first `len(SAMPLER_FIELDS) * seqs` numbers of a step's metadata, the sequence slots, the
-    targets, and what the sampler reads."""
+    """Unpacks the sampler's metadata on the device.
+
+    Args:
+      buffer: the first `len(SAMPLER_FIELDS) * seqs` numbers of a step's metadata, int32.
+
+    Returns:
+      Sequence slots and targets, int32 `[seqs]` each, and the sampler's inputs.
+    """
     field = dict(zip(SAMPLER_FIELDS, buffer.reshape(len(SAMPLER_FIELDS), seqs), strict=True))
-    real = {name: jax.lax.bitcast_convert_type(field[name], jnp.float32) for name in ("temperature", "top_p", "min_p")}
+    names = ("temperature", "top_p", "min_p")
+    floats = {name: jax.lax.bitcast_convert_type(field[name], jnp.float32) for name in names}
     seed = field.pop("seed").astype(jnp.uint32)
     slot, target = field.pop("slot"), field.pop("target")
-    return slot, target, SamplingInputs(**(field | real), seed=seed)
+    return slot, target, SamplingInputs(**(field | floats), seed=seed)

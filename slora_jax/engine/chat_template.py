@@ -1,4 +1,4 @@
-"""Chat templates: Jinja programs that write a conversation as one prompt, in the dialect of transformers."""
+"""Chat templates: Jinja programs that render a conversation as one prompt, as transformers runs them."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def render(
     add_generation_prompt: bool = False,
     **variables: Any,
 ) -> str:
-    """The conversation as the template writes it.
+    """Renders a conversation as text.
 
     Args:
-      template: the Jinja source; it runs in a sandbox.
+      template: Jinja source; it runs in a sandbox.
       messages: at least one, each with "role" and "content".
       tools: JSON schemas of functions.
       documents: each with "title" and "text".
-      add_generation_prompt: whether the text ends with the opening of an answer.
-      variables: further variables of the template: special tokens, say.
+      add_generation_prompt: whether the text ends with the start of an answer.
+      variables: further variables of the template, such as special tokens.
 
     Raises:
-      jinja2.TemplateError: the template has an error, or refuses the conversation.
+      jinja2.TemplateError: the template has an error or rejects the conversation.
     """
     return _compiled(template).render(
         messages=messages,
@@ -53,7 +53,7 @@ def _compiled(template: str) -> Template:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` marks an answer's tokens for training; its content is written as it is."""
+        """`{% generation %}`, which marks an answer's tokens for training; its content is rendered unchanged."""
 
         tags = {"generation"}  # noqa: RUF012  Jinja's own type
 
@@ -80,7 +80,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes HTML."""
+    """Replaces Jinja's filter, which escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

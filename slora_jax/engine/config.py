@@ -1,4 +1,4 @@
-"""The engine's settings, validated once. The import is light: the command line reads its defaults here."""
+"""The engine's settings. Imports no JAX, because the command line reads its defaults here."""
 
 from __future__ import annotations
 
@@ -17,8 +17,14 @@ DEFAULT_COMPILATION_CACHE = "~/.cache/slora-jax/xla"
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """Static shape of a step program: at most `tokens` rows of at most `seqs` sequences. In a *decode* program every
-    sequence has one row (`tokens == seqs`); a *mixed* one takes prefill chunks and decoding sequences together."""
+    """Static shape of a step program.
+
+    Attributes:
+      tokens: maximum number of tokens.
+      seqs: maximum number of sequences.
+      decode: True for programs in which every sequence has one token (`tokens == seqs`); False for mixed programs,
+        which also take prefill chunks.
+    """
 
     tokens: int
     seqs: int
@@ -30,51 +36,52 @@ class Bucket:
 
     @property
     def prefill_tile_rows(self) -> int:
-        """Most rows of a prefill attention tile."""
+        """Maximum tokens of a prefill attention tile."""
         return min(self.tokens, 64)
 
 
 @checks_keywords
 @dataclass(frozen=True)
 class EngineConfig(CoreConfig):
-    """Settings of an `Engine`, beside those of `CoreConfig`.
+    """Settings of an `Engine`, in addition to those of `CoreConfig`.
 
     Attributes:
-      dtype: of weights, KV and adapters; "auto": float32 on a CPU, where bfloat16 is slower (and takes half the
-        memory), and bfloat16 elsewhere.
+      dtype: dtype of weights, KV and adapters; "auto" is float32 on a CPU, where bfloat16 is slower, and bfloat16
+        elsewhere.
       page_size: 8, 16 or 32.
-      num_pages: pages of the unified pool, the dummy page included; None: sized from free device memory by
-        `gpu_memory_utilization` (of several processes, that of the one with the least). On a CPU, from an eighth of the
-        host's memory, less if that is not free. The number is rounded down, so that every start finds the programs that
-        an earlier one compiled.
-      max_model_len: most tokens of prompt and output together; None: the model's own limit.
-      prefix_cache: a prompt that is found is not computed again, so it falls into other chunks: the last bits of the
-        logits may differ from those without.
-      adapter_pages: pages set aside for adapters, as in the baseline `no-unify-mem`; None: one pool for both.
-      max_lora_rank: largest rank accepted of one projection; bounds a device table, reserves nothing else.
-      spill_dir: where adapters beyond `host_adapter_bytes` go; None: a temporary directory, removed at the end.
-        Adapters on their way to the device (about `prefetch`) stay in memory beside the budget.
-      seed: of the random streams of requests that have none.
-      decode_buckets, mixed_buckets: rows of the compiled step programs: for steps in which every sequence decodes one
-        token, and for steps with prefill; None: chosen from max_num_seqs and max_num_batched_tokens.
-      kernels: "auto" (what the plan tables name for the device), "xla", "triton" or "mosaic_gpu", of LoRA and attention
-        (without a GPU, the last two run by their interpreters: slow, for study and tests).
-      tensor_parallel_size: of several processes (`join_processes`), all devices together.
-      tp_first_device: the first of the devices, which follow one another in `jax.devices()`: several engines can each
-        have a group (data parallelism).
-      lora: how adapters are served. "paged": gathered from the unified pool, any mix of them in a step. The others are
-        baselines of the paper's evaluation. "bmm": by batched products over zero-padded weights and rows
-        (`pallas_kernels.lora.bmm`). "merge": merged into the base weights, one adapter at a time (`engine.merge`),
-        under the policy `OneAdapter`. "off": requests name adapters, but the base model answers; nothing is loaded.
-      compile_ahead: True compiles every program before the first request, so that none is compiled while requests wait.
-        False compiles each when it is first used: for a process that answers a request or two.
-      keep_logits: outputs carry each generated token's float32 logits (for research; costs a copy of [seqs, vocab]).
+      num_pages: pages of the unified pool, including the dummy page. None derives it from the free device memory and
+        `gpu_memory_utilization` (with several processes, the minimum over them), and on a CPU from an eighth of the
+        host memory, or less if that is not free. The derived number is rounded down to a coarse grid, so that later
+        starts can reuse compiled programs.
+      max_model_len: maximum tokens of prompt and output together; None is the model's limit.
+      prefix_cache: the uncached rest of a prompt may be computed in other chunks, so the last bits of the logits may
+        differ from a run without the cache.
+      adapter_pages: pages reserved for adapters, as in the baseline `no-unify-mem`; None is one pool for both.
+      max_lora_rank: largest accepted rank of a projection. It sizes a small device table and reserves no pages.
+      spill_dir: directory for adapters beyond `host_adapter_bytes`; None is a temporary one. Adapters being uploaded
+        (about `prefetch` of them) stay in memory in addition to the budget.
+      seed: seed for requests without one of their own.
+      decode_buckets, mixed_buckets: token counts of the compiled step programs, for steps with one token per sequence
+        and for steps with prefill. None derives them from max_num_seqs and max_num_batched_tokens.
+      kernels: LoRA and attention kernels: "auto" (the plan tables' choice for the device), "xla", "triton" or
+        "mosaic_gpu". Without a GPU, the last two run in slow interpreters, for tests.
+      tensor_parallel_size: with several processes (`join_processes`), the number of all their devices.
+      tp_first_device: index in `jax.devices()` of the first of these consecutive devices, so that several engines can
+        each use a group (data parallelism).
+      lora: how adapters are applied. "paged" gathers them from the unified pool, in any mix per step. The others are
+        baselines of the paper: "bmm" uses batched products over zero-padded weights and tokens
+        (`pallas_kernels.lora.bmm`); "merge" merges one adapter at a time into the base weights (`engine.merge`) and
+        needs the policy `OneAdapter`; "off" ignores the adapters that requests name.
+      compile_ahead: True compiles all programs before the first request. False compiles each at its first use, which
+        suits a process that serves only a few requests.
+      keep_logits: whether outputs contain the float32 logits of each token, which costs a copy of [seqs, vocab] per
+        step.
       compilation_cache_dir: directory of compiled programs: JAX's persistent compilation cache, and on a CPU the
-        engine's own (`engine.program_cache`) in `programs/`. It must be writable by your account only: entries can run
-        code. A cache that JAX is configured with already is left alone. None: none.
-      model_cache_dir: Orbax cache of converted weights; None: none. Several processes do without: each reads its own
-        part of the checkpoint.
-      progress: progress bars on stderr for loading and compiling.
+        engine's own (`engine.program_cache`) in `programs/`. Entries can execute code, so only your account may have
+        write access. A cache already configured in JAX takes precedence. None disables both.
+      model_cache_dir: Orbax cache of converted weights; None disables it. Not used with several processes, each of
+        which reads its part of the checkpoint.
+      progress: whether to show progress bars on stderr.
     """
 
     page_size: Literal[8, 16, 32] = 16
@@ -102,7 +109,7 @@ class EngineConfig(CoreConfig):
         self.require(
             self.max_num_batched_tokens >= self.max_num_seqs,
             "max_num_batched_tokens",
-            f"at least max_num_seqs={self.max_num_seqs}, so that every running sequence gets its token",
+            f"at least max_num_seqs={self.max_num_seqs}, one token per running sequence",
         )
         if self.kernels != "auto":
             from pallas_kernels.paged_attention.api import IMPLEMENTATIONS  # imports JAX
@@ -123,7 +130,7 @@ class EngineConfig(CoreConfig):
             )
 
     def with_dtype(self) -> EngineConfig:
-        """Decides "auto". JAX must be free to look for devices (`join_processes` comes first)."""
+        """Resolves "auto". Initializes JAX's devices, so `join_processes` must come first."""
         if self.dtype != "auto":
             return self
         import jax
@@ -131,7 +138,7 @@ class EngineConfig(CoreConfig):
         return replace(self, dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
 
     def buckets(self) -> tuple[Bucket, ...]:
-        """The step programs' shapes: decode programs, smallest first, then mixed ones, smallest first."""
+        """Returns the shapes of the step programs: decode, then mixed, each in ascending size."""
         decode = self.decode_buckets or {min(n, self.max_num_seqs) for n in (8, 32, self.max_num_seqs)}
         most = self.max_num_batched_tokens
         mixed = self.mixed_buckets or {max(1, min(4 * self.max_num_seqs, most // 4)), most}

@@ -1,4 +1,4 @@
-"""The loop: plan a step, dispatch it, read the step before. Engine, server, simulator and tests run this one."""
+"""The step loop: plan, dispatch, read the previous step. Engine, server, simulator and tests all run it."""
 
 from __future__ import annotations
 
@@ -14,56 +14,55 @@ from slora_jax.scheduling.plan import NOT_FINITE
 
 
 class Step(Protocol):
-    """A dispatched step. sequences: in the order of its batch."""
+    """A dispatched step."""
 
     @property
-    def sequences(self) -> Sequence[ScheduledSequence]: ...
+    def sequences(self) -> Sequence[ScheduledSequence]:
+        """Sequences in batch order."""
 
 
 class Landing(NamedTuple):
-    """An upload that is no longer in flight. error: why its pages are not in the pool, if they should be."""
+    """A finished upload; `error` is the reason if it failed."""
 
     upload: Upload
     error: str | None = None
 
 
 class Executor[StepT: Step](AdapterSource, Protocol):
-    """Carries out plans. It owns the uploads in flight; the scheduler asks it where adapters are (`AdapterSource`)."""
+    """Executes plans and owns the uploads in flight. The scheduler queries it for adapters (`AdapterSource`)."""
 
     def lost(self) -> Mapping[str, str]:
-        """Digests of adapters that were found unreadable since the last call, with the reason."""
+        """Returns the digests of adapters found unreadable since the last call, with the reason."""
 
     def stage(self, upload: Upload) -> None:
-        """Begins the copy of some pages of an adapter, beside the steps. Nothing is staged if it raises."""
+        """Starts the copy of some pages of an adapter while steps run. If it raises, nothing is staged."""
 
     def landed(self) -> list[Landing]:
-        """Uploads that have ended since the last call, in the order of staging."""
+        """Returns the uploads that have finished since the last call, in the order of staging."""
 
     def upload(self, resident: Resident) -> None:
         """Uploads a whole adapter before the next step."""
 
     def dispatch(self, plan: StepPlan) -> StepT:
-        """Starts a step and returns at once."""
+        """Starts a step without waiting for it."""
 
     def read(self, step: StepT) -> Sequence[int]:
-        """Waits for a step. Returns the new token of each of its sequences, in the order of `step.sequences`."""
+        """Waits for a step. Returns the new token of each of `step.sequences`."""
 
     def wait(self, digest: str | None) -> None:
-        """Waits until an upload has landed; if none is in flight, for a moment, or until an adapter is in host memory.
-
-        Args:
-          digest: the adapter of the request that would be admitted next.
-        """
+        """Waits until an upload finishes. If none is in flight, waits briefly for `digest`, the adapter of the request
+        to admit next, to be read from disk."""
 
 
 class Update[StepT: Step](NamedTuple):
-    """News of one request from a step.
+    """The result of a step for one request.
 
     Attributes:
-      token: its new token; None: none.
-      step, row: where the token's log-probabilities and logits are.
-      scored: position in the prompt of the token that `row` scored; 0: none.
-      ended: the request ended with this. error: why, if it failed or the policy aborted it.
+      token: its new token, or None.
+      step, row: step and batch row that hold the token's log-probabilities and logits.
+      scored: position of the prompt token that `row` scores; 0 if it scores none.
+      ended: whether this ends the request.
+      error: the reason if the request failed or the policy aborted it.
     """
 
     request: Request
@@ -76,79 +75,74 @@ class Update[StepT: Step](NamedTuple):
 
 
 class EngineCore[StepT: Step]:
-    """Runs a scheduler's plans by an executor. It knows requests and tokens; no text, no names, no tokenizer.
+    """Runs a scheduler's plans on an executor. It handles requests and token ids; text and names are the `Engine`'s.
 
-    The next step is dispatched before the last one's tokens are read, so the end of a sequence is noticed one step late
-    and its surplus token dropped.
+    A step is dispatched before the previous step's tokens are read. The end of a sequence is therefore detected one
+    step late, and its surplus token is dropped.
 
     Attributes:
-      scheduler, executor: what it runs.
-      clock: seconds on the clock of all times of requests.
+      clock: returns seconds; all times of requests are on this clock.
       requests: unfinished requests by id.
-      trace: records what happens.
+      trace: recorder of the steps; `NO_TRACE` by default.
     """
 
     def __init__(
         self, scheduler: Scheduler, executor: Executor[StepT], clock: Callable[[], float], *, overlap: bool = True
     ) -> None:
-        """overlap: False reads each step before the next one is planned."""
+        """With `overlap=False`, each step is read before the next one is planned."""
         self.scheduler, self.executor, self.clock = scheduler, executor, clock
+        self.counters: Counters = scheduler.counters
         self.requests: dict[str, Request] = {}
         self.trace: NoTrace = NO_TRACE
         self._overlap = overlap
         self._in_flight: StepT | None = None
-        self._updates: list[Update[StepT]] = []  # for the next step to return
-
-    @property
-    def counters(self) -> Counters:
-        """Counters of the engine."""
-        return self.scheduler.counters
+        self._updates: list[Update[StepT]] = []  # returned by the next step
 
     @property
     def in_flight(self) -> StepT | None:
-        """The step that is dispatched and not read."""
+        """The step that is dispatched but not read."""
         return self._in_flight
 
     @property
     def has_work(self) -> bool:
-        """Returns whether `step` has anything left to do or to report."""
+        """True if `step` has work to do or updates to report."""
         return self.scheduler.has_work() or self._in_flight is not None or bool(self._updates)
 
     def add(self, request: Request) -> None:
-        """Queues a request that fits into the pool alone."""
+        """Queues a request. The caller has checked that it fits into the pool alone."""
         self.scheduler.add(request)
         self.requests[request.id] = request
 
     def step(self, may_wait: bool = True) -> list[Update[StepT]]:
-        """Plans and dispatches one step, then reads the step before. With nothing to run or to report, waits for an
-        adapter if it may."""
+        """Plans and dispatches one step, then reads the previous one and returns the updates. With `may_wait`, waits
+        for an adapter if there is nothing to run or to report."""
         self._take_landed()
         plan = self._plan()
-        before = self.exchange(self._dispatch(plan) if plan.sequences else None)
-        read = [] if before is None else self.read(before)
+        previous = self.exchange(self._dispatch(plan) if plan.sequences else None)
+        read = [] if previous is None else self.read(previous)
         updates = self.take_updates() + read
-        if may_wait and before is None and self._in_flight is None and not updates and self.scheduler.has_work():
+        if may_wait and previous is None and self._in_flight is None and not updates and self.scheduler.has_work():
             self.executor.wait(self.scheduler.next_digest(self.clock()))
         return updates
 
     def take_updates(self) -> list[Update[StepT]]:
-        """Ends of requests that no step has reported yet."""
+        """Returns and clears the ends of requests that no step has reported yet."""
         updates, self._updates = self._updates, []
         return updates
 
     def exchange(self, dispatched: StepT | None) -> StepT | None:
         """Puts a dispatched step in flight. Returns the step to read now."""
-        before, self._in_flight = self._in_flight, dispatched
+        previous, self._in_flight = self._in_flight, dispatched
         if not self._overlap:
-            before, self._in_flight = self._in_flight, None
-        return before
+            previous, self._in_flight = self._in_flight, None
+        return previous
 
     def read(self, step: StepT) -> list[Update[StepT]]:
-        """Appends a step's tokens to their requests, and ends those that have their last one."""
+        """Waits for a step, appends its tokens to their requests and ends the requests that are complete."""
         with self.trace.span("wait for device"):
             tokens = self.executor.read(step)
         self.trace.tokens_read(step)
-        now, updates = self.clock(), []
+        now, updates, read = self.clock(), [], 0
         for row, (sequence, token) in enumerate(zip(step.sequences, tokens, strict=False)):
             request = sequence.request
             if request.finish_reason is not None:
@@ -161,40 +155,38 @@ class EngineCore[StepT: Step]:
                 updates.append(self._end_not_finite(request))
                 continue
             output = request.output
+            if not output:
+                request.metrics.first_token = now
             output.append(token)
             request.token_times.append(now)
-            if request.metrics.first_token is None:
-                request.metrics.first_token = now
-            reason = None
-            if token in request.stop_token_ids:
-                reason = FinishReason.STOP
-            elif len(output) >= request.max_new:
-                reason = FinishReason.LENGTH
-            if reason is not None:
-                self.finish(request, reason, now)
-            updates.append(Update(request, token, step, row, 0, reason is not None))
-            self.counters.tokens_generated += 1
+            read += 1
+            if ended := token in request.stop_token_ids:
+                self.finish(request, FinishReason.STOP, now)
+            elif ended := len(output) >= request.max_new:
+                self.finish(request, FinishReason.LENGTH, now)
+            updates.append(Update(request, token, step, row, 0, ended))
+        self.counters.tokens_generated += read
         return updates
 
     def finish(self, request: Request, reason: FinishReason, now: float | None = None) -> None:
-        """Ends a request; its pages are free when this returns. A no-op on one that has ended. now: on the clock."""
+        """Ends a request and frees its pages. No-op if it has ended. `now` is in seconds on the clock."""
         if request.finish_reason is None:
             self.scheduler.finish(request, reason, self.clock() if now is None else now)
             del self.requests[request.id]
 
     def fail(self, request: Request, error: str) -> None:
-        """Ends an unfinished request with an error, which the next `step` reports."""
+        """Ends an unfinished request with an error. The next `step` reports it."""
         self.finish(request, FinishReason.ERROR)
         self._updates.append(Update(request, ended=True, error=error))
 
     def fail_waiting(self, digest: str, error: str) -> None:
-        """Ends the waiting requests of an adapter that cannot be uploaded; others are not affected."""
+        """Ends all waiting requests for an adapter that cannot be uploaded."""
         for request in list(self.scheduler.waiting.by_adapter.get(digest, ())):
             assert request.adapter is not None
             self.fail(request, f"adapter {request.adapter.name!r}: {error}")
 
     def check(self) -> None:
-        """Compares the owners of pages with the allocator; raises `PoolError` on any leak."""
+        """Checks page ownership against the allocator. Raises `PoolError` on a leak."""
         self.scheduler.check()
 
     # The parts of a step
@@ -207,7 +199,8 @@ class EngineCore[StepT: Step]:
                 self._fail_upload(upload, error)
 
     def _plan(self) -> StepPlan:
-        """Plans a step, begins the copies that go beside it, and reports the requests that ended with it."""
+        """Plans a step, starts its adapter copies, and records requests that the policy aborts or whose adapter is
+        unreadable."""
         with self.trace.span("schedule"):
             plan = self.scheduler.schedule(self.clock())
             self.trace.planned(plan, self.scheduler)
@@ -226,7 +219,7 @@ class EngineCore[StepT: Step]:
         return plan
 
     def _stage(self, upload: Upload) -> None:
-        if not upload.resident.present:  # an earlier part of it failed a moment ago
+        if not upload.resident.present:  # an earlier part of it just failed
             self.scheduler.residency.landed(upload)
             return
         try:
@@ -240,7 +233,7 @@ class EngineCore[StepT: Step]:
             self.trace.staged(upload)
 
     def _fail_upload(self, upload: Upload, error: str) -> None:
-        """Ends the requests that wait for an adapter that could not be copied to the device."""
+        """Ends the requests waiting for an adapter whose copy failed, and frees its pages."""
         digest = upload.resident.digest
         self.fail_waiting(digest, f"content {digest[:12]} could not be copied to the device: {error}")
         self.scheduler.residency.drop(digest)
@@ -261,7 +254,7 @@ class EngineCore[StepT: Step]:
         return step
 
     def _abandon(self, plan: StepPlan, error: BaseException) -> None:
-        """After a failure: ends the plan's requests, and drops adapters that may not have reached the pool."""
+        """Ends the requests of a failed plan and drops adapters that may not have reached the pool."""
         residency = self.scheduler.residency
         self.scheduler.abandon(plan, lambda request: self.fail(request, f"the step failed: {error!r}"))
         for resident in plan.loads:
@@ -271,7 +264,7 @@ class EngineCore[StepT: Step]:
             residency.drop(upload.resident.digest)
 
     def _end_not_finite(self, request: Request) -> Update[StepT]:
-        """Ends a request whose logits are not finite. What its adapter computed is not shared any more."""
+        """Ends a request whose logits are not finite, and drops the cached prefixes of its adapter."""
         self.finish(request, FinishReason.ERROR)
         if self.scheduler.prefixes is not None:
             self.scheduler.prefixes.drop(request.digest)

@@ -1,4 +1,4 @@
-"""The device arrays and compiled programs of one process. It knows pages and programs, not plans or requests."""
+"""The device arrays and compiled programs of one process. Handles pages and programs, but no plans or requests."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ TableRows = tuple[np.ndarray, np.ndarray]
 
 
 class Copy:
-    """Some pages of an adapter on their way to the device, in pieces."""
+    """A copy of some pages of an adapter to the device, in pieces."""
 
     def __init__(self, arrays: list[jax.Array]) -> None:
         self.arrays = arrays
 
     def is_there(self) -> bool:
-        """Returns whether the copy has ended."""
+        """Returns whether the copy has finished."""
         return all(array.is_ready() for array in self.arrays)  # type: ignore[attr-defined]
 
     def wait(self) -> None:
@@ -40,16 +40,15 @@ class Copy:
 
 
 class Device:
-    """Owns every device array of its process: parameters, pool, adapter table, sequence state. Arguments are plain
-    numbers and NumPy arrays, so that they can be sent to other processes (`distributed.broadcast`). All methods but
-    `read` return at once; the device runs their work in order.
+    """Owns every device array of its process: parameters, pool, adapter table, sequence state.
 
-    Pages of adapters, `contents [num_layers, n, 2, page_size, W]`, have all columns of the pool, or in one of several
-    processes those of its own devices.
+    All methods but `read` only dispatch; the device runs their work in order. Arguments are plain numbers and NumPy
+    arrays, so that they can be sent to other processes (`distributed.broadcast`). `contents` are adapter pages
+    `[num_layers, n, 2, page_size, W]`, with the columns of this process's devices.
     """
 
     def __init__(self, spec: StepSpec, params: Params, config: EngineConfig) -> None:
-        """Compiles every program and allocates the pool; `params` are placed already."""
+        """Compiles every program and allocates the pool. `params` are already on the devices."""
         self.spec = spec
         self.params = params
         parallel = spec.parallel
@@ -73,12 +72,15 @@ class Device:
     def step(
         self, key: StepKey, metadata: np.ndarray, rows: Sequence[TableRows], logprobs: bool | None
     ) -> tuple[Sampled, jax.Array]:
-        """Dispatches the step program `key`. Returns what it sampled, and logits float32 `[S, vocab]` (several shards
-        round the vocabulary up).
+        """Dispatches the step program `key`.
 
         Args:
-          rows: of the page table, written before.
-          logprobs: whether the sampler that follows also returns log-probabilities; None skips the sampler (greedy).
+          metadata: int32 `[layout.size]`, from `build_metadata`.
+          rows: page-table rows to write before the step.
+          logprobs: None skips the sampler (greedy); otherwise whether log-probabilities are computed too.
+
+        Returns:
+          The sampled tokens, and logits float32 `[S, vocab]`, vocab rounded up to a multiple of the shards.
         """
         for slot, pages in rows:
             self.state = replace(self.state, page_table=set_table_rows(self.state.page_table, slot, pages))
@@ -93,35 +95,34 @@ class Device:
         return sampled, output.logits
 
     def read(self, array: jax.Array) -> np.ndarray:
-        """Waits for a result of a step."""
+        """Waits for a step's result and copies it to the host."""
         return np.asarray(array)
 
     def upload(self, slot: int, pages: np.ndarray, ranks: np.ndarray, contents: np.ndarray) -> None:
-        """Writes a whole adapter to the pool; later steps wait for it on the device."""
+        """Uploads a whole adapter; later steps wait for it on the device."""
         self.pool, self.table = upload_adapter(
             self.pool, self.table, slot, pages, ranks, contents, self._page_sharding, self._columns.start
         )
 
     def begin_copy(self, contents: np.ndarray) -> Copy:
-        """Begins the copy of some pages of an adapter, beside the steps.
+        """Starts the copy of some pages of an adapter, concurrent with the steps.
 
-        On a GPU, XLA copies NumPy arrays through page-locked buffers of its own, on a thread and a stream of their own
-        (`PjRtStreamExecutorClient::BufferFromHostBuffer`), so neither the caller nor a running step waits. That is also
-        why tiles are plain NumPy arrays: to keep gigabytes of them page-locked would spare that thread a copy in host
-        memory, and no step anything.
+        On a GPU, XLA copies NumPy arrays through its own page-locked buffers, on a separate thread and stream
+        (`PjRtStreamExecutorClient::BufferFromHostBuffer`), so neither the caller nor a running step waits. Keeping the
+        tiles page-locked would save that thread a host copy but speed up no step, so they are plain NumPy arrays.
         """
         return Copy([self._put(contents[:, piece]) for piece in pieces(0, contents.shape[1])])
 
     def move(self, copy: Copy, pages: np.ndarray) -> None:
-        """Moves copied contents to these pages of the pool, within device memory."""
+        """Moves copied contents into these pages of the pool, within device memory."""
         for piece, array in zip(pieces(0, pages.size), copy.arrays, strict=True):
             self.pool = upload_pages(self.pool, pages[piece], array)
 
     def discard(self, copy: Copy) -> None:
-        """Ends a copy whose contents are not wanted any more."""
+        """Drops a copy whose contents are no longer needed."""
 
     def describe(self, slot: int, pages: np.ndarray, ranks: np.ndarray) -> None:
-        """Sets the adapter table's row `slot` to an adapter whose pages were moved."""
+        """Sets row `slot` of the adapter table to an adapter whose pages are in the pool."""
         self.table = describe(self.table, slot, pages, ranks)
 
     def merge(self, slot: int, sign: float) -> None:
@@ -131,28 +132,28 @@ class Device:
 
     @property
     def is_lost(self) -> bool:
-        """Returns whether another process is lost, so that no call can be made."""
+        """True if another process is lost, so that no call can be made."""
         return False
 
     def close(self) -> None:
-        """No call follows."""
+        """Ends the use of the device. No call may follow."""
 
     def _put(self, contents: np.ndarray) -> jax.Array:
-        """Begins the copy of an adapter's pages to the device, or of each device's part."""
+        """Starts the copy of adapter pages, to each device its own columns."""
         sharding = self._page_sharding
         if sharding is None:
             return jax.device_put(contents)
         return put_pages(contents, sharding, self._columns.start)  # type: ignore[return-value]
 
     def _warm_up(self) -> None:
-        """Compiles what the steps do not contain: the uploads, rows of the page table. Writes only to padding."""
+        """Compiles the programs outside the steps (uploads, page-table rows) by calls that write only to padding."""
         shape = self.spec.pool
         width = self._columns.stop - self._columns.start
         for size in UPLOAD_PAGES:
-            nowhere = np.full(size, shape.num_pages, np.int32)
+            out_of_range = np.full(size, shape.num_pages, np.int32)  # such writes are dropped
             contents = np.zeros((shape.num_layers, size, 2, shape.page_size, width), self.pool[0].dtype)
             for staged in (put_pages(contents, self._page_sharding, self._columns.start), self._put(contents)):
-                self.pool = upload_pages(self.pool, nowhere, staged)
+                self.pool = upload_pages(self.pool, out_of_range, staged)
         self.table = describe(self.table, 0, np.empty(0, np.int32), np.zeros(7, np.int32))
         padding = np.full(TABLE_ROWS, self.state.page_table.shape[0] - 1, np.int32)
         rows = np.zeros((TABLE_ROWS, self.state.page_table.shape[1]), np.int32)

@@ -1,4 +1,4 @@
-"""The executor on real devices: from plans to programs, metadata and uploads."""
+"""The executor on real devices: turns plans into metadata, program calls and uploads."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from slora_jax.metrics import Counters
 from slora_jax.scheduling import AdapterState, ScheduledSequence, StepPlan
 
 DISK_WAIT_SECONDS = 0.05
-"""Longest wait for an adapter's read from disk; requests may arrive meanwhile."""
+"""Maximum wait for an adapter's read from disk, short because requests may arrive during the wait."""
 
 IDLE_SECONDS = 0.001
-"""Wait when a policy admits none of the waiting requests and nothing runs."""
+"""Wait when nothing is running and the policy admits no waiting request."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class DispatchedStep:
     """A step on the device.
 
     Attributes:
-      sequences: in the order of its batch.
-      sampled: tokens, and log-probabilities if asked for.
-      logits: float32 `[S, vocab]` (several shards round the vocabulary up); None unless the engine keeps them.
+      sequences: sequences in batch order.
+      sampled: tokens, and log-probabilities if requested.
+      logits: float32 `[S, vocab]`, vocab rounded up to a multiple of the shards; None unless `keep_logits`.
     """
 
     sequences: list[ScheduledSequence]
@@ -50,17 +50,16 @@ class _Staged(NamedTuple):
 
 
 class DeviceExecutor:
-    """Carries out plans on a `Device`, with the adapters of a store. Owns the uploads in flight.
+    """Executes plans on a `Device` with the adapters of a store. Owns the uploads in flight.
 
-    An upload beside the steps takes two calls: `stage` begins the copy, which nothing that is dispatched depends on;
-    `landed`, once the copy has ended, dispatches its move into the pool, within device memory.
+    A prefetch takes two calls: `stage` starts the copy to the device, on which no dispatched work depends. Once the
+    copy has finished, `landed` dispatches its move into the pool, within device memory.
     """
 
     def __init__(
         self, device: Device, store: AdapterStore, residency: AdapterResidency, *, keep_logits: bool = False
     ) -> None:
-        """residency: of the engine, for its counters and the adapters that have not landed. keep_logits: whether steps
-        carry their logits."""
+        """With `keep_logits`, dispatched steps hold their logits."""
         self.device = device
         self._store = store
         self._residency = residency
@@ -68,23 +67,22 @@ class DeviceExecutor:
         self._lora = device.spec.lora
         self._merge = AdapterMerge(device, self._counters) if self._lora == "merge" else None
         self._keep_logits = keep_logits
-        self._tiles: dict[str, AdapterTiles] = {}  # found in host memory while planning; kept until all is uploaded
+        self._tiles: dict[str, AdapterTiles] = {}  # by digest, held from planning until the upload is complete
         self._lost: dict[str, str] = {}
         self._staged: deque[_Staged] = deque()
 
     @property
     def pages_in_flight(self) -> int:
-        """Pages whose copy to the device has begun and has not landed."""
+        """Number of pages whose copy to the device has started but not landed."""
         return sum(upload.count for upload, _ in self._staged)
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page over all layers."""
+        """Bytes per page over all layers."""
         return self.device.spec.pool.page_bytes
 
     def adapter_state(self, digest: str) -> AdapterState:
-        """Returns where an adapter's tiles are. Those in memory are held for the upload; those on disk begin to be
-        read."""
+        """Returns the state of an adapter's tiles. Holds tiles in memory for the upload; starts the read of others."""
         try:
             tiles = self._store.request(digest)
         except AdapterError as error:
@@ -96,20 +94,19 @@ class DeviceExecutor:
         return AdapterState.READY
 
     def lost(self) -> Mapping[str, str]:
-        """Digests of adapters that were found unreadable since the last call, with the reason."""
+        """Returns the digests of adapters found unreadable since the last call, with the reason."""
         lost, self._lost = self._lost, {}
         return lost
 
     def stage(self, upload: Upload) -> None:
-        """Begins the copy of some pages of an adapter. Raises the device's error; nothing is staged then."""
+        """Starts the copy of some pages of an adapter. If it raises the device's error, nothing is staged."""
         contents = self._tiles[upload.resident.digest].pages
         with self._launch():
             copy = self.device.begin_copy(contents[:, upload.first : upload.first + upload.count])
         self._staged.append(_Staged(upload, copy))
 
     def landed(self) -> list[Landing]:
-        """Moves staged pages that have arrived into the pool, in the order of staging; after an adapter's last ones,
-        its table row is set."""
+        """Moves copied pages into the pool, in the order of staging, and sets the table row of complete adapters."""
         landings = []
         with self._launch():
             while self._staged and self._staged[0].copy.is_there():
@@ -118,7 +115,7 @@ class DeviceExecutor:
         return landings
 
     def upload(self, resident: Resident) -> None:
-        """Dispatches the upload of a whole adapter; with several devices, each receives its own columns."""
+        """Dispatches the upload of a whole adapter. Each device receives its own columns."""
         tiles = self._tiles.pop(resident.digest)
         with self._launch():
             if self._merge is not None:
@@ -127,7 +124,7 @@ class DeviceExecutor:
         self._counters.upload_bytes += resident.num_pages * self.page_bytes
 
     def dispatch(self, plan: StepPlan) -> DispatchedStep:
-        """Starts a step and returns at once; the copies of its results to the host are started too."""
+        """Starts a step and the copies of its results to the host, without waiting."""
         device = self.device
         if self._merge is not None:
             self._merge.before_step(plan)
@@ -141,7 +138,7 @@ class DeviceExecutor:
             rows = list(shared_rows(plan.hits, device.state.page_table))
             sampled, logits = device.step(key, metadata, rows, logprobs if has_sampler else None)
         step = DispatchedStep(sequences, sampled, logits if self._keep_logits else None)
-        if not device.spec.layered:  # on a CPU they are read in place
+        if not device.spec.layered:  # a CPU's results need no copy
             for leaf in jax.tree.leaves((step.sampled, step.logits)):
                 leaf.copy_to_host_async()
         self._release_tiles()
@@ -153,7 +150,7 @@ class DeviceExecutor:
         return tokens
 
     def wait(self, digest: str | None) -> None:
-        """Waits for the oldest copy in flight; without any, for a moment for `digest` to be read from disk."""
+        """Waits for the oldest copy in flight. If there is none, waits briefly for `digest` to be read from disk."""
         if self._staged:
             try:
                 self._staged[0].copy.wait()
@@ -165,24 +162,23 @@ class DeviceExecutor:
             try:
                 self._store.wait(digest, timeout=DISK_WAIT_SECONDS)
             except AdapterError:
-                pass  # not there yet; or lost, which the next plan reports
+                pass  # still being read, or lost: the next plan reports it
         else:
             time.sleep(IDLE_SECONDS)
         self._release_tiles()
 
     @property
     def is_lost(self) -> bool:
-        """Returns whether another process is lost, so that nothing can be executed any more."""
+        """True if another process is lost, so that no call can be executed."""
         return self.device.is_lost
 
     def close(self) -> None:
-        """Nothing more is executed."""
         self.device.close()
 
     def _move(self, upload: Upload, copy: Copy) -> str | None:
-        """Returns why the copy failed, if it did; the pool is not touched then."""
+        """Moves copied pages into the pool. Returns the error if that fails, else None."""
         resident, device = upload.resident, self.device
-        if not resident.present:  # evicted meanwhile, and its pages may belong to others
+        if not resident.present:  # evicted during the copy; its pages may be in use again
             device.discard(copy)
             return None
         try:
@@ -199,19 +195,19 @@ class DeviceExecutor:
                 device.describe(resident.slot, resident.pages, resident.ranks)
         except ProcessLostError:
             raise
-        except Exception as error:  # noqa: BLE001  unreported, it would be awaited for ever
+        except Exception as error:  # noqa: BLE001  must be reported, or requests would wait forever
             return repr(error)
         self._counters.upload_bytes += upload.count * self.page_bytes
         return None
 
     def _release_tiles(self) -> None:
-        """Keeps the tiles of adapters that have more pages to upload."""
+        """Drops the tiles of adapters without further pages to upload."""
         for digest in self._tiles.keys() - self._residency.arriving.keys():
             del self._tiles[digest]
 
     @contextmanager
     def _launch(self) -> Iterator[None]:
-        """Counts the CPU time of calls that give the device work."""
+        """Counts the CPU time of calls that dispatch work to the device."""
         start = time.thread_time()
         try:
             yield
@@ -220,7 +216,7 @@ class DeviceExecutor:
 
 
 def _segments(plan: StepPlan) -> list[int]:
-    """Rows of each adapter in a step."""
+    """Returns the number of tokens of each adapter in a step."""
     rows: Counter[int] = Counter()
     for sequence in plan.sequences:
         rows[sequence.request.adapter_slot] += sequence.count

@@ -1,4 +1,4 @@
-"""The engine: adapter names, prompts and outputs around the core."""
+"""The engine, which adds adapter names, prompts, text and outputs to the core."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ PACKAGE = str(Path(__file__).parents[1])
 class Engine:
     """Serves one base model and any number of its LoRA adapters from one unified pool.
 
-    Not thread-safe: one thread calls it, but where "any thread" is said. Use `from_pretrained`, or build it from a
-    model in memory.
+    Make it with `from_pretrained`, or from a model in memory. All calls must come from one thread, except where "any
+    thread" is stated.
     """
 
     def __init__(
@@ -89,17 +89,16 @@ class Engine:
         """Compiles every step program (with a progress bar) and allocates the pool.
 
         Args:
-          params: as `models.load_model` or `models.init_random` return them; under `lora="merge"` the engine changes
-            them in place.
-          tokenizer: a `Tokenizer` or a fast Hugging Face one; without one, prompts are token ids and outputs have no
+          params: from `models.load_model` or `models.init_random`. With `lora="merge"` they are changed in place.
+          tokenizer: a `Tokenizer` or a fast Hugging Face one. Without it, prompts must be token ids and outputs have no
             text.
-          policy: order of requests (None: `Fcfs`; under `lora="merge"` `OneAdapter`).
-          eviction: order in which idle content leaves the pool (None: `Lru`).
-          processes: that serve the model together (`join_processes`); process 0 has the engine, the others each run a
-            `Follower`.
+          policy: scheduling policy, by default `Fcfs` (with `lora="merge"`, `OneAdapter`).
+          eviction: eviction policy, by default `Lru`.
+          processes: the group of processes that serve the model (`join_processes`). Process 0 makes the engine, each
+            other one a `Follower`.
 
         Raises:
-          ConfigError: settings and model, or policy, do not fit together; or the processes' settings differ.
+          ConfigError: settings, model and policy do not fit together, or the processes' settings differ.
         """
         config = _checked(config)
         policy = policy or (OneAdapter() if config.lora == "merge" else Fcfs())
@@ -131,7 +130,7 @@ class Engine:
         self.scheduler = Scheduler(self.residency, policy, config, self.executor, self.prefixes)
         self.core: EngineCore[DispatchedStep] = EngineCore(self.scheduler, self.executor, time.perf_counter)
         self._outputs = RequestOutputs(self.core, tokenizer, model.vocab_size)
-        self._unread: list[Delta] = []  # for the next step to return: of cancelled requests, and of another stream
+        self._unread: list[Delta] = []  # returned by the next step: from cancelled requests and other streams
         self._arrivals = 0
 
     @classmethod
@@ -145,7 +144,7 @@ class Engine:
         eviction: EvictionPolicy | None = None,
         processes: Processes | None = None,
     ) -> Engine:
-        """Loads a Hugging Face directory or a GGUF file: weights, and the tokenizer if one is there and none is given.
+        """Loads a Hugging Face directory or a GGUF file: the weights, and the tokenizer unless one is given.
 
         Raises:
           UnsupportedModelError, CheckpointError: see `models.load_model`.
@@ -166,17 +165,18 @@ class Engine:
 
     @uninterrupted
     def load_adapter(self, name: str, adapter: str | Path | LoraAdapter) -> AdapterInfo:
-        """Registers a PEFT directory (or an adapter in memory) under `name`, in host memory. A name that is in use gets
-        the new content; requests under way keep the old.
+        """Loads a PEFT directory (or an adapter in memory) into host memory under `name`.
+
+        If the name is in use, new requests get the new content; unfinished requests keep the old one.
 
         Raises:
-          AdapterError: it cannot be used, or is too large for this engine; nothing was changed.
+          AdapterError: the adapter is invalid or too large for this engine; nothing is changed.
         """
         return self.publish_adapter(self.prepare_adapter(name, adapter))
 
     def prepare_adapter(self, name: str, adapter: str | Path | LoraAdapter) -> PreparedAdapter:
-        """All of `load_adapter` that takes time, on any thread. The store keeps the content until `publish_adapter` or
-        `discard_adapter` is given the result. Raises AdapterError as `load_adapter`."""
+        """Does the slow part of `load_adapter`, on any thread, and raises its errors. The store keeps the content until
+        the result is passed to `publish_adapter` or `discard_adapter`."""
         _require_name(name)
         if not isinstance(adapter, str | Path | LoraAdapter):
             raise AdapterError(f"adapter={adapter!r}: must be a PEFT directory or a LoraAdapter")
@@ -184,7 +184,8 @@ class Engine:
 
     @uninterrupted
     def publish_adapter(self, prepared: PreparedAdapter) -> AdapterInfo:
-        """The rest of `load_adapter`, in microseconds. Raises AdapterError if it was published or discarded before."""
+        """Does the rest of `load_adapter`, in microseconds. Raises AdapterError if `prepared` was already published or
+        discarded."""
         name = prepared.info.name
         old = self.store.resolve(name) if self.store.has(name) else None
         info = self.store.publish(prepared)
@@ -192,12 +193,11 @@ class Engine:
         return info
 
     def discard_adapter(self, prepared: PreparedAdapter) -> None:
-        """Lets go of what will not be published; on any thread. Raises AdapterError as `publish_adapter`."""
+        """Releases an adapter that will not be published, on any thread. Raises as `publish_adapter`."""
         self.store.discard(prepared)
 
     def load_adapters(self, root: str | Path) -> list[AdapterInfo]:
-        """Registers every PEFT directory in `root` under its folder's name, with a progress bar. A bad one is reported
-        by a warning and skipped."""
+        """Loads every PEFT directory in `root` under its folder's name. Skips invalid ones with a warning."""
         old = {info.digest for info in self.store.infos()}
         report = self.store.load_directory(root, progress=self.config.progress)
         for name, error in report.errors:
@@ -208,9 +208,10 @@ class Engine:
 
     @uninterrupted
     def unload_adapter(self, name: str) -> bool:
-        """Forgets a name. Its content leaves host memory and the pool at once, unless another name points to it or
-        requests under way use it; then it goes with the last of these, and with it the prefixes computed under it.
-        Returns whether it is gone.
+        """Removes a name. Returns whether its content was freed at once.
+
+        The content leaves host memory and the pool, with the prefixes computed with it, when no other name points to it
+        and no unfinished request uses it.
 
         Raises:
           AdapterError: no adapter has this name.
@@ -221,7 +222,7 @@ class Engine:
         return self._drop_if_unnamed(digest) and not self.store.holds(digest)
 
     def adapters(self) -> list[AdapterInfo]:
-        """All registered adapters."""
+        """Returns all registered adapters."""
         return self.store.infos()
 
     # Requests
@@ -235,13 +236,17 @@ class Engine:
         request_id: str | None = None,
         tenant: str = "",
     ) -> str:
-        """Queues a request and returns its id. It runs as `step` is called. `tenant` is charged for it under a
-        fair-share policy: by default its adapter. If `max_tokens` is more than `max_model_len` leaves beside the
-        prompt, the answer ends there, and a warning says so.
+        """Queues a request and returns its id. Calls of `step` run it.
+
+        Args:
+          params: `max_tokens` is cut, with a warning, to the room that `max_model_len` leaves after the prompt.
+          adapter: name of its adapter; None for the base model.
+          request_id: id of the request; None assigns one.
+          tenant: account charged under a fair-share policy; by default the adapter's name.
 
         Raises:
-          RequestError: it can never run: empty or too long prompt, token ids outside the vocabulary, more pages than
-            the pool has (the message has the arithmetic), an id in use.
+          RequestError: the prompt is empty, too long or has ids outside the vocabulary; the request needs more pages
+            than the pool has (the message shows the arithmetic); or the id is in use.
           AdapterError: no adapter has this name.
         """
         require_kind("params", params, SamplingParams)
@@ -257,10 +262,10 @@ class Engine:
         if params.max_tokens is not None and params.max_tokens > room:
             warnings.warn(
                 f"max_tokens={params.max_tokens}: max_model_len={self.max_model_len} leaves room for {room} beside the "
-                f"prompt's {len(ids)}; the answer ends there",
+                f"prompt's {len(ids)}; the output ends there",
                 skip_file_prefixes=(PACKAGE,),
             )
-        use = self._use(adapter)
+        use = self._adapter_use(adapter)
         if params.max_tokens is None:
             fits = most_tokens(self.config.page_size, use, self.allocator) - len(ids)
             max_new = max(1, min(room, fits))
@@ -289,8 +294,7 @@ class Engine:
 
     @uninterrupted
     def cancel(self, request_id: str) -> bool:
-        """Ends a request now; its pages are free when this returns, and the next `step` reports it. Returns whether
-        there was such a request."""
+        """Ends an unfinished request and frees its pages; the next `step` reports it. Returns whether it existed."""
         request = self.core.requests.get(request_id)
         if request is None:
             return False
@@ -299,18 +303,16 @@ class Engine:
         return True
 
     def longest_request(self) -> int:
-        """Most tokens of prompt and output that `max_model_len` and the pool have room for, without an adapter."""
+        """Returns the maximum tokens of prompt and output, without an adapter, by `max_model_len` and the pool."""
         return min(self.max_model_len, most_tokens(self.config.page_size, None, self.allocator))
 
     def has_work(self) -> bool:
-        """Returns whether `step` has anything left to do or to report."""
+        """Returns whether `step` has work to do or deltas to report."""
         return self.core.has_work or bool(self._unread)
 
     def step(self) -> list[Delta]:
-        """Plans and dispatches one step, then reads the results of the step before. Returns the news of each request.
-
-        Ctrl-C takes effect after the step; its deltas are then returned by the next one.
-        """
+        """Plans and dispatches one step, then reads the previous one. Returns a delta per request with new results.
+        Ctrl-C takes effect after the step, and the next step returns its deltas."""
         counters = self.core.counters
         with InterruptHeld() as interrupt, self.core.trace.step():
             start, launch_seconds = time.thread_time(), counters.launch_seconds
@@ -319,7 +321,7 @@ class Engine:
                 deltas = self._deltas(updates)
             counters.host_seconds += time.thread_time() - start - (counters.launch_seconds - launch_seconds)
         deltas, self._unread = self._unread + deltas, []
-        if interrupt.came:
+        if interrupt.is_pending:
             self._unread = deltas
             raise KeyboardInterrupt
         return deltas
@@ -331,18 +333,19 @@ class Engine:
         adapters: str | Sequence[str | None] | None = None,
         tenants: str | Sequence[str] = "",
     ) -> list[RequestOutput]:
-        """Runs all prompts to their end, batched as they fit, and returns their outputs in order.
+        """Runs all prompts to their end and returns their outputs in order. Ctrl-C cancels unfinished requests.
 
-        Of a mapping's `input_ids`, and of an array, each row is a prompt. `params`, `adapters` and `tenants` are one
-        for all, or a list. Ctrl-C cancels what is unfinished and raises.
+        Args:
+          prompts: one or several; each row of an array, or of a mapping's `input_ids`, is a prompt.
+          params, adapters, tenants: as in `add_request`; one for all, or a list with one per prompt.
 
         Raises:
-          RequestError, AdapterError: as `add_request`, before anything runs.
+          RequestError, AdapterError: as `add_request`, before any request runs.
         """
         if self._outputs.ids:
             unfinished = ", ".join(self._outputs.ids[:8])
             raise RequestError(
-                f"generate: {unfinished} unfinished: first run an open stream to its end or close() it, and drain "
+                f"generate: {unfinished} unfinished: first run an open stream to its end or close() it, and finish "
                 "requests of add_request with step(), or cancel them"
             )
         many = each_prompt(prompts)
@@ -362,7 +365,7 @@ class Engine:
                             outputs[delta.request_id] = delta.output
                             bar.update()
         except BaseException:
-            for request_id in self._outputs.ids:  # also one whose id Ctrl-C kept from us
+            for request_id in self._outputs.ids:  # includes one whose id was lost to Ctrl-C
                 self.cancel(request_id)
             self._drain()
             raise
@@ -375,18 +378,15 @@ class Engine:
         adapters: str | Sequence[str | None] | None = None,
         **variables: Any,
     ) -> list[RequestOutput]:
-        """Answers a conversation, or each of several, in the tokenizer's chat template.
+        """Answers one or several conversations in the model's chat template. Returns outputs as `generate` does.
 
         Args:
           messages: `[{"role": "user", "content": "Hello"}]`, or a list of such conversations.
-          params: one for all, or a list. adapters: likewise.
-          variables: of the template: `tools=[...]`, say.
-
-        Returns:
-          As `generate`.
+          params, adapters: one for all, or a list with one per conversation.
+          variables: variables of the template, for example `tools=[...]`.
 
         Raises:
-          RequestError: as `generate`; there is no chat template, or it refuses the messages.
+          RequestError: as `generate`, or there is no chat template, or it rejects the messages.
           AdapterError: as `generate`.
         """
         conversations = each_conversation(messages)
@@ -396,19 +396,20 @@ class Engine:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, adapter: str | None = None
     ) -> Iterator[Delta]:
-        """Runs one request and yields what each step brings; the last delta carries the whole output. Other requests
-        run along, and their deltas wait for the next `step` (or their own stream). Closing the iterator cancels the
-        request.
+        """Runs one request and yields its new tokens after each step; the last delta has the whole output.
+
+        Other requests run too, and their deltas are kept for the next `step` or their own stream. Closing the iterator
+        cancels the request.
 
         Raises:
           RequestError, AdapterError: as `add_request`, at the call.
         """
         deltas = self._stream(self.add_request(prompt, params, adapter))
-        next(deltas)  # begun, so that closing it cancels the request even if nothing is read
+        next(deltas)  # start the generator, so that closing it always cancels the request
         return deltas
 
     def stats(self) -> EngineStats:
-        """Counters and the state now."""
+        """Returns the counters and the current state."""
         return EngineStats(
             **vars(self.core.counters),
             running=len(self.scheduler.running),
@@ -422,8 +423,10 @@ class Engine:
 
     @contextmanager
     def trace(self, path: str | Path | None = None) -> Iterator[Trace]:
-        """Records what happens inside the block; writes it to `path` at the end, for the Chrome trace viewer or
-        Perfetto. An engine that is not traced pays nothing for it.
+        """Records a trace inside the block. Without it, tracing costs nothing.
+
+        Args:
+          path: file written at the end of the block, for the Chrome trace viewer or Perfetto.
 
         Raises:
           RequestError: a recording is under way.
@@ -442,13 +445,11 @@ class Engine:
                 trace.write(path)
 
     def check(self) -> None:
-        """Compares the owners of pages with the allocator; raises `PoolError` on a leak. Cheap enough for each idle
-        moment."""
+        """Checks page ownership against the allocator. Raises `PoolError` on a leak. Cheap enough to call when idle."""
         self.core.check()
 
     def close(self) -> None:
-        """Cancels what runs, stops the store's thread and removes its temporary files; other processes' followers
-        return."""
+        """Cancels unfinished requests, stops the store's thread, removes its temporary files and ends the followers."""
         for request_id in self._outputs.ids:
             self.cancel(request_id)
         try:
@@ -466,7 +467,7 @@ class Engine:
     # Inside a step
 
     def _deltas(self, updates: Sequence[Update[DispatchedStep]]) -> list[Delta]:
-        """News for clients. Adapters of requests that have ended are released."""
+        """Turns the core's updates into deltas, and releases the adapters of finished requests."""
         deltas = []
         for update in updates:
             try:
@@ -489,7 +490,7 @@ class Engine:
 
     def _stream(self, request_id: str) -> Iterator[Delta]:
         try:
-            yield Delta(request_id, [], "")  # taken by `stream`
+            yield Delta(request_id, [], "")  # consumed by `stream`
             while request_id in self._outputs or any(delta.request_id == request_id for delta in self._unread):
                 deltas = self.step()
                 self._unread += [delta for delta in deltas if delta.request_id != request_id]
@@ -499,7 +500,7 @@ class Engine:
         finally:
             self.cancel(request_id)
 
-    def _use(self, adapter: str | None) -> AdapterUse | None:
+    def _adapter_use(self, adapter: str | None) -> AdapterUse | None:
         if adapter is None:
             return None
         info = self.store.info(adapter)
@@ -508,8 +509,8 @@ class Engine:
         return AdapterUse(adapter, info.digest, np.asarray(info.ranks, np.int32), info.num_pages)
 
     def _drop_if_unnamed(self, digest: str | None) -> bool:
-        """Frees the pool pages of content that no name points to any more, and those of prefixes computed under it,
-        unless requests use them or wait for them; then they go with the last of these. Whether the adapter is gone."""
+        """Frees the pool pages of unnamed content and of the prefixes computed with it, unless requests need them (then
+        it is called again when these end). Returns whether the adapter has left the pool."""
         if digest is None or self.store.is_named(digest) or digest in self.scheduler.waiting.by_adapter:
             return False
         if self.prefixes is not None:
@@ -518,13 +519,13 @@ class Engine:
 
 
 def _checked(config: Any) -> EngineConfig:
-    """The settings, with their dtype decided. Raises ConfigError if they are of another type."""
+    """Returns the settings with their dtype resolved. Raises ConfigError if `config` has another type."""
     if not isinstance(config, EngineConfig):
         raise ConfigError(f"config={config!r}: must be an EngineConfig; write EngineConfig(**config)")
     return config.with_dtype()
 
 
 def _require_name(name: Any) -> None:
-    """Raises AdapterError unless `name` can name an adapter."""
+    """Raises AdapterError unless `name` is a valid adapter name."""
     if not isinstance(name, str) or not name:
         raise AdapterError(f"name={name!r}: must be a string, and not empty")

@@ -1,4 +1,4 @@
-"""Ctrl-C between steps, never within one: a step changes books and donated device arrays together."""
+"""Delays Ctrl-C until a step ends, because a step must update host state and donated device arrays together."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from types import FrameType, TracebackType
 
 
 class InterruptHeld:
-    """Holds the first Ctrl-C back until the block has ended; `came` tells whether there was one.
+    """Holds back the first Ctrl-C inside the block (`is_pending`). A second one raises at once, in case a step hangs.
 
-    A second one, from a user who waits for a step that hangs, goes through. Nothing is changed outside the main thread
-    and where another handler than Python's own is in charge.
+    It has no effect outside the main thread, or if another handler than Python's own is installed.
     """
 
     def __init__(self) -> None:
-        self.came = False
+        self.is_pending = False
         self._active = False
 
     def __enter__(self) -> InterruptHeld:
@@ -34,19 +33,19 @@ class InterruptHeld:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _hold(self, number: int, frame: FrameType | None) -> None:
-        if self.came:
+        if self.is_pending:
             signal.default_int_handler(number, frame)
-        self.came = True
+        self.is_pending = True
 
 
 def uninterrupted[**P, R](method: Callable[P, R]) -> Callable[P, R]:
-    """`method`, in which Ctrl-C takes effect at the end."""
+    """Decorates a method so that Ctrl-C takes effect after it returns."""
 
     @wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         with InterruptHeld() as interrupt:
             result = method(*args, **kwargs)
-        if interrupt.came:
+        if interrupt.is_pending:
             raise KeyboardInterrupt
         return result
 

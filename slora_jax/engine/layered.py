@@ -1,7 +1,7 @@
-"""The step in parts, one of which runs once for each layer: what a CPU compiles.
+"""The step on a CPU, compiled in parts, one of which runs once per layer.
 
-A CPU runs a program operation by operation, so a call for each layer takes as long as one program of all layers, and
-compiles in the time of one layer. On a GPU a step is one program (`make_step`), which runs as one graph.
+A CPU runs a program operation by operation, so one call per layer takes as long as one program of all layers, but only
+one layer is compiled. On a GPU a step is one program (`make_step`), which runs as one graph.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from slora_jax.engine.step import (
     PagedContext,
     StepOutput,
     StepSpec,
-    likeliest,
+    greedy_token,
     lora_work,
     replicated,
     step_name,
@@ -36,7 +36,7 @@ from slora_jax.parallel.mesh import LOGITS, POOL, REPLICATED
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepShared:
-    """Inputs that all layers of one step share. cos, sin: float32 `[T, 1, head_dim / 2]`."""
+    """Inputs of all layers of a step. `cos` and `sin` are rotary embeddings, float32 `[T, 1, head_dim / 2]`."""
 
     batch: StepBatch
     cos: jax.Array
@@ -48,9 +48,9 @@ class Part:
     """A program to compile.
 
     Attributes:
-      name: equal names within an engine are the same program.
-      function: jitted.
-      shapes: returns the `jax.ShapeDtypeStruct`s of its arguments, for which it may trace other parts.
+      name: name of the program, unique within an engine.
+      function: the jitted function.
+      shapes: returns the `jax.ShapeDtypeStruct`s of its arguments; may trace other parts.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Part:
 
 @dataclass(frozen=True)
 class LayeredProgram:
-    """The compiled parts of one step, called with the arguments of `make_step`'s program."""
+    """The compiled parts of one step. Takes the arguments of `make_step`'s program."""
 
     begin: Callable[..., Any]
     prepare: Callable[..., Any] | None
@@ -80,16 +80,16 @@ class LayeredProgram:
 
 
 class LayeredStep:
-    """The functions of one step's parts, and the shapes to compile them for."""
+    """The functions of one step's parts and the shapes of their arguments."""
 
     def __init__(self, spec: StepSpec, layout: BatchLayout, with_lora: Lora) -> None:
         self._spec, self._layout, self._with_lora = spec, layout, with_lora
         self._dtype = spec.params["embed"]["embedding"].dtype
         bucket, name = layout.bucket.name, step_name(layout.bucket, with_lora)
-        ends, of_layer = {}, {}
+        ends, layer = {}, {}
         if spec.parallel is not None:
             specs = jax.tree.map(lambda leaf: leaf.sharding.spec, spec.params)
-            ends, of_layer = _ends(specs), specs["layers"][0]
+            ends, layer = _ends(specs), specs["layers"][0]
         same, output = REPLICATED, StepOutput(REPLICATED, LOGITS)  # type: ignore[arg-type]
         self._parts = {
             "begin": Part(
@@ -99,7 +99,7 @@ class LayeredStep:
             ),
             "layer": Part(
                 f"{name}_layer",
-                self._jit(f"{name}_layer", self._layer, (1, 2), (of_layer, POOL, same, same, same), (POOL, same)),
+                self._jit(f"{name}_layer", self._layer, (1, 2), (layer, POOL, same, same, same), (POOL, same)),
                 self._layer_shapes,
             ),
             "end": Part(
@@ -120,7 +120,7 @@ class LayeredStep:
         return list(self._parts.values())
 
     def program(self, compiled: Mapping[str, Callable[..., Any]]) -> LayeredProgram:
-        """The step from its compiled parts, by name."""
+        """Returns the step, given its compiled parts by name."""
         part = {role: compiled[part.name] for role, part in self._parts.items()}
         return LayeredProgram(part["begin"], part.get("prepare"), part["layer"], part["end"])
 
@@ -129,7 +129,7 @@ class LayeredStep:
     def _begin(
         self, ends: Params, page_table: jax.Array, last_token: jax.Array, metadata: jax.Array
     ) -> tuple[jax.Array, jax.Array, StepShared]:
-        """Returns the new page table, x `[T, d]` for the first layer, and what all layers share."""
+        """Returns the new page table, the first layer's input `[T, d]`, and the inputs shared by all layers."""
         batch, state = unpack(metadata, SequenceState(page_table, last_token), self._layout)
         decoder = nnx.merge(self._ends_graph, ends)
         x, cos, sin = decoder.begin(batch.token, batch.position, self._context((), batch, None))
@@ -141,16 +141,16 @@ class LayeredStep:
     def _layer(
         self, params: Params, pool: jax.Array, x: jax.Array, shared: StepShared, lora: LoraProduct | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns the layer's pool and output, both in the place of the inputs."""
+        """Returns the layer's pool and output. Both inputs are donated."""
         context = self._context((pool,), shared.batch, lora)
         x = nnx.merge(self._layer_graph, params)(x, shared.cos, shared.sin, context)
         return context.pool[0], x
 
     def _end(self, ends: Params, last_token: jax.Array, x: jax.Array, batch: StepBatch) -> tuple[jax.Array, StepOutput]:
-        """Returns the new last tokens, and the step's output."""
+        """Returns the new last tokens and the step's output."""
         decoder = nnx.merge(self._ends_graph, ends)
         logits = decoder.logits(decoder.end(x)[batch.last_row])  # [S, vocab]
-        token = likeliest(self._spec, logits)
+        token = greedy_token(self._spec, logits)
         return last_token.at[batch.slot].set(token), StepOutput(token, logits)
 
     def _context(self, pool: tuple[jax.Array, ...], batch: StepBatch, lora: LoraProduct | None) -> PagedContext:
@@ -168,7 +168,7 @@ class LayeredStep:
     def _jit(
         self, name: str, function: Callable[..., Any], donated: tuple[int, ...], in_specs: Any, out_specs: Any
     ) -> Any:
-        """Over several shards, the specs say how arguments and results are cut."""
+        """Jits a part, inside `shard_map` if there are several shards."""
         parallel = self._spec.parallel
         if parallel is not None:
             function = jax.shard_map(
@@ -215,5 +215,5 @@ class LayeredStep:
 
 
 def _ends(params: Params) -> Params:
-    """The parameters outside the layers."""
+    """Returns the parameters outside the layers."""
     return {name: leaf for name, leaf in params.items() if name != "layers"}

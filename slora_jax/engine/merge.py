@@ -1,10 +1,10 @@
-"""The merge baseline: the one adapter that is served lies in the base weights (paper section 5.2 and figure 9).
+"""The merge baseline: serves one adapter at a time by merging it into the base weights (paper section 5.2, figure 9).
 
-`W += A B` when a step's requests need another adapter than the one that is merged, `W -= A B` of that one before. The
-steps themselves have no LoRA. Sums are made in float32 and rounded to the weights' dtype, so taking an adapter out does
-not restore the weights to the bit: each switch leaves up to half a unit in the last place of `W + A B` behind. The
-paper's code does the same. In float32 that is far below what changes a token; in bfloat16 it adds up: after 100
-switches the weights are off by about 2% (`tests/engine/test_lora_baselines.py` measures it).
+When a step needs another adapter, the merged one is subtracted (`W -= A B`) and the new one added (`W += A B`). Steps
+run without LoRA. Sums are computed in float32 and rounded to the weights' dtype, so each switch leaves an error of up
+to half a unit in the last place of `W + A B`, as in the paper's code. In float32 the error is far too small to change a
+token. In bfloat16 it accumulates: after 100 switches the weights are off by about 2% (measured in
+`tests/engine/test_lora_baselines.py`).
 """
 
 from __future__ import annotations
@@ -25,42 +25,42 @@ from slora_jax.scheduling import StepPlan
 
 
 class MergeDevice(Protocol):
-    """The part of a device that `AdapterMerge` uses."""
+    """The interface of `Device` that `AdapterMerge` uses."""
 
     def merge(self, slot: int, sign: float) -> None:
         """Adds `sign` times the adapter in `slot` to the weights."""
 
 
 Kernels = tuple[dict[str, jax.Array], ...]
-"""By layer, the kernel `[d_in, d_out]` of each stack, by its name."""
+"""One dictionary per layer, from stack name to kernel `[d_in, d_out]`."""
 
 
 class AdapterMerge:
-    """Tracks which adapter is in the weights, and has the device change it.
+    """Tracks the merged adapter and switches it on the device.
 
-    An adapter that is merged may be evicted from the pool as soon as no request uses it; its pages are read for the
-    last time before anything is written there. So `before_upload` and `before_step` must be called in time.
+    The merged adapter may be evicted from the pool, but its pages are needed to subtract it. `before_upload` subtracts
+    it before its pages are overwritten.
     """
 
     def __init__(self, device: MergeDevice, counters: Counters) -> None:
         self._device, self._counters = device, counters
         self._merged: Resident | None = None
-        self._residents: dict[int, Resident] = {}  # by slot: the newest there
+        self._residents: dict[int, Resident] = {}  # newest resident by slot
 
     def before_upload(self, resident: Resident) -> None:
-        """`resident` is about to be written to its pages and slot."""
+        """Must be called before `resident` is written to its pages and slot."""
         merged = self._merged
         if merged is not None and merged.digest == resident.digest:
-            self._merged = resident  # evicted while it was merged, and wanted again
+            self._merged = resident  # evicted while merged, and uploaded again
         elif merged is not None and (resident.slot == merged.slot or np.intersect1d(resident.pages, merged.pages).size):
             self._unmerge()
         self._residents[resident.slot] = resident
 
     def before_step(self, plan: StepPlan) -> None:
-        """The step of `plan` follows, whose requests are of one adapter, or all of none."""
-        wanted = {s.request.adapter_slot for s in plan.sequences}
-        assert len(wanted) == 1, f"lora='merge': a step of several adapters' requests, slots {sorted(wanted)}"
-        slot = wanted.pop()
+        """Merges the adapter of the plan's requests, which must all have the same one, or none."""
+        slots = {s.request.adapter_slot for s in plan.sequences}
+        assert len(slots) == 1, f"lora='merge': a step has requests for several adapters, slots {sorted(slots)}"
+        slot = slots.pop()
         resident = None if slot < 0 else self._residents[slot]
         if resident is self._merged:
             return
@@ -86,7 +86,7 @@ class MergeProgram:
         self.program = make_merge(spec).lower(*shapes).compile()
 
     def __call__(self, params: Params, pool: Pool, table: AdapterTable, slot: int, sign: float) -> Params:
-        """The parameters with `sign` times the adapter in `slot`; the given ones are donated."""
+        """Returns the parameters plus `sign` times the adapter in `slot`. `params` are donated."""
         merged = self.program(kernels(params), pool, table, np.int32(slot), np.float32(sign))
         layers = {
             index: layer | {name: layer[name] | {"kernel": kernel} for name, kernel in merged[index].items()}
@@ -96,14 +96,16 @@ class MergeProgram:
 
 
 def kernels(params: Params) -> Kernels:
-    """The weights that adapters change."""
+    """Returns the kernels that adapters modify."""
     layers = params["layers"]
     return tuple({s: layers[i][s]["kernel"] for s in ("qkv", "o", "gate_up", "down")} for i in range(len(layers)))
 
 
 def make_merge(spec: StepSpec) -> Any:
-    """The jitted `(kernels, pool, table, slot int32, sign float32) -> kernels`: adds `sign` times the product of the
-    adapter in `slot` to every kernel, in place (kernels are donated)."""
+    """Returns the jitted `(kernels, pool, table, slot int32, sign float32) -> kernels`.
+
+    It adds `sign` times the product of the adapter in `slot` to every kernel, in place (kernels are donated).
+    """
     layout = spec.lora_layout
 
     def merge(weights: Kernels, pool: Pool, table: AdapterTable, slot: jax.Array, sign: jax.Array) -> Kernels:
@@ -122,7 +124,7 @@ def make_merge(spec: StepSpec) -> Any:
 def _added(
     kernel: jax.Array, layer: jax.Array, stack: Stack, layout: LoraLayout, rows: xla.StackRows, sign: jax.Array
 ) -> jax.Array:
-    """`kernel [d_in, d_out] + sign A B` of one stack, from the layer's pool."""
+    """Returns `kernel [d_in, d_out] + sign A B` for one stack; `layer` is the layer's pool."""
     flat = layer.reshape(-1, layout.width)
     exact = jax.lax.Precision.HIGHEST if layer.dtype == jnp.float32 else None
     deltas, first = [], 0

@@ -1,4 +1,4 @@
-"""What the engine returns."""
+"""The engine's results."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from slora_jax.metrics import Counters, FinishReason, PoolPages, RequestRecord
 from slora_jax.scheduling import RequestMetrics
 
 Prompt = str | Sequence[int] | np.ndarray | Mapping[str, Any]
-"""A string; token ids, in a list or an integer array (NumPy's, torch's or JAX's); or a mapping with `input_ids`, as
-tokenizers return."""
+"""A string; token ids in a list or an integer array (NumPy, torch or JAX); or a mapping with `input_ids`, as tokenizers
+return."""
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log probabilities under the model's own distribution (before temperature and masks) at one output position.
+    """Log-probabilities at one position, under the model's distribution before temperature and masks.
 
-    `logprob` of the chosen token; `top`: the best alternatives, as many as asked for, `(token, logprob)` best first.
+    Attributes:
+      logprob: log-probability of the chosen token.
+      top: the most likely tokens as `(token, logprob)`, best first, as many as requested.
     """
 
     logprob: float
@@ -31,11 +33,16 @@ class TokenLogprobs:
 class RequestOutput:
     """A finished request.
 
-    text: generated text, None without a tokenizer. token_ids: generated tokens, a stop token included. logprobs: one
-    entry per token, if asked for. prompt_logprobs: one per token of the prompt, if asked for; None for the first, which
-    nothing precedes. logits: float32 `[len(token_ids), vocab]` with `EngineConfig.keep_logits`.
-    error: why, when `finish_reason` is "error" or "abort". metrics: seconds on the engine's clock; token_times: when
-    the host had each token, on the same clock.
+    Attributes:
+      adapter: name of the adapter, None for the base model.
+      text: generated text; None without a tokenizer.
+      token_ids: generated tokens, including a stop token.
+      metrics: times in seconds on the engine's clock.
+      token_times: time at which the host read each token, seconds on the engine's clock.
+      logprobs: one entry per generated token, if requested.
+      prompt_logprobs: one entry per prompt token, if requested; None for the first token.
+      logits: float32 `[len(token_ids), vocab]` with `EngineConfig.keep_logits`.
+      error: the reason when `finish_reason` is "error" or "abort".
     """
 
     request_id: str
@@ -52,7 +59,7 @@ class RequestOutput:
     error: str | None = None
 
     def record(self) -> RequestRecord:
-        """The request, as `slora_jax.metrics` takes it."""
+        """Returns the record that `slora_jax.metrics` reads."""
         metrics = self.metrics
         assert metrics.finished is not None
         return RequestRecord(
@@ -70,15 +77,16 @@ class RequestOutput:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # one per token; a frozen dataclass would take three times as long to make
 class Delta:
     """The result of a step for one request.
 
     Attributes:
-      token_ids: new tokens. logprobs: theirs, if asked for.
-      text: text that no later token can change.
-      output: with the last tokens, the whole output.
-      prompt_logprobs: with the first token, if asked for.
+      token_ids: new tokens.
+      text: new text that no later token can change.
+      output: the whole output, with the last tokens.
+      logprobs: one entry per new token, if requested.
+      prompt_logprobs: as in `RequestOutput`, with the first token.
     """
 
     request_id: str
@@ -95,13 +103,15 @@ class Delta:
 
 @dataclass(kw_only=True)
 class EngineStats(Counters):
-    """Counters since the engine was made, and its state now.
+    """Counters since the engine was made, and its current state.
 
     Attributes:
-      running, waiting: requests. registered_adapters: names in the store. resident_adapters: adapters in the pool.
-      pages: of the pool, by content.
-      uploads_in_flight: prefetched adapters that have not landed; upload_bytes_in_flight: bytes of their copies that
-        have begun.
+      running, waiting: number of requests.
+      registered_adapters: number of names in the store.
+      resident_adapters: number of adapters in the pool.
+      pages: pages of the pool by content.
+      uploads_in_flight: number of prefetched adapters that have not landed.
+      upload_bytes_in_flight: bytes whose copy to the device has started but not landed.
     """
 
     running: int

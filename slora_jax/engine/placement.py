@@ -1,4 +1,4 @@
-"""A model on the devices that the settings name; of several processes, each one's part of it."""
+"""Loads a model onto the devices of the settings. With several processes, each loads its own part."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from slora_jax.parallel.mesh import tensor_parallel
 
 
 class Processes(Protocol):
-    """The part that the engine uses of several processes that serve one model (`distributed.group.ProcessGroup`)."""
+    """The interface of `distributed.group.ProcessGroup` that the engine uses."""
 
     def agree(self, settings: Mapping[str, Any], num_pages: int, is_given: bool) -> int:
-        """Compares settings with the other processes; returns the number of pages that all take."""
+        """Checks that all processes have the same settings. Returns the number of pages for all."""
 
     def device(self, spec: StepSpec, params: Params, config: EngineConfig) -> Device:
-        """The device of process 0, whose calls the others make too."""
+        """Makes the device of process 0, whose calls the followers repeat."""
 
 
-_SETTINGS_OF_ALL = (
+_SHARED_SETTINGS = (
     *(
         "dtype",
         "adapter_pages",
@@ -42,15 +42,14 @@ _SETTINGS_OF_ALL = (
     ),
     *("max_lora_rank", "decode_buckets", "mixed_buckets", "kernels", "tensor_parallel_size", "tp_lora", "lora"),
 )
-"""Settings that the pool and the step programs depend on."""
+"""Settings of the pool and the step programs, which must be equal in all processes."""
 
 
 def load(model_dir: str | Path, config: EngineConfig) -> tuple[ModelConfig, nnx.GraphDef, Params]:
-    """Loads a Hugging Face directory or GGUF file on the devices of `config`; of several processes, each one the part
-    that its own devices hold.
+    """Loads a Hugging Face directory or GGUF file onto this process's devices.
 
     Raises:
-      ConfigError: there are not enough devices, or the model cannot be cut over them.
+      ConfigError: there are too few devices, or the model cannot be sharded over them.
       UnsupportedModelError, CheckpointError: see `models.load_model`.
     """
     model = ModelConfig.from_directory(model_dir)
@@ -68,7 +67,7 @@ def place(
     config: EngineConfig,
     processes: Processes | None = None,
 ) -> tuple[StepSpec, Params]:
-    """Returns the step programs' spec, and the parameters on their devices; the same in several processes.
+    """Returns the spec of the step programs, and the parameters on their devices.
 
     Raises:
       ConfigError: settings, model and devices do not fit together, or differ between processes.
@@ -77,13 +76,13 @@ def place(
     if (processes is None) != (parallel is None or jax.process_count() == 1):
         raise ConfigError(
             f"EngineConfig.tensor_parallel_size={config.tensor_parallel_size}, processes={processes}: "
-            f"{jax.process_count()} processes run; several serve one model over all of their devices, and are given "
-            "what join_processes returned"
+            f"JAX runs {jax.process_count()} processes; processes must be the result of join_processes if several "
+            "share the model, and None otherwise"
         )
     if parallel is not None:
         graphdef, params = shard_params(model, params, parallel)
     if processes is not None:
-        settings = {f"EngineConfig.{name}": getattr(config, name) for name in _SETTINGS_OF_ALL}
+        settings = {f"EngineConfig.{name}": getattr(config, name) for name in _SHARED_SETTINGS}
         settings |= {f"the model's {name}": value for name, value in asdict(model).items()}
         pages = config.num_pages or pages_that_fit(model, config)
         config = replace(config, num_pages=processes.agree(settings, pages, is_given=config.num_pages is not None))

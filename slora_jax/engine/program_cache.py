@@ -1,7 +1,7 @@
-"""Compiled programs on disk. A start that finds them neither traces nor lowers nor compiles.
+"""A cache of compiled programs on disk, which avoids tracing, lowering and compiling.
 
-JAX's own compilation cache spares XLA's work but still traces and lowers every program, which takes seconds. An entry
-here is a serialized executable under a digest of everything that it depends on: this project's source, JAX and its
+JAX's own compilation cache avoids only XLA's work; tracing and lowering every program still takes seconds. An entry
+here is a serialized executable, keyed by a digest of everything it depends on: this project's source, JAX and its
 settings, the processor, and the shapes and structure of the engine's step.
 """
 
@@ -34,41 +34,38 @@ from slora_jax.engine.step import StepSpec
 from slora_jax.models.hf import load_device
 
 KEPT_SECONDS = 30 * 24 * 3600
-"""Entries that were not used for so long are deleted when a new one is written."""
+"""Entries not used for this long are deleted when a new one is written."""
 
 _IRRELEVANT_SETTINGS = re.compile(r"jax_(compilation_cache|persistent_cache|log|debug|traceback|dump).*")
 _OPTION_WITHOUT_EFFECT = "xla_gpu_kernel_cache_file"
-"""A compiler option that takes any text, and is not read on a CPU."""
+"""A compiler option that accepts any text and is ignored on a CPU."""
 
 logger = logging.getLogger("slora_jax")
 
 
 class ProgramCache:
-    """Entries of one engine's programs, by name. Any number of processes may share the directory.
+    """The cached programs of one engine, by name. Several processes may share the directory.
 
-    An entry is a pickle: the directory must be writable by its owner only.
+    Entries are pickles, which can execute code, so only the owner may have write access to the directory.
     """
 
     def __init__(self, directory: Path, spec: StepSpec) -> None:
         self._directory = directory
-        self._engine = f"{_environment()} {_of_spec(spec)}"
+        self._engine = f"{_environment()} {_spec_key(spec)}"
 
     def compile(self, name: str, about: str, lowered: Any) -> Any:
         """Compiles a program that `load` did not find, and writes its entry.
 
-        XLA cannot serialize an executable that was itself read from JAX's cache (it has lost its functions), so the
-        compilation is given an option that makes it new to that cache.
+        XLA cannot serialize an executable that was read from JAX's cache, because its functions are missing. A unique
+        value of a compiler option makes the compilation miss that cache.
         """
         compiled = lowered.compile({_OPTION_WITHOUT_EFFECT: uuid.uuid4().hex})
         self._store(self._path(name, about), compiled)
         return compiled
 
     def load(self, name: str, about: str) -> Any | None:
-        """The compiled program, or None.
-
-        Args:
-          name: of the program. about: what the program depends on beside the engine's step, its bucket above all.
-        """
+        """Returns the compiled program, or None if there is no usable entry. `about` describes what the program depends
+        on besides the engine, such as its bucket."""
         path = self._path(name, about)
         try:
             payload, arguments, results = pickle.loads(path.read_bytes())
@@ -78,21 +75,21 @@ class ProgramCache:
             os.utime(path)
         except FileNotFoundError:
             return None
-        except Exception as error:  # noqa: BLE001  a damaged entry costs its compilation, nothing else
-            logger.warning("%s: this compiled program cannot be used, and is compiled again: %r", path, error)
+        except Exception as error:  # noqa: BLE001  a damaged entry is compiled again
+            logger.warning("%s: this compiled program cannot be used and is compiled again: %r", path, error)
             return None
         return compiled
 
     def _store(self, path: Path, compiled: Any) -> None:
-        """Writes an entry. What prevents it is logged, not raised."""
+        """Writes an entry. Errors are logged, not raised."""
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self._directory, delete=False) as file:
                 file.write(pickle.dumps(serialize_executable.serialize(compiled)))
             os.replace(file.name, path)
             self._delete_unused()
-        except Exception as error:  # noqa: BLE001  a full disk, say
-            logger.warning("%s: the compiled program could not be kept: %r", path, error)
+        except Exception as error:  # noqa: BLE001  for example a full disk
+            logger.warning("%s: the compiled program could not be written: %r", path, error)
 
     def _path(self, name: str, about: str) -> Path:
         digest = hashlib.sha256(f"{self._engine} {name} {about}".encode()).hexdigest()
@@ -106,7 +103,7 @@ class ProgramCache:
                     path.unlink()
 
 
-def _of_spec(spec: StepSpec) -> str:
+def _spec_key(spec: StepSpec) -> str:
     params = {path: (leaf.shape, str(leaf.dtype)) for path, leaf in traverse_util.flatten_dict(spec.params).items()}
     numbers = (spec.max_num_seqs, spec.max_pages_per_seq, spec.max_rank, spec.kernels, spec.lora)
     return repr((spec.model, spec.pool, sorted(params.items(), key=str), numbers))
@@ -114,7 +111,7 @@ def _of_spec(spec: StepSpec) -> str:
 
 @cache
 def _environment() -> str:
-    """Digest of what compiled programs depend on, beside the engine: source, versions, settings, processor."""
+    """Returns a digest of the source, versions, settings and processor that compiled programs depend on."""
     digest = hashlib.sha256()
     for file in _source():
         digest.update(file.read_bytes())
@@ -131,7 +128,7 @@ def _source() -> Iterator[Path]:
 
 
 def _processor() -> str:
-    """The processor's features: code compiled for more than it has would crash."""
+    """Returns the processor's features, because code compiled for missing ones would crash."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Compilation of every step program before the first request."""
+"""Compilation of the step programs."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from slora_jax.engine.step import (
 from slora_jax.phases import advance, phase
 
 StepKey = tuple[int, int]
-"""Names a step program: the number of its bucket, and of its LoRA work among the bucket's, the least first."""
+"""Identifies a step program: index of its bucket, and index of its LoRA work in the bucket's `lora_programs`."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """One compiled program: callable with its function's arguments. is_cached: it was found on disk."""
+    """One compiled program, callable with its function's arguments. `is_cached` if it was loaded from disk."""
 
     name: str
     compiled: Any
@@ -58,7 +58,7 @@ class Program:
 
 
 class StepPrograms:
-    """The compiled steps of an engine, by bucket and LoRA work; and its samplers, by number of sequences."""
+    """The compiled steps of an engine by bucket and LoRA work, and its samplers and scorers by number of sequences."""
 
     def __init__(
         self,
@@ -70,16 +70,13 @@ class StepPrograms:
         progress: bool = True,
         cache_dir: Path | None = None,
     ) -> None:
-        """Compiles all, or loads what earlier starts compiled.
+        """Compiles all programs, or loads those compiled by earlier starts. Raises the compiler's errors.
 
         Args:
-          ahead: False compiles each program when it is first used.
-          threads: programs compiled at once.
-          progress: whether a bar shows it.
-          cache_dir: where compiled programs are kept, on a CPU; None: nowhere.
-
-        Raises:
-          What the compiler raises.
+          ahead: False compiles each program at its first use.
+          threads: number of programs compiled at the same time.
+          progress: whether to show a progress bar.
+          cache_dir: directory of compiled programs, used on a CPU only; None disables it.
         """
         self.buckets = buckets
         self.layouts = {bucket: spec.layout(bucket) for bucket in buckets}
@@ -101,7 +98,7 @@ class StepPrograms:
         self._programs: dict[str, Program] = {}
         self._steps: dict[tuple[Bucket, Lora], Callable[..., Any]] = {}
         if ahead:
-            self._need(self._parts)
+            self._get(self._parts)
             for key in keys:
                 self._step(*key)
             _return_memory()
@@ -109,8 +106,13 @@ class StepPrograms:
     def select(
         self, tokens: int, seqs: int, with_lora: bool, segments: Sequence[int] = ()
     ) -> tuple[StepKey, BatchLayout]:
-        """The program of the smallest bucket that holds `tokens` rows of `seqs` sequences, of the right kind, and how
-        its metadata lies in its buffer. segments: rows of each adapter, where programs differ by their padding."""
+        """Returns the smallest program that can run a step, and the layout of its metadata.
+
+        Args:
+          tokens, seqs: number of tokens and sequences of the step.
+          with_lora: whether a request has an adapter.
+          segments: number of tokens of each adapter; only with `lora="bmm"`.
+        """
         decode = tokens == seqs
         number, bucket = next(
             (i, b) for i, b in enumerate(self.buckets) if b.decode == decode and b.tokens >= tokens and b.seqs >= seqs
@@ -123,17 +125,17 @@ class StepPrograms:
         return self.buckets[key[0]]
 
     def step(self, key: StepKey) -> Callable[..., Any]:
-        """Called with the arguments of `make_step`'s function."""
+        """Returns a program that takes the arguments of `make_step`'s function."""
         bucket = self.bucket(key)
         return self._step(bucket, self._lora[bucket][key[1]])
 
     def sampler(self, seqs: int) -> Program:
-        """`make_sampler`'s program for a bucket of `seqs` sequences."""
-        return self._need([sampler_name(seqs)])[0]
+        """Returns `make_sampler`'s program for a bucket of `seqs` sequences."""
+        return self._get([sampler_name(seqs)])[0]
 
     def scorer(self, seqs: int) -> Program:
-        """`make_scorer`'s program for a bucket of `seqs` sequences."""
-        return self._need([scorer_name(seqs)])[0]
+        """Returns `make_scorer`'s program for a bucket of `seqs` sequences."""
+        return self._get([scorer_name(seqs)])[0]
 
     @property
     def programs(self) -> list[Program]:
@@ -144,15 +146,15 @@ class StepPrograms:
         if step is None:
             layered = self._layered.get((bucket, lora))
             if layered is None:
-                step = self._need([step_name(bucket, lora)])[0]
+                step = self._get([step_name(bucket, lora)])[0]
             else:
-                self._need([part.name for part in layered.parts])
+                self._get([part.name for part in layered.parts])
                 step = layered.program(self._programs)
             self._steps[bucket, lora] = step
         return step
 
-    def _need(self, names: Collection[str]) -> list[Program]:
-        """Programs by name; those that are missing are compiled."""
+    def _get(self, names: Collection[str]) -> list[Program]:
+        """Returns programs by name, compiling those that are missing."""
         missing = [name for name in names if name not in self._programs]
         if missing:
             jobs = {name: partial(_compile, *self._parts[name], self._cache) for name in missing}
@@ -189,7 +191,7 @@ def _compile(part: Part, about: str, cache: ProgramCache | None) -> Program:
 
 
 def _return_memory() -> None:
-    """Gives what the compiler took from the heap back to the system: hundreds of megabytes, with glibc's allocator."""
+    """Returns heap memory freed by the compiler to the system: hundreds of megabytes with glibc's allocator."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -198,16 +200,17 @@ def _return_memory() -> None:
 # Threads
 
 GRACE_SECONDS = 2.0
-"""How long a process that ends waits for a compilation that cannot be interrupted."""
+"""Time that an exiting process waits for running compilations, which cannot be interrupted."""
 
 _running: set[threading.Thread] = set()
 
 
 def on_threads(jobs: Mapping[str, Callable[[], Program]], threads: int) -> Iterator[tuple[str, Program]]:
-    """Runs the jobs, `threads` at once, and yields each result with its name as it comes.
+    """Runs the jobs on `threads` threads and yields each name and result as it finishes.
 
-    An exception, Ctrl-C's too, leaves at once: no further job begins, and those under way (XLA cannot be interrupted)
-    end on their own. Each job runs in a copy of this context: a device may be named in it (`devices.compiling_for`).
+    On an exception, including Ctrl-C, it raises at once; no further job starts, and running ones finish in the
+    background, because XLA cannot be interrupted. Jobs run in a copy of the caller's context, which may select a device
+    (`devices.compiling_for`).
     """
     waiting = iter(list(jobs.items()))
     results: SimpleQueue[tuple[str, Program | BaseException]] = SimpleQueue()
@@ -222,7 +225,7 @@ def on_threads(jobs: Mapping[str, Callable[[], Program]], threads: int) -> Itera
                     return
                 try:
                     results.put((name, job()))
-                except BaseException as error:  # noqa: BLE001  raised by the caller's thread
+                except BaseException as error:  # noqa: BLE001  raised again in the caller's thread
                     results.put((name, error))
         finally:
             _running.discard(threading.current_thread())
@@ -243,12 +246,12 @@ def on_threads(jobs: Mapping[str, Callable[[], Program]], threads: int) -> Itera
 
 @atexit.register
 def _leave() -> None:
-    """A thread inside XLA must not outlive the interpreter, where it would crash: the process ends without it."""
+    """Ends the process without finalization if a thread is still inside XLA, which would crash during finalization."""
     if not _running:
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut this short
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the wait
     end = time.monotonic() + GRACE_SECONDS
-    while _running and time.monotonic() < end:  # not `join`: Ctrl-C within `start` leaves a thread that has none
+    while _running and time.monotonic() < end:  # `join` would fail for a thread whose `start` was interrupted
         time.sleep(0.01)
     if _running:
         for stream in (sys.stdout, sys.stderr):
@@ -257,7 +260,7 @@ def _leave() -> None:
 
 
 def keep_compiled_programs(directory: str | Path | None) -> None:
-    """Turns on JAX's persistent compilation cache in `directory`, unless JAX is configured with one already."""
+    """Enables JAX's persistent compilation cache in `directory`, unless JAX already has one."""
     if directory is None or jax.config.jax_compilation_cache_dir:
         return
     path = Path(directory).expanduser()

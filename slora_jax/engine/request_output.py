@@ -1,4 +1,4 @@
-"""Turns the core's updates into deltas and outputs: text, log-probabilities, logits."""
+"""Turns the core's updates into deltas and outputs with text, log-probabilities and logits."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from slora_jax.scheduling import Request
 
 
 class RequestOutputs:
-    """Unfinished requests on their way from sampled tokens to outputs. Ends a request whose text has a stop string."""
+    """Builds the outputs of unfinished requests, and ends a request when its text contains a stop string."""
 
     def __init__(self, core: EngineCore[DispatchedStep], tokenizer: Any, vocab_size: int) -> None:
-        """tokenizer: None: outputs have no text. vocab_size: columns of logits to keep."""
+        """Without a `tokenizer`, outputs have no text. `vocab_size` is the number of logits per token to keep."""
         self._core, self._tokenizer, self._vocab_size = core, tokenizer, vocab_size
         self._unfinished: dict[str, _Output] = {}
 
@@ -32,11 +32,11 @@ class RequestOutputs:
         return list(self._unfinished)
 
     def open(self, request: Request, adapter: str | None) -> None:
-        """Begins a request. adapter: the name that it asked for."""
+        """Starts the output of a request. `adapter` is the name that it requested."""
         self._unfinished[request.id] = _Output(request, adapter, self._tokenizer, self._vocab_size)
 
     def delta(self, update: Update[DispatchedStep]) -> Delta | None:
-        """Returns the news of an update for a client; None: nothing yet."""
+        """Returns the delta of an update, or None if there is nothing to report yet."""
         request = update.request
         output = self._unfinished.get(request.id)
         if output is None or output.request is not request:
@@ -53,18 +53,18 @@ class RequestOutputs:
         return output.last_delta(tokens, update.error)
 
     def fail(self, request: Request, error: Exception) -> Delta | None:
-        """Ends a request of which `delta` raised, with the text that it has; None: it has ended."""
+        """Ends a request after `delta` raised `error`. Returns its last delta, or None if it had ended before."""
         output = self._unfinished.get(request.id)
         if output is None or output.request is not request:
             return None
         self._core.finish(request, FinishReason.ERROR)
         request.finish_reason = FinishReason.ERROR
         del self._unfinished[request.id]
-        return output.last_delta([], f"the output cannot be made: {error!r}", is_whole=False)
+        return output.last_delta([], f"the output could not be built: {error!r}", is_whole=False)
 
 
 class _Output:
-    """One request's way to its output."""
+    """The output of one unfinished request."""
 
     def __init__(self, request: Request, adapter: str | None, tokenizer: Any, vocab_size: int) -> None:
         params = request.params
@@ -73,40 +73,40 @@ class _Output:
         self.request = request
         self._has_text = tokenizer is not None
         self._text = TextStream(tokenizer, tuple(params.stop or ()), request.prompt)
-        self._logprobs: list[TokenLogprobs] = []
+        self._logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
         scored = params.prompt_logprobs is not None
         self._prompt_logprobs: list[TokenLogprobs | None] | None = [None] * len(request.prompt) if scored else None
         self._logits: list[np.ndarray] = []
 
     def append(self, update: Update[DispatchedStep]) -> bool:
-        """Takes a new token. Returns whether the text has a stop string now."""
+        """Adds a new token. Returns whether the text now contains a stop string."""
         request, step, token = self.request, update.step, update.token
         assert step is not None and token is not None
-        if request.params.logprobs is not None:
+        if self._logprobs is not None:
+            assert request.params.logprobs is not None
             self._logprobs.append(_logprobs(step.sampled, update.row, request.params.logprobs))
         if step.logits is not None:
             self._logits.append(np.asarray(step.logits)[update.row, : self._vocab_size])
         return token not in request.stop_token_ids and self._text.push(token)
 
     def score(self, update: Update[DispatchedStep]) -> None:
-        """Takes the log-probabilities of the prompt's token at `update.scored`."""
+        """Stores the log-probabilities of the prompt token at position `update.scored`."""
         count = self.request.params.prompt_logprobs
         assert self._prompt_logprobs is not None and count is not None and update.step is not None
         self._prompt_logprobs[update.scored] = _logprobs(update.step.sampled, update.row, count)
 
     def delta(self, tokens: list[int]) -> Delta:
-        """New tokens of a request that goes on."""
-        logprobs, of_prompt = self._newest(tokens), self._first(tokens)
-        return Delta(self.request.id, tokens, self._text.take(), logprobs=logprobs, prompt_logprobs=of_prompt)
+        """Returns the delta of an unfinished request."""
+        return Delta(self.request.id, tokens, self._text.take(), None, *self._logprobs_of(tokens))
 
     def last_delta(self, tokens: list[int], error: str | None, is_whole: bool = True) -> Delta:
-        """The newest tokens and the whole output, of a request that has ended. is_whole: the last bytes of the text are
-        wanted, too."""
+        """Returns the last delta of a request that has ended, with its whole output. `is_whole` flushes the bytes of an
+        incomplete last character."""
         request = self.request
         if is_whole:
             self._text.finish()
         if self._text.stopped and request.finish_reason is FinishReason.LENGTH:
-            request.finish_reason = FinishReason.STOP  # the text's last bytes complete a stop string
+            request.finish_reason = FinishReason.STOP  # the flushed bytes complete a stop string
         assert request.finish_reason is not None
         output = RequestOutput(
             request_id=request.id,
@@ -117,20 +117,19 @@ class _Output:
             finish_reason=request.finish_reason,
             metrics=request.metrics,
             token_times=request.token_times,
-            logprobs=None if request.params.logprobs is None else self._logprobs,
+            logprobs=self._logprobs,
             prompt_logprobs=self._prompt_logprobs,
             logits=np.stack(self._logits) if self._logits else None,
             error=error,
         )
-        logprobs, of_prompt = self._newest(tokens), self._first(tokens)
-        return Delta(request.id, tokens, self._text.take(last=True), output, logprobs, of_prompt)
+        return Delta(request.id, tokens, self._text.take(last=True), output, *self._logprobs_of(tokens))
 
-    def _newest(self, tokens: list[int]) -> list[TokenLogprobs] | None:
-        return None if self.request.params.logprobs is None else self._logprobs[len(self._logprobs) - len(tokens) :]
-
-    def _first(self, tokens: list[int]) -> list[TokenLogprobs | None] | None:
-        """The prompt's log-probabilities, with the first token."""
-        return self._prompt_logprobs if tokens and len(tokens) == len(self.request.output) else None
+    def _logprobs_of(self, tokens: list[int]) -> tuple[list[TokenLogprobs] | None, list[TokenLogprobs | None] | None]:
+        """Returns the log-probabilities of the newest tokens and, with the first token, of the prompt."""
+        newest = None if self._logprobs is None else self._logprobs[len(self._logprobs) - len(tokens) :]
+        if self._prompt_logprobs is None or not tokens or len(tokens) < len(self.request.output):
+            return newest, None
+        return newest, self._prompt_logprobs
 
 
 def _logprobs(sampled: Sampled, row: int, count: int) -> TokenLogprobs:

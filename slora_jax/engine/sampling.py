@@ -1,7 +1,7 @@
-"""Sampling on the device: greedy, temperature, top-k, top-p, min-p, per-request random streams, logprobs.
+"""Sampling on the device: greedy, temperature, top-k, top-p, min-p, per-request random streams, log-probabilities.
 
-Masks come from a binary search for a threshold on the logits rather than from a sort of the vocabulary. A few rows are
-worked on at a time, so that what lies between the logits and a token is small: it stays in a GPU's cache.
+Masks use a binary search for a threshold on the logits instead of sorting the vocabulary. Rows are processed in small
+chunks, so that intermediate arrays stay in a GPU's cache.
 """
 
 from __future__ import annotations
@@ -19,14 +19,20 @@ from slora_jax.scheduling import MAX_LOGPROBS
 from slora_jax.scheduling.plan import NOT_FINITE
 
 CHUNK_ROWS = 32
-"""Most rows that are worked on at a time: 16 MiB of float32 for a vocabulary of 128k."""
+"""Maximum rows per chunk, 16 MiB of float32 for a vocabulary of 128k."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplingInputs:
-    """Per sequence `[S]`, as in `SamplingParams`. seed uint32; output_index: how many tokens the request has sampled,
-    this one included."""
+    """Sampling parameters per sequence, as in `SamplingParams`.
+
+    Attributes:
+      temperature, top_p, min_p: float32 `[S]`.
+      top_k: int32 `[S]`.
+      seed: uint32 `[S]`.
+      output_index: number of tokens that the request has sampled, including this one, int32 `[S]`.
+    """
 
     temperature: jax.Array
     top_k: jax.Array
@@ -39,8 +45,14 @@ class SamplingInputs:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampled:
-    """token int32 `[S]`, or `NOT_FINITE`. If logprobs are asked for: logprob float32 `[S]` of it; top_token int32,
-    top_logprob float32 `[S, MAX_LOGPROBS]`, best first."""
+    """New tokens of a step, with log-probabilities if requested.
+
+    Attributes:
+      token: token id or `NOT_FINITE`, int32 `[S]`.
+      logprob: its log-probability, float32 `[S]`.
+      top_token: most likely tokens, best first, int32 `[S, MAX_LOGPROBS]`.
+      top_logprob: their log-probabilities, float32 `[S, MAX_LOGPROBS]`.
+    """
 
     token: jax.Array
     logprob: jax.Array | None = None
@@ -49,28 +61,28 @@ class Sampled:
 
 
 def greedy(logits: jax.Array) -> jax.Array:
-    """Returns the token of the largest logit of each row of `logits` `[S, V]`, or `NOT_FINITE`: int32 `[S]`."""
-    token = jnp.argmax(logits, axis=-1)  # of a NaN, if there is one
+    """Returns the token with the largest logit of each row of `logits [S, V]`, or `NOT_FINITE`, int32 `[S]`."""
+    token = jnp.argmax(logits, axis=-1)  # a NaN counts as the largest
     largest = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
     return jnp.where(jnp.isfinite(largest), token, NOT_FINITE).astype(jnp.int32)
 
 
 def sample(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
-    """Draws one token per row of `logits` float32 `[S, V]`, or `NOT_FINITE`: int32 `[S]`.
+    """Draws one token per row of `logits` (float32 `[S, V]`), or `NOT_FINITE`. Returns int32 `[S]`.
 
-    A row's draw depends on its own logits, parameters, seed and output index only.
+    A row's draw depends only on its own logits, parameters, seed and output index.
     """
     return _in_chunks(_draw, logits, inputs)
 
 
 def score(logits: jax.Array, token: jax.Array) -> Sampled:
-    """Each row's `token` int32 `[S]`, with log-probabilities from `logits` float32 `[S, V]`."""
+    """Returns each row's `token` (int32 `[S]`) with log-probabilities from `logits` (float32 `[S, V]`)."""
     return Sampled(token, *_in_chunks(_logprobs, logits, token))
 
 
 def _in_chunks(function: Callable[..., Any], *arrays: Any) -> Any:
-    """`function(*arrays)`, a few rows of all arrays at a time; row by row it must depend on nothing else. All chunks
-    are of one size, so the last may do some rows of the one before again."""
+    """Computes `function(*arrays)` in chunks of rows; rows must be independent. All chunks have the same size, so the
+    last one may recompute some rows of the one before."""
     total = jax.tree.leaves(arrays)[0].shape[0]
     chunks = ceil_div(total, CHUNK_ROWS)
     if chunks <= 1:
@@ -84,12 +96,12 @@ def _in_chunks(function: Callable[..., Any], *arrays: Any) -> Any:
             lambda whole, new: lax.dynamic_update_slice_in_dim(whole, new, start, 0), done, function(*part)
         )
 
-    nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, *arrays))
-    return lax.fori_loop(0, chunks, chunk, nothing)
+    empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, *arrays))
+    return lax.fori_loop(0, chunks, chunk, empty)
 
 
 def _logprobs(logits: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probability of each row's `token`, and the likeliest tokens with theirs."""
+    """Returns the log-probability of each row's `token`, and the most likely tokens with theirs."""
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     logprobs = jnp.maximum(logprobs, jnp.finfo(logprobs.dtype).min)  # JSON has no infinity
     top_logprob, top_token = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))
@@ -99,8 +111,8 @@ def _logprobs(logits: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array
 def _draw(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
     """Gumbel-max over the masked, scaled logits; greedy rows keep their argmax."""
     stochastic = inputs.temperature > 0
-    likeliest = greedy(logits)
-    scaled = logits - logits.max(axis=-1, keepdims=True)  # before the division, which may overflow
+    best = greedy(logits)
+    scaled = logits - logits.max(axis=-1, keepdims=True)  # before the division, which could overflow
     scaled = scaled / jnp.where(stochastic, inputs.temperature, 1.0)[:, None]
     keep = _masks(scaled, inputs)
 
@@ -110,11 +122,11 @@ def _draw(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
 
     perturbed = jnp.where(keep, scaled + jax.vmap(noise)(inputs.seed, inputs.output_index), -jnp.inf)
     drawn = jnp.argmax(perturbed, axis=-1).astype(jnp.int32)
-    return jnp.where(stochastic & (likeliest != NOT_FINITE), drawn, likeliest)
+    return jnp.where(stochastic & (best != NOT_FINITE), drawn, best)
 
 
 def _masks(scaled: jax.Array, inputs: SamplingInputs) -> jax.Array:
-    """Tokens that top-k, then top-p, then min-p leave: bool `[S, V]`. `scaled` has its row maximum at 0."""
+    """Returns which tokens remain after top-k, then top-p, then min-p, bool `[S, V]`. Row maxima of `scaled` are 0."""
     top_k = jnp.where(inputs.top_k > 0, inputs.top_k, scaled.shape[-1])
     floor = _highest_threshold(scaled, lambda kept: kept.sum(-1) >= jnp.minimum(top_k, scaled.shape[-1]))
     keep = scaled >= floor[:, None]
@@ -126,11 +138,17 @@ def _masks(scaled: jax.Array, inputs: SamplingInputs) -> jax.Array:
 
 
 def _highest_threshold(x: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The highest value t `[S]` for which `enough(x >= t)` holds (it must be monotone), exact to the last bit: a binary
-    search over float32 bit patterns, which for values of at most 0 fall in order of magnitude. Ties are kept."""
+    """Returns the highest threshold t `[S]` with `enough(x >= t)`, exact to the last bit. Ties are kept.
+
+    Binary search over float32 bit patterns: for x <= 0, the pattern of |x| decreases as x increases.
+
+    Args:
+      x: float32 `[S, V]`, at most 0.
+      enough: monotone predicate on the kept tokens, from bool `[S, V]` to bool `[S]`.
+    """
     bits = lax.bitcast_convert_type(jnp.abs(jnp.minimum(x, 0.0)), jnp.uint32)  # monotone in -x
     low = jnp.zeros(x.shape[0], jnp.uint32)
-    high = jnp.full(x.shape[0], 0x7F800000, jnp.uint32)  # infinity: everything is kept
+    high = jnp.full(x.shape[0], 0x7F800000, jnp.uint32)  # infinity keeps all tokens
 
     def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds

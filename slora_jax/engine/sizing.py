@@ -1,4 +1,4 @@
-"""Sizes that follow from a model and the settings: the longest sequence, the pool, the step programs' spec."""
+"""Sizes derived from a model and the settings: the longest sequence, the pool, the spec of the step programs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger("slora_jax")
 
 
 def adapter_geometry(model: ModelConfig, page_size: int, shards: Shards = ONE_DEVICE) -> BaseGeometry:
-    """The widths of a base model that adapters depend on, and how it is cut."""
+    """Returns the widths of a base model that adapters depend on, and its sharding."""
     return BaseGeometry(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -39,11 +39,7 @@ def adapter_geometry(model: ModelConfig, page_size: int, shards: Shards = ONE_DE
 
 
 def longest_sequence(model: ModelConfig, config: EngineConfig) -> int:
-    """Most tokens of prompt and output together.
-
-    Raises:
-      ConfigError: `max_model_len` is beyond the model's positions.
-    """
+    """Returns the maximum tokens of prompt and output. Raises ConfigError if `max_model_len` exceeds the positions."""
     if (config.max_model_len or 0) > model.max_position_embeddings:
         positions = model.max_position_embeddings
         raise ConfigError(
@@ -60,8 +56,8 @@ def step_spec(
     shape: PoolShape,
     parallel: TensorParallel | None = None,
 ) -> StepSpec:
-    """Returns the spec of an engine's step programs. params: `jax.ShapeDtypeStruct` leaves; with `parallel`, graphdef
-    and params are those of `models.init.abstract_shards`."""
+    """Returns the spec of an engine's step programs. `params` has `jax.ShapeDtypeStruct` leaves; with `parallel`, it
+    and `graphdef` are from `models.init.abstract_shards`."""
     return StepSpec(
         model=model,
         graphdef=graphdef,
@@ -77,17 +73,18 @@ def step_spec(
 
 
 def pool_shape(model: ModelConfig, config: EngineConfig) -> PoolShape:
-    """The pool of an engine, over all its devices; `num_pages=None` is decided by `pages_that_fit`.
+    """Returns the shape of an engine's pool, over all its devices.
 
     Raises:
-      ConfigError: free memory holds no pool, or the model cannot be cut into `config.tensor_parallel_size` shards.
+      ConfigError: as `pages_that_fit`, or `adapter_pages` leaves no page for KV.
     """
     num_pages = config.num_pages or pages_that_fit(model, config)
     geometry = adapter_geometry(model, config.page_size, cut(model, config.tensor_parallel_size, config.tp_lora))
     if config.adapter_pages is not None and config.adapter_pages > num_pages - 2:
         raise ConfigError(
-            f"EngineConfig.adapter_pages={config.adapter_pages}: of a pool of {num_pages} pages, one is the dummy page "
-            "and one at least must be left for keys and values; lower it, raise num_pages, or use None"
+            f"EngineConfig.adapter_pages={config.adapter_pages}: must be at most {num_pages - 2}, because the pool's "
+            f"{num_pages} pages include the dummy page and at least one page for KV; lower it, raise num_pages, or use "
+            "None"
         )
     largest = int(geometry.layout.num_pages(np.full(7, config.max_lora_rank)))
     return PoolShape(
@@ -102,13 +99,13 @@ def pool_shape(model: ModelConfig, config: EngineConfig) -> PoolShape:
 
 
 def pages_that_fit(model: ModelConfig, config: EngineConfig) -> int:
-    """Pages of a pool in a device's free memory, once its part of the model is there; logged.
+    """Returns, and logs, the number of pages that fit into a device's free memory after the model is loaded.
 
     Raises:
-      ConfigError: free memory holds no pool, or the model cannot be cut into `config.tensor_parallel_size` shards.
+      ConfigError: free memory holds fewer than 2 pages, or `tensor_parallel_size` does not divide the model's widths.
     """
     shards = cut(model, config.tensor_parallel_size, config.tp_lora)
-    width = adapter_geometry(model, config.page_size, shards).layout.width  # of a device's pages
+    width = adapter_geometry(model, config.page_size, shards).layout.width  # per device
     page_bytes = model.num_layers * 2 * config.page_size * width * jnp.dtype(config.dtype).itemsize
     free, where = _free_memory(shards.of_model(model), config)
     num_pages = coarse(free // page_bytes)
@@ -119,24 +116,28 @@ def pages_that_fit(model: ModelConfig, config: EngineConfig) -> int:
         tqdm.write(message, file=sys.stderr)
     if num_pages < 2:
         raise ConfigError(
-            f"EngineConfig.num_pages=None: {free} bytes of {where} hold no pool; page = {page_bytes} bytes"
+            f"EngineConfig.num_pages=None: {free} bytes of free {where} hold fewer than 2 pages of {page_bytes} bytes; "
+            "free memory or raise gpu_memory_utilization"
         )
     return num_pages
 
 
 def coarse(num_pages: int) -> int:
-    """`num_pages` rounded down to five binary digits, at most 6% less. The pool's size is part of every compiled
-    program, and free memory differs a little at each start: the programs of one start must serve the next."""
+    """Rounds `num_pages` down to five significant bits, at most 6% less.
+
+    The pool's size is part of every compiled program, and free memory varies between starts. With rounding, a start can
+    reuse the programs of an earlier one.
+    """
     unit = 1 << max(0, num_pages.bit_length() - 5)
     return num_pages // unit * unit
 
 
 def _free_memory(model: ModelConfig, config: EngineConfig) -> tuple[int, str]:
-    """Bytes that the pool may take of each of the engine's devices, which run `model`, and where they are."""
+    """Returns the bytes that the pool may use on each device, and the kind of memory. `model` is a shard's model."""
     size = config.tensor_parallel_size
     group = jax.devices()[config.tp_first_device :][:size] if size > 1 else jax.local_devices()[:1]
     stats = [device.memory_stats() for device in group if device.process_index == jax.process_index()]
-    if not all(stats):  # a CPU: an eighth of the host's memory, or of that a half, a quarter..., while it is not free
+    if not all(stats):  # a CPU: an eighth of the host's memory, halved until it is free
         whole, free = (os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
         share = int(whole * config.gpu_memory_utilization / 8)
         while share > free * config.gpu_memory_utilization / 2:

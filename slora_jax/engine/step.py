@@ -1,4 +1,4 @@
-"""The step: `step(params, pool, table, state, metadata) -> (pool, state, outputs)`, pure, pool and state donated."""
+"""The jitted step: `step(params, pool, table, state, metadata) -> (pool, state, output)`, pool and state donated."""
 
 from __future__ import annotations
 
@@ -37,26 +37,31 @@ from slora_jax.parallel.lora import add_lora
 from slora_jax.parallel.mesh import AXIS, LOGITS, POOL, REPLICATED, TensorParallel
 
 Lora = bool | Padding
-"""The LoRA work that a step program is compiled for: none, any (gathered), or padded to a shape (`bmm`)."""
+"""LoRA work that a step program is compiled for: False for none, True for any (gathered), or a padded shape (`bmm`)."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepOutput:
-    """token int32 `[S]`: each sequence's likeliest next token. logits float32 `[S, vocab]`; over several shards, cut by
-    the vocabulary, which is rounded up."""
+    """Result of a step.
+
+    Attributes:
+      token: most likely next token of each sequence, int32 `[S]`.
+      logits: float32 `[S, vocab]`. With several shards, split by vocabulary and padded to a multiple of them.
+    """
 
     token: jax.Array
     logits: jax.Array
 
 
 class PagedContext:
-    """A model's view of the unified pool while a step, or one layer of it, is traced: a `models.StepContext`. Over
-    several shards, of one shard's part of it, with the collectives.
+    """The model's access to the unified pool while a step, or one layer of it, is traced (a `models.StepContext`).
+
+    With several shards, it handles one shard's part and adds the collectives.
 
     Args:
-      pool: the layers' arrays that are at hand; `attend` and `lora` count layers from the first of them.
-      lora: the step's LoRA work (`lora_work`); None: there is none.
+      pool: arrays of all layers, or of one. Layer numbers in `attend` and `lora` are indices into it.
+      lora: the step's LoRA work (`lora_work`), or None.
     """
 
     def __init__(
@@ -88,7 +93,7 @@ class PagedContext:
         self._lora = lora
 
     def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """Writes this step's keys and values into the pool, then attends over each row's own pages."""
+        """Writes the step's KV into the pool, then attends over each sequence's pages."""
         rows, batch = q.shape[0], self._batch
         self.pool[layer] = write_kv(
             self.pool[layer], k.reshape(rows, -1), v.reshape(rows, -1), batch.page, batch.offset
@@ -97,7 +102,7 @@ class PagedContext:
             return self._attention(q, self.pool[layer])
 
     def lora(self, layer: int, stack: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Adds the adapters' part of a stack; nothing at all in a program for batches without adapters."""
+        """Adds the LoRA product of a stack to `y`. Adds no operation in a program without LoRA."""
         if self._lora is None:
             return y
         with jax.named_scope("lora"):
@@ -106,13 +111,13 @@ class PagedContext:
             return add_lora(self._lora, self._shards, x, y, self.pool[layer], self._stacks[stack])
 
     def lookup(self, embedding: Embedding, tokens: jax.Array) -> jax.Array:
-        """The embeddings of `tokens`, summed over the shards' parts of the vocabulary."""
+        """Returns the embeddings of `tokens`, summed over the shards."""
         if self._shards.count == 1:
             return embedding(tokens)
         return vocabulary.embed(embedding, tokens, embedding.embedding[...].shape[0])
 
     def reduce(self, y: jax.Array) -> jax.Array:
-        """The sum over the shards of what row-parallel products and their adapters gave."""
+        """Sums row-parallel products, with their LoRA part, over the shards."""
         if self._shards.count == 1:
             return y
         with jax.named_scope("all_reduce_base"):
@@ -121,19 +126,29 @@ class PagedContext:
 
 @dataclass(frozen=True)
 class StepSpec:
-    """All that a step program depends on beside its bucket: shapes and structure, no arrays. With `parallel`, graphdef
-    is of a shard's decoder; model, params and pool are of the whole."""
+    """Shapes and structure that all step programs of an engine depend on.
+
+    Attributes:
+      model: the whole model.
+      graphdef: graph definition of the decoder; with `parallel`, of a shard's decoder.
+      params: `jax.ShapeDtypeStruct` leaves of the whole model, with shardings if there are several shards.
+      pool: shape of the whole pool.
+      max_rank: `max_lora_rank`.
+      kernels: implementation of LoRA and attention; None is the plan tables' choice for the device.
+      parallel: sharding, None on one device.
+      lora: see `EngineConfig`.
+    """
 
     model: ModelConfig
     graphdef: Any
-    params: Params  # `jax.ShapeDtypeStruct` leaves, placed if there are several shards
+    params: Params
     pool: PoolShape
     max_num_seqs: int
     max_pages_per_seq: int
     max_rank: int
-    kernels: Implementation | None = None  # None: what the plan tables name for the device
-    parallel: TensorParallel | None = None  # None: one device
-    lora: str = "paged"  # see `EngineConfig`
+    kernels: Implementation | None = None
+    parallel: TensorParallel | None = None
+    lora: str = "paged"
 
     @property
     def shards(self) -> Shards:
@@ -141,32 +156,31 @@ class StepSpec:
 
     @property
     def shard_model(self) -> ModelConfig:
-        """The model whose step each shard runs."""
+        """The model whose program each shard runs."""
         return self.shards.of_model(self.model)
 
     @property
     def shard_pool(self) -> PoolShape:
-        """What each shard holds of the pool."""
+        """Shape of each shard's part of the pool."""
         return replace(self.pool, width=self.pool.width // self.shards.count)
 
     @property
     def interpret(self) -> bool:
-        """Returns whether GPU kernels must run by their interpreters: they were asked for by name where there is no
-        GPU."""
+        """True if GPU kernels are selected by name but there is no GPU, so that they run in their interpreters."""
         return self.kernels not in (None, "xla") and devices.target() is None
 
     @property
     def layered(self) -> bool:
-        """True on a CPU, where a step is compiled in parts (`engine.layered`)."""
+        """True on a CPU, where a step is compiled layer by layer (`engine.layered`)."""
         return devices.target() is None
 
     @property
     def lora_kernels(self) -> LoraImplementation | None:
-        """The implementation of LoRA products."""
+        """Implementation of LoRA products; None is the plan tables' choice."""
         return "bmm" if self.lora == "bmm" else self.kernels
 
     def lora_programs(self, layout: BatchLayout) -> tuple[Lora, ...]:
-        """The LoRA work that a bucket's programs are compiled for, the least first."""
+        """Returns the LoRA work that a bucket's programs are compiled for, least first."""
         if self.lora == "paged":
             return False, True
         if self.lora != "bmm":
@@ -179,7 +193,7 @@ class StepSpec:
         return self.shards.of_layout(lora_layout(self.model, self.pool.page_size))
 
     def layout(self, bucket: Bucket) -> BatchLayout:
-        """How a bucket's metadata lies in its buffer."""
+        """Returns the layout of a bucket's metadata."""
         rows = lora_tile_rows(
             self.lora_layout,
             self.pool.dtype,
@@ -206,7 +220,7 @@ class StepSpec:
 def lora_work(
     spec: StepSpec, layout: BatchLayout, table: AdapterTable, tiles: LoraTiles, with_lora: Lora
 ) -> LoraProduct | None:
-    """Locates the weights of a step's adapters, once for all layers. Returns None in a program without LoRA."""
+    """Locates the adapter weights of a step, once for all layers. Returns None in a program without LoRA."""
     if not with_lora:
         return None
     with jax.named_scope("lora_prepare"):
@@ -226,8 +240,10 @@ def lora_work(
 
 
 def make_step(spec: StepSpec, layout: BatchLayout, with_lora: Lora) -> Any:
-    """The jitted step of one bucket: `(params, pool, table, state, metadata int32 [layout.size]) -> (pool, state,
-    StepOutput)`. Pool and state are donated. `with_lora=False` contains no LoRA work at all."""
+    """Returns the jitted step of a bucket, `(params, pool, table, state, metadata) -> (pool, state, StepOutput)`.
+
+    Pool and state are donated; metadata is int32 `[layout.size]`.
+    """
 
     def step(
         params: Params, pool: Pool, table: AdapterTable, state: SequenceState, metadata: jax.Array
@@ -237,7 +253,7 @@ def make_step(spec: StepSpec, layout: BatchLayout, with_lora: Lora) -> Any:
         context = PagedContext(pool, batch, lora_work(spec, layout, table, batch.lora, with_lora), spec, layout)
         hidden = model(batch.token, batch.position, context)  # [T, d]
         logits = model.logits(hidden[batch.last_row])  # [S, vocab]
-        token = likeliest(spec, logits)
+        token = greedy_token(spec, logits)
         state = SequenceState(page_table=state.page_table, last_token=state.last_token.at[batch.slot].set(token))
         return tuple(context.pool), state, StepOutput(token, logits)
 
@@ -255,19 +271,19 @@ def make_step(spec: StepSpec, layout: BatchLayout, with_lora: Lora) -> Any:
     return jax.jit(step, donate_argnums=(1, 3))
 
 
-def likeliest(spec: StepSpec, logits: jax.Array) -> jax.Array:
-    """Returns the token of the largest logit of each row, int32 `[S]`; `logits` may be a shard's part of them."""
+def greedy_token(spec: StepSpec, logits: jax.Array) -> jax.Array:
+    """Returns the token with the largest logit of each row, int32 `[S]`. With shards, `logits` is one shard's part."""
     return greedy(logits) if spec.parallel is None else vocabulary.greedy(logits, spec.model.vocab_size)
 
 
 def step_name(bucket: Bucket, with_lora: Lora) -> str:
-    """Of `make_step`'s program."""
+    """Name of `make_step`'s program."""
     padding = f"_{with_lora.segments}x{with_lora.rows}" if isinstance(with_lora, Padding) else ""
     return bucket.name + ("_lora" if with_lora else "") + padding
 
 
 def step_shapes(spec: StepSpec, layout: BatchLayout) -> tuple[Any, ...]:
-    """`jax.ShapeDtypeStruct`s of the step's arguments, for lowering without arrays (or without a device)."""
+    """Returns `jax.ShapeDtypeStruct`s of the step's arguments, to lower it without arrays or devices."""
     metadata = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
     pool, table, state = spec.pool.pool_struct(), spec.pool.table_struct(), spec.state_struct()
     if spec.parallel is not None:
@@ -277,15 +293,17 @@ def step_shapes(spec: StepSpec, layout: BatchLayout) -> tuple[Any, ...]:
 
 
 def replicated(parallel: TensorParallel, structs: Any) -> Any:
-    """`structs` as arrays that every device has whole."""
+    """Returns `structs` with a sharding that replicates them on every device."""
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=parallel.replicated), structs)
 
 
 def make_sampler(spec: StepSpec, seqs: int) -> Any:
-    """The program that runs after a step in which a sequence is sampled: `(last_token, logits float32
-    [seqs, vocab], metadata int32 [8 seqs]) -> (last_token, token int32 [seqs])`, jitted; last_token, of the sequence
-    state, is donated. A program of its own: on a GPU, a branch inside the step would stop the host until the device
-    knows which way to go. Over several shards, each gathers the whole logits and samples all."""
+    """Returns the jitted program that runs after a step with a sampled (not greedy) sequence.
+
+    `(last_token, logits float32 [seqs, vocab], metadata int32 [8 seqs]) -> (last_token, token int32 [seqs])`, where
+    last_token is that of `SequenceState`, donated. It is separate because, on a GPU, a branch inside the step would
+    block the host until the device has evaluated the condition. Every shard gathers all logits and samples all rows.
+    """
 
     def sampler(last_token: jax.Array, logits: jax.Array, metadata: jax.Array) -> tuple[jax.Array, jax.Array]:
         slot, _, inputs = unpack_sampling(metadata, seqs)
@@ -296,8 +314,11 @@ def make_sampler(spec: StepSpec, seqs: int) -> Any:
 
 
 def make_scorer(spec: StepSpec, seqs: int) -> Any:
-    """The program that runs after a step in which a sequence asks for log-probabilities: `(token int32 [seqs], logits
-    float32 [seqs, vocab], metadata int32 [8 seqs]) -> Sampled`, jitted. A target takes the token's place."""
+    """Returns the jitted program that runs after a step in which a sequence needs log-probabilities.
+
+    `(token int32 [seqs], logits float32 [seqs, vocab], metadata int32 [8 seqs]) -> Sampled`. A target in the metadata
+    replaces the token.
+    """
 
     def scorer(token: jax.Array, logits: jax.Array, metadata: jax.Array) -> Sampled:
         _, target, _ = unpack_sampling(metadata, seqs)

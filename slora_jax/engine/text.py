@@ -1,4 +1,4 @@
-"""Token ids to text as they come, and stop strings across token borders."""
+"""Incremental detokenization, and detection of stop strings that span several tokens."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from slora_jax.models.gguf.header import gguf_file
 from slora_jax.models.gguf.tokenizer import read_gguf_tokenizer
 
 LEGACY_FILES = ("tokenizer.model", "vocab.json")
-"""Of which transformers makes a fast tokenizer, where there is no `tokenizer.json`."""
+"""Files from which transformers makes a fast tokenizer if there is no `tokenizer.json`."""
 
 logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(model_dir: Path) -> Any:
-    """The tokenizer of a Hugging Face directory or GGUF file; None if there is none.
+    """Loads the tokenizer of a Hugging Face directory or GGUF file. Returns None if there is none.
 
     Raises:
-      CheckpointError: its files are damaged, or cannot be made a fast tokenizer.
+      CheckpointError: its files are damaged or have no fast version.
     """
     if file := gguf_file(model_dir):
         parts = read_gguf_tokenizer(file)
@@ -35,7 +35,7 @@ def load_tokenizer(model_dir: Path) -> Any:
         return Tokenizer.from_directory(model_dir)
     if not any((model_dir / name).exists() for name in LEGACY_FILES):
         return None
-    logger.warning("%s: has no tokenizer.json; transformers makes one of older files, which takes a while", model_dir)
+    logger.warning("%s: has no tokenizer.json; transformers converts older files, which takes a while", model_dir)
     from transformers import AutoTokenizer
 
     try:
@@ -48,19 +48,32 @@ def load_tokenizer(model_dir: Path) -> Any:
 
 
 CONTEXT_TOKENS = 64
-"""Last tokens of a prompt that decide how the output's first ones read."""
+"""Number of last prompt tokens used as context to decode the first output tokens."""
 
 
 class TextStream:
-    """The text of one request: what its tokens add to the prompt's text. (By itself, a SentencePiece tokenizer decodes
-    the first token without its space.) Text that may yet turn out to be the beginning of a stop string is held back."""
+    """The generated text of one request.
+
+    It is decoded after the end of the prompt, because a SentencePiece tokenizer omits the leading space of a first
+    token. Text that may be the beginning of a stop string is held back.
+
+    Attributes:
+      stopped: whether the text contained a stop string.
+    """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...], prompt: Sequence[int] = ()) -> None:
-        """tokenizer: a `Tokenizer` or a fast Hugging Face one; None: there is no text, and nothing stops it."""
+        """Starts an empty text.
+
+        Args:
+          tokenizer: a `Tokenizer` or a fast Hugging Face one; None produces no text and ignores stop strings.
+          stop: stop strings.
+          prompt: token ids of the prompt.
+        """
         self._backend = None if tokenizer is None else tokenizer.backend_tokenizer
         self._stop = stop
-        self._ids: list[int] = []  # and the last ones of the prompt
-        self._before = ""  # their text
+        self._longest_stop = max(map(len, stop), default=0)
+        self._ids: list[int] = []  # last prompt tokens, then output tokens
+        self._context = ""  # text of the last prompt tokens
         self._text = ""
         self._emitted = 0
         self.stopped = False
@@ -69,11 +82,11 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """All text so far; without the stop string, once one was met."""
+        """All text so far, cut before a stop string."""
         return self._text
 
     def push(self, token: int) -> bool:
-        """Adds a token. Returns whether a stop string is now complete; the text then ends before it."""
+        """Adds a token. Returns whether it completes a stop string; the text then ends before that string."""
         if self._backend is None:
             return False
         self._ids.append(token)
@@ -83,47 +96,46 @@ class TextStream:
         return self._append(piece)
 
     def finish(self) -> None:
-        """No token follows: bytes of an incomplete character, held back until now, come out as the decoder has them.
-        A stop string that they complete still ends the text."""
+        """Flushes the bytes of an incomplete last character; they may still complete a stop string."""
         if self._backend is None or self.stopped:
             return
-        known, whole = self._before + self._text, self._backend.decode(self._ids, skip_special_tokens=True)
+        known, whole = self._context + self._text, self._backend.decode(self._ids, skip_special_tokens=True)
         if whole.startswith(known) and len(whole) > len(known):
             self._append(whole[len(known) :])
 
     def take(self, last: bool = False) -> str:
-        """Text that is certain and was not taken before; `last`: nothing follows, so all of it is certain."""
-        end = len(self._text) if last or self.stopped else self._certain()
+        """Returns new text that no later token can change. With `last`, no token follows, so all text is returned."""
+        end = self._certain() if self._stop and not last and not self.stopped else len(self._text)
         piece, self._emitted = self._text[self._emitted : end], max(self._emitted, end)
         return piece
 
     def _begin(self, context: list[int]) -> DecodeStream:
-        """A decoder that has read `context`, of which tokens of an incomplete last character may be completed yet."""
+        """Returns a decoder that has read `context`, where later tokens may complete an incomplete last character."""
         decode = self._backend.decode  # type: ignore[union-attr]
         end = len(context)
         while end and decode(context[:end], skip_special_tokens=True).endswith("\ufffd"):
             end -= 1
-        self._ids, self._before = context[:end], decode(context[:end], skip_special_tokens=True)
+        self._ids, self._context = context[:end], decode(context[:end], skip_special_tokens=True)
         self._decoder = DecodeStream(ids=context[:end], skip_special_tokens=True)
         for token in context[end:]:
             self._ids.append(token)
-            self._before += self._decode(token) or ""
+            self._context += self._decode(token) or ""
         return self._decoder
 
     def _decode(self, token: int) -> str | None:
-        """Text that this token completes, None while a character is incomplete."""
+        """Returns the text that this token completes, or None while a character is incomplete."""
         try:
             return self._decoder.step(self._backend, token)
         except Exception:  # noqa: BLE001  tokenizers has no finer class
-            # A byte-fallback decoder turns a whole run of byte tokens into U+FFFD when its end makes it invalid, the
-            # part that is out already included. That part stays; one U+FFFD stands for the rest.
+            # A byte-fallback decoder replaces a whole run of byte tokens by U+FFFD if the run's end makes it invalid,
+            # including text already emitted. Keep that text, and emit one U+FFFD for the rest.
             self._decoder = DecodeStream(ids=self._ids, skip_special_tokens=True)
             decode = self._backend.decode  # type: ignore[union-attr]
             before, after = (decode(ids, skip_special_tokens=True) for ids in (self._ids[:-1], self._ids))
             return "\ufffd" + after.removeprefix(before)
 
     def _append(self, piece: str) -> bool:
-        search_from = max(0, len(self._text) - max(map(len, self._stop), default=0) + 1)
+        search_from = max(0, len(self._text) - self._longest_stop + 1)
         self._text += piece
         found = [at for s in self._stop if (at := self._text.find(s, search_from)) >= 0]
         if found:
@@ -132,9 +144,9 @@ class TextStream:
         return self.stopped
 
     def _certain(self) -> int:
-        """Length of the text before the longest suffix that begins a stop string."""
-        text, longest = self._text, max(map(len, self._stop), default=0)
-        for start in range(max(self._emitted, len(text) - longest + 1), len(text)):
+        """Length of the text before the longest suffix that is the beginning of a stop string."""
+        text = self._text
+        for start in range(max(self._emitted, len(text) - self._longest_stop + 1), len(text)):
             if any(s.startswith(text[start:]) for s in self._stop):
                 return start
         return len(text)

@@ -1,4 +1,4 @@
-"""The tokenizer of a model directory, read without transformers (whose import takes many seconds)."""
+"""The tokenizer of a model directory, loaded without transformers, whose import takes many seconds."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from slora_jax.engine import chat_template as templates
 from slora_jax.errors import CheckpointError
 
 ChatTemplate = str | Mapping[str, str]
-"""One template, or several by name: "default", "tool_use"."""
+"""One template, or several by name, such as "default" and "tool_use"."""
 
 
 class Tokenizer:
-    """Text to token ids and back, with the interface of a fast Hugging Face tokenizer as far as the engine uses it.
+    """A tokenizer with the part of the interface of fast Hugging Face tokenizers that the engine uses.
 
-    The backend (`tokenizer.json`) alone decides how text is cut and joined, whatever `tokenizer_class` says; its
-    post-processor decides which special tokens surround a text, so `add_bos_token` and `add_eos_token` of
-    `tokenizer_config.json` have no effect. transformers 5 does the same for `PreTrainedTokenizerFast`.
+    `tokenizer.json` alone defines the tokenization; `tokenizer_class` is ignored. Its post-processor defines the
+    special tokens around a text, so `add_bos_token` and `add_eos_token` of `tokenizer_config.json` have no effect.
+    transformers 5 does the same for `PreTrainedTokenizerFast`.
 
     Attributes:
       backend_tokenizer: the tokenizer of the `tokenizers` library.
       chat_template: one Jinja template, several by name, or None.
-      special_tokens_map: texts of the special tokens by their names ("bos_token"), as chat templates see them.
+      special_tokens_map: text of each special token by name ("bos_token"), for chat templates.
     """
 
     def __init__(
@@ -38,9 +38,12 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
         clean_up_spaces: bool = False,
     ) -> None:
-        """Takes over `backend`: switches off its truncation and padding, and makes special tokens of its vocabulary's
-        `special_tokens`, so that they are recognized in text. clean_up_spaces: whether `decode` removes spaces before
-        punctuation."""
+        """Configures `backend`: disables truncation and padding, and registers its special tokens.
+
+        Args:
+          special_tokens: text by name; those in the vocabulary are recognized in text.
+          clean_up_spaces: whether `decode` removes spaces before punctuation.
+        """
         backend.no_truncation()
         backend.no_padding()
         self.backend_tokenizer = backend
@@ -51,7 +54,7 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:
-        """Reads `tokenizer.json`; special tokens and chat templates from the files beside it, where present.
+        """Loads `tokenizer.json`, and special tokens and chat templates from other files of the directory if present.
 
         Raises:
           CheckpointError: a file is missing or damaged.
@@ -66,7 +69,7 @@ class Tokenizer:
         declared = config.get("added_tokens_decoder")
         if isinstance(declared, Mapping):
             _add_declared(backend, declared)
-        else:  # written before transformers 4.34
+        else:  # files from before transformers 4.34
             config |= _read_object(path / "special_tokens_map.json")
         extra = config.get("extra_special_tokens", config.get("additional_special_tokens")) or ()
         if isinstance(extra, Mapping):
@@ -74,18 +77,18 @@ class Tokenizer:
         else:
             _add_special(backend, filter(None, map(_text, extra)))
         backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
-        # transformers cleans up for WordPiece, and for BPE only if two fields ask for it
-        asks_for_it = bool(config.get("clean_up_tokenization_spaces", False))
-        insists = bool(config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False))
+        # as in transformers, BPE needs both fields
+        clean_up = bool(config.get("clean_up_tokenization_spaces", False))
+        even_bpe = bool(config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False))
         return cls(
             backend,
             chat_template=_chat_template(path, config),
             special_tokens=_special_tokens(config),
-            clean_up_spaces=asks_for_it and (insists or type(backend.model).__name__ != "BPE"),
+            clean_up_spaces=clean_up and (even_bpe or type(backend.model).__name__ != "BPE"),
         )
 
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        """The text's tokens, under "input_ids". add_special_tokens: whether the post-processor's are added."""
+        """Returns the token ids as "input_ids", by default with the post-processor's special tokens."""
         return {"input_ids": self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
@@ -102,16 +105,17 @@ class Tokenizer:
         tokenize: bool = False,
         **variables: Any,
     ) -> str:
-        """The conversation as text; see `chat_template.render`. Its special tokens are written out: tokenize it with
-        `add_special_tokens=False`.
+        """Renders the conversation as text (`chat_template.render`).
+
+        The text includes special tokens, so tokenize it with `add_special_tokens=False`.
 
         Args:
-          chat_template: the name of one of the model's templates, or a template; None: the model's "tool_use" if there
-            are tools, else its "default".
+          chat_template: name of one of the model's templates, or a template. None selects the model's "tool_use" if
+            there are tools, else its "default".
 
         Raises:
-          ValueError: there is no template, or no message; or tokenize is True.
-          jinja2.TemplateError: the template refuses the conversation.
+          ValueError: there is no template or no message, or `tokenize` is True.
+          jinja2.TemplateError: the template rejects the conversation.
         """
         if tokenize:
             raise ValueError("apply_chat_template: tokenize=True is not supported; tokenize the text")
@@ -178,7 +182,7 @@ class Tokenizer:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one if there is no such file."""
+    """Returns the JSON object in a file, or an empty one if the file does not exist."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -191,19 +195,19 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """The texts of the fields that name a token (`bos_token`, `image_token`)."""
+    """Returns the text of each field that names a token, such as `bos_token` or `image_token`."""
     texts = {name: _text(value) for name, value in config.items() if name.endswith("_token")}
     return {name: text for name, text in texts.items() if text is not None}
 
 
 def _text(token: Any) -> str | None:
-    """The text of a token, which is written as such or as a dictionary with its "content"; None for what is neither."""
+    """Returns the text of a token given as a string or as a dictionary with "content"; None for other values."""
     text = token.get("content") if isinstance(token, Mapping) else token
     return text if isinstance(text, str) else None
 
 
 def _chat_template(path: Path, config: Mapping[str, Any]) -> ChatTemplate | None:
-    """The templates in files of their own, else those of `tokenizer_config.json`."""
+    """Returns the templates in separate files, else those of `tokenizer_config.json`."""
     files = {"default": path / "chat_template.jinja"}
     files |= {file.stem: file for file in sorted((path / "additional_chat_templates").glob("*.jinja"))}
     found: Any = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
@@ -215,7 +219,7 @@ def _chat_template(path: Path, config: Mapping[str, Any]) -> ChatTemplate | None
 
 
 def _add_declared(backend: Backend, declared: Mapping[str, Any]) -> None:
-    """Makes added tokens of the vocabulary's entries that `added_tokens_decoder` declares under their ids."""
+    """Registers the vocabulary entries that `added_tokens_decoder` declares as added tokens."""
     for index, token in declared.items():
         text = _text(token)
         if text is not None and backend.token_to_id(text) == int(index) and _is_ordinary(backend, text):
@@ -225,14 +229,14 @@ def _add_declared(backend: Backend, declared: Mapping[str, Any]) -> None:
 
 
 def _add_special(backend: Backend, tokens: Iterable[str]) -> None:
-    """Makes special tokens of the vocabulary's entries `tokens`."""
+    """Registers vocabulary entries as special tokens."""
     for token in tokens:
         if _is_ordinary(backend, token):
             backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
 
 
 def _is_ordinary(backend: Backend, token: str) -> bool:
-    """Returns whether this token of the vocabulary is built from pieces of text."""
+    """Returns whether a token is in the vocabulary but not an added token."""
     index = backend.token_to_id(token)
     return index is not None and index not in backend.get_added_tokens_decoder()
 

@@ -1,8 +1,8 @@
-"""A recording of an engine at work, for the Chrome trace viewer or Perfetto, and for `slora_jax.metrics`.
+"""A trace of a running engine, for the Chrome trace viewer or Perfetto, and for `slora_jax.metrics`.
 
-Tracks of complete events: the host's steps (schedule, dispatch, read), adapters' uploads from the begin of their copy
-until their last page is in the pool, device steps from dispatch until their tokens are read, and disk reads and writes
-by thread. Counter tracks: queues, pages by kind, bytes on their way to the device.
+Event tracks: host steps (schedule, dispatch, read), adapter uploads (from the start of the copy until the last page is
+in the pool), device steps (from dispatch until the tokens are read), and disk reads and writes by thread. Counter
+tracks: queues, pages by kind, bytes in flight to the device.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from slora_jax.metrics import PoolSample, PoolStay
 from slora_jax.scheduling import AdapterSource, Scheduler, StepPlan
 
 HOST, UPLOADS, DEVICE = "host", "adapter uploads", ("device, even steps", "device, odd steps")
-"""Names of tracks. At most two steps are in flight, the newer one dispatched before the older is read: two tracks."""
+"""Names of tracks. Device steps need two, because a step is dispatched before the previous one is read."""
 
 
 @dataclass
 class _Copy:
-    """The upload of an adapter. lane: the lowest that no other copy has. steps: the numbers of those before which some
-    of its pages landed."""
+    """An adapter upload in progress. `lane` is the lowest free track; `steps` are the numbers of the steps before which
+    some of its pages landed."""
 
     resident: Resident
     adapter: str
@@ -38,12 +38,12 @@ class _Copy:
 
 
 class NoTrace:
-    """Records nothing, and allocates nothing: what an engine has unless it is traced."""
+    """The recorder of an engine that is not traced. Records nothing and allocates nothing."""
 
     _NOTHING = nullcontext()
 
     def step(self) -> AbstractContextManager[None]:
-        """Spans one step of the core; ends with a sample of queues and pool."""
+        """Spans one step of the core, and samples queues and pool at its end."""
         return self._NOTHING
 
     def span(self, name: str) -> AbstractContextManager[None]:
@@ -51,53 +51,53 @@ class NoTrace:
         return self._NOTHING
 
     def upload(self, resident: Resident) -> AbstractContextManager[None]:
-        """Spans the call that hands an adapter's tiles to the device. The copy itself may run on after it."""
+        """Spans the call that dispatches an adapter's upload. The copy may continue after it."""
         return self._NOTHING
 
     def staged(self, upload: Upload) -> None:
-        """The copy of some pages of an adapter has begun, beside the steps."""
+        """Records that the copy of some pages of an adapter has started."""
 
     def landed(self, upload: Upload) -> None:
-        """These pages are in the pool for the next step; or their adapter was evicted meanwhile."""
+        """Records that pages are in the pool for the next step, or that their adapter was evicted during the copy."""
 
     def planned(self, plan: StepPlan, scheduler: Scheduler) -> None:
-        """Records which adapters the plan gave pages, and which were evicted."""
+        """Records which adapters entered the pool with this plan and which were evicted."""
 
     def dispatched(self, step: object, plan: StepPlan) -> None:
-        """The device has a step from now on."""
+        """Records the dispatch of a step."""
 
     def tokens_read(self, step: object) -> None:
-        """A step's tokens are on the host."""
+        """Records that a step's tokens are on the host."""
 
 
 NO_TRACE = NoTrace()
 
 
 class Trace(NoTrace):
-    """Records everything, in memory. Times are seconds of `time.perf_counter`, like
-    those of `RequestOutput.metrics`; in the file, microseconds since `start`.
+    """Records all events in memory. An eviction between steps is recorded by the next plan.
 
-    samples: queues and pool after each step. An adapter's leaving between steps is noticed by the next plan.
+    Times are seconds of `time.perf_counter`; in the file, microseconds since `start`. `samples` has the queues and the
+    pool after each step.
     """
 
     def __init__(
         self, scheduler: Scheduler, adapters: AdapterSource, names: Mapping[str, str], page_bytes: int
     ) -> None:
-        """names: of registered adapters, by digest. page_bytes: bytes of a page over all layers."""
+        """Starts the recording. `names` are registered adapters by digest; `page_bytes` is over all layers."""
         self._scheduler, self._adapters, self._page_bytes = scheduler, adapters, page_bytes
         self.samples: list[PoolSample] = []
         self._events: list[dict[str, Any]] = []
-        self._in_flight: dict[int, tuple[float, int, dict[str, int]]] = {}  # by id: dispatched, number, about it
+        self._in_flight: dict[int, tuple[float, int, dict[str, int]]] = {}  # by id: dispatch time, number, details
         self._steps = 0
-        self._copies: dict[int, _Copy] = {}  # by id of the resident
-        self._landed = 0  # adapters since the last dispatch
+        self._copies: dict[int, _Copy] = {}  # by the resident's id
+        self._landed = 0  # number of adapters since the last dispatch
         self._ended: list[PoolStay] = []
         self._resident = {r.digest: (r, _stay(r, names, None)) for r in scheduler.residency.residents}
         self.start = time.perf_counter()
         self.sample()
 
     def stays(self) -> list[PoolStay]:
-        """Adapters' times in the pool, those that ended first."""
+        """Returns the adapters' stays in the pool, finished ones first."""
         return self._ended + [stay for _, stay in self._resident.values()]
 
     @contextmanager
@@ -131,48 +131,48 @@ class Trace(NoTrace):
 
     def landed(self, upload: Upload) -> None:
         resident = upload.resident
-        if id(resident) not in self._copies or not resident.present:  # begun before the recording; or given up
+        if id(resident) not in self._copies or not resident.present:  # started before the recording, or evicted
             return
         self._copies[id(resident)].steps.append(self._steps)
         if resident.has_landed:
             self._landed += 1
-            self._copied(self._copies.pop(id(resident)))
+            self._record_copy(self._copies.pop(id(resident)))
 
     def planned(self, plan: StepPlan, scheduler: Scheduler) -> None:
         now = time.perf_counter()
         for key, copy in list(self._copies.items()):
             if not copy.resident.present:
-                self._copied(self._copies.pop(key))
+                self._record_copy(self._copies.pop(key))
         names = {use.digest: use.name for s in plan.sequences if (use := s.request.adapter) is not None}
         residents = {r.digest: r for r in scheduler.residency.residents}
         for digest, (resident, stay) in list(self._resident.items()):
-            if residents.get(digest) is not resident:  # gone; or gone and back within one plan
+            if residents.get(digest) is not resident:  # evicted, perhaps uploaded again in the same plan
                 self._ended.append(PoolStay(stay.adapter, digest, stay.pages, stay.loaded, now))
                 del self._resident[digest]
         for digest, resident in residents.items():
             if digest not in self._resident:
                 waiting = scheduler.waiting.by_adapter.get(digest)
-                if waiting and (use := waiting[0].adapter) is not None:  # prefetched for this one
+                if waiting and (use := waiting[0].adapter) is not None:  # prefetched for this request
                     names[digest] = use.name
                 self._resident[digest] = (resident, _stay(resident, names, now))
 
     def dispatched(self, step: object, plan: StepPlan) -> None:
         uploads, self._landed = self._landed + len(plan.loads), 0
-        about = {"tokens": plan.num_tokens, "sequences": len(plan.sequences), "uploads": uploads}
-        self._in_flight[id(step)] = (time.perf_counter(), self._steps, about)
+        details = {"tokens": plan.num_tokens, "sequences": len(plan.sequences), "uploads": uploads}
+        self._in_flight[id(step)] = (time.perf_counter(), self._steps, details)
         self._steps += 1
 
     def tokens_read(self, step: object) -> None:
-        if id(step) in self._in_flight:  # the first one may have been dispatched before the recording began
-            start, number, about = self._in_flight.pop(id(step))
-            self._complete(DEVICE[number % 2], f"step {number}", start, **about)
+        if id(step) in self._in_flight:  # the first one may have been dispatched before the recording started
+            start, number, details = self._in_flight.pop(id(step))
+            self._complete(DEVICE[number % 2], f"step {number}", start, **details)
 
     def disk(self, name: str, digest: str, nbytes: int, start: float) -> None:
-        """A read or write of `nbytes` from `start` until now by the calling thread. For any thread."""
+        """Records a read or write of `nbytes` by the calling thread, from `start` until now. Any thread may call it."""
         self._complete(f"disk: {threading.current_thread().name}", name, start, bytes=nbytes, digest=digest[:12])
 
     def sample(self) -> None:
-        """Records queues and pool as they are now."""
+        """Records the current queues and pool."""
         scheduler = self._scheduler
         self.samples.append(
             PoolSample(
@@ -185,8 +185,8 @@ class Trace(NoTrace):
         )
 
     def events(self) -> list[dict[str, Any]]:
-        """Everything so far in the Trace Event Format: names of tracks, then events by time."""
-        events = list(self._events)  # the disk's threads may add to them
+        """Returns all events so far in the Trace Event Format: track names, then events by time."""
+        events = list(self._events)  # copied, because disk threads may append
         tracks = [HOST, UPLOADS, *DEVICE]
         tracks += sorted({event["tid"] for event in events} - set(tracks))
         number = {track: i for i, track in enumerate(tracks)}
@@ -213,7 +213,7 @@ class Trace(NoTrace):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"traceEvents": self.events(), "displayTimeUnit": "ms"}))
 
-    def _copied(self, copy: _Copy) -> None:
+    def _record_copy(self, copy: _Copy) -> None:
         resident = copy.resident
         self._complete(
             UPLOADS if not copy.lane else f"{UPLOADS} {copy.lane + 1}",
@@ -227,7 +227,7 @@ class Trace(NoTrace):
         )
 
     def _complete(self, track: str, name: str, start: float, **args: object) -> None:
-        """One event on a track from `start` (or the recording's) until now."""
+        """Adds an event to a track, from `start` (or the recording's start) until now."""
         ts = self._micros(max(start, self.start))
         dur = self._micros(time.perf_counter()) - ts
         self._events.append(

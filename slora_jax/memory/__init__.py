@@ -1,4 +1,4 @@
-"""The unified pool: device arrays and pure updates, the page allocator, adapter residency, the prefix cache."""
+"""The unified pool: device arrays and their pure updates, page allocator, adapter residency, eviction, prefix cache."""
 
 from typing import TYPE_CHECKING
 
@@ -11,34 +11,11 @@ if TYPE_CHECKING:
     from slora_jax.memory.prefix import PrefixCache, PrefixNode
     from slora_jax.memory.residency import AdapterResidency, Resident, Upload, pool_pages
 else:
-    __getattr__, __dir__ = exported(
+    __getattr__, __dir__, __all__ = exported(
         __name__,
-        {
-            "slora_jax.memory.allocator": ("DUMMY_PAGE", "PageAllocator", "PageKind"),
-            "slora_jax.memory.eviction": ("CostAware", "EvictionPolicy", "Evictor", "Immediate", "Lru", "RestoreCosts"),
-            "slora_jax.memory.pool": ("Pool", "PoolShape", "upload_adapter"),
-            "slora_jax.memory.prefix": ("PrefixCache", "PrefixNode"),
-            "slora_jax.memory.residency": ("AdapterResidency", "Resident", "Upload", "pool_pages"),
-        },
+        allocator="DUMMY_PAGE PageAllocator PageKind",
+        eviction="CostAware EvictionPolicy Evictor Immediate Lru RestoreCosts",
+        pool="Pool PoolShape upload_adapter",
+        prefix="PrefixCache PrefixNode",
+        residency="AdapterResidency Resident Upload pool_pages",
     )
-
-__all__ = [
-    "DUMMY_PAGE",
-    "AdapterResidency",
-    "CostAware",
-    "EvictionPolicy",
-    "Evictor",
-    "Immediate",
-    "Lru",
-    "PageAllocator",
-    "PageKind",
-    "Pool",
-    "PoolShape",
-    "PrefixCache",
-    "PrefixNode",
-    "Resident",
-    "RestoreCosts",
-    "Upload",
-    "pool_pages",
-    "upload_adapter",
-]

@@ -1,4 +1,4 @@
-"""The page allocator: one free list for KV and adapter pages alike (paper section 5.1, unified paging)."""
+"""The page allocator: one free list for KV and adapter pages (paper section 5.1, unified paging)."""
 
 from __future__ import annotations
 
@@ -9,46 +9,48 @@ import numpy as np
 from slora_jax.errors import PoolError
 
 DUMMY_PAGE = 0
-"""The page that absorbs every padded write and read. Never allocated."""
+"""The page that padded writes and reads go to. Never allocated."""
 
 
 class PageKind(IntEnum):
-    """What a page holds."""
+    """Content of a page."""
 
     FREE = 0
     KV = 1
-    """Keys and values of one running request."""
+    """KV of one running request."""
     ADAPTER = 2
     DUMMY = 3
     PREFIX = 4
-    """Keys and values that the prefix cache knows, whether requests use them now or not."""
+    """KV registered in the prefix cache, in use or idle."""
 
 
 class PageAllocator:
-    """Hands out page ids of a pool of `num_pages` pages, page 0 excepted.
+    """Allocates and frees page ids in O(1) per page from a stack of free ids.
 
-    A stack of free ids: allocating or freeing costs O(1) a page, and because any page serves any purpose there is no
-    fragmentation. `kinds` uint8 `[num_pages]` says what each page holds now (read-only for others; the pool's picture).
+    Any page can hold any kind of content, so the pool never fragments.
 
-    adapter_pages: None, the unified pool; or how many pages are set aside for adapters, which then can use no others,
-    nor others these: the fixed split of the baseline `no-unify-mem`.
+    Attributes:
+      num_pages: pages of the pool, the dummy page 0 included.
+      adapter_pages: None for the unified pool; otherwise a fixed split (baseline `no-unify-mem`): adapters use exactly
+        this many pages, and KV the rest.
+      kinds: uint8 `[num_pages]`, the `PageKind` of each page. Read-only for callers.
     """
 
     def __init__(self, num_pages: int, adapter_pages: int | None = None) -> None:
         if num_pages < 2:
-            raise PoolError(f"num_pages={num_pages}: a pool needs at least 2 pages, one of them the dummy page")
+            raise PoolError(f"num_pages={num_pages}: a pool needs at least 2 pages, including the dummy page")
         if adapter_pages is not None and not 0 <= adapter_pages < num_pages - 1:
             raise PoolError(
-                f"adapter_pages={adapter_pages}: must be in 0..{num_pages - 2}; of num_pages={num_pages}, one is the "
-                "dummy page and one at least must be left for keys and values"
+                f"adapter_pages={adapter_pages}: must be in 0..{num_pages - 2}, because num_pages={num_pages} includes "
+                "the dummy page and at least one page for KV"
             )
         self.num_pages = num_pages
         self.adapter_pages = adapter_pages
         self.kinds = np.full(num_pages, PageKind.FREE, np.uint8)
         self.kinds[DUMMY_PAGE] = PageKind.DUMMY
-        self._stack = np.arange(num_pages - 1, 0, -1, dtype=np.int32)  # the top is the end
+        self._stack = np.arange(num_pages - 1, 0, -1, dtype=np.int32)  # free page ids, top last
         self._num_free = num_pages - 1
-        self._adapters_held = 0
+        self._num_adapter_pages = 0  # allocated
 
     @property
     def num_free(self) -> int:
@@ -56,78 +58,74 @@ class PageAllocator:
 
     @property
     def capacity(self) -> int:
-        """Pages that can be allocated at all: all but the dummy page."""
+        """Pages that can be allocated: all but the dummy page."""
         return self.num_pages - 1
 
     def capacity_for(self, kind: PageKind) -> int:
-        """Pages that this kind could have if there were no other."""
+        """Most pages that this kind can hold."""
         if self.adapter_pages is None:
             return self.capacity
         return self.adapter_pages if kind is PageKind.ADAPTER else self.capacity - self.adapter_pages
 
     def shares_room(self, kind: PageKind, other: PageKind) -> bool:
-        """Whether a page of one kind, once free, can become one of the other kind."""
+        """Returns whether freeing a page of one kind lets the other kind allocate it."""
         return self.adapter_pages is None or (kind is PageKind.ADAPTER) == (other is PageKind.ADAPTER)
 
     def available(self, kind: PageKind) -> int:
-        """Free pages that this kind may have."""
+        """Free pages that this kind can allocate."""
         if self.adapter_pages is None:
             return self._num_free
-        left = self.adapter_pages - self._adapters_held
+        left = self.adapter_pages - self._num_adapter_pages
         return left if kind is PageKind.ADAPTER else self._num_free - left
 
     def can_allocate(self, count: int, kind: PageKind) -> bool:
         return count <= self.available(kind)
 
     def allocate(self, count: int, kind: PageKind) -> np.ndarray:
-        """Takes `count` pages: int32 ids `[count]`.
+        """Allocates `count` pages and returns their ids, int32 `[count]`.
 
         Raises:
-          PoolError: fewer pages are free, or `count` is negative; nothing was taken. Callers ask `can_allocate` first.
+          PoolError: fewer pages are free, or `count` is negative; nothing is allocated. Call `can_allocate` first.
         """
         if not 0 <= count <= self.available(kind):
-            raise PoolError(f"{count} pages asked for, {self.available(kind)} of {self.capacity_for(kind)} free")
+            raise PoolError(f"{count} pages requested, {self.available(kind)} of {self.capacity_for(kind)} free")
         pages = self._stack[self._num_free - count : self._num_free].copy()
         self._num_free -= count
         if kind is PageKind.ADAPTER:
-            self._adapters_held += count
+            self._num_adapter_pages += count
         self.kinds[pages] = kind
         return pages
 
     def convert(self, pages: np.ndarray, kind: PageKind) -> None:
-        """Changes what allocated pages hold, between kinds that are no adapters'."""
+        """Changes the kind of allocated KV or PREFIX pages."""
         self.kinds[pages] = kind
 
     def free(self, pages: np.ndarray) -> None:
-        """Gives pages back.
+        """Frees pages.
 
         Raises:
-          PoolError: a page is out of range, free already, or named twice; nothing was freed.
+          PoolError: a page is out of range, already free, or listed twice; nothing is freed.
         """
         pages = np.asarray(pages, np.int32)
         if pages.size == 0:
             return
         if pages.min() <= DUMMY_PAGE or pages.max() >= self.num_pages:
-            raise PoolError(f"free of pages {pages.min()}..{pages.max()}, outside 1..{self.num_pages - 1}")
+            raise PoolError(f"free of pages {pages.min()}..{pages.max()}: must be in 1..{self.num_pages - 1}")
         kinds = self.kinds[pages]
         already = pages[kinds == PageKind.FREE]
         if already.size:
             raise PoolError(f"double free of page {int(already[0])}")
         if pages.size > 1 and np.unique(pages).size != pages.size:
-            raise PoolError(f"a page is named twice in one free: {pages.tolist()}")
+            raise PoolError(f"free lists a page twice: {pages.tolist()}")
         self._stack[self._num_free : self._num_free + pages.size] = pages
         self._num_free += pages.size
-        self._adapters_held -= int(np.count_nonzero(kinds == PageKind.ADAPTER))
+        self._num_adapter_pages -= int(np.count_nonzero(kinds == PageKind.ADAPTER))
         self.kinds[pages] = PageKind.FREE
 
     def free_page(self, page: int) -> None:
-        """Gives one page back that is no adapter's: `free`, in a fraction of its time.
-
-        Raises:
-          PoolError: it is out of range or free already.
-        """
+        """Frees one KV or PREFIX page, faster than `free`. Raises PoolError if it is out of range or already free."""
         if not DUMMY_PAGE < page < self.num_pages or self.kinds.item(page) == PageKind.FREE:
-            raise PoolError(f"free of page {page}, which is not allocated")
+            raise PoolError(f"free of page {page}: it is not allocated")
         self.kinds[page] = PageKind.FREE
         self._stack[self._num_free] = page
         self._num_free += 1
@@ -136,16 +134,19 @@ class PageAllocator:
         return int(np.count_nonzero(self.kinds == kind))
 
     def check_owned(self, owned: dict[PageKind, list[np.ndarray]]) -> None:
-        """Compares the allocator's view with the owners' lists of pages.
+        """Checks the allocator's state against the owners' page lists.
+
+        Args:
+          owned: for each kind to check, the page ids of each of its owners, int32.
 
         Raises:
-          PoolError: a page is leaked (allocated, but nobody's), owned twice, or owned while free.
+          PoolError: a page is leaked (allocated without an owner), has two owners, or is free but owned.
         """
         for kind, lists in owned.items():
-            mine = np.concatenate([np.empty(0, np.int32), *lists])
-            if np.unique(mine).size != mine.size:
+            pages = np.concatenate([np.empty(0, np.int32), *lists])
+            if np.unique(pages).size != pages.size:
                 raise PoolError(f"a {kind.name} page has two owners")
-            held = np.flatnonzero(self.kinds == kind)
-            if not np.array_equal(np.sort(mine), held):
-                leaked, ghost = np.setdiff1d(held, mine), np.setdiff1d(mine, held)
-                raise PoolError(f"{kind.name} pages leaked: {leaked.tolist()}; owned but not held: {ghost.tolist()}")
+            allocated = np.flatnonzero(self.kinds == kind)
+            if not np.array_equal(np.sort(pages), allocated):
+                leaked, stale = np.setdiff1d(allocated, pages).tolist(), np.setdiff1d(pages, allocated).tolist()
+                raise PoolError(f"{kind.name} pages leaked: {leaked}; owned but not allocated: {stale}")

@@ -1,4 +1,4 @@
-"""Unified eviction: whatever lies in the pool unused, adapters and cached prefixes alike, competes under one policy."""
+"""Unified eviction: idle adapters and idle cached prefixes compete for pages under one policy."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from slora_jax.metrics import Counters
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class Evictable:
-    """Content of the pool that may become idle.
+    """Content of the pool that can be evicted while idle: an adapter or a prefix page.
 
     Attributes:
-      kind, num_pages: of its pages. uses: how often it was used while in the pool.
-      priority: what the policy gave it when it became idle.
-      idle_since: a number that grows, 0 while it is in use.
+      kind: kind of its pages.
+      num_pages: number of its pages.
+      uses: how often it has been used since it entered the pool.
+      priority: value that the policy gave it when it became idle.
+      idle_since: sequence number of the moment it became idle; 0 while it is in use.
       exposed: whether it may be evicted.
-      awaited: position in the queue of the first request that waits for it, from 1; 0: none.
+      awaited: queue position, from 1, of the first waiting request that needs it; 0 if there is none.
     """
 
     kind: PageKind
@@ -38,20 +40,22 @@ class Evictable:
 
 
 class EvictionPolicy:
-    """The seam: what goes first when pages are wanted. `keeps_idle=False`: nothing unused stays at all."""
+    """The order in which idle content is evicted when pages run out; subclass it to try another one."""
 
     keeps_idle = True
+    """False evicts content as soon as it becomes idle."""
 
     def priority(self, item: Evictable) -> float:
-        """Of an item that has just become idle; the lowest goes first, among equals the one idle for longest."""
+        """Returns the priority of an item that has just become idle. The lowest is evicted first; on a tie, the one
+        idle for longest."""
         raise NotImplementedError
 
     def evicted(self, item: Evictable) -> None:
-        """An idle item has to go because its pages (or slot) are wanted."""
+        """Called before an idle item is evicted because its pages or slot are needed."""
 
 
 class Immediate(EvictionPolicy):
-    """S-LoRA's code: when a request ends, all adapters that no other uses leave the pool at once."""
+    """Evicts an adapter as soon as no running request uses it, as S-LoRA's code does."""
 
     keeps_idle = False
 
@@ -60,16 +64,21 @@ class Immediate(EvictionPolicy):
 
 
 class Lru(EvictionPolicy):
-    """The least recently used goes first, whatever it is."""
+    """Evicts the least recently used item first, of either kind."""
 
     def priority(self, item: Evictable) -> float:
-        return 0.0  # all equal: idle for longest first
+        return 0.0  # ties are broken by idle time
 
 
 @dataclass(frozen=True)
 class RestoreCosts:
-    """Seconds to restore evicted content. load: of an adapter, whatever its size. reload_page: of each of its
-    pages, from host memory. recompute_page: of a page of keys and values, by prefill."""
+    """Seconds to restore evicted content.
+
+    Attributes:
+      load: fixed seconds per adapter upload.
+      reload_page: seconds to copy one adapter page from host memory.
+      recompute_page: seconds to recompute one page of KV by prefill.
+    """
 
     load: float
     reload_page: float
@@ -84,8 +93,15 @@ class RestoreCosts:
     def of(
         cls, parameters: int, page_size: int, page_bytes: int, flops: float, host_to_device: float, load: float = 1e-4
     ) -> RestoreCosts:
-        """By count: a page holds `page_size` tokens, each of which takes 2 operations a parameter of the model to
-        compute, at `flops` a second; or `page_bytes` of an adapter, copied at `host_to_device` bytes a second."""
+        """Estimates the costs from hardware rates: 2 operations per parameter and token to recompute a KV page.
+
+        Args:
+          parameters: parameters of the base model.
+          page_size: tokens per KV page.
+          page_bytes: bytes per page, over all layers.
+          flops: operations per second of prefill.
+          host_to_device: bytes per second of the host-to-device copy.
+        """
         return cls(load, page_bytes / host_to_device, 2 * parameters * page_size / flops)
 
     def seconds(self, item: Evictable) -> float:
@@ -96,11 +112,10 @@ class RestoreCosts:
 
 @dataclass
 class CostAware(EvictionPolicy):
-    """Greedy-Dual-Size-Frequency (Cherkasova 1998): what costs least to restore, by page freed, weighted by how often
-    it was used, goes first; and what was used lately counts more than what was not.
+    """Greedy-Dual-Size-Frequency (Cherkasova 1998): evicts rarely used items that are cheap to restore per page first.
 
-    `priority = age + uses * seconds to restore / pages`, where `age` is the highest priority evicted so far: an item
-    that is used no more is overtaken by all that come, however dear it was.
+    `priority = age + uses * seconds to restore / pages`, where `age` is the highest priority evicted so far. Because
+    `age` grows, an item that is no longer used is evicted eventually, however expensive it is.
     """
 
     costs: RestoreCosts
@@ -114,34 +129,33 @@ class CostAware(EvictionPolicy):
 
 
 Entry = tuple[float, int, Evictable]
-"""Of a heap: priority, since when it is idle (no two the same), and the item, if it is idle since then."""
+"""Heap entry: (priority, idle_since, item). `idle_since` is unique; the entry is stale if the item's has changed."""
 
 
 class Evictor:
-    """Tracks idle content of the pool, and evicts it in the order of the policy when pages are wanted.
+    """Tracks idle content of the pool and evicts it in the policy's order when pages are needed.
 
-    The owner of a kind of pages says how one of its items is evicted (`register`), and reports when an item becomes
-    idle (`add`) and is used again (`remove`). A prefix node with children is idle but not exposed: it is evictable only
-    after its children (`expose`). Every operation is logarithmic in the number of idle items.
+    The owner of each kind of page registers how to evict an item (`register`) and reports when an item becomes idle
+    (`add`) or is used again (`remove`). A prefix node with children is idle but not evictable until its children are
+    evicted (`expose`). Every operation is logarithmic in the number of idle items.
 
-    Idle items that waiting requests want (`await_`) are evicted last, whatever the policy, the one farthest back in the
-    queue first; with `protect_awaited=True` not at all.
+    Idle items that waiting requests need (`await_`) are evicted last under every policy, starting with the item whose
+    request is farthest back in the queue. With `protect_awaited=True` they are not evicted.
     """
 
     def __init__(self, allocator: PageAllocator, policy: EvictionPolicy, counters: Counters | None = None) -> None:
-        """counters: of the engine; None: new ones."""
         self.allocator = allocator
         self.policy = policy
         self.counters = Counters() if counters is None else counters
         self._evict: dict[PageKind, Callable[[Evictable], None]] = {}
         self._heaps: dict[PageKind, list[Entry]] = {}
         self._pages: dict[PageKind, int] = {}
-        self._awaited: dict[PageKind, dict[int, Evictable]] = {}  # the idle ones, by idle_since
+        self._awaited: dict[PageKind, dict[int, Evictable]] = {}  # idle awaited items by idle_since
         self._awaited_pages: dict[PageKind, int] = {}
         self._turns = itertools.count(1)
 
     def register(self, kind: PageKind, evict: Callable[[Evictable], None]) -> None:
-        """Registers a kind of pages. `evict(item)` frees the pages of an idle item of this kind and forgets it."""
+        """Registers a kind of page. `evict(item)` must free an idle item's pages and drop its owner's references."""
         self._evict[kind] = evict
         self._heaps[kind] = []
         self._pages[kind] = self._awaited_pages[kind] = 0
@@ -152,11 +166,11 @@ class Evictor:
         return self._pages.get(kind, 0)
 
     def has_idle(self, kind: PageKind, protect_awaited: bool = False) -> bool:
-        """Returns whether anything of this kind is evictable."""
+        """Returns whether an item of this kind can be evicted."""
         return self._top(kind) is not None or (not protect_awaited and bool(self._awaited[kind]))
 
     def available(self, kind: PageKind, protect_awaited: bool = False) -> int:
-        """Pages that could be allocated for this kind: free ones, and idle ones that share their room."""
+        """Pages that this kind could allocate: free pages, and idle pages that it could reuse."""
         return self.allocator.available(kind) + sum(
             pages - (self._awaited_pages[other] if protect_awaited else 0)
             for other, pages in self._pages.items()
@@ -164,14 +178,14 @@ class Evictor:
         )
 
     def can_make_room(self, kv_pages: int, adapter_pages: int, protect_awaited: bool = False) -> bool:
-        """Returns whether so many pages can be allocated for keys and values and for adapters together."""
+        """Returns whether `kv_pages` and `adapter_pages` can be allocated together, with eviction."""
         available = self.available(PageKind.KV, protect_awaited)
         if self.allocator.shares_room(PageKind.KV, PageKind.ADAPTER):
             return kv_pages + adapter_pages <= available
         return kv_pages <= available and adapter_pages <= self.available(PageKind.ADAPTER, protect_awaited)
 
     def add(self, item: Evictable, exposed: bool = True) -> None:
-        """Records that the item is idle. Under a policy that keeps nothing it is evicted at once, unless awaited."""
+        """Records that the item is idle. With `keeps_idle=False` it is evicted at once unless awaited."""
         item.idle_since = next(self._turns)
         item.priority = self.policy.priority(item)
         self._pages[item.kind] += item.num_pages
@@ -189,13 +203,12 @@ class Evictor:
             return
         heap = self._heaps[item.kind]
         heapq.heappush(heap, (item.priority, item.idle_since, item))
-        if len(heap) > 64 + 2 * self._pages[item.kind]:  # mostly entries of items that are in use again
+        if len(heap) > 64 + 2 * self._pages[item.kind]:  # mostly stale entries
             heap[:] = [entry for entry in heap if _is_valid(entry)]
             heapq.heapify(heap)
 
     def await_(self, item: Evictable, position: int) -> None:
-        """Sets the position, from 1, of the first request that waits for this item, idle or in use; 0: none does. Only
-        for items without children."""
+        """Sets `item.awaited` of an idle or used item without children: the queue position from 1, or 0 for none."""
         if not item.idle or bool(item.awaited) == bool(position):
             item.awaited = position
             return
@@ -217,19 +230,14 @@ class Evictor:
         self._evict[item.kind](item)
 
     def evict_one(self, kind: PageKind, protect_awaited: bool = False) -> None:
-        """Evicts the first item of this kind.
-
-        Raises:
-          PoolError: none is idle.
-        """
+        """Evicts the first item of this kind in eviction order. Raises PoolError if none is evictable."""
         item = self._first([kind], protect_awaited)
         if item is None:
             raise PoolError(f"no idle {kind.name} can be evicted")
         self._evict_first(item)
 
     def make_room(self, count: int, kind: PageKind, protect_awaited: bool = False) -> bool:
-        """Evicts until `count` pages can be allocated for `kind`, or nothing evictable is left. Returns whether they
-        can."""
+        """Evicts idle items until `kind` can allocate `count` pages. Returns False if nothing evictable is left."""
         kinds: list[PageKind] | None = None
         while self.allocator.available(kind) < count:
             if kinds is None:
@@ -241,7 +249,7 @@ class Evictor:
         return True
 
     def _first(self, kinds: list[PageKind], protect_awaited: bool) -> Evictable | None:
-        """The first to go of these kinds: awaited ones only when there are no others, the farthest back first."""
+        """Next item of these kinds to evict: if only awaited ones are left, the one farthest back in the queue."""
         first: Entry | None = None
         for kind in kinds:
             if self._top(kind) is not None and (first is None or self._heaps[kind][0] < first):
@@ -256,7 +264,7 @@ class Evictor:
         self.evict(item)
 
     def _top(self, kind: PageKind) -> Evictable | None:
-        """The first to go of this kind, awaited ones apart. Entries of items that are in use again are dropped."""
+        """Next item of this kind to evict, not counting awaited ones. Drops stale heap entries."""
         heap = self._heaps[kind]
         while heap and not _is_valid(heap[0]):
             heapq.heappop(heap)

@@ -1,4 +1,4 @@
-"""The unified pool: device arrays and the pure functions that change them (paper section 5.1)."""
+"""The unified pool: device arrays and the pure functions that update them (paper section 5.1)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,21 @@ from pallas_kernels.lora import AdapterTable
 from pallas_kernels.pool_write import write_pages
 
 Pool = tuple[jax.Array, ...]
-"""One array per layer, each `[num_pages, 2, page_size, W]`; a page id names the same row in every layer."""
+"""One array per layer, each `[num_pages, 2, page_size, W]`; a page id is the same row in every layer."""
 
 UPLOAD_PAGES = (1, 4, 32)
-"""Pages that one upload call carries: as many large calls as there is work for, then small ones."""
+"""Pages per compiled upload call; an upload uses the largest size that fits, repeatedly."""
 
 
 @dataclass(frozen=True)
 class PoolShape:
-    """Shape of the pool and of the adapter table beside it. width: W, over all shards."""
+    """Shapes of the pool and of the adapter table.
+
+    Attributes:
+      width: W over all shards, elements.
+      adapter_slots: rows of the adapter table.
+      max_adapter_pages: columns of the adapter table.
+    """
 
     num_layers: int
     num_pages: int
@@ -55,38 +61,48 @@ class PoolShape:
 
 
 def upload_pages(pool: Pool, page: np.ndarray, contents: np.ndarray | jax.Array) -> Pool:
-    """Writes pages `contents [num_layers, K, 2, page_size, W]` to ids `page [K]` in every layer, in place; on a CPU by
-    a program for one layer, which compiles in less time."""
+    """Writes pages in place in every layer. On a CPU one single-layer program is called per layer: it compiles faster.
+
+    Args:
+      pool: donated.
+      page: page ids, int32 `[K]`.
+      contents: `[num_layers, K, 2, page_size, W]`, pool dtype.
+    """
     if next(iter(pool[0].devices())).platform != "cpu":
         return upload_layers(pool, page, contents)
-    if isinstance(contents, np.ndarray):  # once, not once a layer
+    if isinstance(contents, np.ndarray):  # transfer once, not once per layer
         contents = jax.device_put(contents)
     return tuple(upload_layer(layer, page, contents, np.int32(i)) for i, layer in enumerate(pool))
 
 
 @partial(jax.jit, donate_argnums=0)
 def upload_layers(pool: Pool, page: jax.Array, contents: jax.Array) -> Pool:
-    """`upload_pages` as one program."""
+    """`upload_pages` as one program for all layers."""
     return tuple(write_pages(layer, page, contents[i]) for i, layer in enumerate(pool))
 
 
 @partial(jax.jit, donate_argnums=0)
 def upload_layer(layer: jax.Array, page: jax.Array, contents: jax.Array, number: jax.Array) -> jax.Array:
-    """The part of `upload_pages` that is layer `number`."""
+    """`upload_pages` for layer `number` only."""
     return write_pages(layer, page, jax.lax.dynamic_index_in_dim(contents, number, keepdims=False))
 
 
 @partial(jax.jit, donate_argnums=0)
 def set_table_row(table: AdapterTable, slot: jax.Array, pages: jax.Array, ranks: jax.Array) -> AdapterTable:
-    """Describes a newly resident adapter: `pages [max_adapter_pages]`, `ranks [7]`, at row `slot`."""
+    """Sets row `slot` of the table: `pages` int32 `[max_adapter_pages]`, `ranks` int32 `[7]`. The table is donated."""
     return AdapterTable(pages=table.pages.at[slot].set(pages), ranks=table.ranks.at[slot].set(ranks))
 
 
 def put_pages(
     contents: np.ndarray, sharding: jax.sharding.Sharding | None, first_column: int = 0
 ) -> np.ndarray | jax.Array:
-    """`contents` for `upload_pages`: each device of `sharding` is sent its own part (None: there is one device). Where
-    only some of the devices are this process's, `contents` has their columns, from `first_column` on."""
+    """Prepares `contents` for `upload_pages`: sends each device of this process its own columns.
+
+    Args:
+      contents: `[..., columns]`, the columns of this process's devices only.
+      sharding: sharding over the last axis; None with one device.
+      first_column: position of the first of these columns in the whole width.
+    """
     if sharding is None:
         return contents
     own, width = len(sharding.addressable_devices), contents.shape[-1]
@@ -100,7 +116,7 @@ def put_pages(
 
 
 def pieces(first: int, count: int) -> Iterator[slice]:
-    """Pages `first .. first + count` of an adapter, cut into pieces that `upload_pages` is compiled for."""
+    """Splits pages `first .. first + count` of an adapter into slices of the sizes in `UPLOAD_PAGES`."""
     last = first + count
     while first < last:
         size = max(size for size in UPLOAD_PAGES if size <= last - first)
@@ -109,7 +125,7 @@ def pieces(first: int, count: int) -> Iterator[slice]:
 
 
 def describe(table: AdapterTable, slot: int, pages: np.ndarray, ranks: np.ndarray) -> AdapterTable:
-    """Points the table's row `slot` to the pages of an adapter, int32 `[n]`. The table is donated."""
+    """Sets row `slot` of the table to an adapter with `pages` int32 `[n]` and `ranks` `[7]`. The table is donated."""
     row = np.zeros(table.pages.shape[1], np.int32)
     row[: pages.size] = pages
     return set_table_row(table, np.int32(slot), row, np.asarray(ranks, np.int32))
@@ -125,9 +141,17 @@ def upload_adapter(
     sharding: jax.sharding.Sharding | None = None,
     first_column: int = 0,
 ) -> tuple[Pool, AdapterTable]:
-    """Puts an adapter's pages `contents [num_layers, n, 2, page_size, W]` at ids `pages [n]` and its table row at
-    `slot`. Pool and table are donated. sharding: of such contents, where the pool lies on several devices, and
-    first_column as in `put_pages`. Dispatches and returns; the next step waits for the data on the device."""
+    """Uploads an adapter's pages and sets its table row.
+
+    Dispatches without waiting; the next step waits for the data on the device. Pool and table are donated.
+
+    Args:
+      slot: row of the table.
+      pages: page ids, int32 `[n]`.
+      ranks: rank of each projection, `[7]`.
+      contents: `[num_layers, n, 2, page_size, W]`, pool dtype.
+      sharding, first_column: as in `put_pages`.
+    """
     for piece in pieces(0, pages.size):
         pool = upload_pages(pool, pages[piece], put_pages(contents[:, piece], sharding, first_column))
     return pool, describe(table, slot, pages, ranks)

@@ -1,4 +1,4 @@
-"""The prefix cache: full pages of keys and values, by adapter and tokens, shared by all requests that begin alike."""
+"""The prefix cache: full KV pages keyed by adapter and tokens, shared by requests with a common prefix."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from slora_jax.memory.eviction import Evictable, Evictor
 
 
 class PrefixNode(Evictable):
-    """One page of a tree of prefixes: the keys and values of `block` after those of all its ancestors.
+    """One page of a prefix tree: the KV of the tokens in `block`, which follow the blocks of its ancestors.
 
-    users: running requests that hold this page, so all that hold one of its descendants: never fewer than any child
-    has. depth: pages from the first token to this one; 0 for a root, which has no page, and is its own parent. top:
-    the ancestor of depth 1.
+    Attributes:
+      block: `page_size` int32 token ids, as bytes.
+      page: page id.
+      users: running requests that hold this node or a descendant.
+      depth: number of pages from the first token through this one; 0 for a root, which has no page.
+      parent: parent node; a root is its own parent.
+      top: ancestor of depth 1.
     """
 
     __slots__ = ("block", "children", "depth", "digest", "page", "parent", "top", "users")
@@ -33,7 +37,7 @@ class PrefixNode(Evictable):
         self.top: PrefixNode = self if self.depth < 2 else self.parent.top
 
     def path(self) -> Iterator[PrefixNode]:
-        """This node and its ancestors, the deepest first, without the root."""
+        """Yields this node and its ancestors without the root, deepest first."""
         node = self
         while node.depth:
             yield node
@@ -41,13 +45,15 @@ class PrefixNode(Evictable):
 
 
 class PrefixCache:
-    """Which full pages of keys and values lie in the pool, by adapter content (digest, None for the base model) and by
-    the tokens from the first one on.
+    """One tree of full KV pages per adapter digest (None for the base model).
 
-    A tree per digest. An edge is a block of exactly `page_size` token ids: int32, as bytes, compared in full, so no two
-    prefixes are ever taken for one another. Tokens are passed as such bytes (`Request.token_bytes`). A request holds
-    the deepest node of its path; pages that no request holds stay, idle, until their room is wanted, leaves first, and
-    compete with idle adapters as the evictor's policy says.
+    An edge is a block of exactly `page_size` token ids. Blocks are compared in full, not by hash, so prefixes cannot
+    collide. Tokens are passed as the bytes of int32 ids (`Request.token_bytes`). A request holds the deepest node of
+    its path. Pages that no request holds stay in the pool as idle content until the evictor needs them, leaves first.
+
+    Attributes:
+      page_size: tokens per page.
+      in_use: `[num_pages]`, 1 for each prefix page that a running request holds.
     """
 
     def __init__(self, evictor: Evictor, page_size: int) -> None:
@@ -56,11 +62,10 @@ class PrefixCache:
         self._block_bytes = page_size * np.dtype(np.int32).itemsize
         self._roots: dict[str | None, PrefixNode] = {}
         self.in_use = bytearray(evictor.allocator.num_pages)
-        """By page: 1 while running requests hold it as a prefix."""
         evictor.register(PageKind.PREFIX, self._evict)
 
     def match(self, digest: str | None, tokens: bytes, most: int) -> PrefixNode | None:
-        """The deepest node whose tokens these begin with, at most `most` pages deep. Changes nothing."""
+        """Returns the deepest node that matches a prefix of `tokens`, at most `most` pages deep; None if none does."""
         node = self._roots.get(digest)
         if node is None:
             return None
@@ -73,7 +78,7 @@ class PrefixCache:
         return node if node.depth else None
 
     def idle_pages(self, node: PrefixNode | None) -> int:
-        """How many pages of its path nobody holds: those stop being evictable when it is acquired."""
+        """Number of idle pages on the node's path; acquiring the node makes them unevictable."""
         count = 0
         while node is not None and node.depth and not node.users:
             count += 1
@@ -81,7 +86,7 @@ class PrefixCache:
         return count
 
     def acquire(self, node: PrefixNode) -> list[int]:
-        """Takes a node and all its ancestors into use. Returns their pages, the first token's first."""
+        """Marks a node and its ancestors as used by one more request. Returns their pages in token order."""
         pages = []
         for held in node.path():
             if not held.users:
@@ -97,10 +102,15 @@ class PrefixCache:
     def extend(
         self, node: PrefixNode | None, digest: str | None, tokens: bytes, pages: Sequence[int]
     ) -> PrefixNode | None:
-        """Registers `pages` (KV pages of a request that holds `node`, None: nothing yet), which hold the blocks of
-        `tokens` that follow the node's, as held by this request. Returns the deepest node, which it holds from now on.
+        """Registers KV pages of a running request below `node`, and returns the deepest node that it now holds.
 
-        Stops at a block that is registered already, with the same contents in another page.
+        Stops at the first block that is already registered with another page.
+
+        Args:
+          node: the node that the request holds, or None.
+          digest: its adapter's digest.
+          tokens: its tokens from the first one on; those after the node's blocks are the contents of `pages`.
+          pages: page ids of full pages, in token order.
         """
         if not pages:
             return node
@@ -121,13 +131,9 @@ class PrefixCache:
         return parent if parent.depth else None
 
     def release(self, node: PrefixNode) -> None:
-        """Ends one request's use of a node and its ancestors, the deepest first.
-
-        Raises:
-          PoolError: nobody holds it.
-        """
+        """Ends one request's use of a node and its ancestors. Raises PoolError if no request holds the node."""
         if not node.users:
-            raise PoolError(f"release of a prefix of {node.depth} pages, which is not in use")
+            raise PoolError(f"release of a prefix of {node.depth} pages: it is not in use")
         for held in node.path():
             held.users -= 1
             if not held.users:
@@ -135,28 +141,29 @@ class PrefixCache:
                 self.evictor.add(held, exposed=not held.children)
 
     def forget(self, node: PrefixNode | None, keep: int) -> None:
-        """Evicts this idle node and its ancestors, but for the first `keep` pages: they were never written. Nodes that
-        are gone already are passed over."""
+        """Evicts a node and its ancestors deeper than `keep`, whose pages were never written, if idle and present."""
         for gone in node.path() if node is not None else ():
             if gone.depth > keep and gone.idle and gone.parent.children.get(gone.block) is gone:
                 self.evictor.evict(gone)
 
     def drop(self, digest: str | None) -> None:
-        """Evicts all that is idle of one adapter's content (after an unload)."""
+        """Evicts all idle pages of one adapter, after it is unloaded."""
         for node in reversed(self._nodes(digest)):
             if node.idle:
                 self.evictor.evict(node)
 
     def pages(self) -> np.ndarray:
-        """All pages of the cache: int32."""
+        """Page ids of all nodes, int32."""
         return np.array([node.page for digest in self._roots for node in self._nodes(digest)], np.int32)
 
     def check(self, held: Sequence[PrefixNode]) -> None:
-        """Compares the numbers of users with the nodes that running requests hold, and the idle pages with the
-        evictor's.
+        """Checks every node's user count and the number of idle pages.
+
+        Args:
+          held: deepest node of each running request that holds one.
 
         Raises:
-          PoolError: they disagree.
+          PoolError: a node's users disagree with `held`, or the idle pages with the evictor's.
         """
         users: dict[PrefixNode, int] = {}
         for node in (node for deepest in held for node in deepest.path()):
@@ -173,13 +180,13 @@ class PrefixCache:
             raise PoolError(f"requests hold {len(users)} prefix pages that are not in the cache")
         idle = sum(node.idle for node in nodes)
         if idle != self.evictor.pages(PageKind.PREFIX):
-            raise PoolError(f"{idle} prefix pages are idle, the evictor has {self.evictor.pages(PageKind.PREFIX)}")
+            raise PoolError(f"{idle} prefix pages are idle; the evictor counts {self.evictor.pages(PageKind.PREFIX)}")
 
     def _nodes(self, digest: str | None) -> list[PrefixNode]:
-        """Of one digest, parents before their children."""
+        """All nodes of one digest, parents before children."""
         root = self._roots.get(digest)
         nodes = [] if root is None else list(root.children.values())
-        for node in nodes:  # grows on the way
+        for node in nodes:  # the list grows during the loop
             nodes += node.children.values()
         return nodes
 

@@ -1,8 +1,8 @@
-"""Adapters in the pool: their pages, the requests that use them, and which may be evicted (paper section 5.1; unlike
-its code, idle adapters stay).
+"""Adapters in the pool: their pages, their users, and which may be evicted (paper section 5.1). Unlike in the paper's
+code, idle adapters stay.
 
-An adapter is uploaded in one of two ways: by `acquire` for a request that starts now, before the next step; or by
-`prefetch` for a request that waits, page by page beside the steps. It can be used when it has landed.
+An adapter is uploaded in one of two ways: `acquire` uploads it before the next step, for a request that starts now;
+`prefetch` uploads it page by page during the steps, for a waiting request. It can be used once all pages have landed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from slora_jax.memory.eviction import Evictable, Evictor
 from slora_jax.metrics import PoolPages
 
 FAR = 1 << 30
-"""`Evictable.awaited` of an adapter that only requests far back in the queue want."""
+"""`Evictable.awaited` of an adapter that only requests far back in the queue need."""
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -26,10 +26,13 @@ class Resident(Evictable):
     """An adapter in the pool.
 
     Attributes:
-      slot: its row in the device's `AdapterTable`.
-      staged: pages whose upload is planned, from the first on. landed: pages that every later step finds in the pool.
-      present: False once it was evicted.
-      kept_waiting: the request that it was prefetched for would have been admitted before it had landed.
+      slot: row in the device's `AdapterTable`.
+      pages: page ids.
+      ranks: rank of each projection.
+      staged: number of pages whose upload is planned.
+      landed: number of pages that every later step finds in the pool.
+      present: False after eviction.
+      kept_waiting: whether its upload delayed the request that it was prefetched for.
     """
 
     digest: str
@@ -48,7 +51,7 @@ class Resident(Evictable):
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """Pages `first .. first + count` of an adapter, to be copied to the device beside the steps."""
+    """An upload of pages `first .. first + count` of an adapter that runs while steps execute."""
 
     resident: Resident
     first: int
@@ -56,13 +59,15 @@ class Upload:
 
 
 class AdapterResidency:
-    """Adapters on the device, by digest. An adapter in use is never evicted. Idle ones stay until their pages or slot
-    are wanted, and are evicted in the order of the evictor's policy; those that waiting requests want, last.
+    """Adapters in the pool, by digest.
+
+    An adapter in use is never evicted. Idle adapters stay until their pages or slot are needed, and are evicted in the
+    evictor's order: adapters that waiting requests need go last.
 
     Attributes:
-      num_slots: rows of the device's `AdapterTable`: most adapters in the pool at once.
-      users: number of running requests by the digest of the adapter that they use; adapters in use only.
-      evicted_before_use: digests that were evicted before a waiting request could use them.
+      num_slots: rows of the device's `AdapterTable`, the maximum number of resident adapters.
+      users: number of running requests by adapter digest, for adapters in use.
+      evicted_before_use: digests that were prefetched for a waiting request and evicted before it used them.
     """
 
     def __init__(self, evictor: Evictor, num_slots: int) -> None:
@@ -71,10 +76,10 @@ class AdapterResidency:
         self.users: dict[str, int] = {}
         self.evicted_before_use: set[str] = set()
         self._resident: dict[str, Resident] = {}
-        self._arriving: dict[str, Resident] = {}  # prefetched, and not landed
-        self._unused: dict[str, Resident] = {}  # prefetched, and not used yet
+        self._arriving: dict[str, Resident] = {}  # prefetched, upload not complete
+        self._unused: dict[str, Resident] = {}  # prefetched, not used yet
         self._awaited: dict[str, Resident] = {}
-        self._near: set[str] = set()  # wanted near the head of the queue, in the pool or not
+        self._near: set[str] = set()  # digests needed near the head of the queue, resident or not
         self._free_slots = list(range(num_slots - 1, -1, -1))
         evictor.register(PageKind.ADAPTER, self._evict)
 
@@ -90,31 +95,32 @@ class AdapterResidency:
 
     @property
     def digests(self) -> KeysView[str]:
-        """Digests of all residents."""
         return self._resident.keys()
 
     @property
     def arriving(self) -> Mapping[str, Resident]:
-        """Adapters whose pages have not all landed, by digest."""
+        """Adapters whose upload is not complete, by digest."""
         return self._arriving
 
     @property
     def num_unused(self) -> int:
-        """Prefetched adapters that were not used yet."""
+        """Number of prefetched adapters that no request has used yet."""
         return len(self._unused)
 
     def find(self, digest: str) -> Resident | None:
         return self._resident.get(digest)
 
     def pages_to_admit(self, digest: str, num_pages: int, protect_awaited: bool = False) -> int:
-        """Pages of free or evictable memory that using this adapter takes: all of its pages when it is absent or idle
-        (an idle adapter stops being evictable), none when it is in use already, or protected as awaited."""
+        """Number of available (free or evictable) pages that one more use of this adapter consumes.
+
+        All its pages if it is absent or idle (it stops being evictable); 0 if it is in use or protected as awaited.
+        """
         resident = self._resident.get(digest)
         is_protected = resident is not None and protect_awaited and resident.awaited
         return 0 if digest in self.users or is_protected else num_pages
 
     def can_acquire(self, digest: str, protect_awaited: bool = False) -> bool:
-        """Returns whether a slot is free or can be freed; pages are the caller's arithmetic."""
+        """Returns whether the adapter has a slot or can get one. Does not check pages."""
         return (
             digest in self._resident
             or bool(self._free_slots)
@@ -122,12 +128,13 @@ class AdapterResidency:
         )
 
     def acquire(self, digest: str, ranks: np.ndarray, num_pages: int) -> tuple[Resident, bool]:
-        """Begins one use, evicting idle content for pages and slot. Returns the adapter, and whether it is new in the
-        pool; then the caller uploads its tiles before the next step.
+        """Begins one use of an adapter, evicting idle content if it needs pages and a slot.
+
+        Returns:
+          The adapter, and whether it is new: if so, the caller must upload its tiles before the next step.
 
         Raises:
-          PoolError: pages or slots do not suffice even after eviction (nothing in use was evicted); or its upload has
-            not landed.
+          PoolError: too few pages or slots even after eviction, or its prefetch has not landed.
         """
         resident = self._resident.get(digest)
         new = resident is None
@@ -135,9 +142,7 @@ class AdapterResidency:
             resident = self._place(digest, ranks, num_pages, protect_awaited=False)
             resident.staged = resident.landed = num_pages
         elif not resident.has_landed:
-            raise PoolError(
-                f"use of adapter {digest[:12]}, of which {resident.landed} of {num_pages} pages have landed"
-            )
+            raise PoolError(f"use of adapter {digest[:12]}: only {resident.landed} of {num_pages} pages have landed")
         elif self._unused.pop(digest, None) is not None:
             self.evictor.counters.prefetch_hits += not resident.kept_waiting
         else:
@@ -152,13 +157,14 @@ class AdapterResidency:
     def prefetch(
         self, digest: str, ranks: np.ndarray, num_pages: int, position: int, protect_awaited: bool
     ) -> Resident:
-        """Allocates pages and a slot for an absent adapter that the `position`th waiting request wants (from 1).
+        """Allocates pages and a slot for an absent adapter that a waiting request needs.
 
         Args:
-          protect_awaited: evict nothing that other requests wait for.
+          position: position of that request in the queue, from 1.
+          protect_awaited: do not evict content that other requests wait for.
 
         Raises:
-          PoolError: pages or slots do not suffice even after eviction.
+          PoolError: too few pages or slots even after eviction.
         """
         resident = self._place(digest, ranks, num_pages, protect_awaited)
         resident.awaited = position
@@ -168,13 +174,14 @@ class AdapterResidency:
         return resident
 
     def await_only(self, positions: Mapping[str, int], wanted: Container[str | None]) -> None:
-        """Sets which adapters in the pool waiting requests want. An adapter that was wanted before and is not among
-        `positions` stays so, behind them, while it is in `wanted`; otherwise it becomes an ordinary idle one, or is
-        evicted if it has not landed.
+        """Updates which resident adapters are awaited.
+
+        An awaited adapter that is no longer in `positions` stays awaited, behind those, while it is in `wanted`.
+        Otherwise it becomes ordinary idle content, or is evicted if its upload is not complete.
 
         Args:
-          positions: by digest, the position of the first request that wants it, from 1; near the head of the queue.
-          wanted: digests that any waiting request wants, `positions` among them.
+          positions: for each digest needed near the head of the queue, position from 1 of the first request needing it.
+          wanted: digests that any waiting request needs, including those of `positions`.
         """
         for digest, position in positions.items():
             resident = self._resident.get(digest)
@@ -200,8 +207,8 @@ class AdapterResidency:
             self.evicted_before_use = {digest for digest in self.evicted_before_use if digest in wanted}
 
     def uploads(self, budget: int) -> list[Upload]:
-        """Plans the upload of at most `budget` pages of prefetched adapters, those that are awaited first in front.
-        Each is answered by `landed`."""
+        """Plans uploads of at most `budget` pages of prefetched adapters, in the order of the requests that need them.
+        The caller reports each upload by `landed`."""
         uploads = []
         for resident in sorted(self._arriving.values(), key=lambda resident: resident.awaited):
             count = min(resident.num_pages - resident.staged, budget)
@@ -212,28 +219,24 @@ class AdapterResidency:
         return uploads
 
     def landed(self, upload: Upload) -> None:
-        """Records that the pages of an upload are in the pool for every step dispatched from now on (or were discarded,
-        because their adapter was evicted meanwhile)."""
+        """Records that every step dispatched from now on finds the uploaded pages in the pool, or that the upload was
+        discarded because its adapter was evicted."""
         resident = upload.resident
         resident.landed += upload.count
         if resident.present and resident.has_landed:
             del self._arriving[resident.digest]
 
     def release(self, digest: str) -> None:
-        """Ends one use. After the last one the adapter is idle.
-
-        Raises:
-          PoolError: the adapter is not resident or not in use.
-        """
+        """Ends one use; after the last use the adapter is idle. Raises PoolError if it is not in use."""
         if digest not in self.users:
-            raise PoolError(f"release of adapter {digest[:12]}, which is not in use")
+            raise PoolError(f"release of adapter {digest[:12]}: it is not in use")
         self.users[digest] -= 1
         if not self.users[digest]:
             del self.users[digest]
             self.evictor.add(self._resident[digest])
 
     def drop(self, digest: str) -> bool:
-        """Evicts one adapter now if it is idle or has not landed. Returns whether it is gone."""
+        """Evicts an adapter if it is idle or still uploading. Returns whether it is absent afterwards."""
         resident = self._resident.get(digest)
         if resident is not None and resident.idle:
             self.evictor.evict(resident)
@@ -245,7 +248,7 @@ class AdapterResidency:
             if not self.evictor.has_idle(PageKind.ADAPTER, protect_awaited):
                 raise PoolError(f"all {self.num_slots} adapter slots are in use")
             self.evictor.evict_one(PageKind.ADAPTER, protect_awaited)
-        pages = self.evictor.allocator.allocate(num_pages, PageKind.ADAPTER)  # may raise, so no slot is taken yet
+        pages = self.evictor.allocator.allocate(num_pages, PageKind.ADAPTER)  # before the slot, as it may raise
         resident = Resident(
             kind=PageKind.ADAPTER, num_pages=num_pages, digest=digest, slot=self._free_slots.pop(), pages=pages,
             ranks=ranks,
@@ -271,10 +274,10 @@ class AdapterResidency:
 
 
 def pool_pages(residency: AdapterResidency) -> PoolPages:
-    """Pages of the pool by content, now."""
+    """Counts the pages of the pool by content."""
     evictor = residency.evictor
     allocator = evictor.allocator
-    idle = evictor.pages(PageKind.ADAPTER)  # those in flight among them
+    idle = evictor.pages(PageKind.ADAPTER)  # includes adapters being uploaded
     arriving = sum(resident.num_pages for resident in residency.arriving.values())
     prefix_idle = evictor.pages(PageKind.PREFIX)
     return PoolPages(

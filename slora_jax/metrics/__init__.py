@@ -1,6 +1,6 @@
-"""Serving metrics as the paper's code defines them, and what it does not measure: NumPy on the host, no device.
+"""Serving metrics: those of the paper's code, with its definitions, and others. NumPy on the host; no device.
 
-They read plain records, so a real engine, a simulated one and another system's logs are measured alike.
+They read plain records, so a real engine, a simulation and another system's logs are measured in the same way.
 """
 
 from slora_jax.metrics.adapters import AdapterMetrics, PoolStay, adapter_metrics

@@ -1,4 +1,4 @@
-"""Metrics by adapter: how long its requests queue, how often it comes to the pool, how long it stays."""
+"""Metrics per adapter: queue time, loads, evictions and time in the pool."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from slora_jax.metrics.record import RequestRecord
 
 @dataclass(frozen=True)
 class PoolStay:
-    """One stay of an adapter in the pool: from the step that uploads it to its eviction, in seconds on the engine's
-    clock; `evicted=None` if it is there to the end.
+    """One stay of an adapter in the pool, from upload to eviction.
 
-    adapter: the name in the request that it was loaded for (content may have several), or the digest's beginning where
-    no name is known. loaded=None: it was there before the recording began, so this stay is no load.
+    Attributes:
+      adapter: name used by the request that it was loaded for (a digest may have several names), or the first digits of
+        the digest if no name is known.
+      digest: digest of the adapter's content.
+      pages: number of its pages.
+      loaded: seconds on the engine's clock; None if it was resident before the recording began.
+      evicted: likewise; None if it is resident at the end.
     """
 
     adapter: str
@@ -28,8 +32,15 @@ class PoolStay:
 
 @dataclass(frozen=True)
 class AdapterMetrics:
-    """One adapter in one run. queue_time: seconds, over its requests. loads: uploads to the pool; evictions: times it
-    had to leave. resident_seconds: time in the pool; page_seconds: that times its pages."""
+    """Metrics of one adapter in one run.
+
+    Attributes:
+      requests, completed: number of its requests, and of those completed.
+      queue_time: seconds, over its requests.
+      loads, evictions: number of uploads to the pool and of evictions.
+      resident_seconds: time in the pool.
+      page_seconds: time in the pool times number of pages.
+    """
 
     requests: int
     completed: int
@@ -43,7 +54,8 @@ class AdapterMetrics:
 def adapter_metrics(
     records: Iterable[RequestRecord], stays: Iterable[PoolStay], start: float, end: float
 ) -> dict[str | None, AdapterMetrics]:
-    """By adapter name, None being requests without one; time in the pool counts between `start` and `end`."""
+    """Computes the metrics of each adapter, by name; None stands for requests without an adapter. `start` and `end`
+    bound the pool metrics, in seconds on the engine's clock."""
     requests: dict[str | None, list[RequestRecord]] = defaultdict(list)
     in_pool: dict[str | None, list[PoolStay]] = defaultdict(list)
     for record in records:
@@ -51,12 +63,12 @@ def adapter_metrics(
     for stay in stays:
         in_pool[stay.adapter].append(stay)
     return {
-        name: _of_one(requests[name], in_pool[name], start, end)
+        name: _metrics_of(requests[name], in_pool[name], start, end)
         for name in sorted({*requests, *in_pool}, key=lambda name: (name is not None, name or ""))
     }
 
 
-def _of_one(records: list[RequestRecord], stays: list[PoolStay], start: float, end: float) -> AdapterMetrics:
+def _metrics_of(records: list[RequestRecord], stays: list[PoolStay], start: float, end: float) -> AdapterMetrics:
     seconds = [_overlap(stay, start, end) for stay in stays]
     return AdapterMetrics(
         requests=len(records),

@@ -7,27 +7,31 @@ from dataclasses import dataclass
 
 @dataclass(kw_only=True)
 class Counters:
-    """One object for one engine: pool, scheduler, core and executor each count in their own fields.
+    """Counters of one engine, shared by its pool, scheduler, core and executor.
 
     Attributes:
-      steps: steps dispatched. tokens_computed: their rows. tokens_generated: output tokens read.
-      preemptions: running requests that lost their pages. aborts: requests that the policy ended before their first
-        token.
-      prompt_tokens: tokens known of requests when they were admitted (their prompts; after a preemption, their output
-        too). prefix_hit_tokens: those of them that the prefix cache had; the others are among `tokens_computed`.
+      steps: steps dispatched.
+      tokens_computed: tokens of the dispatched steps.
+      tokens_generated: output tokens read.
+      preemptions: preemptions of running requests.
+      aborts: requests aborted by the policy before their first token.
+      prompt_tokens: tokens of requests at admission: the prompt, and after a preemption the output too.
+      prefix_hit_tokens: those of `prompt_tokens` found in the prefix cache; the others are in `tokens_computed`.
       prefix_evictions: pages evicted from the prefix cache.
-      adapter_loads: adapters that were given pages in the pool. adapter_evictions: adapters that left it.
-        adapter_hits: uses that found their adapter still there from an earlier use.
-      prefetch_hits: prefetched adapters that had landed when their first request came to its turn. prefetches_wasted:
-        prefetched adapters that were evicted, or that no request wanted any more, before any use.
-      upload_bytes: bytes of adapters copied to the device (not counted in a simulation).
-      adapter_merges: times that an adapter was merged into the weights.
-      disk_reads: adapters read back from disk (simulation only; see `AdapterStore.stats`).
-      host_seconds: CPU time to plan, pack and read steps; in a simulation, modelled. launch_seconds: CPU time of the
-        calls that give uploads and steps to the device.
-      device_seconds: the device computed (launches, waits and copies excluded). copy_seconds: the copy lane was busy.
-        stall_seconds: the device had a step to run and waited for the copy of an adapter; or none could run while a
-        copy was in flight. These three: simulation only.
+      adapter_loads: adapters placed in the pool.
+      adapter_evictions: adapters evicted from the pool.
+      adapter_hits: uses of an adapter that was resident from an earlier use.
+      prefetch_hits: prefetched adapters that landed before their first request could have been admitted.
+      prefetches_wasted: prefetched adapters that were evicted, or no longer needed by any request, before any use.
+      upload_bytes: adapter bytes copied to the device (0 in a simulation).
+      adapter_merges: merges of an adapter into the weights.
+      disk_reads: adapters read back from disk (simulation only; otherwise see `AdapterStore.stats`).
+      host_seconds: CPU time to plan, pack and read steps; modelled in a simulation.
+      launch_seconds: CPU time of the calls that dispatch uploads and steps.
+      device_seconds: time in which the device computes, without launches, waits and copies (simulation only).
+      copy_seconds: time in which the copy lane is busy (simulation only).
+      stall_seconds: time in which the device waits for an adapter copy to start a step, or no step can run while a copy
+        is in flight (simulation only).
     """
 
     steps: int = 0

@@ -11,8 +11,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Distribution:
-    """`count` values, in the unit of the values. Percentiles are interpolated linearly, as NumPy's (and the paper's)
-    are. Of no values, everything but the count is NaN."""
+    """Summary of `count` values, in their unit. Percentiles are interpolated linearly, as in NumPy and the paper.
+
+    Without values, all fields but `count` are NaN.
+    """
 
     count: int
     mean: float

@@ -1,4 +1,4 @@
-"""What the unified pool holds over time."""
+"""Use of the unified pool over time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from slora_jax.errors import MetricsError
 
 @dataclass(frozen=True)
 class PoolPages:
-    """Pages of the pool by content; together they are all but the dummy page.
+    """Number of pages by content. The sum is all pages but the dummy page.
 
     Attributes:
-      kv: keys and values of one running request each.
-      prefix_in_use, prefix_idle: pages of the prefix cache that running requests use, and others.
-      adapter_in_use, adapter_idle: pages of adapters that running requests use, and others.
-      adapter_arriving: pages of adapters that are being uploaded.
+      kv: KV pages that belong to one running request.
+      prefix_in_use, prefix_idle: pages of the prefix cache, used by running requests or idle.
+      adapter_in_use, adapter_idle: pages of adapters, used by running requests or idle.
+      adapter_arriving: pages of adapters being uploaded.
     """
 
     free: int
@@ -41,18 +41,23 @@ class PoolPages:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All pages but the dummy page."""
         return sum(getattr(self, kind) for kind in PAGE_KINDS)
 
 
 PAGE_KINDS = tuple(field.name for field in fields(PoolPages))
-"""Names of the kinds of page, as in `PoolPages`."""
+"""Field names of `PoolPages`."""
 
 
 @dataclass(frozen=True)
 class PoolSample:
-    """The pool and the queues at one moment. time: seconds on the engine's clock. uploading: bytes on their way to the
-    pool."""
+    """The pool and the queues at one moment.
+
+    Attributes:
+      time: seconds on the engine's clock.
+      running, waiting: number of requests.
+      uploading: bytes in flight to the pool.
+    """
 
     time: float
     pages: PoolPages
@@ -63,18 +68,14 @@ class PoolSample:
 
 @dataclass(frozen=True)
 class PoolUse:
-    """Shares of the pool by kind of page, in [0, 1]: the mean over time, and the largest at any sample."""
+    """Fractions of the pool by field of `PoolPages`, in [0, 1]: the mean over time and the maximum over samples."""
 
     mean: dict[str, float]
     peak: dict[str, float]
 
 
 def pool_use(samples: Sequence[PoolSample]) -> PoolUse:
-    """Sums up samples in order of time. Each one lasts until the next, so uneven sampling does not matter.
-
-    Raises:
-      MetricsError: fewer than two samples, or they cover no time.
-    """
+    """Summarizes samples, weighted by the time until the next one. Raises MetricsError if they cover no time."""
     times = np.array([s.time for s in samples])
     if times.size < 2 or times[-1] <= times[0]:
         raise MetricsError(f"pool use: {times.size} samples cover no time")

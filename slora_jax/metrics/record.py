@@ -1,4 +1,4 @@
-"""What the metrics know of a request that has ended."""
+"""Record of a finished request, the input of the metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from slora_jax.errors import MetricsError
 
 
 class FinishReason(StrEnum):
-    """Why a request ended."""
+    """Reason why a request ended."""
 
     STOP = "stop"
     """An end-of-sequence or stop token, or a stop string."""
@@ -19,24 +19,26 @@ class FinishReason(StrEnum):
     """`max_tokens` or the engine's `max_model_len` was reached."""
     CANCELLED = "cancelled"
     ABORT = "abort"
-    """The policy ended it before its first token; the reason is in the output's `error`."""
+    """The policy aborted it before its first token; the output's `error` has the reason."""
     ERROR = "error"
-    """The request's adapter could not be read back from disk, its step could not be dispatched, or its logits are not
-    finite."""
+    """Its adapter could not be read from disk, its step could not be dispatched, or its logits are not finite."""
 
 
 COMPLETED = frozenset({FinishReason.STOP, FinishReason.LENGTH})
-"""Reasons with which a request was answered in full. Any other counts as aborted, whoever ended it."""
+"""Reasons of completed requests. Requests with any other reason count as aborted."""
 
 
 @dataclass(frozen=True)
 class RequestRecord:
-    """A request that has ended. Times are seconds on one clock, any origin.
+    """A finished request. Times are seconds on one clock of the engine; the paper measures at the HTTP client.
 
-    admitted: when it first left the queue; first_token: when the host had its first token; None if that never was.
-    token_times: when the host had each token, in order; empty if not recorded. cached_tokens: of the prompt, found in
-    the prefix cache. The paper measures at the HTTP client,
-    these are the engine's times.
+    Attributes:
+      prompt_tokens, output_tokens: number of tokens.
+      arrival, finished: times of arrival and end.
+      admitted: time of the first admission; None if it was never admitted.
+      first_token: time at which the host read the first token; None without one.
+      token_times: time at which the host read each token, in order; empty if not recorded.
+      cached_tokens: prompt tokens found in the prefix cache.
     """
 
     request_id: str
@@ -57,25 +59,25 @@ class RequestRecord:
 
     @property
     def completed(self) -> bool:
-        """Returns whether it was answered in full; it is aborted otherwise."""
+        """True if the request completed, False if it counts as aborted."""
         return self.finish_reason in COMPLETED
 
     @property
     def latency(self) -> float:
-        """Seconds from arrival to the last token (or the abort)."""
+        """Seconds from arrival to the end."""
         return self.finished - self.arrival
 
     @property
     def first_token_latency(self) -> float | None:
-        """Seconds from arrival to the first token."""
+        """Seconds from arrival to the first token, or None."""
         return None if self.first_token is None else self.first_token - self.arrival
 
     @property
     def queue_time(self) -> float:
-        """Seconds from arrival to the first admission; of one that was never admitted, to its end."""
+        """Seconds from arrival to the first admission, or to the end if it was never admitted."""
         return (self.finished if self.admitted is None else self.admitted) - self.arrival
 
     @property
     def inter_token_latencies(self) -> np.ndarray:
-        """Seconds between successive tokens, `[tokens - 1]`; tokens of a preempted request wait for its return."""
+        """Seconds between successive tokens, float64 `[tokens - 1]`, including any time spent preempted."""
         return np.diff(np.asarray(self.token_times, float))

@@ -1,5 +1,5 @@
-"""Serving metrics of one run, as S-LoRA's code computes them (`get_res_stats` in benchmarks/run_exp.py, and
-slora/utils/metric.py): the paper's text names them, the code says what they are."""
+"""Serving metrics of one run. The paper does not define them; the definitions here are those of S-LoRA's code
+(`get_res_stats` in benchmarks/run_exp.py, and slora/utils/metric.py)."""
 
 from __future__ import annotations
 
@@ -15,23 +15,32 @@ from slora_jax.metrics.distribution import Distribution
 from slora_jax.metrics.record import FinishReason, RequestRecord
 
 SLO_SECONDS = 6.0
-"""The paper's objective for the first token's latency."""
+"""The paper's objective for first-token latency."""
 
 WARMUP_SECONDS = 10.0
-"""What the paper strips from each end of a run."""
+"""Time that the paper strips from each end of a run."""
 
 
 @dataclass(frozen=True)
 class ServingMetrics:
-    """One run. Seconds, and requests or tokens per second.
+    """Metrics of one run. Times are in seconds, throughputs in requests or tokens per second.
 
-    Latencies are over completed requests only; attainment and satisfaction are over all, an aborted one counting 0.
+    Latencies cover completed requests only. Attainment and satisfaction cover all requests; aborted ones count as 0.
 
-    wall_seconds: from the start to the last end, so drain is included. throughput: completed per wall second.
-    stripped_throughput: None unless the request rate was given. token_throughput: output tokens of completed requests
-    per wall second. latency_per_token: mean of latency / (prompt + output tokens); latency_per_output_token: mean of
-    latency / output tokens. inter_token_latency: over all gaps of all completed requests. queue_time: over all
-    requests. satisfaction_p50, satisfaction_p10: what half and nine tenths of the requests reach.
+    Attributes:
+      requests, completed, aborted: number of requests.
+      finish_reasons: number of requests by reason.
+      wall_seconds: time from the start to the last end, including drain.
+      throughput: completed requests per wall second.
+      stripped_throughput: see the function; None unless the request rate is given.
+      token_throughput: output tokens of completed requests per wall second.
+      latency_per_token: mean of latency / (prompt + output tokens).
+      latency_per_output_token: mean of latency / output tokens.
+      inter_token_latency: over all token gaps of completed requests.
+      queue_time: over all requests.
+      slo_seconds: objective for first-token latency.
+      attainment: fraction of requests within the objective.
+      satisfaction, satisfaction_p50, satisfaction_p10: mean, median and 10th percentile of the reward.
     """
 
     requests: int
@@ -64,14 +73,18 @@ def serving_metrics(
     warmup_seconds: float = WARMUP_SECONDS,
     slo_seconds: float = SLO_SECONDS,
 ) -> ServingMetrics:
-    """Measures a run by its requests, every one of which has ended.
+    """Computes the metrics of a run.
 
-    start, end: seconds on the records' clock; None: the first arrival and the last end. (The paper starts its clock
-    with the generator of requests, an inter-arrival time before the first.) request_rate: requests per second of the
-    workload, for the stripped throughput.
+    Args:
+      records: all requests of the run.
+      start, end: window, seconds on the records' clock; None is the first arrival and the last end. (The paper's clock
+        starts with its request generator, one inter-arrival time before the first request.)
+      request_rate: the workload's requests per second, for the stripped throughput.
+      warmup_seconds: time stripped from each end.
+      slo_seconds: objective for first-token latency.
 
     Raises:
-      MetricsError: no requests; an empty window, or one too short to strip.
+      MetricsError: there are no requests, or the window is empty or too short to strip.
     """
     if not records:
         raise MetricsError("no requests: there is nothing to measure")
@@ -110,11 +123,7 @@ def serving_metrics(
 
 
 def throughput(completed: int, wall_seconds: float) -> float:
-    """Completed requests (or tokens) per second of wall time, drain included.
-
-    Raises:
-      MetricsError: no time passed.
-    """
+    """Completed requests (or tokens) per second of wall time, including drain. Raises MetricsError without any time."""
     if wall_seconds <= 0:
         raise MetricsError(f"wall_seconds={wall_seconds:g}: must be positive")
     return completed / wall_seconds
@@ -123,13 +132,19 @@ def throughput(completed: int, wall_seconds: float) -> float:
 def stripped_throughput(
     completed: int, wall_seconds: float, request_rate: float, warmup_seconds: float = WARMUP_SECONDS
 ) -> float:
-    """Throughput without the warm-up and as long a time at the end: `(N - 2 int(w R)) / (T - 2 w)`.
+    """Throughput without `w` seconds at each end: `(N - 2 int(w R)) / (T - 2 w)`, in requests per second.
 
-    It presumes that `int(w R)` requests complete in each of the stripped `w = warmup_seconds`, whatever did.
+    It assumes that `int(w R)` requests complete in each stripped interval, as the paper's code does.
+
+    Args:
+      completed: N, completed requests.
+      wall_seconds: T, duration of the run.
+      request_rate: R, requests per second.
+      warmup_seconds: w.
 
     Raises:
-      MetricsError: the run is no longer than what is stripped, or fewer requests completed than are stripped. (The
-        paper's code reports a negative throughput then, as in six runs of 15 s among its raw results.)
+      MetricsError: the run is not longer than the stripped time, or fewer requests completed than are stripped. (The
+        paper's code then reports a negative throughput, as for six runs of 15 s among its raw results.)
     """
     if warmup_seconds < 0:
         raise MetricsError(f"warmup_seconds={warmup_seconds:g}: must be at least 0")
@@ -143,16 +158,16 @@ def stripped_throughput(
 
 
 def attainment(first_token_latency: float, slo_seconds: float = SLO_SECONDS) -> float:
-    """1 if the first token came in less than `slo_seconds`, else 0."""
+    """Returns 1 if the first-token latency is below `slo_seconds`, else 0."""
     return float(first_token_latency < slo_seconds)
 
 
 def satisfaction(first_token_latency: float, slo_seconds: float = SLO_SECONDS) -> float:
-    """A user's reward for a first token after `t` seconds: `1 - (t / slo_seconds)^2`, 0 from `slo_seconds` on."""
+    """Returns the reward for a first-token latency of `t` seconds: `max(0, 1 - (t / slo_seconds)^2)`."""
     return max(0.0, 1 - (first_token_latency / slo_seconds) ** 2)
 
 
 def _first_token_latency(record: RequestRecord) -> float:
     latency = record.first_token_latency
-    assert latency is not None  # a completed request has one
+    assert latency is not None  # completed requests have one
     return latency

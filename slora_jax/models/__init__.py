@@ -1,4 +1,4 @@
-"""The base model: Llama, Mistral, Qwen2 and Qwen3 decoders, their Hugging Face weights, and a cache of these."""
+"""The base model: Llama, Mistral, Qwen2 and Qwen3 decoders, their weights, and a cache of converted weights."""
 
 from typing import TYPE_CHECKING
 
@@ -10,24 +10,10 @@ if TYPE_CHECKING:
     from slora_jax.models.init import abstract_decoder, init_random
     from slora_jax.models.load import load_model
 else:
-    __getattr__, __dir__ = exported(
+    __getattr__, __dir__, __all__ = exported(
         __name__,
-        {
-            "slora_jax.models.config": ("ModelConfig", "RopeConfig"),
-            "slora_jax.models.decoder": ("Decoder", "Params", "Stack", "StepContext"),
-            "slora_jax.models.init": ("abstract_decoder", "init_random"),
-            "slora_jax.models.load": ("load_model",),
-        },
+        config="ModelConfig RopeConfig",
+        decoder="Decoder Params Stack StepContext",
+        init="abstract_decoder init_random",
+        load="load_model",
     )
-
-__all__ = [
-    "Decoder",
-    "ModelConfig",
-    "Params",
-    "RopeConfig",
-    "Stack",
-    "StepContext",
-    "abstract_decoder",
-    "init_random",
-    "load_model",
-]

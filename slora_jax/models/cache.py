@@ -1,9 +1,9 @@
 """Orbax cache of converted weights, so that a checkpoint is converted once.
 
-One entry per (model directory, dtype, shards): `<cache_dir>/<model>-<dtype>[-tp<N>]-<path digest>/` with the Orbax tree
-in `params/` and `manifest.json`, which holds the key of the source checkpoint and the CRC-32 of every file. An entry is
-written beside its place and renamed into it, so a partial write never counts. The entry of a changed checkpoint is
-replaced.
+Each (model directory, dtype, shards) has an entry `<cache_dir>/<model>-<dtype>[-tp<N>]-<path digest>/`: the Orbax tree
+in `params/`, and `manifest.json` with the key of the source checkpoint and the CRC-32 of every file. An entry is
+written to a temporary directory and renamed into place, so partial writes are never read. If the checkpoint changes,
+its entry is replaced.
 """
 
 import concurrent.futures
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # the import takes seconds, and only this cache needs it
     import orbax.checkpoint as ocp  # type: ignore[import-untyped]
 
 CONVERTER_VERSION = 1
-"""Raised whenever the converted form changes; entries of other versions are stale."""
+"""Incremented whenever the converted form changes; entries of other versions are stale."""
 
 _SAMPLE_BYTES = 1 << 16
 _SAMPLES_PER_FILE = 16
@@ -37,10 +37,10 @@ _LOG = logging.getLogger(__name__)
 
 
 def checkpoint_key(model_dir: str | Path, config: ModelConfig, dtype: np.dtype) -> str:
-    """Digest of all that the converted weights depend on.
+    """Digest of everything that the converted weights depend on.
 
-    A weight file enters by name, size, modification time and samples spread over its content: fine-tunes of one model
-    have equal headers, and unpacked archives can have equal times.
+    It covers each weight file's name, size, modification time and samples spread over its content, since fine-tunes of
+    one model have equal headers and unpacked archives can have equal times.
     """
     digest = hashlib.sha256(json.dumps([CONVERTER_VERSION, dataclasses.asdict(config), dtype.name]).encode())
     for file in checkpoint_files(model_dir):
@@ -62,9 +62,10 @@ def entry_path(cache_dir: str | Path, model_dir: str | Path, dtype: np.dtype, sh
 
 
 def read_entry(entry: Path, key: str, shapes: Params) -> Params | None:
-    """The cached parameters (`shapes` is their abstract tree, placed or not), or None if absent, stale or damaged.
+    """Returns the cached parameters, or None if the entry is absent, stale or damaged; the last two log a warning.
 
-    The last two are logged as warnings; nothing is raised for them.
+    Args:
+      shapes: the parameters' abstract tree, with or without shardings.
     """
     if not entry.exists():
         return None
@@ -82,7 +83,7 @@ def read_entry(entry: Path, key: str, shapes: Params) -> Params | None:
 
 
 def write_entry(entry: Path, key: str, params: Params) -> None:
-    """Replaces the entry atomically. A failure (a full disk, say) is logged as a warning, not raised."""
+    """Replaces the entry atomically. A failure, e.g. a full disk, is only logged as a warning."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{entry.name}-", dir=entry.parent) as scratch:
@@ -94,7 +95,7 @@ def write_entry(entry: Path, key: str, params: Params) -> None:
             if entry.exists():
                 entry.rename(Path(scratch) / "old")
             new.rename(entry)
-    except Exception as error:  # noqa: BLE001  # a cache that cannot be written costs time, not the model
+    except Exception as error:  # noqa: BLE001  # without a cache the model still loads
         _LOG.warning("%s: the converted weights could not be cached: %s", entry, error)
 
 
@@ -129,20 +130,20 @@ def _restore(path: Path, shapes: Params) -> Params:
 
 
 def _checkpointer(tree: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> "ocp.Checkpointer":
-    """An Orbax checkpointer whose buffers in flight stay below a twentieth of the weights, or the largest of them.
+    """An Orbax checkpointer whose buffers in flight stay below 1/20 of the weights, or the largest one if larger.
 
-    Uncompressed: weights hardly compress, and decompression buffers would add to the peak.
+    Compression is off: weights hardly compress, and decompression buffers would raise peak memory.
     """
     import orbax.checkpoint as ocp
 
     sizes = [int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in tree.values()]
     in_flight_gb = max(sum(sizes) / 20, max(sizes) + 1) / 1e9
-    process = jax.process_index()  # every process keeps its own copy and waits for no other
+    process = jax.process_index()  # every process keeps its own copy, independently
     alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
     handler = ocp.PyTreeCheckpointHandler(
         use_zarr3=True,
         use_compression=False,
-        save_concurrent_gb=in_flight_gb,  # fractions are honoured
+        save_concurrent_gb=in_flight_gb,  # accepts fractions
         restore_concurrent_gb=in_flight_gb,
         multiprocessing_options=alone,
     )

@@ -1,7 +1,7 @@
 """Model configuration: a Hugging Face `config.json` or the metadata of a GGUF file.
 
-A field that would change the computation is honoured or refused by name (`config_fields`). Other fields are ignored;
-one warning names those that are not known.
+A field that would change the computation is honoured or rejected by name (`config_fields`). Other fields are ignored;
+one warning names the unknown ones.
 """
 
 import dataclasses
@@ -24,9 +24,11 @@ RopeKind = Literal["default", "linear", "llama3"]
 class RopeConfig:
     """Rotary position embedding: base frequency and the scaling applied to it.
 
-    `factor` is used by "linear" and "llama3"; the other three, in the notation of the Llama 3.1 release, by "llama3"
-    only (`original_max_position_embeddings` in tokens). `divisors`, one for each rotated pair, divide the frequencies
-    besides: a GGUF file has Llama 3's scaling in that form.
+    Attributes:
+      factor: for "linear" and "llama3".
+      low_freq_factor, high_freq_factor: for "llama3", in the notation of the Llama 3.1 release.
+      original_max_position_embeddings: for "llama3", in tokens.
+      divisors: further divisors of the frequencies, one per rotated pair (GGUF's form of Llama 3's scaling), or empty.
     """
 
     theta: float
@@ -40,11 +42,14 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What the decoder must know about a checkpoint. Hashable, so it can be a static argument of `jax.jit`.
+    """Architecture and sizes of a checkpoint. Hashable, so it can be a static argument of `jax.jit`.
 
-    `max_position_embeddings` is the longest sequence in tokens. `eos_token_ids` is empty if the checkpoint names none.
-    `qkv_bias`, `o_bias`, `mlp_bias` tell which projections carry a bias; `qk_norm` is Qwen3's per-head norm of q and k.
-    `sliding_window` is the number of keys that a query sees, its own included, in every layer (None: all before it).
+    Attributes:
+      max_position_embeddings: the longest sequence, in tokens.
+      qkv_bias, o_bias, mlp_bias: whether these projections have a bias.
+      qk_norm: whether q and k have Qwen3's per-head norm.
+      sliding_window: keys that a query attends to in every layer, including its own; None: no limit.
+      eos_token_ids: empty if the checkpoint names none.
     """
 
     family: str
@@ -78,9 +83,9 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, hf_config: Mapping[str, Any]) -> "ModelConfig":
-        """Reads the dictionary of a `config.json`, as written by transformers 4 or 5.
+        """Reads the content of a `config.json` written by transformers 4 or 5. Warns of unknown fields.
 
-        Raises `UnsupportedModelError` naming the field, its value and what is supported. Warns of unknown fields.
+        Raises `UnsupportedModelError` naming the field, its value and the supported values.
         """
         name = hf_config.get("model_type")
         if not isinstance(name, str) or name not in _FAMILIES:
@@ -104,7 +109,7 @@ class ModelConfig:
         else:
             head_dim = hidden_size // num_heads
         if head_dim % 2:
-            raise _refused("head_dim", head_dim, "an even number (rotary embedding turns pairs)")
+            raise _refused("head_dim", head_dim, "an even number (rotary embedding rotates pairs)")
         layer_types = hf_config.get("layer_types")
         if layer_types is not None and list(layer_types) != ["full_attention"] * num_layers:
             raise _refused("layer_types", layer_types, f'"full_attention" for each of the {num_layers} layers')
@@ -133,10 +138,10 @@ class ModelConfig:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "ModelConfig":
-        """Reads `config.json`, and `generation_config.json` where present: its end-of-sequence ids take precedence.
-        If `path` is a GGUF file, or a directory that has one instead of `config.json`, reads the file's metadata.
+        """Reads `config.json`; end-of-sequence ids in `generation_config.json`, if present, take precedence. For a GGUF
+        file, or a directory with one instead of `config.json`, reads the file's metadata.
 
-        Raises `CheckpointError` for a missing or unreadable file, `UnsupportedModelError` as `from_dict` does.
+        Raises `CheckpointError` for a missing or unreadable file, `UnsupportedModelError` like `from_dict`.
         """
         if file := gguf_file(path):
             return cls._from_gguf(file)
@@ -163,7 +168,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """An architecture's fixed traits, and the values transformers assumes for fields that a config.json leaves out."""
+    """An architecture's fixed properties, and transformers' defaults for fields missing from a config.json."""
 
     architecture: str
     max_position_embeddings: int
@@ -173,8 +178,8 @@ class _Family:
     window_switch: bool = False  # the window counts only if use_sliding_window is set
     qkv_bias: bool = False
     qk_norm: bool = False
-    bias_fields: frozenset[str] = frozenset()  # switches that are honoured
-    implied_switches: frozenset[str] = frozenset()  # switches that are always on
+    bias_fields: frozenset[str] = frozenset()  # honoured switches
+    implied_switches: frozenset[str] = frozenset()  # switches that may be true, since the feature is always on
 
 
 _FAMILIES = {
@@ -208,7 +213,7 @@ def _refused(field: str, value: Any, supported: str) -> UnsupportedModelError:
 
 
 def _check_fields(hf_config: Mapping[str, Any], family: _Family) -> None:
-    """Refuses a foreign architecture and fields that change the computation; warns of other unknown fields."""
+    """Rejects other architectures and fields that would change the computation; warns of other unknown fields."""
     architectures = hf_config.get("architectures")
     if architectures is not None and list(architectures) != [family.architecture]:
         raise _refused("architectures", architectures, f"[{family.architecture!r}]")
@@ -228,7 +233,7 @@ def _check_fields(hf_config: Mapping[str, Any], family: _Family) -> None:
     if unknown:
         warnings.warn(
             f"config.json: {', '.join(unknown)}: not known, and ignored; if the model needs one of these fields, its "
-            "answers are wrong",
+            "outputs are wrong",
             stacklevel=3,
         )
 
@@ -238,8 +243,8 @@ def _json(value: Any) -> str:
 
 
 def _sliding_window(hf_config: Mapping[str, Any], family: _Family, max_positions: int) -> int | None:
-    """The window of every layer; None where it never slides: none, switched off, or as long as the longest sequence.
-    Qwen's, which some layers have and others lack, is refused."""
+    """The window of every layer; None if there is none, it is off, or it is at least as long as the longest sequence.
+    Rejects Qwen's windows, which only some layers have."""
     if family.window_switch and not _boolean(hf_config, "use_sliding_window"):
         return None
     if hf_config.get("use_sliding_window") and not family.window_switch:
@@ -293,7 +298,7 @@ def _rope(hf_config: Mapping[str, Any], max_positions: int) -> RopeConfig:
 
 
 def _merged_rope_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rope fields from wherever they are written, under their transformers 5 names; two that differ are refused."""
+    """The rope fields from all places in the file, under their transformers 5 names. Rejects contradictions."""
     merged: dict[str, Any] = {}
     for source in ("rope_parameters", "rope_scaling", "rope_theta"):
         fields = hf_config.get(source)
@@ -340,8 +345,8 @@ _QUANTISATION = re.compile(r"[.-](i?q\d\w*|b?f16|f32)$")
 
 
 def model_names(path: str | Path) -> frozenset[str]:
-    """Lower-case names of the model in a directory or GGUF file: the directory's, or in Hugging Face's cache the
-    repository's, and the last part of `_name_or_path` in `config.json`."""
+    """Lower-case names of the model in a directory or GGUF file: the name of the directory (in Hugging Face's cache, of
+    the repository), and the last part of `_name_or_path` in `config.json`."""
     if file := gguf_file(path):
         return frozenset({_QUANTISATION.sub("", file.stem.lower())})
     path = Path(path).resolve()
@@ -352,7 +357,7 @@ def model_names(path: str | Path) -> frozenset[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a checkpoint's file; `CheckpointError` if it is missing or is not one."""
+    """Reads a JSON object. Raises `CheckpointError` if the file is missing or holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

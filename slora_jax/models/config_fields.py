@@ -1,4 +1,4 @@
-"""The fields of a Hugging Face `config.json` that are known, by what they do to the computation."""
+"""The known fields of a Hugging Face `config.json`, by their effect on the computation."""
 
 import re
 from typing import Any
@@ -10,7 +10,7 @@ READ_FIELDS = frozenset({
     "num_key_value_heads", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "sliding_window",
     "tie_word_embeddings", "use_sliding_window", "vocab_size",
 })
-"""Honoured, or refused with a value of their own."""
+"""Fields that `models.config` reads: it honours or rejects each value."""
 
 HARMLESS_FIELDS = frozenset({
     "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_flash_attn_2_enabled",
@@ -28,11 +28,11 @@ HARMLESS_FIELDS = frozenset({
     "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed", "unsloth_version", "use_bfloat16",
     "use_cache",
 })
-"""Read by nothing that computes logits: bookkeeping, training, generation defaults, implementation choices."""
+"""Fields without effect on logits: bookkeeping, training, generation defaults, implementation choices."""
 # fmt: on
 
 INACTIVE: tuple[Any, ...] = (None, False, 0, "", [], {})
-"""Values of a field that is switched off."""
+"""Values that switch a field off."""
 
 _FACTOR_OF_ONE: tuple[Any, ...] = (None, 1)
 
@@ -46,16 +46,16 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("norm_type", "layer_norm_type", "layernorm_type", "normalization_type"),
                     (None, "rms_norm", "rmsnorm", "RMSNorm")),
     **dict.fromkeys((
-        # scales of activations (Granite, MiniCPM, Falcon-H1, muP)
+        # activation scales (Granite, MiniCPM, Falcon-H1, muP)
         "attention_in_multiplier", "attention_out_multiplier", "embedding_multiplier", "key_multiplier",
         "lm_head_multiplier", "logit_scale", "logits_scaling", "residual_multiplier", "residual_scale", "scale_emb",
     ), _FACTOR_OF_ONE),
     **dict.fromkeys((
-        # the attention's scale, which is head_dim**-0.5 here
+        # attention scale, here always head_dim**-0.5
         "attention_multiplier", "attn_scale", "dim_model_base", "query_pre_attn_scalar", "scale_depth",
     ), (None,)),
     **dict.fromkeys((
-        # another kind of model or of weights
+        # other kinds of models or weights
         "add_cross_attention", "auto_map", "chunk_size_feed_forward", "compression_config", "is_encoder_decoder",
         "pruned_heads", "quantization", "quantization_config", "vision_config",
         # logits and scores
@@ -78,16 +78,16 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
         # biases
         "attention_bias", "attention_out_bias", "attention_output_bias", "attention_qkv_bias", "bias", "head_bias",
         "lm_head_bias", "mlp_bias", "o_bias", "qkv_bias", "use_bias", "use_qkv_bias",
-        # the shape of a layer
+        # layer structure
         "attn_layer_indices", "cross_attention_layers", "kv_lora_rank", "kv_shared_layers", "num_kv_shared_layers",
         "num_nextn_predict_layers", "parallel_attn", "parallel_residual", "q_lora_rank", "tie_embedding",
         "tie_embeddings", "use_parallel_residual",
     ), INACTIVE),
 }
 # fmt: on
-"""Fields that would change the computation, and the values with which they do not."""
+"""Fields that can change the computation -> values that leave it unchanged."""
 
 CHANGES_LOGITS = re.compile(
     r"(?:^|_)(?:alibi|experts?|moe|mup|multipliers?|nope|quant|rope|rotary|soft_?cap|softcapping|ssm|mamba)(?:_|$)"
 )
-"""Words in the name of an unknown field that tell of a changed computation."""
+"""Words in an unknown field's name that suggest a changed computation."""

@@ -1,7 +1,7 @@
 """The decoder of Llama, Mistral, Qwen2 and Qwen3 over a ragged list of tokens.
 
-Attention and the adapters' part of each projection are the step's business: a layer asks its `StepContext` for them.
-Projections that read the same input are fused, and every kernel is stored `[in, out]`.
+The step supplies attention and the LoRA part of each projection through a `StepContext`. Projections with the same
+input are fused, and every kernel is stored `[in, out]`.
 """
 
 from typing import Any, Literal, Protocol
@@ -20,28 +20,34 @@ Params = dict[str, Any]
 
 
 class StepContext(Protocol):
-    """What a layer needs from the step. Called while the step is traced, once per layer and stack, in layer order."""
+    """The step's operations for a layer, called during tracing, once per layer and stack, in layer order."""
 
     def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """Causal attention of this step's tokens over their sequences, including the keys and values given here.
+        """Causal attention of this step's tokens over their sequences, which include `k` and `v`; scales by
+        `head_dim ** -0.5`.
 
-        q is `[T, num_heads, head_dim]` and k, v are `[T, num_kv_heads, head_dim]`, after rotation, in the model's
-        dtype. The context scales by `head_dim ** -0.5`. Returns `[T, num_heads, head_dim]` in the model's dtype.
+        Args:
+          q: `[T, num_heads, head_dim]`, rotated, in the model's dtype like `k` and `v`.
+          k: `[T, num_kv_heads, head_dim]`, rotated.
+          v: `[T, num_kv_heads, head_dim]`.
+
+        Returns:
+          `[T, num_heads, head_dim]` in the model's dtype.
         """
 
     def lora(self, layer: int, stack: Stack, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Returns `y` with the adapters' part added.
+        """Returns `y` plus the adapters' updates, in the model's dtype.
 
-        x `[T, d_in]` is the projection's input and y `[T, d_out]` its output with the bias, fused as the base kernel
-        is: q|k|v for "qkv", gate|up for "gate_up". Both are in the model's dtype, and so is the result.
+        Args:
+          x: `[T, d_in]`, the projection's input, in the model's dtype.
+          y: `[T, d_out]`, its output with bias, fused like the base kernel: q|k|v for "qkv", gate|up for "gate_up".
         """
 
     def lookup(self, embedding: "Embedding", tokens: jax.Array) -> jax.Array:
-        """The embeddings `[T, d]` of `tokens` int32 `[T]`. A shard's `embedding` has a part of the vocabulary."""
+        """The embeddings `[T, d]` of `tokens` int32 `[T]`. A shard's `embedding` covers a part of the vocabulary."""
 
     def reduce(self, y: jax.Array) -> jax.Array:
-        """The sum over all shards of `y [T, d]`, the product (and adapters' part) of "o" or "down"; on one device,
-        y."""
+        """The sum over all shards of `y [T, d]`, the output of "o" or "down" with its adapters; on one device, y."""
 
 
 def model_dtype(dtype: Any) -> np.dtype:
@@ -56,7 +62,7 @@ def model_dtype(dtype: Any) -> np.dtype:
 
 
 def _precision(dtype: np.dtype) -> jax.lax.Precision | None:
-    """Float32 products are float32 products; on a GPU the default would be TF32."""
+    """Full precision for float32, where a GPU's default would be TF32."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
@@ -68,20 +74,20 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x `[T, in]` to `[T, out]`, same dtype."""
+        """Maps `x` `[T, in]` to `[T, out]` of the same dtype."""
         y = jnp.dot(x, self.kernel[...], precision=_precision(x.dtype))
         return y if self.bias is None else y + self.bias[...]
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the last axis; float32 scale and float32 arithmetic, result in the input's dtype."""
+    """Root-mean-square norm over the last axis, with float32 scale and arithmetic; returns the input's dtype."""
 
     def __init__(self, features: int, epsilon: float):
         self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x `[..., features]`, same shape and dtype out."""
+        """Maps `x` `[..., features]` to the same shape and dtype."""
         wide = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
         return (wide * inverse * self.scale[...]).astype(x.dtype)
@@ -104,7 +110,7 @@ class DecoderLayer(nnx.Module):
         self.down = Linear(ffn, d, config.mlp_bias, dtype)
 
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, context: StepContext) -> jax.Array:
-        """x `[T, d]` to `[T, d]`; cos, sin float32 `[T, 1, head_dim / 2]`."""
+        """Maps `x` `[T, d]` to `[T, d]`; `cos` and `sin` are float32 `[T, 1, head_dim / 2]`."""
         x = x + self._attention(self.input_norm(x), cos, sin, context)
         return x + self._feed_forward(self.post_attention_norm(x), context)
 
@@ -141,13 +147,15 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(jnp.zeros((vocab_size, features), dtype))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """int32 `[T]` to `[T, d]`; an id out of range (padding) reads the nearest row."""
+        """Maps int32 `[T]` to `[T, d]`; an id out of range (padding) reads the nearest row."""
         return jnp.take(self.embedding[...], tokens, axis=0, mode="clip")
 
 
 class Decoder(nnx.Module):
-    """The whole model, or that of one shard (a smaller one, see `parallel.layout`). Constructing it allocates zeros;
-    see `abstract_decoder`, `init_random` and `load_model`."""
+    """The whole model, or one shard's smaller model (see `parallel.layout`).
+
+    Constructing it allocates zeros; use `abstract_decoder`, `init_random` or `load_model` instead.
+    """
 
     def __init__(self, config: ModelConfig, dtype: Any):
         dtype = model_dtype(dtype)
@@ -159,10 +167,11 @@ class Decoder(nnx.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, False, dtype) if untied else None
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, context: StepContext) -> jax.Array:
-        """Hidden states `[T, d]` after the final norm, in the model's dtype.
+        """Returns hidden states `[T, d]` after the final norm, in the model's dtype.
 
-        tokens and positions are int32 `[T]`: the tokens of all sequences in one list, each with its position (from 0)
-        in its own sequence. Which tokens belong together is known to `context` only.
+        Args:
+          tokens: int32 `[T]`, the tokens of all sequences in one list; only `context` knows the sequences.
+          positions: int32 `[T]`, each token's position in its own sequence, from 0.
         """
         x, cos, sin = self.begin(tokens, positions, context)
         for layer in self.layers:
@@ -173,18 +182,18 @@ class Decoder(nnx.Module):
     def begin(
         self, tokens: jax.Array, positions: jax.Array, context: StepContext
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Inputs of the first layer: embeddings `[T, d]`, and cosines and sines `[T, 1, head_dim / 2]`."""
+        """Returns the first layer's inputs: embeddings `[T, d]`, cosines and sines `[T, 1, head_dim / 2]`."""
         with jax.named_scope("embed"):
             x = context.lookup(self.embed, tokens)  # [T, d]
             return x, *rotary_tables(positions, inverse_frequencies(self.config.rope, self.config.head_dim))
 
     def end(self, x: jax.Array) -> jax.Array:
-        """The final norm of the last layer's output `[T, d]`."""
+        """Applies the final norm to the last layer's output `[T, d]`."""
         with jax.named_scope("norm"):
             return self.norm(x)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden `[..., d]` to float32 logits `[..., vocab]`."""
+        """Maps `hidden` `[..., d]` to float32 logits `[..., vocab]`."""
         with jax.named_scope("logits"):
             if self.lm_head is None:
                 kernel, contracted = self.embed.embedding[...], 1  # [vocab, d]

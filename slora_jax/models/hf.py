@@ -1,10 +1,9 @@
-"""Weights from a Hugging Face directory or GGUF file: its tensors in, the decoder's fused `[in, out]` parameters out.
+"""Reads weights from a Hugging Face directory or GGUF file into the decoder's fused `[in, out]` parameters.
 
-Every header is checked against the config before the first weight is read. Tensors are then read in blocks of rows and
-written straight into their place in the fused parameter, which becomes a device array once its last part has arrived.
-Host memory beyond the parameters themselves (on the CPU backend the buffers *are* the device arrays) is one block.
-For several shards, each shard's part of a tensor is read into the shard's own parameter, which goes to its device: no
-device ever holds more, and a process reads what its devices hold.
+Every header is checked against the config before the first weight is read. Tensors are then read in blocks of rows,
+written directly into the fused parameter, and uploaded when its last part is complete. Host memory beyond the
+parameters themselves (on the CPU backend the buffers *are* the device arrays) is one block. With several shards, each
+process reads only its own devices' parts, and no device ever holds more than its part.
 """
 
 import dataclasses
@@ -34,7 +33,7 @@ from slora_jax.parallel.layout import ONE_DEVICE, Shards
 from slora_jax.parallel.mesh import TensorParallel, parameter_spec, whole_shape
 
 _BLOCK_BYTES = 1 << 20
-_ALIGNMENT = 64  # bytes; the CPU backend adopts a buffer so aligned instead of copying it
+_ALIGNMENT = 64  # bytes; the CPU backend uses an aligned buffer without copying it
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -43,9 +42,12 @@ ParamPath = tuple[str | int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where a checkpoint tensor goes: columns from `column` on of the parameter at `path`, transposed if a kernel.
+    """Destination of a checkpoint tensor: columns from `column` on of the parameter at `path`.
 
-    `shape` is the tensor's shape in the checkpoint, `part` what goes there: rows, and columns if it has any.
+    Attributes:
+      shape: the tensor's shape in the checkpoint.
+      transposed: true for kernels.
+      part: rows (and columns) of the tensor to copy; default: all.
     """
 
     path: ParamPath
@@ -65,8 +67,7 @@ class Placement:
 
 
 def tensor_placements(config: ModelConfig, shards: Shards = ONE_DEVICE, shard: int = 0) -> dict[str, Placement]:
-    """Every tensor that a checkpoint of this config must hold, by its Hugging Face name, and what a shard takes of
-    it."""
+    """All tensors required in a checkpoint of this config, by Hugging Face name, with a shard's part of each."""
     d = config.hidden_size
     whole, vocabulary = slice(0, d), shards.vocabulary(config.vocab_size, shard)
     placements = {
@@ -83,8 +84,8 @@ def tensor_placements(config: ModelConfig, shards: Shards = ONE_DEVICE, shard: i
         norms += [("q_norm", "self_attn.q_norm", config.head_dim), ("k_norm", "self_attn.k_norm", config.head_dim)]
     for index in range(config.num_layers):
         prefix, layer = f"model.layers.{index}", ("layers", index)
-        for ours, theirs, features in norms:
-            placements[f"{prefix}.{theirs}.weight"] = Placement((*layer, ours, "scale"), (features,))
+        for norm, module, features in norms:
+            placements[f"{prefix}.{module}.weight"] = Placement((*layer, norm, "scale"), (features,))
         for stack, names in STACKS.items():
             column = 0
             for projection in map(PROJECTIONS.__getitem__, names):
@@ -99,7 +100,7 @@ def tensor_placements(config: ModelConfig, shards: Shards = ONE_DEVICE, shard: i
                     (*layer, stack, "kernel"), (d_out, d_in), column, True, (outputs, inputs)
                 )
                 if biases[stack]:
-                    # Products of row-parallel projections are summed: the first shard adds the whole bias.
+                    # Row-parallel outputs are summed over shards, so only the first shard adds the bias.
                     own = slice(0, 0) if projection.row_parallel and shard else outputs
                     placements[f"{name}.bias"] = Placement((*layer, stack, "bias"), (d_out,), column, part=(own,))
                 column += outputs.stop - outputs.start
@@ -107,9 +108,9 @@ def tensor_placements(config: ModelConfig, shards: Shards = ONE_DEVICE, shard: i
 
 
 def checkpoint_files(model_dir: str | Path) -> list[Path]:
-    """The weight files of a checkpoint: a GGUF file, `model.safetensors`, or the shards its index names, in name order.
+    """The weight files of a checkpoint: a GGUF file, `model.safetensors`, or the files named by its index, sorted.
 
-    Raises `CheckpointError` if there are none, if a shard is missing, or if only pickled weights are there.
+    Raises `CheckpointError` if there is none, if a file is missing, or if the directory has only pickled weights.
     """
     if file := gguf_file(model_dir):
         return [file]
@@ -127,17 +128,19 @@ def checkpoint_files(model_dir: str | Path) -> list[Path]:
         return files
     if any(model_dir.glob("*.bin")):
         raise CheckpointError(
-            f"{model_dir}: only pickled weights (*.bin) are there. They can run code when read, so they are refused; "
+            f"{model_dir}: only pickled weights (*.bin) found; they are refused because reading them can run code; "
             "convert the checkpoint to safetensors (transformers: save_pretrained)"
         )
-    raise CheckpointError(f"{model_dir}: neither {single.name} nor {index.name} is there")
+    raise CheckpointError(f"{model_dir}: neither {single.name} nor {index.name} found")
 
 
 def untied_if_heads_differ(model_dir: str | Path, config: ModelConfig, dtype: Any) -> ModelConfig:
-    """Returns the config to load a checkpoint with: untied, with a warning, if embeddings that the config ties lie
-    beside an output head with other values (in `dtype`). transformers uses such a head too.
+    """Returns the config to load a checkpoint with.
 
-    Raises `CheckpointError` for files that are missing or damaged.
+    If the config ties the embeddings but the checkpoint has an output head with other values (in `dtype`), the head is
+    used, as in transformers: the result is untied, and a warning says so.
+
+    Raises `CheckpointError` for missing or damaged files.
     """
     if not config.tie_word_embeddings:
         return config
@@ -157,7 +160,7 @@ def untied_if_heads_differ(model_dir: str | Path, config: ModelConfig, dtype: An
 
 
 def _are_equal(one: SafetensorsSlice | GgufSlice, other: SafetensorsSlice | GgufSlice, dtype: np.dtype) -> bool:
-    """Returns True if two tensors have the same values in `dtype`; reads them in blocks of rows."""
+    """Returns whether two tensors have the same values in `dtype`; reads them in blocks of rows."""
     if one.shape != other.shape:
         return False
     step = max(1, int(_BLOCK_BYTES / (one.element_bytes * math.prod(one.shape[1:]))))
@@ -173,13 +176,16 @@ def load_weights(
     progress: bool = True,
     parallel: TensorParallel | None = None,
 ) -> Params:
-    """Reads the checkpoint into the decoder's parameter tree on this process's first (or the default) device; or, with
-    `parallel`, each of its devices' part onto that device: arrays cut by `parallel.mesh.parameter_spec`.
+    """Reads the checkpoint into the decoder's parameter tree on `load_device()`.
 
-    dtype is "float32" or "bfloat16"; norm scales are float32 in both. `progress` shows bytes read, on stderr.
+    Args:
+      dtype: "float32" or "bfloat16"; norm scales are float32 in both.
+      progress: shows bytes read, on stderr.
+      parallel: reads each device's part onto that device instead, sharded by `parallel.mesh.parameter_spec`.
 
-    Raises `CheckpointError` for missing, unexpected or misshapen tensors and damaged files, before reading weights; and
-    for a tensor that has NaN or infinity.
+    Raises:
+      CheckpointError: a tensor is missing, unexpected or misshapen, or a file is damaged (checked before any weight is
+        read), or a tensor has NaN or infinity.
     """
     files = checkpoint_files(model_dir)
     builders = _builders(config, dtype, parallel)
@@ -208,13 +214,13 @@ def load_weights(
 
 
 def load_device() -> jax.Device:
-    """Where parameters are put: `jax.default_device` if one is set, else this process's first device."""
+    """The device for parameters: `jax.default_device` if set, else this process's first device."""
     default = jax.config.jax_default_device
     return default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
 
 
 class _ParamBuilder:
-    """Fused parameters of one shard being filled on the host, each moved to the device when its last part is in."""
+    """Fills one shard's fused parameters on the host and uploads each when its last part is complete."""
 
     def __init__(self, config: ModelConfig, dtype: Any, placements: dict[str, Placement], device: jax.Device):
         self.placements = placements
@@ -233,7 +239,7 @@ class _ParamBuilder:
         return {path: self._arrays[path] for path in self._shapes}
 
     def read(self, tensor: SafetensorsSlice | GgufSlice, placement: Placement) -> Iterator[float]:
-        """Copies a tensor's part into its parameter block by block, casting; yields the bytes of each block.
+        """Casts and copies a tensor's part into its parameter block by block; yields the bytes of each block.
 
         Raises `FloatingPointError` for NaN or infinity.
         """
@@ -243,9 +249,9 @@ class _ParamBuilder:
         buffer = self._buffer(placement.path)
         for start in range(rows.start, rows.stop, step):
             block = tensor[(slice(start, min(start + step, rows.stop)), *columns)]  # [step, d_in] or [step]
-            with np.errstate(over="ignore"):  # found below
+            with np.errstate(over="ignore"):  # reported below
                 block = block.astype(buffer.dtype, copy=False)
-            block = block.view(f"u{block.itemsize}")  # bytes move faster than ml_dtypes elements
+            block = block.view(f"u{block.itemsize}")  # integers copy faster than ml_dtypes elements
             if _has_nonfinite(block):
                 raise FloatingPointError(f"expected finite values of {buffer.dtype.name}, found NaN or infinity")
             first = placement.column + start - rows.start
@@ -259,19 +265,19 @@ class _ParamBuilder:
         if path not in self._buffers:
             shape = self._shapes[path].shape
             self._buffers[path] = _aligned_empty(shape, self._shapes[path].dtype)
-            if self._elements[path] < math.prod(shape):  # of a shard: a vocabulary rounded up, a bias that another has
+            if self._elements[path] < math.prod(shape):  # shards pad the vocabulary; only one has the bias
                 self._buffers[path][...] = 0
         return self._buffers[path]
 
     def _part_done(self, path: ParamPath) -> None:
         self._missing_parts[path] -= 1
         if not self._missing_parts[path]:
-            # Waiting keeps at most one finished buffer beside its device copy.
+            # Blocking limits host memory to one finished buffer beside its device copy.
             self._arrays[path] = jax.device_put(self._buffers.pop(path), self._device).block_until_ready()
 
 
 def _builders(config: ModelConfig, dtype: Any, parallel: TensorParallel | None) -> list[_ParamBuilder]:
-    """One for each shard on a device of this process."""
+    """One builder for each shard on a device of this process."""
     if parallel is None:
         return [_ParamBuilder(config, dtype, tensor_placements(config), load_device())]
     return [
@@ -284,8 +290,8 @@ def _builders(config: ModelConfig, dtype: Any, parallel: TensorParallel | None) 
 
 
 def _has_nonfinite(bits: np.ndarray) -> bool:
-    """Returns True if NaN or infinity is among float32 (as uint32) or bfloat16 (as uint16) numbers: their exponent bits
-    are all set."""
+    """Returns whether float32 (as uint32) or bfloat16 (as uint16) numbers include NaN or infinity, which have all
+    exponent bits set."""
     exponent = bits.dtype.type(0x7F800000 if bits.itemsize == 4 else 0x7F80)
     return bool(bits.size) and bool((bits & exponent).max() == exponent)
 
@@ -300,9 +306,9 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def _check_headers(
     files: list[Path], placements: dict[str, Placement], shards: list[dict[str, Placement]], config: ModelConfig
 ) -> float:
-    """Checks names, shapes and dtypes of all files against the config; returns the bytes that `shards` are to read."""
+    """Checks names, shapes and dtypes of all files against the config; returns the bytes that `shards` will read."""
     found: dict[str, Path] = {}
-    total_bytes, unlike = 0.0, False
+    total_bytes, differs = 0.0, False
     for file in files:
         with _open(file) as tensors:
             for name in tensors.names():
@@ -311,9 +317,11 @@ def _check_headers(
                     if name == _HEAD and config.tie_word_embeddings:
                         continue  # equal to the embeddings: `untied_if_heads_differ`
                     if _ROTARY_BUFFER.fullmatch(name):
-                        unlike |= not _are_frequencies(tensors.get(name), config)
+                        differs |= not _are_frequencies(tensors.get(name), config)
                         continue
-                    raise CheckpointError(f"{file}: unexpected tensor {shown}: the config describes no such part")
+                    raise CheckpointError(
+                        f"{file}: unexpected tensor {shown}: not part of the model that the config describes"
+                    )
                 if name in found:
                     raise CheckpointError(f"{file}: tensor {name} is in {found[name].name} too")
                 found[name] = file
@@ -322,7 +330,7 @@ def _check_headers(
                     raise CheckpointError(f"{file}: tensor {shown}: expected shape {expected}, found {tensor.shape}")
                 total_bytes += sum(own[name].size for own in shards) * tensor.element_bytes
             names_in_file = {name: tensors.name_in_file(name) for name in placements.keys() - found.keys()}
-    if unlike:
+    if differs:
         warnings.warn(
             f"{files[0].parent}: rotary_emb.inv_freq in the checkpoint differs from the frequencies that config.json "
             "describes, which are used",
@@ -335,7 +343,7 @@ def _check_headers(
 
 
 def _are_frequencies(tensor: SafetensorsSlice | GgufSlice, config: ModelConfig) -> bool:
-    """Returns True if a rotary buffer agrees with the config, up to the rounding of half precision."""
+    """Returns whether a rotary buffer agrees with the config, up to half-precision rounding."""
     expected = inverse_frequencies(config.rope, config.head_dim)
     if tensor.shape != expected.shape:
         return False
@@ -344,5 +352,5 @@ def _are_frequencies(tensor: SafetensorsSlice | GgufSlice, config: ModelConfig) 
 
 
 def _open(file: Path) -> AbstractContextManager[SafetensorsTensors | GgufTensors]:
-    """A weight file, memory-mapped for the time of a `with` block; damage is reported as `CheckpointError`."""
+    """Memory-maps a weight file within a `with` block; reports damage as `CheckpointError`."""
     return open_gguf(file) if file.suffix.lower() == ".gguf" else open_safetensors(file)

@@ -14,22 +14,22 @@ from slora_jax.parallel.mesh import TensorParallel, parameter_spec
 
 
 def abstract_decoder(config: ModelConfig, dtype: Any) -> tuple[nnx.GraphDef, Params]:
-    """The graph definition and the parameter tree as `jax.ShapeDtypeStruct`s; nothing is allocated.
+    """The graph definition, and the parameter tree as `jax.ShapeDtypeStruct`s without allocation.
 
     Parameters are a plain nested dictionary, e.g. `params["layers"][0]["qkv"]["kernel"]`; `nnx.merge(graphdef, params)`
-    gives the `Decoder`, inside a jitted function too.
+    returns the `Decoder`, also inside a jitted function.
     """
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype)))
     return graphdef, nnx.to_pure_dict(state)
 
 
 def layer_graph(config: ModelConfig, dtype: Any) -> nnx.GraphDef:
-    """The graph definition of one decoder layer, whose parameters are `params["layers"][i]` for any i."""
+    """The graph definition of a decoder layer; its parameters are `params["layers"][i]` for any i."""
     return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, 0, model_dtype(dtype))))[0]
 
 
 def abstract_shards(config: ModelConfig, dtype: Any, parallel: TensorParallel) -> tuple[nnx.GraphDef, Params]:
-    """The graph definition of a shard's decoder, and the whole parameters, as placed on the devices."""
+    """The graph definition of a shard's decoder, and the abstract whole parameters with their shardings."""
     graphdef, shard = abstract_decoder(parallel.shards.of_model(config), dtype)
     leaves = traverse_util.flatten_dict(shard)
     whole = {path: parallel.struct(leaf, parameter_spec(path)) for path, leaf in leaves.items()}
@@ -37,7 +37,7 @@ def abstract_shards(config: ModelConfig, dtype: Any, parallel: TensorParallel) -
 
 
 def init_random(config: ModelConfig, dtype: Any, seed: int) -> tuple[nnx.GraphDef, Params]:
-    """Weights and biases drawn from N(0, 0.02²) on the default device, norms at one. Every leaf has its own key."""
+    """Draws weights and biases from N(0, 0.02²) on the default device, one key per leaf; norm scales are 1."""
     graphdef, shapes = abstract_decoder(config, dtype)
     key = jax.random.key(seed)
     leaves = {}

@@ -1,4 +1,4 @@
-"""A checkpoint as a decoder ready to run."""
+"""Loads a checkpoint as a decoder ready to run."""
 
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,21 @@ def load_model(
     parallel: TensorParallel | None = None,
     config: ModelConfig | None = None,
 ) -> tuple[nnx.GraphDef, Params, ModelConfig]:
-    """Loads a Hugging Face directory (safetensors) or a GGUF file as graph definition, parameters and config.
+    """Loads a Hugging Face directory (safetensors) or a GGUF file.
 
-    dtype is "float32" or "bfloat16", whatever the checkpoint's. With `cache_dir`, converted weights are kept there and
-    used while the checkpoint stays the same; an unusable entry is converted again with a logged warning. With
-    `parallel`, the parameters are cut over its devices, and graph definition and config are those of a shard and of the
-    whole. `config` is the directory's, if it was read already.
+    Args:
+      dtype: "float32" or "bfloat16", independent of the checkpoint's dtype.
+      cache_dir: where converted weights are cached until the checkpoint changes; None: no cache.
+      progress: shows bytes read, on stderr.
+      parallel: shards the parameters over its devices.
+      config: the checkpoint's config, if already read.
 
-    Raises `CheckpointError` for missing or damaged files, `UnsupportedModelError` for a model that is not supported.
+    Returns:
+      The graph definition (of a shard, with `parallel`), the parameters, and the config of the whole model.
+
+    Raises:
+      CheckpointError: a file is missing or damaged.
+      UnsupportedModelError: the model is not supported.
     """
     dtype = model_dtype(dtype)
     config = untied_if_heads_differ(model_dir, config or ModelConfig.from_directory(model_dir), dtype)
@@ -37,7 +44,7 @@ def load_model(
         graphdef, shapes = abstract_decoder(config, dtype)
     else:
         graphdef, shapes = abstract_shards(config, dtype, parallel)
-    if cache_dir is None or jax.process_count() > 1:  # an entry is written by one process, which has no whole arrays
+    if cache_dir is None or jax.process_count() > 1:  # no process has the whole arrays to cache
         return graphdef, load_weights(model_dir, config, dtype, progress, parallel), config
     entry = entry_path(cache_dir, model_dir, dtype, 1 if parallel is None else parallel.shards.count)
     key = checkpoint_key(model_dir, config, dtype)

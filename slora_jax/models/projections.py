@@ -1,4 +1,4 @@
-"""The seven projections of a decoder layer that can carry LoRA: names, widths, and how shards cut them."""
+"""The seven projections of a decoder layer that can have LoRA: names, widths, stacks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Projection:
     """One projection of a decoder layer.
 
     Attributes:
-      stack: the fused kernel that holds it, of all projections with the same input.
+      stack: the fused kernel of all projections with the same input.
       module: Hugging Face name within a layer.
       gguf: GGUF name within a layer.
-      d_in, d_out: names of the widths, attributes of `ModelConfig`, `BaseGeometry` and `ModelShape`.
+      d_in, d_out: names of the width attributes in `ModelConfig`, `BaseGeometry` and `ModelShape`.
     """
 
     name: str
@@ -28,8 +28,8 @@ class Projection:
 
     @property
     def row_parallel(self) -> bool:
-        """Returns whether the base is cut by input rows, so that the shards' products are summed; otherwise by
-        outputs."""
+        """Returns whether the base weight is sharded by inputs, with outputs summed over shards; otherwise it is
+        sharded by outputs."""
         return self.d_out == "hidden_size"
 
     def dims(self, model: Any) -> tuple[int, int]:
@@ -49,7 +49,7 @@ PROJECTIONS = {
         Projection("down", "down", "mlp.down_proj", "ffn_down", "intermediate_size", "hidden_size"),
     )
 }
-"""By name, in the order of the kernels' rank vectors."""
+"""Projections by name, in the order of the kernels' rank vectors."""
 
 STACKS = {
     stack: tuple(p.name for p in PROJECTIONS.values() if p.stack == stack)
@@ -62,7 +62,7 @@ ROW_PARALLEL = frozenset(p.stack for p in PROJECTIONS.values() if p.row_parallel
 
 
 def lora_layout(model: Any, page_size: int) -> LoraLayout:
-    """Returns where adapters of a model with these widths lie in their pages, on one device."""
+    """Returns the layout of a model's adapters in their pages, on one device."""
     stacks = []
     for stack, names in STACKS.items():
         d_ins, d_outs = zip(*(PROJECTIONS[name].dims(model) for name in names), strict=True)

@@ -10,7 +10,7 @@ from slora_jax.models.config import RopeConfig
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     """Radians per token of each rotated pair, float32 `[head_dim / 2]`, with the config's scaling applied.
 
-    Computed in float32, step by step as transformers does: at long positions the rounding shows in the logits.
+    Follows transformers' float32 arithmetic step by step, because at long positions rounding affects the logits.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies: np.ndarray = np.float32(1.0) / np.float32(rope.theta) ** exponents
@@ -22,13 +22,13 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
         context = np.float32(rope.original_max_position_embeddings)
         low, high = np.float32(rope.low_freq_factor), np.float32(rope.high_freq_factor)
         turns = context / (np.float32(2 * np.pi) / frequencies)  # full turns within the original context
-        smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 0: divided by factor, 1: left alone
+        smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 0: divided by factor, 1: unchanged
         return (1 - smooth) * frequencies / np.float32(rope.factor) + smooth * frequencies
     return frequencies
 
 
 def rotary_tables(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, float32 `[T, 1, head_dim / 2]`, of int32 `positions` `[T]`."""
+    """Returns cosines and sines, float32 `[T, 1, head_dim / 2]`, of int32 `positions` `[T]`."""
     angles = positions.astype(jnp.float32)[:, None] * frequencies  # [T, hd/2]; elementwise, so never TF32
     return jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
 

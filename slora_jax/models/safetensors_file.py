@@ -1,4 +1,4 @@
-"""Tensors of a safetensors file, read a few rows at a time."""
+"""Reads tensors of a safetensors file a few rows at a time."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,21 +14,20 @@ _ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 class SafetensorsTensors:
-    """An open safetensors file: what `models.hf` reads weights from."""
+    """An open safetensors file; `tensors` is the result of `safe_open`."""
 
     def __init__(self, file: Path, tensors: Any) -> None:
-        """`tensors` is what `safe_open` gives."""
         self._file, self._tensors = file, tensors
 
     def names(self) -> list[str]:
-        """In the order of the file."""
+        """Tensor names in the order of the file."""
         return self._tensors.offset_keys()
 
     def name_in_file(self, name: str) -> str:
         return name
 
     def get(self, name: str) -> "SafetensorsSlice":
-        """Raises `CheckpointError` for a dtype that is not read."""
+        """Returns a lazy tensor. Raises `CheckpointError` for an unsupported dtype."""
         tensor = self._tensors.get_slice(name)
         if (dtype := tensor.get_dtype()) not in _ELEMENT_BYTES:
             supported = sorted(_ELEMENT_BYTES)
@@ -39,12 +38,7 @@ class SafetensorsTensors:
 
 
 class SafetensorsSlice:
-    """One tensor; indexing it reads that part, in the file's dtype.
-
-    Attributes:
-      shape: Rows first.
-      element_bytes: Bytes of one element in the file.
-    """
+    """One tensor; indexing it reads that part, in the file's dtype."""
 
     def __init__(self, tensor: Any, element_bytes: int) -> None:
         self._tensor = tensor
@@ -57,7 +51,7 @@ class SafetensorsSlice:
 
 @contextlib.contextmanager
 def open_safetensors(file: Path) -> Iterator[SafetensorsTensors]:
-    """Memory-maps a file for the time of the block; damage is reported as `CheckpointError`."""
+    """Memory-maps a file within the block; reports damage as `CheckpointError`."""
     try:
         with safe_open(file, framework="numpy") as tensors:
             yield SafetensorsTensors(file, tensors)

@@ -1,4 +1,4 @@
-"""Parameters in memory, cut into shards."""
+"""Shards parameters that are already in memory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from slora_jax.parallel.mesh import TensorParallel
 
 
 def shard_params(config: ModelConfig, params: Params, parallel: TensorParallel) -> tuple[nnx.GraphDef, Params]:
-    """The graph definition of a shard's decoder, and `params` on the devices of `parallel`: as they are if they lie
-    there already (`load_model`), else cut on the host, one at a time."""
+    """Returns the graph definition of a shard's decoder, and `params` sharded over the devices of `parallel`.
+
+    Parameters that `load_model` has sharded are returned unchanged; others are cut on the host, one at a time.
+    """
     leaf = jax.tree.leaves(params)[0]
     dtype = params["embed"]["embedding"].dtype
     graphdef, shapes = abstract_shards(config, dtype, parallel)
@@ -45,7 +47,7 @@ def shard_params(config: ModelConfig, params: Params, parallel: TensorParallel) 
 
 
 def _copy_part(whole: np.ndarray, shard: np.ndarray, of_whole: Placement, of_shard: Placement) -> None:
-    """Copies what a shard takes of a checkpoint tensor from the whole parameter to the shard's."""
+    """Copies a shard's part of a checkpoint tensor from the whole parameter to the shard's parameter."""
     rows, *columns = of_shard.part
     source, target = (array.T if of_shard.transposed else array for array in (whole, shard))
     first, count = of_whole.column + rows.start, rows.stop - rows.start

@@ -1,37 +1,34 @@
-"""How parameters, pool and adapters are cut into N shards (paper section 6, figure 4).
+"""Sharding of parameters, pool and adapters over N devices (paper section 6, figure 4).
 
-**The base** is cut as Megatron does: q,k,v and gate,up by output columns, o and down by input rows, embedding and head
-by vocabulary; norms are everywhere. So a shard's program is that of a smaller model (`Shards.of_model`) with sums over
-the shards in two places of a layer.
+**Base model**, as in Megatron: q,k,v and gate,up are split by output columns, o and down by input rows, embedding and
+head by vocabulary; norms are replicated. A shard runs the program of a smaller model (`Shards.of_model`) with two
+all-reduces per layer.
 
-**The pool** is cut along W: a page id names the same page on all shards, of which each holds the keys and values of its
-own heads, `W_s = W / N` columns. With fewer KV heads than shards, neighbouring shards hold the same head: W_s is its
-width.
+**Pool**: split along W. A page id is the same page on all shards; each holds the KV of its own heads, `W_s = W / N`
+columns. With fewer KV heads than shards, neighbouring shards hold the same head, and W_s is the width of one head.
 
-**Adapters** lie in the same pages: of a page, each shard holds tiles `[page_size, W_s]` of its own part of the adapter,
-in the order that `pallas_kernels.lora.layout` gives to the shard's stacks. Where the base is cut by columns,
-A1 `[r, d]` is cut by rank and B1 `[r, d_out]` by output; where it is cut by rows, A2 `[r, d_in]` is cut by input and
-B2 `[r, d]` by output:
+**Adapters** are in the same pages: a shard holds its part of an adapter as tiles `[page_size, W_s]`, in the order that
+`pallas_kernels.lora.layout` defines for the shard's stacks. For column-split stacks, A1 `[r, d]` is split by rank and
+B1 `[r, d_out]` by output; for row-split stacks, A2 `[r, d_in]` is split by input and B2 `[r, d]` by output:
 
-    stack      A rows a shard      A columns     B rows     B columns
+    stack      A rows per shard    A columns     B rows     B columns
     q,k,v      ceil(r / N) each    d             r          d_out / N
     o          r                   d_in / N      r          d / N
     gate,up    ceil(r / N) each    d             r          d_out / N
     down       r                   d_in / N      r          d / N
 
-A shard's tile is N times narrower, so a row of A1 takes N times as many tiles, of which a shard has one Nth of the
-rows: a shard's part of an adapter takes as many pages as the whole adapter on one device, give or take the last row
-block of each stack. A1's rows are dealt one by one: rank j of a projection goes to shard `j % N`, as its row
-`j // N`. All shards lay out `ceil(r / N)` rows, the largest share; where N does not divide r, some end in zeros. So
-all shards have the same tiles, page ids, tables and work lists, and at most one row of each projection, hence at most
-one row block of each stack, is waste. What an all-gather of the shards' `x A1` brings has rank j at shard `j % N`,
-row `j // N`: transposed, it is in the order of B's rows, whatever the adapter's rank is.
+A shard's tiles are N times narrower and hold one Nth of A1's rows, so its part of an adapter takes as many pages as the
+whole adapter on one device, up to the last row block of each stack. A1's rows are distributed round-robin: rank j of a
+projection is row `j // N` of shard `j % N`. Every shard has `ceil(r / N)` rows, padded with zeros where N does not
+divide r. All shards therefore have the same tiles, page ids, tables and work lists, and waste at most one row per
+projection (one row block per stack). An all-gather of `x A1` over the shards, transposed, is in the order of B's rows
+for any rank.
 
 Two other layouts, for comparison:
 
-- "replicated", vLLM's default: A1 and B2 are whole on every shard. LoRA sends nothing; every shard does all of `x A1`
-  and of `h B2`, and holds all of both.
-- "sharded_in": A1 is cut by input, as A2: each shard's `x A1` is a partial sum `[T, r]`, and is summed over the shards.
+- "replicated", vLLM's default: every shard holds all of A1 and B2 and computes all of `x A1` and `h B2`. LoRA needs no
+  communication.
+- "sharded_in": A1 is split by input like A2. Each shard's `x A1` is a partial sum `[T, r]`, followed by an all-reduce.
 """
 
 from __future__ import annotations
@@ -51,15 +48,20 @@ LORA_SHARDINGS = get_args(LoraSharding)
 
 @dataclass(frozen=True)
 class Shards:
-    """count: N. kv_parts: parts that the KV heads are cut into: N, or the number of KV heads where that is less. lora:
-    how adapters are cut."""
+    """Numbers of shards, and the adapters' layout.
+
+    Attributes:
+      count: N.
+      kv_parts: parts of the KV heads, min(N, number of KV heads).
+      lora: layout of the adapters.
+    """
 
     count: int = 1
     kv_parts: int = 1
     lora: LoraSharding = "slora"
 
     def of_model(self, model: ModelConfig) -> ModelConfig:
-        """The model whose program a shard runs. Its vocabulary is rounded up."""
+        """Returns the model whose program a shard runs. Its vocabulary size is rounded up."""
         if self.count == 1:
             return model
         return replace(
@@ -71,7 +73,7 @@ class Shards:
         )
 
     def of_layout(self, whole: LoraLayout) -> LoraLayout:
-        """The adapter layout of a shard, from that of the whole model on one device."""
+        """Returns a shard's adapter layout, given the layout on one device."""
         if self.count == 1:
             return whole
         return LoraLayout(
@@ -81,19 +83,19 @@ class Shards:
         )
 
     def _of_stack(self, stack: Stack) -> Stack:
-        is_dealt = stack.name not in ROW_PARALLEL and self.lora == "slora"
+        is_split_by_rank = stack.name not in ROW_PARALLEL and self.lora == "slora"
         return Stack(
             stack.name,
             stack.projections,
             _size(self.inputs(stack.projections[0], stack.d_in, 0)),
             tuple(_size(self.outputs(p, d, 0)) for p, d in zip(stack.projections, stack.d_outs, strict=True)),
-            rank_shards=self.count if is_dealt else 1,
+            rank_shards=self.count if is_split_by_rank else 1,
         )
 
     def inputs(self, projection: str, d_in: int, shard: int) -> slice:
         """Columns of a projection's A `[r, d_in]` that a shard holds."""
-        cut = PROJECTIONS[projection].row_parallel or self.lora == "sharded_in"
-        return self.part(d_in, shard) if cut else slice(0, d_in)
+        is_split = PROJECTIONS[projection].row_parallel or self.lora == "sharded_in"
+        return self.part(d_in, shard) if is_split else slice(0, d_in)
 
     def outputs(self, projection: str, d_out: int, shard: int) -> slice:
         """Columns of a projection's B `[r, d_out]` that a shard holds."""
@@ -103,7 +105,7 @@ class Shards:
         return self.kv_part(d_out, shard) if by_heads else self.part(d_out, shard)
 
     def ranks(self, stack: Stack, shard: int) -> slice:
-        """Rows of a projection's A that a shard holds, of a stack of its own layout (`of_layout`)."""
+        """Rows of a projection's A that a shard holds. `stack` is from the shard's layout (`of_layout`)."""
         return slice(shard, None, self.count) if stack.rank_shards > 1 else slice(None)
 
     def part(self, width: int, shard: int) -> slice:
@@ -112,18 +114,18 @@ class Shards:
         return slice(shard * size, (shard + 1) * size)
 
     def kv_part(self, width: int, shard: int) -> slice:
-        """A shard's part of a width that goes by KV heads."""
+        """A shard's part of a width that is split by KV heads."""
         size, part = width // self.kv_parts, shard * self.kv_parts // self.count
         return slice(part * size, (part + 1) * size)
 
     def vocabulary(self, vocab_size: int, shard: int) -> slice:
-        """Tokens whose embedding and logits a shard has; the last shards may have fewer, or none."""
+        """Token ids whose embeddings and logits a shard holds; the last shards may have fewer or none."""
         size = -(-vocab_size // self.count)
         return slice(min(vocab_size, shard * size), min(vocab_size, (shard + 1) * size))
 
 
 ONE_DEVICE = Shards()
-"""Nothing is cut."""
+"""No sharding."""
 
 
 def _size(part: slice) -> int:

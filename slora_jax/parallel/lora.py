@@ -1,4 +1,4 @@
-"""The adapters' products over shards, with the paper's collectives (section 6). Called inside `shard_map`."""
+"""LoRA over shards, with the paper's collectives (section 6). Called inside `shard_map`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from slora_jax.parallel.mesh import AXIS
 
 
 def add_lora(lora: LoraProduct, shards: Shards, x: jax.Array, y: jax.Array, pool: jax.Array, stack: Stack) -> jax.Array:
-    """Adds a stack's adapters to a shard's base product.
+    """Adds a stack's LoRA product to a shard's base product `y` and returns the sum.
 
-    x `[T, d]`, the same on all shards, and y a shard's columns; or, for o and down, x a shard's columns and y `[T, d]`
-    a partial sum: there the adapters' part goes into the shard's slice of y, so that the base's own sum over the shards
-    (the caller's) finishes both.
+    For o and down, `y` is a partial sum. LoRA adds only to the shard's own columns of it, so the base's all-reduce,
+    which the caller does afterwards, completes both.
+
+    Args:
+      x: `[T, d]` on every shard; for o and down, the shard's columns.
+      y: the shard's columns; for o and down, a partial sum `[T, d]`.
+      pool: one layer of the pool.
     """
     if shards.lora == "sharded_in" and stack.name not in ROW_PARALLEL:
         x = lax.dynamic_slice_in_dim(x, lax.axis_index(AXIS) * stack.d_in, stack.d_in, axis=1)
@@ -30,11 +34,11 @@ def add_lora(lora: LoraProduct, shards: Shards, x: jax.Array, y: jax.Array, pool
 
 
 def _exchange(h: jax.Array, shards: Shards, stack: Stack) -> jax.Array:
-    """What `expand` needs of the shards' `x A`: `[T, projections, ranks]`, one collective for the whole stack."""
+    """Combines the shards' `x A` into `[T, projections, ranks]`, with at most one collective per stack."""
     if stack.rank_shards > 1:
         with jax.named_scope("all_gather_lora"):
-            dealt = lax.all_gather(h, AXIS, axis=3)  # [T, projections, ceil(ranks / N), N]: rank j at (j // N, j % N)
-        return dealt.reshape(*h.shape[:2], -1)
+            gathered = lax.all_gather(h, AXIS, axis=3)  # [T, projections, ranks / N, N], rank j at (j // N, j % N)
+        return gathered.reshape(*h.shape[:2], -1)
     if shards.lora == "replicated":
         return h
     with jax.named_scope("all_reduce_lora"):

@@ -1,4 +1,4 @@
-"""The mesh of tensor-parallel devices, and where arrays lie on it."""
+"""The mesh of tensor-parallel devices and the shardings on it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ AXIS = "tp"
 
 REPLICATED = P()
 POOL = P(None, None, None, AXIS)
-"""Of one layer's pool `[num_pages, 2, page_size, W]`."""
+"""Sharding of one layer's pool `[num_pages, 2, page_size, W]`."""
 PAGES = P(None, None, None, None, AXIS)
-"""Of an adapter's pages `[num_layers, n, 2, page_size, W]`."""
+"""Sharding of an adapter's pages `[num_layers, n, 2, page_size, W]`."""
 LOGITS = P(None, AXIS)
-"""Of logits `[S, vocab]`, the vocabulary rounded up to a multiple of the shards."""
+"""Sharding of logits `[S, vocab]`, with the vocabulary rounded up to a multiple of the shards."""
 
 _COLUMNS, _ROWS = P(None, AXIS), P(AXIS, None)
 _PARAMETERS = {
@@ -41,7 +41,7 @@ _PARAMETERS = {
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """How a model is cut, and the devices of its shards in order, on the one axis of `mesh`."""
+    """Sharding of a model, and the devices of its shards in order on the one axis of `mesh`."""
 
     shards: Shards
     mesh: Mesh
@@ -59,60 +59,58 @@ class TensorParallel:
         return list(self.mesh.devices.flat)
 
     def columns(self, width: int, process: int | None = None) -> slice:
-        """What the devices of a process (None: of this one) hold of `width`, cut over all: they follow one another."""
+        """Columns of `width` that a process's devices hold, contiguous. `process=None` is this process."""
         process = jax.process_index() if process is None else process
         numbers = [i for i, device in enumerate(self.devices) if device.process_index == process]
         size = width // self.shards.count
         return slice(numbers[0] * size, (numbers[-1] + 1) * size)
 
     def struct(self, leaf: Any, spec: P) -> jax.ShapeDtypeStruct:
-        """The whole array of which a shard has one shaped like `leaf`, cut by `spec`."""
+        """Returns the global array, sharded by `spec`, of which each shard holds a part shaped like `leaf`."""
         return jax.ShapeDtypeStruct(
             whole_shape(leaf.shape, spec, self.shards), leaf.dtype, sharding=self.sharding(spec)
         )
 
 
 def parameter_spec(path: tuple[str | int, ...]) -> P:
-    """How the parameter at `path` of the decoder's tree is cut: a fused kernel's columns are the shards' fused columns,
-    one shard after the other. Of the bias of o and down, shard 0 has the values and the others zeros: their products
-    are summed."""
+    """Returns the sharding of the parameter at `path` of the decoder's tree.
+
+    A fused kernel's columns are the shards' fused columns, one shard after the other. The bias of o and down is on
+    shard 0, with zeros on the others, because the shards' products are summed.
+    """
     return _PARAMETERS.get((str(path[-2]), str(path[-1])), REPLICATED)
 
 
 def whole_shape(shape: Sequence[int], spec: P, shards: Shards) -> tuple[int, ...]:
-    """The shape of an array of which every shard has `shape`."""
+    """Returns the global shape of an array whose shards have `shape`."""
     axes = tuple(spec) + (None,) * (len(shape) - len(spec))
     return tuple(size * shards.count if axis else size for size, axis in zip(shape, axes, strict=True))
 
 
 def make_mesh(count: int, first: int = 0) -> Mesh:
-    """`count` devices from number `first` on.
+    """Makes a mesh of `count` devices, starting with device number `first`.
 
     Raises:
-      ConfigError: there are fewer; or they are not those of all processes, where there are several.
+      ConfigError: there are too few devices, or there are several processes and the mesh leaves out some devices.
     """
     devices = jax.devices()
     if jax.process_count() > 1 and (first, count) != (0, len(devices)):
         raise ConfigError(
-            f"EngineConfig.tensor_parallel_size={count}, tp_first_device={first}: {jax.process_count()} processes have "
-            f"{len(devices)} devices and serve one model with all of them; use tensor_parallel_size={len(devices)} and "
-            "tp_first_device=0, or hide some (CUDA_VISIBLE_DEVICES)"
+            f"EngineConfig.tensor_parallel_size={count}, tp_first_device={first}: {jax.process_count()} processes must "
+            f"use all of their {len(devices)} devices; set tensor_parallel_size={len(devices)} and tp_first_device=0, "
+            "or hide devices (CUDA_VISIBLE_DEVICES)"
         )
     if first + count > len(devices):
         have = f"there are {len(devices)} {devices[0].platform} devices"
         raise ConfigError(
-            f"EngineConfig.tensor_parallel_size={count}, tp_first_device={first}: {have}; use no more, or on a CPU "
-            "make more with XLA_FLAGS=--xla_force_host_platform_device_count=N"
+            f"EngineConfig.tensor_parallel_size={count}, tp_first_device={first}: {have}; use fewer, or on a CPU add "
+            "devices with XLA_FLAGS=--xla_force_host_platform_device_count=N"
         )
     return Mesh(np.array(devices[first : first + count]), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def cut(model: ModelConfig, count: int, lora: LoraSharding = "slora") -> Shards:
-    """How `model` is cut into `count` shards.
-
-    Raises:
-      ConfigError: a width of the model cannot be cut so; the message names it.
-    """
+    """Shards `model` over `count` devices. Raises ConfigError, naming the width, if `count` does not divide it."""
     if count == 1:
         return Shards()
     for field in ("num_heads", "intermediate_size", "hidden_size"):
@@ -133,11 +131,7 @@ def cut(model: ModelConfig, count: int, lora: LoraSharding = "slora") -> Shards:
 def tensor_parallel(
     model: ModelConfig, count: int, lora: LoraSharding = "slora", first: int = 0
 ) -> TensorParallel | None:
-    """`model` on `count` devices from number `first` on; None on one device.
-
-    Raises:
-      ConfigError: as `make_mesh`, or the model cannot be cut so.
-    """
+    """Shards `model` over `count` devices from number `first` on; None for one. Raises as `cut` and `make_mesh`."""
     return None if count == 1 else _on_devices(cut(model, count, lora), first)
 
 

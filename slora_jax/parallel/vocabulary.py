@@ -1,4 +1,4 @@
-"""The vocabulary over shards: embedding, greedy token and logits. Called inside `shard_map`, on a shard's own part."""
+"""The sharded vocabulary: embedding, greedy token and logits. Called inside `shard_map`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from slora_jax.parallel.mesh import AXIS
 
 
 def embed(lookup: Callable[[jax.Array], jax.Array], tokens: jax.Array, size: int) -> jax.Array:
-    """Embeddings `[T, d]` of `tokens [T]`, where `lookup` has `size` tokens of each shard: its own rows, and zeros for
-    the others', summed over the shards. A token that is nobody's (padding) is zero."""
+    """Returns embeddings `[T, d]`, summed over the shards. Tokens outside the vocabulary (padding) give zeros.
+
+    Args:
+      lookup: maps rows of the shard's embedding, int `[T]`, to `[T, d]`.
+      tokens: token ids `[T]`.
+      size: vocabulary rows per shard.
+    """
     row = tokens - lax.axis_index(AXIS) * size
     is_own = (row >= 0) & (row < size)
     own = jnp.where(is_own[:, None], lookup(row), 0)
@@ -22,12 +27,18 @@ def embed(lookup: Callable[[jax.Array], jax.Array], tokens: jax.Array, size: int
 
 
 def greedy(logits: jax.Array, vocab_size: int) -> jax.Array:
-    """The likeliest token of each row, int32 `[S]`, from a shard's `logits [S, V]` each: the shards exchange their
-    largest values and where these are, 8 bytes a row. Of equal ones the first wins, and a value that is not finite
-    gives -1, as on one device (`sampling.greedy`)."""
+    """Returns the most likely token of each row, int32 `[S]`, as `sampling.greedy` does on one device.
+
+    Ties go to the first token; a maximum that is not finite gives -1. The shards exchange 8 bytes per row: their
+    maximum and its token.
+
+    Args:
+      logits: the shard's part, float32 `[S, V]`.
+      vocab_size: size of the whole vocabulary.
+    """
     size = logits.shape[1]
     first = lax.axis_index(AXIS) * size
-    logits = jnp.where(first + jnp.arange(size) < vocab_size, logits, -jnp.inf)  # the last shards' rounding up
+    logits = jnp.where(first + jnp.arange(size) < vocab_size, logits, -jnp.inf)  # mask the padding of the last shards
     best = jnp.argmax(logits, axis=-1)  # [S]
     value = jnp.take_along_axis(logits, best[:, None], axis=1)  # [S, 1]
     token = (first + best).astype(jnp.int32)[:, None]
@@ -41,6 +52,6 @@ def greedy(logits: jax.Array, vocab_size: int) -> jax.Array:
 
 
 def gather_logits(logits: jax.Array, vocab_size: int) -> jax.Array:
-    """The whole logits `[S, vocab_size]`, from a shard's `[S, V]` each."""
+    """Gathers the whole logits `[S, vocab_size]` from each shard's part `[S, V]`."""
     with jax.named_scope("all_gather_logits"):
         return lax.all_gather(logits, AXIS, axis=1, tiled=True)[:, :vocab_size]

@@ -1,4 +1,4 @@
-"""Ageing: a bound on waiting, put around any policy."""
+"""Ageing: bounds the waiting time under any policy."""
 
 from __future__ import annotations
 
@@ -16,29 +16,32 @@ from slora_jax.scheduling.request import Request
 @dataclass
 class Ageing(Policy):
     """The `inner` policy, except that requests older than `bound` seconds come first, oldest first, waiting or running.
-    If `inner` holds an aged request back (a hard cap on adapters), or it was preempted a moment ago and its newest
-    token is not read yet, nobody is admitted until it may be.
 
-    Theorem. Let request r still wait for its first admission when it is `bound` seconds old, and let D be the requests
-    that run then or wait and are older than r. If
+    While the oldest aged request cannot be admitted, because `inner` holds it back (a hard cap on adapters) or because
+    it was just preempted and its newest token is not read yet, no request is admitted.
+
+    Theorem. Let request r still wait for its first admission at age `bound`, and let D be the requests that are running
+    at that moment, or waiting and older than r. If
       (1) no step takes longer than t seconds,
-      (2) no request of D needs more than s steps when it alone decides (it has the first claim on tokens and pages:
-          s = ceil(tokens / max_tokens) prefill steps, one step per output token, two until its end is read),
-      (3) every request fits into the pool alone (checked on arrival), and the adapters of D and r are in memory (with
-          prefetch, in the pool: while one is on its way there, others go ahead),
-      (4) `inner` lets someone in when nothing runs,
-    then r is admitted (or given up by `inner`, or cancelled) within bound + (2 |D| + 1) * s * t seconds of its arrival,
-    whatever arrives after it.
+      (2) each request of D finishes within s steps when it has first claim on tokens and pages
+          (s = ceil(prefilled tokens / max_num_batched_tokens) + output tokens + 2, as its end is read late),
+      (3) every request fits into the pool alone (checked on arrival), and the adapters of D and r are in host memory
+          (with prefetch: in the pool, because other requests are admitted while an adapter is uploaded),
+      (4) `inner` yields at least one request when nothing is running,
+    then r is admitted (or aborted by `inner`, or cancelled) within bound + (2 |D| + 1) * s * t seconds of its arrival,
+    regardless of later arrivals.
 
-    Proof. From then on r is yielded before every younger request, and the scheduler lets nobody overtake one that does
-    not fit, so until r is admitted only members of D are. In each step a member of D runs first in `order`, or nothing
-    runs and the oldest waiting one is admitted by (3) and (4). The first is never preempted, and so ends within s steps
-    unless an older, aged one is admitted and takes its place. That one is the oldest of all that are left in D, as the
-    queue is tried oldest first, so it keeps its place to its end. So the time until D is empty splits into at most |D|
-    spells in first place that end with a finished request, and at most one displaced spell before each of these, all
-    of at most s steps. When D is empty, r fits.
+    Proof. From age `bound` on, r is yielded before every younger request, and the scheduler admits no request past one
+    that does not fit, so until r is admitted only members of D are admitted. In each step a member of D is first in
+    `order`, or nothing is running and the oldest waiting request is admitted by (3) and (4). The first in `order` is
+    never preempted, so it finishes within s steps unless an older aged request is admitted and displaces it. The queue
+    is tried oldest first, so the displacing request is the oldest remaining member of D and stays first until it
+    finishes. The time until D is empty therefore consists of at most |D| periods that end with a finished request, each
+    preceded by at most one displaced period, all of at most s steps. When D is empty, r fits.
 
-    bound: seconds since arrival. 0 is first come, first served.
+    Attributes:
+      inner: the policy for requests younger than `bound`.
+      bound: seconds since arrival; 0 gives first come, first served.
     """
 
     inner: Policy
@@ -88,7 +91,7 @@ class Ageing(Policy):
         return now - request.metrics.arrival >= self.bound
 
     def _aged(self, requests: Iterable[Request], now: float) -> Iterator[Request]:
-        """`requests` are in order of arrival, so these are the first."""
+        """Yields the aged requests, a prefix of `requests` because these are in order of arrival."""
         for request in requests:
             if not self._is_aged(request, now):
                 return

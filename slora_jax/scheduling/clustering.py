@@ -1,4 +1,4 @@
-"""Adapter clustering: few adapters in a batch (S-LoRA's `--batch-num-adapters`)."""
+"""Adapter clustering: limits the number of adapters in a batch (S-LoRA's `--batch-num-adapters`)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from slora_jax.typed import Count, check_fields
 
 @dataclass
 class Clustering(Policy):
-    """First come, first served, but once the batch has `max_adapters_in_batch` adapters, requests of these go first.
+    """First come, first served until the batch has `max_adapters_in_batch` adapters; then their requests come first.
 
-    hard=False, as in the code (`ClusterReqQueue`): what the batch holds before the step's admissions decides, and what
-    room is left goes to the others in order of arrival, so the number is exceeded rather than capacity left idle.
-    hard=True: the batch never has more adapters than that. Others wait for an adapter to leave; while requests for
-    those in the batch keep coming, they wait without bound, so wrap it in `Ageing`.
+    Requests for the base model count as requests for an adapter of the batch.
 
-    Requests for the base model use no adapter and count as clustered. Their order of arrival holds among the clustered.
+    Attributes:
+      max_adapters_in_batch: limit on the adapters of a batch.
+      hard: False, as in S-LoRA's code (`ClusterReqQueue`), compares the limit with the batch before the step's
+        admissions, and fills the remaining capacity with other requests in order of arrival, which can exceed the
+        limit. True never exceeds it: other requests wait until an adapter leaves the batch. Their wait is unbounded
+        while requests for the batch's adapters keep arriving, so wrap the policy in `Ageing`.
     """
 
     max_adapters_in_batch: Count
@@ -44,13 +46,13 @@ class Clustering(Policy):
             yield from waiting
 
     def upcoming(self, waiting: RequestQueue, batch: Batch, now: float) -> Iterator[Request]:
-        """Those that a full batch holds back come when an adapter leaves it."""
+        """Adds the requests that a full batch holds back: they are admitted when an adapter leaves it."""
         yield from self.select(waiting, batch, now)
         if self.hard:
             yield from waiting
 
 
 def _clustered(waiting: RequestQueue, batch: Batch) -> Iterable[Request]:
-    """Waiting requests for the adapters of the batch and for the base model, in order of arrival."""
+    """Waiting requests for the batch's adapters and for the base model, in order of arrival."""
     groups = [waiting.by_adapter.get(digest, ()) for digest in (*batch.adapters, None)]
     return merge(*groups, key=by_number)

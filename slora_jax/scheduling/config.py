@@ -1,4 +1,4 @@
-"""Settings that the engine and the simulator share: memory, scheduling and devices. The import is light."""
+"""Settings shared by the engine and the simulator: memory, scheduling and devices. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ ADMISSIONS = get_args(Admission)
 
 @dataclass(frozen=True)
 class CoreConfig:
-    """Settings of an `EngineCore`, whatever executes its plans; `EngineConfig` and the simulator's `SystemConfig` add
-    their own.
+    """Settings of an `EngineCore` with any executor; base class of `EngineConfig` and the simulator's `SystemConfig`.
 
     Attributes:
-      page_size: tokens of a KV page, rows of an adapter tile.
-      max_num_seqs: most sequences that run at once.
-      max_num_batched_tokens: most rows of one step: decoding sequences, and prompts in chunks.
-      admission: "optimistic" admits what fits now, and preempts when pages run out; "reserve" admits what fits with all
-        output that it may still have (`Reservation`, as in the paper).
-      prefix_cache: requests share the pages of equal beginnings, prompts and earlier answers, under the same adapter.
-      adapter_slots: most adapters in the pool at once; None: as many as could fit, at most 4096.
-      prefetch: most adapters uploaded ahead of the requests that wait for them, and not used yet. 0: an adapter is
-        uploaded before the step that admits its request, which waits for the copy (S-LoRA's scripts).
-      upload_pages_per_step: pages of adapters that start their copy to the device beside one step. Twice as many may be
-        in flight; they take up device memory beside the pool.
-      host_adapter_bytes: budget of the host store; beyond it adapters are on disk. None: no limit (simulation only).
-      gpu_memory_utilization: share of the free device memory that the pool may fill, if its size is not given.
-      tensor_parallel_size: devices that the model, the pool and the adapters are cut over; 1: no collectives at all.
-      tp_lora: how adapters are cut (`parallel.layout`): "slora" (the paper's), "replicated" or "sharded_in".
+      page_size: tokens per KV page, rows per adapter tile.
+      max_num_seqs: maximum number of running sequences.
+      max_num_batched_tokens: maximum tokens per step, decode and chunked prefill together.
+      admission: "optimistic" admits requests that fit now and preempts when pages run out; "reserve" admits a request
+        only if the pool can hold all output still to come (`Reservation`, as in the paper).
+      prefix_cache: whether requests for the same adapter share the KV pages of a common prefix.
+      adapter_slots: maximum number of adapters in the pool; None allows as many as fit, up to 4096.
+      prefetch: maximum number of adapters uploaded for waiting requests and not used yet. With 0, an adapter is
+        uploaded before the step that admits its request, and the step waits for the copy (as in S-LoRA's scripts).
+      upload_pages_per_step: maximum adapter pages whose copy to the device starts with one step. Up to twice as many
+        are in flight, in device memory outside the pool.
+      host_adapter_bytes: host memory for adapters, bytes; the others are on disk. None is unlimited (simulation only).
+      gpu_memory_utilization: fraction of the free device memory that the pool fills if its size is not given.
+      tensor_parallel_size: number of devices that share the model, the pool and the adapters; 1 uses no collectives.
+      tp_lora: how adapters are sharded (`parallel.layout`): "slora" (the paper's), "replicated" or "sharded_in".
     """
 
     page_size: Count = 16
@@ -53,10 +52,10 @@ class CoreConfig:
         check_fields(self)
 
     def slots(self, num_pages: int) -> int:
-        """Rows of the adapter table of a pool of `num_pages`."""
+        """Returns the rows of the adapter table for a pool of `num_pages`."""
         return self.adapter_slots or min(num_pages - 1, 4096)
 
     def require(self, condition: bool, field: str, allowed: str) -> None:
-        """Raises ConfigError that names the field and its value unless `condition` holds."""
+        """Raises a ConfigError that names `field`, its value and the `allowed` range, unless `condition` holds."""
         if not condition:
             raise ConfigError(f"{type(self).__name__}.{field}={getattr(self, field)!r}: must be {allowed}")

@@ -1,4 +1,4 @@
-"""S-LoRA's early abort: under overload, give up what is too late and serve the newest that can still be in time."""
+"""S-LoRA's early abort: under overload, aborts late requests and serves the newest that can meet the objective."""
 
 from __future__ import annotations
 
@@ -17,37 +17,47 @@ RULES = ("paper", "code")
 
 
 def latest_servable(arrivals: Sequence[float], now: float, slo: float, margin: float, seconds_each: float) -> int:
-    """The largest l such that the latest l requests all get their first token within `slo` seconds of their arrival
-    when served from `now` on in order of arrival, the j-th of them (from 1) at `now + margin + (j - 1) * seconds_each`.
+    """Returns the largest l for which the latest l requests all meet the objective when served in order of arrival.
 
-    arrivals: seconds, ascending. All requests cost the same and later ones have later deadlines, so to give up the
-    oldest at each violation loses as few as any choice could (Moore-Hodgson), and what is left is in time.
+    The j-th request served (from 1) gets its first token at `now + margin + (j - 1) * seconds_each`. All requests cost
+    the same and deadlines are in order of arrival, so dropping the oldest at each violation drops as few as possible
+    (Moore-Hodgson).
+
+    Args:
+      arrivals: seconds, ascending.
+      now: seconds, same clock.
+      slo: seconds from arrival to first token.
+      margin: seconds from admission to first token.
+      seconds_each: seconds between admissions.
     """
-    kept = 0
+    servable = 0
     for arrival in arrivals:
-        kept += 1
-        if now + margin + (kept - 1) * seconds_each > arrival + slo:
-            kept -= 1  # the oldest goes, and the others move up by one
-    return kept
+        servable += 1
+        if now + margin + (servable - 1) * seconds_each > arrival + slo:
+            servable -= 1  # drop the oldest; the others are served one place earlier
+    return servable
 
 
 @dataclass
 class EarlyAbort(Policy):
-    """Early abort for a first-token objective (paper section 4 and appendix B; figure 10 "Abort").
+    """Early abort for a first-token latency objective (paper section 4 and appendix B; figure 10 "Abort").
 
-    slo: seconds from arrival to first token. margin: seconds from admission to first token (the code's 0.5).
+    rule="paper", the paper's text: estimates the latest requests that can meet the objective and serves them in order
+    of arrival. Aborts requests that can no longer meet it. While the queue stays non-empty, it also measures the
+    admission rate (exponentially weighted with time constant `slo`; the next admission counts as if it happened now, so
+    that the estimate stays finite before the first one) and aborts requests older than the latest set servable at that
+    rate (`latest_servable`), but never the newest request. Theorem B.1: when l requests can be served and the reward
+    does not increase with latency, serving the latest l is optimal.
 
-    rule="paper", the text's intent: estimate the latest requests that can be served within the objective, and serve
-    them in order of arrival. A request that can no longer be in time is given up. While the queue does not empty, the
-    rate of admissions is measured (over the last `slo` seconds, fading exponentially; the next admission is counted as
-    if it came now, so that no news is not taken for a standstill), and what is older than the latest set servable at
-    that rate (`latest_servable`) is given up as well; the newest request is never. Theorem B.1: when l can be served
-    and the reward does not increase with latency, serving the latest l is optimal.
+    rule="code", the released `AbortReqQueue`: aborts only requests with `wait + margin >= slo`. The others are served
+    newest first if `rate >= size`, else oldest first. At each attempt rate = int(0.7 * (queue - queue after the last
+    admission) + 0.3 * rate); at each admission size = max(int(0.7 * admitted + 0.3 * size), 1). The released code
+    attempts every tenth step and when requests arrive or finish; this one attempts every step.
 
-    rule="code", the released `AbortReqQueue`: only requests with `wait + margin >= slo` are given up. The others are
-    served newest first when `rate >= size`, else oldest first, where at each attempt rate = int(0.7 * (queue - queue
-    after the last admission) + 0.3 * rate), and at each admission size = max(int(0.7 * admitted + 0.3 * size), 1).
-    The code attempts every tenth step and when requests come or go, this one every step.
+    Attributes:
+      slo: seconds from arrival to first token.
+      rule: "paper" or "code".
+      margin: seconds from admission to first token; 0.5 in the released code.
     """
 
     slo: float = 6.0
@@ -56,8 +66,8 @@ class EarlyAbort(Policy):
     _admitted: int = field(default=0, init=False, repr=False)  # since the last call of `aborts`
     # The paper's rule
     _last: float = field(default=-math.inf, init=False, repr=False)  # when `aborts` was last called
-    _busy: float = field(default=0.0, init=False, repr=False)  # seconds with someone left waiting, fading
-    _served: float = field(default=0.0, init=False, repr=False)  # admissions in them, fading alike
+    _busy: float = field(default=0.0, init=False, repr=False)  # seconds with a non-empty queue, decayed
+    _served: float = field(default=0.0, init=False, repr=False)  # admissions in that time, decayed
     # The code's rule
     _rate: int = field(default=1, init=False, repr=False)
     _size: int = field(default=1, init=False, repr=False)
@@ -74,7 +84,7 @@ class EarlyAbort(Policy):
 
     @property
     def seconds_each(self) -> float:
-        """Estimated seconds between admissions while requests wait (rule "paper"); 0 when nothing is known."""
+        """Estimated seconds between admissions while requests wait (rule "paper"); 0 without a measurement."""
         return self._busy / (self._served + 1)
 
     def select(self, waiting: RequestQueue, batch: Batch, now: float) -> Iterable[Request]:
@@ -103,12 +113,12 @@ class EarlyAbort(Policy):
             self._admitted = 0
 
     def _measure(self, waiting: RequestQueue, now: float) -> None:
-        """Admissions of the last step and the time since count only if they left someone waiting."""
+        """Updates the admission rate if a request has been waiting since the last step; otherwise resets it."""
         if waiting and waiting[0].metrics.arrival <= self._last:
             elapsed = now - self._last
-            fade = math.exp(-elapsed / self.slo)
-            self._busy = self._busy * fade + elapsed
-            self._served = self._served * fade + self._admitted
+            decay = math.exp(-elapsed / self.slo)
+            self._busy = self._busy * decay + elapsed
+            self._served = self._served * decay + self._admitted
         else:
             self._busy = self._served = 0.0
         self._last = now
@@ -118,7 +128,7 @@ class EarlyAbort(Policy):
             return
         each = self.seconds_each
         keep = len(waiting)
-        if now + self.margin + (keep - 1) * each > waiting[0].metrics.arrival + self.slo:  # not all, for certain
+        if now + self.margin + (keep - 1) * each > waiting[0].metrics.arrival + self.slo:  # not all are servable
             most = min(keep, 1 + int((self.slo - self.margin) / each)) if each else keep
             latest = [request.metrics.arrival for request in islice(reversed(waiting), most)][::-1]
             keep = max(latest_servable(latest, now, self.slo, self.margin, each), 1)
@@ -129,8 +139,8 @@ class EarlyAbort(Policy):
         for request in islice(waiting, late, len(waiting) - keep):
             yield (
                 request,
-                f"early abort: one request is admitted in {each:.3g} s and {len(waiting) - late} wait, of which the "
-                f"latest {keep} can have their first token within slo={self.slo:g} s",
+                f"early abort: one request is admitted in {each:.3g} s and {len(waiting) - late} are waiting; only the "
+                f"latest {keep} can get their first token within slo={self.slo:g} s",
             )
 
     def _too_late(self, waiting: RequestQueue, now: float) -> Iterator[tuple[Request, str]]:

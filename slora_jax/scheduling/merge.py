@@ -1,4 +1,4 @@
-"""One adapter at a time: the scheduling rule of the baseline that merges adapters into the base weights."""
+"""One adapter at a time: the policy of the baseline that merges adapters into the base weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from slora_jax.typed import Natural, check_fields
 
 @dataclass
 class OneAdapter(Policy):
-    """The batch holds requests of one adapter only (the base model counts as one), first come, first served among them:
-    S-LoRA's merge baseline (paper figure 9; `PEFTReqQueue`, `--scheduler peft`).
+    """Batches requests of one adapter only, first come, first served among them. The base model counts as an adapter.
 
-    The adapter of the batch stays until the batch is empty; then comes that of the request that has waited longest.
-    Nobody is admitted, so that the batch drains, while more than `max_overtaken` waiting requests for other adapters
-    came before the first one for the batch's own.
+    The policy of S-LoRA's merge baseline (paper figure 9; `PEFTReqQueue`, `--scheduler peft`). The batch changes its
+    adapter only when it is empty, to the adapter of the oldest waiting request.
+
+    Attributes:
+      max_overtaken: admission stops, so that the batch drains, while more than this many waiting requests for other
+        adapters arrived before the first one for the batch's adapter.
     """
 
     max_overtaken: Natural = 30

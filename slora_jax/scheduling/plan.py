@@ -1,4 +1,4 @@
-"""What a step computes."""
+"""The plan of one step."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from slora_jax.memory import PrefixNode, Resident, Upload
 from slora_jax.scheduling.request import Request
 
 NOT_FINITE = -1
-"""The new token of a sequence whose logits are not finite (NaN or infinity)."""
+"""Token id reported for a sequence whose logits are not finite."""
 
 
 @dataclass(slots=True)
 class ScheduledSequence:
-    """`count` tokens of a request from position `start` on. `samples`: its last known token is among them, so the next
-    one is sampled. If `start` is below the request's `num_scored`, each of the tokens gives logits: each is a sequence
-    of one row in the step's batch."""
+    """Tokens `start .. start + count` of a request.
+
+    If they include its last known token, the step samples the next one (`samples`). If `start < request.num_scored`,
+    every token needs logits and is a sequence of one token in the step's batch.
+    """
 
     request: Request
     start: int
@@ -28,14 +30,16 @@ class StepPlan:
     """The work of one step.
 
     Attributes:
-      sequences: what it computes; num_tokens: their rows.
-      loads: adapters to upload before the step. uploads: pages of adapters to copy beside it; each is answered by
-        `AdapterResidency.landed`. A plan has the one or the other, by `CoreConfig.prefetch`.
-      extra: sequences of the batch beyond `sequences`, as there is one for each scored token.
-      preempted: number of requests that lost their pages.
-      aborted: requests that the policy ended, each with the reason.
-      hits: requests admitted with pages of the prefix cache that the device's page table does not have yet.
-      registered: additions to the prefix cache: deepest new node of a request, and pages before the first new one.
+      sequences: tokens to compute.
+      loads: adapters to upload before the step; empty with prefetch.
+      uploads: adapter pages to upload during the step; empty without prefetch. `AdapterResidency.landed` ends each.
+      num_tokens: tokens of `sequences`.
+      extra: sequences of the batch beyond `len(sequences)`: one for each scored token after a chunk's first.
+      preempted: number of preempted requests.
+      aborted: requests that the policy aborted, with the reason.
+      hits: requests admitted with prefix-cache pages that the device's page table does not hold yet.
+      registered: additions to the prefix cache: a request's deepest new node, and the number of pages before its first
+        new node.
     """
 
     sequences: list[ScheduledSequence] = field(default_factory=list)

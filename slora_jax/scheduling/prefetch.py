@@ -1,4 +1,4 @@
-"""Prefetch: the adapters that the waiting queue will want are uploaded while other requests run."""
+"""Prefetch: uploads the adapters of waiting requests while other requests run."""
 
 from __future__ import annotations
 
@@ -12,35 +12,39 @@ from slora_jax.memory import AdapterResidency, PageKind
 from slora_jax.scheduling.request import Request
 
 REQUESTS_PER_ADAPTER = 4
-"""Waiting requests to look at, for each adapter that may be prefetched."""
+"""Waiting requests examined per adapter that may be prefetched."""
 
 
 class AdapterState(Enum):
-    """Place of an adapter's tiles on the host."""
+    """State of an adapter's tiles in host memory."""
 
     READY = "ready"
     LOADING = "loading"
+    """Being read from disk."""
     FAILED = "failed"
+    """Could not be read from disk."""
 
 
 class AdapterSource(Protocol):
-    """The executor's side of adapters, as the scheduler sees it."""
+    """The executor's interface to adapters, as the scheduler uses it."""
 
     @property
     def pages_in_flight(self) -> int:
-        """Pages whose copy to the device has begun and has not landed."""
+        """Number of pages whose copy to the device has started but not finished."""
 
     def adapter_state(self, digest: str) -> AdapterState:
-        """Returns where an adapter's tiles are. Starts the read of those on disk."""
+        """Returns the state of an adapter's tiles. Starts the read if they are on disk."""
 
 
 @dataclass(frozen=True)
 class Prefetch:
-    """Looks ahead along the waiting queue, in the policy's order.
+    """Prefetches adapters for the waiting queue, in the policy's order.
 
     Attributes:
-      adapters: most prefetched adapters that are in the pool (or being read from disk) and not used yet. So however
-        long the queue, and however its order changes, what was prefetched is used before more is.
+      adapters: maximum number of prefetched adapters that are in the pool (or being read from disk) and not used yet.
+        The limit ensures that prefetched adapters are used before more are prefetched, even if the queue's order
+        changes.
+      page_size: tokens per page.
     """
 
     residency: AdapterResidency
@@ -49,7 +53,7 @@ class Prefetch:
     source: AdapterSource
 
     def on_host(self, digest: str | None, absent: set[str]) -> bool:
-        """Returns whether an adapter is in the pool or in host memory. `absent` collects those that are not."""
+        """Returns whether an adapter is in the pool or in host memory. Adds its digest to `absent` if not."""
         if digest is None or digest in self.residency:
             return True
         if digest not in absent and self.source.adapter_state(digest) is AdapterState.READY:
@@ -58,21 +62,26 @@ class Prefetch:
         return False
 
     def has_landed(self, digest: str | None) -> bool:
-        """Returns whether requests of an adapter can start."""
+        """Returns whether requests for an adapter can start."""
         resident = None if digest is None else self.residency.find(digest)
         return digest is None or (resident is not None and resident.has_landed)
 
     def upload_for(self, request: Request, position: int, kv_pages: int, overtakes: bool, slots: int) -> bool:
-        """Prefetches the adapter of the `position`th waiting request, if it is absent. Returns whether others may go
-        ahead meanwhile: not if there is no room for request and adapter, nor if this adapter was evicted before use.
+        """Prefetches the adapter of a waiting request at the head of the queue, if it is absent.
 
-        The order may change with every arrival, so that each new first request could prefetch another adapter for the
-        same slot and evict the one before. So no more are in flight than there are free `slots` for requests, and those
-        that were prefetched are used first.
+        The queue's order may change with every arrival, and each new first request could evict the adapter prefetched
+        for the one before. Therefore at most `slots` adapters are in flight, and prefetched adapters are protected
+        until they are used.
 
         Args:
-          kv_pages: to leave for the request and for others.
-          overtakes: whether the adapters of requests ahead have not landed either.
+          position: position of the request in the queue, from 1, not counting admitted requests.
+          kv_pages: pages to leave for this request and others.
+          overtakes: whether a request ahead also waits for its adapter.
+          slots: free sequence slots.
+
+        Returns:
+          Whether requests behind this one may be admitted before it. False if the pool has no room for the request and
+          its adapter, or if the adapter was evicted before use.
         """
         use, residency = request.adapter, self.residency
         assert use is not None
@@ -90,16 +99,15 @@ class Prefetch:
         return use.digest not in residency.evicted_before_use
 
     def look_ahead(self, upcoming: Iterable[Request], wanted: Container[str | None], running: int) -> None:
-        """Prefetches the next adapters that are absent, and protects those that are in the pool.
+        """Prefetches the absent adapters of the next waiting requests and protects those already in the pool.
 
-        They take pages that are free, or idle and not wanted near the head of the queue. A page for each of the
-        `running` sequences is left, and what the waiting requests up to the adapter's own need for their tokens: a full
-        pool takes no prefetched adapters. The first request that has no room ends it, as a smaller one behind it must
-        not take what it waits for.
+        Uses only free pages and idle pages that are not awaited. Leaves one page per running sequence, and the KV pages
+        of the waiting requests up to and including the adapter's own. Stops at the first request without room, so that
+        a smaller one behind it cannot take its pages.
 
         Args:
           upcoming: waiting requests, the next to be admitted first.
-          wanted: digests that any waiting request wants.
+          wanted: digests that any waiting request needs.
           running: number of running sequences.
         """
         residency, evictor = self.residency, self.residency.evictor

@@ -1,4 +1,4 @@
-"""The waiting requests, in order of arrival, and by tenant and by adapter: every step of it in constant time."""
+"""The waiting queue, in order of arrival, by tenant and by adapter, with constant-time operations."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ by_number = attrgetter("number")
 
 
 class ArrivalOrder(Sequence[Request]):
-    """Requests in order of `number`. Adding the newest, removing any, the first and the last take constant time;
-    iteration is lazy.
+    """Requests in order of `number`.
 
-    Requests that come back (preempted ones) lie in a small sorted list of their own, merged in on iteration. Not to be
-    changed while iterated over.
+    Adding the newest, removing any, and reading the first or last take constant time. Preempted requests that return
+    are in a small sorted list, merged in during iteration. Must not be changed during iteration.
     """
 
     def __init__(self, requests: Iterable[Request] = ()) -> None:
@@ -36,7 +35,7 @@ class ArrivalOrder(Sequence[Request]):
             self._arrived[request.number] = request
 
     def remove(self, request: Request) -> None:
-        """Raises `KeyError` if it is not here."""
+        """Raises `KeyError` if the request is not in the queue."""
         if self._arrived.pop(request.number, None) is None:
             remove_sorted(self._returned, request)
 
@@ -63,7 +62,7 @@ class ArrivalOrder(Sequence[Request]):
     @overload
     def __getitem__(self, index: slice) -> list[Request]: ...
     def __getitem__(self, index: Any) -> Any:
-        """Constant time at both ends; linear in between, and for a slice."""
+        """Constant time at both ends; linear elsewhere and for slices."""
         if isinstance(index, slice):
             return list(self)[index]
         try:
@@ -73,8 +72,12 @@ class ArrivalOrder(Sequence[Request]):
 
 
 class RequestQueue(ArrivalOrder):
-    """The waiting queue. `by_tenant` and `by_adapter` (digest, None for the base model) hold the same requests in
-    groups, each in order of arrival; no group is empty."""
+    """The waiting queue.
+
+    Attributes:
+      by_tenant: the same requests by tenant, each group in order of arrival and non-empty.
+      by_adapter: likewise by adapter digest, None for the base model.
+    """
 
     def __init__(self, requests: Iterable[Request] = ()) -> None:
         self._by_tenant: dict[str, ArrivalOrder] = {}
@@ -101,7 +104,7 @@ class RequestQueue(ArrivalOrder):
 
 
 def remove_sorted(requests: list[Request], request: Request) -> None:
-    """Removes from a list in order of `number`. Raises `KeyError` if it is not there."""
+    """Removes a request from a list sorted by `number`. Raises `KeyError` if it is absent."""
     at = bisect_left(requests, request.number, key=by_number)
     if at == len(requests) or requests[at] is not request:
         raise KeyError(request.id)

@@ -1,4 +1,4 @@
-"""Policies by name, as configs choose them."""
+"""Policies by the names that configs use."""
 
 from __future__ import annotations
 
@@ -28,19 +28,23 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def make_policy(name: str, **settings: Any) -> Policy:
-    """A policy by its name in `POLICIES`: `make_policy("early_abort", slo=6.0)`; or your own, by the module that has it
-    and its class: `make_policy("my_policies:Shortest")`.
+    """Makes a policy: `make_policy("early_abort", slo=6.0)`, or your own class by `make_policy("my_module:Shortest")`.
 
     The inner policy of "ageing" is a policy, a name, or a mapping with the name and the settings:
     `make_policy("ageing", bound=10.0, inner={"name": "clustering", "max_adapters_in_batch": 4, "hard": True})`.
 
+    Args:
+      name: a key of `POLICIES`, or module:Class.
+      settings: fields of the policy.
+
     Raises:
-      ConfigError: unknown name or setting (the nearest known one is named), a setting missing or out of range.
+      ConfigError: the name or a setting is unknown (the message suggests the nearest), or a setting is missing or out
+        of range.
     """
     kind = _imported(name) if ":" in name else POLICIES.get(name)
     if kind is None:
         raise ConfigError(
-            f"policy {name!r} is unknown{nearest(name, POLICIES)}; there are {', '.join(POLICIES)}, and your own as "
+            f"policy {name!r} is unknown{nearest(name, POLICIES)}; there are {', '.join(POLICIES)}; give your own as "
             "module:Class"
         )
     known: list[str] = [field.name for field in fields(kind) if field.init] if is_dataclass(kind) else []

@@ -1,4 +1,4 @@
-"""A request and its progress: the host's whole knowledge of one sequence."""
+"""A request and its progress on the host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slora_jax.scheduling.sampling_params import SamplingParams
 
 
 class Status(StrEnum):
-    """Which queue a request is in."""
+    """State of a request."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -23,7 +23,10 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class AdapterUse:
-    """The adapter of a request, fixed on arrival: reloading its name later does not touch requests under way."""
+    """The adapter of a request, fixed on arrival: reloading the name later does not affect the request.
+
+    `digest` is that of its content, `ranks` has the rank of each projection, `num_pages` the pages that it needs.
+    """
 
     name: str
     digest: str
@@ -32,14 +35,14 @@ class AdapterUse:
 
     @cached_property
     def rows(self) -> int:
-        """Sum of the ranks: what a token of this adapter costs, up to a factor."""
+        """Sum of the ranks, proportional to the LoRA work per token."""
         return int(self.ranks.sum())
 
 
 @dataclass
 class RequestMetrics:
-    """Seconds on the engine's clock. `first_token` and `finished` are None until then. cached_tokens: of the prompt,
-    how many the prefix cache held when the request was first admitted."""
+    """Times of a request, seconds on the engine's clock, None until the event; `admitted` is the first admission, at
+    which `cached_tokens` of the prompt were in the prefix cache."""
 
     arrival: float
     admitted: float | None = None
@@ -61,19 +64,19 @@ class RequestMetrics:
 class Request:
     """One sequence.
 
-    `output` holds the tokens that the host has read; `num_sampled` counts those that the device has sampled or is
-    sampling, so it is ahead of `output` by the steps in flight. `num_computed` tokens have (or, once the dispatched
-    steps ran, will have) their keys and values in `pages`, the first of which, as many as `prefix` is deep, are the
-    prefix cache's and may be shared; the others are the request's own.
-
     Attributes:
       number: order of arrival.
-      max_new: most tokens to generate.
-      stop_token_ids: tokens that end it.
-      tenant: charged for it under fair share: by default the name of its adapter, "" for the base model.
-      token_times: when the host had each token of `output`, on the engine's clock.
-      slot, adapter_slot: while running, its rows of the device's sequence state and adapter table; else -1.
-      prefix: the deepest node that it holds while running.
+      prompt: token ids.
+      max_new: maximum number of tokens to generate.
+      stop_token_ids: tokens that end the request.
+      output: token ids that the host has read.
+      token_times: time at which the host read each token of `output`, seconds on the engine's clock.
+      num_sampled: tokens that the device has sampled or is sampling; ahead of `output` by the steps in flight.
+      num_computed: tokens whose KV is in `pages` once the dispatched steps have run.
+      slot, adapter_slot: rows of the device's sequence state and adapter table while running; otherwise -1.
+      pages: page ids in token order. The first `prefix.depth` belong to the prefix cache and may be shared.
+      prefix: deepest prefix-cache node held while running.
+      tenant: account charged under fair share: by default the adapter's name, "" for the base model.
     """
 
     id: str
@@ -104,43 +107,43 @@ class Request:
 
     @property
     def digest(self) -> str | None:
-        """Its adapter's content, None for the base model."""
+        """Digest of the adapter, None for the base model."""
         return None if self.adapter is None else self.adapter.digest
 
     @property
     def num_tokens(self) -> int:
-        """Tokens whose identity is settled, on the host or on the device."""
+        """Number of prompt tokens and sampled tokens."""
         return len(self.prompt) + self.num_sampled
 
     @property
     def in_flight(self) -> int:
-        """Sampled tokens that the host has not read yet."""
+        """Number of sampled tokens that the host has not read yet."""
         return self.num_sampled - len(self.output)
 
     @property
     def all_sampled(self) -> bool:
-        """Returns whether the last token that it may have is sampled or being sampled."""
+        """True once all `max_new` tokens are sampled or being sampled."""
         return self.num_sampled >= self.max_new
 
     @property
     def num_scored(self) -> int:
-        """How many tokens of the prompt, from the first on, are to give the log-probability of the one that follows."""
+        """Number of leading prompt tokens that need logits, to report the log-probability of the next token."""
         return 0 if self.params.prompt_logprobs is None else len(self.prompt) - 1
 
     @property
     def num_shared(self) -> int:
-        """How many of its pages, from the first on, are the prefix cache's."""
+        """Number of leading `pages` that belong to the prefix cache."""
         return 0 if self.prefix is None else self.prefix.depth
 
     def token_bytes(self) -> bytes:
-        """Ids of all tokens that the host knows, of prompt and output, int32."""
+        """Returns the int32 ids of prompt and output as bytes, the keys of the prefix cache."""
         done, known = len(self._token_bytes) // 4, len(self.prompt) + len(self.output)
         if done < known:
             self._token_bytes += np.array(self.tokens(done, known - done), np.int32).tobytes()
         return self._token_bytes
 
     def tokens(self, start: int, count: int) -> list[int]:
-        """Known token ids at positions `start .. start + count` of prompt and output."""
+        """Returns the token ids at positions `start .. start + count` of prompt and output."""
         prompt = len(self.prompt)
         if start >= prompt:
             return self.output[start - prompt : start - prompt + count]

@@ -1,4 +1,4 @@
-"""Reserve-all-output admission: the pool must suffice for every token that is still to come (the paper's, as coded)."""
+"""Reserve-all-output admission, as in the paper's code: the pool must hold all output that is still to come."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from slora_jax.memory import PrefixNode
 from slora_jax.scheduling.request import Request
 
 READ_LATE = 1
-"""Steps after its last that a sequence keeps its pages."""
+"""Steps for which a sequence keeps its pages after its last one."""
 
 
 class Reservation:
-    """The most KV that the running requests will ever hold together, if each generates all it may.
+    """Bounds the peak KV of the running requests, assuming that each generates `max_new` tokens.
 
-    Every running sequence gains one token a step. Sorted by tokens still to come, `l` descending, with `u` tokens each
-    now, the i longest (i from 1) are all still there when the i-th ends, so the peak is
+    Every running sequence gains one token per step. Let the sequences be sorted by remaining tokens `l`, descending,
+    and hold `u` tokens each. When the i-th (from 1) finishes, exactly the first i are still running, so the peak is
 
         max_i (i * l_i + sum_{j <= i} u_j)  tokens                 (S-LoRA `ReqQueue._can_add_new_req`)
 
-    which is less than the sum of all final lengths, as short requests make room for long ones. A page's rounding is
-    covered by counting page_size - 1 tokens more per sequence, and one step is added to every `l`, as the end of a
-    sequence is read, and its pages are free, one step late. The peak is exact when every sequence gets its token in
-    every step; chunks of long prompts can delay some, so preemption stays as the way out. A request that runs alone is
-    always admitted: it was checked on arrival.
+    which is less than the sum of all final lengths, because short requests free their pages before long ones end.
+    `u` includes page_size - 1 extra tokens for partly filled pages, and `l` one extra step, because a sequence's pages
+    are freed one step late. The bound assumes one token per sequence and step. Prefill chunks can delay sequences, so
+    preemption remains as a fallback. A request that runs alone is always admitted; it was checked on arrival.
 
-    Prefixes that several running requests share (trees with more than one user, for speed) are not theirs: `u_j` are
-    the tokens beyond them, and their pages are taken from the pool for good. They may become free earlier, so this
-    errs on the safe side.
+    Pages of prefixes shared by several running requests are subtracted from the pool instead of counted in `u`. Sharing
+    is detected per tree (`PrefixNode.top`), for speed. These pages may become free earlier, so the bound is safe.
 
-    pages: those that are free, or can be freed by eviction.
+    Args:
+      running: the running requests.
+      pages: number of free and evictable pages.
+      page_size: tokens per page.
     """
 
     def __init__(self, running: Sequence[Request], pages: int, page_size: int) -> None:
@@ -52,15 +53,20 @@ class Reservation:
     def take(
         self, request: Request, adapter_pages: int = 0, prefix: PrefixNode | None = None, idle_pages: int = 0
     ) -> bool:
-        """Whether the request fits with the others, and with `adapter_pages` more for its adapter; if so, it is one of
-        them from now on. prefix: what it will find in the cache; `idle_pages` of that nobody holds."""
+        """Adds a request if it fits beside the others. Returns whether it was added.
+
+        Args:
+          adapter_pages: pages that its adapter takes from the pool.
+          prefix: deepest cached prefix that it will use.
+          idle_pages: number of idle pages of that prefix.
+        """
         used, shared = request.num_tokens, 0
         remaining = max(len(request.prompt) + request.max_new - 1 - used, 0) + READ_LATE
         if prefix is not None and prefix.top.users:
             self._share(prefix.top)
-            shared = prefix.depth  # of these, the idle pages leave the pool too
+            shared = prefix.depth  # its idle pages are subtracted from the pool
         else:
-            idle_pages = 0  # of a tree of its own: among `used`
+            idle_pages = 0  # counted in `used`
         available = self._tokens - (adapter_pages + idle_pages) * self._page_size
         at = int(np.searchsorted(-self._remaining, -remaining, side="right"))
         all_remaining = np.insert(self._remaining, at, remaining)
@@ -74,7 +80,7 @@ class Reservation:
         return True
 
     def _share(self, top: PrefixNode) -> None:
-        """Counts what the requests hold of this tree, pages added in this step included, as shared."""
+        """Counts the pages of this tree that the requests hold as shared, including pages added in this step."""
         for index, request in enumerate(self._requests):
             if request.prefix is not None and request.prefix.top is top:
                 more = request.prefix.depth - self._shared[index]
@@ -86,5 +92,6 @@ class Reservation:
 
 
 def peak(used: np.ndarray, remaining: np.ndarray) -> int:
-    """Most tokens held at once, of sequences by `remaining` descending. Both int64 `[n]`, tokens."""
+    """Returns the peak number of tokens of sequences that hold `used` tokens and gain `remaining`, both int64 `[n]`, in
+    descending order of `remaining`."""
     return int((np.arange(1, used.size + 1) * remaining + np.cumsum(used)).max())

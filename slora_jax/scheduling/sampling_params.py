@@ -1,4 +1,4 @@
-"""How a request's tokens are chosen and when it stops."""
+"""Sampling and stopping parameters of a request."""
 
 from __future__ import annotations
 
@@ -10,27 +10,29 @@ from slora_jax.errors import ConfigError
 from slora_jax.typed import checks_keywords
 
 MAX_LOGPROBS = 20
-"""Most alternatives per token that `SamplingParams.logprobs` may ask for."""
+"""Upper limit of `SamplingParams.logprobs`."""
 
 
 @checks_keywords
 @dataclass(frozen=True)
 class SamplingParams:
-    """Sampling and stopping of one request.
+    """Sampling and stopping parameters of one request.
 
-    max_tokens: most tokens to generate; None means as many as `max_model_len` and the pool allow.
-    temperature: 0 is greedy; otherwise logits are divided by it.
-    top_k: keep the k most likely tokens; 0 keeps all.
-    top_p: keep the smallest set of most likely tokens whose probability reaches this.
-    min_p: keep tokens at least this fraction as likely as the most likely one.
-    seed: makes the request's random stream reproducible; it depends on nothing else in the batch. None: the engine's
-      own seed and the request's number of arrival.
-    stop: strings that end the text, which then excludes them. stop_token_ids: tokens that end it (excluded from text,
-      included in `token_ids`). None is none, of both. ignore_eos: go on past the model's end-of-sequence tokens.
-    logprobs: None, or how many alternatives to report per token beside the chosen one (0 to 20), from the model's own
-      distribution before temperature and masks.
-    prompt_logprobs: the same of each prompt token but the first. Such a prompt takes more steps, and reads nothing of
-      the prefix cache.
+    Attributes:
+      max_tokens: maximum number of tokens to generate; None allows as many as `max_model_len` and the pool permit.
+      temperature: divisor of the logits; 0 is greedy.
+      top_k: keeps the k most likely tokens; 0 keeps all.
+      top_p: keeps the smallest set of most likely tokens whose total probability reaches this value.
+      min_p: keeps tokens at least this fraction as likely as the most likely one.
+      seed: seed of the request's random stream, which does not depend on the rest of the batch. None derives it from
+        the engine's seed and the request's number.
+      stop: strings that end the generation; excluded from the text.
+      stop_token_ids: tokens that end the generation; excluded from the text, included in `token_ids`.
+      ignore_eos: whether to continue past the model's end-of-sequence tokens.
+      logprobs: None, or the number of alternatives (0 to 20) reported for each token with its own log-probability,
+        from the model's distribution before temperature and masks.
+      prompt_logprobs: likewise for each prompt token after the first. Such a prompt takes more steps and does not read
+        the prefix cache.
     """
 
     max_tokens: int | None = 16

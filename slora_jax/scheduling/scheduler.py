@@ -19,29 +19,30 @@ from slora_jax.scheduling.request import Request, Status
 from slora_jax.scheduling.reservation import Reservation
 
 MOST_PASSED_OVER = 128
-"""Waiting requests whose adapters are not ready that others may overtake in one step: the work of a step must not grow
-with the queue."""
+"""Maximum number of waiting requests skipped in one step because their adapters are not ready. It bounds the step's
+work, however long the queue."""
 
 
 class Scheduler:
-    """Owns the queues. Every step: the policy's aborts; then running sequences (one token each, or their next prefill
-    chunk); then as many waiting requests as the policy's selection, the pages, the slots and the token budget allow.
+    """Owns the queues and plans each step.
 
-    With prefetch, adapters are uploaded beside the steps (`Prefetch`), and a request whose adapter has not landed does
-    not start. Others go ahead of it meanwhile, though never with the pages of an adapter that is awaited, nor with
-    those that it needs itself; once its adapter has landed it is first in line again, as the policy says. If the
-    adapter is evicted for running sequences before that, it is uploaded once more, and no request goes ahead: no
-    request is overtaken without end.
+    A step aborts the requests that the policy names, then extends running sequences (one token, or the next prefill
+    chunk), then admits waiting requests in the policy's order while pages, slots and the token budget allow.
 
-    Admission needs pages for all tokens known so far, and for the adapter if it is not resident; under "reserve" for
-    all tokens to come as well. When a running sequence needs a page and none is free, idle content is evicted first;
-    then the policy's last running request is preempted: its pages are freed and its tokens recomputed when it is
-    admitted again.
+    Admission needs pages for all known tokens, and for the adapter if it is not resident; with "reserve", also for all
+    tokens still to come. When a running sequence needs a page and none is free, idle content is evicted first. Then the
+    running request that the policy ranks last is preempted: its pages are freed, and its tokens are recomputed after
+    it is admitted again.
 
-    With a prefix cache, a request is admitted with the pages that hold the beginning of its tokens, and computes the
-    rest, at least its last token. Full pages of prompts are shared from the plan on that computes them: the device runs
-    the steps in order, and writes a layer's keys and values before it attends, so that even requests of the same step
-    may read them. Full pages of output follow when the request ends or is preempted.
+    With prefetch, adapters are uploaded while steps run (`Prefetch`), and a request starts once its adapter has landed.
+    Until then, requests behind it may be admitted, but not with pages that it needs or that hold an awaited adapter.
+    If its adapter is evicted before use to make room for running sequences, the adapter is uploaded again and no
+    request behind it is admitted, which bounds how often a request is overtaken.
+
+    With a prefix cache, a request is admitted with the cached pages of its prefix and computes the rest, at least its
+    last token. Full prompt pages are shared as soon as they are planned, even within a step: the device runs steps in
+    order, and each layer writes KV before it attends. Full output pages are shared when the request ends or is
+    preempted.
     """
 
     def __init__(
@@ -52,7 +53,6 @@ class Scheduler:
         adapters: AdapterSource,
         prefixes: PrefixCache | None = None,
     ) -> None:
-        """adapters: the executor's host side."""
         self.residency = residency
         self.evictor = residency.evictor
         self.allocator = residency.evictor.allocator
@@ -68,22 +68,21 @@ class Scheduler:
 
     @property
     def counters(self) -> Counters:
-        """Counters of the engine."""
         return self.evictor.counters
 
     def add(self, request: Request) -> None:
-        """Queues a request that fits into the pool alone."""
+        """Queues a request. The caller has checked that it fits into the pool alone."""
         self.policy.arrived(request, self.waiting)
         self.waiting.add(request)
         if self.prefixes is not None:
-            request.token_bytes()  # made now, rather than within a step
+            request.token_bytes()  # computed here rather than within a step
 
     def has_work(self) -> bool:
-        """Returns whether any request waits or runs."""
+        """Returns whether any request is waiting or running."""
         return bool(self.waiting or self.running)
 
     def next_digest(self, now: float) -> str | None:
-        """The adapter of the request that would be admitted next, among those whose adapter is not in the pool."""
+        """Returns the first absent adapter in the likely order of admission, or None."""
         upcoming = islice(self.policy.upcoming(self.waiting, self._batch, now), MOST_PASSED_OVER)
         return next((r.digest for r in upcoming if r.digest is not None and r.digest not in self.residency), None)
 
@@ -91,7 +90,7 @@ class Scheduler:
         return -(-num_tokens // self.config.page_size)
 
     def schedule(self, now: float) -> StepPlan:
-        """Plans the next step and commits to it: pages are taken, progress counters advance."""
+        """Plans the step at `now` (seconds), allocates its pages and advances the requests' progress counters."""
         plan = StepPlan()
         self._abort(plan, now)
         self._extend_running(plan, now)
@@ -102,7 +101,7 @@ class Scheduler:
         return plan
 
     def finish(self, request: Request, reason: FinishReason, now: float) -> None:
-        """Ends a request in any state and frees what it holds. A no-op on a finished one."""
+        """Ends a request in any state and frees its pages, slot and adapter. No-op if it is finished."""
         if request.status is Status.FINISHED:
             return
         if request.status is Status.WAITING:
@@ -115,8 +114,7 @@ class Scheduler:
         request.metrics.finished = now
 
     def abandon(self, plan: StepPlan, finish: Callable[[Request], None]) -> None:
-        """Withdraws a plan that did not reach the device: ends its requests by `finish`, and forgets the prefixes that
-        it was to compute."""
+        """Rolls back a plan that was not dispatched: ends its requests by `finish` and evicts its new prefix pages."""
         for sequence in plan.sequences:
             sequence.request.num_computed = sequence.start
             finish(sequence.request)
@@ -125,7 +123,7 @@ class Scheduler:
             self.prefixes.forget(node, before)
 
     def check(self) -> None:
-        """Compares page ownership with the allocator's books; raises `PoolError` on any leak."""
+        """Checks page ownership against the allocator. Raises PoolError if a page is leaked or has two owners."""
         prefixes = self.prefixes
         self.allocator.check_owned(
             {
@@ -145,11 +143,11 @@ class Scheduler:
                 self.counters.aborts += 1
 
     def _extend_running(self, plan: StepPlan, now: float) -> None:
-        """Written for a thousand sequences in well under a millisecond: no call per sequence that only decodes."""
+        """Schedules running sequences, preempting if pages run out. Inlined for speed at a thousand sequences."""
         order = list(self.policy.order(self.running, now))
         last = len(order)  # order[last:] is preempted
         budget, page_size, sequences = self.config.max_num_batched_tokens, self.config.page_size, plan.sequences
-        growing: list[tuple[Request, int]] = []  # and the pages that each gets at the end
+        growing: list[tuple[Request, int]] = []  # requests with the number of pages to add
         taken, available = 0, self.evictor.available(PageKind.KV)
         for position, request in enumerate(order):
             if budget == 0 or position >= last:
@@ -184,18 +182,18 @@ class Scheduler:
         for request, needed in growing:
             taken -= needed
             request.pages += pages[taken : taken + needed]
-        if plan.num_tokens > len(sequences):  # prompts are among them
+        if plan.num_tokens > len(sequences):  # at least one prefill chunk
             for sequence in sequences:
                 if sequence.start < len(sequence.request.prompt):
                     self._register(sequence.request, plan)
 
     def _admit(self, plan: StepPlan, now: float) -> bool:
-        """Admits waiting requests; returns whether it admitted any."""
+        """Admits waiting requests. Returns whether it admitted any."""
         if not self.waiting or not self._free_slots or plan.num_tokens == self.config.max_num_batched_tokens:
             return False
         reservation = self._reservation() if self.config.admission == "reserve" else None
-        absent: set[str] = set()  # adapters that are not in host memory
-        reserved_pages: int | None = None  # for those ahead whose adapters have not landed, if there are any
+        absent: set[str] = set()  # adapters not in host memory
+        reserved_pages: int | None = None  # for requests ahead that wait for their adapters; None without any
         started: list[Request] = []
         try:
             for position, request in enumerate(self.policy.select(self.waiting, self._batch, now), 1):
@@ -206,9 +204,9 @@ class Scheduler:
                 if plan.extra and len(self.running) + plan.extra >= self.config.max_num_seqs:
                     break
                 if request.in_flight or request.status is not Status.WAITING:
-                    continue  # preempted a moment ago, its newest token is not read yet; or admitted already
+                    continue  # just preempted with a token still unread, or already admitted
                 if not self._prefetch.on_host(request.digest, absent):
-                    continue  # being read from disk (or lost: the core ends it); others go ahead
+                    continue  # being read from disk; if the read failed, the core ends the request
                 if self.config.prefetch and not self._prefetch.has_landed(request.digest):
                     num_ahead = self.pages_for(request.num_tokens) + (reserved_pages or 0) + len(self.running)
                     if not self._prefetch.upload_for(
@@ -237,11 +235,11 @@ class Scheduler:
         return bool(started)
 
     def _fits_budget(self, request: Request, budget: int) -> bool:
-        """Returns whether a request may start with `budget` rows left in the step: always, as prompts run in chunks."""
+        """Returns whether a request may start with `budget` tokens left in the step. Always, as prefill is chunked."""
         return True
 
     def _plan_uploads(self, plan: StepPlan, now: float) -> None:
-        """Prefetches for the head of the queue, and plans the pages to copy beside the step."""
+        """Prefetches for the head of the queue and plans the pages to upload during the step."""
         most = self.config.upload_pages_per_step
         if not self.config.prefetch:
             return
@@ -251,11 +249,11 @@ class Scheduler:
         plan.uploads = self.residency.uploads(min(most, 2 * most - self._adapters.pages_in_flight))
 
     def _end_scored(self, plan: StepPlan, request: Request, start: int, end: int) -> int:
-        """Returns the end of a chunk of scored tokens that begins at `start`: at most `end`, and before the last token
-        of the prompt. Each scored token is a sequence of the step's batch, which has at most `max_num_seqs` in all."""
-        spare = max(0, self.config.max_num_seqs - len(self.running) - plan.extra)
+        """Returns the end of a chunk of scored tokens `start .. end`, cut before the prompt's last token and to the
+        free sequences of the batch: each scored token is one of its `max_num_seqs` sequences."""
+        free = max(0, self.config.max_num_seqs - len(self.running) - plan.extra)
         count = min(end, request.num_scored) - start
-        count = min(count, 1 + spare)
+        count = min(count, 1 + free)
         plan.extra += count - 1
         return start + count
 
@@ -263,15 +261,15 @@ class Scheduler:
         return Reservation(self.running, self.evictor.available(PageKind.KV), self.config.page_size)
 
     def _match(self, request: Request) -> PrefixNode | None:
-        """The deepest cached prefix of a request's tokens: never all of them, as computing the last one samples."""
+        """Deepest cached prefix of a request, without its last token, which must be computed to sample the next one."""
         if self.prefixes is None or request.num_scored:
             return None
         most = (request.num_tokens - 1) // self.config.page_size
         return self.prefixes.match(request.digest, request.token_bytes(), most)
 
     def _register(self, request: Request, plan: StepPlan | None = None) -> None:
-        """Adds a request's full pages to the prefix cache, as far as the host knows their tokens: those that `plan`
-        will compute, or (None) those that dispatched steps have computed."""
+        """Adds a request's full pages to the prefix cache, as far as the host knows their tokens. `plan` computes them;
+        None if dispatched steps did."""
         if self.prefixes is None:
             return
         before = request.num_shared
@@ -286,8 +284,12 @@ class Scheduler:
     def _fits(
         self, request: Request, prefix: PrefixNode | None, reservation: Reservation | None, reserved_pages: int | None
     ) -> bool:
-        """Returns whether there is room for a request: for one that overtakes others (`reserved_pages` for them),
-        beside what they need and a page for each running sequence, and without evicting awaited content."""
+        """Returns whether a request can be admitted with its adapter.
+
+        Args:
+          reserved_pages: pages for requests that it overtakes; None if it overtakes none. An overtaking request must
+            also leave one page per running sequence and must not evict awaited content.
+        """
         overtakes = reserved_pages is not None
         adapter_pages = taken = 0
         if request.adapter is not None:
@@ -298,7 +300,7 @@ class Scheduler:
             taken = self.residency.pages_to_admit(digest, num_pages, overtakes)
         kv_pages, idle_pages = self.pages_for(request.num_tokens), 0
         if prefix is not None and self.prefixes is not None:
-            idle_pages = self.prefixes.idle_pages(prefix)  # in use from now on, so no room for anything else
+            idle_pages = self.prefixes.idle_pages(prefix)  # no longer evictable after admission
             kv_pages += idle_pages - prefix.depth
         if reserved_pages is not None:
             kv_pages += reserved_pages + len(self.running)
@@ -310,7 +312,7 @@ class Scheduler:
     def _start(self, plan: StepPlan, request: Request, prefix: PrefixNode | None, now: float) -> None:
         self.counters.prompt_tokens += request.num_tokens
         if prefix is not None and self.prefixes is not None:
-            request.prefix, request.pages = prefix, self.prefixes.acquire(prefix)  # before anything is evicted
+            request.prefix, request.pages = prefix, self.prefixes.acquire(prefix)  # before any eviction
             request.num_computed = prefix.depth * self.config.page_size
             plan.hits.append(request)
         if request.adapter is not None:

@@ -16,28 +16,31 @@ from slora_jax.scheduling.request import Request
 
 @dataclass
 class Vtc(Policy):
-    """Admits the earliest request of the tenant that has been served least.
+    """Admits the earliest request of the tenant with the least service.
 
-    Service of a tenant: `input_price` per prompt token, charged on first admission, and `output_price` per output
-    token, charged as it is sampled (recomputation after a preemption is free), divided by the tenant's weight. A tenant
-    that comes back to the queue is lifted to the least counter there (to that of the last one admitted, if nobody
-    waits), so that nobody saves up credit.
+    Service is `input_price` per prompt token, charged at first admission, plus `output_price` per output token, charged
+    when sampled, divided by the tenant's weight. Recomputation after a preemption is free. When a tenant returns to the
+    queue, its counter is raised to the minimum among waiting tenants (if none waits, to that of the tenant admitted
+    last), so that it cannot accumulate credit.
 
-    Fairness (theorem 4.4 there): as long as two tenants both have waiting requests, their services (over their weights)
-    in any interval differ by at most 2 * max(input_price * L_input, output_price * M), with L_input the longest prompt
-    and M the most tokens that the requests running at one time hold at their ends; over the least weight. It assumes
-    that nobody is preempted (admission "reserve"), that adapters are in memory, and input_price <= output_price: a
-    tenant is at most input_price * L ahead on an admission and gains output_price a token after it, together at most
-    output_price * M. At other prices the bound is 2 * (input_price * L_input + output_price * M).
+    Fairness (theorem 4.4 of the VTC paper): while two tenants both have waiting requests, their weighted services in
+    any interval differ by at most 2 * max(input_price * L, output_price * M) / (the smallest weight), where L is the
+    longest prompt, tokens, and M the largest total final length of the requests running at one time, tokens. It assumes
+    no preemption (admission "reserve"), adapters in host memory, and input_price <= output_price: an admission puts a
+    tenant ahead by at most input_price * L, and each of its tokens by output_price, together at most output_price * M.
+    At other prices the bound is 2 * (input_price * L + output_price * M) / (the smallest weight).
 
-    weights: share of each tenant, above 0; 1 where none is given. counters: service received so far, lifts included.
+    Attributes:
+      weights: share of each tenant, positive; 1 for tenants not listed.
+      input_price, output_price: service per prompt token and per output token.
+      counters: weighted service of each tenant, including raises.
     """
 
     weights: Mapping[str, float] = field(default_factory=dict)
     input_price: float = 1.0
     output_price: float = 2.0
     counters: dict[str, float] = field(default_factory=dict, init=False)
-    _last_left: str | None = field(default=None, init=False, repr=False)  # tenant of the last admission
+    _last_admitted: str | None = field(default=None, init=False, repr=False)  # tenant of the last admission
 
     def __post_init__(self) -> None:
         for tenant, weight in self.weights.items():
@@ -49,11 +52,11 @@ class Vtc(Policy):
                 raise ConfigError(f"Vtc.{name}={price!r}: must be a number of at least 0")
 
     def select(self, waiting: RequestQueue, batch: Batch, now: float) -> Iterator[Request]:
-        """Ties go to the tenant whose request came first. O(tenants) to begin with, O(log tenants) each."""
+        """Ties go to the tenant whose request arrived first. Costs O(tenants), then O(log tenants) per request."""
         return self._by_service(waiting, self.counters)
 
     def upcoming(self, waiting: RequestQueue, batch: Batch, now: float) -> Iterator[Request]:
-        """As if each one's prompt were charged when it is yielded."""
+        """Predicts the order by charging each request's prompt when it is yielded."""
         counters = {tenant: self.counters[tenant] for tenant in waiting.by_tenant}
         for request in self._by_service(waiting, counters):
             yield request
@@ -82,11 +85,11 @@ class Vtc(Policy):
         if queued:
             floor = min(self.counters[other] for other in queued)
         else:
-            floor = 0.0 if self._last_left is None else self.counters[self._last_left]
+            floor = 0.0 if self._last_admitted is None else self.counters[self._last_admitted]
         self.counters[tenant] = max(self.counters.get(tenant, 0.0), floor)
 
     def admitted(self, request: Request) -> None:
-        self._last_left = request.tenant
+        self._last_admitted = request.tenant
         if not request.metrics.preemptions:
             self._charge(request.tenant, self.input_price * len(request.prompt))
 

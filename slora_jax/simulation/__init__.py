@@ -1,8 +1,8 @@
-"""The simulated runner: the engine's scheduler, allocator, residency and policies over a cost model on a virtual clock.
+"""Simulates the engine's scheduler, allocator, residency and policies with a cost model on a virtual clock.
 
-`simulate` serves a workload of `SimulatedRequest`s on a `SystemConfig` (`make_system`: this engine, the published
-system, and the baselines of both), a `ModelShape` and a `DeviceModel` (`load_device`), and returns the records that
-`slora_jax.metrics` measures. The cost model is a roofline with fitted efficiencies: to be validated, not trusted.
+`simulate` serves `SimulatedRequest`s on a `SystemConfig` (from `make_system`: this engine, the published system, and
+the baselines of both), a `ModelShape` and a `DeviceModel` (from `load_device`), and returns records for
+`slora_jax.metrics`. The cost model is a roofline with fitted efficiencies; validate it before relying on it.
 """
 
 from slora_jax.simulation.arrivals import Arrivals

@@ -1,4 +1,4 @@
-"""When requests arrive: at times of their own (an open loop), or after others have ended (a closed loop)."""
+"""Arrival times of requests: given (open loop), or relative to the end of other requests (closed loop)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 
-class ToCome(Protocol):
-    """A request of a workload. arrival: seconds from the start. after: None, or the number of an earlier request of the
-    workload; it then arrives `arrival` seconds after that one's end, of whatever kind."""
+class WorkloadRequest(Protocol):
+    """A request of a workload.
+
+    Attributes:
+      arrival: seconds from the start or, with `after`, from the end of that request (answered or aborted).
+      after: number of an earlier request of the workload, or None.
+    """
 
     @property
     def arrival(self) -> float: ...
@@ -20,19 +24,25 @@ class ToCome(Protocol):
 
 
 class Arrivals:
-    """Requests on their way to one server, by number, whose times of arrival are known; others become known as those
-    before them end. Times are seconds from the start."""
+    """Future requests of one server, by number, in order of arrival.
 
-    def __init__(self, workload: Sequence[ToCome] = ()) -> None:
-        """All of a workload; `Arrivals.of_each` divides it among several servers."""
-        self._known: list[tuple[float, int]] = []  # a heap
+    An arrival that depends on another request becomes known when that request ends. Times are seconds from the start.
+    """
+
+    def __init__(self, workload: Sequence[WorkloadRequest] = ()) -> None:
+        """Takes a whole workload; `of_each` divides one among several servers."""
+        self._known: list[tuple[float, int]] = []  # heap of (time, number)
         self._followers: dict[int, list[tuple[Arrivals, float, int]]] = {}
         for number, request in enumerate(workload):
             self._expect(number, request)
 
     @classmethod
-    def of_each(cls, workload: Sequence[ToCome], server_of: Sequence[int], servers: int) -> list[Arrivals]:
-        """server_of: of each request. An end at any server is heard by all."""
+    def of_each(cls, workload: Sequence[WorkloadRequest], server_of: Sequence[int], servers: int) -> list[Arrivals]:
+        """Divides a workload among servers; a request may follow one at another server.
+
+        Args:
+          server_of: each request's server, below `servers`.
+        """
         each = [cls() for _ in range(servers)]
         for arrivals in each:
             arrivals._followers = each[0]._followers
@@ -41,27 +51,27 @@ class Arrivals:
         return each
 
     def __bool__(self) -> bool:
-        """Whether any time is known."""
+        """Returns whether any arrival time is known."""
         return bool(self._known)
 
     @property
     def next(self) -> float:
-        """The first of the known times; infinity if there is none."""
+        """The earliest known arrival time; infinity if none is known."""
         return self._known[0][0] if self._known else math.inf
 
     def until(self, now: float) -> Iterator[tuple[int, float]]:
-        """Takes those that have arrived, with their times: in order of arrival, at the same time by number."""
+        """Removes and yields (number, time) of the requests that have arrived, by time, then number."""
         known = self._known
         while known and known[0][0] <= now:
             time, number = heapq.heappop(known)
             yield number, time
 
     def ended(self, number: int, now: float) -> None:
-        """Request `number` was answered or given up at `now`."""
+        """Schedules the requests that follow request `number`, which was answered or aborted at `now`."""
         for arrivals, seconds, follower in self._followers.pop(number, ()):
             heapq.heappush(arrivals._known, (now + seconds, follower))
 
-    def _expect(self, number: int, request: ToCome) -> None:
+    def _expect(self, number: int, request: WorkloadRequest) -> None:
         if request.after is None:
             heapq.heappush(self._known, (request.arrival, number))
         else:

@@ -1,7 +1,7 @@
-"""Speed of the simulation: `python -m slora_jax.simulation.benchmark`.
+"""Measures the speed of the simulation: `python -m slora_jax.simulation.benchmark`.
 
-Runs of the paper's synthetic workload, simulated with S-LoRA's scheduling and with this engine's: seconds on the
-virtual clock per second of processor time of this process. The goal is 200.
+Simulates the paper's synthetic workload with S-LoRA's scheduling and with this engine's, and prints virtual seconds per
+second of processor time. The goal is 200.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LLAMA_13B = ModelShape(40, 5120, 5120, 5120, 13824, 32000)
 
 @dataclass(frozen=True)
 class Case:
-    """One run of the paper's default synthetic workload. rate: requests per second, for `duration` seconds."""
+    """One run of the paper's default synthetic workload: `rate` requests per second for `duration` seconds."""
 
     name: str
     device: str
@@ -54,9 +54,9 @@ CASES = (
 
 
 def main() -> None:
-    """Prints a line per case and system."""
+    """Prints one line for each case and system."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--step-by-step", action="store_true", help="without fast forward")
+    parser.add_argument("--step-by-step", action="store_true", help="do not fast-forward")
     args = parser.parse_args()
     for case in CASES:
         ranks = [case.ranks[i % len(case.ranks)] for i in range(case.num_adapters)]

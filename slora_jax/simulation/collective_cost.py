@@ -1,4 +1,4 @@
-"""Seconds that the shards of a model send to each other in a step."""
+"""Time that the shards of a model spend in collectives in a step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from slora_jax.simulation.work import StepWork
 
 
 class CollectiveCost:
-    """Of every collective: `collective_seconds`, and the bytes that a device sends in a ring over
-    `link * link_bandwidth`. Nothing overlaps with them.
+    """Each collective takes `collective_seconds`, plus a device's bytes sent in a ring over `link * link_bandwidth`.
 
-    The messages are `parallel.cost`'s: of the base in every layer; of the adapters in every layer of a step with any,
-    with the batch's largest rank; of embeddings and tokens once a step.
+    Nothing overlaps with collectives. Their messages are those of `parallel.cost`: for the base in every layer; for
+    adapters in every layer, at the batch's largest rank, if a row has one; for embeddings and tokens once per step.
     """
 
     def __init__(
@@ -26,8 +25,12 @@ class CollectiveCost:
         efficiency: Efficiency,
         lora_stacks: tuple[tuple[str, ...], ...],
     ) -> None:
-        """shape: of a shard. lora_stacks: projections whose adapters share a collective; none: adapters send
-        nothing."""
+        """Sets up the cost of one shard.
+
+        Args:
+          shape: the shard's shape.
+          lora_stacks: projections whose adapters share a collective; empty if adapters' traffic is free.
+        """
         self._layers, self._shards, self._itemsize = shape.num_layers, shape.shards, shape.dtype_bytes
         self._hidden = shape.whole.hidden_size
         self._stacks = lora_stacks
@@ -41,7 +44,7 @@ class CollectiveCost:
         self._lora = cache(self._lora_of_rank)
 
     def seconds(self, work: StepWork) -> float:
-        """All collectives of a step."""
+        """Seconds of all collectives of a step."""
         rows = work.rows
         calls, sent = self._base
         layer = calls + sent * rows
@@ -56,8 +59,8 @@ class CollectiveCost:
     def _lora_of_rank(self, rank: int) -> tuple[float, float]:
         return self._seconds(lora_messages(self._shards, 1, rank, self._itemsize, self._stacks))
 
-    def _seconds(self, of_a_row: Iterable[Message]) -> tuple[float, float]:
-        """(of the calls, of each row), from the messages of one row."""
-        messages = list(of_a_row)
+    def _seconds(self, row_messages: Iterable[Message]) -> tuple[float, float]:
+        """Returns (seconds of the calls, seconds per row) from the messages of one row."""
+        messages = list(row_messages)
         sent = float(sum(message.sent(self._shards.count) for message in messages))
         return len(messages) * self._latency, sent / self._bandwidth

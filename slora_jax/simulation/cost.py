@@ -1,4 +1,4 @@
-"""Time of a step: a roofline of bytes and operations."""
+"""Time of a step, as a roofline of bytes and operations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from slora_jax.simulation.work import StepWork
 
 
 class CostModel:
-    """Seconds on the device, of one model on one device under one software.
+    """Seconds that one model's steps take on one device with one software.
 
     step = step_seconds + max(base + attention + adapters, launches) + adapters' overhead + collectives, with
       base      = max(bytes of all layers' weights (and of the head, if a row is sampled), 2 * elements * rows)
@@ -19,16 +19,21 @@ class CostModel:
                   + max(4 * q_width * layers * pairs of prompts, bytes of KV that prompts read)
       adapters  = see `LoraCost`
       launches  = layers * (layer_seconds + lora_layer_seconds, if a row has an adapter)
-      collectives: see `CollectiveCost`; none on one device
-    each over its ceiling times the share of it that the software reaches. Of a model over several devices
-    (`shard_shape`) all of this is one device's: they do the same at the same time, and each copies its part of the
-    adapters over a link of its own to the host.
+      collectives: see `CollectiveCost`; 0 on one device
+    Bytes and operations are divided by the device's ceiling times the software's efficiency. For a model on several
+    devices (`shard_shape`), all terms are those of one device: the devices work in lockstep, and each copies its part
+    of the adapters over its own link to the host.
     """
 
     def __init__(
         self, shape: ModelShape, device: DeviceModel, software: str, lora: str, lora_collectives: bool = True
     ) -> None:
-        """`lora`: a name of `LORA_COSTS`. lora_collectives=False: what adapters send between devices takes no time.
+        """Sets up the cost model.
+
+        Args:
+          software: a name of `SOFTWARE`.
+          lora: a name of `LORA_COSTS`.
+          lora_collectives: if False, adapters' traffic between devices takes no time.
 
         Raises:
           ConfigError: unknown software or lora.
@@ -55,30 +60,30 @@ class CostModel:
         self._pair = 4 * shape.q_width * shape.num_layers / (efficiency.prefill_attention * flops)
 
     def base_seconds(self, work: StepWork) -> float:
-        """Products with the base weights."""
+        """Seconds of the products with the base weights."""
         read = self._read_layers + (self._read_head if work.sampled else 0.0)
         return max(read, self._row * work.rows + self._sampled_row * work.sampled)
 
     def attention_seconds(self, work: StepWork) -> float:
-        """Attention, of decoding sequences and of prompts."""
+        """Seconds of attention, for decoding sequences and prompts."""
         seconds = self._context_token * work.decode_context
         if work.prompts:
             seconds += max(self._pair * work.prefill_pairs, self._context_token * work.prefill_context)
         return seconds
 
     def launch_seconds(self, work: StepWork) -> float:
-        """The least time of a step, however little it computes."""
+        """The minimum time of a step: its kernel launches."""
         efficiency = self.efficiency
         with_lora = self.lora.launches and work.lora_rows
         layer = efficiency.layer_seconds + (efficiency.lora_layer_seconds if with_lora else 0.0)
         return self.shape.num_layers * layer
 
     def busy_seconds(self, work: StepWork) -> float:
-        """The part of a step in which the device computes, and nobody else can use it."""
+        """The part of a step that occupies the device, so that no other replica can use it."""
         return self._computing(work) + self.collective_seconds(work)
 
     def collective_seconds(self, work: StepWork) -> float:
-        """What the devices of a group wait for each other."""
+        """Seconds of the step's collectives; 0 on one device."""
         return 0.0 if self.collectives is None else self.collectives.seconds(work)
 
     def _computing(self, work: StepWork) -> float:
@@ -86,29 +91,28 @@ class CostModel:
         return computing + self.lora.compute(work) if work.lora_rows else computing
 
     def step_seconds(self, work: StepWork) -> float:
-        """A step on the device, from its first launch to its results."""
+        """Seconds of a step on the device, from its first launch to its results."""
         overhead = self.efficiency.step_seconds
         if work.lora_rows:
             overhead += self.lora.overhead(work)
         return overhead + max(self._computing(work), self.launch_seconds(work)) + self.collective_seconds(work)
 
     def host_seconds(self, work: StepWork) -> float:
-        """The host's work for a step."""
+        """Seconds of host work for a step."""
         return self.efficiency.host_step_seconds + self.efficiency.host_sequence_seconds * work.sequences
 
     def copy_seconds(self, nbytes: float) -> float:
-        """A copy of an adapter from host memory, or of some of its pages, on the copy lane."""
+        """Seconds to copy an adapter, or some of its pages, from host memory on the copy lane."""
         efficiency = self.efficiency
         seconds = nbytes / (efficiency.host_to_device * self.device.host_to_device_bandwidth)
         return efficiency.adapter_load_seconds + seconds
 
     def move_seconds(self, nbytes: float) -> float:
-        """Device memory read and written elsewhere."""
+        """Seconds to copy `nbytes` within device memory."""
         return 2 * nbytes / (self.efficiency.bandwidth * self.device.memory_bandwidth)
 
     def merge_seconds(self, rank: int) -> float:
-        """An adapter merged into the base weights, or taken out again: every matrix that it changes is read and
-        written, after the product B A."""
+        """Seconds to merge or unmerge an adapter: computes B A, then reads and writes every matrix that it changes."""
         shape, efficiency = self.shape, self.efficiency
         moved = self.move_seconds(shape.merged_params * shape.dtype_bytes)
         product = 2 * rank * shape.merged_params / (efficiency.matmul * self.device.matmul_flops)

@@ -1,4 +1,4 @@
-"""Devices: what the data sheet says, and what of it software reaches."""
+"""Devices: data-sheet ceilings, and the share of them that each software reaches."""
 
 from __future__ import annotations
 
@@ -13,28 +13,36 @@ from slora_jax.errors import ConfigError
 from slora_jax.typed import Positive, Seconds, Share, check_fields
 
 SOFTWARE = ("pytorch", "vllm", "peft", "jax")
-"""Whose efficiencies a device file has: S-LoRA and what it emulates (PyTorch, Triton and CUDA, launched kernel by
-kernel from Python), vLLM, Hugging Face PEFT, and this engine (a compiled program per step)."""
+"""Software with efficiencies in every device file: S-LoRA and the systems it emulates (PyTorch, Triton and CUDA kernels
+launched one by one from Python), vLLM, Hugging Face PEFT, and this engine (one compiled program per step)."""
 
 
 @dataclass(frozen=True)
 class Efficiency:
     """Shares of a device's ceilings that software reaches, in (0, 1], and its overheads in seconds.
 
-    matmul: of matmul_flops, in products with base weights. bandwidth: of memory_bandwidth, reading base weights and
-    copying. attention: of memory_bandwidth, reading KV. prefill_attention: of matmul_flops, scores and values of
-    prompts. lora: of memory_bandwidth, reading adapters; lora_reread: what another sequence's reading of the
-    same adapter costs in a step, of the first (the cache serves it). lora_flops: of vector_flops. host_to_device: of
-    host_to_device_bandwidth. link: of link_bandwidth, in collectives.
+    `link` and `collective_seconds` are assumed, since no run of the paper determines them.
 
-    step_seconds: once a step, on the device lane. layer_seconds: least time of a layer, however little it computes (its
-    kernels' launches). lora_layer_seconds: as much more with adapters. launch_seconds: one more small kernel or copy.
-    allocation_seconds: of a step that gives its memory back to the driver and allocates anew. adapter_load_seconds:
-    per adapter loaded, on the copy lane (the host's calls). collective_seconds: of a collective, however little it
-    sends (set, as is link: no run of the paper tells them; PyTorch's as one more kernel's).
-    adapter_wrap_seconds: to put another adapter around the
-    base model (`get_peft_model`). host_step_seconds, host_sequence_seconds: the host's work in a step, and per sequence
-    in it.
+    Attributes:
+      matmul: share of matmul_flops in products with base weights.
+      bandwidth: share of memory_bandwidth when reading base weights and copying.
+      attention: share of memory_bandwidth when reading KV.
+      prefill_attention: share of matmul_flops in the attention of prompts.
+      lora: share of memory_bandwidth when reading adapters.
+      lora_reread: cost of rereading an adapter for another sequence of the step (from cache), relative to the first.
+      lora_flops: share of vector_flops.
+      host_to_device: share of host_to_device_bandwidth.
+      step_seconds: per step, on the device lane.
+      layer_seconds: minimum time of a layer (its kernel launches).
+      lora_layer_seconds: added to that minimum with adapters.
+      adapter_load_seconds: host calls per loaded adapter, on the copy lane.
+      allocation_seconds: per step that returns its memory to the driver and allocates it again.
+      launch_seconds: per additional small kernel or copy.
+      host_step_seconds: host work per step.
+      host_sequence_seconds: host work per sequence in a step.
+      adapter_wrap_seconds: time to wrap the base model in another adapter (`get_peft_model`).
+      link: share of link_bandwidth in collectives.
+      collective_seconds: minimum time of a collective; for PyTorch, one more kernel launch.
     """
 
     matmul: Share
@@ -63,11 +71,15 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class DeviceModel:
-    """A device: its data sheet, and what software reaches of it.
+    """A device: its data-sheet ceilings and the efficiency of each software.
 
-    memory_bytes; memory_bandwidth in bytes per second; matmul_flops: dense float16 (or bfloat16) operations per second
-    of the matrix units; vector_flops: float32 operations per second of the others; host_to_device_bandwidth in bytes
-    per second, one way; link_bandwidth, to the other devices of a group, likewise. efficiency: by software.
+    Attributes:
+      memory_bandwidth: bytes per second.
+      matmul_flops: dense float16 (or bfloat16) operations per second of the matrix units.
+      vector_flops: float32 operations per second of the other units.
+      host_to_device_bandwidth: bytes per second, one way.
+      link_bandwidth: bytes per second to the other devices of a group, one way.
+      efficiency: by software.
     """
 
     name: str
@@ -86,7 +98,7 @@ class DeviceModel:
             raise ConfigError(f"DeviceModel.efficiency of {self.name!r} lacks {', '.join(missing)}")
 
     def fitted(self, software: str, **changes: float) -> DeviceModel:
-        """This device with some efficiencies of one software changed."""
+        """Returns this device with some efficiencies of one software changed."""
         try:
             changed = replace(self.efficiency[software], **changes)
         except KeyError:
@@ -97,15 +109,15 @@ class DeviceModel:
 
 
 def devices() -> list[str]:
-    """Names that `load_device` knows."""
+    """Names of the devices supplied with the package."""
     return sorted(file.name.removesuffix(".json") for file in _directory().iterdir() if file.name.endswith(".json"))
 
 
 def load_device(name: str) -> DeviceModel:
-    """A device by its name in `devices()`, or by the path of a file of one's own.
+    """Loads a device by its name in `devices()` or by the path of a device file.
 
     Raises:
-      ConfigError: there is no such file, or it does not describe a device.
+      ConfigError: the file does not exist or does not describe a device.
     """
     file = _directory() / f"{name}.json"
     if not file.is_file():
@@ -119,8 +131,8 @@ def load_device(name: str) -> DeviceModel:
 
 
 def read_device(name: str, content: Mapping[str, Any]) -> DeviceModel:
-    """A device from the content of a file: "data_sheet" has `{"value", "source"}` of each ceiling, "efficiency" the
-    fields of `Efficiency` by software."""
+    """Reads a device file's content: "data_sheet" maps each ceiling to `{"value", "source"}`, "efficiency" maps each
+    software to the fields of `Efficiency`."""
     try:
         ceilings = {field: entry["value"] for field, entry in content["data_sheet"].items()}
         efficiency = {software: Efficiency(**shares) for software, shares in content["efficiency"].items()}

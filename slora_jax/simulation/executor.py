@@ -1,4 +1,4 @@
-"""The executor of a simulation: what a step takes by the cost model, on a virtual clock."""
+"""The simulated executor: steps take the cost model's time on a virtual clock."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slora_jax.simulation.work import StepWork, step_work
 
 
 class VirtualClock:
-    """Seconds from the start of the simulation, on one replica's host."""
+    """Seconds from the start of the simulation on one replica's host."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -29,16 +29,22 @@ class VirtualClock:
 
 @dataclass(slots=True)
 class SimulatedStep:
-    """A step on the device. ended: seconds; its tokens are known then. sequences: empty in the midst of a fast forward,
-    which reads its steps itself."""
+    """A step on the device.
+
+    Attributes:
+      sequences: empty within a fast forward, which reads its steps itself.
+      ended: seconds from the start; the step's tokens are then available.
+    """
 
     sequences: Sequence[ScheduledSequence]
     ended: float
 
 
 class SimulatedExecutor:
-    """Carries out plans on a virtual clock: the host's time passes in `dispatch`, the device's until `read`. The device
-    lane may be shared with other replicas."""
+    """Executes plans on a virtual clock: host time passes in `dispatch`, device time until `read`.
+
+    Other replicas may share the device lane.
+    """
 
     def __init__(
         self,
@@ -51,14 +57,19 @@ class SimulatedExecutor:
         clock: VirtualClock,
         arrivals: Arrivals,
     ) -> None:
-        """ranks: by adapter digest. arrivals: until the next of which `wait` may last."""
+        """Sets up the executor.
+
+        Args:
+          ranks: by adapter digest.
+          arrivals: future requests; `wait` ends at the next one at the latest.
+        """
         self.cost, self.ranks, self.loading = cost, ranks, loading
         self._system, self._residency, self._device = system, residency, device
         self._counters = residency.evictor.counters
         self._clock, self._arrivals = clock, arrivals
-        self._last_end = 0.0  # of this replica's last step, in whose launches others may have the device
+        self._last_end = 0.0  # of this replica's last step; others may use the device during its launches
         self._merged: str | None = None
-        self._has_landed = False  # an adapter, since the last step
+        self._adapter_landed = False  # since the last step
 
     @property
     def pages_in_flight(self) -> int:
@@ -66,30 +77,30 @@ class SimulatedExecutor:
         return self.loading.pages_in_flight
 
     def adapter_state(self, digest: str) -> AdapterState:
-        """Returns where an adapter is on the host. Starts the read of those on disk."""
+        """Returns an adapter's state on the host; starts reading it if it is on disk."""
         return self.loading.state(digest, self._clock.now)
 
     def lost(self) -> Mapping[str, str]:
-        """Nothing is lost in a simulation."""
+        """Returns no adapters: none is lost in a simulation."""
         return {}
 
     def stage(self, upload: Upload) -> None:
-        """Begins a copy beside the steps."""
+        """Starts a copy that overlaps with steps."""
         self.loading.stage(upload, self._clock.now)
 
     def landed(self) -> list[Landing]:
-        """Uploads that have arrived by now."""
+        """Returns the uploads that have completed since the last call."""
         landings = [Landing(upload) for upload in self.loading.landed(self._clock.now)]
         for upload, _ in landings:
             resident = upload.resident
-            self._has_landed |= resident.present and upload.first + upload.count == resident.num_pages
+            self._adapter_landed |= resident.present and upload.first + upload.count == resident.num_pages
         return landings
 
     def upload(self, resident: Resident) -> None:
-        """`dispatch` accounts for the plan's loads."""
+        """Does nothing; `dispatch` accounts for the plan's loads."""
 
     def dispatch(self, plan: StepPlan) -> SimulatedStep:
-        """Starts a step: the host's part, the wait for the plan's loads, changes of weights, the step itself."""
+        """Starts a step: host work, the wait for the plan's loads, changes of weights, then the step itself."""
         work = step_work(plan.sequences, self.ranks)
         return self.launch(work, self._changes(plan), plan.loads, plan.sequences)
 
@@ -100,7 +111,7 @@ class SimulatedExecutor:
         loads: Iterable[Resident] = (),
         sequences: Sequence[ScheduledSequence] = (),
     ) -> SimulatedStep:
-        """Starts a step of `work`, after `loads` and `changes` seconds on the device."""
+        """Starts a step of `work`, after the copies `loads` and after `changes` seconds on the device."""
         counters, clock = self._counters, self._clock
         host = self.cost.host_seconds(work)
         clock.now += host
@@ -113,7 +124,7 @@ class SimulatedExecutor:
         return SimulatedStep(sequences, self._last_end)
 
     def read(self, step: SimulatedStep) -> list[int]:
-        """Waits for a step. A request's tokens are its own number, as its prompt's are (`SimulatedRequest.prompt`)."""
+        """Waits for a step and returns its tokens. A request's tokens all equal its number, as in its prompt."""
         self.wait_for(step)
         return [int(sequence.request.id) for sequence in step.sequences]
 
@@ -122,30 +133,31 @@ class SimulatedExecutor:
         self._clock.now = max(self._clock.now, step.ended)
 
     def wait(self, digest: str | None) -> None:
-        """Nothing can run: waits for the next arrival of a request, or of an adapter from disk or over the copy lane.
-        With a copy in flight the device stalls for it.
+        """Waits, when nothing can run, for the next request, read from disk or copy to the device. Waiting for a copy
+        counts as a stall.
 
         Raises:
-          RequestError: none will come.
+          RequestError: no such event will occur.
         """
         now = self._clock.now
         event = min(self._arrivals.next, self.loading.next_event(now))
         if event == math.inf:
-            raise RequestError("requests wait, and nothing will ever let them run")
+            raise RequestError("waiting requests can never run: no arrival, disk read or upload is pending")
         if self.loading.next_landing(now) < math.inf:
             self._counters.stall_seconds += event - now
         self._clock.now = event
 
     def _changes(self, plan: StepPlan) -> float:
-        """Seconds on the device before the step itself: merging, or gathering adapters anew."""
-        landed, self._has_landed = self._has_landed, False
+        """Seconds on the device before the step itself, to merge or to gather adapters."""
+        landed, self._adapter_landed = self._adapter_landed, False
         if self._system.merged:
-            return self._switch(plan.sequences[0].request.digest)
+            return self._merge(plan.sequences[0].request.digest)
         if self._system.gathers_on_load and (plan.loads or landed):
             return self.cost.move_seconds(sum(self.loading.nbytes[r.digest] for r in self._residency.residents))
         return 0.0
 
-    def _switch(self, digest: str | None) -> float:
+    def _merge(self, digest: str | None) -> float:
+        """Seconds to unmerge the present adapter and merge this one (None: only unmerge)."""
         if digest == self._merged:
             return 0.0
         changed = [self.ranks[name] for name in (self._merged, digest) if name is not None]

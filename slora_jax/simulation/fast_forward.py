@@ -1,4 +1,4 @@
-"""Many decode steps at once, where nothing but decoding can happen."""
+"""Runs many decode steps at once while no other event is possible."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from slora_jax.simulation.executor import SimulatedExecutor, SimulatedStep
 from slora_jax.simulation.scheduler import SimulatedScheduler
 from slora_jax.simulation.work import StepWork, step_work
 
-LEAST_STEPS = 2
-"""Fewer steps are not worth it."""
+MIN_STEPS = 2
+"""Fewer steps are not worth a fast forward."""
 
 STATIC_ORDERS = (Policy.order, Lcfs.order)
-"""Precedence that does not change with time, so that the order of the batch does not either."""
+"""Orders that do not depend on time, so the order of the batch is fixed."""
 
 
 class Replica(Protocol):
@@ -38,28 +38,35 @@ class Replica(Protocol):
 
 
 def fast_forward(replica: Replica, until: float) -> bool:
-    """Runs as many steps as are certain to admit and preempt none, all sequences decoding, with the same arithmetic of
-    time as `EngineCore.step` for each; requests that end leave. Stops before a step that would be planned at `until` or
-    later, or that may admit. Returns whether any ran.
+    """Runs decode steps until a step might admit or preempt a request, or would be planned at `until` or later.
 
-    Each step: the clock, the sums of the work, the policy's hooks. Once for all of them: the requests' progress, their
-    tokens, their pages.
+    Every step updates the clock (exactly as `EngineCore.step` does), the sums of the work and the policy; requests that
+    end leave the batch. Progress, tokens and pages of requests are updated once for all steps.
+
+    Returns:
+      Whether any step ran.
     """
     scheduler = replica.scheduler
     if scheduler.may_change or type(scheduler.policy).order not in STATIC_ORDERS:
         return False
     batch = _decoding(scheduler, replica.core.clock())
-    most = 0 if batch is None else batch.steps_with_pages(scheduler)
-    if batch is None or most < LEAST_STEPS:
+    max_steps = 0 if batch is None else batch.steps_with_pages(scheduler)
+    if batch is None or max_steps < MIN_STEPS:
         return False
-    steps, reads = _run(replica, batch, most, until)
+    steps, reads = _run(replica, batch, max_steps, until)
     _update(replica, batch, steps, reads)
     return True
 
 
 @dataclass(slots=True)
 class Decoding:
-    """Requests that will decode a token in every step, in the order of the plan. remaining: tokens to come of each."""
+    """Requests that decode a token in every step, in the order of the plan.
+
+    Attributes:
+      computed: tokens of each request with computed KV.
+      remaining: tokens left to generate for each request.
+      pages: pages held by each request.
+    """
 
     requests: list[Request] = field(default_factory=list)
     computed: list[int] = field(default_factory=list)
@@ -67,7 +74,7 @@ class Decoding:
     pages: list[int] = field(default_factory=list)
 
     def steps_with_pages(self, scheduler: SimulatedScheduler) -> int:
-        """Steps for which the free pages suffice, whoever leaves meanwhile; at most the longest output."""
+        """Steps for which the free pages suffice even if no request returns its pages; at most the longest output."""
         computed, remaining = np.array(self.computed), np.array(self.remaining)
         free, page_size = scheduler.allocator.available(PageKind.KV) + sum(self.pages), scheduler.config.page_size
 
@@ -84,8 +91,8 @@ class Decoding:
 
 
 def _decoding(scheduler: SimulatedScheduler, now: float) -> Decoding | None:
-    """The running requests without those whose last token is on its way; None if there are none, if one has a prompt to
-    compute, or if not all fit into a step."""
+    """The running requests except those whose last token is in flight. Returns None if there are none, if one has
+    prompt tokens to compute, or if they do not fit into one step."""
     batch = Decoding()
     for request in scheduler.policy.order(scheduler.running, now):
         sampled, computed = request.num_sampled, request.num_computed
@@ -102,11 +109,15 @@ def _decoding(scheduler: SimulatedScheduler, now: float) -> Decoding | None:
 
 
 class DecodingWork:
-    """The work of a step of a `Decoding`, kept up to date as steps pass and requests leave."""
+    """The work of a step of a `Decoding`, updated as steps pass and requests leave."""
 
     def __init__(self, batch: Decoding, ranks: Mapping[str, int], with_segments: bool) -> None:
-        """ranks: by adapter digest. with_segments: whether the fields of runs are wanted; they cost a pass for each
-        step that somebody leaves."""
+        """Sums up the work of the first step.
+
+        Args:
+          ranks: by adapter digest.
+          with_segments: also computes the segment fields, by a pass over the batch whenever a request leaves.
+        """
         self.requests = batch.requests
         self._ranks = ranks
         self._with_segments = with_segments
@@ -119,11 +130,11 @@ class DecodingWork:
         self.work = self._counted() if with_segments else self._summed(sum(batch.computed))
 
     def sequences(self) -> list[ScheduledSequence]:
-        """As the scheduler would plan them."""
+        """The step's sequences, equal to the scheduler's plan."""
         return [ScheduledSequence(r, r.num_computed + self._steps, 1, True) for r in self.requests]
 
     def next_step(self, leaving: Sequence[Request]) -> None:
-        """Everyone has one more token, and `leaving` have their last."""
+        """Advances every request by one token and removes `leaving`, which have generated their last."""
         self._steps += 1
         self.work.decode_context += self.work.decode_rows
         if not leaving:
@@ -145,7 +156,7 @@ class DecodingWork:
         return step_work(self.sequences(), self._ranks)
 
     def _summed(self, computed: int) -> StepWork:
-        """All but the fields of runs. computed: tokens before those of this step, of all."""
+        """The work without the segment fields; `computed` is the sum of tokens computed before this step."""
         rows = len(self.requests)
         work = StepWork(decode_rows=rows, decode_context=computed + rows, sampled=rows)
         for digest, users in self._users.items():
@@ -159,24 +170,24 @@ class DecodingWork:
         return work
 
 
-def _run(replica: Replica, batch: Decoding, most: int, until: float) -> tuple[int, list[float]]:
-    """Steps that ran, and when the tokens of each were read: of all but the last one, if steps overlap."""
+def _run(replica: Replica, batch: Decoding, max_steps: int, until: float) -> tuple[int, list[float]]:
+    """Returns the number of steps run and the read time of each step's tokens, except the last if steps overlap."""
     core, scheduler, executor = replica.core, replica.scheduler, replica.executor
     leaving: dict[int, list[Request]] = {}
     for request, remaining in zip(batch.requests, batch.remaining, strict=True):
         leaving.setdefault(remaining, []).append(request)
     current = DecodingWork(batch, executor.ranks, executor.cost.lora.pads)
-    tells_policy = type(scheduler.policy).stepped is not Policy.stepped
+    policy_observes = type(scheduler.policy).stepped is not Policy.stepped
     reads: list[float] = []
     steps = 0
-    while steps < most and current.requests:
+    while steps < max_steps and current.requests:
         if steps:
             if core.clock() >= until:
                 break
             replica.deliver()
             if scheduler.may_change:
                 break
-        scheduler.schedule_decode(current.sequences() if tells_policy else (), core.clock())
+        scheduler.schedule_decode(current.sequences() if policy_observes else (), core.clock())
         core.counters.steps += 1
         core.counters.tokens_computed += current.work.rows
         before = core.exchange(executor.launch(current.work))
@@ -194,7 +205,7 @@ def _run(replica: Replica, batch: Decoding, most: int, until: float) -> tuple[in
 
 
 def _completed(requests: Sequence[Request], reads: Sequence[float], scheduler: SimulatedScheduler) -> Sequence[Request]:
-    """The same requests, with all of their output, and, for a prefix cache, all of their pages."""
+    """Returns the requests, completed with their whole output and, for a prefix cache, all their pages."""
     for request in requests:
         request.num_computed += len(reads)
         request.num_sampled += len(reads)
@@ -206,14 +217,14 @@ def _completed(requests: Sequence[Request], reads: Sequence[float], scheduler: S
 
 
 def _append(request: Request, reads: Sequence[float], counters: Counters) -> None:
-    """Adds a token for each time."""
+    """Adds a token for each read time."""
     counters.tokens_generated += len(reads)
     request.output += [int(request.id)] * len(reads)
     request.token_times += reads
 
 
 def _update(replica: Replica, batch: Decoding, steps: int, reads: Sequence[float]) -> None:
-    """Progress and pages of requests that go on, or whose last token is in flight."""
+    """Updates progress and pages of requests that continue or whose last token is in flight."""
     allocator, page_size = replica.scheduler.allocator, replica.scheduler.config.page_size
     ended = len(reads)
     in_last: list[ScheduledSequence] = []

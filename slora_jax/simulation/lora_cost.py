@@ -1,4 +1,4 @@
-"""What adapters add to a step, by how a system computes them."""
+"""Cost that adapters add to a step, for each way of computing them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from slora_jax.simulation.work import StepWork
 
 @dataclass(frozen=True)
 class LoraCost:
-    """No adapters at all, and the seam of every way to compute them. All results are seconds of one step.
+    """Base class, and the cost without adapters (0). All results are seconds of one step.
 
-    Bytes over `b = lora * memory_bandwidth`, operations over `f = matmul * matmul_flops` (matrix units) or
-    `v = lora_flops * vector_flops`; `w` are the bytes and `p` the elements of an adapter per rank (`ModelShape`).
+    In the subclasses' formulas, bytes are divided by `b = lora * memory_bandwidth` and operations by
+    `f = matmul * matmul_flops` (matrix units) or `v = lora_flops * vector_flops`; `w` is an adapter's bytes and `p` its
+    elements per rank (`ModelShape.lora_bytes`, `lora_params`).
     """
 
     shape: ModelShape
@@ -23,10 +24,9 @@ class LoraCost:
     efficiency: Efficiency
 
     launches = False
-    """Returns whether every layer has kernels of its own for adapters."""
+    """Whether every layer launches additional kernels for adapters."""
     pads = False
-    """Returns whether the cost depends on runs of equal adapters in the batch (`StepWork.segments`,
-    `longest_segment`)."""
+    """Whether the cost depends on `StepWork.segments` and `longest_segment`."""
 
     @property
     def stacks(self) -> tuple[tuple[str, ...], ...]:
@@ -34,15 +34,15 @@ class LoraCost:
         return ()
 
     def compute(self, work: StepWork) -> float:
-        """Time on the device, in a row with the base model's."""
+        """Seconds on the device, added to those of the base model."""
         return 0.0
 
     def overhead(self, work: StepWork) -> float:
-        """Time that nothing else overlaps with."""
+        """Seconds that overlap with nothing."""
         return 0.0
 
     def _read(self, ranks: float) -> float:
-        """Seconds to read so many ranks of adapters."""
+        """Seconds to read adapters with this sum of ranks."""
         return ranks * self.shape.lora_bytes / (self.efficiency.lora * self.device.memory_bandwidth)
 
 
@@ -56,7 +56,7 @@ class Segmented(LoraCost):
 
     @property
     def stacks(self) -> tuple[tuple[str, ...], ...]:
-        """All of them: a program does not depend on what adapters have."""
+        """All stacks: a compiled program does not depend on the adapters' targets."""
         return tuple(STACKS.values())
 
     def compute(self, work: StepWork) -> float:
@@ -65,13 +65,13 @@ class Segmented(LoraCost):
 
 
 class Mbgmv(LoraCost):
-    """S-LoRA's kernels, as its code chooses them.
+    """S-LoRA's kernels, selected as in its code.
 
-    MBGMV, on the vector units, each sequence reading its adapter, from memory once and from the cache after that:
+    MBGMV runs on the vector units; each sequence reads its adapter, the first time from memory, then from cache:
       max(r * w / b, 2 * row_ranks * p / v),  r = adapter_ranks + lora_reread * (sequence_ranks - adapter_ranks)
-    MBGMM, on one device, in steps of 2 or more prompts, the longest of at least 200 rows and the largest rank at least
-    64: tiles over all rows and the largest rank, in Triton like the attention over prompts, whose share of the matrix
-    units `a` it gets:
+    MBGMM runs on one device in steps with at least 2 prompts, a longest prompt of at least 200 rows, and a largest rank
+    of at least 64. Its tiles cover all rows at the largest rank. It is a Triton kernel like prompt attention, and gets
+    the same share of the matrix units, `a = prefill_attention * matmul_flops`:
       max(r * w / b, 2 * lora_rows * max_rank * p / a)
     """
 
@@ -79,7 +79,7 @@ class Mbgmv(LoraCost):
 
     @property
     def stacks(self) -> tuple[tuple[str, ...], ...]:
-        """Each projection by itself."""
+        """One collective for each projection."""
         return tuple((projection,) for projection in self.shape.lora_targets)
 
     def compute(self, work: StepWork) -> float:
@@ -95,11 +95,10 @@ class Mbgmv(LoraCost):
 
 
 class Bmm(LoraCost):
-    """`--bmm`: each step copies the adapters, once per run of equal ones (`segments`), zero-padded to the largest rank,
-    and multiplies with `torch.bmm`, the inputs padded to the longest run; then gives the memory back.
+    """S-LoRA's `--bmm`: each step copies one adapter per segment, zero-padded to the largest rank, multiplies with
+    `torch.bmm`, with inputs padded to the longest segment, and frees the copies.
 
-    compute:  (sequence of copies and product: read, write, read) 3 * segments * max_rank * w / b
-              + 2 * segments * longest_segment * max_rank * p / f
+    compute:  3 * segments * max_rank * w / b  (read, write, read) + 2 * segments * longest_segment * max_rank * p / f
     overhead: segments * layers * projections * 2 copies * launch_seconds + allocation_seconds
     """
 
@@ -119,4 +118,4 @@ class Bmm(LoraCost):
 
 
 LORA_COSTS: dict[str, type[LoraCost]] = {"none": LoraCost, "segmented": Segmented, "mbgmv": Mbgmv, "bmm": Bmm}
-"""By the name in `SystemConfig.lora`. A system that merges adapters pays nothing in a step ("none")."""
+"""Costs by the name in `SystemConfig.lora`. A system that merges adapters uses "none"."""

@@ -1,4 +1,4 @@
-"""The pool of a simulated replica: the one place that builds the allocator and the residency."""
+"""Builds the pool of a simulated replica: allocator, evictor and residency."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from slora_jax.simulation.system import SystemConfig
 def make_residency(
     system: SystemConfig, num_tokens: int, cost: CostModel, counters: Counters | None = None
 ) -> AdapterResidency:
-    """Residency, evictor and allocator of one replica, whose pool has `num_tokens`; a split one has the adapters' part
-    beside them."""
+    """Returns the residency (with evictor and allocator) of one replica with a pool of `num_tokens`, plus
+    `system.adapter_tokens` in a split pool."""
     pages = num_tokens // system.page_size
     adapter_pages = None if system.adapter_tokens is None else system.adapter_tokens // system.page_size
     allocator = PageAllocator(1 + pages + (adapter_pages or 0), adapter_pages)

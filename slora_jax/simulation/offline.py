@@ -1,4 +1,4 @@
-"""The paper's loop around Hugging Face PEFT (`run_exp_peft.py`): no server, static batches of one adapter each."""
+"""Simulates the paper's offline loop around Hugging Face PEFT (`run_exp_peft.py`): static batches of one adapter."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ from slora_jax.simulation.system import SystemConfig
 from slora_jax.simulation.work import StepWork
 
 Arrived = tuple[int, float, SimulatedRequest]
-"""A request with its number and when it arrived."""
+"""Number, arrival time in seconds, and request."""
 
 CACHE_COPIES = 2
-"""Copies of the whole KV cache in a decode step: the new tokens are concatenated, and the rows that go on picked."""
+"""Copies of the whole KV cache per decode step: one to append the new tokens, one to select the remaining rows."""
 
 
 def simulate_offline(
     workload: Sequence[SimulatedRequest], system: SystemConfig, cost: CostModel, ranks: Sequence[int]
 ) -> SimulationResult:
-    """Again and again: collect what has arrived, group it by adapter, wrap the base model in the adapter, and run the
-    group in batches of `system.offline_batch`. A batch pads its prompts to the longest, drops rows as they end, and
-    admits nobody. While a collection runs, arrivals wait for the next one."""
+    """Serves the workload in rounds: collects the requests that have arrived, groups them by adapter, wraps the base
+    model in each adapter, and runs its group in batches of `system.offline_batch`.
+
+    A batch pads its prompts to the longest, drops rows as they end, and admits no request. Requests that arrive during
+    a round wait for the next one.
+    """
     if system.offline_batch is None:
         raise ConfigError(f"system {system.name!r}: offline_batch=None; it must be given")
     loop = OfflineLoop(cost, ranks)
@@ -48,7 +51,7 @@ def simulate_offline(
 
 
 class OfflineLoop:
-    """The clock of the loop, and what it has done. Host and device take turns."""
+    """Clock, records and counters of the loop. Host and device do not overlap."""
 
     def __init__(self, cost: CostModel, ranks: Sequence[int]) -> None:
         self.now = 0.0
@@ -57,14 +60,14 @@ class OfflineLoop:
         self._cost, self._ranks = cost, ranks
 
     def wrap(self, adapter: int | None) -> None:
-        """`get_peft_model`, for an adapter."""
+        """Wraps the base model in an adapter (`get_peft_model`)."""
         if adapter is not None:
             self.now += self._cost.efficiency.adapter_wrap_seconds
             self.counters.host_seconds += self._cost.efficiency.adapter_wrap_seconds
             self.counters.adapter_loads += 1
 
     def run(self, batch: Sequence[Arrived], adapter: int | None) -> None:
-        """One batch, to its last token."""
+        """Runs one batch to its last token."""
         rank = 0 if adapter is None else self._ranks[adapter]
         admitted, times = self.now, []
         padded = max(request.prompt_tokens for _, _, request in batch)
@@ -101,7 +104,7 @@ class OfflineLoop:
 
 
 def _padded_work(rows: int, padded: int, step: int, rank: int) -> StepWork:
-    """`rows` prompts of `padded` tokens (step 0, whose logits are all computed), or a token after these for each."""
+    """Work of a step: `rows` prompts of `padded` tokens, all with logits (step 0), or one more token for each row."""
     if step:
         work = StepWork(decode_rows=rows, decode_context=rows * (padded + step), sampled=rows)
     else:

@@ -1,4 +1,4 @@
-"""One simulated replica: the engine's core on a virtual clock, and the requests that arrive at it."""
+"""One simulated replica: the engine's core on a virtual clock, with its arriving requests."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ class Replica:
     """An `EngineCore` with a `SimulatedExecutor`.
 
     Attributes:
-      clock: of its host.
-      records: of ended requests, by number in the workload. abort_reasons: by request id.
+      clock: the host's clock.
+      records: records of ended requests, by number in the workload.
+      abort_reasons: by request id.
     """
 
     def __init__(
@@ -46,8 +47,17 @@ class Replica:
         arrivals: Arrivals,
         fast: bool,
     ) -> None:
-        """num_tokens: of the pool. ranks: by adapter digest. device: shared by all replicas, as is `counters`.
-        workload: of all replicas. arrivals: of it, at this one. fast: may `fast_forward`."""
+        """Sets up the replica.
+
+        Args:
+          num_tokens: capacity of the pool.
+          ranks: by adapter digest.
+          device: device lane, shared by all replicas.
+          counters: shared by all replicas.
+          workload: requests of all replicas.
+          arrivals: this replica's part of the workload.
+          fast: allows `fast_forward`.
+        """
         shape = cost.shape
         self.clock = VirtualClock()
         self.records: dict[int, RequestRecord] = {}
@@ -60,11 +70,11 @@ class Replica:
             digest: AdapterUse(digest, digest, shape.ranks(rank), pages[digest]) for digest, rank in ranks.items()
         }
         residency = make_residency(system, num_tokens, cost, counters)
-        most = residency.evictor.allocator.capacity_for(PageKind.ADAPTER)
-        if system.serves_adapters and max(pages.values(), default=0) > most:
+        capacity = residency.evictor.allocator.capacity_for(PageKind.ADAPTER)
+        if system.serves_adapters and max(pages.values(), default=0) > capacity:
             raise ConfigError(
                 f"system {system.name!r}: an adapter of {max(pages.values())} pages does not "
-                f"fit into the {most} that adapters can have; raise adapter_tokens or num_tokens"
+                f"fit into the {capacity} available to adapters; raise adapter_tokens or num_tokens"
             )
         whole = {digest: rank * shape.whole.lora_bytes for digest, rank in ranks.items()}
         store = HostStore(whole, system.host_adapter_bytes, system.disk_bandwidth)
@@ -79,16 +89,16 @@ class Replica:
 
     @property
     def has_work(self) -> bool:
-        """Returns whether requests run, wait, or have yet to arrive."""
+        """Returns whether requests are running, waiting, or still to arrive."""
         return bool(self._arrivals) or self.core.has_work
 
     @property
     def next_turn(self) -> float:
-        """When the loop goes on: now, or with the next arrival if there is nothing to do."""
+        """Time of the next step: now, or the next arrival if the core is idle."""
         return self.clock.now if self.core.has_work else max(self.clock.now, self._arrivals.next)
 
     def step(self, until: float = math.inf) -> None:
-        """One step of the core, or as many as can be run at once before `until`; the clock advances."""
+        """Runs one step of the core, or fast-forwards up to `until`, and advances the clock."""
         self.clock.now = self.next_turn
         self.deliver()
         if self._fast and fast_forward(self, until):
@@ -96,19 +106,19 @@ class Replica:
         self.end_updates(self.core.step())
 
     def deliver(self) -> None:
-        """Queues what has arrived by now."""
+        """Queues the requests that have arrived."""
         for number, arrival in self._arrivals.until(self.clock.now):
             self.core.add(self._request(number, arrival))
             self._arrived += 1
 
     def end(self, requests: Iterable[Request]) -> None:
-        """Ends requests that have all of their tokens."""
+        """Ends requests that have generated all their tokens."""
         for request in requests:
             self.core.finish(request, FinishReason.LENGTH)
             self._record(request)
 
     def end_updates(self, updates: Iterable[Update[SimulatedStep]]) -> None:
-        """Records requests that have ended."""
+        """Records the requests that ended in these updates."""
         for update in updates:
             if update.ended:
                 if update.error is not None:

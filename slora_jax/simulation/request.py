@@ -1,4 +1,4 @@
-"""What goes into a simulation and what comes out."""
+"""Input and output of a simulation."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from slora_jax.metrics import Counters, PoolSample, RequestRecord
 
 @dataclass(frozen=True)
 class SimulatedRequest:
-    """A request of the workload. arrival: seconds from the start, at least 0. adapter: index into the simulation's
-    adapters, None for the base model. It always generates `output_tokens`. tenant: who is charged under fair share; ""
-    is its adapter. prefix: (text, length) of a beginning that is the same in all prompts that name this text, a number
-    from 0; only a prefix cache minds it. Of two lengths, the shorter one is shared. after: for a closed loop, the
-    number of an earlier request; this one arrives `arrival` seconds after that one ended, answered or aborted."""
+    """A request of the workload; it always generates `output_tokens`.
+
+    Attributes:
+      arrival: seconds from the start or, with `after`, from the end of that request; at least 0.
+      adapter: index into the simulation's adapters; None: the base model.
+      tenant: account charged under fair share; "": the adapter.
+      prefix: (text, length): number of a text, from 0, and how many of its tokens begin the prompt. Only a prefix cache
+        uses it; prompts with the same text share the shorter length.
+      after: for a closed loop, the number of an earlier request (answered or aborted) that this one follows.
+    """
 
     arrival: float
     adapter: int | None
@@ -25,16 +30,22 @@ class SimulatedRequest:
     after: int | None = None
 
     def prompt(self, number: int) -> list[int]:
-        """Token ids: of the shared beginning, then, to its end, of request `number` alone."""
+        """Token ids: the shared prefix, then tokens unique to request `number`."""
         text, length = (0, 0) if self.prefix is None else self.prefix
         return [-1 - text] * length + [number] * (self.prompt_tokens - length)
 
 
 @dataclass(frozen=True)
 class SimulationResult:
-    """records: one per request, in the order of the workload; ids are "0", "1", ...; adapters' names are their indices
-    as text. Requests that the policy gave up have `FinishReason.ABORT`. pool: samples at regular times, of all replicas
-    together. seconds: when the last request ended, from the start."""
+    """Result of a simulation.
+
+    Attributes:
+      records: one per request, in the order of the workload, with ids "0", "1", ... and adapter indices as names.
+        Requests aborted by the policy have `FinishReason.ABORT`.
+      pool: samples at regular times, summed over replicas.
+      seconds: end of the last request, from the start.
+      abort_reasons: by request id.
+    """
 
     records: Sequence[RequestRecord]
     pool: Sequence[PoolSample]

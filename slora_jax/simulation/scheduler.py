@@ -1,4 +1,4 @@
-"""The engine's scheduler with the modes of S-LoRA's code, and with steps that a simulation need not plan one by one."""
+"""The engine's scheduler with the modes of S-LoRA's code and support for fast forward."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from slora_jax.simulation.system import SystemConfig
 
 
 class SimulatedScheduler(Scheduler):
-    """The scheduler under two more settings of `SystemConfig`.
+    """The scheduler with two more settings of `SystemConfig`.
 
-    admit_every: 1 tries to admit (and asks for the policy's aborts) in every step; n > 1 lets n steps decode after an
-    admission, then tries in every step until one admits, and whenever nothing runs. The paper's code has 10.
+    admit_every: 1 tries to admit (and applies the policy's aborts) in every step. n > 1, as in the paper's code (10),
+    decodes for n steps after an admission, then tries in every step until one admits; it also tries when nothing runs.
 
-    mixed: prefill and decode share steps, prompts in chunks. False, as in the paper's code: admitted requests prefill
-    in a step of their own, whole, while the others pause; the rows of a step then bound the prompts of one admission.
+    mixed: True lets chunks of prompts share steps with decoding. False, as in the paper's code, prefills admitted
+    requests whole in a separate step while the others pause; `max_num_batched_tokens` then bounds the prompts of one
+    admission.
     """
 
     def __init__(
@@ -39,16 +40,16 @@ class SimulatedScheduler(Scheduler):
 
     @property
     def may_change(self) -> bool:
-        """Returns whether the next step may admit, or prefetch. With an empty queue, uploads in flight are of adapters
-        that no request wants any more, and change nothing when they land."""
+        """Returns whether the next step may admit or prefetch. With an empty queue it cannot: no request waits for the
+        uploads in flight, so their landing changes nothing."""
         return bool(self.waiting) and (self.admission_due or self.config.prefetch > 0)
 
     def add(self, request: Request) -> None:
-        """Queues a request that fits into the pool alone.
+        """Queues a request.
 
         Raises:
-          RequestError: prompts run whole (`mixed=False`), and with its output, as after a preemption, this one never
-            would.
+          RequestError: with `mixed=False`, prompt and output exceed a step, so the request could not be prefilled again
+            after a preemption.
         """
         longest = len(request.prompt) + request.max_new - 1
         if not self._mixed and longest > self.config.max_num_batched_tokens:
@@ -75,8 +76,8 @@ class SimulatedScheduler(Scheduler):
         return plan
 
     def schedule_decode(self, sequences: Sequence[ScheduledSequence], now: float) -> None:
-        """Like `schedule` for a step that admits nothing and gives each running sequence its next token: tells the
-        policy and counts the step. The caller updates the requests."""
+        """Like `schedule`, for a step that only decodes one token per running sequence: notifies the policy and counts
+        the step. The caller updates the requests."""
         if self.admission_due:
             self._abort(StepPlan(), now)
         self._decoded += 1

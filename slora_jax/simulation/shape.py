@@ -1,4 +1,4 @@
-"""What a cost model must know of a base model: sizes, bytes and operations."""
+"""Sizes of a base model for the cost model."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from slora_jax.parallel.layout import ONE_DEVICE, Shards
 from slora_jax.typed import Count, check_fields
 
 ATTENTION = ("q", "k", "v", "o")
-"""The projections that the paper's adapters have."""
+"""Target projections of the paper's adapters."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a Llama-like decoder, in elements. `dtype_bytes` is that of weights, KV and adapters.
+    """Sizes of a Llama-like decoder, in elements.
 
-    lora_targets: projections that every adapter has, each at the adapter's rank. head_dim: of q and kv, by which they
-    are cut over devices.
+    Attributes:
+      dtype_bytes: bytes of an element of weights, KV and adapters.
+      lora_targets: projections targeted by every adapter, each at the adapter's rank.
+      head_dim: width of a head, the unit in which q and kv are sharded.
     """
 
     num_layers: Count
@@ -49,7 +51,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, model: ModelConfig, dtype_bytes: int = 2, lora_targets: Sequence[str] = ATTENTION) -> ModelShape:
-        """The shape of a checkpoint's configuration."""
+        """Returns the shape of a checkpoint's config."""
         return cls(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
@@ -65,12 +67,12 @@ class ModelShape:
 
     @property
     def whole(self) -> ModelShape:
-        """The whole model, of which this may be a part (`shard_shape`)."""
+        """The whole model; differs from `self` for a shard (`shard_shape`)."""
         return self
 
     @property
     def shards(self) -> Shards:
-        """How `whole` is cut."""
+        """The sharding of `whole`."""
         return ONE_DEVICE
 
     @property
@@ -93,7 +95,7 @@ class ModelShape:
 
     @cached_property
     def params(self) -> int:
-        """Matrix elements of the model; norms are left out."""
+        """Matrix elements of the model, without norms."""
         return self.num_layers * self.layer_params + self.head_params * (1 if self.tie_word_embeddings else 2)
 
     @property
@@ -103,12 +105,12 @@ class ModelShape:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the keys and values of one token, over all layers: also of one token of pool."""
+        """Bytes of keys and values per token over all layers, equal to the pool's bytes per token."""
         return 2 * self.num_layers * self.kv_width * self.dtype_bytes
 
     @cached_property
     def lora_params(self) -> int:
-        """Elements of an adapter per rank: A's and B's, over its projections and all layers."""
+        """Elements of an adapter's A and B per rank, over its projections and all layers."""
         return self.num_layers * sum(sum(PROJECTIONS[name].dims(self)) for name in self.lora_targets)
 
     @property
@@ -126,10 +128,10 @@ class ModelShape:
         return np.array([rank if name in self.lora_targets else 0 for name in PROJECTIONS], np.int32)
 
     def adapter_pages(self, rank: int, page_size: int) -> int:
-        """Pages of the pool that an adapter takes, as `LoraLayout` places it. With page_size 1 and the paper's
-        projections of a model without grouped queries that is 4 * rank, S-LoRA's rule."""
+        """Pages of the pool that an adapter occupies in its `LoraLayout`. With page_size 1, the paper's projections and
+        no grouped-query attention this is 4 * rank, S-LoRA's rule."""
         return int(self.lora_layout(page_size).num_pages(self.ranks(rank)))
 
     def lora_layout(self, page_size: int) -> LoraLayout:
-        """Where adapters lie in their pages."""
+        """The layout of adapters in their pages."""
         return lora_layout(self, page_size)

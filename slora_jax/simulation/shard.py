@@ -1,4 +1,4 @@
-"""A model cut over several devices, as each of them sees it."""
+"""The shape of one device's part of a sharded model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from slora_jax.simulation.shape import ModelShape
 
 @dataclass(frozen=True, kw_only=True)
 class ShardShape(ModelShape):
-    """The part of `whole` that each of `shards.count` devices has: widths, KV and vocabulary are its own, and so are
-    the adapters' sizes, as their layout cuts them. The vocabulary is rounded up."""
+    """One device's part of `whole` with `shards.count` devices; adapters' sizes follow their sharded layout, and the
+    vocabulary is rounded up."""
 
     whole_shape: ModelShape
     cut_into: Shards
@@ -30,7 +30,7 @@ class ShardShape(ModelShape):
 
     @cached_property
     def lora_params(self) -> int:
-        """Elements of an adapter per rank. Where A is dealt by rank, the last row's rounding up is left out."""
+        """Elements of an adapter per rank. Where A is sharded by rank, rounding up is ignored."""
         elements = 0
         for stack in self.lora_layout(16).stacks:
             for projection, d_out in zip(stack.projections, stack.d_outs, strict=True):
@@ -43,14 +43,14 @@ class ShardShape(ModelShape):
 
 
 def shard_shape(model: ModelShape, count: int, lora: LoraSharding = "slora") -> ModelShape:
-    """What each of `count` devices has of `model`; the model itself on one.
+    """Returns each device's part of `model` on `count` devices; `model` itself on one.
 
     Raises:
-      ConfigError: a width of the model cannot be cut so; the message names it.
+      ConfigError: a width of the model is not divisible; the message names it.
     """
     if count == 1:
         return model
-    shards = cut(cast(Any, model), count, lora)  # it has the names of `ModelConfig`
+    shards = cut(cast(Any, model), count, lora)  # same attribute names as `ModelConfig`
     own = {field.name: getattr(model, field.name) for field in fields(ModelShape)}
     own |= {
         "q_width": model.q_width // count,

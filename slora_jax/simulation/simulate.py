@@ -1,4 +1,4 @@
-"""The simulation of a workload."""
+"""Simulates a workload."""
 
 from __future__ import annotations
 
@@ -32,15 +32,19 @@ def simulate(
     sample_seconds: float = 1.0,
     fast_forward: bool = True,
 ) -> SimulationResult:
-    """Serves `workload`, in order of arrival but for what follows other requests (`SimulatedRequest.after`), to its
-    last token. Deterministic.
+    """Serves `workload` to its last token. Deterministic.
 
-    adapters: the rank of each. policy: instead of the system's; copied for every replica, so that it can be used again
-    (an offline loop has none). sample_seconds: between samples of the pool, all replicas together. fast_forward=False
-    runs every step by itself, with the same results.
+    Args:
+      workload: requests sorted by arrival, except those with `SimulatedRequest.after`.
+      adapters: rank of each adapter.
+      policy: replaces the system's policy; it is copied for every replica, so the caller can reuse it. Ignored by the
+        offline loop.
+      sample_seconds: interval between samples of the pool, summed over replicas.
+      fast_forward: False runs every step separately, with the same results.
 
     Raises:
-      ConfigError: system, model and device do not fit together. RequestError: a request that can never run.
+      ConfigError: system, model and device do not fit together.
+      RequestError: a request can never run.
     """
     _check(workload, adapters)
     shape = shard_shape(model, system.tensor_parallel_size, system.tp_lora)
@@ -90,12 +94,12 @@ def _check(workload: Sequence[SimulatedRequest], adapters: Sequence[int]) -> Non
     for number, request in enumerate(workload):
         if request.after is None:
             if not request.arrival >= last:
-                raise RequestError(f"workload[{number}].arrival={request.arrival!r}: must ascend from 0")
+                raise RequestError(f"workload[{number}].arrival={request.arrival!r}: must be at least {last}")
             last = request.arrival
         elif not 0 <= request.after < number:
             raise RequestError(f"workload[{number}].after={request.after!r}: must be the number of an earlier request")
         elif not request.arrival >= 0:
-            raise RequestError(f"workload[{number}].arrival={request.arrival!r}: must be seconds from 0 after another")
+            raise RequestError(f"workload[{number}].arrival={request.arrival!r}: must be at least 0 seconds")
         if request.adapter is not None and not 0 <= request.adapter < len(adapters):
             raise RequestError(f"workload[{number}].adapter={request.adapter!r}: there are {len(adapters)} adapters")
         if request.prompt_tokens < 1 or request.output_tokens < 1:
@@ -110,10 +114,10 @@ def _check(workload: Sequence[SimulatedRequest], adapters: Sequence[int]) -> Non
 
 
 def _arrivals(workload: Sequence[SimulatedRequest], system: SystemConfig, num_adapters: int) -> list[Arrivals]:
-    """At each replica.
+    """The arrivals at each replica.
 
     Raises:
-      ConfigError: with merged weights in every replica, there are more adapters than replicas.
+      ConfigError: there are several replicas, each with one merged adapter, and more adapters than replicas.
     """
     if system.replicas > 1 and num_adapters > system.replicas:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Systems to simulate: one configuration, of which every baseline changes a part."""
+"""Systems to simulate: this engine, the published S-LoRA, and baselines that change a few of their settings."""
 
 from __future__ import annotations
 
@@ -21,29 +21,27 @@ Eviction = Literal["lru", "immediate", "cost_aware"]
 @checks_keywords
 @dataclass(frozen=True)
 class SystemConfig(CoreConfig):
-    """A serving system: the settings that it shares with the engine (`CoreConfig`, same defaults), and what its steps
-    cost.
+    """A serving system: the engine's settings (`CoreConfig`, same defaults), and settings for the cost of its steps.
 
     Attributes:
-      software: whose efficiencies of the device count. lora: how adapters are computed, a name of `LORA_COSTS`.
+      max_num_batched_tokens: most rows of a step; None: S-LoRA's max(num_tokens / 6, 3072).
+      software: name in `SOFTWARE` that selects the device's efficiencies.
+      lora: name in `LORA_COSTS` that selects how adapters are computed.
       serves_adapters: False ignores the requests' adapters (base model only, or merged weights per replica).
-      merged: one adapter at a time is in the base weights; switching merges and unmerges.
-      replicas: copies of the system on one device, which they share in time, each with its weights and an equal part of
-        the memory; adapter i belongs to replica i.
-      lora_collectives: False: what adapters send between devices takes no time (the paper's ablation).
-      offline_batch: not a server but the paper's loop around PEFT, with batches of at most so many.
-      num_tokens: capacity of the pool in tokens, of each replica, since systems with pages of different sizes are
-        compared; None: what gpu_memory_utilization of the device's memory leaves after the weights, and after the pages
-        that are in flight beside the steps.
-      adapter_tokens: None for a unified pool; else so many tokens' worth of memory is set aside for adapters, beside
-        num_tokens for KV.
-      gathers_on_load: a load copies all resident adapters (`torch.cat`); those of one step together, once.
-      max_num_batched_tokens: None: S-LoRA's max(num_tokens / 6, 3072).
+      merged: the base weights contain one adapter at a time; a switch unmerges and merges.
+      replicas: copies of the system that share one device in time, each with its own weights and an equal part of the
+        memory; replica i serves adapter i.
+      lora_collectives: adapters' traffic between devices takes time; False is the paper's ablation.
+      offline_batch: largest batch of the paper's offline loop around PEFT, which replaces the server; None: a server.
+      num_tokens: capacity of each replica's pool, in tokens, to compare systems with different page sizes; None: the
+        part of gpu_memory_utilization of the device's memory that weights and uploads in flight leave.
+      adapter_tokens: memory reserved for adapters in addition to num_tokens for KV, in tokens; None: a unified pool.
+      gathers_on_load: loads copy all resident adapters (`torch.cat`), once per step.
       admit_every, mixed: see `SimulatedScheduler`.
-      policy: a name of `POLICIES`, with its default settings.
-      overlap: the host plans the next step while the device computes (as this engine); else they take turns.
-      eviction: "immediate" drops adapters when their last request ends (S-LoRA), "lru" and "cost_aware" when their
-        pages are wanted.
+      policy: name in `POLICIES`, with its default settings.
+      overlap: the host plans the next step while the device computes, as in this engine.
+      eviction: "immediate" evicts an adapter when its last request ends (S-LoRA); "lru" and "cost_aware" evict when
+        pages are needed.
       disk_bandwidth: bytes per second.
     """
 
@@ -72,32 +70,32 @@ class SystemConfig(CoreConfig):
             value = getattr(self, name)
             self.require(value in allowed, name, f"one of {', '.join(allowed)}{nearest(value, allowed)}")
         if self.tensor_parallel_size > 1:
-            for name, alone in (
+            for name, allowed in (
                 ("replicas", (1,)),
                 ("merged", (False,)),
                 ("offline_batch", (None,)),
                 ("lora", ("none", "segmented", "mbgmv")),
             ):
                 self.require(
-                    getattr(self, name) in alone,
+                    getattr(self, name) in allowed,
                     name,
-                    f"{' or '.join(map(repr, alone))} over several devices (tensor_parallel_size="
+                    f"{' or '.join(map(repr, allowed))} over several devices (tensor_parallel_size="
                     f"{self.tensor_parallel_size})",
                 )
 
     def pool_tokens(self, shape: ModelShape, device: DeviceModel) -> int:
-        """Tokens that the pool of one replica holds, of a whole model `shape`.
+        """Capacity of one replica's pool, in tokens, for a whole (unsharded) model `shape`.
 
         Raises:
-          ConfigError: the device's memory does not hold the replicas' weights and a page each.
+          ConfigError: the device's memory cannot hold each replica's weights and one page.
         """
         if self.num_tokens is not None:
             return self.num_tokens
         shape = shard_shape(shape, self.tensor_parallel_size, self.tp_lora)
         memory = self.gpu_memory_utilization * device.memory_bytes / self.replicas
-        beside = (self.adapter_tokens or 0) + self._staged_tokens
-        left = memory - shape.weight_bytes - beside * shape.kv_bytes
-        tokens = int(left / shape.kv_bytes)
+        reserved = (self.adapter_tokens or 0) + self._staged_tokens
+        available = memory - shape.weight_bytes - reserved * shape.kv_bytes
+        tokens = int(available / shape.kv_bytes)
         if tokens < self.page_size:
             raise ConfigError(
                 f"system {self.name!r} is out of memory: {self.replicas} x {shape.weight_bytes / 1e9:.1f} GB of "
@@ -107,16 +105,16 @@ class SystemConfig(CoreConfig):
 
     @property
     def _staged_tokens(self) -> int:
-        """Tokens' worth of memory that uploads beside the steps take up."""
+        """Memory of uploads in flight, in tokens."""
         return 2 * self.upload_pages_per_step * self.page_size if self.prefetch and self.serves_adapters else 0
 
     def step_tokens(self, num_tokens: int) -> int:
-        """Rows of one step, or of one admission's prompts."""
+        """Most rows of one step or, without `mixed`, of one admission's prompts."""
         return max(num_tokens // 6, 3072) if self.max_num_batched_tokens is None else self.max_num_batched_tokens
 
 
 SLORA = SystemConfig()
-"""This engine, with its defaults: pages of 16 tokens, prompts in chunks along with decoding, optimistic admission,
+"""This engine with its defaults: pages of 16 tokens, chunked prefill mixed with decoding, optimistic admission,
 prefetch, prefix cache, LRU."""
 
 SLORA_PAPER = SystemConfig(
@@ -135,7 +133,7 @@ SLORA_PAPER = SystemConfig(
     eviction="immediate",
     host_adapter_bytes=None,
 )
-"""The published system, as its committed experiments ran it."""
+"""The published S-LoRA, with the settings of its committed experiments."""
 
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "slora": {},
@@ -146,19 +144,21 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "base": {"lora": "none", "serves_adapters": False},
     "peft": {"offline_batch": 6, "software": "peft", "lora": "segmented"},
 }
-"""What each baseline changes. To be given, as they depend on the device: `num_tokens` of all, `adapter_tokens` of
-"no-unify-mem", `replicas` of "packed" (and the paper's, which is vLLM, has software="vllm"). Without `adapter_tokens`,
-"no-unify-mem" counts its adapters among `num_tokens` on admission, as S-LoRA's code does though they lie elsewhere."""
+"""Settings that each baseline changes.
+
+Settings that depend on the device must be given: `num_tokens` for all, `adapter_tokens` for "no-unify-mem", `replicas`
+for "packed". The paper's "packed" is vLLM, which needs software="vllm" too. Without `adapter_tokens`, "no-unify-mem"
+counts adapters against `num_tokens` on admission, as S-LoRA's code does although it stores them separately."""
 
 SYSTEMS = (*CHANGES, *(f"{name}-paper" for name in CHANGES))
-"""Names of `make_system`: each baseline with this engine's scheduling, and ("-paper") with S-LoRA's."""
+"""Names for `make_system`: each baseline with this engine's scheduling or, with "-paper", S-LoRA's."""
 
 
 def make_system(name: str, **settings: Any) -> SystemConfig:
-    """A system by its name in `SYSTEMS`: `make_system("bmm-paper", num_tokens=12000)`.
+    """Returns a system by its name in `SYSTEMS`, e.g. `make_system("bmm-paper", num_tokens=12000)`.
 
     Raises:
-      ConfigError: unknown name or setting (the nearest known one is named), or a value out of range.
+      ConfigError: the name or a setting is unknown, or a value is out of range.
     """
     if name not in SYSTEMS:
         raise ConfigError(f"system {name!r} is unknown{nearest(name, SYSTEMS)}; there are {', '.join(SYSTEMS)}")

@@ -1,4 +1,4 @@
-"""What a step computes, in numbers that a cost model needs."""
+"""Amount of computation in a step, as input of the cost model."""
 
 from __future__ import annotations
 
@@ -12,14 +12,23 @@ from slora_jax.scheduling import ScheduledSequence
 class StepWork:
     """Sums over the sequences and rows (tokens) of one step.
 
-    decode_rows, decode_context: sequences that decode one token, and the tokens that they attend to, together.
-    prefill_rows: rows of prompts. prefill_pairs: (query, key) pairs among them. prefill_context: tokens whose keys and
-    values they read, once per prompt. prompts: their number. longest_prompt: rows of the longest. sampled: rows that go
-    through the output head.
-
-    lora_rows: rows with an adapter; row_ranks: sum of their ranks. sequence_ranks: sum of the ranks over sequences.
-    segments: runs of consecutive sequences with the same adapter; longest_segment: rows of the longest. adapters:
-    distinct ones; adapter_ranks: sum of their ranks; max_rank: the largest of them.
+    Attributes:
+      decode_rows: sequences that decode one token.
+      decode_context: tokens that they attend to, summed.
+      prefill_rows: rows of prompts.
+      prefill_pairs: (query, key) pairs of prompts.
+      prefill_context: tokens whose keys and values prompts read, summed over prompts.
+      prompts: number of prompts.
+      longest_prompt: rows of the longest prompt.
+      sampled: rows that pass through the output head.
+      lora_rows: rows with an adapter.
+      row_ranks: sum of adapter ranks over rows.
+      sequence_ranks: sum of adapter ranks over sequences.
+      segments: runs of consecutive sequences with the same adapter.
+      longest_segment: rows of the longest segment.
+      adapters: number of distinct adapters.
+      adapter_ranks: sum of their ranks.
+      max_rank: largest of their ranks.
     """
 
     decode_rows: int = 0
@@ -49,7 +58,11 @@ class StepWork:
 
 
 def step_work(sequences: Iterable[ScheduledSequence], ranks: Mapping[str, int]) -> StepWork:
-    """The work of a plan's sequences, in their order; `ranks` by adapter digest. A single token counts as decoded."""
+    """Returns the work of a plan's sequences, in order. A single token counts as decoding.
+
+    Args:
+      ranks: by adapter digest.
+    """
     work = StepWork()
     used: set[str] = set()
     previous: str | None = None
@@ -87,6 +100,6 @@ def step_work(sequences: Iterable[ScheduledSequence], ranks: Mapping[str, int]) 
     work.lora_rows, work.row_ranks, work.sequence_ranks = lora_rows, row_ranks, sequence_ranks
     work.segments, work.longest_segment, work.adapters = segments, longest, len(used)
     if used:
-        of_used = [ranks[digest] for digest in used]
-        work.adapter_ranks, work.max_rank = sum(of_used), max(of_used)
+        used_ranks = [ranks[digest] for digest in used]
+        work.adapter_ranks, work.max_rank = sum(used_ranks), max(used_ranks)
     return work

@@ -186,14 +186,14 @@ def test_other_prompt_types_are_refused_with_the_accepted_ones(engine, prompt) -
 
 def test_messages_as_a_prompt_are_refused_with_a_hint_at_chat(engine) -> None:
     for call in (engine.generate, engine.add_request):
-        with pytest.raises(RequestError, match="for messages there is chat"):
+        with pytest.raises(RequestError, match="for messages use chat"):
             call([{"role": "user", "content": "fox"}])
 
 
 def test_several_rows_are_refused_as_one_prompt(engine) -> None:
     with pytest.raises(RequestError, match="2 rows of token ids: add them one by one, or use generate"):
         engine.add_request(np.array([[4], [5]]))
-    with pytest.raises(RequestError, match="attention_mask is not of the shape"):
+    with pytest.raises(RequestError, match="attention_mask has another shape"):
         engine.generate({"input_ids": [[4, 5]], "attention_mask": [[1]]})
 
 

@@ -169,7 +169,7 @@ def test_least_recently_used_idle_adapter_is_evicted_first():
 def test_adapter_in_use_is_never_evicted():
     residency = AdapterResidency(Evictor(PageAllocator(9), Lru()), num_slots=2)
     resident, _ = residency.acquire("e", ranks_of("e"), 5)
-    with pytest.raises(PoolError, match="8 pages asked for, 3 of 8 free"):
+    with pytest.raises(PoolError, match="8 pages requested, 3 of 8 free"):
         residency.acquire("f", ranks_of("f"), 8)
     residency.evictor.make_room(8, PageKind.KV)
     assert not residency.drop("e") and residency.residents == [resident]
@@ -177,7 +177,7 @@ def test_adapter_in_use_is_never_evicted():
 
 def test_a_failed_acquire_takes_no_slot():
     residency = AdapterResidency(Evictor(PageAllocator(4), Lru()), num_slots=1)
-    with pytest.raises(PoolError, match="8 pages asked for, 3 of 3 free"):
+    with pytest.raises(PoolError, match="8 pages requested, 3 of 3 free"):
         residency.acquire("f", ranks_of("f"), 8)
     assert residency.can_acquire("d")
     assert residency.acquire("d", ranks_of("d"), 3)[0].slot == 0

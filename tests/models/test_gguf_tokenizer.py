@@ -174,7 +174,7 @@ REFUSED = [
     ({"model": "t5"}, UnsupportedModelError, "tokenizer.ggml.model='t5' is not supported.*'gpt2', 'llama'"),
     ({"merges": None}, CheckpointError, "metadata tokenizer.ggml.merges is missing"),
     ({"merges": ["a neverseen"]}, CheckpointError, "tokenizer.ggml.merges do not fit"),
-    ({"tokens": ["a", "b", "a"]}, CheckpointError, "tokenizer.ggml.tokens: 'a' is there twice"),
+    ({"tokens": ["a", "b", "a"]}, CheckpointError, "tokenizer.ggml.tokens: 'a' occurs twice"),
     ({"token_type": [1, 1]}, CheckpointError, "tokenizer.ggml.token_type: expected .* values, found 2"),
     ({"add_bos_token": True}, CheckpointError, "tokenizer.ggml.bos_token_id is missing.*add_bos_token"),
 ]

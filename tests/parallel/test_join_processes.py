@@ -76,9 +76,9 @@ def test_port_in_use_is_named(port) -> None:
 
 def test_missing_process_is_named(port, threads) -> None:
     follower = threads.submit(_connect, "127.0.0.1", port + 1, 1, HELLO, soon())
-    with pytest.raises(ConfigError, match=r"of 3 processes, \[2\] did not come in time"):
+    with pytest.raises(ConfigError, match=r"of 3 processes, \[2\] did not connect in time"):
         _welcome("127.0.0.1", port, HELLO, soon(1.5))
-    with pytest.raises(ConfigError, match=r"refused by process 0 .*\[2\] did not come in time"):
+    with pytest.raises(ConfigError, match=r"refused by process 0 .*\[2\] did not connect in time"):
         follower.result(20)
 
 
@@ -113,6 +113,6 @@ def test_another_server_at_the_leaders_port_is_refused(port) -> None:
     with socket.create_server(("127.0.0.1", port + 1)) as listener:
         thread = threading.Thread(target=answer, args=(listener,))
         thread.start()
-        with pytest.raises(ConfigError, match="it is none of ours"):
+        with pytest.raises(ConfigError, match="it is not a slora-jax process"):
             _connect("127.0.0.1", port + 1, 1, HELLO, soon())
         thread.join()

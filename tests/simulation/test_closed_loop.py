@@ -111,7 +111,7 @@ def test_littles_law(users: int, think: float) -> None:
     [
         (0.0, 1, r"workload\[1\].after=1: must be the number of an earlier request"),
         (0.0, -1, r"workload\[1\].after=-1"),
-        (-0.1, 0, r"workload\[1\].arrival=-0.1: must be seconds from 0 after another"),
+        (-0.1, 0, r"workload\[1\].arrival=-0.1: must be at least 0 seconds"),
         (float("nan"), 0, r"workload\[1\].arrival=nan"),
     ],
 )

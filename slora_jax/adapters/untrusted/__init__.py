@@ -1,1 +1,1 @@
-"""Guards against hostile files: files that may block, headers that lie, patterns that never end, endless values."""
+"""Guards against hostile files: blocking opens, false headers, unbounded regular expressions and values."""

@@ -1,6 +1,6 @@
 """Untrusted regular expressions: Python's `re` syntax, matched by an engine with a time limit.
 
-`re` holds the interpreter's lock while it matches, and a few nested repetitions can take it hours.
+`re` holds the interpreter's lock while it matches, and a few nested repetitions can take hours.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from slora_jax.adapters.untrusted.quoting import clipped, quoted
 from slora_jax.errors import AdapterError
 
 MAX_LENGTH = 4000
-"""Characters of one expression."""
+"""Longest expression, in characters."""
 
 SECONDS = 0.5
-"""Of processor time for all matches of one adapter. Honest expressions take milliseconds."""
+"""Processor time for all matches of one adapter. Ordinary expressions take milliseconds."""
 
-_READ_OTHERWISE = re.compile(r"\[:|\{[^\d,}]")
-"""POSIX classes and fuzzy matches, which `regex` knows and `re` does not."""
+_INCOMPATIBLE = re.compile(r"\[:|\{[^\d,}]")
+"""POSIX classes and fuzzy matches: syntax of `regex` with another meaning in `re`."""
 
 _LONG_REPEAT = re.compile(r"\{[\d,\s]*\d{4}")
 
 _PLAIN = re.compile(r"(?:\(\.\*\\\.\)\?\()?[\w.]*(?:\)\$)?")
-"""A name, perhaps as `config.pattern_regex` wraps it. `re` matches it at once, and compiles it five times faster."""
+"""A plain name, perhaps wrapped by `config.pattern_regex`: safe for `re`, which compiles it five times faster."""
 
 
 class _Match(Protocol):
@@ -34,13 +34,13 @@ class _Match(Protocol):
 
 
 def check_pattern(field: str, pattern: str) -> None:
-    """Raises AdapterError unless `re` takes the expression and it can be matched within bounds."""
+    """Raises AdapterError unless `re` accepts the expression and its length and repetitions are within bounds."""
     reason: object = None
     if len(pattern) > MAX_LENGTH:
         reason = f"it has {len(pattern)} characters; at most {MAX_LENGTH} are read"
     elif _LONG_REPEAT.search(pattern):
         reason = "it repeats more than 999 times, and no module's name is that long"
-    elif _READ_OTHERWISE.search(pattern):
+    elif _INCOMPATIBLE.search(pattern):
         reason = "'[:' and '{' before anything but a number are not supported"
     else:
         try:
@@ -52,18 +52,18 @@ def check_pattern(field: str, pattern: str) -> None:
 
 
 class Matcher:
-    """Matches the expressions of one adapter; all its matches together take at most `seconds` of processor time."""
+    """Matches one adapter's expressions, within `seconds` of processor time for all matches together."""
 
     def __init__(self, seconds: float = SECONDS) -> None:
         self._left = seconds
         self._compiled: dict[str, re.Pattern[str] | regex.Pattern[str]] = {}
 
     def fullmatch(self, field: str, pattern: str, name: str) -> bool:
-        """As `re.fullmatch`. Raises AdapterError naming field and expression when time runs out."""
+        """Like `re.fullmatch`. Raises AdapterError naming field and expression when the time is used up."""
         return self._run(field, pattern, name, "fullmatch") is not None
 
     def match(self, field: str, pattern: str, name: str) -> _Match | None:
-        """As `re.match`. Raises AdapterError like `fullmatch`."""
+        """Like `re.match`. Raises AdapterError like `fullmatch`."""
         return self._run(field, pattern, name, "match")
 
     def _run(self, field: str, pattern: str, name: str, how: str) -> _Match | None:

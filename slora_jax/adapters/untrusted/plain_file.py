@@ -1,4 +1,4 @@
-"""Opening untrusted files: only regular ones, without blocking."""
+"""Opens untrusted files without blocking, if they are regular files."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from slora_jax.errors import AdapterError
 
 
 def open_plain(path: Path) -> BufferedReader:
-    """Opens a regular file, or a link to one, for reading. A FIFO would block, a device may do anything.
+    """Opens a regular file, or a link to one, for reading: a FIFO could block, and a device can do anything.
 
-    Raises FileNotFoundError, or AdapterError naming the file when it is not a regular file or cannot be opened.
+    Raises FileNotFoundError, or AdapterError naming the file if it is not a regular file or cannot be opened.
     """
     try:
         _check_regular(path, os.stat(path))
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        file = open(descriptor, "rb")  # noqa: SIM115  the caller's
+        file = open(descriptor, "rb")  # noqa: SIM115  the caller closes it
         try:
-            _check_regular(path, os.fstat(descriptor))  # it may have been replaced
+            _check_regular(path, os.fstat(descriptor))  # it may have been replaced since `os.stat`
         except BaseException:
             file.close()
             raise

@@ -1,17 +1,17 @@
-"""Untrusted values in messages: cut to a length that identifies them."""
+"""Shortens untrusted values in messages."""
 
 from __future__ import annotations
 
 LONGEST = 120
-"""Characters."""
+"""Most characters shown of a value."""
 
 
 def quoted(value: object) -> str:
-    """`repr`, cut."""
+    """`repr(value)`, shortened to `LONGEST`."""
     return clipped(repr(value))
 
 
 def clipped(text: object) -> str:
-    """Text, cut."""
+    """`str(text)`, shortened to `LONGEST`."""
     text = str(text)
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."

@@ -1,4 +1,4 @@
-"""Untrusted safetensors files, by plain reads: under a memory map, truncating the file ends the process (SIGBUS)."""
+"""Reads untrusted safetensors files without mapping them: truncating a mapped file would kill the process (SIGBUS)."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from slora_jax.adapters.untrusted.quoting import quoted
 from slora_jax.errors import AdapterError
 
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-"""Element types that are read: safetensors' names and NumPy's."""
+"""Supported element types: safetensors' name -> NumPy's."""
 
 MAX_HEADER = 2 << 20
-"""Bytes. The largest models' adapters need 300 kB; the format allows 100 MB, which take a GB to parse, and the
-interpreter's lock for seconds."""
+"""Longest header, in bytes. Adapters of the largest models need 300 kB. The format allows 100 MB, but parsing that
+takes a GB and holds the interpreter's lock for seconds."""
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """What the header says of a tensor. `begin` and `end` are bytes of the file."""
+    """A tensor's header entry; `begin` and `end` are byte offsets in the file."""
 
     dtype: str
     shape: list[int]
@@ -37,10 +37,10 @@ class TensorEntry:
 
 
 class TensorFile:
-    """An open safetensors file whose header was checked: `entries` by name cover the file without gap or overlap."""
+    """An open safetensors file with a checked header: `entries`, by name, cover the file without gap or overlap."""
 
     def __init__(self, path: Path) -> None:
-        """Raises AdapterError when the file cannot be opened or its header is not valid."""
+        """Raises AdapterError if the file cannot be opened or its header is not valid."""
         self.path = path
         try:
             self._file = open_plain(path)
@@ -56,7 +56,7 @@ class TensorFile:
             raise
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, of a dtype among `DTYPES`. Raises AdapterError when the file has become shorter or unreadable."""
+        """Reads a tensor whose dtype is in `DTYPES`. Raises AdapterError if the file was truncated or is unreadable."""
         entry = self.entries[name]
         array = np.empty(entry.shape, DTYPES[entry.dtype])
         try:
@@ -97,9 +97,9 @@ class TensorFile:
 
 
 def _entry(name: str, fields: Any, first: int) -> TensorEntry:
-    """Raises ValueError unless the fields describe a tensor whose bytes its shape and dtype need."""
+    """Raises ValueError if a field is missing or malformed, or the byte count does not match shape and dtype."""
     if not isinstance(fields, Mapping) or fields.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"tensor {quoted(name)} has not the fields dtype, shape, data_offsets")
+        raise ValueError(f"tensor {quoted(name)} does not have exactly the fields dtype, shape, data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"tensor {quoted(name)} has a malformed dtype, shape or data_offsets")

@@ -1,1 +1,1 @@
-"""GGUF files, as llama.cpp writes them: header, model config, tensors and tokenizer, each in a module of its own."""
+"""GGUF files, the format of llama.cpp: header, model config, tensors and tokenizer."""

@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file as the fields of a Hugging Face `config.json`."""
+"""Converts the metadata of a GGUF file to the fields of a Hugging Face `config.json`."""
 
 import logging
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from slora_jax.errors import CheckpointError, UnsupportedModelError
 from slora_jax.models.gguf.header import GgufHeader
 
 ROPE_FACTORS = "rope_freqs.weight"
-"""Divisors of the rotary frequencies, float32 `[head_dim / 2]`: how llama.cpp stores Llama 3's rope scaling."""
+"""Divisors of the rotary frequencies, float32 `[head_dim / 2]`: llama.cpp's form of Llama 3's rope scaling."""
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _READ = {
@@ -40,16 +40,16 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.attn_factor": (1.0,),
     "use_parallel_residual": (False,),
 }
-"""Keys that would change the computation, and the values with which they do not."""
+"""Keys that can change the computation -> values that leave it unchanged."""
 
 _LOG = logging.getLogger(__name__)
 
 
 def hf_config(header: GgufHeader) -> dict[str, Any]:
-    """The fields of a `config.json` that describes the same model.
+    """The fields of an equivalent `config.json`.
 
-    Raises `UnsupportedModelError` for an architecture or a value that is not supported, `CheckpointError` for a key
-    that is missing or of the wrong type.
+    Raises `UnsupportedModelError` for an unsupported architecture or value, `CheckpointError` for a key that is missing
+    or of the wrong type.
     """
     family = header.metadata.get("general.architecture")
     if family not in _FAMILIES:
@@ -64,7 +64,7 @@ def hf_config(header: GgufHeader) -> dict[str, Any]:
             raise _refused(header, family + "." + key, value, f"the size of a head, {head_dim}")
     if 0 < (window := fields.integer("attention.sliding_window", 0)) < context:
         raise _refused(header, f"{family}.attention.sliding_window", window, f"0, or {context}, the context, or more")
-    biases = {"attention_bias": "attn_q", "mlp_bias": "ffn_gate"}  # Qwen2's attention always has them
+    biases = {"attention_bias": "attn_q", "mlp_bias": "ffn_gate"}  # always present in Qwen2's attention
     found = {field for field, tensor in biases.items() if f"blk.0.{tensor}.bias" in header.tensors}
     return {
         "model_type": family,
@@ -86,7 +86,7 @@ def hf_config(header: GgufHeader) -> dict[str, Any]:
 
 
 def rope_factors(header: GgufHeader) -> tuple[float, ...]:
-    """The values of `rope_freqs.weight`; empty if the file has none."""
+    """The values of `rope_freqs.weight`; empty if the file has no such tensor."""
     if (tensor := header.tensors.get(ROPE_FACTORS)) is None:
         return ()
     if tensor.type_id != 0 or len(tensor.shape) != 1:
@@ -100,13 +100,13 @@ def rope_factors(header: GgufHeader) -> tuple[float, ...]:
 
 
 class _Fields:
-    """The metadata keys of one architecture, checked as they are read."""
+    """Reads and checks the metadata keys of one architecture."""
 
     def __init__(self, header: GgufHeader, prefix: str) -> None:
         self._header, self._prefix = header, prefix
 
     def check_names(self) -> None:
-        """Refuses keys that would change the computation; warns once of those that are not known."""
+        """Rejects keys that would change the computation; logs one warning for all unknown keys."""
         unknown = []
         for key, value in self._header.metadata.items():
             name = key.removeprefix(self._prefix)
@@ -146,7 +146,7 @@ class _Fields:
 
 
 def _rope(header: GgufHeader, fields: _Fields) -> dict[str, Any]:
-    """`rope_parameters`. Without a type, a factor scales linearly, as in llama.cpp."""
+    """The field `rope_parameters`. As in llama.cpp, a factor without a type scales linearly."""
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": fields.number("rope.freq_base", 10000.0)}
     kind = fields.text("rope.scaling.type", "linear")
     factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 0.0))
@@ -159,7 +159,7 @@ def _rope(header: GgufHeader, fields: _Fields) -> dict[str, Any]:
 
 
 def _end_tokens(metadata: Mapping[str, Any]) -> list[int]:
-    """Ids that end an answer: of the sequence and, in a chat model, of the turn."""
+    """Token ids that end an answer: end of sequence and, in a chat model, end of turn."""
     keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
     return list(dict.fromkeys(metadata[key] for key in keys if key in metadata))
 

@@ -1,7 +1,7 @@
-"""The tokenizer of a GGUF file, as one of the `tokenizers` library.
+"""Converts the tokenizer of a GGUF file to the `tokenizers` library.
 
-transformers can read one too (`AutoTokenizer.from_pretrained(gguf_file=...)`), a hundred times slower. It ignores
-`tokenizer.ggml.pre`, so Llama 3's words are cut as GPT-2's, and takes BOS for EOS.
+transformers' reader (`AutoTokenizer.from_pretrained(gguf_file=...)`) is a hundred times slower, splits Llama 3's words
+like GPT-2's (it ignores `tokenizer.ggml.pre`), and uses BOS as EOS.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ _WORDS = {
     "tekken": rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
     rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}",
 }
-"""Regular expressions that cut text into words, one for each style."""
+"""Style -> regular expression that splits text into words."""
 
 _DEFAULT_WORDS = (
     r"[\p{P}\$\+<=>\^~\|]+",
@@ -41,7 +41,7 @@ _DEFAULT_WORDS = (
     r"\p{N}+",
     r"[0-9][0-9][0-9]",
 )
-"""Those of a file that names no style: each cuts what the one before left."""
+"""Expressions for a file that names no style; each splits the pieces left by the previous one."""
 
 _STYLES = {
     "default": ("default",),
@@ -59,17 +59,17 @@ _STYLES = {
     ),
     "tekken": ("tekken",),
 }  # fmt: skip
-"""The values of `tokenizer.ggml.pre` by the style in which they cut words, as llama.cpp groups them."""
+"""Style of splitting words -> values of `tokenizer.ggml.pre`, as grouped in llama.cpp."""
 
 _WHOLE_WORDS_FIRST = {
     "falcon-h1", "falcon3", "lfm2", "llama-bpe", "llama-v3", "llama3", "midm-2.0", "pixtral", "tekken",
 }  # fmt: skip
-"""Values with which a word that is a token is not cut by merges, and a text begins with BOS unless the file says no."""
+"""Values of `tokenizer.ggml.pre` that keep a word whole if it is a token, and by default begin a text with BOS."""
 
 
 @dataclass(frozen=True)
 class GgufTokenizer:
-    """The tokenizer in a file's metadata. special_tokens: texts by name ("bos_token")."""
+    """The tokenizer in a file's metadata; `special_tokens` maps names, e.g. "bos_token", to texts."""
 
     backend: "Tokenizer"
     chat_template: str | None
@@ -77,10 +77,10 @@ class GgufTokenizer:
 
 
 def read_gguf_tokenizer(file: Path) -> GgufTokenizer | None:
-    """The file's tokenizer; None if it has none.
+    """Returns the file's tokenizer, or None if it has none.
 
-    Raises `UnsupportedModelError` for a kind of tokenizer or pre-tokenizer that is not supported, `CheckpointError` for
-    metadata that is missing or contradicts itself.
+    Raises `UnsupportedModelError` for an unsupported tokenizer or pre-tokenizer, `CheckpointError` for missing or
+    contradictory metadata.
     """
     header = read_header(file)
     metadata = header.metadata
@@ -93,7 +93,7 @@ def read_gguf_tokenizer(file: Path) -> GgufTokenizer | None:
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
         twice = next(token for index, token in enumerate(tokens) if vocabulary[token] != index)
-        raise CheckpointError(f"{file}: tokenizer.ggml.tokens: {twice!r} is there twice")
+        raise CheckpointError(f"{file}: tokenizer.ggml.tokens: {twice!r} occurs twice")
     ids = {name: metadata.get(f"tokenizer.ggml.{key}", -1) for name, key in _SPECIAL_TOKENS.items()}
     special = {name: tokens[index] for name, index in ids.items() if index in range(len(tokens))}
     tokenizer = _BUILDERS[kind](header, vocabulary)
@@ -103,7 +103,7 @@ def read_gguf_tokenizer(file: Path) -> GgufTokenizer | None:
 
 
 def _byte_level(header: GgufHeader, vocabulary: dict[str, int]) -> "Tokenizer":
-    """Byte-level BPE, which GPT-2, Llama 3, Qwen and SmolLM have."""
+    """Byte-level BPE, used by GPT-2, Llama 3, Qwen and SmolLM."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     pre = str(header.metadata.get("tokenizer.ggml.pre", "default"))
@@ -118,14 +118,14 @@ def _byte_level(header: GgufHeader, vocabulary: dict[str, int]) -> "Tokenizer":
         raise CheckpointError(f"{header.file}: tokenizer.ggml.merges do not fit its tokens: {error}") from error
     tokenizer = Tokenizer(model)
     if pre == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()  # as the model was trained; llama.cpp leaves it out
+        tokenizer.normalizer = normalizers.NFC()  # as in training; llama.cpp omits it
     tokenizer.pre_tokenizer = _word_splitter(style)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
 def _word_splitter(style: str) -> Any:
-    """Cuts text into words and writes their bytes as letters."""
+    """A pre-tokenizer that splits text into words and maps their bytes to letters."""
     from tokenizers import Regex, pre_tokenizers
 
     if style in ("gpt2", "digits"):
@@ -139,7 +139,7 @@ def _word_splitter(style: str) -> Any:
 
 
 def _sentencepiece(header: GgufHeader, vocabulary: dict[str, int]) -> "Tokenizer":
-    """SentencePiece BPE with bytes for what is no token, which Llama 2 and Mistral have."""
+    """SentencePiece BPE with byte fallback, used by Llama 2 and Mistral."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     unknown = header.metadata.get("tokenizer.ggml.unknown_token_id", 0)
@@ -157,7 +157,7 @@ def _sentencepiece(header: GgufHeader, vocabulary: dict[str, int]) -> "Tokenizer
 
 
 def _merges(header: GgufHeader, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """The merges that SentencePiece makes: any two tokens that join to one, the highest score first."""
+    """SentencePiece's merges: all pairs of tokens whose concatenation is a token, highest score first."""
     scores = np.asarray(_list(header, "scores", len(vocabulary)), np.float32)
     types = _types(header, len(vocabulary))
     merges = []
@@ -165,12 +165,12 @@ def _merges(header: GgufHeader, vocabulary: dict[str, int]) -> list[tuple[str, s
         if types[index] == _NORMAL:
             cuts = ((token[:at], token[at:]) for at in range(1, len(token)))
             merges += [(-scores[index], cut) for cut in cuts if cut[0] in vocabulary and cut[1] in vocabulary]
-    merges.sort(key=lambda merge: merge[0])  # stable: of one token, the shortest beginning first
+    merges.sort(key=lambda merge: merge[0])  # stable: per token, the shortest left part first
     return [cut for _, cut in merges]
 
 
 def _add_special_tokens(tokenizer: "Tokenizer", header: GgufHeader, tokens: list[str]) -> None:
-    """Control tokens are special: they are left out of generated text. User-defined ones are text."""
+    """Adds control tokens as special, so they are omitted from generated text, and user-defined tokens as text."""
     from tokenizers import AddedToken
 
     types = _types(header, len(tokens))
@@ -182,7 +182,7 @@ def _add_special_tokens(tokenizer: "Tokenizer", header: GgufHeader, tokens: list
 def _add_post_processor(
     tokenizer: "Tokenizer", header: GgufHeader, vocabulary: dict[str, int], special: dict[str, str]
 ) -> None:
-    """BOS before and EOS after a text, where the file asks for them."""
+    """Adds BOS before and EOS after a text, where the file asks for them."""
     from tokenizers import processors
 
     metadata = header.metadata
@@ -216,7 +216,7 @@ def _types(header: GgufHeader, count: int) -> np.ndarray:
 
 
 def _list(header: GgufHeader, name: str, count: int | None = None) -> Any:
-    """`tokenizer.ggml.<name>`, a list of strings or an array of numbers, with `count` items."""
+    """Reads `tokenizer.ggml.<name>`, a list of strings or an array of numbers, of `count` items (None: any)."""
     key = f"tokenizer.ggml.{name}"
     values = header.metadata.get(key)
     if not isinstance(values, list | np.ndarray):
