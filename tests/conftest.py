@@ -51,6 +51,7 @@ def pytest_report_header() -> list[str]:
     return [f"jax {jax.__version__} on {jax.default_backend()}, compilation cache {COMPILATION_CACHE.name}"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Gives each file one xdist group, for `--dist loadgroup`: files with tests that use `peft_servers` share a group,
     so that one worker builds them; any other file is a group of its own."""
