@@ -51,14 +51,17 @@ def pytest_report_header() -> list[str]:
     return [f"jax {jax.__version__} on {jax.default_backend()}, compilation cache {COMPILATION_CACHE.name}"]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Gives each file one xdist group, for `--dist loadgroup`: files with tests that use `peft_servers` share a group,
-    so that one worker builds them; any other file is a group of its own."""
-    shared = {item.path for item in items if "peft_servers" in item.fixturenames}  # type: ignore[attr-defined]
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("peft_servers" if item.path in shared else file))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keeps each file on one worker, and all files that use `peft_servers` on the same one, which then builds them."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "peft_servers" if "peft_servers" in (config.rootpath / file).read_text() else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture
