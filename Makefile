@@ -12,7 +12,8 @@ export JAX_PLATFORMS := cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test lint format bench bench-gpu bench-vllm paper miniature results clean distclean
+.PHONY: help install demo serve test test-thorough lint format bench bench-gpu bench-vllm paper miniature results clean \
+  distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
@@ -36,6 +37,9 @@ serve: $(VENV)/installed-serve $(VENV)/installed-smollm2 ## serve SmolLM2 (or MO
 
 test: $(VENV)/installed-test ## run the tests
 	$(PYTHON) -m pytest -n 2 --dist loadfile
+
+test-thorough: $(VENV)/installed-test ## run the tests with many more random examples
+	$(PYTHON) -m pytest -n 2 --dist loadfile --hypothesis-profile=thorough
 
 lint: $(VENV)/installed-lint ## check style and types
 	$(PYTHON) -m ruff check .

@@ -35,7 +35,7 @@ def train_tokenizer() -> Tokenizer:
 
 
 def split_anywhere(tokenizer: Tokenizer, text: str, seed: int) -> list[int]:
-    """Ids of `text` cut at random places between its bytes, so that tokens end within characters too."""
+    """Returns ids of `text` split at random places between bytes, so that tokens end within characters too."""
     rng, ids, at = random.Random(seed), [], 0
     chars = "".join(BYTE_CHARS[byte] for byte in text.encode())
     while at < len(chars):
@@ -48,7 +48,8 @@ def split_anywhere(tokenizer: Tokenizer, text: str, seed: int) -> list[int]:
 
 
 def byte_fallback_backend() -> Tokenizer:
-    """Decodes as Llama 2 and Mistral do: `<0xNN>` tokens stand for bytes, and a run of them is decoded as one."""
+    """Returns a tokenizer like Llama 2's and Mistral's: `<0xNN>` tokens are bytes, and runs of them are decoded
+    together."""
     tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁the", "▁a", "b", "猫", "."]
     vocab = {token: index for index, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))

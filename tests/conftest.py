@@ -1,4 +1,4 @@
-"""Shared by all tests: the CPU, one persistent compilation cache, one thread for torch, and seeds that are printed."""
+"""Setup of all tests: CPU devices, one compilation cache, one thread for torch, hypothesis profiles, printed seeds."""
 
 import os
 import signal
@@ -23,13 +23,14 @@ import pytest
 
 COMPILATION_CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 
-hypothesis.settings.register_profile("slora", deadline=None, print_blob=True)
-hypothesis.settings.load_profile("slora")
+hypothesis.settings.register_profile("quick", deadline=None, print_blob=True, max_examples=30, stateful_step_count=30)
+hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile("quick"), max_examples=500)
+hypothesis.settings.load_profile("quick")  # pytest --hypothesis-profile=thorough
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Eight CPU devices, for tests of tensor parallelism; one is what all others use. Programs compiled once are kept
-    for the next run, and shared by engines of the same shape."""
+    """Sets up eight CPU devices (tests of tensor parallelism use several, the others one) and the compilation cache,
+    from which engines of the same shape share their programs."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background, where shells ignore Ctrl-C
         signal.signal(signal.SIGINT, signal.default_int_handler)
     jax.config.update("jax_num_cpu_devices", 8)
@@ -50,9 +51,22 @@ def pytest_report_header() -> list[str]:
     return [f"jax {jax.__version__} on {jax.default_backend()}, compilation cache {COMPILATION_CACHE.name}"]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keeps each file on one worker, and all files that use `peft_servers` on the same one, which then builds them."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "peft_servers" if "peft_servers" in (config.rootpath / file).read_text() else file
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """A seed of the test's own, the same in every run (or SLORA_TEST_SEED); pytest shows it when the test fails."""
+    """A seed derived from the test's name, or SLORA_TEST_SEED; pytest shows it when the test fails."""
     value = int(os.environ.get("SLORA_TEST_SEED", zlib.crc32(request.node.nodeid.encode())))
     print(f"seed {value} (set SLORA_TEST_SEED to choose another)")
     return value
@@ -65,7 +79,7 @@ def rng(seed: int) -> np.random.Generator:
 
 @pytest.fixture(scope="session")
 def peft_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """`PeftServers`: models with PEFT's adapters, and their engines on one device and on several."""
+    """`PeftServers`: models with PEFT adapters, and their engines on one or several devices."""
     from peft_families import PeftServers
 
     servers = PeftServers(tmp_path_factory.mktemp("peft"))

@@ -1,4 +1,4 @@
-"""An executor without a device: tokens at once, copies that land after some steps."""
+"""An executor without a device: tokens are ready at once, uploads land after some steps."""
 
 from collections import deque
 from collections.abc import Callable
@@ -11,15 +11,22 @@ from slora_jax.scheduling import AdapterState, Request, ScheduledSequence, StepP
 
 @dataclass
 class FakeStep:
-    """A step that was dispatched."""
+    """A dispatched step."""
 
     sequences: list[ScheduledSequence]
 
 
 @dataclass
 class FakeExecutor:
-    """sample: the token that follows. copy_steps: after how many steps an upload has landed. state: where adapters are.
-    copies: in flight, each with the step by which it lands. uploaded: digests, before their step."""
+    """Carries out plans without a device.
+
+    Attributes:
+      sample: returns the next token of a request.
+      copy_steps: steps until an upload has landed.
+      state: returns the tier of an adapter.
+      copies: uploads in flight, each with the step in which it lands.
+      uploaded: digests of whole adapters uploaded before a step.
+    """
 
     sample: Callable[[Request], int] = lambda request: 0
     copy_steps: int = 1

@@ -1,4 +1,4 @@
-"""Requests of any size, without tokens that mean anything."""
+"""Makes requests of any size for tests without a model."""
 
 import numpy as np
 

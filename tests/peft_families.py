@@ -1,4 +1,4 @@
-"""Random models of every family with a zoo of PEFT adapters, what PEFT says of them, and engines that must agree."""
+"""Random models of every family with PEFT adapters of all kinds, their logits by PEFT, and engines to compare."""
 
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -14,7 +14,7 @@ from slora_jax import Engine, EngineConfig, RequestOutput, SamplingParams
 
 torch.set_num_threads(1)
 
-VOCAB = 509  # no number of devices divides it
+VOCAB = 509  # not divisible by the number of devices
 NEW_TOKENS = 64
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -73,12 +73,13 @@ CONFIG = EngineConfig(
     decode_buckets=(8,),
     mixed_buckets=(64,),
     keep_logits=True,
+    compile_ahead=False,
     progress=False,
 )
 
 
 class PeftFamily:
-    """A random model with every adapter of the zoo, in memory and as saved by transformers and PEFT."""
+    """A random model with all adapters, in memory and as saved by transformers and PEFT."""
 
     def __init__(self, name: str, directory: Path) -> None:
         self.name = name
@@ -95,7 +96,7 @@ class PeftFamily:
         self._logits: dict[tuple[str | None, tuple[int, ...]], np.ndarray] = {}
 
     def active(self, adapter: str | None) -> Any:
-        """The PEFT model with this adapter active (None: the base model alone)."""
+        """Returns the PEFT model with this adapter active (None: the base model)."""
         if adapter is None:
             self.peft_model.base_model.disable_adapter_layers()
         else:
@@ -104,7 +105,7 @@ class PeftFamily:
         return self.peft_model
 
     def logits(self, adapter: str | None, ids: list[int]) -> np.ndarray:
-        """PEFT's logits `[len(ids), vocab]`. Computed once for ids that begin with equal ones."""
+        """Returns PEFT's logits `[len(ids), vocab]`, computed once for all prefixes of the same ids."""
         for (known, longer), logits in self._logits.items():
             if known == adapter and longer[: len(ids)] == tuple(ids):
                 return logits[: len(ids)]
@@ -114,7 +115,7 @@ class PeftFamily:
         return logits
 
     def check(self, outputs: list[RequestOutput]) -> None:
-        """Float32 logits within 1e-4 of the largest, and PEFT's greedy tokens, at every output position."""
+        """Checks at every output position: logits within 1e-4 of the largest, and PEFT's greedy token."""
         for output in outputs:
             prompt, tokens = output.prompt_token_ids, output.token_ids
             logits = self.logits(output.adapter, prompt + tokens[:-1])[len(prompt) - 1 :]
@@ -123,7 +124,7 @@ class PeftFamily:
 
 
 def assert_close(output: RequestOutput, logits: np.ndarray) -> None:
-    """The output's logits are within 1e-4 of the largest of `logits [tokens, vocab]`."""
+    """Checks that the output's logits are within 1e-4 of the largest of `logits [tokens, vocab]`."""
     assert output.logits.shape == logits.shape == (len(output.token_ids), VOCAB)
     error = np.abs(output.logits - logits).max() / np.abs(logits).max()
     where = f"{output.adapter}, prompt of {len(output.prompt_token_ids)}"
@@ -132,13 +133,13 @@ def assert_close(output: RequestOutput, logits: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class Served:
-    """A family's engine beside the PEFT model that it must agree with."""
+    """A family's engine and the PEFT model that it must agree with."""
 
     family: PeftFamily
     engine: Engine
 
     def run(self, order: np.ndarray, max_tokens: int = NEW_TOKENS) -> list[RequestOutput]:
-        """The outputs, in the order of the family's prompts, of the mixed batch submitted in `order`."""
+        """Serves all prompts in one batch, submitted in `order`. Returns outputs in the order of the prompts."""
         family, params = self.family, SamplingParams(max_tokens=max_tokens, ignore_eos=True)
         adapters = [family.adapters[i] for i in order]
         outputs = self.engine.generate([family.prompts[i] for i in order], params, adapters)
@@ -146,12 +147,12 @@ class Served:
 
     @cached_property
     def mixed_batch(self) -> list[RequestOutput]:
-        """The outputs of all prompts at once, in a pool that is too small for them."""
+        """Outputs of all prompts at once, in a pool that is too small for them."""
         return self.run(np.arange(len(self.family.prompts)))
 
 
 class PeftServers:
-    """Families and engines, each made when it is first asked for and kept for the session."""
+    """Families and engines, each made at its first use and kept for the session."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -180,7 +181,7 @@ class PeftServers:
 
 
 def make_base(family: str, overrides: dict[str, Any]) -> Any:
-    """A random model in which context, rotation, biases and norms all show in the greedy tokens."""
+    """Returns a random model whose greedy tokens depend on context, rotation, biases and norms."""
     tiny = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -208,7 +209,7 @@ def make_base(family: str, overrides: dict[str, Any]) -> Any:
 
 
 def add_adapters(model: Any, directory: Path) -> Any:
-    """Wraps the model with every adapter of the zoo, A and B random, and saves each as PEFT does."""
+    """Wraps the model with all adapters, A and B random, and saves each with PEFT."""
     wrapped = None
     for name, fields in ADAPTERS.items():
         config = peft.LoraConfig(task_type="CAUSAL_LM", **fields)

@@ -1,4 +1,4 @@
-"""The console script: `slora generate` against a dense model, exit statuses, messages."""
+"""The console script: `slora generate` compared with a dense model, `slora chat`, exit statuses, error messages."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def generate(model_dir: Path, *more: str) -> int:
 
 
 def expected_text(model_dir: Path, weights: Weights) -> str:
-    """The greedy answer of the dense model."""
+    """Returns the greedy answer of the dense model."""
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     config = json.loads((model_dir / "config.json").read_text())
     prompt = tokenizer.encode(PROMPT).ids
@@ -53,6 +53,19 @@ def expected_text(model_dir: Path, weights: Weights) -> str:
     while len(tokens) < len(prompt) + NUM_TOKENS and tokens[-1] != config["eos_token_id"]:
         tokens.append(int(dense_logits(weights, config, tokens)[-1].argmax()))
     return tokenizer.decode(tokens[len(prompt) :])
+
+
+def report(model_dir: Path) -> list[str]:
+    """The command of a compile report."""
+    config = f"--model-config={model_dir / 'config.json'}"
+    return ["compile-report", config, "--target=l4", "--max-num-batched-tokens=32", "--max-num-seqs=4"]
+
+
+def assert_one_line(capsys, message: str) -> None:
+    """Checks that the output is one line on stderr, with the message."""
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith("slora: error: ") and message in captured.err
 
 
 def test_generate_writes_the_answer_and_nothing_else(model_dir, adapter_dirs, capsys):
@@ -85,7 +98,7 @@ def test_generate_wraps_the_prompt_in_the_chat_template(model_dir, tmp_path, cap
 
 @pytest.fixture
 def chat_dir(model_dir, tmp_path):
-    """A model whose template shows the whole conversation."""
+    """A model whose chat template writes the whole conversation."""
     chat = tmp_path / "chat"
     shutil.copytree(model_dir, chat)
     (chat / "chat_template.jinja").write_text(
@@ -96,8 +109,8 @@ def chat_dir(model_dir, tmp_path):
 
 
 def talk(monkeypatch, chat_dir: Path, lines: list, *more: str) -> list[list[str | None]]:
-    """Runs `slora chat` with these lines as input, exceptions among them raised. Returns each request's prompt, adapter
-    and streamed answer."""
+    """Runs `slora chat` with these lines as input; exceptions among them are raised. Returns prompt, adapter and
+    streamed answer of each request."""
     asked, real, lines = [], Engine.stream, [*lines, EOFError]
 
     def read(prompt: str) -> str:
@@ -114,7 +127,7 @@ def talk(monkeypatch, chat_dir: Path, lines: list, *more: str) -> list[list[str 
 
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr(Engine, "stream", stream)
-    assert cli.main(["chat", str(chat_dir), "--max-tokens=4", "--dtype=float32", *more]) == 0
+    assert cli.main(["chat", str(chat_dir), "--max-tokens=4", "--max-model-len=40", "--dtype=float32", *more]) == 0
     return asked
 
 
@@ -128,7 +141,7 @@ def test_chat_keeps_the_conversation_until_reset(monkeypatch, chat_dir, capsys):
     assert answer and f"{answer} [cut: max_tokens]\n" in out and "there is no command /nothing" in out
 
 
-def test_chat_goes_on_with_another_adapter(monkeypatch, chat_dir, adapter_dirs, capsys):
+def test_chat_continues_with_another_adapter(monkeypatch, chat_dir, adapter_dirs, capsys):
     lines = ["One", "/adapter b", "Two", "/adapter c", "/adapter", "Three"]
     asked = talk(monkeypatch, chat_dir, lines, *(f"--adapter={name}={path}" for name, path in adapter_dirs.items()))
     assert [adapter for _, adapter, _ in asked] == ["a", "b", None]
@@ -150,8 +163,8 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(monkeypatch, chat_di
     assert answer and f"{answer} [stopped]\n" in capsys.readouterr().out
 
 
-def test_a_conversation_that_is_too_long_is_told_and_can_be_reset(monkeypatch, chat_dir, capsys):
-    asked = talk(monkeypatch, chat_dir, ["word " * 40, "/reset", "One"], "--max-model-len=40")
+def test_conversation_that_is_too_long_is_reported_and_can_be_reset(monkeypatch, chat_dir, capsys):
+    asked = talk(monkeypatch, chat_dir, ["word " * 40, "/reset", "One"])
     assert len(asked) == 2 and "One" in asked[1][0]
     assert "with max_model_len=40 at most 39 leave room for an answer (/reset begins a new" in capsys.readouterr().err
 
@@ -223,11 +236,7 @@ def test_verbose_writes_the_seconds_of_each_phase_to_stderr(model_dir, capsys):
 )
 def test_a_mistake_is_one_line_on_stderr_and_status_2(model_dir, options, message, capsys):
     assert generate(model_dir, *options) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("slora: error: ")
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
+    assert_one_line(capsys, message)
 
 
 @pytest.mark.parametrize(
@@ -254,30 +263,14 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(model_dir, options, messag
         ),
     ],
 )
-def test_a_mistake_in_a_compile_report_is_told_before_anything_is_compiled(model_dir, options, message, capsys):
-    needed = [
-        f"--model-config={model_dir / 'config.json'}",
-        "--target=l4",
-        "--max-num-batched-tokens=32",
-        "--max-num-seqs=4",
-    ]
-    assert cli.main(["compile-report", *needed, *options]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("slora: error: ")
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
+def test_compile_report_refuses_mistakes_before_it_compiles(model_dir, options, message, capsys):
+    assert cli.main([*report(model_dir), *options]) == 2
+    assert_one_line(capsys, message)
 
 
 def test_a_compile_report_refuses_a_model_that_is_not_supported(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    options = [
-        f"--model-config={tmp_path}/config.json",
-        "--target=l4",
-        "--max-num-batched-tokens=32",
-        "--max-num-seqs=4",
-    ]
-    assert cli.main(["compile-report", *options]) == 2
+    assert cli.main(report(tmp_path)) == 2
     assert "model_type='gpt2' is not supported" in capsys.readouterr().err
 
 
@@ -295,14 +288,11 @@ def test_a_compile_report_refuses_a_model_that_is_not_supported(tmp_path, capsys
         (["--config", "long.yaml"], "EngineConfig.max_model_len=9999: the model has"),
     ],
 )
-def test_a_mistake_in_serving_is_told_before_anything_is_loaded(
-    model_dir, options, message, capsys, tmp_path, monkeypatch
-):
+def test_serve_refuses_mistakes_before_it_loads(model_dir, options, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("long.yaml").write_text("engine: {max_model_len: 9999}")
     assert cli.main(["serve", str(model_dir), *options]) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("slora: error: ") and message in line
+    assert_one_line(capsys, message)
 
 
 def test_logits_that_are_not_finite_are_an_error(model_dir, tmp_path, capsys):
@@ -313,7 +303,7 @@ def test_logits_that_are_not_finite_are_an_error(model_dir, tmp_path, capsys):
     assert "adapter 'huge': the logits of output token 0 are not finite" in capsys.readouterr().err
 
 
-def test_a_directory_without_a_model_is_a_mistake_too(tmp_path, capsys):
+def test_directory_without_a_model_is_refused(tmp_path, capsys):
     assert generate(tmp_path) == 2
     assert f"{tmp_path}/config.json: no such file" in capsys.readouterr().err
 
@@ -333,41 +323,46 @@ def test_a_directory_without_a_model_is_a_mistake_too(tmp_path, capsys):
 )
 def test_a_command_line_that_cannot_be_parsed_is_one_line_and_status_2(options, message, capsys):
     assert cli.main(options) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("slora: error: ") and captured.err.count("\n") == 1
-    assert message in captured.err
+    assert_one_line(capsys, message)
 
 
-@pytest.mark.parametrize(
-    ("options", "status"),
-    [
-        (["--help"], 0),
-        (["serve", "--help"], 0),
-        (["--version"], 0),
-        (["generate", "nowhere", "--prompt=x"], 2),
-        (["generate", "nowhere", "--prompt=x", "--tensor-parallel-size=0"], 2),
-        (["compile-report", "--target=h100"], 2),
-        (["demo", "--seed=x"], 2),
-    ],
-)
-def test_help_and_mistakes_are_answered_without_the_heavy_imports(options, status):
-    program = (
-        "import sys\nfrom slora_jax.cli import main\ntry:\n    status = main(sys.argv[1:])\n"
-        "except SystemExit as end:\n    status = end.code\n"
-        "heavy = sys.modules.keys() & {'jax', 'numpy', 'flax', 'transformers', 'tokenizers'}\n"
-        "print([status, *heavy], file=sys.stderr)"
+RUN_ALL = """
+import json, sys
+from slora_jax.cli import main
+for options in json.load(sys.stdin):
+    try:
+        status = main(options)
+    except SystemExit as end:
+        status = end.code
+    loaded = sys.modules.keys() & {"jax", "numpy", "flax", "transformers", "tokenizers"}
+    print(json.dumps([status, sorted(loaded)]), file=sys.stderr)
+"""
+
+
+def run_all(commands: list[list[str]]) -> list[list]:
+    """Runs commands one after another in a new process. Returns the status of each and the heavy modules loaded
+    then."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ALL], input=json.dumps(commands), capture_output=True, text=True, check=True
     )
-    done = subprocess.run([sys.executable, "-c", program, *options], capture_output=True, text=True, check=True)
-    assert done.stderr.splitlines()[-1] == f"[{status}]"
+    return [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[")]
 
 
-@pytest.mark.parametrize("options", [["--max-model-len=3"], ["--prompt="], ["--chat", "--max-model-len=9"]])
-def test_a_bad_prompt_is_refused_before_jax_is_imported(model_dir, options):
-    program = "import sys\nfrom slora_jax.cli import main\nprint([main(sys.argv[1:]), 'jax' in sys.modules])"
-    command = [sys.executable, "-c", program, "generate", str(model_dir), "--prompt", PROMPT, *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == "[2, False]\n"
+def test_help_and_mistakes_are_answered_without_the_heavy_imports():
+    helps = [["--help"], ["serve", "--help"], ["--version"]]
+    mistakes = [
+        ["generate", "nowhere", "--prompt=x"],
+        ["generate", "nowhere", "--prompt=x", "--tensor-parallel-size=0"],
+        ["compile-report", "--target=h100"],
+        ["demo", "--seed=x"],
+    ]
+    assert run_all(helps + mistakes) == [[0, []]] * 3 + [[2, []]] * 4
+
+
+def test_a_bad_prompt_is_refused_before_jax_is_imported(model_dir):
+    bad = (["--max-model-len=3"], ["--prompt="], ["--chat", "--max-model-len=9"])
+    results = run_all([["generate", str(model_dir), "--prompt", PROMPT, *options] for options in bad])
+    assert [(status, "jax" in loaded) for status, loaded in results] == [(2, False)] * 3
 
 
 def test_ctrl_c_is_status_130_without_a_traceback(monkeypatch, capsys):
@@ -418,7 +413,6 @@ MEET = "--coordinator=127.0.0.1:1"
         (["--tensor-parallel-size=1000"], "--tensor-parallel-size=1000"),
     ],
 )
-def test_wrong_options_of_several_processes_are_told_in_one_line(model_dir, capsys, options, message):
+def test_mistakes_in_options_of_several_processes_are_one_line(model_dir, capsys, options, message):
     assert generate(model_dir, *options) == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith("slora: error: ") and errors.count("\n") == 1 and message in errors
+    assert_one_line(capsys, message)

@@ -1,4 +1,4 @@
-"""The demo in miniature, and the check at its end: does it accept what is right and refuse what is not?"""
+"""A small demo, and the check at its end: it accepts right tokens and finds wrong, missing and surplus ones."""
 
 import json
 import re
@@ -22,18 +22,7 @@ from slora_jax.errors import ConfigError, UnsupportedModelError
 from slora_jax.models import ModelConfig
 
 ADAPTERS, REQUESTS = 12, 24
-MINIATURE = [
-    "--model",
-    "tiny",
-    "--adapters",
-    f"{ADAPTERS}",
-    "--requests",
-    f"{REQUESTS}",
-    "--layers",
-    "1",
-    "--pages",
-    "100",
-]
+MINIATURE = f"--model tiny --adapters {ADAPTERS} --requests {REQUESTS} --layers 1 --pages 100".split()
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +50,14 @@ def greedy(weights: Weights, config: dict, prompt: list[int], count: int) -> lis
     return tokens[len(prompt) :]
 
 
-def test_the_demo_serves_every_adapter_and_its_check_agrees(tmp_path, capsys):
-    assert main(["demo", "--dir", str(tmp_path / "demo"), *MINIATURE]) == 0
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command of a demo in one directory, so that its second run finds the compiled programs of the first."""
+    return ["demo", "--dir", str(tmp_path_factory.mktemp("demo") / "demo"), *MINIATURE]
+
+
+def test_demo_serves_every_adapter_and_its_check_passes(demo, capsys):
+    assert main(demo) == 0
     out = capsys.readouterr().out
     assert re.search(rf"requests +{REQUESTS}, 2 of them without", out)
     assert re.search(rf"distinct adapters +{ADAPTERS}\n", out)
@@ -73,10 +68,10 @@ def test_the_demo_serves_every_adapter_and_its_check_agrees(tmp_path, capsys):
     assert "would have answered 12 of the 12" in out
 
 
-def test_the_demo_fails_when_an_adapter_is_not_what_the_engine_served(tmp_path, capsys, monkeypatch):
+def test_demo_fails_if_an_adapter_is_not_the_one_that_was_served(demo, capsys, monkeypatch):
     def serve_then_tamper(engine, requests):
         served = run_serve(engine, requests)
-        file = tmp_path / "demo" / "adapters" / "adapter-0005" / "adapter_model.safetensors"
+        file = Path(demo[2]) / "adapters" / "adapter-0005" / "adapter_model.safetensors"
         tensors = load_file(file)
         name = next(name for name in tensors if "layers.0.self_attn.v_proj.lora_B" in name)
         save_file(tensors | {name: -tensors[name]}, file)
@@ -84,14 +79,14 @@ def test_the_demo_fails_when_an_adapter_is_not_what_the_engine_served(tmp_path, 
 
     run_serve = run.serve
     monkeypatch.setattr(run, "serve", serve_then_tamper)
-    assert main(["demo", "--dir", str(tmp_path / "demo"), *MINIATURE]) == 1
+    assert main(demo) == 1
     out = capsys.readouterr().out
     assert re.search(r"adapter-0005.*DIFFERS: token \d+ is \d+, not \d+", out)
     assert out.count("tokens agree\n") == ADAPTERS
     assert "1 of 13 answers DIFFER" in out
 
 
-def test_the_demo_touches_no_directory_of_others(tmp_path, capsys):
+def test_demo_refuses_a_directory_that_is_not_its_own(tmp_path, capsys):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "thesis.txt").write_text("do not delete")
     assert main(["demo", "--model", "tiny", "--dir", str(tmp_path)]) == 2
@@ -108,11 +103,11 @@ def test_a_chat_model_is_asked_a_question_first(model_dir, tmp_path, capsys):
     assert "The first token came after" in out
     assert "some of the answers:\n" in out
     assert "All 4 agree with the merged weights token for token." in out
-    paths = f"{model_dir} --adapters {tmp_path}"  # as long as the tests make them
+    paths = f"{model_dir} --adapters {tmp_path}"  # long temporary paths
     assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line and paths not in line) <= 100
 
 
-def test_an_answer_is_printed_word_by_word_in_lines_of_bounded_width(capsys):
+def test_answers_are_printed_word_by_word_in_lines_of_bounded_width(capsys):
     run._print_wrapped("Answer: ", ["Par", "is", " is", " the", " capital.\n", "It", " is " + "large " * 20])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Answer: Paris is the capital. It is large ")
@@ -128,7 +123,7 @@ def test_smollm2_is_the_default_where_it_is_installed(monkeypatch):
     assert (choose_model("tiny").path, choose_model("tiny").load) == (None, TINY_LOAD)
 
 
-def test_without_smollm2_the_default_is_tiny_and_says_so_in_a_line(monkeypatch):
+def test_without_smollm2_the_default_is_tiny_with_a_notice(monkeypatch):
     monkeypatch.setattr(smollm2, "smollm2_path", lambda: None)
     model = choose_model(None)
     assert (model.path, model.load) == (None, TINY_LOAD)
@@ -143,7 +138,7 @@ def test_asking_for_smollm2_where_it_is_absent_names_the_remedy(monkeypatch, tmp
     assert not (tmp_path / "demo").exists()
 
 
-def test_a_model_that_does_not_exist_is_an_error(tmp_path):
+def test_missing_model_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="no such path"):
         choose_model(str(tmp_path / "missing.gguf"))
 
@@ -153,7 +148,7 @@ def test_makefile_reads_the_requirement_that_the_error_names():
     assert re.findall(r'^REQUIREMENT = "(.*)"$', text, re.MULTILINE) == [smollm2.REQUIREMENT]
 
 
-def test_the_reference_refuses_what_it_does_not_compute(model_dir, tmp_path):
+def test_reference_refuses_unsupported_models(model_dir, tmp_path):
     config = read_config(model_dir)
     for field, value in (("model_type", "qwen2"), ("rope_scaling", {"rope_type": "llama3"})):
         (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
@@ -166,7 +161,7 @@ def test_the_reference_refuses_what_it_does_not_compute(model_dir, tmp_path):
         read_reference(tmp_path)
 
 
-def test_traffic_asks_for_every_adapter_before_it_asks_for_one_again():
+def test_traffic_uses_every_adapter_before_one_is_used_again():
     adapters = [DemoAdapter(Path(f"a{i}"), 8, ("q",)) for i in range(20)]
     requests = make_traffic(adapters, 50, seed=0)
     used = [r.adapter for r in requests if r.adapter is not None]

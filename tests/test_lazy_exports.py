@@ -1,4 +1,4 @@
-"""Packages whose exports are imported at first use behave as if they were imported at once."""
+"""Packages with lazy exports behave as if everything were imported at once."""
 
 import importlib
 import subprocess

@@ -1,4 +1,4 @@
-"""Phases of a start are reported to an observer, if there is one."""
+"""Phases of a start are reported to the observer, if one is set."""
 
 import time
 

@@ -15,7 +15,7 @@ FOLDERS = ("slora_jax", "pallas_kernels", "experiments", "tests")
 
 
 def imported(source: str) -> Iterator[str]:
-    """Dotted names of all imports, and of attributes of imported modules."""
+    """Yields dotted names of all imports, and of attributes of imported modules."""
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Import():
@@ -27,7 +27,7 @@ def imported(source: str) -> Iterator[str]:
 
 
 def private_interface(name: str) -> str | None:
-    """The key of the table that `name` belongs to; for an unlisted `package._module`, that."""
+    """Returns the key of the table that `name` belongs to; for an unlisted `package._module`, that name."""
     for key in INTERFACES:
         if name == key or name.startswith(key + "."):
             return key

@@ -1,7 +1,10 @@
-"""A tiny model whose greedy outputs vary, and engine shapes that are compiled once for all tests."""
+"""A tiny model whose greedy outputs vary, and engine shapes that all tests share, because each is compiled once."""
 
+import fcntl
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 from slora_jax import Engine, EngineConfig
 from slora_jax.adapters import BaseGeometry
-from slora_jax.models import ModelConfig, init_random
+from slora_jax.models import ModelConfig, Params, init_random
 from slora_jax.models.hf import tensor_placements
 
+CACHE = Path(__file__).parents[1] / ".cache"
 PAGE_SIZE = 8
 EOS = 1
 CHAT_TEMPLATE = (
@@ -44,7 +48,7 @@ SMALL = {
     "decode_buckets": (4,),
     "mixed_buckets": (16,),
 }
-"""One engine shape for all tests that need no other: compiled once."""
+"""The engine shape of tests that need no other. A new shape costs about 25 s of compilation."""
 MEDIUM = SMALL | {
     "max_model_len": 128,
     "num_pages": 160,
@@ -54,19 +58,38 @@ MEDIUM = SMALL | {
     "decode_buckets": (16,),
     "mixed_buckets": (32,),
 }
-"""The shape for tests of many adapters."""
+"""The engine shape of live servers in tests."""
+
+
+def hf_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
+    """Returns parameters as the tensors of a Hugging Face checkpoint, by name."""
+    tensors = {}
+    for name, placement in tensor_placements(config).items():
+        array: Any = params
+        for key in placement.path:
+            array = array[key]
+        width = placement.shape[0] if placement.transposed or len(placement.shape) == 1 else None
+        part = np.asarray(array)[..., placement.column :][..., :width]
+        tensors[name] = np.ascontiguousarray(part.T if placement.transposed else part)
+    return tensors
+
+
+@contextmanager
+def one_start_at_a_time() -> Iterator[None]:
+    """Lets one test process start an engine; others wait, and then find the compiled programs on disk."""
+    CACHE.mkdir(exist_ok=True)
+    with (CACHE / "start.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class TinyModel:
-    """Two layers of width 32, grouped-query attention: `config`, `graphdef`, `params`, and the adapters' geometry.
-    `medium` are settings of an engine for many adapters."""
-
-    medium = MEDIUM
+    """Two layers of width 32 with grouped-query attention: `config`, `graphdef`, `params`, and adapter geometry."""
 
     def __init__(self) -> None:
         self.config = ModelConfig.from_dict(HF_CONFIG)
         self.graphdef, params = init_random(self.config, "float32", seed=0)
-        # Embeddings of unit variance and kernels of gain 2: the context and every adapter show in the greedy tokens.
+        # Embeddings of unit variance and kernels of gain 2: greedy tokens depend on the context and on every adapter.
         self.params = jax.tree.map(lambda x: x if x.ndim < 2 else x * (2 / (0.02 * math.sqrt(x.shape[0]))), params)
         self.params["embed"]["embedding"] = params["embed"]["embedding"] / 0.02
         config = self.config
@@ -78,19 +101,12 @@ class TinyModel:
         return EngineConfig(**({"dtype": "float32", "page_size": PAGE_SIZE, "progress": False} | SMALL | changes))  # type: ignore[arg-type]
 
     def engine(self, **changes: object) -> Engine:
-        return Engine(self.config, self.graphdef, self.params, self.settings(**changes))
+        with one_start_at_a_time():
+            return Engine(self.config, self.graphdef, self.params, self.settings(**changes))
 
     def save(self, directory: Path) -> Path:
-        """Writes the model as Hugging Face does, with a tokenizer."""
-        tensors = {}
-        for name, placement in tensor_placements(self.config).items():
-            array: Any = self.params
-            for key in placement.path:
-                array = array[key]
-            width = placement.shape[0] if placement.transposed else None
-            part = np.asarray(array)[..., placement.column :][..., :width]
-            tensors[name] = np.ascontiguousarray(part.T if placement.transposed else part)
-        save_file(tensors, directory / "model.safetensors")
+        """Writes a Hugging Face directory with a tokenizer."""
+        save_file(hf_tensors(self.config, self.params), directory / "model.safetensors")
         (directory / "config.json").write_text(json.dumps(HF_CONFIG))
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(), bos_token="<s>", eos_token="</s>")
         tokenizer.chat_template = CHAT_TEMPLATE

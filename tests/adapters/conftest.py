@@ -1,4 +1,4 @@
-"""A tiny grouped-query Llama whose widths all differ, its geometry, adapters of one size, and stores for them."""
+"""A tiny grouped-query Llama with distinct widths, its geometry, adapters of one size, and stores for them."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def geometry():
 
 @pytest.fixture(scope="session")
 def tiny_llama():
-    """A function that makes the same small torch model each time (PEFT changes the model it is given)."""
+    """Returns a function that makes the same small torch model each time; PEFT changes its model."""
     torch = pytest.importorskip("torch")
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,4 +1,4 @@
-"""A digest is the content that determines the computation, and nothing else."""
+"""The digest depends on the content that determines the computation, and on nothing else."""
 
 import dataclasses
 

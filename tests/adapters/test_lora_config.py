@@ -1,4 +1,4 @@
-"""Every PEFT field is honoured, harmless or refused by name."""
+"""Every PEFT field is honoured, ignored as harmless, or refused by name."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from slora_jax.errors import AdapterError
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
 
 
-def test_every_field_of_the_installed_peft_is_decided():
+def test_every_field_of_the_installed_peft_is_classified():
     peft = pytest.importorskip("peft")
     honoured = {field.name for field in dataclasses.fields(LoraConfig)}
     decided = honoured | HARMLESS | REFUSED.keys() | {"peft_type", "bias", "init_lora_weights"}
@@ -20,7 +20,7 @@ def test_every_field_of_the_installed_peft_is_decided():
     assert not honoured & HARMLESS and not honoured & REFUSED.keys() and not HARMLESS & REFUSED.keys()
 
 
-def test_what_peft_writes_by_default_is_accepted():
+def test_default_config_of_peft_is_accepted():
     peft = pytest.importorskip("peft")
     fields = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM").to_dict()
     config = LoraConfig.from_json(json.loads(json.dumps(fields, default=list)))
@@ -128,42 +128,21 @@ def test_other_peft_types_are_refused(peft_type):
         LoraConfig.from_json(PLAIN | {"peft_type": peft_type})
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("r", 0),
-        ("r", -1),
-        ("r", 257),
-        ("r", True),
-        ("r", 4.0),
-        ("r", "8"),
-        ("r", None),
-        ("lora_alpha", float("nan")),
-        ("lora_alpha", float("inf")),
-        ("lora_alpha", 10**400),
-        ("lora_alpha", True),
-        ("lora_alpha", "16"),
-        ("rank_pattern", {"q_proj": 0}),
-        ("rank_pattern", {"q_proj": 300}),
-        ("rank_pattern", ["q_proj"]),
-        ("rank_pattern", {"q_proj(": 4}),
-        ("alpha_pattern", {"q_proj": "4"}),
-        ("alpha_pattern", {"*": 4}),
-        ("use_rslora", "true"),
-        ("use_rslora", 1),
-        ("fan_in_fan_out", 1),
-        ("target_modules", 3),
-        ("target_modules", ["q_proj", 3]),
-        ("target_modules", {"q_proj": 1}),
-        ("target_modules", "q_proj("),
-        ("exclude_modules", "["),
-        ("exclude_modules", 1),
-        ("layers_to_transform", "0"),
-        ("layers_to_transform", [0, "1"]),
-        ("layers_to_transform", True),
-        ("layers_pattern", "layers"),
-    ],
-)
+OUT_OF_RANGE = {
+    "r": [0, -1, 257, True, 4.0, "8", None],
+    "lora_alpha": [float("nan"), float("inf"), 10**400, True, "16"],
+    "rank_pattern": [{"q_proj": 0}, {"q_proj": 300}, ["q_proj"], {"q_proj(": 4}],
+    "alpha_pattern": [{"q_proj": "4"}, {"*": 4}],
+    "use_rslora": ["true", 1],
+    "fan_in_fan_out": [1],
+    "target_modules": [3, ["q_proj", 3], {"q_proj": 1}, "q_proj("],
+    "exclude_modules": ["[", 1],
+    "layers_to_transform": ["0", [0, "1"], True],
+    "layers_pattern": ["layers"],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, v) for field, values in OUT_OF_RANGE.items() for v in values])
 def test_value_out_of_range_is_refused_by_name(field, value):
     with pytest.raises(AdapterError, match=rf"^{field}"):
         LoraConfig.from_json(PLAIN | {field: value})
@@ -184,33 +163,6 @@ def test_layer_selection_with_a_regular_expression_is_refused_as_in_peft(field):
 def test_config_that_is_not_an_object_is_refused(data):
     with pytest.raises(AdapterError, match="expected a JSON object"):
         LoraConfig.from_json(data)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "not valid JSON"),
-        (b"{not json", "not valid JSON"),
-        (b"\xff\xfe\x00", "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
-        (b"[1, 2]", "expected a JSON object"),
-        (b'{"peft_type": "LORA", "r": 4, "r": 8}', "field 'r' occurs twice"),
-    ],
-)
-def test_damaged_config_file_is_refused_with_its_path(tmp_path, content, message):
-    path = tmp_path / "adapter_config.json"
-    path.write_bytes(content)
-    with pytest.raises(AdapterError, match=message) as caught:
-        LoraConfig.from_file(path)
-    assert str(path) in str(caught.value)
-
-
-def test_missing_config_file_is_refused_with_its_path(tmp_path):
-    with pytest.raises(AdapterError, match=r"adapter_config.json: no such file"):
-        LoraConfig.from_file(tmp_path / "adapter_config.json")
-    (tmp_path / "adapter_config.json").mkdir()
-    with pytest.raises(AdapterError, match="cannot be read"):
-        LoraConfig.from_file(tmp_path / "adapter_config.json")
 
 
 def test_to_json_reads_back_equal():

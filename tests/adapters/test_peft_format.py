@@ -1,4 +1,4 @@
-"""Adapter directories in and out: what PEFT saves is what we read, what we write is what PEFT runs."""
+"""Adapter directories: we read what PEFT saves, and PEFT runs what we write."""
 
 import dataclasses
 import json

@@ -1,13 +1,17 @@
-"""The host store beyond its memory budget: LRU spill, read-back in the background, failures, many threads."""
+"""The host store beyond its memory budget: LRU spill, reads in the background, failures, many threads."""
 
 import errno
+import json
 import logging
+import os
+import re
+import shutil
 import threading
 import time
 
 import numpy as np
 import pytest
-from store_content import load, same
+from store_content import eventually, load, same
 
 from slora_jax.adapters import AdapterStore, pack_tiles, write_peft
 from slora_jax.errors import AdapterError, ConfigError
@@ -24,15 +28,7 @@ def resident(store, adapters):
     return [i for i, adapter in enumerate(adapters) if tiers[adapter.digest] == "host"]
 
 
-def eventually(condition):
-    """Whether the condition comes true; the worker may still be finishing what it had begun."""
-    deadline = time.monotonic() + TIMEOUT
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    return condition()
-
-
-# Spill ----------------------------------------------------------------------------------------------------------------
+# Spill
 
 
 def test_least_recently_used_is_spilled(open_store, adapters, size, tmp_path):
@@ -87,7 +83,7 @@ def test_request_returns_at_once_and_reads_in_the_background(open_store, adapter
     assert store.request(adapters[0].digest) is not None
 
 
-def test_content_just_read_back_is_not_the_next_victim(open_store, adapters, size):
+def test_content_just_read_is_not_evicted_next(open_store, adapters, size):
     store = open_store(2 * size)
     for i in range(3):
         store.acquire(load(store, str(i), adapters[i]).digest)
@@ -152,25 +148,7 @@ def test_closing_releases_a_blocked_caller(open_store, adapters, size):
     assert len(errors) == 1 and "removed while it was awaited" in errors[0]
 
 
-# Failures -------------------------------------------------------------------------------------------------------------
-
-
-def test_full_disk_keeps_the_adapter_in_memory_and_warns(open_store, adapters, geometry, size, tmp_path, caplog):
-    store = open_store(size)
-
-    def disk_full(tiles):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    write, store._files.write = store._files.write, disk_full
-    with caplog.at_level(logging.WARNING):
-        load(store, "0", adapters[0])
-        load(store, "1", adapters[1])
-    assert "No space left on device" in caplog.text and f"host_adapter_bytes={size} is exceeded" in caplog.text
-    assert resident(store, adapters[:2]) == [0, 1] and store.stats().resident_bytes == 2 * size
-    store._files.write = write
-    load(store, "2", adapters[2])  # the disk works again: back within the budget
-    assert store.stats().resident_bytes == size and store.stats().spilled == 2
-    assert same(store.wait(adapters[0].digest, TIMEOUT), adapters[0], geometry)
+# Failures
 
 
 def test_spill_directory_that_cannot_be_made_is_refused_at_once(geometry, tmp_path):
@@ -192,34 +170,64 @@ def test_failed_write_leaves_no_file(open_store, adapters, size, tmp_path, monke
     assert [path for path in (tmp_path / "spill").rglob("*") if path.is_file()] == []
 
 
-def delete(path):
+# Lost spill files
+
+
+def delete(path, other):
     path.unlink()
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-1])
+def truncate(path, other):
+    os.truncate(path, path.stat().st_size - 1)
 
 
-def flip_one_bit(path):
+def flip_one_bit(path, other):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [delete, truncate, flip_one_bit])
-def test_lost_spill_file_is_that_adapters_error_alone(open_store, adapters, geometry, size, tmp_path, damage):
-    store = open_store(size)
-    for i in range(3):
-        load(store, str(i), adapters[i])
-    lost = next(path for path in spill_files(tmp_path) if path.name.startswith(adapters[0].digest[:16]))
-    damage(lost)
-    with pytest.raises(AdapterError, match=r"was lost: .*spill file is (damaged|missing)"):
+def replace_by_another_adapters_file(path, other):
+    shutil.copyfile(other, path)
+
+
+def make_unreadable(path, other):
+    path.unlink()
+    path.symlink_to(path)  # too many levels of symbolic links, also for root
+
+
+DAMAGES = [delete, truncate, flip_one_bit, replace_by_another_adapters_file, make_unreadable]
+
+
+@pytest.fixture
+def damaged(open_store, adapters, size, tmp_path):
+    """`damaged(damage, source)`: a store with adapters "0" to "2", of which "2" is in memory and the spill file of "0"
+    is damaged. "0" was read from the directory `source`, or came from memory."""
+
+    def make(damage, source=None):
+        store = open_store(size)
+        load(store, "0", adapters[0] if source is None else write_peft(source, adapters[0]))
+        for i in (1, 2):
+            load(store, str(i), adapters[i])
+        files = {path.name[:16]: path for path in spill_files(tmp_path)}
+        damage(*(files[adapter.digest[:16]] for adapter in adapters[:2]))
+        return store
+
+    return make
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_lost_spill_file_is_an_error_of_that_adapter_only(damaged, adapters, geometry, tmp_path, damage):
+    store = damaged(damage)
+    with pytest.raises(
+        AdapterError, match=r"was lost: .*spill file (is (damaged|missing)|cannot be read).* from memory"
+    ):
         store.wait(adapters[0].digest, TIMEOUT)
     for method in (store.request, store.wait):  # the error is kept
-        with pytest.raises(AdapterError, match="was lost"):
+        with pytest.raises(AdapterError, match=r"was lost.*load the adapter again"):
             method(adapters[0].digest)
     assert same(store.wait(adapters[1].digest, TIMEOUT), adapters[1], geometry)
-    load(store, "0", adapters[0])  # registering the content again heals it
+    load(store, "0", adapters[0])  # the same content again
     assert same(store.wait(adapters[0].digest, TIMEOUT), adapters[0], geometry)
     for name in ("0", "1", "2"):
         store.remove(name)
@@ -227,42 +235,70 @@ def test_lost_spill_file_is_that_adapters_error_alone(open_store, adapters, geom
     assert eventually(lambda: spill_files(tmp_path) == [])
 
 
-def test_lost_spill_file_is_replaced_from_an_unchanged_source(open_store, adapters, geometry, size, tmp_path, caplog):
-    store = open_store(size)
-    load(store, "0", write_peft(tmp_path / "source", adapters[0]))
-    load(store, "1", adapters[1])
-    spill_files(tmp_path)[0].unlink()
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_lost_spill_file_is_replaced_from_an_unchanged_source(damaged, adapters, geometry, tmp_path, caplog, damage):
+    store = damaged(damage, tmp_path / "source")
     with caplog.at_level(logging.WARNING):
         assert same(store.wait(adapters[0].digest, TIMEOUT), adapters[0], geometry)
-    assert "read again" in caplog.text
+    assert f"{tmp_path / 'source'} was read again" in caplog.text and adapters[0].digest[:12] in caplog.text
 
 
-def test_lost_spill_file_is_not_replaced_from_a_changed_source(open_store, adapters, size, tmp_path):
-    store = open_store(size)
-    load(store, "0", write_peft(tmp_path / "source", adapters[0]))
-    load(store, "1", adapters[1])
-    write_peft(tmp_path / "source", adapters[2])
-    spill_files(tmp_path)[0].unlink()
-    with pytest.raises(AdapterError, match="was lost"):
+def remove(source, other):
+    shutil.rmtree(source)
+
+
+def write_other_weights(source, other):
+    write_peft(source, other)
+
+
+def change_the_scale(source, other):
+    config = json.loads((source / "adapter_config.json").read_text())
+    (source / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 2 * config["lora_alpha"]}))
+
+
+def truncate_the_weights(source, other):
+    os.truncate(source / "adapter_model.safetensors", 1000)
+
+
+LOST_SOURCES = {
+    remove: "nor can its source be read: {source}/adapter_config.json: no such file",
+    write_other_weights: "its source {source} now has other weights (digest ",
+    change_the_scale: "its source {source} now has other weights (digest ",
+    truncate_the_weights: "nor can its source be read: {source}/adapter_model.safetensors: not a valid safetensors",
+}
+
+
+@pytest.mark.parametrize("lose", LOST_SOURCES)
+def test_lost_spill_file_is_not_replaced_from_another_source(damaged, adapters, tmp_path, lose):
+    """Other weights in the source directory are never served under the old digest."""
+    source = tmp_path / "source"
+    store = damaged(flip_one_bit, source)
+    lose(source, adapters[2])
+    with pytest.raises(AdapterError, match="was lost.*" + re.escape(LOST_SOURCES[lose].format(source=source))):
         store.wait(adapters[0].digest, TIMEOUT)
 
 
-# Threads --------------------------------------------------------------------------------------------------------------
+# Threads
 
 
 def test_many_threads_keep_the_store_consistent(open_store, adapters, geometry, size, tmp_path):
-    """Six threads publish, acquire, await, reload and remove while only three of eight adapters fit in memory."""
+    """Six threads prepare, publish, discard, acquire, await, replace and remove while three of eight adapters fit."""
     store = open_store(3 * size)
+    directories = [write_peft(tmp_path / f"d{i}", adapter) for i, adapter in enumerate(adapters)]
     expected = {adapter.digest: pack_tiles(adapter, geometry, "float32").pages for adapter in adapters}
     failures = []
 
     def work(seed):
         rng = np.random.default_rng(seed)
         try:
-            for step in range(60):
-                name = f"{seed}-{rng.integers(3)}"
-                adapter = adapters[rng.integers(len(adapters))]
-                digest = load(store, name, adapter).digest
+            for step in range(40):
+                name, index = f"{seed}-{rng.integers(3)}", rng.integers(len(adapters))
+                prepared = store.prepare(name, (adapters, directories)[rng.integers(2)][index])
+                assert prepared.info.digest == adapters[index].digest
+                if rng.random() < 0.3:
+                    store.discard(prepared)
+                    continue
+                digest = store.publish(prepared).digest
                 store.acquire(digest)
                 if rng.random() < 0.3:
                     store.remove(name)

@@ -1,7 +1,6 @@
-"""A tiny model whose greedy outputs vary, a dense float64 reference that shares no code with the engine, counters."""
+"""The shared engine of the tiny model, the engine that spills five of six adapters, and the greedy reference."""
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,13 +9,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_model import TinyModel
+from dense_reference import dense_logits
+from tiny_model import TinyModel, one_start_at_a_time
 
-from pallas_kernels.lora.layout import PROJECTIONS
 from slora_jax import Engine, RequestOutput, SamplingParams
 from slora_jax.adapters import LoraAdapter, random_adapter, write_peft
 from slora_jax.memory import PageKind
-from slora_jax.models import ModelConfig, Params
 
 
 @pytest.fixture(scope="session")
@@ -29,74 +27,10 @@ def model_dir(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path
     return tiny.save(tmp_path_factory.mktemp("tiny"))
 
 
-def dense_logits(model: ModelConfig, params: Params, ids: list[int], adapter: LoraAdapter | None = None) -> np.ndarray:
-    """Float64 logits `[len(ids), vocab]` of a plain Llama with the adapter merged into its weights."""
-    kernels = _merged(model, params, adapter)
-    heads, kv_heads, width = model.num_heads, model.num_kv_heads, model.head_dim
-    tokens = len(ids)
-    frequency = model.rope.theta ** -(np.arange(0, width, 2) / width)
-    angle = np.arange(tokens)[:, None, None] * frequency  # [T, 1, head_dim / 2]
-
-    def norm(x: np.ndarray, scale: jax.Array) -> np.ndarray:
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + model.rms_norm_eps) * np.asarray(scale, np.float64)
-
-    def rotate(x: np.ndarray) -> np.ndarray:
-        a, b = np.split(x, 2, -1)
-        return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
-
-    x = np.asarray(params["embed"]["embedding"], np.float64)[ids]
-    for index in range(model.num_layers):
-        layer = params["layers"][index]
-        h = norm(x, layer["input_norm"]["scale"]) @ kernels[index, "qkv"]
-        q, k, v = np.split(h, (model.q_width, model.q_width + model.kv_width), -1)
-        q, k = rotate(q.reshape(tokens, heads, width)), rotate(k.reshape(tokens, kv_heads, width))
-        k = np.repeat(k, heads // kv_heads, 1)
-        v = np.repeat(v.reshape(tokens, kv_heads, width), heads // kv_heads, 1)
-        scores = np.einsum("thd,shd->hts", q, k) / math.sqrt(width)
-        scores = np.where(np.tri(tokens, dtype=bool), scores, -np.inf)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        mixed = np.einsum("hts,shd->thd", weights / weights.sum(-1, keepdims=True), v)
-        x = x + mixed.reshape(tokens, -1) @ kernels[index, "o"]
-        gate, up = np.split(norm(x, layer["post_attention_norm"]["scale"]) @ kernels[index, "gate_up"], 2, -1)
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ kernels[index, "down"]
-    return norm(x, params["norm"]["scale"]) @ np.asarray(params["lm_head"]["kernel"], np.float64)
-
-
-def _merged(model: ModelConfig, params: Params, adapter: LoraAdapter | None) -> dict[tuple[int, str], np.ndarray]:
-    """Every fused kernel `[in, out]`, float64, with `scale * (B A)^T` added to its projections' columns."""
-    layers = params["layers"]
-    kernels = {
-        (index, stack): np.array(layers[index][stack]["kernel"], np.float64)
-        for index in range(model.num_layers)
-        for stack in ("qkv", "o", "gate_up", "down")
-    }
-    q, kv, ffn, d = model.q_width, model.kv_width, model.intermediate_size, model.hidden_size
-    columns = dict(
-        zip(
-            PROJECTIONS,
-            (
-                ("qkv", 0, q),
-                ("qkv", q, kv),
-                ("qkv", q + kv, kv),
-                ("o", 0, d),
-                ("gate_up", 0, ffn),
-                ("gate_up", ffn, ffn),
-                ("down", 0, d),
-            ),
-            strict=True,
-        )
-    )
-    for (layer, projection), a in (adapter.a if adapter else {}).items():
-        stack, first, count = columns[projection]
-        delta = adapter.scales[layer, projection] * (adapter.b[layer, projection].astype(np.float64) @ a)  # type: ignore[union-attr]
-        kernels[layer, stack][:, first : first + count] += delta.T
-    return kernels
-
-
 @pytest.fixture(scope="session")
 def greedy_margin(tiny: TinyModel) -> Callable[..., float]:
-    """How far the chosen tokens' reference logits lie below the largest ones, relative to the largest logit: 0 when
-    every token is the reference's greedy choice."""
+    """Returns a function: how far the reference logits of the chosen tokens lie below the largest ones, relative to the
+    largest logit. 0 when every token is the reference's greedy choice."""
 
     def margin(prompt: list[int], tokens: list[int], adapter: LoraAdapter | None = None) -> float:
         logits = dense_logits(tiny.config, tiny.params, prompt + tokens[:-1], adapter)[len(prompt) - 1 :]
@@ -108,7 +42,7 @@ def greedy_margin(tiny: TinyModel) -> Callable[..., float]:
 
 @pytest.fixture
 def compilations() -> Iterator[list[str]]:
-    """Names of the events of every compilation (or load from the persistent cache) from here on."""
+    """Events of every compilation, or load from the persistent cache, from here on."""
     events: list[str] = []
 
     def listen(event: str, duration: float, **_: object) -> None:
@@ -121,7 +55,7 @@ def compilations() -> Iterator[list[str]]:
 
 
 def assert_idle(engine: Engine) -> None:
-    """Nothing is under way, no page leaked, and what adapters and prefixes hold may be evicted."""
+    """Checks that no request is unfinished, no page leaked, and all adapters and prefixes can be evicted."""
     assert not engine.has_work()
     engine.check()
     stats = engine.stats()
@@ -132,7 +66,7 @@ def assert_idle(engine: Engine) -> None:
 
 @contextmanager
 def squeezed(engine: Engine, pages: int) -> Iterator[None]:
-    """Leaves the engine only so many free pages (what is idle is evicted), so that running sequences collide."""
+    """Evicts idle pages and leaves the engine `pages` free ones, so that running sequences compete for them."""
     engine.residency.evictor.make_room(engine.allocator.capacity, PageKind.KV)
     held = engine.allocator.allocate(engine.allocator.num_free - pages, PageKind.KV)
     yield
@@ -146,12 +80,14 @@ def squeeze() -> Callable:
 
 @pytest.fixture(scope="session")
 def shared_engine(model_dir: Path, tiny: TinyModel) -> Iterator[Engine]:
-    with Engine.from_pretrained(model_dir, tiny.settings()) as engine:
+    with one_start_at_a_time():
+        engine = Engine.from_pretrained(model_dir, tiny.settings())
+    with engine:
         yield engine
 
 
 def assert_clean(engine: Engine) -> None:
-    """Ends and unloads what a test left; nothing may remain, and no request may have been unfinished."""
+    """Cancels and unloads what a test left. Checks that nothing remains and that no request was unfinished."""
     engine.step()  # a surplus step may be in flight
     unfinished = engine.has_work()
     for request in list(engine.core.requests):
@@ -171,15 +107,17 @@ def assert_clean(engine: Engine) -> None:
 
 @pytest.fixture
 def engine(shared_engine: Engine) -> Iterator[Engine]:
-    """The shared engine; afterwards nothing may be left of the test's requests and adapters."""
+    """The shared engine. After the test, no request, adapter or page may be left."""
     yield shared_engine
     assert_clean(shared_engine)
 
 
 class SixAdapters:
-    """Adapters "a" to "f" on an engine whose host memory holds one of them, "f" once all are registered; the others lie
-    in spill files. `expected` has each one's greedy tokens after `prompt` ("base": the base model's), from a run
-    without a fault, which agree with merged weights."""
+    """Adapters "a" to "f" on an engine whose host memory holds one of them: "f", once all are registered.
+
+    The others are in spill files. `expected` has the greedy tokens of each after `prompt` ("base": the base model) from
+    a run without a fault, checked against merged weights.
+    """
 
     names = "abcdef"
     prompt = tuple(range(30, 60))  # two chunks of prefill
@@ -196,11 +134,11 @@ class SixAdapters:
         assert len({tuple(tokens) for tokens in self.expected.values()}) == 7
 
     def weights(self, name: str) -> LoraAdapter:
-        """An adapter of `nbytes`, known by its one letter."""
+        """Returns the adapter of this letter, of `nbytes`."""
         return random_adapter(self.geometry, {"q": 4, "down": 4}, seed=ord(name))
 
     def load(self, names: Iterable[str], sources: Path | None = None) -> None:
-        """From directories `sources / name` that are written first, or from memory."""
+        """Loads adapters from new directories `sources / name`, or from memory."""
         for name in names:
             adapter = self.weights(name)
             info = self.engine.load_adapter(name, write_peft(sources / name, adapter) if sources else adapter)
@@ -210,18 +148,18 @@ class SixAdapters:
         return self.weights(name).digest
 
     def file(self, name: str) -> Path:
-        """Its spill file."""
+        """Returns the spill file of an adapter."""
         (path,) = self.spill_dir.glob(f"*/{self.digest(name)[:16]}*.tiles")
         return path
 
     def add(self, adapters: Iterable[str | None]) -> dict[str, str]:
-        """Queues a request of each; request id -> name ("base" for None)."""
+        """Adds a request for each. Returns request id -> name ("base" for None)."""
         return {self.engine.add_request(self.prompt, self.params, name): name or "base" for name in adapters}
 
     def serve(
         self, adapters: Iterable[str | None], fault: Callable[[], object] | None = None, late: Iterable[str | None] = ()
     ) -> dict[str, RequestOutput]:
-        """Serves `adapters`; `fault` happens after a few steps, then come `late` ones. Name -> output."""
+        """Serves `adapters`; after five steps, calls `fault` and adds requests for `late`. Name -> output."""
         requests, outputs = self.add(adapters), {}
         for step in itertools.count():
             if step == 5:
@@ -236,7 +174,7 @@ class SixAdapters:
         return outputs
 
     def assert_right(self, outputs: dict[str, RequestOutput], names: Iterable[str]) -> None:
-        """Exactly these were served, each with the tokens of a run without a fault."""
+        """Checks that exactly these were served, each with its expected tokens."""
         assert {n: o.token_ids for n, o in outputs.items() if o.finish_reason == "length"} == {
             n: self.expected[n] for n in names
         }
@@ -253,11 +191,11 @@ def shared_six(
 
 @pytest.fixture
 def six(shared_six: SixAdapters) -> Iterator[SixAdapters]:
-    """No adapter is registered yet; afterwards nothing may be left, no file either."""
+    """Six adapters, none registered yet. After the test, no request, adapter, page or file may be left."""
     assert_clean(shared_six.engine)
     yield shared_six
     assert_clean(shared_six.engine)
-    deadline = time.monotonic() + 20  # the store's thread may be finishing what it had begun
+    deadline = time.monotonic() + 20  # the store's thread may still be at work
     while (files := [p for p in shared_six.spill_dir.rglob("*") if p.is_file()]) and time.monotonic() < deadline:
         time.sleep(0.001)
     assert files == []

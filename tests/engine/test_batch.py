@@ -1,4 +1,4 @@
-"""A step's metadata, packed on the host and unpacked on the device, against a walk over its tokens one by one."""
+"""A step's metadata, packed on the host and unpacked on the device, compared with a walk over its tokens."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slora_jax.engine.batch import (
@@ -52,8 +52,8 @@ PARAMS = st.builds(
 
 @st.composite
 def plans(draw, layout: BatchLayout) -> StepPlan:
-    """Sequences in any phase: first and later chunks of a prompt, decoding with the newest token known to the host or
-    only to the device, prompt and output recomputed after a preemption; with an adapter (often the same) or without."""
+    """Plans of sequences in any phase: first and later chunks of a prompt, decoding with the newest token known to the
+    host or only to the device, recomputation after a preemption; with an adapter (often a shared one) or without."""
     bucket, longest = layout.bucket, layout.page_size * MAX_PAGES
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1), "seed"))
     slots = rng.permutation(MAX_SEQS).tolist()
@@ -95,7 +95,7 @@ def plans(draw, layout: BatchLayout) -> StepPlan:
 
 @dataclass
 class Row:
-    """One token of a step, as the plan has it."""
+    """One token of a step, computed from the plan."""
 
     sequence: ScheduledSequence
     token: int
@@ -105,14 +105,14 @@ class Row:
 
 
 class Step:
-    """A plan, its metadata, and what the device makes of it from a state full of older sequences' entries."""
+    """A plan, its metadata, and the batch unpacked on the device over stale sequence state."""
 
     def __init__(self, plan: StepPlan, layout: BatchLayout) -> None:
         rng = np.random.default_rng(0)
         self.plan, self.layout, self.bucket = plan, layout, layout.bucket
         self.page_table = rng.integers(1, 500, (MAX_SEQS + 1, MAX_PAGES)).astype(np.int32)  # stale
         self.last_token = rng.integers(2000, 3000, MAX_SEQS + 1).astype(np.int32)
-        for s in plan.sequences:  # earlier steps have put the pages of the context there
+        for s in plan.sequences:  # earlier steps wrote the pages of the context
             before = -(-s.start // layout.page_size)
             self.page_table[s.request.slot, :before] = s.request.pages[:before]
 
@@ -130,7 +130,7 @@ class Step:
 
 @cache
 def unpacked(layout: BatchLayout):
-    """One compiled program per layout, its results on the host."""
+    """Returns the compiled unpacking of one layout; its results are on the host."""
     program = jax.jit(partial(unpack, layout=layout))
 
     def call(metadata: np.ndarray, state: SequenceState) -> tuple[StepBatch, SequenceState]:
@@ -139,21 +139,8 @@ def unpacked(layout: BatchLayout):
     return call
 
 
-def over_plans(test):
-    """Runs `test(step)` on random plans of every layout."""
-
-    @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-    @settings(max_examples=60, deadline=None)
-    @given(data=st.data())
-    def run(layout, data):
-        test(Step(data.draw(plans(layout), "plan"), layout))
-
-    run.__name__ = test.__name__
-    return run
-
-
-@over_plans
-def test_the_plans_sequences_come_grouped_by_adapter_dense_then_high_ranks_first_and_none_last(step):
+def check_order_of_sequences(step: Step) -> None:
+    """Sequences are grouped by adapter: dense ones first, then by descending rank, those without an adapter last."""
     assert Counter(map(id, step.requests)) == Counter(id(s.request) for s in step.plan.sequences)
     slots = [r.adapter_slot for r in step.requests]
     groups = [slot for i, slot in enumerate(slots) if i == 0 or slot != slots[i - 1]]
@@ -166,8 +153,8 @@ def test_the_plans_sequences_come_grouped_by_adapter_dense_then_high_ranks_first
     assert keys == sorted(keys, reverse=True)
 
 
-@over_plans
-def test_every_row_has_its_token_position_page_and_offset(step):
+def check_rows(step: Step) -> None:
+    """Every row has its token, position, page and offset; padding rows write to the dummy page."""
     batch, n = step.batch, len(step.rows)
     assert batch.token.shape == batch.position.shape == batch.page.shape == batch.offset.shape == (step.bucket.tokens,)
     found = list(zip(batch.token, batch.position, batch.page, batch.offset, strict=True))
@@ -176,8 +163,8 @@ def test_every_row_has_its_token_position_page_and_offset(step):
         assert (token, position, page, offset) == (0, 0, 0, 0)  # the dummy page takes the keys of padding
 
 
-@over_plans
-def test_the_page_table_holds_every_page_of_the_plans_sequences_and_changes_nothing_else(step):
+def check_page_table(step: Step) -> None:
+    """The page table holds every page of the plan, and its other entries are unchanged."""
     expected = step.page_table.copy()
     for s in step.sequences:
         expected[s.request.slot, : len(s.request.pages)] = s.request.pages
@@ -187,8 +174,8 @@ def test_the_page_table_holds_every_page_of_the_plans_sequences_and_changes_noth
         np.testing.assert_array_equal(step.batch.attention.page_table[seq], expected[s.request.slot])
 
 
-@over_plans
-def test_sequences_know_their_rows_and_padding_sequences_have_none(step):
+def check_rows_of_sequences(step: Step) -> None:
+    """Sequences have their rows and context; padding sequences have no rows and the spare slot."""
     batch, attention, n = step.batch, step.batch.attention, len(step.sequences)
     first = np.cumsum([0, *(s.count for s in step.sequences)])
     assert attention.first_row[:n].tolist() == first[:-1].tolist()
@@ -196,13 +183,13 @@ def test_sequences_know_their_rows_and_padding_sequences_have_none(step):
     assert attention.context[:n].tolist() == [s.start for s in step.sequences]
     assert batch.last_row[:n].tolist() == (first[1:] - 1).tolist()
     assert batch.slot[:n].tolist() == [r.slot for r in step.requests]
-    assert (batch.slot[n:] == MAX_SEQS).all()  # the row of the state that absorbs what padding samples
+    assert (batch.slot[n:] == MAX_SEQS).all()  # the spare row, for tokens sampled by padding
     assert not attention.length[n:].any() and not attention.first_row[n:].any() and not attention.context[n:].any()
     assert ((batch.last_row >= 0) & (batch.last_row < step.bucket.tokens)).all()
 
 
-@over_plans
-def test_lora_tiles_cover_each_row_of_an_adapter_once_and_no_other(step):
+def check_lora_tiles(step: Step) -> None:
+    """LoRA tiles cover each row with an adapter exactly once."""
     lora, bucket = step.batch.lora, step.bucket
     assert (
         lora.num_tiles
@@ -221,8 +208,8 @@ def test_lora_tiles_cover_each_row_of_an_adapter_once_and_no_other(step):
     assert ((lora.row_slot >= 0) & (lora.row_slot < step.layout.adapter_slots)).all()
 
 
-@over_plans
-def test_adapters_with_many_rows_come_first_and_none_is_dense_in_a_decode_program(step):
+def check_dense_adapters(step: Step) -> None:
+    """Adapters with many rows come first; a decode program has no dense adapters."""
     lora = step.batch.lora
     slots = [row.sequence.request.adapter_slot for row in step.rows]
     dense = [slot >= 0 and slots.count(slot) >= DENSE_ROWS and not step.bucket.decode for slot in slots]
@@ -231,8 +218,8 @@ def test_adapters_with_many_rows_come_first_and_none_is_dense_in_a_decode_progra
     assert tile_is_dense.tolist() == [tile < int(lora.num_dense) for tile in range(int(lora.num_tiles))]
 
 
-@over_plans
-def test_attention_takes_every_row_once_long_sequences_in_tiles_single_rows_longest_context_first(step):
+def check_attention_tiles(step: Step) -> None:
+    """Each row is in one prefill tile or is a single row; single rows come by descending context."""
     attention, height = step.batch.attention, step.bucket.prefill_tile_rows
     assert attention.num_prefill <= len(attention.prefill_seq)
     tiles = np.stack([attention.prefill_seq, attention.prefill_row], 1)[: attention.num_prefill].tolist()
@@ -247,8 +234,8 @@ def test_attention_takes_every_row_once_long_sequences_in_tiles_single_rows_long
         assert attention.prefill_seq.size == 0
 
 
-@over_plans
-def test_sampling_inputs_are_each_requests_own(step):
+def check_sampling_inputs(step: Step) -> None:
+    """Each sequence has its own sampling inputs; padding is greedy."""
     seqs, n = step.bucket.seqs, len(step.requests)
     numbers = jnp.asarray(step.metadata[: len(SAMPLER_FIELDS) * seqs])
     slot, target, inputs = jax.tree.map(np.asarray, unpack_sampling(numbers, seqs))
@@ -264,8 +251,19 @@ def test_sampling_inputs_are_each_requests_own(step):
         assert inputs.output_index[seq] == request.num_sampled
 
 
+CHECKS = [check for name, check in globals().items() if name.startswith("check_")]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_fields_fill_the_buffer_without_a_gap(layout):
+@given(data=st.data())
+def test_metadata_of_random_plans_agrees_with_a_walk_over_their_tokens(layout, data):
+    step = Step(data.draw(plans(layout), "plan"), layout)
+    for check in CHECKS:
+        check(step)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_fields_are_contiguous_in_the_buffer(layout):
     end = 0
     for offset, length in layout.fields.values():
         assert offset == end
@@ -287,7 +285,7 @@ def plan_of(counts: list[int], adapters: list[int], page_size: int) -> StepPlan:
     return plan
 
 
-def test_a_full_bucket_with_every_segment_one_row_over_a_tile_has_room_for_all_tiles():
+def test_a_full_bucket_has_room_for_the_largest_number_of_tiles():
     """Segments of one row more than whole tiles need the most tiles; 32 rows a tile, 2 adapters of 33 rows."""
     step = Step(plan_of([33, 33, 1, 1, 10], [0, 1, -1, -1, -1], 8), MIXED)
     assert int(step.batch.lora.num_tiles) == 4 and int(step.batch.lora.lora_rows) == 66
@@ -296,7 +294,7 @@ def test_a_full_bucket_with_every_segment_one_row_over_a_tile_has_room_for_all_t
     assert int(step.batch.attention.num_prefill) == 8  # 66 rows are two tiles of at most 64
 
 
-def test_the_newest_token_comes_from_the_device_while_the_host_does_not_know_it():
+def test_newest_token_comes_from_the_device_until_the_host_has_read_it():
     plan = plan_of([1], [-1], 8)
     request = plan.sequences[0].request
     request.prompt, request.output, request.slot = [5, 6], [9], 3
@@ -309,7 +307,7 @@ def test_the_newest_token_comes_from_the_device_while_the_host_does_not_know_it(
 
 
 @pytest.mark.parametrize("count", [0, 1, 8, 9])
-def test_rows_of_shared_pages_are_written_whole_however_many_requests_have_them(count):
+def test_shared_rows_of_the_page_table_are_written_in_groups_of_eight(count):
     rng = np.random.default_rng(count)
     table = rng.integers(1, 500, (MAX_SEQS + 1, MAX_PAGES)).astype(np.int32)  # stale
     cache = PrefixCache(Evictor(PageAllocator(500), Lru()), 8)

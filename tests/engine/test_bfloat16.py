@@ -1,5 +1,5 @@
-"""The whole engine in bfloat16 against itself in float32, over the same (bfloat16-valued) weights: with the XLA
-reference, and with the GPU kernels under their interpreters."""
+"""The engine in bfloat16 compared with itself in float32, over the same (bfloat16) weights: with the XLA reference and
+with interpreted GPU kernels."""
 
 from functools import cache
 
@@ -32,7 +32,7 @@ ADAPTERS = [f"adapter-{i % 4}" if i % 3 else None for i in range(8)]
 
 @cache
 def _generated(dtype: str, with_adapters: bool, kernels: str = "xla") -> list[RequestOutput]:
-    """Greedy answers of three tokens, with their logits."""
+    """Returns greedy outputs of three tokens, with their logits."""
     graphdef, _ = abstract_decoder(MODEL, dtype)
     params = init_random(MODEL, "float32", 0)[1]
     params = jax.tree.map(lambda x: (5 * x).astype(jnp.bfloat16).astype(dtype) if x.ndim == 2 else x, params)
@@ -46,6 +46,7 @@ def _generated(dtype: str, with_adapters: bool, kernels: str = "xla") -> list[Re
         decode_buckets=(8,),
         mixed_buckets=(32,),
         keep_logits=True,
+        compile_ahead=False,
         progress=False,
     )
     with Engine(MODEL, graphdef, params, config) as engine:
@@ -57,19 +58,19 @@ def _generated(dtype: str, with_adapters: bool, kernels: str = "xla") -> list[Re
 
 
 @pytest.mark.parametrize("kernels", ["xla", "triton"])
-def test_bfloat16_logits_are_float32s_up_to_rounding(kernels):
+def test_bfloat16_logits_agree_with_float32_up_to_rounding(kernels):
     compared = 0
     for exact, rounded in zip(_generated("float32", True), _generated("bfloat16", True, kernels), strict=True):
-        for position in range(3):  # of a prefill step, then of decode steps
+        for position in range(3):  # one prefill step, then decode steps
             if exact.token_ids[:position] != rounded.token_ids[:position]:
-                break  # a near tie was broken otherwise: the contexts differ from here on
+                break  # a near tie was decided otherwise: the contexts differ from here on
             error = abs(exact.logits[position] - rounded.logits[position]).max()
             assert error / abs(exact.logits[position]).max() < 0.03
             compared += 1
     assert compared >= 20
 
 
-def test_the_adapters_matter_far_more_than_the_rounding():
+def test_adapters_change_logits_far_more_than_rounding():
     for adapter, tuned, base in zip(ADAPTERS, _generated("float32", True), _generated("float32", False), strict=True):
         changed = abs(tuned.logits[0] - base.logits[0]).max() / abs(tuned.logits[0]).max()
         assert changed < 1e-5 if adapter is None else changed > 0.2

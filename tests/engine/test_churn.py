@@ -1,5 +1,7 @@
-"""Two thousand adapters through a pool that holds about twenty: nothing leaks, nothing compiles, answers stay right."""
+"""Five hundred adapters, a tenth of them in host memory and about ten in the pool: nothing leaks, nothing compiles, and
+tokens are those of merged weights, under reloads, unloads, cancellations and preemptions."""
 
+import gc
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -9,25 +11,33 @@ import numpy as np
 import pytest
 
 from pallas_kernels.lora.layout import PROJECTIONS
-from slora_jax import Engine, RequestOutput, SamplingParams
-from slora_jax.adapters import BaseGeometry, LoraAdapter, random_adapter
+from slora_jax import AdapterError, Engine, RequestOutput, SamplingParams
+from slora_jax.adapters import AdapterTiles, BaseGeometry, LoraAdapter, random_adapter
 
-NUM_ADAPTERS = 2000
-RANKS = (1, 2, 3, 4, 5, 8, 11, 16, 24)
-SAMPLE = 150  # outputs compared with merged weights
+NUM_ADAPTERS = 500
+HOST_BYTES = 1 << 20
+"""About a tenth of the adapters; the others are spilled."""
+RANKS = (1, 2, 3, 4, 5, 8, 11, 16)
+SAMPLE = 80  # outputs compared with merged weights
 
 
 @pytest.fixture(scope="module")
 def engine(tiny) -> Iterator[Engine]:
-    half = 20 << 20  # about half of the adapters; the others are spilled
-    with tiny.engine(**tiny.medium, host_adapter_bytes=half) as engine:
+    with tiny.engine(host_adapter_bytes=HOST_BYTES) as engine:
         yield engine
 
 
+def tiles_in_memory() -> int:
+    """Bytes of all adapter tiles in this process, whatever the store counts."""
+    return sum(thing.nbytes for thing in gc.get_objects() if type(thing) is AdapterTiles)
+
+
 class Churn:
-    """Drives the engine and remembers which weights each name has and each request must have been served with. An
-    adapter is known by the seed that it is made from; no two loads share one. Adapters come from disk when they come:
-    what depends on it is drawn from `late`, so that the course of events by `rng` does not."""
+    """Drives the engine, and records the weights of each name and those that each request must be served with.
+
+    An adapter is identified by the seed of its weights; no two loads share one. When a read from disk ends depends on
+    the machine. Draws that follow from it come from `late`, so that those from `rng` are the same in every run.
+    """
 
     def __init__(self, engine: Engine, geometry: BaseGeometry, rng: np.random.Generator) -> None:
         self.engine, self.geometry, self.rng = engine, geometry, rng
@@ -45,7 +55,7 @@ class Churn:
         return random_adapter(self.geometry, {p: int(rng.choice(RANKS)) for p in targets}, seed=seed)
 
     def load(self, name: str) -> None:
-        """Gives a name weights that no adapter had before."""
+        """Registers new weights under a name."""
         self.weights[name] = next(self.seeds)
         self.engine.load_adapter(name, self.adapter(self.weights[name]))
 
@@ -57,7 +67,7 @@ class Churn:
         rng = self.late
         greedy = rng.random() < 0.7
         params = SamplingParams(
-            max_tokens=int(rng.choice([1, 3, 40])),
+            max_tokens=int(rng.choice([1, 3, 20])),
             temperature=0.0 if greedy else 0.9,
             stop_token_ids=rng.integers(2, 320, 6).tolist(),
         )
@@ -72,7 +82,7 @@ class Churn:
         return request
 
     def cancel_any(self) -> None:
-        """Of the unfinished requests; of a new one, if there is none."""
+        """Cancels an unfinished request; a new one, if there is none."""
         unfinished = sorted(self.engine.core.requests)
         request = self.late.choice(unfinished) if unfinished else self.ask([5, 6], SamplingParams(), None)
         assert self.engine.cancel(request)
@@ -91,7 +101,7 @@ class Churn:
         self.engine.check()
 
     def collide(self, squeeze: Callable) -> list[str]:
-        """Four requests that grow to 11 pages each, and two with small adapters, on 26 pages: some must give way."""
+        """Runs four requests that grow to 11 pages each and two with small adapters on 26 pages: some are preempted."""
         params = SamplingParams(max_tokens=80, temperature=0.0, ignore_eos=True)
         small = [info.name for info in self.engine.adapters() if info.num_pages <= 8]
         requests = []
@@ -104,7 +114,7 @@ class Churn:
         return requests
 
     def run(self, names: list[str]) -> None:
-        """Requests for every name in random order and bursts, among reloads, unloads, cancellations and pauses."""
+        """Adds requests for every name in random order and bursts, between reloads, unloads and cancellations."""
         rng = self.rng
         unused = rng.permutation(names).tolist()
         while unused:
@@ -114,7 +124,7 @@ class Churn:
             if event < 0.05 and self.engine.scheduler.running:
                 use = self.engine.scheduler.running[-1].adapter
                 if use is not None and use.name in self.weights:
-                    self.load(use.name)  # requests with the old weights are under way
+                    self.load(use.name)  # requests with the old weights are running
                     self.arrive(use.name)
             elif event < 0.10:
                 name = str(rng.choice(list(self.weights)))
@@ -128,9 +138,10 @@ class Churn:
         self.drain()
 
 
-def test_two_thousand_adapters_churn_through_a_small_pool(
+def test_five_hundred_adapters_churn_through_a_small_pool(
     tiny, engine, greedy_margin, compilations, squeeze, rng
 ) -> None:
+    others = tiles_in_memory()
     churn = Churn(engine, tiny.geometry, rng)
     names = [f"adapter-{i}" for i in range(NUM_ADAPTERS)]
     for name in names[:2]:
@@ -140,6 +151,9 @@ def test_two_thousand_adapters_churn_through_a_small_pool(
     compilations.clear()  # warm from here on
     for name in names[2:]:
         churn.load(name)
+        assert engine.store.stats().resident_bytes <= HOST_BYTES
+    assert tiles_in_memory() - others <= HOST_BYTES
+    assert engine.store.stats().spilled > 0.8 * NUM_ADAPTERS
     churn.run(names)
     collided = churn.collide(squeeze)
     assert not compilations, f"{len(compilations)} programs were compiled after warm-up"
@@ -148,13 +162,15 @@ def test_two_thousand_adapters_churn_through_a_small_pool(
 
     assert churn.outputs.keys() == churn.expected.keys()
     reasons = [output.finish_reason for output in churn.outputs.values()]
-    assert reasons.count("cancelled") == churn.cancelled > 20
-    assert reasons.count("stop") > 20 and "error" not in reasons
+    assert reasons.count("cancelled") == churn.cancelled > 5
+    assert reasons.count("stop") > 10 and "error" not in reasons
     stats = engine.stats()
-    assert 15 < churn.most_resident < 40, churn.most_resident
+    assert 6 < churn.most_resident < 30, churn.most_resident
     assert stats.adapter_loads > 0.9 * NUM_ADAPTERS and stats.adapter_evictions > 0.9 * NUM_ADAPTERS
     assert stats.preemptions > 0 and any(churn.outputs[request].metrics.preemptions for request in collided)
-    assert engine.store.stats().spill_reads > 100
+    assert engine.store.stats().spill_reads > 0.5 * NUM_ADAPTERS
+    with pytest.raises(AdapterError, match="unknown adapter 'adapter-12345'; did you mean 'adapter-"):
+        engine.add_request([1], None, "adapter-12345")
 
     checkable = [r for r, output in churn.outputs.items() if output.token_ids and r in churn.greedy]
     for request in [*rng.choice(checkable, SAMPLE, replace=False), *collided]:
@@ -165,7 +181,7 @@ def test_two_thousand_adapters_churn_through_a_small_pool(
     for name in list(churn.weights):
         churn.unload(name)
     assert engine.prefixes is not None
-    engine.prefixes.drop(None)  # the base model's; the others went with their adapters
+    engine.prefixes.drop(None)  # of the base model; the others were dropped with their adapters
     assert engine.allocator.num_free == engine.allocator.capacity
     assert len(engine.residency) == 0
     store = engine.store.stats()

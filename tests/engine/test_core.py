@@ -1,4 +1,4 @@
-"""The loop over a fake executor: failures, cancellations, waits, in milliseconds."""
+"""The engine's loop over a fake executor: failures, cancellations, waits."""
 
 from collections.abc import Callable
 
@@ -34,7 +34,7 @@ def run(core: EngineCore, most: int = 200) -> list:
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-def test_a_step_is_read_after_the_next_one_is_dispatched_unless_they_take_turns(overlap) -> None:
+def test_step_is_read_after_the_next_dispatch_with_overlap(overlap) -> None:
     core = make_core(FakeExecutor(sample=lambda request: 7), overlap=overlap)
     core.add(request := make_request(0, new=3))
     assert [len(core.step()) for _ in range(2)] == [0 if overlap else 1, 1]
@@ -45,7 +45,7 @@ def test_a_step_is_read_after_the_next_one_is_dispatched_unless_they_take_turns(
     assert core.counters.tokens_generated == 3
 
 
-def test_a_stop_token_ends_a_request_and_the_surplus_token_is_dropped() -> None:
+def test_stop_token_ends_a_request_and_the_surplus_token_is_dropped() -> None:
     core = make_core(FakeExecutor(sample=lambda request: 3))
     request = make_request(0, new=9)
     request.stop_token_ids = frozenset({3})
@@ -70,7 +70,7 @@ class Failing(FakeExecutor):
         setattr(self, name, failing)
 
 
-def test_a_step_that_cannot_be_dispatched_ends_its_requests_and_forgets_its_adapters() -> None:
+def test_failed_dispatch_ends_its_requests_and_drops_its_adapters() -> None:
     executor = Failing("dispatch", lambda plan: any(s.request.number == 0 for s in plan.sequences))
     core = make_core(executor, prefetch=0)
     core.add(bad := make_request(0, prompt=32, adapter="a"))  # a whole step
@@ -84,7 +84,7 @@ def test_a_step_that_cannot_be_dispatched_ends_its_requests_and_forgets_its_adap
     assert executor.uploaded == ["a", "a"]
 
 
-def test_an_upload_that_cannot_begin_ends_the_requests_of_its_adapter_only() -> None:
+def test_failed_stage_ends_requests_of_its_adapter_only() -> None:
     executor = Failing("stage", lambda upload: upload.resident.digest == "bad" and upload.first > 0)
     core = make_core(executor, upload_pages_per_step=2)
     requests = {
@@ -100,7 +100,7 @@ def test_an_upload_that_cannot_begin_ends_the_requests_of_its_adapter_only() -> 
     assert "bad" not in core.scheduler.residency and not executor.copies
 
 
-def test_a_copy_that_fails_on_its_way_ends_the_requests_of_its_adapter_only() -> None:
+def test_failed_copy_ends_requests_of_its_adapter_only() -> None:
     executor = FakeExecutor()
     landed = executor.landed
     executor.landed = lambda: [
@@ -113,7 +113,7 @@ def test_a_copy_that_fails_on_its_way_ends_the_requests_of_its_adapter_only() ->
     assert (bad.finish_reason, good.finish_reason) == (FinishReason.ERROR, FinishReason.LENGTH)
 
 
-def test_an_adapter_that_is_lost_ends_its_waiting_requests_only() -> None:
+def test_lost_adapter_ends_its_waiting_requests_only() -> None:
     def state(digest: str) -> AdapterState:
         if digest != "lost":
             return AdapterState.READY
@@ -129,7 +129,7 @@ def test_an_adapter_that_is_lost_ends_its_waiting_requests_only() -> None:
     assert [update.error for update in updates if update.error] == ["adapter 'lost': its file is gone"]
 
 
-def test_logits_that_are_not_finite_end_their_request_and_what_its_adapter_computed_is_not_shared() -> None:
+def test_logits_that_are_not_finite_end_the_request_and_drop_its_adapters_prefixes() -> None:
     core = make_core(FakeExecutor(sample=lambda request: NOT_FINITE if request.number == 0 else 1))
     core.add(make_request(0, prompt=9, new=3, adapter="a"))
     core.add(fine := make_request(1, prompt=9, new=3))
@@ -142,7 +142,7 @@ def test_logits_that_are_not_finite_end_their_request_and_what_its_adapter_compu
 
 
 @pytest.mark.parametrize(("policy", "first"), [(Fcfs(), "old"), (Lcfs(), "new")])
-def test_the_wait_for_the_disk_is_for_the_adapter_that_the_policy_wants_next(policy, first) -> None:
+def test_idle_step_waits_for_the_adapter_that_the_policy_admits_next(policy, first) -> None:
     executor = FakeExecutor(state=lambda digest: AdapterState.LOADING)
     waited: list[str | None] = []
     executor.wait = waited.append
@@ -153,7 +153,7 @@ def test_the_wait_for_the_disk_is_for_the_adapter_that_the_policy_wants_next(pol
     assert waited == [first]
 
 
-def test_with_nothing_to_run_a_step_waits_for_the_oldest_copy() -> None:
+def test_idle_step_waits_for_the_oldest_copy() -> None:
     executor = FakeExecutor(copy_steps=10**6)
     core = make_core(executor)
     core.add(request := make_request(0, adapter="a"))

@@ -1,4 +1,4 @@
-"""The baselines that are settings of the engine: the same tokens as the paged engine's, at their own price."""
+"""Baselines that are settings of the engine (`lora="bmm"`, `"merge"`, `"off"`): they give the paged engine's tokens."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.lora.layout import PROJECTIONS
-from slora_jax import AdapterError, ConfigError, Engine, EngineConfig, RequestOutput, SamplingParams
+from slora_jax import AdapterError, ConfigError, Engine, RequestOutput, SamplingParams
 from slora_jax.adapters import random_adapter, write_peft
 from slora_jax.adapters.tiles import pack_tiles
 from slora_jax.analysis import pool_use
@@ -23,11 +23,10 @@ from slora_jax.metrics import Counters
 from slora_jax.scheduling import AdapterUse, Fcfs, OneAdapter, Request, RequestMetrics, ScheduledSequence, StepPlan
 
 NUM_ADAPTERS = 12
-NUM_PAGES = 60  # a few adapters beside running sequences: they are evicted and come back
 
 
 def adapters(geometry) -> dict:
-    """Of mixed ranks and targets, by name."""
+    """Adapters of mixed ranks and targets, by name. The pool has room for about half of them."""
     made = {}
     for seed in range(NUM_ADAPTERS):
         rng = np.random.default_rng(seed)
@@ -40,13 +39,13 @@ def adapters(geometry) -> dict:
 
 @pytest.fixture(scope="module")
 def baseline(tiny) -> Iterator[Callable[[str], Engine]]:
-    """An engine by `EngineConfig.lora`, with all adapters; made when first asked for."""
+    """Returns the engine of one `EngineConfig.lora` with all adapters, made at its first use."""
     engines: dict[str, Engine] = {}
 
     def of(lora: str) -> Engine:
         if lora not in engines:
             params = jax.tree.map(jnp.copy, tiny.params)  # merging changes them in place
-            settings = tiny.settings(num_pages=NUM_PAGES, lora=lora)
+            settings = tiny.settings(lora=lora, compile_ahead=lora != "off")
             engines[lora] = Engine(tiny.config, tiny.graphdef, params, settings)
             for name, adapter in adapters(tiny.geometry).items():
                 engines[lora].load_adapter(name, adapter)
@@ -58,7 +57,7 @@ def baseline(tiny) -> Iterator[Callable[[str], Engine]]:
 
 
 def churn(engine: Engine, rng: np.random.Generator) -> dict[str, RequestOutput]:
-    """Sixty greedy requests for all adapters and the base model, in bursts; some are cancelled. By request id."""
+    """Runs sixty greedy requests for all adapters and the base model, in bursts; cancels some. Request id -> output."""
     outputs: dict[str, RequestOutput] = {}
     for number in range(60):
         name = None if rng.random() < 0.15 else f"adapter-{rng.integers(NUM_ADAPTERS)}"
@@ -77,7 +76,7 @@ def churn(engine: Engine, rng: np.random.Generator) -> dict[str, RequestOutput]:
 
 
 @pytest.mark.parametrize("lora", ["bmm", "merge"])
-def test_tokens_are_the_reference_s_under_churn_and_nothing_compiles(
+def test_tokens_under_churn_are_those_of_merged_weights_and_nothing_compiles(
     baseline, tiny, lora, greedy_margin, compilations, rng
 ):
     engine = baseline(lora)
@@ -130,8 +129,8 @@ def test_one_merge_per_change_of_adapter(baseline):
     for names, merges in (
         (["adapter-0"] * 3, 1),
         (["adapter-0"], 0),  # still merged
-        ([None], 0),  # taken out
-        (["adapter-0", "adapter-1", None, "adapter-0", "adapter-1"], 2),  # those for one adapter go together
+        ([None], 0),  # unmerged
+        (["adapter-0", "adapter-1", None, "adapter-0", "adapter-1"], 2),  # requests of one adapter run together
         (["adapter-1", "adapter-0"], 2),
     ):
         engine.generate([[7, 8]] * len(names), params, names)
@@ -140,8 +139,8 @@ def test_one_merge_per_change_of_adapter(baseline):
         before = after
 
 
-def test_the_merged_adapter_may_be_evicted_for_the_next_one(baseline, tiny, squeeze, greedy_margin):
-    """Room for one adapter and a sequence: the next adapter's pages are the last one's."""
+def test_merged_adapter_can_be_evicted_for_the_next_one(baseline, tiny, squeeze, greedy_margin):
+    """The pool has room for one adapter and a sequence, so the next adapter reuses the pages of the last one."""
     engine, weights = baseline("merge"), adapters(tiny.geometry)
     pages = {info.name: info.num_pages for info in engine.adapters()}
     largest = sorted(pages, key=pages.__getitem__)[-3:]
@@ -169,7 +168,7 @@ def test_a_step_that_mixes_adapters_is_never_run_on_merged_weights(baseline):
 
 
 def merge_spec(tiny, dtype: str) -> StepSpec:
-    config = tiny.settings(num_pages=NUM_PAGES, lora="merge", dtype=dtype)
+    config = tiny.settings(lora="merge", dtype=dtype)
     struct = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)), tiny.params)
     return step_spec(tiny.config, tiny.graphdef, struct, config, pool_shape(tiny.config, config))
 
@@ -192,8 +191,8 @@ def test_the_merge_program_changes_the_weights_in_place(tiny, dtype):
 
 @pytest.mark.parametrize(("dtype", "least", "most"), [("float32", 1e-8, 1e-6), ("bfloat16", 1e-3, 3e-2)])
 def test_unmerging_leaves_a_rounding_error_behind(tiny, dtype, least, most):
-    """How far the weights are from where they were after 100 switches, relative to their norm. Measured: 5.5e-7 in
-    float32, 2.3e-2 in bfloat16 (one rounding of a bfloat16 weight is about 1.7e-3)."""
+    """Drift of the weights after 100 switches, relative to their norm. Measured: 5.5e-7 in float32, 2.3e-2 in bfloat16
+    (one rounding of a bfloat16 weight is about 1.7e-3)."""
     spec = merge_spec(tiny, dtype)
     counters, program = Counters(), MergeProgram(spec)
 
@@ -263,7 +262,7 @@ def test_merged_weights_are_pefts(tiny, model_dir, tmp_path, baseline):
 # Off
 
 
-def test_without_lora_adapters_are_named_but_neither_loaded_nor_computed(baseline, tiny):
+def test_lora_off_keeps_names_and_neither_loads_nor_computes_adapters(baseline, tiny):
     engine, params = baseline("off"), SamplingParams(max_tokens=12, ignore_eos=True)
     prompts = [[5, 6, 7], [8] * 11, [9]]
     names = ["adapter-0", None, "adapter-5"]
@@ -276,8 +275,3 @@ def test_without_lora_adapters_are_named_but_neither_loaded_nor_computed(baselin
     assert not any("lora" in program.name for program in engine.executor.device.programs.programs)
     with pytest.raises(AdapterError, match="unknown adapter 'adapter-99'"):
         engine.add_request([1], params, "adapter-99")
-
-
-def test_an_unknown_way_to_serve_adapters_is_refused():
-    with pytest.raises(ConfigError, match="EngineConfig.lora='unmerged': must be 'paged' or 'bmm'"):
-        EngineConfig(lora="unmerged")

@@ -1,4 +1,4 @@
-"""The compiled step updates the pool in place: read from the program, on the CPU and for an H200 that is not there."""
+"""The compiled step updates the pool in place: read from the program for the CPU, and for an H200 without a device."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.targets import TARGETS, deviceless_mesh
 from slora_jax.analysis import pool_use
-from slora_jax.engine.batch import BatchLayout, Bucket
+from slora_jax.engine.batch import Bucket
 from slora_jax.engine.layered import LayeredStep
 from slora_jax.engine.step import StepSpec, make_step, step_shapes
 from slora_jax.memory import PoolShape
@@ -53,15 +53,11 @@ SMALL = _spec(hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, dtype="float
 LLAMA_8B = _spec(hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, dtype="bfloat16", num_pages=4000)
 
 
-def _layout(spec: StepSpec, bucket: Bucket) -> BatchLayout:
-    return spec.layout(bucket)
-
-
-@pytest.mark.parametrize("with_lora", [False, True])
 @pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=lambda b: b.name)
-def test_the_cpu_step_aliases_the_whole_pool_and_copies_none_of_it(bucket, with_lora):
+def test_cpu_step_updates_the_pool_in_place(bucket):
     one_layer = replace(SMALL.pool, num_layers=1)
-    for part in LayeredStep(SMALL, _layout(SMALL, bucket), with_lora).parts:
+    plain, with_lora = (LayeredStep(SMALL, SMALL.layout(bucket), lora).parts for lora in (False, True))
+    for part in [*with_lora, *(part for part in plain if part.name.endswith("_layer"))]:
         use = pool_use(part.function.lower(*part.shapes()).compile(), one_layer)
         assert use.copies == ()
         assert use.temp_bytes < use.pool_bytes
@@ -70,8 +66,8 @@ def test_the_cpu_step_aliases_the_whole_pool_and_copies_none_of_it(bucket, with_
 
 
 @pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=lambda b: b.name)
-def test_the_h200_step_aliases_the_whole_pool_and_copies_none_of_it(bucket):
-    layout = _layout(LLAMA_8B, bucket)
+def test_h200_step_updates_the_pool_in_place(bucket):
+    layout = LLAMA_8B.layout(bucket)
     here = NamedSharding(deviceless_mesh(TARGETS["h200"]), PartitionSpec())
     shapes = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), step_shapes(LLAMA_8B, layout)
@@ -83,7 +79,7 @@ def test_the_h200_step_aliases_the_whole_pool_and_copies_none_of_it(bucket):
     assert use.temp_bytes < use.pool_bytes / 4  # half of one layer's pool
 
 
-def test_an_upload_writes_the_pool_in_place():
+def test_upload_updates_the_pool_in_place():
     shape = SMALL.pool
     page = jax.ShapeDtypeStruct((4,), jnp.int32)
     contents = jax.ShapeDtypeStruct((2, 4, 2, shape.page_size, shape.width), jnp.float32)
@@ -100,7 +96,7 @@ def test_an_upload_writes_the_pool_in_place():
     assert table.alias_size_in_bytes >= 4 * shape.adapter_slots * (shape.max_adapter_pages + 7)
 
 
-def test_the_check_sees_a_pool_that_is_copied():
+def test_check_detects_a_copied_pool():
     shape = SMALL.pool
 
     def update(pool, value):

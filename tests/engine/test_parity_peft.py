@@ -31,7 +31,7 @@ def test_matches_peft_after_many_evictions_and_reloads(served: Any) -> None:
     rng = np.random.default_rng(3)
     before = served.engine.stats()
     for _ in range(3):
-        for name in rng.permutation(list(ADAPTERS)):  # beside a long prompt that crowds out the idle ones
+        for name in rng.permutation(list(ADAPTERS)):  # beside a long prompt that evicts idle ones
             prompts = [served.family.prompts[1], [1, 2]]
             served.engine.generate(prompts, SamplingParams(max_tokens=2), [None, str(name)])
     served.family.check(served.run(rng.permutation(len(served.family.prompts))))
@@ -42,7 +42,7 @@ def test_matches_peft_after_many_evictions_and_reloads(served: Any) -> None:
 
 
 def test_every_adapter_changes_the_output_and_generate_agrees(served: Any) -> None:
-    """The reference of the tests above is a forward pass over the engine's tokens; here it is PEFT's own `generate`."""
+    """The tests above compare with a forward pass over the engine's tokens, this one with PEFT's `generate`."""
     prompt = served.family.prompts[2]
     names = [None, *ADAPTERS]
     outputs = served.engine.generate([prompt] * len(names), SamplingParams(max_tokens=24, ignore_eos=True), names)

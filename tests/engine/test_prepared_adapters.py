@@ -1,10 +1,10 @@
-"""Adapters prepared on other threads while the engine steps, and published between two steps."""
+"""Adapters are prepared on other threads while the engine steps, and published between two steps."""
 
 import queue
 import threading
 
-import numpy as np
 import pytest
+from drain import drain
 
 from slora_jax import AdapterError, SamplingParams
 from slora_jax.adapters import random_adapter, store, write_peft
@@ -14,16 +14,8 @@ SHORT = SamplingParams(max_tokens=5, ignore_eos=True)
 TIMEOUT = 20.0  # seconds; only a failing test waits that long
 
 
-def drain(engine) -> dict:
-    outputs = {}
-    while engine.has_work():
-        outputs |= {delta.request_id: delta.output for delta in engine.step() if delta.output is not None}
-    engine.check()
-    return outputs
-
-
 def test_steps_go_on_while_an_adapter_is_prepared(engine, tiny, monkeypatch, greedy_margin) -> None:
-    """Preparing hangs as long as it likes, on its own thread: it holds no lock that a step needs."""
+    """A preparation that blocks holds no lock that a step needs."""
     adapter, begun, gate = random_adapter(tiny.geometry, 4, seed=1), threading.Event(), threading.Event()
     pack, results = store.pack_tiles, []
 
@@ -53,9 +45,9 @@ def drain_one(engine, name, params=LONG):
     return drain(engine)[request]
 
 
-def test_threads_prepare_while_the_engine_steps_and_publishes(six, tiny, greedy_margin, tmp_path, rng) -> None:
-    """On the engine whose host memory holds one adapter: each registration spills another one meanwhile."""
-    engine, count = six.engine, 12
+def test_threads_prepare_while_the_engine_steps_and_publishes(six, tiny, greedy_margin, tmp_path) -> None:
+    """Host memory holds one adapter, so each registration spills another one."""
+    engine, count = six.engine, 4
     weights = {f"t{thread}-{i}": six.weights(chr(200 + 20 * thread + i)) for thread in range(3) for i in range(count)}
     directories = {name: write_peft(tmp_path / name, adapter) for name, adapter in weights.items()}
     ready: queue.SimpleQueue = queue.SimpleQueue()
@@ -82,14 +74,14 @@ def test_threads_prepare_while_the_engine_steps_and_publishes(six, tiny, greedy_
     for thread in threads:
         thread.join()
     engine.check()
-    assert sorted(requests.values()) == sorted(info.name for info in engine.adapters()) and len(requests) == 27
+    assert sorted(requests.values()) == sorted(info.name for info in engine.adapters()) and len(requests) == 9
     for request, name in requests.items():
         assert outputs[request].finish_reason == "length"
         assert greedy_margin([5, 6, 7], outputs[request].token_ids, weights[name]) < 1e-5, name
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_requests_keep_the_weights_that_their_name_had(engine, tiny, greedy_margin, order) -> None:
+def test_requests_keep_the_weights_that_their_name_had_on_arrival(engine, tiny, greedy_margin, order) -> None:
     weights = [random_adapter(tiny.geometry, 4, seed=seed) for seed in range(3)]
     prepared = [engine.prepare_adapter("x", adapter) for adapter in weights[:2]]
     engine.load_adapter("x", weights[2])
@@ -103,10 +95,10 @@ def test_requests_keep_the_weights_that_their_name_had(engine, tiny, greedy_marg
     assert len({tuple(output.token_ids) for output in outputs.values()}) == 3
     for request, adapter in requests.items():
         assert greedy_margin([5, 6, 7], outputs[request].token_ids, adapter) < 1e-5
-    assert list(engine.store.tiers()) == [weights[order[1]].digest], "the others went with their last requests"
+    assert list(engine.store.tiers()) == [weights[order[1]].digest], "the others were dropped with their last requests"
 
 
-def test_published_over_an_idle_name_frees_its_pages(engine, tiny) -> None:
+def test_publishing_over_an_idle_name_frees_its_pages(engine, tiny) -> None:
     weights = [random_adapter(tiny.geometry, 4, seed=seed) for seed in range(2)]
     engine.load_adapter("x", weights[0])
     drain_one(engine, "x")
@@ -118,7 +110,7 @@ def test_published_over_an_idle_name_frees_its_pages(engine, tiny) -> None:
 
 
 def test_unloaded_and_discarded_while_prepared_for_another_name(engine, tiny, greedy_margin) -> None:
-    """The pool's pages go with the name, the content with the last that holds it."""
+    """The pages are freed with the name, the content with its last holder."""
     adapter = random_adapter(tiny.geometry, 4, seed=3)
     engine.load_adapter("x", adapter)
     drain_one(engine, "x")
@@ -131,46 +123,3 @@ def test_unloaded_and_discarded_while_prepared_for_another_name(engine, tiny, gr
     assert greedy_margin([5, 6, 7], drain_one(engine, "y").token_ids, adapter) < 1e-5
     assert engine.unload_adapter("y")
     assert engine.store.tiers() == {}
-
-
-def test_storm_of_registrations_from_threads_leaks_nothing(six, rng) -> None:
-    """Names registered, replaced and unloaded under running requests, by two threads that prepare at their own pace;
-    every request is answered with the weights that its name had when it came. The fixture finds what is left."""
-    engine = six.engine
-    six.load("ab")
-    letters = {six.digest(name): name for name in six.names}
-    todo: queue.SimpleQueue = queue.SimpleQueue()
-    done: queue.SimpleQueue = queue.SimpleQueue()
-
-    def prepare() -> None:
-        while (job := todo.get()) is not None:
-            done.put(engine.prepare_adapter(job[0], six.weights(job[1])))
-
-    threads = [threading.Thread(target=prepare) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    requests, outputs, asked, came = {}, {}, 0, 0
-    while asked < 60 or came < asked or engine.has_work():
-        if asked < 60 and rng.random() < 0.6:
-            todo.put((str(rng.integers(4)), str(rng.choice(list(six.names)))))
-            asked += 1
-        while not done.empty():
-            prepared, came = done.get(), came + 1
-            if rng.random() < 0.2:
-                engine.discard_adapter(prepared)
-                continue
-            info = engine.publish_adapter(prepared)
-            requests[engine.add_request(six.prompt, six.params, info.name)] = letters[info.digest]
-            if rng.random() < 0.3:
-                engine.unload_adapter(info.name)
-        outputs |= {delta.request_id: delta.output for delta in engine.step() if delta.output is not None}
-    for _ in threads:
-        todo.put(None)
-    for thread in threads:
-        thread.join()
-    engine.check()
-    assert len(requests) > 25 and requests.keys() == outputs.keys()
-    for info in engine.adapters():  # some share their content
-        engine.unload_adapter(info.name)
-    for request, letter in requests.items():
-        np.testing.assert_array_equal(outputs[request].token_ids, six.expected[letter])

@@ -1,4 +1,4 @@
-"""Step programs: compiled in parts on a CPU, kept on disk, found again, left at once by Ctrl-C."""
+"""Step programs: compiled in parts on a CPU, cached on disk, interrupted by Ctrl-C."""
 
 import logging
 import os
@@ -11,71 +11,71 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from slora_jax import ConfigError, EngineConfig, SamplingParams
 from slora_jax.adapters import random_adapter
 from slora_jax.engine import sizing
+from slora_jax.engine.program_cache import ProgramCache
 from slora_jax.engine.programs import on_threads
-from slora_jax.engine.sizing import coarse, pages_that_fit
+from slora_jax.engine.sizing import coarse, pages_that_fit, pool_shape, step_spec
 from slora_jax.engine.step import StepSpec
 
-PROMPTS = [[3, 17, 5, 9], [40, 41], list(range(60, 90))]
+PROMPTS = [[3, 17, 5, 9], [40, 41], list(range(60, 70))]
+PARTS = ("begin", "lora_prepare", "lora_layer", "end")
 
 
-def answers(engine, **params):
-    """Tokens and logits of base and adapter requests."""
+def answers(engine):
+    """Tokens and logits of requests with an adapter, in one prefill step."""
     engine.load_adapter("a", random_adapter(engine.store.geometry, rank=8, targets=("q", "v", "down"), seed=1))
-    outputs = engine.generate(PROMPTS, SamplingParams(max_tokens=6, ignore_eos=True, **params), [None, "a", "a"])
+    outputs = engine.generate(PROMPTS, SamplingParams(max_tokens=1, ignore_eos=True), "a")
     return [o.token_ids for o in outputs], np.concatenate([o.logits for o in outputs])
 
 
-def test_a_step_in_parts_computes_what_the_whole_step_does(tiny, monkeypatch):
-    with tiny.engine(keep_logits=True) as engine:
-        names = {program.name for program in engine.executor.device.programs.programs}
+def test_whole_step_layered_step_and_programs_from_disk_give_the_same_answers(tiny, tmp_path, monkeypatch):
+    settings = {"keep_logits": True, "compile_ahead": False, "compilation_cache_dir": tmp_path}
+    with tiny.engine(**settings) as engine:
         tokens, logits = answers(engine)
-    assert any(name.endswith("_layer") for name in names)
+        programs = engine.executor.device.programs.programs
+        assert {program.name for program in programs} == {f"mixed_16_{part}" for part in PARTS}
+        assert not any(program.is_cached for program in programs)
+    with tiny.engine(**settings) as engine:
+        places = [layer.unsafe_buffer_pointer() for layer in engine.executor.device.pool]
+        again = answers(engine)
+        assert all(program.is_cached for program in engine.executor.device.programs.programs)
+        assert [layer.unsafe_buffer_pointer() for layer in engine.executor.device.pool] == places, "updated in place"
+    assert again[0] == tokens
+    np.testing.assert_array_equal(again[1], logits)
     monkeypatch.setattr(StepSpec, "layered", False)
-    with tiny.engine(keep_logits=True) as engine:
-        assert not any(program.name.endswith("_layer") for program in engine.executor.device.programs.programs)
+    with tiny.engine(**settings) as engine:
         whole_tokens, whole_logits = answers(engine)
+        assert {program.name for program in engine.executor.device.programs.programs} == {"mixed_16_lora"}
     assert tokens == whole_tokens
     np.testing.assert_allclose(logits, whole_logits, atol=1e-5)
 
 
-def test_a_program_found_on_disk_answers_alike_and_updates_the_pool_in_place(tiny, tmp_path):
-    with tiny.engine(keep_logits=True, compilation_cache_dir=tmp_path) as engine:
-        assert not any(program.is_cached for program in engine.executor.device.programs.programs)
-        first = answers(engine)
-    with tiny.engine(keep_logits=True, compilation_cache_dir=tmp_path) as engine:
-        assert all(program.is_cached for program in engine.executor.device.programs.programs)
-        places = [layer.unsafe_buffer_pointer() for layer in engine.executor.device.pool]
-        second = answers(engine)
-        assert [layer.unsafe_buffer_pointer() for layer in engine.executor.device.pool] == places
-    assert first[0] == second[0]
-    np.testing.assert_array_equal(first[1], second[1])
+def test_cached_program_is_found_by_its_spec_and_compiled_again_if_damaged(tiny, tmp_path, caplog):
+    """The entry is of a small function: the key is the engine's spec, and what the caller says of the program."""
+    config = tiny.settings()
+    specs = [
+        step_spec(tiny.config, tiny.graphdef, tiny.params, each, pool_shape(tiny.config, each))
+        for each in (config, config, replace(config, max_lora_rank=24), replace(config, num_pages=80))
+    ]
+    first, same, *others = (ProgramCache(tmp_path, spec) for spec in specs)
+    first.compile("double", "16", jax.jit(lambda x: 2 * x).lower(np.ones(3)))
+    assert same.load("double", "16")(np.arange(3.0)).tolist() == [0, 2, 4]
+    assert [cache.load("double", "16") for cache in others] == [None, None]
+    assert same.load("double", "32") is None and same.load("triple", "16") is None
+    (entry,) = tmp_path.iterdir()
+    entry.write_bytes(entry.read_bytes()[:100])
+    with caplog.at_level(logging.WARNING, "slora_jax"):
+        assert same.load("double", "16") is None
+    assert f"{entry}: this compiled program cannot be used" in caplog.text
 
 
-def test_another_shape_is_another_program(tiny, tmp_path):
-    with tiny.engine(compilation_cache_dir=tmp_path):
-        pass
-    with tiny.engine(compilation_cache_dir=tmp_path, max_lora_rank=24) as engine:
-        assert not any(program.is_cached for program in engine.executor.device.programs.programs)
-
-
-def test_a_damaged_entry_is_compiled_again(tiny, tmp_path, caplog):
-    with tiny.engine(compilation_cache_dir=tmp_path):
-        pass
-    damaged = next((tmp_path / "programs").glob("*_begin-*"))
-    damaged.write_bytes(damaged.read_bytes()[:100])
-    with caplog.at_level(logging.WARNING, "slora_jax"), tiny.engine(compilation_cache_dir=tmp_path) as engine:
-        compiled = [program.name for program in engine.executor.device.programs.programs if not program.is_cached]
-    assert compiled == [damaged.name.rpartition("-")[0]]
-    assert f"{damaged}: this compiled program cannot be used" in caplog.text
-
-
-def test_compiling_on_use_compiles_what_a_request_needs(tiny):
+def test_compiling_on_use_compiles_only_what_a_request_needs(tiny):
     config = {"compile_ahead": False, "max_num_seqs": 1, "decode_buckets": (1,), "mixed_buckets": (16,)}
     with tiny.engine(max_num_batched_tokens=16, **config) as engine:
         programs = engine.executor.device.programs
@@ -87,7 +87,7 @@ def test_compiling_on_use_compiles_what_a_request_needs(tiny):
         assert {p.name for p in programs.programs} == new | {"mixed_16_begin", "mixed_16_layer", "mixed_16_end"}
 
 
-def test_pools_of_nearly_the_same_memory_have_one_size():
+def test_pools_of_similar_memory_have_one_size():
     for pages in (1, 2, 31, 32, 33, 1000, 9983, 123456):
         assert pages * 15 / 16 < coarse(pages) <= pages
     assert coarse(9983) == coarse(9876) == 9728
@@ -96,21 +96,23 @@ def test_pools_of_nearly_the_same_memory_have_one_size():
 
 START = """
 import sys, jax
-from slora_jax import Engine, EngineConfig
+from slora_jax import Engine, EngineConfig, SamplingParams
 from slora_jax.engine import sizing
 misses = []
 jax.monitoring.register_event_listener(lambda name, **_: misses.append(name) if name.endswith("cache_misses") else None)
-whole = sizing.os.sysconf("SC_PHYS_PAGES")
 sizing.os = type("os", (), {"sysconf": lambda name, real=sizing.os.sysconf: {
     "SC_PHYS_PAGES": 1 << 18, "SC_AVPHYS_PAGES": int(float(sys.argv[3]) * (1 << 18))}.get(name, real(name))})
-with Engine.from_pretrained(sys.argv[1], EngineConfig(compilation_cache_dir=sys.argv[2], dtype="float32")) as engine:
+few = dict(max_num_seqs=1, max_num_batched_tokens=16, mixed_buckets=(16,), lora="off", compile_ahead=False)
+config = EngineConfig(compilation_cache_dir=sys.argv[2], dtype="float32", **few)
+with Engine.from_pretrained(sys.argv[1], config) as engine:
+    engine.generate([[3, 4, 5]], SamplingParams(max_tokens=1))
     programs = engine.executor.device.programs.programs
     print(sum(not program.is_cached for program in programs), len(misses), engine.allocator.capacity)
 """
 
 
-def test_a_second_start_with_default_settings_compiles_nothing_though_free_memory_differs(model_dir, tmp_path):
-    """Counted over the whole process: step programs that were not on disk, and misses of JAX's own cache."""
+def test_second_start_compiles_nothing_although_free_memory_differs(model_dir, tmp_path):
+    """Counts step programs that were not on disk and misses of JAX's cache, over the whole process."""
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": ""}
     environment.pop("JAX_COMPILATION_CACHE_DIR")
     counts = []
@@ -188,7 +190,7 @@ programs._running.add(threading.Thread())
 
 
 def test_the_pool_is_sized_from_the_memory_of_the_engines_own_devices(tiny, monkeypatch) -> None:
-    """Of two engines side by side, the second must not look at the first one's device, which is full."""
+    """The second of two engines must not be sized by the first one's devices, which are full."""
     full, empty = ({"bytes_limit": 2**30, "bytes_in_use": used} for used in (2**30 - 1, 0))
     devices = [SimpleNamespace(process_index=0, memory_stats=stats.copy) for stats in (full, full, empty, empty)]
     monkeypatch.setattr(sizing.jax, "devices", lambda: devices)

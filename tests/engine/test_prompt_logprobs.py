@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import dense_logits
+from dense_reference import dense_logits
 
 from slora_jax import Engine, RequestOutput, SamplingParams
 from slora_jax.adapters import LoraAdapter, random_adapter
@@ -32,7 +32,7 @@ def adapters(engine: Engine, tiny) -> dict[str, LoraAdapter]:
     return made
 
 
-def test_a_mixed_batch_scores_its_prompts_and_leaves_other_requests_alone(engine: Engine, tiny, adapters) -> None:
+def test_mixed_batch_scores_prompts_and_does_not_change_other_requests(engine: Engine, tiny, adapters) -> None:
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, tiny.config.vocab_size, n).tolist() for n in (1, 2, 17, 40, 61, 8, 33, 5)]
     names = [None, "a", "b", None, "a", "b", "a", None]
@@ -67,7 +67,7 @@ def test_scores_survive_preemption(engine: Engine, tiny, adapters, squeeze) -> N
         check(tiny, output, adapters["a"], 2)
 
 
-def test_a_stream_has_them_with_its_first_token(engine: Engine, tiny) -> None:
+def test_stream_has_prompt_logprobs_with_its_first_token(engine: Engine, tiny) -> None:
     first, *rest = engine.stream(list(range(20, 60)), SamplingParams(max_tokens=3, prompt_logprobs=1, ignore_eos=True))
     assert len(first.token_ids) == 1 and first.prompt_logprobs == rest[-1].output.prompt_logprobs
     assert all(delta.prompt_logprobs is None for delta in rest)

@@ -1,4 +1,4 @@
-"""Sampling on the device against float64 references, and random streams that depend on nothing else in the batch."""
+"""Sampling on the device compared with float64 references; random streams do not depend on the rest of the batch."""
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ masks = jax.jit(sampling._masks)
 
 
 def inputs(rows: int, **fields: object) -> SamplingInputs:
-    """One value for all rows, or one each."""
+    """fields: one value for all rows, or one per row."""
     types = {
         "temperature": (np.float32, 1.0),
         "top_k": (np.int32, 0),
@@ -33,7 +33,8 @@ def inputs(rows: int, **fields: object) -> SamplingInputs:
 
 
 def kept_tokens(logits: np.ndarray, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
-    """Bool `[V]`, in float64: top-k, then top-p of what is left, then min-p; equal logits stand or fall together."""
+    """Returns bool `[V]`, computed in float64: top-k, then top-p of the rest, then min-p. Equal logits are kept
+    together."""
     logits = logits.astype(np.float64)
     keep = np.ones(logits.size, bool)
     if 0 < top_k < logits.size:
@@ -62,14 +63,14 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_masks_are_those_of_the_float64_reference(case: dict, rng: np.random.Generator) -> None:
+def test_masks_agree_with_a_float64_reference(case: dict, rng: np.random.Generator) -> None:
     logits = (rng.standard_normal((16, VOCAB)) * rng.choice([0.1, 1, 5], (16, 1))).astype(np.float32)
     expected = np.stack([kept_tokens(row, **case) for row in logits])
     np.testing.assert_array_equal(device_mask(logits, **case), expected)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_masks_are_those_of_transformers(case: dict, rng: np.random.Generator) -> None:
+def test_masks_agree_with_transformers(case: dict, rng: np.random.Generator) -> None:
     torch = pytest.importorskip("torch")
     from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -85,7 +86,7 @@ def test_masks_are_those_of_transformers(case: dict, rng: np.random.Generator) -
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_tied_tokens_stand_or_fall_together(case: dict, rng: np.random.Generator) -> None:
+def test_tied_tokens_are_kept_or_masked_together(case: dict, rng: np.random.Generator) -> None:
     logits = rng.integers(-4, 5, (16, VOCAB)).astype(np.float32)
     expected = np.stack([kept_tokens(row, **case) for row in logits])
     np.testing.assert_array_equal(device_mask(logits, **case), expected)
@@ -128,7 +129,7 @@ def test_draw_depends_on_the_rows_own_inputs_only(rng: np.random.Generator) -> N
     assert np.asarray(sample(other, inputs(8, **fields)).token)[3] == together[3]
 
 
-def test_greedy_rows_take_the_first_largest_logit_whatever_their_neighbours_do() -> None:
+def test_greedy_rows_take_the_first_largest_logit() -> None:
     logits = np.zeros((3, VOCAB), np.float32)
     logits[0, [9, 30]] = 4.0
     logits[2, 5] = 1.0
@@ -156,7 +157,7 @@ def test_logprobs_are_the_log_softmax_of_the_models_own_logits(rng: np.random.Ge
     np.testing.assert_allclose(result.top_logprob, np.take_along_axis(expected, best, -1), atol=1e-5)
 
 
-def test_rows_that_are_not_finite_have_no_token_and_disturb_no_other(rng: np.random.Generator) -> None:
+def test_rows_that_are_not_finite_have_no_token_and_do_not_affect_others(rng: np.random.Generator) -> None:
     logits = (3 * rng.standard_normal((8, VOCAB))).astype(np.float32)
     fields = {"seed": np.arange(8), "temperature": [0.0, 1.0] * 4, "top_k": [0, 5, 0, 0, 0, 0, 5, 5]}
     expected = jax.tree.map(np.asarray, sample(logits, inputs(8, **fields)))
@@ -178,7 +179,7 @@ def test_logprobs_are_finite_where_a_token_is_impossible() -> None:
     assert found.token[0] == 4 and found.logprob[0] == 0 and np.isfinite(found.top_logprob).all()
 
 
-def test_seeded_stream_is_the_same_alone_in_a_batch_at_another_slot_and_after_preemption(engine, tiny, squeeze) -> None:
+def test_seeded_tokens_do_not_depend_on_batch_slot_or_preemption(engine, tiny, squeeze) -> None:
     engine.load_adapter("a", random_adapter(tiny.geometry, 4, seed=1))
     prompt = list(range(40, 60))
     params = SamplingParams(max_tokens=30, temperature=1.1, top_p=0.95, seed=1234, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""The tokenizer agrees with transformers' plain fast tokenizer: ids, text, chat templates, files found in the wild."""
+"""The tokenizer agrees with transformers' fast tokenizer: ids, text, chat templates, published files."""
 
 import json
 import subprocess
@@ -121,7 +121,7 @@ def assert_same(tokenizer: Tokenizer, reference: PreTrainedTokenizerFast) -> Non
 
 
 @pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "Qwen2Tokenizer", None])
-def test_the_file_is_the_authority_whatever_class_the_directory_names(tmp_path, tokenizer_class):
+def test_tokenizer_file_decides_not_the_named_class(tmp_path, tokenizer_class):
     config = SPECIAL | {"tokenizer_class": tokenizer_class, "add_bos_token": False, "add_eos_token": True}
     write(tmp_path, surround(train_tokenizer()), config)
     tokenizer = load_tokenizer(tmp_path)
@@ -184,7 +184,7 @@ def test_special_tokens_are_split_if_the_config_says_so(tmp_path):
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 @pytest.mark.parametrize("variables", [{}, {"tools": [TOOL]}, {"documents": [{"title": "é", "text": "<b>"}] * 2}])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_chat_templates_write_what_they_write_in_transformers(tmp_path, name, variables, add_generation_prompt):
+def test_chat_templates_render_as_in_transformers(tmp_path, name, variables, add_generation_prompt):
     write(tmp_path, train_tokenizer(), SPECIAL | {"chat_template": TEMPLATES[name]})
     options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, "style": "plain", **variables}
     expected = PreTrainedTokenizerFast.from_pretrained(tmp_path).apply_chat_template(CHAT, **options)
@@ -224,7 +224,7 @@ def test_template_files_come_before_the_config(tmp_path):
     assert PreTrainedTokenizerFast.from_pretrained(tmp_path).chat_template == load_tokenizer(tmp_path).chat_template
 
 
-def test_a_tokenizer_can_be_made_of_its_parts():
+def test_tokenizer_is_made_of_its_parts():
     tokenizer = Tokenizer(train_tokenizer(), chat_template=LLAMA_3, special_tokens=SPECIAL)
     reference = PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(), chat_template=LLAMA_3, **SPECIAL)
     assert_same(tokenizer, reference)
@@ -232,7 +232,7 @@ def test_a_tokenizer_can_be_made_of_its_parts():
     assert Tokenizer(train_tokenizer()).chat_template is None
 
 
-def test_older_files_are_loaded_by_transformers_and_say_so(tmp_path, caplog):
+def test_old_tokenizer_files_are_loaded_by_transformers_with_a_warning(tmp_path, caplog):
     content = json.loads(train_tokenizer().to_str())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(content["vocab"]))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["merges"]]

@@ -1,4 +1,4 @@
-"""A traced run: a valid trace file, books that agree with the engine's, and nothing at all when not traced."""
+"""A traced run: a valid trace file whose counts agree with the engine's; without a trace, nothing is recorded."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ KINDS = set(PAGE_KINDS)
 
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
-    """Forty requests over twelve adapters, of which the pool holds four at most and host memory three."""
+    """Forty requests over twelve adapters; the pool holds at most four of them and host memory three."""
     path = tmp_path_factory.mktemp("trace") / "deeper" / "run.json"
     rng = np.random.default_rng(0)
     with tiny.engine(host_adapter_bytes=200_000) as engine:
@@ -28,7 +28,7 @@ def run(tiny, tmp_path_factory):
         params = SamplingParams(max_tokens=12, ignore_eos=True)
         names = [None if i % 5 == 0 else f"a{rng.integers(NUM_ADAPTERS)}" for i in range(40)]
         prompts = [rng.integers(2, 250, rng.integers(3, 30)).tolist() for _ in names]
-        engine.generate(prompts[:3], params, names[:3])  # not traced: some adapters are there already
+        engine.generate(prompts[:3], params, names[:3])  # not traced: some adapters are resident already
         before, reads = engine.stats(), engine.store.stats().spill_reads
         with engine.trace(path) as trace:
             outputs = engine.generate(prompts, params, names)
@@ -47,7 +47,7 @@ def run(tiny, tmp_path_factory):
 
 
 def complete_events(events):
-    """By track."""
+    """Returns complete events by track."""
     names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
     tracks = defaultdict(list)
     for event in events:
@@ -96,7 +96,7 @@ def test_every_step_is_in_flight_from_its_dispatch_until_the_next_one_is_dispatc
     dispatches = [e["ts"] + e["dur"] for e in tracks["host"] if e["name"] == "dispatch"]
     assert all(dispatched <= e["ts"] for dispatched, e in zip(dispatches, flights, strict=True))
     overlapped = sum(a["ts"] + a["dur"] > b["ts"] for a, b in itertools.pairwise(flights))
-    assert overlapped > len(flights) / 2  # the next step is with the device before the last one is read
+    assert overlapped > len(flights) / 2  # the next step is dispatched before the last one is read
     assert sum(e["args"]["uploads"] for e in flights) == run["loads"]
 
 
@@ -108,7 +108,7 @@ def test_every_load_is_an_upload_with_its_bytes(run) -> None:
     assert all(e["args"]["bytes"] == run["nbytes"][e["name"]] for e in uploads)
 
 
-def test_every_disk_read_is_on_the_stores_own_thread(run) -> None:
+def test_disk_reads_are_on_the_track_of_the_stores_thread(run) -> None:
     tracks = complete_events(run["events"])
     reads = [e for e in tracks["disk: slora-adapters"] if e["name"] == "read"]
     assert len(reads) == run["reads"] > 0
@@ -116,7 +116,7 @@ def test_every_disk_read_is_on_the_stores_own_thread(run) -> None:
     assert not [name for name in tracks if name.startswith("disk") and name != "disk: slora-adapters"]
 
 
-def test_pages_by_kind_sum_to_the_pool_and_queues_to_the_requests(run) -> None:
+def test_page_counters_sum_to_the_pool_and_queue_counters_to_the_requests(run) -> None:
     counters = [e for e in run["events"] if e["ph"] == "C"]
     pools = [e["args"] for e in counters if e["name"].startswith("pool")]
     assert all(set(pages) == KINDS and sum(pages.values()) == run["capacity"] for pages in pools)
@@ -127,7 +127,7 @@ def test_pages_by_kind_sum_to_the_pool_and_queues_to_the_requests(run) -> None:
     assert queues[-1] == {"running": 0, "waiting": 0}
 
 
-def test_stays_in_the_pool_agree_with_the_engines_counters(run) -> None:
+def test_pool_stays_agree_with_the_engines_counters(run) -> None:
     trace, records = run["trace"], [output.record() for output in run["outputs"]]
     by_name = adapter_metrics(records, trace.stays(), trace.start, trace.samples[-1].time)
     assert sum(a.loads for a in by_name.values()) == run["loads"]
@@ -149,10 +149,10 @@ def test_token_times_of_the_outputs_span_first_token_to_finish(run) -> None:
     assert (metrics.requests, metrics.aborted, metrics.inter_token_latency.count) == (40, 0, 40 * 11)
 
 
-def test_an_engine_that_is_not_traced_makes_nothing_for_it(engine: Engine, monkeypatch) -> None:
+def test_engine_without_a_trace_records_nothing(engine: Engine, monkeypatch) -> None:
     """(Not by `tracemalloc`: CPython before 3.12.9 may crash when it is stopped while XLA's threads run.)"""
     made = []
-    monkeypatch.setattr(trace_module, "pool_pages", lambda *args: made.append(args))  # what a trace takes every step
+    monkeypatch.setattr(trace_module, "pool_pages", lambda *args: made.append(args))  # called by a trace in every step
     engine.add_request([3, 4, 5], SamplingParams(max_tokens=20, ignore_eos=True))
     while engine.has_work():
         engine.step()
@@ -161,7 +161,7 @@ def test_an_engine_that_is_not_traced_makes_nothing_for_it(engine: Engine, monke
     assert len(nothing) == 1  # one context manager for every use
 
 
-def test_a_trace_may_begin_and_end_with_requests_under_way(engine: Engine, tmp_path) -> None:
+def test_trace_may_start_and_stop_while_requests_run(engine: Engine, tmp_path) -> None:
     engine.add_request([3, 4, 5], SamplingParams(max_tokens=20, ignore_eos=True))
     for _ in range(4):
         engine.step()
@@ -170,7 +170,7 @@ def test_a_trace_may_begin_and_end_with_requests_under_way(engine: Engine, tmp_p
             engine.step()
         with pytest.raises(RequestError, match="a recording is under way"), engine.trace():
             pass
-        raise ZeroDivisionError  # what was recorded is written all the same
+        raise ZeroDivisionError  # the recording is written all the same
     while engine.has_work():
         engine.step()
     tracks = complete_events(json.loads((tmp_path / "part.json").read_text())["traceEvents"])

@@ -1,21 +1,23 @@
-"""Adapters on their way to the pool on the real engine: nobody's tokens change, nobody's step waits, nothing leaks."""
+"""Adapter uploads beside the steps of the real engine: tokens do not change, no step waits, no page leaks."""
 
 import itertools
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+from drain import drain
 
-from experiments.slow_disk import slow_disk
-from slora_jax import ConfigError, Engine, SamplingParams
+from slora_jax import Engine, SamplingParams
 from slora_jax.adapters import random_adapter
+from slora_jax.adapters.spill import SpillFiles
 from slora_jax.engine.device import Copy
 from slora_jax.memory import PageKind, Upload
-from slora_jax.metrics import serving_metrics
 
 NUM_ADAPTERS = 10
+TIMEOUT = 20.0  # seconds; only a failing test waits that long
 LONG = SamplingParams(max_tokens=40, ignore_eos=True)
 SHORT = SamplingParams(max_tokens=6, ignore_eos=True)
 
@@ -42,15 +44,8 @@ def engine(shared: Engine) -> Iterator[Engine]:
     assert (stats.running, stats.waiting, stats.pages.kv, stats.uploads_in_flight) == (0, 0, 0, 0)
 
 
-def drain(engine: Engine) -> dict:
-    outputs = {}
-    while engine.has_work():
-        outputs |= {delta.request_id: delta.output for delta in engine.step() if delta.output is not None}
-    return outputs
-
-
 def slow_copies(monkeypatch, engine: Engine, steps: int) -> None:
-    """A copy is there `steps` steps after its begin, as far as `land` can see without waiting for it."""
+    """Makes every copy appear to end `steps` steps after it was staged."""
     executor = engine.executor
     begun: dict[Copy, int] = {}
     stage, landed, now = executor.stage, executor.landed, itertools.count()
@@ -75,7 +70,7 @@ def traffic(rng: np.random.Generator, requests: int = 40):
     return prompts, [replace(SHORT, max_tokens=int(rng.integers(2, 14))) for _ in names], names
 
 
-@pytest.mark.parametrize("copy_steps", [0, 1, 6])
+@pytest.mark.parametrize("copy_steps", [0, 6])
 def test_tokens_are_the_same_with_and_without_prefetch_and_nothing_compiles(
     engine, rng, monkeypatch, compilations, copy_steps
 ) -> None:
@@ -95,7 +90,8 @@ def test_tokens_are_the_same_with_and_without_prefetch_and_nothing_compiles(
     assert engine.stats().prefetch_hits == after.prefetch_hits
 
 
-def test_an_adapter_brought_ahead_is_there_when_a_slot_becomes_free(engine) -> None:
+def test_prefetched_adapter_is_ready_when_a_slot_becomes_free(engine, monkeypatch) -> None:
+    slow_copies(monkeypatch, engine, 1)
     running = [engine.add_request([5, 6, 7], LONG) for _ in range(4)]
     engine.step()
     before = engine.stats()
@@ -113,8 +109,7 @@ def test_an_adapter_brought_ahead_is_there_when_a_slot_becomes_free(engine) -> N
     assert engine.stats().prefetch_hits == before.prefetch_hits + 1
 
 
-def test_tokens_are_the_adapters_own(engine, tiny, greedy_margin, monkeypatch) -> None:
-    """Against merged weights, with pages landing in pieces while other adapters come and go."""
+def test_tokens_are_those_of_merged_weights_while_pages_land_in_parts(engine, tiny, greedy_margin, monkeypatch) -> None:
     slow_copies(monkeypatch, engine, 3)
     prompts = [[7 + i, 8, 9] * 3 for i in range(NUM_ADAPTERS)]
     outputs = engine.generate(prompts, LONG, [f"a{i}" for i in range(NUM_ADAPTERS)])
@@ -123,68 +118,42 @@ def test_tokens_are_the_adapters_own(engine, tiny, greedy_margin, monkeypatch) -
         assert greedy_margin(prompts[i], output.token_ids, adapter) < 1e-5
 
 
-def test_steps_go_on_while_a_copy_takes_twenty_of_them(engine, monkeypatch) -> None:
-    """The running request gets a token with every step, and the one that waits starts when its copy is there."""
-    slow_copies(monkeypatch, engine, 20)
+def test_steps_continue_while_an_adapter_is_read_and_copied(six, monkeypatch) -> None:
+    """The running request gets a token in every step: while the disk blocks, and during the eight steps of a copy."""
+    engine, blocked, read = six.engine, threading.Event(), SpillFiles.read
+    six.load(six.names)
+    slow_copies(monkeypatch, engine, 8)
+    monkeypatch.setattr(SpillFiles, "read", lambda files, spilled: blocked.wait(TIMEOUT) and read(files, spilled))
     running = engine.add_request([5, 6, 7], SamplingParams(max_tokens=80, ignore_eos=True))
-    engine.step()
-    engine.step()
-    waiting = engine.add_request([5, 6, 7], SHORT, "a0")
+    for _ in range(2):
+        engine.step()
+    waiting = engine.add_request(six.prompt, six.params, "a")
     tokens: dict[str, list[int]] = {running: [], waiting: []}
-    for step in itertools.count():
+    outputs = {}
+
+    def step(number: int) -> None:
         for delta in engine.step():
-            tokens[delta.request_id].append(step)
-        if len(tokens[waiting]) == 1:
-            break
-    assert tokens[running] == list(range(step + 1))
-    assert step >= 20
-    assert len(drain(engine)) == 2
+            tokens[delta.request_id].append(number)
+            if delta.output is not None:
+                outputs[delta.request_id] = delta.output
 
-
-def test_a_slow_disk_and_slow_copies_leave_the_others_their_tokens(tiny, monkeypatch) -> None:
-    """Every adapter takes 200 ms from disk and eight steps to the device; the others' tokens come as without."""
-    with tiny.engine(host_adapter_bytes=30_000, prefetch=2, upload_pages_per_step=4) as engine:
-        for i in range(5):
-            engine.load_adapter(f"a{i}", random_adapter(tiny.geometry, rank=8, targets=("q", "v"), seed=i))
-        slow_copies(monkeypatch, engine, 8)
-        on_disk = [i.name for i in engine.adapters() if engine.store.tiers()[i.digest] == "disk"]
-        assert len(on_disk) >= 2
-        numbers, outputs = itertools.count(), []
-
-        def step() -> None:
-            while sum(p.adapter is None for p in engine.core.requests.values()) < 3:
-                engine.add_request([2 + next(numbers) % 200, 7, 11], LONG)
-            outputs.extend(delta.output for delta in engine.step() if delta.output is not None)
-
-        for _ in range(200):
-            step()
-        gaps = {"undisturbed": serving_metrics([o.record() for o in outputs]).inter_token_latency}
-        outputs.clear()
-        with slow_disk(0.2), engine.trace() as trace:
-            for name in on_disk:
-                engine.add_request([5, 6, 7], SHORT, name)
-            while any(p.adapter is not None for p in engine.core.requests.values()):
-                step()
-        base = [o.record() for o in outputs if o.adapter is None]
-        gaps["loading"] = serving_metrics(base).inter_token_latency
-        print(gaps)
-        assert gaps["loading"].p99 < max(0.1, 3 * gaps["undisturbed"].p99), gaps
-        adapters = [o for o in outputs if o.adapter is not None]
-        assert sorted(o.adapter for o in adapters) == sorted(on_disk)
-        assert all(o.finish_reason == "length" for o in adapters)
-        names = {e["tid"]: e["args"]["name"] for e in trace.events() if e["name"] == "thread_name"}
-        uploads = [
-            e for e in trace.events() if e["ph"] == "X" and names[e["tid"]].startswith("adapter uploads")
-        ]  # fmt: skip
-        steps = [e for e in trace.events() if e["ph"] == "X" and e["name"] == "step"]
-        assert sorted(e["name"] for e in uploads) == sorted(on_disk)
-        for upload in uploads:
-            start, end = upload["ts"], upload["ts"] + upload["dur"]
-            overlapped = sum(start < s["ts"] and s["ts"] + s["dur"] < end for s in steps)
-            assert overlapped >= 7, "whole steps ran while it was on its way"
-            assert upload["args"]["before_steps"] == sorted(upload["args"]["before_steps"])
-        flying = [e["args"]["bytes"] for e in trace.events() if e["name"].startswith("uploads in flight")]
-        assert max(flying) > 0 and flying[-1] == 0
+    with engine.trace() as trace:
+        for number in range(20):
+            step(number)
+        blocked.set()
+        engine.store.wait(six.digest("a"), TIMEOUT)
+        for number in range(20, 60):
+            step(number)
+    assert tokens[running] == list(range(60))
+    assert 28 <= tokens[waiting][0] < 40
+    assert outputs[waiting].token_ids == six.expected["a"]
+    events = [e for e in trace.events() if e["ph"] == "X"]
+    (upload,) = [e for e in events if e["name"] == "a" and "before_steps" in e["args"]]
+    during = [e for e in events if e["name"] == "step" and upload["ts"] < e["ts"] < upload["ts"] + upload["dur"]]
+    assert len(during) >= 7
+    in_flight = [e["args"]["bytes"] for e in trace.events() if e["name"].startswith("uploads in flight")]
+    assert max(in_flight) > 0 == in_flight[-1]
+    engine.cancel(running)
 
 
 @pytest.mark.parametrize("where", ["stage", "copy"])
@@ -198,7 +167,7 @@ def test_a_copy_that_fails_ends_its_own_requests_only(engine, monkeypatch, where
             stage = engine.executor.stage
 
             def failing(upload):
-                if upload.resident.digest == bad and upload.first:  # its first pages went well
+                if upload.resident.digest == bad and upload.first:  # its first pages were staged
                     raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
                 stage(upload)
 
@@ -224,7 +193,7 @@ def test_a_copy_that_fails_ends_its_own_requests_only(engine, monkeypatch, where
     assert engine.generate([[5, 6, 7]], LONG, "a2")[0].token_ids == expected[1].token_ids
 
 
-def test_a_failed_array_is_noticed_before_the_pool_is_touched(engine) -> None:
+def test_failed_copy_is_reported_before_the_pool_is_written(engine) -> None:
     class Failed(Copy):
         def wait(self):
             raise RuntimeError("INTERNAL: the copy failed")
@@ -237,7 +206,7 @@ def test_a_failed_array_is_noticed_before_the_pool_is_touched(engine) -> None:
     engine.residency.drop(resident.digest)
 
 
-@pytest.mark.parametrize("after", range(4))
+@pytest.mark.parametrize("after", [0, 1, 3])
 def test_unload_or_cancel_while_in_flight(engine, tiny, monkeypatch, after) -> None:
     slow_copies(monkeypatch, engine, 2)
     engine.load_adapter("x", random_adapter(tiny.geometry, 16, seed=77))
@@ -258,8 +227,8 @@ def test_unload_or_cancel_while_in_flight(engine, tiny, monkeypatch, after) -> N
     assert engine.executor.pages_in_flight == 0 and not engine.executor._tiles
 
 
-def test_staged_pages_are_not_the_stores_memory_any_more(engine) -> None:
-    """What is staged is JAX's; an adapter evicted and pages given to others in between are never written."""
+def test_staged_pages_of_an_evicted_adapter_are_never_written(engine) -> None:
+    """Its pages belong to other sequences by then."""
     running = engine.add_request([5, 6, 7], LONG)
     engine.step()
     engine.add_request([9], SHORT, "a1")
@@ -278,12 +247,6 @@ def test_staged_pages_are_not_the_stores_memory_any_more(engine) -> None:
     assert engine.cancel(running)
 
 
-def test_settings_are_checked(tiny) -> None:
-    for name, value in (("prefetch", -1), ("prefetch", 1.5), ("upload_pages_per_step", 0)):
-        with pytest.raises(ConfigError, match=f"EngineConfig.{name}={value}"):
-            tiny.settings(**{name: value})
-
-
-def test_jax_arrays_know_whether_they_are_there() -> None:
-    """`is_ready` is not in JAX's documentation: if it goes, this says so."""
+def test_jax_arrays_have_is_ready() -> None:
+    """JAX does not document it."""
     assert jax.block_until_ready(jax.device_put(np.ones(3))).is_ready() is True

@@ -1,8 +1,7 @@
-"""The page allocator against a set of free pages and a dictionary of owners."""
+"""The page allocator compared with a set of free pages and a list of owners."""
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -13,7 +12,7 @@ KINDS = st.sampled_from([PageKind.KV, PageKind.ADAPTER])
 
 
 class AllocatorMachine(RuleBasedStateMachine):
-    """Model: `free` is the set of free pages, `holders` the allocations and what they hold."""
+    """Model: `free` is the set of free pages, `holders` the allocations and their pages."""
 
     @initialize(num_pages=st.integers(2, 40), split=st.none() | st.floats(0, 1))
     def start(self, num_pages, split):
@@ -23,7 +22,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.holders: list[tuple[PageKind, np.ndarray]] = []
 
     def room(self, kind) -> int:
-        """Pages that may go to this kind: all free ones, or what is left of its own side."""
+        """Returns the pages available to this kind: all free ones, or the rest of its own side."""
         if self.adapter_pages is None:
             return len(self.free)
         held = sum(pages.size for k, pages in self.holders if k == kind)
@@ -31,7 +30,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         return side - held
 
     def refuse(self, call, *args):
-        """The call raises and changes nothing."""
+        """Checks that the call raises and changes nothing."""
         before = self.allocator.kinds.copy()
         with pytest.raises(PoolError):
             call(*args)
@@ -44,7 +43,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         pages = self.allocator.allocate(count, kind)
         assert pages.dtype == np.int32 and pages.shape == (count,)
         taken = set(pages.tolist())
-        assert len(taken) == count and taken <= self.free  # never the dummy page, never a page that someone holds
+        assert len(taken) == count and taken <= self.free  # never the dummy page or a page in use
         self.free -= taken
         self.holders.append((kind, pages))
 
@@ -72,7 +71,7 @@ class AllocatorMachine(RuleBasedStateMachine):
     def free_twice(self, data):
         page = data.draw(st.sampled_from(sorted(self.free)), "free page")
         held = np.concatenate([[], *(pages for _, pages in self.holders)]).astype(np.int32)
-        self.refuse(self.allocator.free, np.array([*held, page]))  # one bad page, and none of the good ones goes
+        self.refuse(self.allocator.free, np.array([*held, page]))  # one invalid page, and no other page is freed
 
     @precondition(lambda self: any(pages.size for _, pages in self.holders))
     @rule(data=st.data())
@@ -81,7 +80,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.refuse(self.allocator.free, np.append(pages, pages[0]))
 
     @rule(data=st.data())
-    def free_a_page_that_is_no_ones(self, data):
+    def free_a_page_outside_the_pool(self, data):
         outside = st.sampled_from([DUMMY_PAGE, -1, self.allocator.num_pages, self.allocator.num_pages + 7])
         self.refuse(self.allocator.free, np.array([data.draw(outside, "page")]))
 
@@ -90,8 +89,8 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.allocator.free(np.empty(0, np.int32))
 
     @rule(data=st.data())
-    def disown_a_page(self, data):
-        """An owner that lost a page, or claims one that it does not hold, is found out."""
+    def own_too_few_or_too_many_pages(self, data):
+        """`check_owned` detects an owner that lost a page or claims one that it does not hold."""
         owned = self.owned()
         kind = data.draw(KINDS, "kind")
         if self.free and data.draw(st.booleans(), "claim a free page"):
@@ -124,22 +123,21 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 
 TestAllocator = AllocatorMachine.TestCase
-TestAllocator.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 
 
-def test_a_pool_without_a_page_to_allocate_is_refused():
+def test_pool_without_usable_pages_is_refused():
     for num_pages in (0, 1):
         with pytest.raises(PoolError, match=f"num_pages={num_pages}: a pool needs at least 2 pages"):
             PageAllocator(num_pages)
 
 
 @pytest.mark.parametrize("adapter_pages", [-1, 9, 10])
-def test_a_split_that_leaves_no_page_for_keys_and_values_is_refused(adapter_pages):
+def test_split_without_kv_pages_is_refused(adapter_pages):
     with pytest.raises(PoolError, match=f"adapter_pages={adapter_pages}: must be in 0..8"):
         PageAllocator(10, adapter_pages)
 
 
-def test_what_the_caller_does_with_the_ids_does_not_reach_the_books():
+def test_caller_may_change_the_returned_ids():
     allocator = PageAllocator(6)
     pages = allocator.allocate(3, PageKind.KV)
     mine = set(pages.tolist())

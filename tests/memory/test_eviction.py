@@ -1,8 +1,7 @@
-"""The evictor against a list, and each policy against its rule written out."""
+"""The evictor compared with a list, and each policy with its rule written out."""
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -15,7 +14,7 @@ KINDS = (PageKind.ADAPTER, PageKind.PREFIX)
 
 
 class Item(Evictable):
-    """Pages that someone used. Prefixes rest upon each other: `parent` cannot go before its children."""
+    """Pages that were used. A prefix cannot be evicted before its children."""
 
     __slots__ = ("children", "pages", "parent")
 
@@ -25,7 +24,7 @@ class Item(Evictable):
 
 
 class EvictorMachine(RuleBasedStateMachine):
-    """Model: all idle items with the priority of the rule, searched from end to end."""
+    """Model: a list of all idle items with the priority of the rule."""
 
     @initialize(policy=st.sampled_from(["lru", "cost_aware"]), split=st.booleans())
     def start(self, policy, split):
@@ -33,7 +32,7 @@ class EvictorMachine(RuleBasedStateMachine):
         self.allocator = PageAllocator(31, 12 if split else None)
         self.evictor = Evictor(self.allocator, self.policy)
         self.used: list[Item] = []
-        self.idle: list[tuple[float, Item]] = []  # by the model's priority, idle for longest first
+        self.idle: list[tuple[float, Item]] = []  # (priority, item), idle for longest first
         self.gone: list[Item] = []
         self.age = 0.0
         for kind in KINDS:
@@ -54,7 +53,7 @@ class EvictorMachine(RuleBasedStateMachine):
         return self.age + item.uses * restore / item.num_pages
 
     def expected(self, kinds):
-        """Who goes next of these kinds: the lowest, among equals the one idle for longest, that no child holds."""
+        """Returns the next victim of these kinds: lowest priority, then longest idle, without children."""
         free = [(p, i, item) for i, (p, item) in enumerate(self.idle) if item.kind in kinds and not self.children(item)]
         return min(free, default=None, key=lambda entry: entry[:2])
 
@@ -77,7 +76,7 @@ class EvictorMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.used)
     @rule(data=st.data())
     def release(self, data):
-        """Children before their parents, as a request releases them."""
+        """A request releases children before their parents."""
         leaves = [i for i in self.used if not any(other.parent is i for other in self.used)]
         item = data.draw(st.sampled_from(leaves))
         self.used.remove(item)
@@ -87,7 +86,7 @@ class EvictorMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.idle)
     @rule(data=st.data())
     def use_again(self, data):
-        """With everything that it rests upon."""
+        """With all its ancestors."""
         item = data.draw(st.sampled_from([item for _, item in self.idle]))
         while item is not None and item.idle:
             self.idle = [entry for entry in self.idle if entry[1] is not item]
@@ -121,7 +120,6 @@ class EvictorMachine(RuleBasedStateMachine):
 
 
 TestEvictor = EvictorMachine.TestCase
-TestEvictor.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 
 
 def evictor_of(policy, pages=30):
@@ -143,7 +141,7 @@ def item_of(evictor, kind, size, uses=1):
     return item
 
 
-def test_immediate_keeps_nothing():
+def test_immediate_evicts_at_once():
     evictor, gone = evictor_of(Immediate())
     item = item_of(evictor, PageKind.ADAPTER, 4)
     evictor.add(item)
@@ -151,7 +149,7 @@ def test_immediate_keeps_nothing():
 
 
 @pytest.mark.parametrize("policy", [Immediate, Lru, lambda: CostAware(COSTS)])
-def test_what_is_awaited_goes_last_and_the_farthest_in_the_queue_first(policy):
+def test_awaited_items_are_evicted_last_and_the_farthest_in_the_queue_first(policy):
     evictor, gone = evictor_of(policy())
     near, far, unwanted = (item_of(evictor, PageKind.ADAPTER, size) for size in (4, 5, 6))
     evictor.await_(near, 1)  # in use still
@@ -170,7 +168,7 @@ def test_what_is_awaited_goes_last_and_the_farthest_in_the_queue_first(policy):
 
 
 @pytest.mark.parametrize("policy", [Immediate, Lru])
-def test_what_nobody_awaits_any_more_is_like_any_idle_item(policy):
+def test_item_no_longer_awaited_is_an_ordinary_idle_item(policy):
     evictor, gone = evictor_of(policy())
     item = item_of(evictor, PageKind.ADAPTER, 4)
     evictor.await_(item, 3)
@@ -183,18 +181,18 @@ def test_what_nobody_awaits_any_more_is_like_any_idle_item(policy):
     assert evictor.make_room(30, PageKind.KV, protect_awaited=True) and gone == [item]
 
 
-def test_cost_aware_keeps_what_is_dear_and_often_used():
+def test_cost_aware_keeps_expensive_and_popular_items():
     """A page of keys costs 3 s to recompute; a page of a large adapter 0.6 s to reload, of a small one 1.5 s."""
     evictor, gone = evictor_of(CostAware(COSTS))
     large, small = item_of(evictor, PageKind.ADAPTER, 10), item_of(evictor, PageKind.ADAPTER, 1)
     prefix, popular = item_of(evictor, PageKind.PREFIX, 1), item_of(evictor, PageKind.ADAPTER, 10, uses=9)
-    for item in (popular, prefix, small, large):  # the dearest idle for longest
+    for item in (popular, prefix, small, large):  # the most expensive one, idle for longest
         evictor.add(item)
     evictor.make_room(30, PageKind.KV)
     assert gone == [large, small, prefix, popular]
 
 
-def test_cost_aware_forgets_what_was_popular_long_ago():
+def test_cost_aware_forgets_past_popularity():
     evictor, gone = evictor_of(CostAware(COSTS))
     popular = item_of(evictor, PageKind.ADAPTER, 10, uses=9)  # 5.4 s a page
     evictor.add(popular)
@@ -213,7 +211,7 @@ def test_the_heap_does_not_grow_with_use():
     assert sum(map(len, evictor._heaps.values())) < 200
 
 
-def test_nothing_idle_cannot_be_evicted():
+def test_evicting_without_idle_items_is_refused():
     evictor, _ = evictor_of(Lru())
     with pytest.raises(PoolError, match="no idle ADAPTER"):
         evictor.evict_one(PageKind.ADAPTER)

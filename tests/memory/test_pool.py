@@ -40,7 +40,7 @@ def test_shapes_bytes_and_zeros():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_upload_of_any_size_fills_its_pages_and_its_table_row_only(dtype):
+def test_upload_writes_only_its_pages_and_its_table_row(dtype):
     """1 to 70 pages: multiples of the upload sizes, one less, one more, and all between."""
     shape = shape_of(dtype)
     for count in range(1, 71):
@@ -64,7 +64,7 @@ def test_an_upload_of_any_size_fills_its_pages_and_its_table_row_only(dtype):
         np.testing.assert_array_equal(table.ranks, table_ranks)
 
 
-def test_an_upload_consumes_the_pool_and_the_table():
+def test_upload_donates_the_pool_and_the_table():
     pool, table = SHAPE.make_pool(), SHAPE.make_table()
     addresses = [layer.unsafe_buffer_pointer() for layer in pool]
     ids = np.arange(1, 6, dtype=np.int32)
@@ -73,7 +73,7 @@ def test_an_upload_consumes_the_pool_and_the_table():
     assert [layer.unsafe_buffer_pointer() for layer in new_pool] == addresses
 
 
-def test_all_upload_sizes_together_compile_one_program_each():
+def test_upload_sizes_share_one_program():
     shape = PoolShape(**(vars(SHAPE) | {"width": 5}))  # no other test's
     pool, table = shape.make_pool(), shape.make_table()
     before = upload_layer._cache_size()

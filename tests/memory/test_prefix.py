@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -77,7 +76,8 @@ class PrefixMachine(RuleBasedStateMachine):
 
     @rule(digest=digests, tokens=prompts)
     def admit(self, digest, tokens):
-        """As the scheduler does: match all but the last token, take what is shared, then pages for the rest."""
+        """Like the scheduler: matches all but the last token, acquires the shared node, allocates pages for the
+        rest."""
         most = (len(tokens) - 1) // SIZE
         node = self.cache.match(digest, as_bytes(tokens), most)
         depth = self.longest(digest, tokens, most)
@@ -153,7 +153,6 @@ class PrefixMachine(RuleBasedStateMachine):
 
 
 TestPrefixCache = PrefixMachine.TestCase
-TestPrefixCache.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 
 
 @pytest.fixture
@@ -162,7 +161,7 @@ def cache():
 
 
 def hold(cache, tokens, digest=None):
-    """A request with all its full pages registered: its deepest node."""
+    """Registers all full pages of a request. Returns its deepest node."""
     node = cache.match(digest, as_bytes(tokens), len(tokens) // SIZE)
     depth = 0 if node is None else node.depth
     if node is not None:
@@ -172,14 +171,14 @@ def hold(cache, tokens, digest=None):
 
 
 def test_token_ids_are_compared_in_full(cache):
-    """Not by a hash: ids that differ in any byte are other tokens."""
+    """Ids that differ in one byte are different tokens; no hash is involved."""
     hold(cache, [1, 2, 3, 4])
     for other in ([1, 2, 3, 5], [257, 2, 3, 4], [1 + (1 << 16), 2, 3, 4], [1 + (1 << 24), 2, 3, 4], [2, 1, 3, 4]):
         assert (found := cache.match(None, as_bytes(other), 2)) is None or found.depth == 1
     assert cache.match("a", as_bytes([1, 2, 3, 4]), 2) is None
 
 
-def test_least_recently_used_leaf_goes_first_and_a_shared_beginning_last(cache):
+def test_least_recently_used_leaf_is_evicted_first_and_a_shared_prefix_last(cache):
     first, second = hold(cache, [0, 0, 1, 1]), hold(cache, [0, 0, 2, 2])
     cache.release(second)
     cache.release(first)
@@ -189,7 +188,7 @@ def test_least_recently_used_leaf_goes_first_and_a_shared_beginning_last(cache):
         assert depths == {22: [2, 1], 23: [1, 1], 24: [0, 0]}[room]
 
 
-def test_forgets_what_was_never_written_and_keeps_what_was(cache):
+def test_forget_drops_unwritten_pages_and_keeps_written_ones(cache):
     node = hold(cache, [1, 2, 3, 4, 5, 6])
     other = hold(cache, [1, 2, 9, 9])
     cache.release(node)
@@ -197,12 +196,12 @@ def test_forgets_what_was_never_written_and_keeps_what_was(cache):
     cache.forget(node, 1)
     assert cache.match(None, as_bytes([1, 2, 3, 4]), 2).depth == 1
     assert cache.match(None, as_bytes([1, 2, 9, 9]), 2) is other
-    cache.forget(node, 1)  # gone already
+    cache.forget(node, 1)  # a no-op
     cache.check([])
 
 
 def test_a_chain_as_long_as_a_long_context_is_dropped(cache):
-    """Far deeper than Python's recursion goes."""
+    """The chain is deeper than Python's recursion limit."""
     cache = PrefixCache(Evictor(PageAllocator(5001), Lru()), SIZE)
     node = hold(cache, list(range(10_000)))
     cache.release(node)
@@ -211,14 +210,14 @@ def test_a_chain_as_long_as_a_long_context_is_dropped(cache):
     assert not cache._roots
 
 
-def test_release_of_what_is_not_held_is_refused(cache):
+def test_releasing_an_unused_node_is_refused(cache):
     node = hold(cache, [1, 2])
     cache.release(node)
     with pytest.raises(PoolError, match="not in use"):
         cache.release(node)
 
 
-def test_check_notices_a_user_that_was_forgotten(cache):
+def test_check_finds_a_missing_user(cache):
     node = hold(cache, [1, 2, 3, 4])
     cache.check([node])
     with pytest.raises(PoolError, match="0 requests hold it, its users=1"):

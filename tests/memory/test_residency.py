@@ -1,8 +1,8 @@
-"""Adapter residency against a model: users by digest, and the idle ones in the order in which they became idle."""
+"""Adapter residency compared with a model: users by digest, and idle adapters in the order in which they became
+idle."""
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -37,7 +37,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         return self.capacity - sum(pages.size for pages in self.kv) - sum(PAGES[d] for d in self.users)
 
     def victims(self, pages: int, slots: int) -> list[str] | None:
-        """The fewest idle adapters, oldest first, whose eviction leaves `pages` and `slots` free; None if none do."""
+        """Returns the fewest idle adapters, oldest first, whose eviction frees `pages` and `slots`; None if none do."""
         for count in range(len(self.idle) + 1):
             gone = self.idle[:count]
             if self.free + sum(PAGES[d] for d in gone) >= pages and self.num_slots - len(self.users) + count >= slots:
@@ -65,7 +65,7 @@ class ResidencyMachine(RuleBasedStateMachine):
                 self.idle.remove(digest)
             self.users[digest] += 1
         elif (victims := self.victims(pages, 1)) is not None:
-            assert fits  # what the scheduler asks before it admits
+            assert fits  # the scheduler asks this before it admits
             resident, new = residency.acquire(digest, ranks_of(digest), pages)
             assert new
             self.loads += 1
@@ -76,7 +76,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             with pytest.raises(PoolError):
                 residency.acquire(digest, ranks_of(digest), pages)
             assert digest not in residency
-            self.forget([d for d in self.idle if d not in residency])  # idle ones may have gone, others not
+            self.forget([d for d in self.idle if d not in residency])  # only idle ones may be evicted
             return
         assert resident.digest == digest and self.residency.users[digest] == self.users[digest]
         assert resident.pages.size == pages and (self.allocator.kinds[resident.pages] == PageKind.ADAPTER).all()
@@ -99,7 +99,7 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     @rule(digest=DIGESTS)
     def drop(self, digest):
-        """Goes at once when idle; stays while in use."""
+        """Evicts an idle adapter; keeps one in use."""
         assert self.residency.drop(digest) == (not self.users.get(digest))
         if digest in self.idle:
             self.forget([digest])
@@ -136,7 +136,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         assert counted == (self.loads, self.hits, self.evictions)
 
     def teardown(self):
-        """Nothing is lost for good: at the end every page and every slot can still be had."""
+        """At the end every page and every slot can be used again."""
         if not hasattr(self, "residency"):
             return
         for pages in self.kv:
@@ -152,10 +152,9 @@ class ResidencyMachine(RuleBasedStateMachine):
 
 
 TestResidency = ResidencyMachine.TestCase
-TestResidency.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
 
 
-def test_the_least_recently_used_idle_adapter_goes_first():
+def test_least_recently_used_idle_adapter_is_evicted_first():
     residency = AdapterResidency(Evictor(PageAllocator(9), Lru()), num_slots=8)
     for digest in ("c", "d", "b"):  # 2 + 3 + 1 of 8 pages
         residency.acquire(digest, ranks_of(digest), PAGES[digest])
@@ -167,7 +166,7 @@ def test_the_least_recently_used_idle_adapter_goes_first():
     assert "c" not in residency and "b" not in residency and "d" in residency
 
 
-def test_an_adapter_in_use_outlives_every_demand_for_pages():
+def test_adapter_in_use_is_never_evicted():
     residency = AdapterResidency(Evictor(PageAllocator(9), Lru()), num_slots=2)
     resident, _ = residency.acquire("e", ranks_of("e"), 5)
     with pytest.raises(PoolError, match="8 pages requested, 3 of 8 free"):
@@ -201,7 +200,7 @@ def prefetched(num_pages=6, capacity=20):
     return residency, residency.prefetch("x", np.ones(7, np.int32), num_pages, position=1, protect_awaited=True)
 
 
-def test_a_prefetched_adapter_is_usable_when_all_its_pages_have_landed():
+def test_prefetched_adapter_is_usable_once_all_pages_landed():
     residency, resident = prefetched()
     uploads = [upload for budget in (2, 2, 0) for upload in residency.uploads(budget)]
     assert [(u.first, u.count) for u in uploads] == [(0, 2), (2, 2)]
@@ -223,7 +222,7 @@ def test_a_prefetched_adapter_is_usable_when_all_its_pages_have_landed():
     assert residency.evictor.counters.adapter_hits == 1
 
 
-def test_pages_of_an_evicted_adapter_that_land_are_not_taken_for_its_next_upload():
+def test_late_pages_of_an_evicted_adapter_do_not_count_for_its_next_upload():
     residency, resident = prefetched()
     (upload,) = residency.uploads(4)
     assert residency.drop("x") and not resident.present and residency.evictor.allocator.num_free == 20
@@ -233,7 +232,7 @@ def test_pages_of_an_evicted_adapter_that_land_are_not_taken_for_its_next_upload
     assert again.landed == 0 and not again.has_landed
 
 
-def test_an_adapter_that_no_request_wants_is_evicted_unless_it_has_landed():
+def test_unwanted_adapter_in_flight_is_evicted():
     residency, resident = prefetched()
     other = residency.prefetch("y", np.ones(7, np.int32), 3, position=2, protect_awaited=True)
     while not resident.has_landed:

@@ -1,4 +1,4 @@
-"""Metrics by adapter and of the pool, by hand and by brute force."""
+"""Metrics per adapter and of the pool, compared with values by hand and by brute force."""
 
 import pytest
 
@@ -37,7 +37,7 @@ def test_adapters_by_hand() -> None:
     assert (by_name[None].requests, by_name[None].loads) == (1, 0)
 
 
-def test_time_in_the_pool_agrees_with_counting_moments(rng) -> None:
+def test_resident_seconds_agree_with_a_count_per_second(rng) -> None:
     stays = []
     for name in "xyz":
         edges = rng.choice(1000, 10, replace=False)
@@ -52,12 +52,12 @@ def test_time_in_the_pool_agrees_with_counting_moments(rng) -> None:
 
 
 def sample(time, free, kv, in_use, idle):
-    """Half of the pages of keys and values are the prefix cache's, a fifth of these idle."""
+    """Half of the KV pages belong to the prefix cache; a fifth of these are idle."""
     pages = PoolPages(free, kv // 2, kv // 2 - kv // 10, kv // 10, in_use, idle)
     return PoolSample(time, pages, running=0, waiting=0)
 
 
-def test_pool_use_weighs_samples_by_how_long_they_last() -> None:
+def test_pool_use_weights_samples_by_duration() -> None:
     use = pool_use([sample(0, 20, 0, 0, 0), sample(1, 0, 10, 6, 4), sample(4, 0, 20, 0, 0)])
     mean = {"free": 0.25, "kv": 0.1875, "prefix_in_use": 0.15, "prefix_idle": 0.0375}
     assert use.mean == pytest.approx(mean | {"adapter_in_use": 0.225, "adapter_idle": 0.15, "adapter_arriving": 0})

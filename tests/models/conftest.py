@@ -70,7 +70,7 @@ def dense_context() -> type[DenseContext]:
 
 @pytest.fixture
 def decoder_logits() -> Callable[..., np.ndarray]:
-    """(graphdef, params, list of token lists) -> float32 logits of all tokens, run as one ragged list."""
+    """Returns `run(graphdef, params, prompts)`: float32 logits `[T, vocab]` of all prompts as one ragged list."""
 
     def run(graphdef, params, prompts):
         tokens = np.concatenate(prompts).astype(np.int32)
@@ -83,7 +83,7 @@ def decoder_logits() -> Callable[..., np.ndarray]:
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory) -> Callable[..., tuple[Path, torch.nn.Module]]:
-    """Saves a tiny model with weights large enough for attention and rotation to matter; returns (directory, model)."""
+    """Returns a function that saves a tiny model whose attention and rotation matter: (directory, model)."""
 
     def make(family: str, max_shard_size: str = "1GB", **overrides):
         config = transformers.AutoConfig.for_model(family, **{**TINY, **overrides})

@@ -1,4 +1,4 @@
-"""GGUF files of tiny models, written as llama.cpp's converter writes them."""
+"""Writes GGUF files of tiny models like llama.cpp's converter."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -34,14 +34,14 @@ _OTHER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm",
 
 
 def quantised(weight: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
-    """The weight in this type; for a K-quant, which gguf cannot write, random blocks of the same size."""
+    """Returns the weight in this type; for a K-quant, which gguf cannot write, random blocks of the same size."""
     if kind in QUANTISABLE:
         return gguf.quantize(np.ascontiguousarray(weight, np.float32), Kind[kind])
     return random_blocks(kind, *weight.shape, rng)
 
 
 def random_blocks(kind: str, rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
-    """Random K-quant blocks, uint8 `[rows, bytes]`, whose values have a standard deviation of about 0.2."""
+    """Returns random K-quant blocks, uint8 `[rows, bytes]`, whose values have a standard deviation of about 0.2."""
     size, scales = K_QUANTS[kind]
     blocks = rng.integers(0, 256, (rows * columns // 256, size), np.uint8)
     scale = np.float16(1)
@@ -54,7 +54,7 @@ def random_blocks(kind: str, rows: int, columns: int, rng: np.random.Generator) 
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k as llama.cpp has them for Llama: what is rotated together lies side by side."""
+    """Returns rows of q or k in llama.cpp's order for Llama: rows rotated together are adjacent."""
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
@@ -63,7 +63,7 @@ def unpermuted(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def gguf_metadata(config: Any, architecture: str) -> dict[str, Any]:
-    """Metadata that the converter writes for a transformers config, with a tokenizer of the model's vocabulary size."""
+    """Returns the converter's metadata of a transformers config, with a tokenizer of its vocabulary size."""
     prefix, head_dim = architecture, getattr(config, "head_dim", None)
     head_dim = head_dim or config.hidden_size // config.num_attention_heads
     return {
@@ -133,7 +133,7 @@ def gguf_name(name: str) -> str:
 def write_file(
     file: Path, metadata: dict[str, Any], tensors: dict[str, tuple[np.ndarray, str] | None] | None = None
 ) -> None:
-    """Writes metadata and raw tensors (array, type) as they are; those that are None are left out."""
+    """Writes metadata and raw tensors (array, type) unchanged, except those that are None."""
     writer = gguf.GGUFWriter(file, metadata.get("general.architecture", "none"))
     for key, value in metadata.items():
         if value is None:

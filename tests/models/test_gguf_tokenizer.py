@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file gives the ids that llama.cpp gives, and the text back."""
+"""The tokenizer of a GGUF file gives llama.cpp's ids and decodes to the same text."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 
 
 def train(texts, splitter, initial_alphabet, size=400) -> tuple[list[str], list[tuple[str, str]]]:
-    """Tokens and merges of a small BPE."""
+    """Trains a small BPE. Returns tokens and merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = splitter
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=initial_alphabet, show_progress=False)
@@ -42,7 +42,7 @@ def train(texts, splitter, initial_alphabet, size=400) -> tuple[list[str], list[
 
 
 def write_byte_level(file, special=(), defined=(), **metadata):
-    """A byte-level tokenizer file, trained on the texts; GGUF fields by their last name."""
+    """Writes a byte-level tokenizer trained on the texts. metadata: GGUF fields by the last part of their name."""
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokens, merges = train(TEXTS, splitter, pre_tokenizers.ByteLevel.alphabet())
     fields = {
@@ -122,7 +122,7 @@ PRE_TOKENIZERS = {
 
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
-def test_words_are_cut_as_the_file_says(pre, tmp_path):
+def test_words_are_split_by_the_files_pre_tokenizer(pre, tmp_path):
     write_byte_level(tmp_path / "t.gguf", special=["<s>"], pre=pre, bos_token_id=0)
     tokenizer = load_tokenizer(tmp_path / "t.gguf")
     pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(WORDS)
@@ -135,7 +135,7 @@ def test_words_are_cut_as_the_file_says(pre, tmp_path):
             assert tokenizer.decode(ids[begins:]) == text
 
 
-def test_whole_words_need_no_merges_where_the_model_has_it_so(tmp_path):
+def test_whole_words_bypass_merges_for_models_that_do_so(tmp_path):
     tokens = ["<s>", *pre_tokenizers.ByteLevel.alphabet(), "Hello"]
     fields = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": ["H e"]}
     fields |= {"tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.tokens": [*tokens, "He"]}
@@ -191,7 +191,7 @@ def test_a_tokenizer_that_is_not_supported_or_damaged_is_named(metadata, error, 
 
 
 def write_sentencepiece(file, **metadata) -> dict[str, float]:
-    """A SentencePiece file trained on the texts; returns the scores of its tokens."""
+    """Writes a SentencePiece tokenizer trained on the texts. Returns the scores of its tokens."""
     splitter = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(), pre_tokenizers.Split(Regex(r"▁*[^▁]+|▁+"), "isolated")]
     )
@@ -240,7 +240,7 @@ def test_sentencepiece_merges_by_score(prefix, tmp_path):
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_sentencepiece_begins_anew_after_a_special_token(tmp_path):
+def test_sentencepiece_restarts_after_a_special_token(tmp_path):
     scores = write_sentencepiece(tmp_path / "t.gguf")
     tokenizer = load_tokenizer(tmp_path / "t.gguf")
     tokens = tokenizer.backend_tokenizer.encode("The</s>The").tokens

@@ -1,4 +1,4 @@
-"""Every way a checkpoint directory can be wrong ends in a CheckpointError that names file and tensor."""
+"""Invalid checkpoint directories are refused with a CheckpointError that names file and tensor."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from slora_jax.models import load_model
 
 @pytest.fixture
 def checkpoint(make_checkpoint, tmp_path):
-    """A single-file copy to damage, as (directory, tensors)."""
+    """(directory, tensors) of a single-file checkpoint, for the test to damage."""
     directory = tmp_path / "model"
     shutil.copytree(make_checkpoint("llama", num_hidden_layers=1)[0], directory)
     return directory, load_file(directory / "model.safetensors")
@@ -29,32 +29,22 @@ def check_refused(directory, *message_parts):
         assert part in str(caught.value)
 
 
-def test_missing_tensor(checkpoint):
+LAYER = "model.layers.0"
+EDITS = {
+    "missing": ({f"{LAYER}.self_attn.k_proj.weight": None}, ["missing"]),
+    "unexpected": ({f"{LAYER}.self_attn.q_proj.bias": np.zeros(64, np.float32)}, ["unexpected"]),
+    "wrong shape": ({f"{LAYER}.mlp.up_proj.weight": np.zeros((112, 65), np.float32)}, ["(112, 64)", "(112, 65)"]),
+    "integers": ({"model.norm.weight": np.ones(64, np.int8)}, ["I8"]),
+}
+
+
+@pytest.mark.parametrize("case", EDITS)
+def test_invalid_tensor_is_named(checkpoint, case):
     directory, tensors = checkpoint
-    del tensors["model.layers.0.self_attn.k_proj.weight"]
-    save_file(tensors, directory / "model.safetensors")
-    check_refused(directory, "model.safetensors", "missing", "model.layers.0.self_attn.k_proj.weight")
-
-
-def test_unexpected_tensor(checkpoint):
-    directory, tensors = checkpoint
-    tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(64, np.float32)
-    save_file(tensors, directory / "model.safetensors")
-    check_refused(directory, "model.safetensors", "unexpected", "model.layers.0.self_attn.q_proj.bias")
-
-
-def test_wrong_shape(checkpoint):
-    directory, tensors = checkpoint
-    tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((112, 65), np.float32)
-    save_file(tensors, directory / "model.safetensors")
-    check_refused(directory, "model.safetensors", "model.layers.0.mlp.up_proj.weight", "(112, 64)", "(112, 65)")
-
-
-def test_integer_weights(checkpoint):
-    directory, tensors = checkpoint
-    tensors["model.norm.weight"] = np.ones(64, np.int8)
-    save_file(tensors, directory / "model.safetensors")
-    check_refused(directory, "model.norm.weight", "I8")
+    (edit, parts) = EDITS[case]
+    changed = {name: tensor for name, tensor in (tensors | edit).items() if tensor is not None}
+    save_file(changed, directory / "model.safetensors")
+    check_refused(directory, "model.safetensors", *edit, *parts)
 
 
 def test_truncated_file(checkpoint):
@@ -64,7 +54,7 @@ def test_truncated_file(checkpoint):
     check_refused(directory, "model.safetensors", "cannot be read as safetensors")
 
 
-def test_no_weights_at_all(checkpoint):
+def test_directory_without_weights(checkpoint):
     directory, _ = checkpoint
     (directory / "model.safetensors").unlink()
     check_refused(directory, "neither model.safetensors nor model.safetensors.index.json")
@@ -100,7 +90,7 @@ def test_index_without_a_weight_map(tiny_checkpoint, tmp_path):
 
 @pytest.fixture
 def tied(make_checkpoint, tmp_path):
-    """A copy of a tied model, as (directory, tensors)."""
+    """(directory, tensors) of a model with tied embeddings."""
     directory = tmp_path / "tied"
     shutil.copytree(make_checkpoint("llama", tie_word_embeddings=True)[0], directory)
     tensors = load_file(directory / "model.safetensors")
@@ -133,7 +123,7 @@ def test_rotary_buffers_with_other_values_warn_once(tied):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_own_head_of_a_tied_model_is_used_as_transformers_does(family, make_checkpoint, decoder_logits, tmp_path):
+def test_own_head_of_a_tied_model_is_used_as_in_transformers(family, make_checkpoint, decoder_logits, tmp_path):
     directory = shutil.copytree(make_checkpoint(family, tie_word_embeddings=True)[0], tmp_path / "model")
     tensors = load_file(directory / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][::-1].copy()
@@ -151,7 +141,7 @@ def test_own_head_of_a_tied_model_is_used_as_transformers_does(family, make_chec
 
 @pytest.mark.parametrize(("dtype", "value"), [("float32", np.nan), ("bfloat16", -np.inf), ("bfloat16", 3.4e38)])
 def test_value_that_is_not_finite_is_refused(checkpoint, dtype, value):
-    """Also one that is beyond bfloat16."""
+    """Includes a finite value beyond the range of bfloat16."""
     directory, tensors = checkpoint
     tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = value
     save_file(tensors, directory / "model.safetensors")
@@ -178,7 +168,7 @@ def test_progress_counts_bytes_on_stderr_and_can_be_off(checkpoint, capfd):
     assert f"{total / 1000:.0f}k/{total / 1000:.0f}k" in captured.err
 
 
-def test_an_extra_safetensors_file_is_left_alone(checkpoint):
+def test_extra_safetensors_file_is_ignored(checkpoint):
     directory, _ = checkpoint
     (directory / "consolidated.safetensors").write_bytes(b"not read")
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "gone.safetensors"}}))

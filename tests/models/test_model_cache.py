@@ -1,4 +1,4 @@
-"""The Orbax cache is used when right, rebuilt when stale or damaged, and never stops a load."""
+"""The Orbax cache is used when valid, rebuilt when stale or damaged, and never prevents a load."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ def checkpoint(make_checkpoint, tmp_path):
 
 @pytest.fixture
 def conversions(monkeypatch):
-    """The list grows by one at each conversion from safetensors."""
+    """Arguments of every conversion from safetensors so far."""
     calls = []
     convert = slora_jax.models.load.load_weights
     monkeypatch.setattr(slora_jax.models.load, "load_weights", lambda *a: (calls.append(a), convert(*a))[1])
@@ -130,7 +130,7 @@ def test_a_damaged_entry_is_rebuilt_with_a_warning(damage, checkpoint, tmp_path,
     assert "cannot be used" in caplog.text
 
 
-def test_damage_that_only_orbax_notices_is_not_fatal(checkpoint, tmp_path, conversions, monkeypatch, caplog):
+def test_damage_that_only_orbax_detects_is_not_fatal(checkpoint, tmp_path, conversions, monkeypatch, caplog):
     _, expected, _ = load_model(checkpoint, "float32", tmp_path / "cache", progress=False)
     (entry,) = (tmp_path / "cache").iterdir()
     manifest_checksums = slora_jax.models.cache._checksums(entry / "params")
@@ -142,7 +142,7 @@ def test_damage_that_only_orbax_notices_is_not_fatal(checkpoint, tmp_path, conve
     assert "cannot be used" in caplog.text
 
 
-def test_an_interrupted_write_leaves_nothing_that_counts(checkpoint, tmp_path, conversions, monkeypatch, caplog):
+def test_failed_write_leaves_no_entry(checkpoint, tmp_path, conversions, monkeypatch, caplog):
     def fail_half_way(path, params):
         path.mkdir()
         (path / "half").write_text("written")
@@ -158,7 +158,7 @@ def test_an_interrupted_write_leaves_nothing_that_counts(checkpoint, tmp_path, c
     assert len(conversions) == 2
 
 
-def test_an_impossible_cache_directory_is_a_warning(checkpoint, tmp_path, caplog):
+def test_unusable_cache_directory_is_a_warning(checkpoint, tmp_path, caplog):
     (tmp_path / "cache").write_text("a file")
     load_model(checkpoint, "float32", tmp_path / "cache", progress=False)
     assert "could not be cached" in caplog.text

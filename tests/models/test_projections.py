@@ -6,10 +6,10 @@ from slora_jax.models import ModelConfig
 from slora_jax.models.projections import PROJECTIONS, ROW_PARALLEL, STACKS, lora_layout
 
 
-def test_projections_stand_in_the_order_of_the_kernels_rank_vectors():
+def test_projections_have_the_order_of_the_kernels_rank_vectors():
     assert tuple(PROJECTIONS) == layout.PROJECTIONS == sum(STACKS.values(), ())
     assert {"o", "down"} == ROW_PARALLEL
 
 
-def test_the_layout_of_a_model_has_its_widths():
+def test_lora_layout_has_the_widths_of_the_model():
     assert lora_layout(ModelConfig.from_dict(LLAMA_3_8B.config()), 16) == LLAMA_3_8B.layout(16)

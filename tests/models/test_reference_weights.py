@@ -1,4 +1,4 @@
-"""The demo's re-check reads GGUF files by itself: are these the weights of the file, and can the check fail?"""
+"""The demo's check reads GGUF files with its own code: it has the weights of the file and finds wrong tokens."""
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ def test_a_wrong_token_is_found(file):
     assert first_difference(weights, config, PROMPT, wrong, max_tokens=4).position == 2
 
 
-def test_rows_of_q_in_another_order_are_found(model, file, tmp_path):
+def test_permuted_rows_of_q_change_the_logits(model, file, tmp_path):
     rng, q = np.random.default_rng(0), model.state_dict()["model.layers.0.self_attn.q_proj.weight"].numpy()
     twice = quantised(permuted(permuted(q, 6), 6), "Q8_0", rng)
     write_model(tmp_path / "model.gguf", model, lambda name: "Q8_0", tensors={"blk.0.attn_q.weight": (twice, "Q8_0")})

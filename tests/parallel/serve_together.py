@@ -1,8 +1,8 @@
 """One of several processes that serve one model together: `serve_together.py MODE PROCESS PROCESSES PORT`, or
 `serve_together.py slora ARGUMENTS` for the command.
 
-The leader prints what it served as JSON. Modes: "serve" ends then; "endless" goes on with the same traffic until it is
-killed; in "differ" process 1 has another setting; in "fault" process 1 fails in its tenth step.
+The leader serves the same traffic until it is killed, and prints its first tokens as JSON. Modes: "serve"; in "differ"
+process 1 has another setting; in "fault" process 1 fails in its tenth step.
 """
 
 import json
@@ -39,7 +39,7 @@ RANKS = (1, 3, 8, 5, 2, 7)
 PROMPTS = (5, 17, 30, 2, 9, 12, 21, 4, 16, 11)
 ADAPTERS = (None, "1", "3", "8", "8", None, "5", "2", "7", "3")
 PAGES = 30
-"""Of the leader; the others have room for fewer."""
+"""Pages that fit on the leader; the other processes have room for fewer."""
 CONFIG = EngineConfig(
     dtype="float32",
     num_pages=None,
@@ -59,7 +59,7 @@ CONFIG = EngineConfig(
 
 
 def make_model() -> tuple:
-    """Model config, graph definition and parameters whose tokens differ."""
+    """Returns model config, graph definition, and parameters with varied greedy tokens."""
     model = ModelConfig.from_dict(HF_CONFIG)
     with jax.default_device(jax.local_devices()[0]):
         graphdef, params = init_random(model, "float32", seed=0)
@@ -96,25 +96,25 @@ def fail_in_tenth_step() -> None:
     Device.step = failing
 
 
-def lead(mode: str, config: EngineConfig, group: ProcessGroup) -> None:
+def lead(config: EngineConfig, group: ProcessGroup) -> None:
     with Engine(*make_model(), config, processes=group) as engine:
         load_adapters(engine)
         staged = []
         stage = engine.executor.stage
         engine.executor.stage = lambda upload: stage(upload) or staged.append(upload)
         tokens = serve(engine)
-        engine.scheduler.config = replace(engine.scheduler.config, prefetch=0)  # uploads before the step, now
+        engine.scheduler.config = replace(engine.scheduler.config, prefetch=0)  # uploads before the step from here on
         again = serve(engine)
         stats = engine.stats()
         counts = {name: getattr(stats, name) for name in ("preemptions", "adapter_evictions")} | {"staged": len(staged)}
         pages = engine.allocator.num_pages
         print(json.dumps({"tokens": tokens, "again": again, "num_pages": pages, **counts}), flush=True)
-        while mode == "endless":
+        while True:
             serve(engine)
 
 
 def all_write_cache(group: ProcessGroup) -> ProcessGroup:
-    """Lets a follower keep what it compiles: JAX lets process 0 only, and on CPUs each has keys of its own."""
+    """Lets followers write the compilation cache too; JAX lets only process 0, but on CPUs each has its own keys."""
     jax.devices()
     distributed.global_state.process_id = 0
     return group
@@ -129,7 +129,7 @@ def main(mode: str, process: int, processes: int, port: int) -> None:
     placement.pages_that_fit = lambda *_: PAGES - process
     with all_write_cache(join_processes(f"127.0.0.1:{port}", processes, process, timeout=100)) as group:
         if group.is_leader:
-            lead(mode, config, group)
+            lead(config, group)
         else:
             Follower(*make_model(), config, group).run()
 

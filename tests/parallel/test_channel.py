@@ -1,4 +1,4 @@
-"""Frames arrive as they were sent; what is not a frame is refused, and nothing that arrives is trusted."""
+"""Frames arrive unchanged and in order; anything else is refused."""
 
 import json
 import socket
@@ -16,7 +16,7 @@ from slora_jax.distributed.channel import MAX_BODY, MAX_HEADER, Connection, Fram
 
 @pytest.fixture
 def ends() -> Iterator[tuple[socket.socket, Connection]]:
-    """A bare socket, and the connection at its other end."""
+    """Returns a socket and the connection at its other end."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         one = socket.create_connection(listener.getsockname())
         other, _ = listener.accept()
@@ -100,7 +100,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("sent", HOSTILE.values(), ids=HOSTILE)
-def test_what_is_not_a_frame_is_refused(ends, sent) -> None:
+def test_invalid_frame_is_refused(ends, sent) -> None:
     one, connection = ends
     one.sendall(sent)
     one.shutdown(socket.SHUT_WR)
@@ -108,9 +108,9 @@ def test_what_is_not_a_frame_is_refused(ends, sent) -> None:
         connection.receive()
 
 
-def test_a_peer_that_is_gone_is_noticed_by_sender_and_receiver(ends) -> None:
+def test_reset_connection_is_an_error_for_sender_and_receiver(ends) -> None:
     one, connection = ends
-    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, as when a process is killed
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, as when the process is killed
     one.close()
     with pytest.raises(OSError):
         connection.receive()
@@ -119,9 +119,9 @@ def test_a_peer_that_is_gone_is_noticed_by_sender_and_receiver(ends) -> None:
             connection.send(encode("move", {}, [np.zeros(100_000, np.int32)]))
 
 
-def test_one_who_may_not_wait_is_not_held_up_by_another_threads_frame(ends) -> None:
+def test_send_with_a_timeout_does_not_wait_for_another_threads_frame(ends) -> None:
     _, connection = ends
-    big = encode("part", {}, [np.zeros(1 << 24, np.int32)])  # more than the network takes while nobody reads
+    big = encode("part", {}, [np.zeros(1 << 24, np.int32)])  # more than the socket buffers hold
     with ThreadPoolExecutor(1) as executor:
         stuck = executor.submit(connection.send, big)
         while not connection._sending.locked():

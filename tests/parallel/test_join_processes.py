@@ -1,4 +1,4 @@
-"""How processes find each other, and what they say when they do not."""
+"""How processes join, and the errors if they cannot."""
 
 import socket
 import threading
@@ -47,7 +47,7 @@ def test_arguments_are_checked(arguments, message) -> None:
         join_processes(*arguments)
 
 
-def test_processes_meet_in_any_order_and_strangers_are_turned_away(port, threads) -> None:
+def test_processes_join_in_any_order_and_other_clients_are_refused(port, threads) -> None:
     late = threads.submit(_connect, "127.0.0.1", port + 1, 2, HELLO, soon())  # before there is a leader
     time.sleep(0.3)
     leader = threads.submit(_welcome, "127.0.0.1", port, HELLO, soon())
@@ -67,14 +67,14 @@ def test_processes_meet_in_any_order_and_strangers_are_turned_away(port, threads
     stranger.close()
 
 
-def test_a_port_in_use_is_told(port) -> None:
+def test_port_in_use_is_named(port) -> None:
     for taken in (port, port + 1):
         message = f"cannot listen on 127.0.0.1:{taken}.*a port that is free"
         with socket.create_server(("127.0.0.1", taken)), pytest.raises(ConfigError, match=message):
             join_processes(f"127.0.0.1:{port}", 2, 0, timeout=5)
 
 
-def test_who_does_not_come_is_named(port, threads) -> None:
+def test_missing_process_is_named(port, threads) -> None:
     follower = threads.submit(_connect, "127.0.0.1", port + 1, 1, HELLO, soon())
     with pytest.raises(ConfigError, match=r"of 3 processes, \[2\] did not connect in time"):
         _welcome("127.0.0.1", port, HELLO, soon(1.5))
@@ -82,7 +82,7 @@ def test_who_does_not_come_is_named(port, threads) -> None:
         follower.result(20)
 
 
-def test_a_leader_that_cannot_be_reached_is_told(port) -> None:
+def test_unreachable_leader_is_named(port) -> None:
     with pytest.raises(ConfigError, match=f"process 0 cannot be reached at 127.0.0.1:{port + 1}"):
         join_processes(f"127.0.0.1:{port}", 2, 1, timeout=0.5)
 
@@ -96,7 +96,7 @@ def test_a_leader_that_cannot_be_reached_is_told(port) -> None:
         (HELLO, 0, "process_id=0: another process has this number"),
     ],
 )
-def test_processes_that_do_not_fit_together_are_refused_on_both_sides(port, threads, hello, number, message) -> None:
+def test_incompatible_processes_are_refused_on_both_sides(port, threads, hello, number, message) -> None:
     leader = threads.submit(_welcome, "127.0.0.1", port, HELLO, soon())
     with pytest.raises(ConfigError, match=f"refused by process 0 .*{message}"):
         _connect("127.0.0.1", port + 1, number, hello, soon())
@@ -104,7 +104,7 @@ def test_processes_that_do_not_fit_together_are_refused_on_both_sides(port, thre
         leader.result(20)
 
 
-def test_something_else_at_the_leaders_port_is_no_leader(port) -> None:
+def test_another_server_at_the_leaders_port_is_refused(port) -> None:
     def answer(listener: socket.socket) -> None:
         connection = Connection(listener.accept()[0])
         connection.receive()

@@ -1,6 +1,7 @@
-"""What cannot be cut is refused by name; what is loaded lies where it should."""
+"""Models that cannot be sharded are refused by field; each device gets its part of a checkpoint."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -8,11 +9,11 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from safetensors.numpy import save_file
+from tiny_model import hf_tensors
 
 from slora_jax.engine import EngineConfig
 from slora_jax.errors import ConfigError
 from slora_jax.models import ModelConfig, init_random, load_model
-from slora_jax.models.hf import tensor_placements
 from slora_jax.models.shards import shard_params
 from slora_jax.parallel.layout import Shards
 from slora_jax.parallel.mesh import cut, make_mesh, tensor_parallel
@@ -46,7 +47,7 @@ MODEL = ModelConfig.from_dict(HF_CONFIG)
         ),
     ],
 )
-def test_a_model_that_cannot_be_cut_is_refused_by_field(changes, count, message):
+def test_model_that_cannot_be_sharded_is_refused_by_field(changes, count, message):
     with pytest.raises(ConfigError, match=message):
         cut(dataclasses.replace(MODEL, **changes), count)
 
@@ -76,28 +77,17 @@ def test_kv_heads_fewer_than_shards_are_shared_by_neighbours():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]:
-    """A directory, its tensors by Hugging Face name, and the same as one device's parameters."""
-    import json
-
+    """Returns a model directory, its tensors by Hugging Face name, and the parameters of one device."""
     directory = tmp_path_factory.mktemp("model")
     _, params = init_random(MODEL, "float32", seed=0)
-    tensors = {}
-    for name, placement in tensor_placements(MODEL).items():
-        array = params
-        for key in placement.path:
-            array = array[key]
-        width = placement.shape[0] if placement.transposed else None
-        part = np.asarray(array)[..., placement.column :][..., :width]
-        if part.ndim == 1:
-            part = part[: placement.shape[0]]
-        tensors[name] = np.ascontiguousarray(part.T if placement.transposed else part)
+    tensors = hf_tensors(MODEL, params)
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(HF_CONFIG))
     return directory, tensors, params
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_each_device_is_given_its_part_of_the_checkpoint(checkpoint, count):
+def test_each_device_holds_its_part_of_the_checkpoint(checkpoint, count):
     directory, tensors, whole = checkpoint
     parallel = tensor_parallel(MODEL, count)
     graphdef, params, config = load_model(directory, "float32", progress=False, parallel=parallel)
@@ -133,7 +123,7 @@ def test_each_device_is_given_its_part_of_the_checkpoint(checkpoint, count):
         own = tensors["lm_head.weight"][shard * rows : (shard + 1) * rows]
         np.testing.assert_array_equal(on(shard, "lm_head", "kernel")[:, : len(own)], own.T)
 
-    cut_graphdef, cut_params = shard_params(MODEL, whole, parallel)  # the same parts from memory
+    cut_graphdef, cut_params = shard_params(MODEL, whole, parallel)  # the same from memory
     assert cut_graphdef == graphdef
     for path, leaf in traverse_util.flatten_dict(params).items():
         other = traverse_util.flatten_dict(cut_params)[path]
@@ -142,7 +132,7 @@ def test_each_device_is_given_its_part_of_the_checkpoint(checkpoint, count):
     assert shard_params(MODEL, params, parallel)[1] is params
 
 
-def test_the_cache_keeps_parts(checkpoint, tmp_path, monkeypatch):
+def test_model_cache_keeps_shards(checkpoint, tmp_path, monkeypatch):
     directory, _, _ = checkpoint
     parallel = tensor_parallel(MODEL, 2)
     cold = load_model(directory, "float32", tmp_path, False, parallel)[1]

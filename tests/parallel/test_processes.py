@@ -1,5 +1,5 @@
-"""Two and four real processes on loopback give the tokens of one device; when one is killed or fails, all end soon, and
-say why."""
+"""Two and four processes on loopback give the tokens of one device. When one is killed or fails, all end with the
+reason."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SECONDS_TO_END = 20
 
 
 class Processes:
-    """Processes of one command each, and what they wrote."""
+    """Processes of one command each, and their output."""
 
     def __init__(self, directory: Path, commands: list[list[str]]) -> None:
         root = Path(serve_together.__file__).parents[2]
@@ -45,7 +45,7 @@ class Processes:
         ]
 
     def statuses(self, timeout: float) -> list[int]:
-        """The exit statuses of all within `timeout` seconds."""
+        """Waits for all processes, at most `timeout` seconds. Returns their exit statuses."""
         deadline = time.monotonic() + timeout
         return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
 
@@ -56,7 +56,7 @@ class Processes:
         return self._files[process][1].read_text()
 
     def served(self) -> dict:
-        """What the leader has served, as soon as it says so."""
+        """Waits until the leader has served its traffic. Returns its report."""
         leader = self.processes[0]
         while True:
             ended = leader.poll() is not None
@@ -73,7 +73,7 @@ class Processes:
 
 
 def free_port() -> int:
-    """A port that is free, as is the one after it."""
+    """Returns a free port whose successor is free too."""
     while True:
         with socket.socket() as one, socket.socket() as next_one:
             one.bind(("127.0.0.1", 0))
@@ -86,7 +86,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator:
-    """`start(commands)` starts a process for each of them."""
+    """`start(commands)` starts one process per command."""
     started = []
 
     def start(commands: list[list[str]]) -> Processes:
@@ -122,14 +122,8 @@ def check_served(served: dict, expected: list[list[int]], processes: int) -> Non
         assert served[count] > 0, f"the traffic is too light: no {count}"
 
 
-def test_two_processes_give_the_tokens_of_one_and_end_together(start, tokens_of_one_device) -> None:
-    processes = start(together("serve", 2))
-    check_served(processes.served(), tokens_of_one_device, 2)
-    assert processes.statuses(60) == [0, 0], processes.errors(0) + processes.errors(1)
-
-
-def test_four_processes_give_the_tokens_of_one_and_all_end_when_one_is_killed(start, tokens_of_one_device) -> None:
-    processes = start(together("endless", 4))
+def test_four_processes_give_the_tokens_of_one_and_end_when_a_follower_is_killed(start, tokens_of_one_device) -> None:
+    processes = start(together("serve", 4))
     check_served(processes.served(), tokens_of_one_device, 4)
     processes.processes[2].kill()
     assert processes.statuses(SECONDS_TO_END) == [EXIT_LOST, EXIT_LOST, -signal.SIGKILL, EXIT_LOST]
@@ -137,22 +131,22 @@ def test_four_processes_give_the_tokens_of_one_and_all_end_when_one_is_killed(st
         assert "process 2 is lost" in processes.errors(survivor)
 
 
-def test_a_follower_ends_when_the_leader_is_killed(start) -> None:
-    processes = start(together("endless", 2))
-    processes.served()
+def test_two_processes_give_the_tokens_of_one_and_end_when_the_leader_is_killed(start, tokens_of_one_device) -> None:
+    processes = start(together("serve", 2))
+    check_served(processes.served(), tokens_of_one_device, 2)
     processes.processes[0].kill()
     assert processes.statuses(SECONDS_TO_END) == [-signal.SIGKILL, EXIT_LOST]
     assert "process 0 is lost" in processes.errors(1)  # by itself, or as the reason why a collective failed
 
 
-def test_all_end_with_the_reason_when_a_follower_fails(start) -> None:
+def test_all_processes_end_with_the_reason_when_a_follower_fails(start) -> None:
     processes = start(together("fault", 2))
     assert processes.statuses(120) == [EXIT_LOST, EXIT_LOST]
     for i in range(2):
         assert "process 1 failed: RuntimeError('the device is on fire')" in processes.errors(i), i
 
 
-def test_settings_that_differ_are_named_in_both_processes(start) -> None:
+def test_different_settings_are_named_by_both_processes(start) -> None:
     processes = start(together("differ", 2))
     assert processes.statuses(120) == [1, 1]
     for i in range(2):
@@ -160,8 +154,8 @@ def test_settings_that_differ_are_named_in_both_processes(start) -> None:
         assert f"ConfigError: {message}" in processes.errors(i)
 
 
-def test_the_command_answers_as_one_process_does(tmp_path, capfd, start) -> None:
-    """`slora generate` with an adapter that only process 0 has."""
+def test_command_answers_as_in_one_process_and_both_processes_end(tmp_path, capfd, start) -> None:
+    """Runs `slora generate` with an adapter that only process 0 has."""
     model_dir, adapter_dir = tmp_path / "model", tmp_path / "adapter"
     write_checkpoint(model_dir, num_layers=1, seed=1)
     write_peft(adapter_dir, random_adapter(adapter_geometry(ModelConfig.from_directory(model_dir), 16), 8, seed=0))
@@ -182,5 +176,5 @@ def test_the_command_answers_as_one_process_does(tmp_path, capfd, start) -> None
 
 
 def answer(out: str) -> str:
-    """Without what gloo, which carries the collectives of CPUs, writes there."""
+    """Removes the lines of gloo, the library of CPU collectives."""
     return "".join(line for line in out.splitlines(keepends=True) if not line.startswith("[Gloo]"))

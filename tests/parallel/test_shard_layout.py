@@ -1,10 +1,10 @@
-"""How adapters are cut into shards: put together again, the parts are the adapter; the cost is bounded."""
+"""How adapters are sharded: the parts together are the adapter; the extra pages are bounded."""
 
 import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels.lora.layout import PROJECTIONS
@@ -16,7 +16,7 @@ HEAD_DIM = 4
 
 @st.composite
 def geometries(draw: st.DrawFn) -> BaseGeometry:
-    """Bases that can be cut into 2, 4 or 8 shards, with KV heads by the shard, or shared by neighbours."""
+    """Draws base models of 2, 4 or 8 shards, with own KV heads or heads shared by neighbours."""
     count = draw(st.sampled_from([2, 4, 8]))
     kv_parts = draw(st.sampled_from([n for n in (1, 2, 4, 8) if n <= count]))
     kv_heads = kv_parts * (draw(st.integers(1, 2)) if kv_parts == count else 1)
@@ -33,7 +33,7 @@ def geometries(draw: st.DrawFn) -> BaseGeometry:
 
 
 def adapter_with_ranks(geometry: BaseGeometry, ranks: np.ndarray) -> LoraAdapter:
-    """All numbers differ and are positive."""
+    """Returns an adapter whose weights are distinct and positive."""
     a, b, scales = {}, {}, {}
     number = iter(np.arange(1, 2**24, dtype=np.float32))
     for layer, index in zip(*np.nonzero(ranks), strict=True):
@@ -46,15 +46,14 @@ def adapter_with_ranks(geometry: BaseGeometry, ranks: np.ndarray) -> LoraAdapter
 
 
 def kv_columns(geometry: BaseGeometry, shard: int) -> slice:
-    """By heads: the shard's own, or the one that it shares."""
+    """Returns the columns of the shard's own heads, or of the head that it shares."""
     heads, count = geometry.kv_width // HEAD_DIM, geometry.shards.count
     first, number = (shard * heads // count, heads // count) if heads >= count else (shard // (count // heads), 1)
     return slice(first * HEAD_DIM, (first + number) * HEAD_DIM)
 
 
-@settings(max_examples=80)
 @given(geometry=geometries(), data=st.data())
-def test_shards_hold_the_parts_that_the_paper_gives_them(geometry, data):
+def test_shards_hold_the_parts_of_the_papers_partition(geometry, data):
     ranks = np.array(data.draw(st.lists(st.integers(0, 11), min_size=14, max_size=14)), np.int32).reshape(2, 7)
     ranks[0, 0] = max(ranks[0, 0], 1)
     adapter = adapter_with_ranks(geometry, ranks)
@@ -80,7 +79,7 @@ def test_shards_hold_the_parts_that_the_paper_gives_them(geometry, data):
             elif not by_columns and lora == "replicated":
                 outputs = slice(None)
             want_a = whole_a[:, inputs]
-            if by_columns and lora == "slora":  # one by one, and a row of zeros where there is none left
+            if by_columns and lora == "slora":  # rows are dealt in turn; a zero row where none is left
                 rows = np.zeros((-(-full // count), d_in), np.float32)
                 dealt = whole_a[shard::count]
                 rows[: len(dealt)] = dealt
@@ -91,13 +90,12 @@ def test_shards_hold_the_parts_that_the_paper_gives_them(geometry, data):
     assert np.count_nonzero(tiles.pages) == nonzero  # the padding is zero
 
 
-@settings(max_examples=200)
 @given(
     count=st.sampled_from([2, 4, 8]),
     ranks=st.lists(st.integers(0, 130), min_size=7, max_size=7),
     page_size=st.sampled_from([8, 16, 32]),
 )
-def test_ranks_that_the_shards_do_not_divide_waste_at_most_a_row_block(count, ranks, page_size):
+def test_indivisible_ranks_waste_at_most_one_row_block(count, ranks, page_size):
     one = BaseGeometry(1, 4096, 4096, 1024, 14336, page_size)
     cut = dataclasses.replace(one, shards=Shards(count, count))
     places, on_one = (g.layout.stack_tiles(np.array(ranks))[0] for g in (cut, one))
@@ -110,7 +108,7 @@ def test_ranks_that_the_shards_do_not_divide_waste_at_most_a_row_block(count, ra
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
-def test_an_adapter_takes_hardly_more_pages_of_several_shards_than_of_one_device(count):
+def test_adapter_takes_few_more_pages_over_several_shards(count):
     whole = BaseGeometry(32, 4096, 4096, 1024, 14336, 16)
     cut = dataclasses.replace(whole, shards=Shards(count, count))
     for rank in (16, 32, 64, 128):
@@ -119,7 +117,7 @@ def test_an_adapter_takes_hardly_more_pages_of_several_shards_than_of_one_device
         assert pages <= on_shards <= pages * (1 + 16 * count / rank)
 
 
-def test_replicated_parts_take_as_many_times_more():
+def test_replicated_parts_take_their_multiple_of_pages():
     ranks = np.full(7, 64)
     one = BaseGeometry(32, 4096, 4096, 1024, 14336, 16)
     cut = {kind: dataclasses.replace(one, shards=Shards(4, 4, kind)) for kind in LORA_SHARDINGS}

@@ -1,4 +1,4 @@
-"""The engine's core over a fake executor: requests of any size, tokens one step late, copies that take their time."""
+"""The engine's core over a fake executor: requests of any size, tokens one step late, copies that take steps."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,11 +14,11 @@ from slora_jax.scheduling import AdapterState, CoreConfig, Fcfs, Policy, Request
 
 PAGE_SIZE = 4
 STOP = 10**6
-"""A token that ends a request."""
+"""Stop token of every request."""
 
 
 class Recorder(NoTrace):
-    """The newest plan, with the uploads that the core takes out of it."""
+    """Keeps the newest plan, with the uploads that the core removes from it."""
 
     plan: StepPlan
 
@@ -27,8 +27,7 @@ class Recorder(NoTrace):
 
 
 class Simulation(FakeExecutor):
-    """Steps a core. copy_steps: after how many steps an upload has landed; when nothing runs, the oldest lands at
-    once."""
+    """Steps a core. copy_steps: steps until an upload has landed; if nothing runs, the oldest lands at once."""
 
     def __init__(
         self,
@@ -64,12 +63,12 @@ class Simulation(FakeExecutor):
         self.core.trace = self.recorder = Recorder()
         self.counters = self.core.counters
         self.requests: list[Request] = []
-        self.stop_early: dict[int, int] = {}  # request number -> output tokens after which it meets a stop token
+        self.stop_early: dict[int, int] = {}  # request number -> output tokens up to its stop token
 
     def add(
         self, prompt: int | list[int], new: int, adapter: str | None = None, adapter_pages: int = 0, tenant: str = ""
     ) -> Request:
-        """A request of `prompt` tokens (their number, or their ids) that may generate `new`, with an adapter of
+        """Adds a request of `prompt` tokens (a count, or ids) and at most `new` output tokens, with an adapter of
         `adapter_pages`."""
         request = make_request(len(self.requests), float(self.steps), prompt, new, adapter, adapter_pages, tenant)
         request.stop_token_ids = frozenset({STOP})
@@ -88,10 +87,10 @@ class Simulation(FakeExecutor):
         return super().dispatch(plan)
 
     def execute(self, plan: StepPlan) -> None:
-        """For a device that does something."""
+        """Hook for subclasses that simulate the device."""
 
     def token(self, request: Request) -> int:
-        """The token that follows."""
+        """Returns the next token of a request."""
         if len(request.output) + 1 == self.stop_early.get(request.number):
             return STOP
         return self.following(request.prompt + request.output)
@@ -101,16 +100,16 @@ class Simulation(FakeExecutor):
         return 0
 
     def run(self, most_steps: int) -> list[StepPlan]:
-        """Steps until all is finished and read."""
+        """Steps until all requests have ended and the last step is read. Returns the plans."""
         plans = []
         while self.scheduler.has_work():
-            assert len(plans) < most_steps, "the scheduler does not get its work done"
+            assert len(plans) < most_steps, "the scheduler makes no progress"
             plans.append(self.step())
         plans.append(self.step())
         return plans
 
     def assert_idle(self) -> None:
-        """Nothing runs, and every page is free or idle."""
+        """Checks that no request is unfinished and every page is free or idle."""
         assert not self.core.requests and not self.scheduler.has_work() and not self.residency.users
         idle = self.evictor.pages(PageKind.ADAPTER) + self.evictor.pages(PageKind.PREFIX)
         assert self.allocator.num_free + idle == self.allocator.capacity

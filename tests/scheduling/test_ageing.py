@@ -1,9 +1,9 @@
-"""Ageing: its bound on waiting, and the starvation that it ends."""
+"""Ageing: its bound on the waiting time, and starvation without it."""
 
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slora_jax.scheduling import Ageing, Clustering, EarlyAbort, Fcfs, FinishReason, Lcfs, Policy, Vtc
@@ -21,7 +21,6 @@ ADAPTER_PAGES = {None: 0, "a": 1, "b": 2, "c": 4}
 sizes = st.tuples(st.integers(1, 20), st.integers(1, 10), st.sampled_from([None, "a", "b", "c"]))
 
 
-@settings(max_examples=200)
 @given(
     st.sampled_from(sorted(INNER)),
     st.lists(st.lists(sizes, max_size=3), min_size=1, max_size=40),
@@ -32,10 +31,10 @@ sizes = st.tuples(st.integers(1, 20), st.integers(1, 10), st.sampled_from([None,
     st.integers(0, 15),
     st.sampled_from(["optimistic", "reserve"]),
 )
-def test_waiting_is_bounded_as_the_theorem_says(
+def test_waiting_time_stays_within_the_bound(
     simulate, inner, arrivals, bound, max_num_seqs, extra_tokens, slots, spare, admission
 ) -> None:
-    """A step is a second (t = 1). When a request gets old, D is counted, and its first admission is due."""
+    """A step is one second. When a request becomes old, the theorem's D gives the time of its first admission."""
     requests = [size for step in arrivals for size in step]
     pages = max((-(-(p + n - 1) // 4) + ADAPTER_PAGES[a] for p, n, a in requests), default=1) + spare
     sim = simulate(
@@ -66,10 +65,10 @@ def test_waiting_is_bounded_as_the_theorem_says(
 
 
 def wait_of_rare(simulate, policy: Policy, every: int, steps: int = 300) -> float:
-    """How long one request of adapter "rare" waits, in steps, while one of "popular" comes every so many steps (two can
-    just be served) and a few of them wait."""
+    """Returns the steps that one request of adapter "rare" waits while one of "popular" arrives every `every` steps,
+    about as fast as they can be served, and a few of them wait."""
     sim = simulate(num_pages=100, max_num_seqs=2, max_num_batched_tokens=64, policy=policy)
-    sim.add(prompt=4, new=5, adapter="popular", adapter_pages=1)  # so that the two slots do not get free together
+    sim.add(prompt=4, new=5, adapter="popular", adapter_pages=1)  # so that the two slots are not freed together
     for step in range(steps):
         if step == 3:
             rare = sim.add(prompt=4, new=3, adapter="rare", adapter_pages=1)
@@ -81,8 +80,8 @@ def wait_of_rare(simulate, policy: Policy, every: int, steps: int = 300) -> floa
 
 @pytest.mark.parametrize(("name", "every", "older"), [("clustering", 2, 1), ("hard clustering", 2, 1), ("lcfs", 1, 8)])
 def test_no_adapter_starves_with_ageing(simulate, name: str, every: int, older: int) -> None:
-    """older: how many that came before it may still wait when it gets old."""
-    assert wait_of_rare(simulate, INNER[name](), every) > 290, "without ageing it waits for ever"
+    """older: earlier requests that may still wait when it becomes old."""
+    assert wait_of_rare(simulate, INNER[name](), every) > 290, "without ageing it starves"
     bound = 40
     assert wait_of_rare(simulate, Ageing(INNER[name](), bound), every) <= bound + 4 + 2 * older
 

@@ -1,6 +1,6 @@
-"""Adapter clustering against its rule, spelled out."""
+"""Adapter clustering compared with its rule written out."""
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from make_request import make_request
 
@@ -10,7 +10,7 @@ names = st.sampled_from([None, "a", "b", "c", "d", "e"])
 
 
 def admitted(policy: Clustering, waiting, running) -> list[int]:
-    """Numbers in the order of admission if everything fits."""
+    """Returns the numbers of all requests in the order of admission, if all fit."""
     adapters = {r.digest: 1 for r in running if r.digest}
     order = []
     for request in policy.select(RequestQueue(waiting), Batch(running, adapters), 0.0):
@@ -23,7 +23,7 @@ def admitted(policy: Clustering, waiting, running) -> list[int]:
 
 
 def soft(most, waiting, adapters) -> list[int]:
-    """The code's: requests of the batch's adapters, then the others, once the batch has `most`."""
+    """The rule of the paper's code: once the batch has `most` adapters, their requests come first."""
     if len(adapters) < most:
         return [r.number for r in waiting]
     first = [r.number for r in waiting if r.digest is None or r.digest in adapters]
@@ -31,7 +31,7 @@ def soft(most, waiting, adapters) -> list[int]:
 
 
 def hard(most, waiting, adapters) -> list[int]:
-    """Again and again the earliest that may join."""
+    """Repeatedly admits the earliest request that may join."""
     order, waiting, adapters = [], list(waiting), set(adapters)
     while True:
         allowed = (r for r in waiting if r.digest is None or r.digest in adapters or len(adapters) < most)
@@ -44,24 +44,23 @@ def hard(most, waiting, adapters) -> list[int]:
 
 
 @given(st.lists(names, max_size=12), st.lists(names, max_size=6), st.integers(1, 5), st.booleans())
-def test_it_admits_in_the_order_of_its_rule(queue, batch, most, is_hard) -> None:
+def test_clustering_admits_in_the_order_of_its_rule(queue, batch, most, is_hard) -> None:
     running = [make_request(i, adapter=name) for i, name in enumerate(batch)]
     waiting = [make_request(len(batch) + i, adapter=name) for i, name in enumerate(queue)]
     expected = (hard if is_hard else soft)(most, waiting, {name for name in batch if name})
     assert admitted(Clustering(most, hard=is_hard), waiting, running) == expected
 
 
-@settings(max_examples=60)
 @given(
     st.lists(st.tuples(names, st.integers(1, 12), st.integers(1, 9)), min_size=1, max_size=25),
     st.integers(1, 3),
     st.integers(1, 6),
     st.integers(0, 15),
 )
-def test_a_batch_never_has_more_adapters_than_the_hard_number_and_all_finish(
+def test_hard_clustering_bounds_the_adapters_of_a_batch_and_all_finish(
     simulate, requests, most, max_num_seqs, spare
 ) -> None:
-    """Preemptions included: a request that comes back is held to the number like any other."""
+    """The bound holds for readmissions after a preemption too."""
     pages = max(-(-(prompt + new - 1) // 4) for _, prompt, new in requests) + 1 + spare
     sim = simulate(pages, max_num_seqs, max_num_batched_tokens=32, policy=Clustering(most, hard=True))
     for name, prompt, new in requests:
@@ -76,7 +75,7 @@ def test_a_batch_never_has_more_adapters_than_the_hard_number_and_all_finish(
     assert all(r.finish_reason is FinishReason.LENGTH for r in sim.requests)
 
 
-def test_the_soft_number_is_exceeded_rather_than_a_slot_left_idle(simulate) -> None:
+def test_soft_clustering_exceeds_its_number_before_it_leaves_a_slot_idle(simulate) -> None:
     running = {}
     for is_hard in (False, True):
         sim = simulate(num_pages=60, max_num_seqs=4, max_num_batched_tokens=32, policy=Clustering(1, hard=is_hard))

@@ -1,9 +1,9 @@
-"""Early abort: its set against exhaustive search, its optimality claim, and the code's rule against the code."""
+"""Early abort: its set and its optimality against exhaustive search, and the code rule against the paper's code."""
 
 from itertools import combinations, permutations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slora_jax.scheduling import EarlyAbort, Fcfs, FinishReason
@@ -13,12 +13,12 @@ ages = st.lists(st.integers(0, 12), max_size=6).map(lambda values: sorted(-a for
 
 
 def first_tokens(count: int, margin: float, each: float) -> list[float]:
-    """When the requests get their first tokens, in the order in which they are served from time 0 on."""
+    """Returns the times of the first tokens, in the order of service from time 0."""
     return [margin + j * each for j in range(count)]
 
 
 @given(ages, st.integers(1, 12), st.integers(0, 4), st.integers(1, 5))
-def test_the_latest_servable_set_is_as_large_as_any_set_in_any_order(arrivals, slo, margin, each) -> None:
+def test_latest_servable_set_is_the_largest_of_all_sets_and_orders(arrivals, slo, margin, each) -> None:
     """Exhaustive search over all sets and orders of at most six requests."""
 
     def in_time(order: tuple[float, ...]) -> bool:
@@ -44,7 +44,7 @@ rewards = st.one_of(
 
 
 @given(ages, rewards, st.lists(st.integers(0, 20), min_size=6, max_size=6), st.data())
-def test_serving_the_latest_maximises_any_reward_that_does_not_increase_with_latency(ages, reward, times, data) -> None:
+def test_serving_the_latest_maximises_every_nonincreasing_reward(ages, reward, times, data) -> None:
     """Theorem B.1, by exhaustive search: l requests can be served, at given times; no l beat the latest l."""
     count = data.draw(st.integers(0, len(ages)))
     times = sorted(times)[:count]
@@ -58,7 +58,8 @@ def test_serving_the_latest_maximises_any_reward_that_does_not_increase_with_lat
 
 
 def overload(simulate, policy):
-    """One slot, three steps a request, a request a step, for 120 steps; then to the end. A step is a second."""
+    """Runs one slot with a request per step, each of three steps, for 120 steps; then to the end. A step is a
+    second."""
     sim = simulate(num_pages=20, max_num_seqs=1, max_num_batched_tokens=16, policy=policy)
     for _ in range(120):
         sim.add(prompt=4, new=2)
@@ -70,7 +71,7 @@ def overload(simulate, policy):
     return sim
 
 
-def test_under_overload_what_is_served_is_in_time_and_what_is_not_is_given_up_with_the_reason(simulate) -> None:
+def test_early_abort_under_overload_serves_in_time_and_aborts_the_rest(simulate) -> None:
     slo = 12
     plain, early = (overload(simulate, policy) for policy in (Fcfs(), EarlyAbort(slo=slo)))
 
@@ -80,15 +81,15 @@ def test_under_overload_what_is_served_is_in_time_and_what_is_not_is_given_up_wi
         )
 
     served = [r for r in early.requests if r.finish_reason is FinishReason.LENGTH]
-    assert in_time(early) == len(served), "every request that is served is in time"
+    assert in_time(early) == len(served), "every served request is in time"
     possible = 120 // 3
     assert in_time(early) >= 0.9 * possible
-    assert in_time(plain) < 0.5 * possible, "first come, first served falls behind for good"
+    assert in_time(plain) < 0.5 * possible, "first come, first served falls behind"
     assert early.counters.aborts == 120 - len(served)
     assert all(r.metrics.first_token is None and not r.output for r in early.requests if r not in served)
 
 
-def test_nothing_is_aborted_when_all_can_be_in_time(simulate) -> None:
+def test_early_abort_aborts_nothing_without_overload(simulate) -> None:
     sim = simulate(num_pages=200, max_num_seqs=8, max_num_batched_tokens=64, policy=EarlyAbort(slo=30))
     for _ in range(10):
         for _ in range(8):
@@ -99,7 +100,7 @@ def test_nothing_is_aborted_when_all_can_be_in_time(simulate) -> None:
     assert sim.counters.aborts == 0
 
 
-def test_reasons_say_how_long_it_waited_and_what_could_be_served(simulate) -> None:
+def test_abort_reasons_state_waiting_time_and_admission_rate(simulate) -> None:
     sim = simulate(num_pages=30, max_num_seqs=1, max_num_batched_tokens=16, policy=EarlyAbort(slo=10))
     sim.add(prompt=4, new=90)
     sim.step()
@@ -111,7 +112,7 @@ def test_reasons_say_how_long_it_waited_and_what_could_be_served(simulate) -> No
     assert reasons[3] == "early abort: waited 10 s; its first token would not come within slo=10 s"
 
 
-def test_a_request_that_has_a_token_is_never_aborted(simulate) -> None:
+def test_request_with_a_token_is_never_aborted(simulate) -> None:
     sim = simulate(num_pages=5, max_num_seqs=2, max_num_batched_tokens=16, policy=EarlyAbort(slo=2, margin=0))
     first, second = sim.add(prompt=8, new=9), sim.add(prompt=8, new=9)
     sim.run(most_steps=60)
@@ -120,7 +121,7 @@ def test_a_request_that_has_a_token_is_never_aborted(simulate) -> None:
 
 
 class AbortReqQueue:
-    """S-LoRA's `abort_req_queue.py`, line by line, but for room in the batch: the newest are at the front."""
+    """S-LoRA's `abort_req_queue.py` line by line, except for room in the batch. The newest requests are in front."""
 
     def __init__(self, slo: float) -> None:
         self.slo = slo
@@ -129,7 +130,7 @@ class AbortReqQueue:
         self.last = 0
 
     def attempt(self, now: float, room: int) -> tuple[list[int], list[int]]:
-        """Numbers aborted and admitted."""
+        """Returns the numbers of aborted and of admitted requests."""
         self.rate = int(0.7 * (len(self.waiting) - self.last) + 0.3 * self.rate)
         aborted = [number for number, arrival in self.waiting if now - arrival + 0.5 >= self.slo]
         self.waiting = [one for one in self.waiting if one[0] not in aborted]
@@ -142,9 +143,8 @@ class AbortReqQueue:
         return aborted, admitted
 
 
-@settings(max_examples=100)
 @given(st.lists(st.integers(0, 6), max_size=40), st.integers(1, 4), st.integers(1, 5), st.integers(2, 15))
-def test_the_code_rule_does_what_the_code_does(simulate, bursts, max_num_seqs, new, slo) -> None:
+def test_code_rule_agrees_with_the_papers_code(simulate, bursts, max_num_seqs, new, slo) -> None:
     sim = simulate(
         num_pages=200, max_num_seqs=max_num_seqs, max_num_batched_tokens=64, policy=EarlyAbort(slo=slo, rule="code")
     )

@@ -1,10 +1,10 @@
-"""Prefix sharing on the scheduler: a model of the pool that knows what every token's keys were computed from."""
+"""Prefix sharing in the scheduler, over a model of the pool that records what each token's keys were computed from."""
 
 import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slora_jax.memory import CostAware, Immediate, Lru, PageKind, RestoreCosts
@@ -15,17 +15,17 @@ SIZE = 4
 
 @pytest.fixture(scope="session")
 def shared(simulate):
-    """A `Simulation` with a prefix cache, over a pool in which the keys of a token are its adapter and all tokens up to
-    it. Tokens are few, and the next one follows from the last ones, so that many requests go alike."""
+    """A `Simulation` with a prefix cache. In its pool, the keys of a token are its adapter and all tokens up to it. The
+    next token is one of two, a function of the last ones, so that many requests have common prefixes."""
 
     class Shared(simulate):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **{"prefix_cache": True} | kwargs)
-            self.keys: dict[tuple[int, int], tuple] = {}  # (page, offset) -> what lies there
+            self.keys: dict[tuple[int, int], tuple] = {}  # (page, offset) -> keys
             self.computed = 0
 
         def tokens(self, request):
-            """All that are settled, those that only the device knows too."""
+            """Returns all tokens of a request, including those that the host has not read yet."""
             tokens = request.prompt + request.output
             while len(tokens) < request.num_tokens:
                 tokens = [*tokens, self.following(tokens)]
@@ -36,7 +36,7 @@ def shared(simulate):
             return (3 * tokens[-1] + len(tokens)) % 2
 
         def execute(self, plan):
-            """As every layer does: all keys of the step are written, then each token reads those up to it."""
+            """Writes all keys of the step, then checks that each token reads the keys up to it, as a layer does."""
             for s in plan.sequences:
                 tokens = self.tokens(s.request)
                 for at in range(s.start, s.start + s.count):
@@ -50,7 +50,7 @@ def shared(simulate):
             self.computed += plan.num_tokens
 
         def serve(self, *args):
-            """One request to its end."""
+            """Runs one request to its end."""
             request = self.add(*args)
             self.run(most_steps=100)
             return request
@@ -59,7 +59,7 @@ def shared(simulate):
 
 
 def prompt_of(*lengths, seed=0):
-    """Prompts of so many tokens that begin alike: each is a beginning of the longest."""
+    """Returns prompts of these lengths, each a prefix of the longest."""
     longest = np.random.default_rng(seed).integers(2, 100, max(lengths)).tolist()
     return [longest[:n] for n in lengths]
 
@@ -69,7 +69,7 @@ def first_chunk(plans, request):
 
 
 @pytest.mark.parametrize(("length", "cached"), [(17, 16), (16, 12), (15, 12), (5, 4), (4, 0)])
-def test_a_prompt_is_found_up_to_its_last_full_page_but_one_token_is_always_computed(shared, length, cached) -> None:
+def test_prompt_is_cached_up_to_its_last_full_page_but_one_token_is_computed(shared, length, cached) -> None:
     sim = shared(num_pages=20, max_num_seqs=4, max_num_batched_tokens=64)
     prompt, longer = prompt_of(length, 30)
     sim.serve(longer, 1)
@@ -80,7 +80,7 @@ def test_a_prompt_is_found_up_to_its_last_full_page_but_one_token_is_always_comp
     sim.assert_idle()
 
 
-def test_requests_of_one_step_share_what_the_first_computes_in_it(shared) -> None:
+def test_requests_of_one_step_share_pages_computed_in_it(shared) -> None:
     sim = shared(num_pages=20, max_num_seqs=4, max_num_batched_tokens=64)
     first, second = (sim.add(p, 2) for p in prompt_of(18, 18))
     plan = sim.step()
@@ -98,13 +98,13 @@ def test_chunks_of_a_long_prompt_are_shared_as_they_are_computed(shared) -> None
     sim.step()
     later = sim.add(prompt_of(40)[0], 1)
     plans = [sim.step() for _ in range(4)]
-    assert first_chunk(plans, later) == (36, 4)  # it waited for the budget; all but the last page was there
+    assert first_chunk(plans, later) == (36, 4)  # it waited for the budget until all but the last page was cached
     sim.run(most_steps=10)
     sim.assert_idle()
 
 
-def test_a_preempted_request_finds_its_pages_again(shared, simulate) -> None:
-    """When the first one has ended, the second one's first pages are still there: the last ones went to the first."""
+def test_preempted_request_hits_its_own_pages(shared, simulate) -> None:
+    """The first pages of the second request are still cached when the first request has ended."""
     again = {}
     for make in (shared, simulate):
         sim = make(num_pages=8, max_num_seqs=2, max_num_batched_tokens=32)
@@ -117,11 +117,11 @@ def test_a_preempted_request_finds_its_pages_again(shared, simulate) -> None:
     assert again == {shared: 8, simulate: 0}
 
 
-def test_the_next_turn_of_a_conversation_finds_prompt_and_answer(shared) -> None:
+def test_next_turn_of_a_conversation_hits_prompt_and_answer(shared) -> None:
     sim = shared(num_pages=30, max_num_seqs=4, max_num_batched_tokens=64)
     first = sim.serve(prompt_of(10)[0], 9)
     turn = sim.add(first.prompt + first.output + [7, 7, 7], 2)
-    # 19 tokens, of which the last was sampled but never computed
+    # of 19 tokens, the last was sampled and never computed
     assert first_chunk([sim.step()], turn) == (16, 6)
     sim.run(most_steps=5)
     sim.assert_idle()
@@ -137,8 +137,8 @@ def test_equal_tokens_under_other_adapters_are_not_shared(shared) -> None:
 
 
 @pytest.mark.parametrize(("pages", "admitted"), [(8, True), (7, False)])
-def test_idle_pages_that_are_found_are_no_room_for_the_rest(shared, pages, admitted) -> None:
-    """5 found pages that were idle, 2 new ones, one page of another request: 8."""
+def test_idle_pages_that_are_hit_do_not_count_as_free(shared, pages, admitted) -> None:
+    """Needs 5 idle pages that are hit, 2 new ones and one of another request: 8."""
     sim = shared(num_pages=pages, max_num_seqs=4, max_num_batched_tokens=64)
     sim.serve(prompt_of(20)[0], 2)
     sim.add([1], 3)
@@ -151,7 +151,7 @@ def test_idle_pages_that_are_found_are_no_room_for_the_rest(shared, pages, admit
     sim.assert_idle()
 
 
-def test_a_new_adapters_pages_do_not_displace_the_prefix_found_with_it(shared) -> None:
+def test_loading_an_adapter_does_not_evict_the_prefix_hit_with_it(shared) -> None:
     sim = shared(num_pages=12, max_num_seqs=4, max_num_batched_tokens=64)
     sim.serve(prompt_of(20)[0], 2, "a", 4)  # 5 pages stay, and the adapter
     sim.evictor.evict_one(PageKind.ADAPTER)
@@ -173,7 +173,7 @@ def test_immediate_eviction_shares_among_running_requests_only(shared) -> None:
     assert sim.serve(prompt_of(18)[0], 2).metrics.cached_tokens == 0
 
 
-def test_a_plan_that_never_ran_leaves_no_prefix_but_those_of_earlier_steps(shared) -> None:
+def test_abandoned_plan_keeps_prefixes_of_earlier_steps_only(shared) -> None:
     sim = shared(num_pages=30, max_num_seqs=4, max_num_batched_tokens=12)
     sim.add(prompt_of(30)[0], 1)
     sim.step()  # 12 tokens are computed
@@ -188,7 +188,7 @@ def test_a_plan_that_never_ran_leaves_no_prefix_but_those_of_earlier_steps(share
     assert sim.serve(prompt_of(30)[0], 2).metrics.cached_tokens == 12
 
 
-def test_output_that_was_to_be_recomputed_is_not_taken_for_computed(shared) -> None:
+def test_abandoned_recomputation_registers_no_prefix(shared) -> None:
     sim = shared(num_pages=30, max_num_seqs=2, max_num_batched_tokens=8)
     request = sim.add([5] * 4, 30)
     while len(request.output) < 20:
@@ -205,7 +205,7 @@ def test_output_that_was_to_be_recomputed_is_not_taken_for_computed(shared) -> N
     assert sim.allocator.count(PageKind.PREFIX) == 2
 
 
-def test_a_plan_with_hits_that_never_ran_leaves_nothing(shared) -> None:
+def test_abandoned_plan_with_hits_leaves_nothing(shared) -> None:
     sim = shared(num_pages=30, max_num_seqs=4, max_num_batched_tokens=64)
     for n in (10, 18, 26, 9):
         sim.add(prompt_of(n)[0], 5)
@@ -219,23 +219,23 @@ def test_a_plan_with_hits_that_never_ran_leaves_nothing(shared) -> None:
 # Prefixes and adapters compete
 
 
-COSTS = {"prefix is dear": RestoreCosts(0.0, 0.1, 3.0), "adapter is dear": RestoreCosts(9.0, 3.0, 0.1)}
+COSTS = {"prefix": RestoreCosts(0.0, 0.1, 3.0), "adapter": RestoreCosts(9.0, 3.0, 0.1)}
 
 
-@pytest.mark.parametrize("dear", sorted(COSTS))
-def test_what_is_dear_and_popular_outlives_what_is_used_once(shared, dear) -> None:
-    """By turns: a popular prefix and adapters that come once; a popular adapter and prompts that come once. Least
-    recently used first would have none of them survive the flood."""
-    sim = shared(num_pages=20, max_num_seqs=2, max_num_batched_tokens=64, eviction=CostAware(COSTS[dear]))
+@pytest.mark.parametrize("expensive", sorted(COSTS))
+def test_cost_aware_keeps_expensive_popular_entries(shared, expensive) -> None:
+    """A popular prefix among adapters used once, and a popular adapter among prompts used once. LRU would evict
+    both."""
+    sim = shared(num_pages=20, max_num_seqs=2, max_num_batched_tokens=64, eviction=CostAware(COSTS[expensive]))
     for _ in range(4):
-        sim.serve(prompt_of(17)[0], 1, None if dear == "prefix is dear" else "popular", 4)
+        sim.serve(prompt_of(17)[0], 1, None if expensive == "prefix" else "popular", 4)
     loads = sim.counters.adapter_loads
     for i in range(12):
-        if dear == "prefix is dear":
+        if expensive == "prefix":
             sim.serve([1], 1, f"once-{i}", 4)
         else:
             sim.serve(prompt_of(17, seed=1 + i)[0], 1)
-    if dear == "prefix is dear":
+    if expensive == "prefix":
         assert sim.counters.adapter_evictions >= 8 and sim.counters.prefix_evictions == 0
         assert sim.serve(prompt_of(17)[0], 1).metrics.cached_tokens == 16
     else:
@@ -245,11 +245,11 @@ def test_what_is_dear_and_popular_outlives_what_is_used_once(shared, dear) -> No
     sim.assert_idle()
 
 
-def test_least_recently_used_takes_no_side(shared) -> None:
+def test_lru_treats_prefixes_and_adapters_alike(shared) -> None:
     sim = shared(num_pages=12, max_num_seqs=2, max_num_batched_tokens=64, eviction=Lru())
     sim.serve(prompt_of(17)[0], 1)
     sim.serve([1], 1, "a", 4)
-    sim.serve([1], 1, "b", 6)  # of 12 pages, the prefix's 4 are idle for longest
+    sim.serve([1], 1, "b", 6)  # of 12 pages, the 4 of the prefix are idle for longest
     assert "a" in sim.residency and sim.counters.prefix_evictions >= 2
     sim.serve(prompt_of(25, seed=3)[0], 1)
     assert "a" not in sim.residency
@@ -260,8 +260,8 @@ def test_least_recently_used_takes_no_side(shared) -> None:
 
 
 def test_reservation_counts_shared_pages_once(shared) -> None:
-    """8 pages of instructions for all, 1 page for each, and one of rounding: 6 run at once in 20 pages. If each
-    counted the instructions, it would be 2."""
+    """8 pages of instructions for all, 1 page for each and one of rounding: 6 requests run in 20 pages. It would be 2
+    if each counted the instructions."""
     sim = shared(num_pages=20, max_num_seqs=8, max_num_batched_tokens=64, admission="reserve")
     instructions = prompt_of(32)[0]
     sim.serve([*instructions, 1], 1)
@@ -276,9 +276,9 @@ def test_reservation_counts_shared_pages_once(shared) -> None:
 
 @pytest.mark.parametrize("delay", [0, 1, 2])
 @pytest.mark.parametrize(("found", "idle"), [(5, 0), (8, 3)])
-def test_a_shared_beginning_outlives_who_brought_it(shared, found, idle, delay) -> None:
-    """Who holds 5 pages of it ends soon; who finds these, and idle ones below them, keeps all to the end, beside a
-    third: the found pages, and 4 for each of the two. In less room, they must not run together."""
+def test_reservation_counts_a_prefix_whose_first_holder_ends(shared, found, idle, delay) -> None:
+    """The first holder of 5 pages ends soon. A second request hits these, and idle ones below them, and keeps all to
+    the end, beside a third: the hit pages, and 4 for each of the two. In fewer pages they must not run together."""
     together, needed = {}, found + 4 + 4
     for pages in range(needed - 3, needed + 5):
         sim = shared(pages, max_num_seqs=8, max_num_batched_tokens=64, admission="reserve")
@@ -296,8 +296,8 @@ def test_a_shared_beginning_outlives_who_brought_it(shared, found, idle, delay) 
     assert [together[n] for n in (needed - 3, needed - 2, needed - 1, needed + 4)] == [False, False, False, True]
 
 
-def test_pages_that_running_requests_share_are_no_room_for_a_third(shared) -> None:
-    """Two share 8 pages and take 4 each; the third wants 4: 20, and rounding."""
+def test_reservation_does_not_give_shared_pages_to_a_third_request(shared) -> None:
+    """Two share 8 pages and take 4 each; the third needs 4: 20, and rounding."""
     together = {}
     for pages in range(15, 25):
         sim = shared(pages, max_num_seqs=8, max_num_batched_tokens=64, admission="reserve")
@@ -321,7 +321,7 @@ requests = st.tuples(beginnings, st.integers(0, 2), st.integers(1, 9), st.intege
 
 
 def tokens_of(beginning, kind, rest):
-    """A prompt: some of one of three texts, then a little of its own that others may have too."""
+    """Returns a prompt: a prefix of one of three texts, then a short end that other prompts may share."""
     return [10 + kind] * beginning + [i % 2 for i in range(rest)]
 
 
@@ -330,11 +330,9 @@ def pages_alone(request):
     return -(-(beginning + rest + new - 1) // SIZE) + ADAPTERS[adapter]
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.lists(requests, max_size=16), st.integers(0, 20), st.integers(1, 8), st.lists(st.integers(0, 4), min_size=16))
-def test_nobody_is_preempted_under_reserve_whatever_is_shared(shared, sizes, spare, max_num_seqs, gaps) -> None:
-    """Prompts take one step, all generate all they may: if admission counted anything twice the wrong way, pages would
-    run out."""
+def test_reserve_never_preempts_with_shared_prefixes(shared, sizes, spare, max_num_seqs, gaps) -> None:
+    """Prompts take one step and all requests generate their maximum: pages run out if admission counts too few."""
     pages = max(map(pages_alone, sizes), default=1) + spare
     sim = shared(pages, max_num_seqs, max_num_batched_tokens=1000, admission="reserve")
     for (beginning, kind, rest, new, adapter), gap in zip(sizes, gaps, strict=False):
@@ -347,7 +345,6 @@ def test_nobody_is_preempted_under_reserve_whatever_is_shared(shared, sizes, spa
     assert all(len(r.output) == r.max_new for r in sim.requests)
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     sizes=st.lists(requests, min_size=1, max_size=16),
     spare=st.integers(0, 16),
@@ -360,10 +357,10 @@ def test_nobody_is_preempted_under_reserve_whatever_is_shared(shared, sizes, spa
     admission=st.sampled_from(["optimistic", "reserve"]),
     split=st.booleans(),
 )
-def test_random_traffic_reads_only_what_was_computed_for_it_and_all_ends(
+def test_random_traffic_reads_only_keys_computed_for_it_and_ends(
     shared, sizes, spare, max_num_seqs, budget, gaps, events, stops, policy, admission, split
 ) -> None:
-    """`dispatch` checks every token's context; `step` the books."""
+    """`dispatch` checks the context of every token, `step` the owners of all pages."""
     eviction = {"lru": Lru, "immediate": Immediate, "cost_aware": lambda: CostAware(RestoreCosts(1.0, 0.1, 1.0))}
     pages = max(map(pages_alone, sizes)) + spare
     sim = shared(
@@ -384,7 +381,7 @@ def test_random_traffic_reads_only_what_was_computed_for_it_and_all_ends(
             sim.prefixes.drop([None, "a", "b"][number % 3])
         sim.step()
         steps += 1
-        assert steps < 5000, "the scheduler does not get its work done"
+        assert steps < 5000, "the scheduler makes no progress"
     sim.step()
     for request in sim.requests:
         if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):

@@ -1,4 +1,4 @@
-"""The waiting queue against a sorted list."""
+"""The waiting queue compared with a sorted list."""
 
 import pytest
 from hypothesis import given
@@ -12,7 +12,7 @@ from slora_jax.scheduling import RequestQueue
     st.lists(st.tuples(st.sampled_from(["arrive", "leave", "return"]), st.integers(0, 50)), max_size=60),
     st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from([None, "a", "b"])), min_size=60, max_size=60),
 )
-def test_it_is_a_list_sorted_by_arrival_whatever_comes_goes_and_returns(events, kinds) -> None:
+def test_queue_stays_sorted_by_arrival(events, kinds) -> None:
     queue, model, gone = RequestQueue(), [], []
     arrived = 0
     for event, pick in events:
@@ -39,7 +39,7 @@ def test_it_is_a_list_sorted_by_arrival_whatever_comes_goes_and_returns(events, 
                 assert list(group) == [r for r in model if getattr(r, key) == name]
 
 
-def test_removal_of_what_is_not_there_is_an_error() -> None:
+def test_removing_a_missing_request_is_an_error() -> None:
     queue = RequestQueue([make_request(0)])
     with pytest.raises(KeyError, match="7"):
         queue.remove(make_request(7))

@@ -50,6 +50,6 @@ def test_every_name_makes_its_class() -> None:
         ("ageing", {"inner": 3, "bound": 1}, "inner=3"),
     ],
 )
-def test_errors_name_what_is_wrong_and_the_nearest_that_is_right(name, settings, message) -> None:
+def test_errors_name_the_mistake_and_the_nearest_name(name, settings, message) -> None:
     with pytest.raises(ConfigError, match=message):
         make_policy(name, **settings)

@@ -1,9 +1,9 @@
-"""Reserve-all-output admission: the formula against a count step by step, and what it promises."""
+"""Reserve-all-output admission: its formula against a count step by step, and no preemption."""
 
 import numpy as np
 import pytest
 from fake_executor import FakeExecutor
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from make_request import make_request
 
@@ -18,8 +18,8 @@ sequences = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), min_size
 
 
 @given(sequences)
-def test_the_formula_is_the_peak_of_all_sequences_generating_in_step(pairs) -> None:
-    """(tokens held, tokens to come) of each: after s steps, those that have not ended hold s tokens more."""
+def test_peak_formula_agrees_with_a_count_step_by_step(pairs) -> None:
+    """pairs: (tokens held, tokens to come). After s steps, each unfinished sequence holds s tokens more."""
     counted = max(sum(used + s for used, left in pairs if left >= s) for s in range(31))
     used, left = np.array(sorted(pairs, key=lambda pair: -pair[1])).T
     assert peak(used, left) == counted
@@ -29,11 +29,8 @@ requests = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20), st.sampled
 ADAPTER_PAGES = {None: 0, "a": 2, "b": 5}
 
 
-@settings(max_examples=150)
 @given(requests, st.integers(0, 30), st.integers(1, 8), st.lists(st.integers(0, 4), min_size=20, max_size=20))
-def test_nobody_is_preempted_when_prompts_take_one_step_and_all_finish(
-    simulate, requests, spare, max_num_seqs, gaps
-) -> None:
+def test_reserve_never_preempts_and_all_finish(simulate, requests, spare, max_num_seqs, gaps) -> None:
     pages = max((-(-(p + n - 1) // 4) + ADAPTER_PAGES[a] for p, n, a in requests), default=1) + spare
     sim = simulate(pages, max_num_seqs, max_num_batched_tokens=1000, admission="reserve")
     for (prompt, new, adapter), gap in zip(requests, gaps, strict=False):
@@ -46,7 +43,7 @@ def test_nobody_is_preempted_when_prompts_take_one_step_and_all_finish(
     assert all(r.finish_reason is FinishReason.LENGTH and len(r.output) == r.max_new for r in sim.requests)
 
 
-def test_optimistic_admission_takes_more_in_and_preempts(simulate) -> None:
+def test_optimistic_admission_admits_more_and_preempts(simulate) -> None:
     most, preemptions = {}, {}
     for admission in ("optimistic", "reserve"):
         sim = simulate(num_pages=12, max_num_seqs=8, max_num_batched_tokens=64, admission=admission)
@@ -59,7 +56,7 @@ def test_optimistic_admission_takes_more_in_and_preempts(simulate) -> None:
 
 
 def test_short_requests_make_room_for_long_ones(simulate) -> None:
-    """The sum of final lengths is 4 + 9 pages, of 12; but the short one is gone when the long one needs its last."""
+    """Final lengths sum to 4 + 9 of 12 pages, but the short request ends before the long one needs its last page."""
     sim = simulate(num_pages=12, max_num_seqs=8, max_num_batched_tokens=64, admission="reserve")
     sim.add(prompt=4, new=33)  # 9 pages
     sim.add(prompt=13, new=2)  # 4 pages
@@ -74,7 +71,7 @@ def test_unknown_admission_is_refused() -> None:
 
 
 def code_admits(running, candidate, total: int) -> bool:
-    """`ReqQueue._can_add_new_req`: (prompt, tokens so far, all tokens, adapter, its slots) of each; `total` tokens."""
+    """S-LoRA's `ReqQueue._can_add_new_req`. Requests: (prompt, tokens so far, all tokens, adapter, its slots)."""
     cache = [(prompt + done, new - done - 1) for prompt, done, new, _, _ in running]
     cache.append((candidate[0] + 1, candidate[2] - 1))
     adapters = {name: slots for *_, name, slots in [*running, candidate] if name is not None}
@@ -88,12 +85,9 @@ SLOTS = {None: 0, "a": 32, "b": 64}
 jobs = st.tuples(st.integers(1, 60), st.integers(2, 60), st.sampled_from([None, "a", "b"]))
 
 
-@settings(max_examples=150)
 @given(st.lists(jobs, min_size=1, max_size=10), jobs, st.integers(1, 20), st.integers(200, 1500))
-def test_with_pages_of_one_token_it_decides_as_the_code_does_up_to_a_token_for_each_sequence(
-    requests, candidate, steps, pages
-) -> None:
-    """Ours keeps pages a step longer, for the end that is read late; the code counts a token before it is computed."""
+def test_reserve_agrees_with_the_papers_code_up_to_a_token_per_sequence(requests, candidate, steps, pages) -> None:
+    """Our pages are held one step longer, because ends are read late; the code counts a token before it is computed."""
     residency = AdapterResidency(Evictor(PageAllocator(pages + 1), Immediate()), 64)
     system = make_system("slora-paper", max_num_seqs=64, max_num_batched_tokens=10_000, admit_every=1)
     sched = SimulatedScheduler(residency, Fcfs(), system, FakeExecutor())

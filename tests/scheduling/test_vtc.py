@@ -1,10 +1,10 @@
-"""VTC against its published algorithm, and its fairness bound."""
+"""VTC compared with its published algorithm and fairness bound."""
 
 from collections import defaultdict
 from itertools import combinations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from make_request import make_request
 
@@ -14,7 +14,7 @@ TENANTS = "fgh"
 
 
 class Published:
-    """Algorithm 2 of arXiv 2401.00588, with weights (section 4.3): lists, and a search where the policy has a heap."""
+    """Algorithm 2 of arXiv 2401.00588 with weights (section 4.3), on lists."""
 
     def __init__(self, weights: dict[str, float], input_price: float, output_price: float) -> None:
         self.weights, self.prices = weights, (input_price, output_price)
@@ -49,9 +49,8 @@ sizes = st.tuples(st.sampled_from(TENANTS), st.integers(1, 20), st.integers(1, 1
 weights = st.dictionaries(st.sampled_from(TENANTS), st.sampled_from([0.5, 2.0, 3.0]))
 
 
-@settings(max_examples=100)
 @given(st.lists(st.lists(sizes, max_size=4), max_size=20), weights, st.sampled_from([(1, 2), (1, 1), (3, 0.5)]))
-def test_it_admits_whom_the_published_algorithm_admits(simulate, arrivals, weights, prices) -> None:
+def test_vtc_admits_as_the_published_algorithm(simulate, arrivals, weights, prices) -> None:
     policy, published = Vtc(weights, *prices), Published(weights, *prices)
     sim = simulate(num_pages=24, max_num_seqs=4, max_num_batched_tokens=200, policy=policy, admission="reserve")
     while arrivals or sim.scheduler.has_work():
@@ -66,10 +65,10 @@ def test_it_admits_whom_the_published_algorithm_admits(simulate, arrivals, weigh
 
 
 def widest_gaps(sim, arrivals, weights, prices) -> tuple[float, float]:
-    """Runs a workload. The largest difference of two tenants' weighted service over an interval in which both had
-    waiting requests throughout; and the published bound on it."""
+    """Runs a workload. Returns the largest difference of two tenants' weighted service over an interval in which both
+    had waiting requests throughout, and the published bound on it."""
     service = defaultdict(float)
-    spells: dict[tuple[str, str], tuple[float, float]] = {}  # pair -> least and most of their difference in this spell
+    spells: dict[tuple[str, str], tuple[float, float]] = {}  # pair -> range of their difference in this interval
     widest, most_tokens, longest_prompt = 0.0, 0, 0
 
     def look() -> None:
@@ -102,7 +101,6 @@ def widest_gaps(sim, arrivals, weights, prices) -> tuple[float, float]:
     return widest, 2 * (max(parts) if prices[0] <= prices[1] else sum(parts)) / least
 
 
-@settings(max_examples=100)
 @given(
     st.lists(sizes, min_size=10, max_size=60),
     st.lists(st.lists(sizes, max_size=4), max_size=20),
@@ -111,11 +109,11 @@ def widest_gaps(sim, arrivals, weights, prices) -> tuple[float, float]:
     st.integers(10, 40),
     st.integers(2, 8),
 )
-def test_backlogged_tenants_services_stay_within_the_published_bound(
+def test_service_of_backlogged_tenants_stays_within_the_published_bound(
     simulate, burst, arrivals, weights, prices, num_pages, max_num_seqs
 ) -> None:
-    """|W_f - W_g| <= 2 max(w_p L_input, w_q M) over every interval in which both have waiting requests; where input is
-    dearer than output, which the published proof does not cover, the sum of the two takes the place of the larger."""
+    """|W_f - W_g| <= 2 max(w_p L_input, w_q M) over every interval in which both have waiting requests. The published
+    proof assumes that output costs at least as much as input; otherwise the sum replaces the maximum."""
     policy = Vtc(weights, *prices)
     sim = simulate(num_pages, max_num_seqs, max_num_batched_tokens=400, policy=policy, admission="reserve")
     widest, bound = widest_gaps(sim, [burst, *arrivals], weights, prices)
@@ -123,7 +121,7 @@ def test_backlogged_tenants_services_stay_within_the_published_bound(
 
 
 @pytest.mark.parametrize(("policy", "fair"), [(Vtc(), True), (Fcfs(), False)])
-def test_a_flood_of_one_tenant_breaks_the_bound_without_fair_share(simulate, policy: Policy, fair: bool) -> None:
+def test_fcfs_breaks_the_bound_when_one_tenant_floods_the_queue(simulate, policy: Policy, fair: bool) -> None:
     sim = simulate(num_pages=20, max_num_seqs=2, max_num_batched_tokens=64, policy=policy, admission="reserve")
     widest, bound = widest_gaps(sim, [[("f", 8, 8)] * 40 + [("g", 8, 8)] * 40], {}, (1, 2))
     assert (widest <= bound) is fair
@@ -141,7 +139,7 @@ def test_service_follows_the_weights(simulate) -> None:
     assert served["f"] / served["g"] == pytest.approx(3, rel=0.1)
 
 
-def test_an_idle_tenant_saves_up_no_credit(simulate) -> None:
+def test_idle_tenant_accumulates_no_credit(simulate) -> None:
     policy = Vtc()
     sim = simulate(num_pages=20, max_num_seqs=1, max_num_batched_tokens=64, policy=policy)
     for _ in range(20):
@@ -152,7 +150,7 @@ def test_an_idle_tenant_saves_up_no_credit(simulate) -> None:
     assert policy.counters["late"] == policy.counters["busy"] > 0
 
 
-def test_a_preempted_request_is_charged_once(simulate) -> None:
+def test_preempted_request_is_charged_once(simulate) -> None:
     policy = Vtc()
     sim = simulate(num_pages=5, max_num_seqs=2, max_num_batched_tokens=16, policy=policy)
     for tenant in "fg":
@@ -162,7 +160,7 @@ def test_a_preempted_request_is_charged_once(simulate) -> None:
     assert policy.counters == {"f": 8 + 2 * 9, "g": 8 + 2 * 9}
 
 
-def test_tenant_is_the_adapter_unless_said_otherwise() -> None:
+def test_tenant_defaults_to_the_adapter() -> None:
     assert make_request(0, adapter="sql").tenant == "sql"
     assert make_request(0, adapter="sql", tenant="acme").tenant == "acme"
     assert make_request(0).tenant == ""

@@ -1,4 +1,4 @@
-"""Reading safetensors without a memory map: as the library where files are sound, errors where they change under us."""
+"""Reading safetensors without a memory map: like the library for valid files, an error if a file changes."""
 
 import os
 
@@ -24,21 +24,21 @@ def damaged(content: bytes, rng: np.random.Generator) -> bytes:
     return bytes(damaged[: rng.integers(len(damaged))] if rng.random() < 0.1 else damaged)
 
 
-def test_accepts_and_reads_what_the_library_does(tmp_path, rng) -> None:
+def test_accepts_the_same_files_as_safetensors(tmp_path, rng) -> None:
     tensors = {
         "a": rng.random((3, 4), np.float32),
         "b.c": rng.random(2).astype(np.float16),
         "e": np.zeros((0, 3), "f4"),
     }
     sound, path, accepted, refused = save(tensors), tmp_path / "x.safetensors", 0, 0
-    for _ in range(3000):
+    for _ in range(1000):
         content = damaged(sound, rng)
         path.write_bytes(content)
         try:
             expected = dict(deserialize(content))
         except SafetensorError as error:
             if "unknown variant" in str(error):
-                continue  # a dtype that the format does not have is the reader's caller's to refuse
+                continue  # dtypes that the format does not have are refused by the caller
             expected = None
         try:
             with TensorFile(path) as file:
@@ -53,7 +53,7 @@ def test_accepts_and_reads_what_the_library_does(tmp_path, rng) -> None:
         assert all(array.tobytes() == bytes(expected[name]["data"]) for name, array in found.items())
         accepted += 1
     print(accepted, "accepted,", refused, "refused")
-    assert accepted > 300 and refused > 300
+    assert accepted > 100 and refused > 100
 
 
 def test_unknown_element_type_is_refused_by_name(geometry, tmp_path) -> None:
@@ -63,7 +63,7 @@ def test_unknown_element_type_is_refused_by_name(geometry, tmp_path) -> None:
         read_peft(tmp_path, geometry)
 
 
-def test_file_truncated_between_header_and_weights_is_an_error(geometry, tmp_path) -> None:
+def test_file_truncated_after_its_header_was_read_is_an_error(geometry, tmp_path) -> None:
     """Under a memory map this ends the process: SIGBUS."""
     path = write_peft(tmp_path, random_adapter(geometry, 64)) / "adapter_model.safetensors"
     with TensorFile(path) as file:
