@@ -24,6 +24,8 @@ CASES = {
     "llama-linear-rope": ("llama", {"rope_parameters": LINEAR_ROPE}),
     "mistral": ("mistral", {"sliding_window": None, "rms_norm_eps": 1e-5}),
     "qwen2": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3-biases": ("qwen3", {"head_dim": 32, "attention_bias": True, "tie_word_embeddings": True}),
 }
 
