@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from tiny_model import MEDIUM
 
 from slora_jax import AdapterError, SamplingParams
 from slora_jax.adapters import AdapterTiles, random_adapter
@@ -29,7 +30,7 @@ def tiles_in_memory() -> int:
 def engine(tiny, tmp_path_factory):
     spill_dir = tmp_path_factory.mktemp("ten-thousand")
     settings = {"host_adapter_bytes": HOST_ADAPTERS * NBYTES, "spill_dir": spill_dir}
-    with tiny.engine(**tiny.medium, **settings) as engine:
+    with tiny.engine(**MEDIUM, **settings) as engine:
         yield engine
     assert list(spill_dir.iterdir()) == []
 
