@@ -2,8 +2,7 @@
 
 One round before the timed ones warms up. In each round another run begins. Every round has new requests; pools and host
 memory stay as the round before left them. A result has the figures of every round, their medians, and ratios within
-rounds
-over a reference: the panel's first run at the same place of its axis, or the panel's first run.
+rounds over a reference: the panel's first run at the same place of its axis, or the panel's first run.
 """
 
 from __future__ import annotations

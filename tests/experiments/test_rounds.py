@@ -175,3 +175,24 @@ def test_the_pool_picture_is_drawn(tmp_path):
     history = [np.arange(30) % len(KINDS), np.zeros(30, int)]
     draw(history, tmp_path / "pool.png")
     assert (tmp_path / "pool.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("folder", ["measured", "beyond"])
+def test_systems_beside_each_other_differ_in_one_mechanism_and_have_equal_memory(folder):
+    panels = {}
+    for run in load_experiment(CONFIGS / folder / "mechanisms.yaml").runs:
+        panels.setdefault(run.panel, []).append(run.config.system.settings)
+    for panel, systems in panels.items():
+        assert len({s["num_tokens"] + s.get("adapter_tokens", 0) for s in systems}) == 1, panel
+        differing = {name for one in systems for name in one if any(s.get(name) != one[name] for s in systems)}
+        assert differing in ({"prefetch"}, {"prefix_cache"}, {"eviction"}, {"num_tokens", "adapter_tokens"}), panel
+
+
+def test_counters_of_the_committed_results_show_which_mechanism_was_on():
+    for line in read_results(CONFIGS.parent / "results" / "measured" / "mechanisms.jsonl").values():
+        system, panel = line["run"]["system"], line["panel"]
+        for one in line["rounds"]:
+            hits, wasted = one["prefetch_hits"], one["prefetches_wasted"]
+            assert hits + wasted <= one["adapter_loads"], panel
+            assert system.get("prefetch") != 0 or hits == wasted == 0, panel
+            assert (one["prefix_hit_tokens"] > 0) == bool(system.get("prefix_cache")), panel
