@@ -190,7 +190,7 @@ def test_systems_beside_each_other_differ_in_one_mechanism_and_have_equal_memory
 
 def test_counters_of_the_committed_results_show_which_mechanism_was_on():
     for line in read_results(CONFIGS.parent / "results" / "measured" / "mechanisms.jsonl").values():
-        system, panel = line["run"]["system"], line["panel"]
+        system, panel = line["run"]["system"]["settings"], line["panel"]
         for one in line["rounds"]:
             hits, wasted = one["prefetch_hits"], one["prefetches_wasted"]
             assert hits + wasted <= one["adapter_loads"], panel
