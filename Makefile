@@ -56,17 +56,25 @@ paper: $(VENV)/installed-experiments ## every table and figure of the paper, sim
 # Status 1: a run that cannot be carried out; its line has the reason (a hundred replicas do not fit into memory).
 miniature: $(VENV)/installed-parity $(VENV)/installed-experiments ## measure the paper's figures in miniature on this machine's CPU
 	for config in experiments/configs/miniature/*.yaml; do \
-	  $(PYTHON) -m experiments.run $$config --fresh \
-	    --output experiments/results/miniature/$$(basename $$config .yaml).jsonl || [ $$? -eq 1 ] || exit; \
+	  file=miniature/$$(basename $$config .yaml).jsonl; \
+	  $(PYTHON) -m experiments.run $$config --output build/$$file || [ $$? -eq 1 ] || exit; \
+	  mv build/$$file experiments/results/$$file || exit; \
 	done
 
 results: $(VENV)/installed-experiments ## rewrite docs/results.md and the README's numbers from experiments/results
 	$(PYTHON) -m experiments.results_page
 
+# A result replaces the committed one when all of it is measured; the same command goes on after an interruption.
 MEASURED := peft_comparison
-bench: $(VENV)/installed-parity $(VENV)/installed-experiments ## compare with PEFT on this machine's CPU (or MEASURED=mechanisms, ...)
-	$(PYTHON) -m experiments.run experiments/configs/measured/$(MEASURED).yaml --fresh \
-	  --output experiments/results/measured/$(MEASURED).jsonl
+NEEDS_serving_load := $(VENV)/installed-load
+NEEDS_replica_affinity := $(VENV)/installed-ray
+bench: $(VENV)/installed-parity $(VENV)/installed-experiments $(NEEDS_$(MEASURED)) ## compare with PEFT on this machine's CPU (or MEASURED=mechanisms, ...)
+	$(PYTHON) -m experiments.run experiments/configs/measured/$(MEASURED).yaml --output build/measured/$(MEASURED).jsonl
+	mv build/measured/$(MEASURED).jsonl experiments/results/measured/$(MEASURED).jsonl
+ifeq ($(MEASURED),mechanisms)
+	$(PYTHON) -m experiments.run experiments/configs/beyond/mechanisms.yaml --output build/measured/mechanisms_simulated.jsonl
+	mv build/measured/mechanisms_simulated.jsonl experiments/results/measured/mechanisms_simulated.jsonl
+endif
 
 bench-gpu: $(VENV)/installed-cuda12 $(VENV)/installed-plot ## measure every kernel on this machine's GPU
 	$(PYTHON) -m experiments.kernel_bench --out experiments/results/kernels.json

@@ -214,8 +214,10 @@ def _peft(lines: Lines) -> Iterable[str]:
     )
 
 
-MECHANISM_FIELDS = ("throughput", "first_token_latency", "preemptions", "adapter_loads")
-MECHANISM_COLUMNS = "setting | relative | requests/s | first token, mean (s) | preemptions | adapter loads"
+MECHANISM_FIELDS = ("throughput", "first_token_latency", "cold_first_token_latency", "preemptions", "adapter_loads")
+MECHANISM_COLUMNS = (
+    "setting | relative | requests/s | first token, mean (s) | of rarely used adapters | preemptions | adapter loads"
+)
 
 
 def _mechanisms(lines: Lines, simulated: Lines) -> Iterable[str]:
@@ -227,14 +229,13 @@ def _mechanisms(lines: Lines, simulated: Lines) -> Iterable[str]:
         f"first row. A read from the slow disk takes {1000 * disk:.0f} ms."
         + (" All engines of a table returned the same tokens." if same else "")
     )
-    yield "![Each mechanism on and off](../experiments/results/mechanisms.png)"
     rows = []
     for line in lines.values():
         relative = line["over"]["ratios"]["throughput"] if "over" in line else 1.0
-        rows.append([*_pick(line, "panel curve"), relative, *(line["metrics"][field] for field in MECHANISM_FIELDS)])
+        figures = [line["metrics"].get(field) for field in MECHANISM_FIELDS]
+        rows.append([*_pick(line, "panel curve"), relative, *figures])
     yield _table(f"load | {MECHANISM_COLUMNS}", rows)
     yield "### The same in the simulator"
-    yield "Written by `python -m experiments.run experiments/configs/beyond/mechanisms.yaml`."
     rows = []
     for panel in _collected("beyond", "mechanisms", simulated).panels:
         points = [(curve.name, point) for curve in panel.curves for point in curve.points]

@@ -9,8 +9,8 @@ from typing import Any
 
 
 def exported(package: str, **modules: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """Returns `__getattr__`, `__dir__` (PEP 562) and `__all__` of a package. modules: by a module of the package, the
-    names that it defines, with spaces between them."""
+    """Returns `__getattr__`, `__dir__` (PEP 562) and `__all__` of a package. modules: module name -> the names that it
+    exports, separated by spaces."""
     home = {name: f"{package}.{module}" for module, names in modules.items() for name in names.split()}
 
     def get(name: str) -> Any:

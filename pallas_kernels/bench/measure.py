@@ -164,7 +164,7 @@ class Measurement:
             match results.get(system.name):
                 case Timing() as timing:
                     base = results.get(system.over)
-                    over = base.seconds if isinstance(base, Timing) else 0.0
+                    over = base.seconds if isinstance(base, Timing) else None if system.over else 0.0
                     numbers = _numbers(case, system, timing, ceilings, over)
                     if any("unchecked" in check for check in self._checks(case, system)):
                         numbers["unchecked"] = True
@@ -188,8 +188,10 @@ class Measurement:
             tqdm.write(line(self.record.add(case, system.name, self.section, **results)), file=sys.stdout)
 
 
-def _numbers(case: Case, system: System, timing: Timing, ceilings: Ceilings | None, over: float) -> dict[str, Any]:
-    """A row's numbers. over: seconds added to the floor."""
+def _numbers(
+    case: Case, system: System, timing: Timing, ceilings: Ceilings | None, over: float | None
+) -> dict[str, Any]:
+    """A row's numbers. over: seconds added to the floor; None: unknown, so there is no floor."""
     work, seconds = system.work or case.work, timing.seconds / system.repeats
     numbers: dict[str, Any] = {
         "repeats": system.repeats,
@@ -200,7 +202,7 @@ def _numbers(case: Case, system: System, timing: Timing, ceilings: Ceilings | No
         "dispatches": timing.dispatches,
         "queueing_seconds": timing.queueing_seconds / system.repeats,
     }
-    if ceilings and case.op != "ceiling":
+    if ceilings and over is not None and case.op != "ceiling":
         floor = over + work.seconds(ceilings.bandwidth, ceilings.matmul_flops)
         numbers |= {"floor_seconds": floor, "over_floor": seconds / floor}
         numbers["bandwidth_fraction"] = work.bytes / (seconds - over) / ceilings.bandwidth if seconds > over else None

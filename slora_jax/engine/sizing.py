@@ -116,8 +116,8 @@ def pages_that_fit(model: ModelConfig, config: EngineConfig) -> int:
         tqdm.write(message, file=sys.stderr)
     if num_pages < 2:
         raise ConfigError(
-            f"EngineConfig.num_pages=None: {free} bytes of free {where} hold fewer than 2 pages of {page_bytes} bytes; "
-            "free memory or raise gpu_memory_utilization"
+            f"EngineConfig.num_pages=None: the {free} bytes of {where} that the pool may use hold fewer than 2 pages "
+            f"of {page_bytes} bytes; set num_pages, or raise gpu_memory_utilization"
         )
     return num_pages
 

@@ -101,6 +101,7 @@ class RestoreCosts:
           page_bytes: bytes per page, over all layers.
           flops: operations per second of prefill.
           host_to_device: bytes per second of the host-to-device copy.
+          load: fixed seconds per adapter upload.
         """
         return cls(load, page_bytes / host_to_device, 2 * parameters * page_size / flops)
 

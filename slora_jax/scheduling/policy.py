@@ -47,9 +47,9 @@ class Policy:
         """Yields the waiting requests that may be admitted now, most urgent first.
 
         Consumed lazily up to the first request that does not fit. When a generator resumes, the request that it yielded
-        has been admitted: `batch` includes it and `admitted` was called, but `waiting` is unchanged. Requests not
-        yielded stay queued. If nothing is running, yield at least one. It must not change the policy's state, because
-        it is also called with parts of the queue. A request may be yielded twice.
+        has been admitted (`batch` includes it and `admitted` was called), or skipped because its adapter is not ready.
+        `waiting` is unchanged. Requests not yielded stay queued. If nothing is running, yield at least one. It must not
+        change the policy's state, because it is also called with parts of the queue. A request may be yielded twice.
         """
         return self.order(waiting, now)
 

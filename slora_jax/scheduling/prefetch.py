@@ -30,7 +30,7 @@ class AdapterSource(Protocol):
 
     @property
     def pages_in_flight(self) -> int:
-        """Number of pages whose copy to the device has started but not finished."""
+        """Number of pages whose copy to the device has started and has not landed."""
 
     def adapter_state(self, digest: str) -> AdapterState:
         """Returns the state of an adapter's tiles. Starts the read if they are on disk."""
@@ -81,7 +81,7 @@ class Prefetch:
 
         Returns:
           Whether requests behind this one may be admitted before it. False if the pool has no room for the request and
-          its adapter, or if the adapter was evicted before use.
+          its adapter while no prefetched adapter is unused, or if the adapter was evicted before use.
         """
         use, residency = request.adapter, self.residency
         assert use is not None

@@ -121,11 +121,6 @@ class Request:
         return self.num_sampled - len(self.output)
 
     @property
-    def all_sampled(self) -> bool:
-        """True once all `max_new` tokens are sampled or being sampled."""
-        return self.num_sampled >= self.max_new
-
-    @property
     def num_scored(self) -> int:
         """Number of leading prompt tokens that need logits, to report the log-probability of the next token."""
         return 0 if self.params.prompt_logprobs is None else len(self.prompt) - 1

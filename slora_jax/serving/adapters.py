@@ -54,9 +54,7 @@ class Adapters:
         self._roots = AdapterRoots(settings.roots)
         self._file = StateFile(settings.state_file or (settings.adapters and settings.adapters / STATE_FILE))
         self._registered: dict[str, Wanted] = {}
-        self._seen: dict[
-            str, Wanted
-        ] = {}  # by the last scan; a directory that changes between two scans may be incomplete
+        self._seen: dict[str, Wanted] = {}  # by the last scan; what changes between two scans may be incomplete
         self._known: set[str] = set()  # names registered when the last scan began
         self._scan_seconds = 0.0  # CPU time of the last scan, without loads and unloads
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by name

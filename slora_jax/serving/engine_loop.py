@@ -63,7 +63,7 @@ class Listener(Protocol):
 
 
 UNAVAILABLE = (Health.STALLED, Health.STOPPED, Health.DEAD)
-"""States in which a queued command never runs, or not before the engine's call returns."""
+"""States in which commands are refused: they would never run, or only after a stalled call returns."""
 
 
 class EngineLoop:
@@ -179,8 +179,8 @@ class EngineLoop:
         self._cancel(unfinished)
 
     async def stop(self) -> None:
-        """Fails all sequences, ends the thread, and returns when the engine is closed. It returns earlier, with
-        `is_alive`, if the engine is still being built or in a call that does not return."""
+        """Fails all sequences, ends the thread, and returns when the engine is closed. If the engine is still
+        being built or a call is stalled, it returns while the thread still runs (`is_alive` is True)."""
         self._stopping = True
         self._wake.set()
         while self.is_alive and self.health is not Health.STARTING and not self._is_stuck():

@@ -71,7 +71,7 @@ def _digest(value: Any, source: str, where: str) -> bytes:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits on clients. A request beyond one is refused, and nothing is lost.
+    """Limits on clients. Requests that exceed one are rejected; other requests are unaffected.
 
     Attributes:
       body_bytes: size of a request's body (413). bodies_bytes: of all bodies being received (503).
@@ -119,8 +119,8 @@ class ServerSettings:
       policy: arguments of `make_policy`, a name and settings; None: first come, first served.
       tenants: what a fair-share policy charges: the "adapter" or the "client" (API key).
       replicas: engines, one per process behind Ray Serve's router; 1: one engine in this process.
-      replica_requests: HTTP requests at which a replica is full, so that further ones for its adapters go elsewhere;
-        None: 1.5 `max_num_seqs`, those that run and half as many being prepared.
+      replica_requests: maximum HTTP requests of a replica; further ones go to other replicas.
+        None: 1.5 * `max_num_seqs`.
       drain_seconds: time for requests under way to end when the service stops.
       stall_seconds: longest call of the engine, such as a step; beyond it all requests fail, and `/health` returns 503
         until the call returns.

@@ -218,12 +218,13 @@ def test_drain_deadline_fails_requests_with_an_error_and_status_0(files: Files) 
         assert {stream.status for stream in failed} == {200, 503}  # some had begun, some waited
 
 
-def test_second_signal_ends_at_once(files: Files) -> None:
+@pytest.mark.parametrize("first, second", [(signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)])
+def test_second_signal_ends_at_once(files: Files, first: signal.Signals, second: signal.Signals) -> None:
     with files.server("twice", drain_seconds=600) as server:
         streams = under_load(server, ["base", "adapter-0"])
-        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(first)
         until(lambda: "stopping" in server.log, "the first signal is handled")
         assert server.process.poll() is None
-        assert server.stop(signal.SIGINT) == 128 + signal.SIGINT
+        assert server.stop(second) == 128 + second
         assert all(stream.error is not None for stream in joined(streams) if not stream.is_complete)
         assert any(stream.error is not None for stream in streams)

@@ -107,8 +107,7 @@ class Choice(Extras):
 
 
 class CompletionChoice(Choice):
-    """A generated text. `token_ids` and `prompt_logprobs` (by token id; null for the first token) are present if asked
-    for."""
+    """A generated text."""
 
     text: str
     logprobs: CompletionLogprobs | None
@@ -123,8 +122,7 @@ class AssistantMessage(TypedDict):
 
 
 class ChatChoice(Choice):
-    """A generated message. `token_ids` and `prompt_logprobs` (by token id; null for the first token) are present if
-    asked for."""
+    """A generated message."""
 
     message: AssistantMessage
     logprobs: ChatLogprobs | None

@@ -182,8 +182,8 @@ def _invalid(error: RequestValidationError) -> ApiError:
 
 
 def _relevance(problem: dict[str, Any]) -> tuple[bool, int, int]:
-    """Ranks the complaints about a field that takes several types, one for each type. The complaint that is not about
-    the type, or got furthest, concerns the type that the client meant."""
+    """Ranks the complaints about a field that takes several types, one for each type. An error that is not a type
+    error, or is nested deepest, belongs to the type that the client intended."""
     at = [part for part in problem["loc"] if isinstance(part, int)]
     return not problem["type"].endswith("_type"), len(problem["loc"]), at[-1] if at else -1
 

@@ -40,8 +40,8 @@ async def respond(
 
     Args:
       choices: number of choices for each prompt; they are neighbours.
-      stream: None answers when all sequences have ended; otherwise tokens are sent as events. Errors before the first
-        token are statuses, later ones are events.
+      stream: None answers when all sequences have ended; otherwise tokens are sent as events. An error before
+        the first token sets the HTTP status; a later one is sent as an event.
       held: resources of the request. A stream takes them over, and releases them at its end.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily
@@ -20,7 +20,7 @@ FAMILIES = {
     "generated_tokens": "Generated tokens of finished requests by adapter.",
     "queue_seconds": "Time that finished requests waited to be admitted, by adapter.",
 }
-"""Field of `Usage`, which is the metric's name without `slora_adapter_` -> help."""
+"""Metric name without the prefix `slora_adapter_`, which is a field of `Usage` -> help text."""
 
 
 def queue_seconds(output: RequestOutput) -> float | None:
@@ -62,6 +62,10 @@ class Usage:
             self.last_queue_seconds = waited
 
 
+UNUSED = Usage()
+"""Usage of an adapter that no finished request used."""
+
+
 class AdapterTally(Collector):
     """Usage by registered adapter and by label. The event loop calls it; `collect` may run in any thread.
 
@@ -91,15 +95,15 @@ class AdapterTally(Collector):
     def forget(self, name: str) -> None:
         """Drops an adapter that was unloaded."""
         self._by_name.pop(name, None)
-        label = _text(name)
-        if label not in (BASE, OTHER) and (usage := self._by_label.pop(label, None)) is not None:
-            for counter in FAMILIES:
-                other = self._by_label[OTHER]
-                setattr(other, counter, getattr(other, counter) + getattr(usage, counter))
+        label, other = _text(name), self._by_label[OTHER]
+        if label not in (BASE, OTHER) and (usage := self._by_label.get(label)) is not None:
+            merged = replace(other, **{c: getattr(other, c) + getattr(usage, c) for c in FAMILIES})
+            kept = {one: usage for one, usage in self._by_label.items() if one != label}
+            self._by_label = kept | {OTHER: merged}  # a scrape sees all of the change or none
 
     def of(self, name: str) -> Usage:
         """Returns the usage of a registered adapter."""
-        return self._by_name.get(name) or Usage()
+        return self._by_name.get(name, UNUSED)
 
     def collect(self) -> Iterator[Metric]:
         usages = list(self._by_label.items())  # the event loop may add a label during the scrape

@@ -36,9 +36,9 @@ class Histogram:
         self.counts = self.counts + np.bincount(np.searchsorted(self.bounds, values), minlength=self.counts.size)
         self.total += float(np.sum(values))
 
-    def at_most(self, bounds: Sequence[float]) -> list[int]:
-        """Returns how many values are at most each of these bounds, which must be among the histogram's own."""
-        return np.cumsum(self.counts)[np.searchsorted(self.bounds, bounds)].tolist()
+    def at_most(self, counts: np.ndarray, bounds: Sequence[float]) -> list[int]:
+        """Returns how many of `counts` are at most each of these bounds, which must be among the histogram's own."""
+        return np.cumsum(counts)[np.searchsorted(self.bounds, bounds)].tolist()
 
     def percentiles(self, counts: np.ndarray, shares: Sequence[float] = (0.5, 0.95)) -> list[float | None]:
         """Returns the values that these shares of `counts` do not exceed (nearest rank, to the middle of its bucket);
@@ -78,8 +78,9 @@ class HistogramMetric(Collector):
     def collect(self) -> Iterator[Metric]:
         family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
         for values, one in list(self._histograms.items()):
-            below = one.at_most(self._buckets)
+            counts = one.counts  # read once: another thread may add
+            below = one.at_most(counts, self._buckets)
             buckets = [(floatToGoString(bound), count) for bound, count in zip(self._buckets, below, strict=True)]
-            family.add_metric(values, [*buckets, ("+Inf", int(one.counts.sum()))], one.total)
+            family.add_metric(values, [*buckets, ("+Inf", int(counts.sum()))], one.total)
             family.add_sample(f"{self._name}_created", dict(zip(self._labels, values, strict=True)), one.created)
         yield family

@@ -65,8 +65,8 @@ class LiveState:
         """Adds a sample; call it once a second.
 
         Args:
-          snapshot: the engine's newest; None before the first. One that is no newer than at the last call shows no
-            tokens: the engine is stuck.
+          snapshot: the engine's newest; None before the first. If it has not changed since the last call, the
+            engine is stuck and the token rate is 0.
           tiers: result of `AdapterStore.tiers`.
         """
         if snapshot is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -198,6 +199,7 @@ class Compilations:
     def __init__(self) -> None:
         self.total = 0
         self.seconds = 0.0
+        self._lock = threading.Lock()
         self._before_ready: int | None = None
         self._is_listening = True
         jax.monitoring.register_event_duration_secs_listener(self._listen)
@@ -220,8 +222,9 @@ class Compilations:
 
     def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            self.total += 1
-            self.seconds += duration_secs
+            with self._lock:  # programs are compiled by several threads
+                self.total += 1
+                self.seconds += duration_secs
 
 
 class _EngineCollector(Collector):

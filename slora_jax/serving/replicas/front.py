@@ -261,7 +261,7 @@ def merge(request: HttpRequest, answers: Sequence[Answer]) -> Answer:
         return Answer(first.rank, 200, [*headers, (b"content-length", str(len(body)).encode())], body)
     if path == "/ready":
         return min(answers, key=lambda answer: answer.status)
-    if method in ("GET", "HEAD", "OPTIONS"):
+    if method in BODILESS:
         return answers[0]
     return min(answers, key=lambda answer: (answer.status < 500, answer.status))
 

@@ -129,8 +129,8 @@ class Replica:
         await self._home(settings.base_name)
 
     async def stream(self, request: HttpRequest, adapter: str | None) -> AsyncIterator[list[Message]]:
-        """Streams a generation. From now on the adapter is at home here, if the router chose this replica for it or its
-        first request succeeds."""
+        """Streams a generation. Registers the adapter with the router for this replica: at once if the router chose
+        this replica for it, otherwise when the request succeeds."""
         from ray import serve
 
         if adapter is not None and serve.get_multiplexed_model_id():
