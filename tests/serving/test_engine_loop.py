@@ -19,7 +19,7 @@ from slora_jax.serving.http.errors import ApiError
 from slora_jax.serving.mailbox import Mailbox
 
 LONG = SamplingParams(max_tokens=80, ignore_eos=True)
-STALL = 1.5
+STALL = 4.0
 """Seconds, longer than any step that does not hang."""
 
 
@@ -254,6 +254,7 @@ async def test_hang_after_a_failed_step_is_detected_and_survived(engine, trap, s
     async with looping(engine, heard, stall_seconds=STALL) as loop:
         dispatch = trap("dispatch", lambda call: call == 3 and not dispatch.gate.clear())
         boxes = [submit(loop, [3 + i])[1] for i in range(sequences)]
+        await until(lambda: dispatch.calls > 3)  # the call after the failed one hangs
         await until(lambda: loop.health is Health.STALLED)
         for mailbox in boxes:
             await failure(mailbox)

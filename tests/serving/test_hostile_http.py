@@ -28,7 +28,7 @@ BODIES = [
     (b'{"prompt": "a\x00b"}', "not valid JSON"),
     (b'{"prompt": "x"} {"prompt": "y"}', "not valid JSON"),
     (b'{"prompt": "\xff\xfe"}', "UTF-8"),
-    (b'{"prompt": "\xed\xa0\x80"}', "no valid Unicode"),
+    (b'{"prompt": "\xed\xa0\x80"}', "is not valid Unicode"),
     (b"[" * 100_000, "nested too deep"),
     (b'{"prompt":' * 10_000 + b"1" + b"}" * 10_000, "nested too deep"),
     (b'{"prompt": "x", "chat_template_kwargs": ' + b"[" * 900 + b"]" * 900 + b"}", "unknown field"),
