@@ -78,7 +78,10 @@ def _measured(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
             runner = RealRunner([run.config for run in runs])
     with closing(runner):
-        return side_by_side(runs, runner.measure, warm_up=runs[0].config.mode == "real")
+        found = side_by_side(runs, runner.measure, warm_up=runs[0].config.mode == "real")
+        if runs[0].config.mode == "real":
+            runner.check()
+        return found
 
 
 def _metrics(configs: Sequence[RunConfig], workers: int) -> Iterator[tuple[RunConfig, dict[str, Any]]]:

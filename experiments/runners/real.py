@@ -92,6 +92,12 @@ class RealRunner:
                 figures |= latencies(f"{group}_", [record for record in ran.records if record.adapter in names])
         return Outcome(figures, ran.tokens)
 
+    def check(self) -> None:
+        """Checks the page ownership of every engine. Raises PoolError on a leak."""
+        for system in self._systems.values():
+            if isinstance(system.server, Engine):
+                system.server.check()
+
     def close(self) -> None:
         for system in self._systems.values():
             system.close()
