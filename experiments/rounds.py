@@ -26,7 +26,7 @@ class Outcome:
 
     Attributes:
       metrics: figures by name; None: of no requests.
-      tokens: generated, by request; None: unknown.
+      tokens: generated, by request, none for a failed one; None: unknown.
       details: further JSON values to keep.
       problems: what makes the result invalid, in words.
     """
@@ -68,9 +68,9 @@ def ratios(rounds: Sequence[Figures], reference: Sequence[Figures]) -> dict[str,
     }
 
 
-def equal_requests(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> int:
-    """Returns for how many requests both have the same tokens."""
-    return sum(list(a) == list(b) for a, b in zip(one, other, strict=True))
+def different_requests(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> list[int]:
+    """Returns the numbers of the requests whose tokens differ."""
+    return [number for number, (a, b) in enumerate(zip(one, other, strict=True)) if list(a) != list(b)]
 
 
 def side_by_side(runs: Sequence[Run], measure: Measure, warm_up: bool = True) -> list[dict[str, Any]]:
@@ -110,17 +110,22 @@ def _result(runs: Sequence[Run], outcomes: Sequence[Sequence[Outcome]], i: int, 
     reference = 0 if reference == i else reference
     rounds = [dict(outcome.metrics) for outcome in own]
     result: dict[str, Any] = {"metrics": medians(rounds), "rounds": rounds}
-    problems = [problem for outcome in own for problem in outcome.problems]
+    problems = [f"round {number}: {problem}" for number, outcome in enumerate(own, 1) for problem in outcome.problems]
     if reference not in failed and reference != i:
         at, others = runs[reference], outcomes[reference]
         result["over"] = {
             "curve": at.curve, "x": at.config.value(at.x), "ratios": ratios(rounds, [o.metrics for o in others]),
         }  # fmt: skip
-        pairs = [(a.tokens, b.tokens) for a, b in zip(own, others, strict=True) if a.tokens and b.tokens]
-        if pairs and all(len(a) == len(b) for a, b in pairs):
-            same, compared = sum(equal_requests(a, b) for a, b in pairs), sum(len(a) for a, _ in pairs)
-            result["same_tokens"] = [same, compared]
-            if runs[i].config.mode == "load_test" and same < compared:
-                problems.append(f"{compared - same} of {compared} requests have other tokens than {at.curve}'s")
+        pairs = [(a.tokens, b.tokens) for a, b in zip(own, others, strict=True)]
+        if all(a is not None and b is not None and len(a) == len(b) for a, b in pairs):
+            different = [different_requests(a or [], b or []) for a, b in pairs]
+            compared = sum(len(a or []) for a, _ in pairs)
+            result["same_tokens"] = [compared - sum(map(len, different)), compared]
+            problems += [
+                f"round {number}: {len(found)} of {len(pair[0] or [])} requests have other tokens than {at.curve}'s: "
+                f"requests {', '.join(map(str, found))}"
+                for number, (found, pair) in enumerate(zip(different, pairs, strict=True), 1)
+                if found and runs[i].config.mode == "load_test"
+            ]
     details = [dict(outcome.details) for outcome in own]
     return result | ({"details": details} if any(details) else {}) | ({"problems": problems} if problems else {})

@@ -10,7 +10,7 @@ from experiments.config import load_experiment, make_experiment
 from experiments.config.schema import RunConfig
 from experiments.pool_picture import KINDS, draw
 from experiments.results_file import read_results
-from experiments.rounds import Outcome, equal_requests, medians, ratios, side_by_side, turns
+from experiments.rounds import Outcome, different_requests, medians, ratios, side_by_side, turns
 from experiments.runners.workload import run_workload
 from experiments.workloads import engine_requests
 from slora_jax import ConfigError, SloraError
@@ -46,7 +46,7 @@ def test_medians_and_ratios_are_of_pairs_within_a_round():
     other = [{"t": 10.0, "n": 1}, {"t": 10.0, "n": 0}, {"t": 40.0, "n": 1}]
     assert medians(own) == {"t": 20.0, "n": 3}
     assert ratios(own, other) == {"t": 1.0}  # n: missing in one round, and 0 in another
-    assert equal_requests([[1, 2], [3, 4], [5]], [[1, 2], [3, 9], [5]]) == 2
+    assert different_requests([[1, 2], [3, 4], [5]], [[1, 2], [3, 9], [5]]) == [1]
 
 
 def test_a_panel_compares_each_run_with_the_first_at_its_place():

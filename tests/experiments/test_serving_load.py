@@ -62,12 +62,18 @@ def test_half_of_the_requests_are_sampled_and_every_round_has_others(tmp_path):
 
 def test_a_failure_and_other_tokens_are_problems():
     found = Answers(seconds=1.0, cpu=CpuSeconds(1, 1, 1, 4), answered=[(1, Answer([5], 0.1, 0.2))], failures=["lost"])
-    outcome = load_test._outcome(found, None)
-    assert outcome.problems == ("lost",) and outcome.tokens == [[], [5]] and outcome.metrics["failed"] == 1
-    runs = load_experiment(CONFIG, SMALL).runs[:2]
-    tokens = iter(([[1, 2], [3]], [[1, 2], [4]]))
-    _, served = side_by_side(runs, lambda *_: Outcome({"goodput": 1.0}, next(tokens)), warm_up=False)
-    assert served["problems"] == ["1 of 2 requests have other tokens than alone's"]
+    outcome = load_test._outcome(found, None, num_requests=3)
+    assert outcome.problems == ("lost",) and outcome.tokens == [[], [5], []] and outcome.metrics["failed"] == 1
+    runs = load_experiment(CONFIG, [*SMALL, "measured.rounds=2"]).runs[:2]
+
+    def measure(config, number):
+        wrong = number == 2 and config.load_test.side == "served"
+        return Outcome({"goodput": 1.0}, [[1, 2], [3], []] if wrong else [[1, 2], [4], [5]], {}, ("lost",) * wrong)
+
+    _, served = side_by_side(runs, measure, warm_up=False)
+    assert served["same_tokens"] == [4, 6]
+    different = "round 2: 2 of 3 requests have other tokens than alone's: requests 1, 2"
+    assert served["problems"] == ["round 2: lost", different]
 
 
 class Liar(BaseHTTPRequestHandler):
