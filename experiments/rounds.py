@@ -116,16 +116,14 @@ def _result(runs: Sequence[Run], outcomes: Sequence[Sequence[Outcome]], i: int, 
         result["over"] = {
             "curve": at.curve, "x": at.config.value(at.x), "ratios": ratios(rounds, [o.metrics for o in others]),
         }  # fmt: skip
-        pairs = [(a.tokens, b.tokens) for a, b in zip(own, others, strict=True)]
-        if all(a is not None and b is not None and len(a) == len(b) for a, b in pairs):
-            different = [different_requests(a or [], b or []) for a, b in pairs]
-            compared = sum(len(a or []) for a, _ in pairs)
+        pairs = [(a.tokens, b.tokens) for a, b in zip(own, others, strict=True) if a.tokens and b.tokens]
+        if len(pairs) == len(own) and all(len(a) == len(b) for a, b in pairs):
+            different = [different_requests(a, b) for a, b in pairs]
+            compared = sum(len(a) for a, _ in pairs)
             result["same_tokens"] = [compared - sum(map(len, different)), compared]
-            problems += [
-                f"round {number}: {len(found)} of {len(pair[0] or [])} requests have other tokens than {at.curve}'s: "
-                f"requests {', '.join(map(str, found))}"
-                for number, (found, pair) in enumerate(zip(different, pairs, strict=True), 1)
-                if found and runs[i].config.mode == "load_test"
-            ]
+            for number, requests in enumerate(different, 1):
+                if requests and runs[i].config.mode == "load_test":
+                    count = f"{len(requests)} of {len(pairs[number - 1][0])}"
+                    problems.append(f"round {number}: {count} requests have other tokens than {at.curve}'s: {requests}")
     details = [dict(outcome.details) for outcome in own]
     return result | ({"details": details} if any(details) else {}) | ({"problems": problems} if problems else {})

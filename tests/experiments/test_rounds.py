@@ -110,13 +110,39 @@ def test_settings_out_of_range_are_refused_by_name():
         ({"mode": "simulated"}, "mode=simulated: has no rounds"),
         ({"mode": "load_test"}, "mode=load_test: the section load_test belongs to"),
         ({"replicas": {"count": 2}}, "mode=real: the section replicas belongs to mode=replicas"),
-        ({"workload": {"used": 9}}, "batch: used=9"),
+        ({"workload": MICRO["workload"] | {"used": 9}}, "batch: used=9"),
     ):
-        content = MICRO | changes
-        if "workload" in changes:
-            content = MICRO | {"workload": MICRO["workload"] | changes["workload"]}
         with pytest.raises(ConfigError, match=message):
-            run_workload(make_experiment("x", content).runs[0].config)
+            run_workload(make_experiment("x", MICRO | changes).runs[0].config)
+
+
+@pytest.mark.parametrize("mode", ["load_test", "replicas"])
+def test_what_servers_started_for_a_run_cannot_have_is_refused_by_name(mode, tmp_path):
+    content = MICRO | {"mode": mode, mode: {}}
+    assert make_experiment("x", content).runs
+    for changes, message in (
+        ({"model": str(tmp_path)}, "model=.*: mode=.* makes random weights; name a file of experiments/models"),
+        ({"workload": {"kind": "batch"}}, "workload.requests: must be given with mode="),
+        ({"workload": {"kind": "synthetic"}}, "workload.kind=synthetic: mode=.* needs one of .*batch"),
+        ({"adapters": str(tmp_path)}, "adapters.path=.*: has no effect with mode=.*; leave it out"),
+        ({"adapters": {"path": str(tmp_path)}}, "adapters.path=.*: has no effect"),
+        ({"adapters": {"count": 0}}, "adapters.count=0: must be at least 1"),
+        ({"measured": {"load": 0.5}}, "measured.load=0.5: has no effect"),
+        ({"system": {"policy": "fcfs"}}, "system.policy=.*: has no effect"),
+        ({"adapters": {"targets": ["q"]}}, "adapters.targets=.*: has no effect" if mode == "load_test" else None),
+    ):
+        if message is None:
+            make_experiment("x", content | changes)
+            continue
+        with pytest.raises(ConfigError, match=message):
+            make_experiment("x", content | changes)
+
+
+def test_a_soak_of_no_seconds_is_left_out():
+    sides = {"side": ["served", "soak"], "soak_seconds": [0, 5]}
+    runs = make_experiment("x", MICRO | {"mode": "load_test", "load_test": sides}).runs
+    found = [(run.config.load_test.side, run.config.load_test.soak_seconds) for run in runs]
+    assert found == [("served", 0), ("served", 5), ("soak", 5)]
 
 
 # The committed configs
