@@ -124,9 +124,13 @@ class _Files:
         vocab_size, test = ModelConfig.from_directory(self._model).vocab_size, run.load_test
         assert test is not None
         sampled = {"temperature": test.temperature, "top_p": test.top_p}
+        requests = engine_requests(run_workload(run, round_number), vocab_size, run.seed)
+        number_of = np.random.default_rng(run.seed + round_number).permutation(run.adapters.count)  # by popularity
         return [
-            replace(one, adapter=f"adapter-{int(one.adapter or 0):04d}", seed=i, **(sampled if i % 2 else {}))
-            for i, one in enumerate(engine_requests(run_workload(run, round_number), vocab_size, run.seed))
+            replace(
+                one, adapter=f"adapter-{number_of[int(one.adapter or 0)]:04d}", seed=i, **(sampled if i % 2 else {})
+            )
+            for i, one in enumerate(requests)
         ]
 
     def alone(self) -> tuple[Answers, dict[str, float]]:

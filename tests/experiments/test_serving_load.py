@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -60,6 +61,18 @@ def test_half_of_the_requests_are_sampled_and_every_round_has_others(tmp_path):
     assert sum(request.temperature > 0 for request in written[0]) == 24
 
 
+def test_the_seed_decides_which_adapters_are_popular_in_the_warm_up_and_afterwards(tmp_path):
+    changes = ("load_test.warm_up=200", "workload.requests=200", f"load_test.directory={tmp_path}")
+    popular = set()
+    for seed in range(3):
+        run = load_experiment(CONFIG, [*SMALL, *changes, f"seed={seed}"]).runs[0].config
+        load_test._Files(run, tmp_path).write(1)
+        for name in ("warm_up", "requests"):
+            adapters = Counter(request.adapter for request in read_requests(tmp_path / f"{name}.jsonl"))
+            popular.add(adapters.most_common(1)[0][0])
+    assert len(popular) > 3
+
+
 def test_a_failure_and_other_tokens_are_problems():
     found = Answers(seconds=1.0, cpu=CpuSeconds(1, 1, 1, 4), answered=[(1, Answer([5], 0.1, 0.2))], failures=["lost"])
     outcome = load_test._outcome(found, None, num_requests=3)
@@ -72,7 +85,7 @@ def test_a_failure_and_other_tokens_are_problems():
 
     _, served = side_by_side(runs, measure, warm_up=False)
     assert served["same_tokens"] == [4, 6]
-    different = "round 2: 2 of 3 requests have other tokens than alone's: requests 1, 2"
+    different = "round 2: 2 of 3 requests have other tokens than alone's: [1, 2]"
     assert served["problems"] == ["round 2: lost", different]
 
 
