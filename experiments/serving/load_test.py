@@ -56,8 +56,12 @@ class LoadTest:
 
     def __init__(self) -> None:
         self._scratch = tempfile.TemporaryDirectory()
-        self.close = self._scratch.cleanup
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the child processes, as Ctrl-C does
+        self._handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the children, as Ctrl-C does
+
+    def close(self) -> None:
+        """Removes the files, and restores the handler of SIGTERM."""
+        signal.signal(signal.SIGTERM, self._handler)
+        self._scratch.cleanup()
 
     def measure(self, run: RunConfig, round_number: int) -> Outcome:
         """Returns the figures of one round of a run."""
@@ -125,12 +129,11 @@ class _Files:
         assert test is not None
         sampled = {"temperature": test.temperature, "top_p": test.top_p}
         requests = engine_requests(run_workload(run, round_number), vocab_size, run.seed)
-        number_of = np.random.default_rng(run.seed + round_number).permutation(run.adapters.count)  # by popularity
+        order = np.random.default_rng(run.seed + round_number).permutation(run.adapters.count)  # by popularity
+        names = [f"adapter-{order[int(request.adapter or 0)]:04d}" for request in requests]
         return [
-            replace(
-                one, adapter=f"adapter-{number_of[int(one.adapter or 0)]:04d}", seed=i, **(sampled if i % 2 else {})
-            )
-            for i, one in enumerate(requests)
+            replace(request, adapter=name, seed=i, **(sampled if i % 2 else {}))
+            for i, (request, name) in enumerate(zip(requests, names, strict=True))
         ]
 
     def alone(self) -> tuple[Answers, dict[str, float]]:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -87,6 +89,13 @@ def test_a_failure_and_other_tokens_are_problems():
     assert served["same_tokens"] == [4, 6]
     different = "round 2: 2 of 3 requests have other tokens than alone's: [1, 2]"
     assert served["problems"] == ["round 2: lost", different]
+
+
+def test_a_closed_load_test_leaves_the_signal_handler_as_it_was():
+    before = signal.getsignal(signal.SIGTERM)
+    with closing(load_test.LoadTest()):
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 class Liar(BaseHTTPRequestHandler):
