@@ -41,13 +41,17 @@ Measure = Callable[[RunConfig, int], Outcome]
 """(run, round) -> outcome. Round 0 warms up; in it, a run with `measured.load` has all its requests at the start."""
 
 
-def turns(names: Sequence[Any], rounds: int, title: str, warm_up: bool = True) -> Iterator[tuple[int, Any]]:
-    """Yields (round, name) in the order of the measurement, with a progress bar. Round 0 is the warm-up."""
+def turns(
+    names: Sequence[Any], rounds: int, title: str, warm_up: bool = True, order: Callable[[Any], Any] | None = None
+) -> Iterator[tuple[int, Any]]:
+    """Yields (round, name) in the order of the measurement, with a progress bar. Round 0 is the warm-up. order: the key
+    by which a round's names are sorted when the round begins."""
     numbers = range(0 if warm_up else 1, rounds + 1)
     with tqdm(total=len(numbers) * len(names), desc=title, unit="run") as bar:
         for number in numbers:
             first = number % len(names)
-            for name in [*names[first:], *names[:first]]:
+            turn = [*names[first:], *names[:first]]
+            for name in turn if order is None else sorted(turn, key=order):
                 bar.set_postfix_str(str(name))
                 yield number, name
                 bar.update()
@@ -73,14 +77,21 @@ def different_requests(one: Sequence[Sequence[int]], other: Sequence[Sequence[in
     return [number for number, (a, b) in enumerate(zip(one, other, strict=True)) if list(a) != list(b)]
 
 
-def side_by_side(runs: Sequence[Run], measure: Measure, warm_up: bool = True) -> list[dict[str, Any]]:
+def side_by_side(
+    runs: Sequence[Run],
+    measure: Measure,
+    warm_up: bool = True,
+    order: Callable[[RunConfig], Any] | None = None,
+) -> list[dict[str, Any]]:
     """Measures the runs of a panel. Returns the parts of each run's result: `metrics` (medians, or the error),
-    `rounds`, `over` (the ratios), `same_tokens` ([equal, compared] requests), `details` and `problems`."""
+    `rounds`, `over` (the ratios), `same_tokens` ([equal, compared] requests), `details` and `problems`. order: as in
+    `turns`."""
     outcomes: list[list[Outcome]] = [[] for _ in runs]
     warm: dict[int, float] = {}
     errors: dict[int, str] = {}
     rounds = max(run.config.measured.rounds if run.config.measured else 1 for run in runs)
-    for number, i in turns(range(len(runs)), rounds, runs[0].panel or runs[0].curve, warm_up):
+    key = None if order is None else lambda i: order(runs[i].config)
+    for number, i in turns(range(len(runs)), rounds, runs[0].panel or runs[0].curve, warm_up, key):
         if i in errors:
             continue
         config = runs[i].config
