@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +20,7 @@ from experiments.rounds import Outcome, side_by_side
 from experiments.serving import load_test
 from experiments.serving.answers import Answer, Answers, CpuSeconds
 from experiments.serving.processes import clients, finish
-from experiments.serving.soak import Sample, growth
+from experiments.serving.soak import IN_USE, Sample, growth
 from experiments.workloads import WorkloadRequest, read_requests, write_requests
 
 CONFIG = runner.RESULTS.parents[1] / "configs" / "measured" / "serving_load.yaml"
@@ -89,6 +90,22 @@ def test_a_failure_and_other_tokens_are_problems():
     assert served["same_tokens"] == [4, 6]
     different = "round 2: 2 of 3 requests have other tokens than alone's: [1, 2]"
     assert served["problems"] == ["round 2: lost", different]
+
+
+def test_lost_pages_are_a_problem_and_problems_are_exit_status_1(tmp_path, monkeypatch, capsys):
+    answers = Answers(1.0, CpuSeconds(1, 1, 1, 4), [(i, Answer([5], 0.1, 0.2)) for i in range(2)])
+    samples = [Sample(float(t), 100, 20, 9, {"free": 199}) for t in range(12)]
+    lost = dict.fromkeys(IN_USE, 0) | {"free": 190, "prefix_idle": 6, "kv": 3}
+    monkeypatch.setattr(load_test._Files, "write", lambda *_: (199, 2))
+    monkeypatch.setattr(load_test._Files, "soak", lambda _: (answers, SimpleNamespace(samples=samples), lost))
+    arguments = [str(CONFIG), *SMALL, "--panel", "soak", "--output", str(tmp_path / "x.jsonl")]
+    assert runner.main([*arguments, "--picture", str(tmp_path / "x.svg")]) == 1
+    (soak,) = read_results(tmp_path / "x.jsonl").values()
+    assert soak["metrics"]["pages_lost"] == 3
+    assert soak["problems"] == ["round 1: 3 pages are neither free nor idle at the end"]
+    shown = capsys.readouterr()
+    assert "soak: round 1: 3 pages" in shown.err and "1 points, 1 with an error" in shown.out
+    assert runner.main(arguments) == 1  # also when the result is read from the file
 
 
 def test_a_closed_load_test_leaves_the_signal_handler_as_it_was():
