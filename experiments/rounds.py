@@ -26,7 +26,7 @@ class Outcome:
 
     Attributes:
       metrics: figures by name; None: of no requests.
-      tokens: generated, by request; None: unknown.
+      tokens: generated, by request, none for a failed one; None: unknown.
       details: further JSON values to keep.
       problems: what makes the result invalid, in words.
     """
@@ -41,13 +41,17 @@ Measure = Callable[[RunConfig, int], Outcome]
 """(run, round) -> outcome. Round 0 warms up; in it, a run with `measured.load` has all its requests at the start."""
 
 
-def turns(names: Sequence[Any], rounds: int, title: str, warm_up: bool = True) -> Iterator[tuple[int, Any]]:
-    """Yields (round, name) in the order of the measurement, with a progress bar. Round 0 is the warm-up."""
+def turns(
+    names: Sequence[Any], rounds: int, title: str, warm_up: bool = True, order: Callable[[Any], Any] | None = None
+) -> Iterator[tuple[int, Any]]:
+    """Yields (round, name) in the order of the measurement, with a progress bar. Round 0 is the warm-up. order: the key
+    by which a round's names are sorted when the round begins."""
     numbers = range(0 if warm_up else 1, rounds + 1)
     with tqdm(total=len(numbers) * len(names), desc=title, unit="run") as bar:
         for number in numbers:
             first = number % len(names)
-            for name in [*names[first:], *names[:first]]:
+            turn = [*names[first:], *names[:first]]
+            for name in turn if order is None else sorted(turn, key=order):
                 bar.set_postfix_str(str(name))
                 yield number, name
                 bar.update()
@@ -68,19 +72,26 @@ def ratios(rounds: Sequence[Figures], reference: Sequence[Figures]) -> dict[str,
     }
 
 
-def equal_requests(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> int:
-    """Returns for how many requests both have the same tokens."""
-    return sum(list(a) == list(b) for a, b in zip(one, other, strict=True))
+def different_requests(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> list[int]:
+    """Returns the numbers of the requests whose tokens differ."""
+    return [number for number, (a, b) in enumerate(zip(one, other, strict=True)) if list(a) != list(b)]
 
 
-def side_by_side(runs: Sequence[Run], measure: Measure, warm_up: bool = True) -> list[dict[str, Any]]:
+def side_by_side(
+    runs: Sequence[Run],
+    measure: Measure,
+    warm_up: bool = True,
+    order: Callable[[RunConfig], Any] | None = None,
+) -> list[dict[str, Any]]:
     """Measures the runs of a panel. Returns the parts of each run's result: `metrics` (medians, or the error),
-    `rounds`, `over` (the ratios), `same_tokens` ([equal, compared] requests), `details` and `problems`."""
+    `rounds`, `over` (the ratios), `same_tokens` ([equal, compared] requests), `details` and `problems`. order: as in
+    `turns`."""
     outcomes: list[list[Outcome]] = [[] for _ in runs]
     warm: dict[int, float] = {}
     errors: dict[int, str] = {}
     rounds = max(run.config.measured.rounds if run.config.measured else 1 for run in runs)
-    for number, i in turns(range(len(runs)), rounds, runs[0].panel or runs[0].curve, warm_up):
+    key = None if order is None else lambda i: order(runs[i].config)
+    for number, i in turns(range(len(runs)), rounds, runs[0].panel or runs[0].curve, warm_up, key):
         if i in errors:
             continue
         config = runs[i].config
@@ -110,17 +121,20 @@ def _result(runs: Sequence[Run], outcomes: Sequence[Sequence[Outcome]], i: int, 
     reference = 0 if reference == i else reference
     rounds = [dict(outcome.metrics) for outcome in own]
     result: dict[str, Any] = {"metrics": medians(rounds), "rounds": rounds}
-    problems = [problem for outcome in own for problem in outcome.problems]
+    problems = [f"round {number}: {problem}" for number, outcome in enumerate(own, 1) for problem in outcome.problems]
     if reference not in failed and reference != i:
         at, others = runs[reference], outcomes[reference]
         result["over"] = {
             "curve": at.curve, "x": at.config.value(at.x), "ratios": ratios(rounds, [o.metrics for o in others]),
         }  # fmt: skip
         pairs = [(a.tokens, b.tokens) for a, b in zip(own, others, strict=True) if a.tokens and b.tokens]
-        if pairs and all(len(a) == len(b) for a, b in pairs):
-            same, compared = sum(equal_requests(a, b) for a, b in pairs), sum(len(a) for a, _ in pairs)
-            result["same_tokens"] = [same, compared]
-            if runs[i].config.mode == "load_test" and same < compared:
-                problems.append(f"{compared - same} of {compared} requests have other tokens than {at.curve}'s")
+        if len(pairs) == len(own) and all(len(a) == len(b) for a, b in pairs):
+            different = [different_requests(a, b) for a, b in pairs]
+            compared = sum(len(a) for a, _ in pairs)
+            result["same_tokens"] = [compared - sum(map(len, different)), compared]
+            for number, requests in enumerate(different, 1):
+                if requests and runs[i].config.mode == "load_test":
+                    count = f"{len(requests)} of {len(pairs[number - 1][0])}"
+                    problems.append(f"round {number}: {count} requests have other tokens than {at.curve}'s: {requests}")
     details = [dict(outcome.details) for outcome in own]
     return result | ({"details": details} if any(details) else {}) | ({"problems": problems} if problems else {})

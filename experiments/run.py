@@ -13,7 +13,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from tqdm import tqdm
 from experiments.config import Experiment, Run, RunConfig, load_experiment
 from experiments.results_file import ResultsFile
 from experiments.rounds import side_by_side
-from slora_jax import SloraError
+from slora_jax import ConfigError, SloraError
+from slora_jax.typed import nearest
 
 RESULTS = Path(__file__).parent / "results" / "runs"
 
@@ -52,9 +54,11 @@ def run_experiment(
         for config, metrics in _metrics(plain, workers):
             results.add(config, metrics)
             bar.update()
-        for panel, runs in panels.items():
-            if todo.keys() & runs.keys():  # rounds are of all runs of the panel
-                for run, line in zip(runs.values(), _measured(list(runs.values())), strict=True):
+        with closing(_Runners()) as runners:
+            for panel, runs in panels.items():
+                if not todo.keys() & runs.keys():  # rounds are of all runs of the panel
+                    continue
+                for run, line in zip(runs.values(), runners.measure(list(runs.values())), strict=True):
                     results.add(run.config, **line, panel=panel, curve=run.curve, **({"note": note} if note else {}))
                     bar.update()
 
@@ -63,22 +67,37 @@ def _is_measured(config: RunConfig) -> bool:
     return config.measured is not None or config.mode in ("load_test", "replicas")
 
 
-def _measured(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    match runs[0].config.mode:
-        case "load_test":
-            from experiments.serving.load_test import LoadTest
+class _Runners:
+    """The runners of measured panels: one for the whole experiment in the modes that start servers; in mode "real" one
+    for each panel, whose systems are in memory together."""
 
-            runner: Any = LoadTest()
-        case "replicas":
-            from experiments.serving.replicas import ReplicasRunner
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+        self._stack = ExitStack()
+        self.close = self._stack.close
 
-            runner = ReplicasRunner()
-        case _:
+    def measure(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """Returns the results of a panel, as `side_by_side`. Raises PoolError if an engine has lost pages."""
+        mode = runs[0].config.mode
+        if mode == "real":
             from experiments.runners.real import RealRunner
 
-            runner = RealRunner([run.config for run in runs])
-    with closing(runner):
-        return side_by_side(runs, runner.measure, warm_up=runs[0].config.mode == "real")
+            with closing(RealRunner([run.config for run in runs])) as runner:
+                found = side_by_side(runs, runner.measure)
+                runner.check()
+                return found
+        if mode not in self._made:
+            self._made[mode] = self._stack.enter_context(closing(self._make(mode)))
+        return side_by_side(runs, self._made[mode].measure, warm_up=False, order=self._made[mode].order)
+
+    def _make(self, mode: str) -> Any:
+        if mode == "load_test":
+            from experiments.serving.load_test import LoadTest
+
+            return LoadTest()
+        from experiments.serving.replicas import ReplicasRunner
+
+        return ReplicasRunner()
 
 
 def _metrics(configs: Sequence[RunConfig], workers: int) -> Iterator[tuple[RunConfig, dict[str, Any]]]:
@@ -142,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", type=Path, help="a .yaml or .gin file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="workload.rate=3, seed=[1,2,3]")
+    parser.add_argument("--panel", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the number of runs")
     parser.add_argument("--output", type=Path, help=f"JSON lines (default: {RESULTS}/NAME.jsonl)")
     parser.add_argument("--picture", type=Path, help="also draw the results: a .png or .svg file")
@@ -150,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--note", default="", help="about the machine during the run; kept with measured runs")
     args = parser.parse_intermixed_args(argv)
     try:
-        experiment = load_experiment(args.config, args.overrides)
+        experiment = _only(args.panel, load_experiment(args.config, args.overrides))
         if args.dry_run:
             print(describe(experiment))
             return 0
@@ -178,13 +198,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _only(panels: Sequence[str], experiment: Experiment) -> Experiment:
+    """Returns the experiment without the runs of other panels; the whole one if none is named. Raises ConfigError if it
+    has no panel of a name."""
+    there = list(dict.fromkeys(run.panel for run in experiment.runs))
+    for panel in panels:
+        if panel not in there:
+            raise ConfigError(f"--panel {panel!r} is unknown{nearest(panel, there)}; there are {there}")
+    return replace(experiment, runs=tuple(run for run in experiment.runs if not panels or run.panel in panels))
+
+
 def _row(run: Run, line: Mapping[str, Any], names: Sequence[str]) -> str:
     """Returns a run in a line of text: its metrics `names`, and these over the reference's."""
     metrics = line["metrics"]
     shown = [f"{name} {metrics[name]:.4g}" for name in names if metrics.get(name) is not None]
     if (over := line.get("over")) is not None:
-        ratios = [f"{over['ratios'][name]:.3g}" for name in names if name in over["ratios"]]
-        shown.append(f"over {over['curve']}, {over['x']}: {' '.join(ratios)}")
+        ratios = [f"{name} {over['ratios'][name]:.3g}" for name in names if name in over["ratios"]]
+        shown.append(f"over {over['curve']}, {over['x']}: {', '.join(ratios)}")
     if "same_tokens" in line:
         shown.append("{} of {} requests with the same tokens".format(*line["same_tokens"]))
     at = f"{run.x}={run.config.value(run.x)}"

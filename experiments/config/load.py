@@ -95,7 +95,10 @@ def make_experiment(name: str, content: Mapping[str, Any], overrides: Mapping[st
     for case in _cases(content):
         for one in _sweep(_merged(case, overrides or {})):
             labels = {key: typed(one.pop(key), kind, key) for key, kind in LABELS.items() if key in one}
-            made.append((run_config(one), labels))
+            config = run_config(one)
+            test = config.load_test
+            if test is None or test.side != "soak" or test.soak_seconds:
+                made.append((config, labels))
     policies: dict[str, set[str]] = {}  # of each system's runs without a label
     for config, labels in made:
         if "curve" not in labels:

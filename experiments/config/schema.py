@@ -152,6 +152,7 @@ class LoadTestSection:
       side: "alone", "served", or "soak": served for `soak_seconds`, while the server's memory, file handles, threads
         and pool pages are watched.
       warm_up: requests before the timed ones.
+      soak_seconds: 0 leaves the soak out of the experiment.
       temperature, top_p: of every other request, which has a seed of its own; the others are greedy.
       directory: keeps model and adapters for the next run; None: a temporary one.
     """
@@ -318,6 +319,8 @@ def run_config(content: Mapping[str, Any]) -> RunConfig:
             values[name] = typed(value, known_fields("")[name], name)
     run = RunConfig(**values)
     _check(run)
+    if run.mode in ("load_test", "replicas"):
+        _check_servers(run, content)
     if run.adapters.path is not None:
         given = set(content["adapters"]) if isinstance(content["adapters"], Mapping) else set()
         run = replace(run, adapters=_real_adapters(run, given))
@@ -417,6 +420,36 @@ def _check(run: RunConfig) -> None:
         if "name" not in run.system.policy:
             raise ConfigError(f"system.policy={dict(run.system.policy)}: must have a name")
         make_policy(**run.system.policy)
+
+
+_WITHOUT_EFFECT = (
+    "adapters.path", "client.think_seconds", "system.policy", "system.eviction", "measured.load",
+    "measured.disk_seconds", "measured.groups",
+)  # fmt: skip
+"""Fields that have no effect in the modes which start servers for a run."""
+
+
+def _check_servers(run: RunConfig, content: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a value that servers started for the run cannot have. content: of the file."""
+    without_effect = (*_WITHOUT_EFFECT, "adapters.targets") if run.mode == "load_test" else _WITHOUT_EFFECT
+    for name in without_effect:
+        section, field_name = name.split(".")
+        section_given = content.get(section)
+        given = section_given if isinstance(section_given, Mapping) else {"path": section_given}
+        if given.get(field_name) is not None:
+            raise ConfigError(f"{name}={run.value(name)!r}: has no effect with mode={run.mode}; leave it out")
+    if not run.model_file.is_file() or run.has_weights:
+        raise ConfigError(
+            f"model={run.model!r}: mode={run.mode} makes random weights; name a file of experiments/models, or the "
+            "path of a config.json"
+        )
+    if run.adapters.count < 1:
+        raise ConfigError(f"adapters.count={run.adapters.count}: must be at least 1 with mode={run.mode}")
+    if "requests" not in _parameters(find_generator(run.workload.kind)):
+        kinds = [kind for kind, generator in WORKLOADS.items() if "requests" in _parameters(generator)]
+        raise ConfigError(f"workload.kind={run.workload.kind}: mode={run.mode} needs one of {', '.join(kinds)}")
+    if "requests" not in run.workload.parameters:
+        raise ConfigError(f"workload.requests: must be given with mode={run.mode}")
 
 
 def _parameters(generator: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.report.collect import Collected, Panel
+from experiments.report.collect import Collected, Panel, Point
 from experiments.runners.figures import AXIS_LABELS
 
 COLORS = {
@@ -45,7 +45,7 @@ LOGARITHMIC = (
 
 def picture(collected: Collected, panels: Sequence[Panel] | None = None, kind: str = "png") -> bytes:
     """Plots a column for each panel and a row for each metric, as PNG or SVG. Ours are crosses on dashed lines
-    (simulated) or squares (measured on the engine); published values are circles on solid lines."""
+    (simulated) or squares (measured); published values are circles on solid lines."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -74,9 +74,8 @@ def picture(collected: Collected, panels: Sequence[Panel] | None = None, kind: s
             if lines
             else Patch(fill=False, edgecolor="black", label="published")
         )
-    for mode, (marker, line) in _STYLES.items():
-        if lines and any(point.run.config.mode == mode for point in points):
-            label = {"simulated": "simulated", "real": "measured"}[mode]
+    for label, (marker, line) in _STYLES.items():
+        if lines and any(_label(point) == label for point in points):
             handles.append(Line2D([], [], color="black", marker=marker, ls=line, ms=5, label=label))
     if lines and any(point.fitted for point in points):
         handles.append(Line2D([], [], color="black", **_FITTED, label="fitted"))
@@ -94,7 +93,11 @@ def picture(collected: Collected, panels: Sequence[Panel] | None = None, kind: s
 
 
 _FITTED = {"marker": "o", "ms": 10, "mfc": "none", "ls": ""}
-_STYLES = {"simulated": ("x", "--"), "real": ("s", "-.")}
+_STYLES = {"simulated": ("x", "--"), "measured": ("s", "-.")}
+
+
+def _label(point: Point) -> str:
+    return "simulated" if point.run.config.mode == "simulated" else "measured"
 
 
 def _plot(axes: Any, panel: Panel, metric: str, colors: dict[str, str]) -> None:
@@ -109,7 +112,7 @@ def _plot(axes: Any, panel: Panel, metric: str, colors: dict[str, str]) -> None:
             axes.plot(*np.transpose(published), "o-", ms=4, color=color)
         ours = [(p.at, y) for p in points if (y := p.ours(metric)) is not None]
         if ours:
-            marker, line = _STYLES[points[0].run.config.mode]
+            marker, line = _STYLES[_label(points[0])]
             axes.plot(*np.transpose(ours), marker=marker, ls=line, ms=5, color=color)
         fitted = [(p.at, y) for p in points if p.fitted and (y := p.ours(metric)) is not None]
         if fitted:

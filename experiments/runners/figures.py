@@ -34,8 +34,7 @@ def run_figures(
     records: Sequence[RequestRecord], start: float, slo_seconds: float, dollars_per_hour: float | None = None
 ) -> dict[str, float | None]:
     """Returns requests or tokens per second, seconds, and shares, as `ServingMetrics` defines them; None: of no
-    requests.
-    A distribution gives its mean by its own name, and percentiles: `latency`, `latency_p50`, `latency_p99`.
+    requests. A distribution gives its mean by its own name, and percentiles: `latency`, `latency_p50`, `latency_p99`.
 
     Args:
       start: seconds on the records' clock.

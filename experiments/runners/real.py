@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -91,6 +91,12 @@ class RealRunner:
                 names = {f"{number}" for number in range(first, last)}
                 figures |= latencies(f"{group}_", [record for record in ran.records if record.adapter in names])
         return Outcome(figures, ran.tokens)
+
+    def check(self) -> None:
+        """Checks the page ownership of every engine. Raises PoolError on a leak."""
+        for system in self._systems.values():
+            if isinstance(system.server, Engine):
+                system.server.check()
 
     def close(self) -> None:
         for system in self._systems.values():
@@ -225,8 +231,7 @@ def system_settings(run: RunConfig, max_model_len: int) -> SystemSettings:
         progress=False,
     )
     base = SystemSettings(engine=engine, peft_batch=run.engine.batch)
-    made = settings_of(name, base)
-    return replace(made, split_memory=False) if name == "no-unify-mem" else made
+    return settings_of(name, base)
 
 
 def _eviction(run: RunConfig) -> str:

@@ -18,8 +18,7 @@ from slora_jax import ConfigError
 
 def run_served(run: RunConfig) -> dict[str, Any]:
     """Returns the figures of a run as a client measures them, and `failed`, the number of failed requests. `queue_time`
-    is
-    the time to the first token: a client sees no queue.
+    is the time to the first token: a client sees no queue.
 
     Raises:
       ConfigError: the server does not answer, lacks an adapter, or answered no request.

@@ -56,21 +56,28 @@ class LoadTest:
 
     def __init__(self) -> None:
         self._scratch = tempfile.TemporaryDirectory()
-        self.close = self._scratch.cleanup
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the child processes, as Ctrl-C does
+        self._handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the children, as Ctrl-C does
+
+    def close(self) -> None:
+        """Removes the files, and restores the handler of SIGTERM."""
+        signal.signal(signal.SIGTERM, self._handler)
+        self._scratch.cleanup()
+
+    order = None
+    """Every run has fresh processes, so the rounds need no order."""
 
     def measure(self, run: RunConfig, round_number: int) -> Outcome:
         """Returns the figures of one round of a run."""
         assert run.load_test is not None
         files = _Files(run, run.load_test.directory or Path(self._scratch.name))
-        num_pages = files.write(round_number)
+        num_pages, num_requests = files.write(round_number)
         match run.load_test.side:
             case "alone":
-                return _outcome(*files.alone())
+                return _outcome(*files.alone(), num_requests)
             case "served":
-                return _outcome(*files.served())
+                return _outcome(*files.served(), num_requests)
         found, watch, idle = files.soak()
-        outcome = _outcome(found, None)
+        outcome = _outcome(found, None, 0)
         grown = {f"{name}_{key}": value for name, one in growth(watch.samples).items() for key, value in one.items()}
         lost = num_pages - sum(idle.values()) + sum(idle[kind] for kind in IN_USE)
         samples = [asdict(sample) for sample in watch.samples[:: max(1, len(watch.samples) // 60)]]
@@ -91,9 +98,9 @@ class _Files:
         self._warm_up, self._requests = directory / "warm_up.jsonl", directory / "requests.jsonl"
         self._answers = directory / "answers.json"
 
-    def write(self, round_number: int) -> int:
+    def write(self, round_number: int) -> tuple[int, int]:
         """Writes the settings, the requests, and the model and adapters unless the directory has them. Returns the
-        pages of the pool."""
+        numbers of pages in the pool and of requests."""
         run, made = self._run, self._directory / "made.json"
         self._directory.mkdir(parents=True, exist_ok=True)
         shape = ModelConfig.from_dict(json.loads(run.model_file.read_text()))
@@ -115,17 +122,21 @@ class _Files:
         parameters = {**run.workload.parameters, "requests": run.load_test.warm_up}
         warm_up = replace(run, seed=run.seed + 10_000, workload=replace(run.workload, parameters=parameters))
         write_requests(self._warm_up, self._sampled(warm_up, round_number))
-        write_requests(self._requests, self._sampled(run, round_number))
+        requests = self._sampled(run, round_number)
+        write_requests(self._requests, requests)
         assert engine.num_pages is not None
-        return engine.num_pages
+        return engine.num_pages, len(requests)
 
     def _sampled(self, run: RunConfig, round_number: int) -> list[WorkloadRequest]:
         vocab_size, test = ModelConfig.from_directory(self._model).vocab_size, run.load_test
         assert test is not None
         sampled = {"temperature": test.temperature, "top_p": test.top_p}
+        requests = engine_requests(run_workload(run, round_number), vocab_size, run.seed)
+        order = np.random.default_rng(run.seed + round_number).permutation(run.adapters.count)  # by popularity
+        names = [f"adapter-{order[int(request.adapter or 0)]:04d}" for request in requests]
         return [
-            replace(one, adapter=f"adapter-{int(one.adapter or 0):04d}", seed=i, **(sampled if i % 2 else {}))
-            for i, one in enumerate(engine_requests(run_workload(run, round_number), vocab_size, run.seed))
+            replace(request, adapter=name, seed=i, **(sampled if i % 2 else {}))
+            for i, (request, name) in enumerate(zip(requests, names, strict=True))
         ]
 
     def alone(self) -> tuple[Answers, dict[str, float]]:
@@ -175,9 +186,14 @@ class _Files:
         return found
 
 
-def _outcome(found: Answers, counted: dict[str, float] | None) -> Outcome:
-    """Goodput in tokens per second; latencies in seconds; CPU time as a share of that of all cores, and in microseconds
-    a token. counted: the engine's counters, with the warm-up; a step's tokens and seconds are means."""
+def _outcome(found: Answers, counted: dict[str, float] | None, num_requests: int) -> Outcome:
+    """Returns goodput in tokens per second; latencies in seconds; CPU time as a share of that of all cores, and in
+    microseconds a token.
+
+    Args:
+      counted: the engine's counters, with the warm-up; a step's tokens and seconds are means.
+      num_requests: how many have an entry in the outcome's tokens.
+    """
     assert found.cpu is not None
     cpu, cores = found.cpu, len(psutil.Process().cpu_affinity())
     used = {"engine": cpu.engine, "main_thread": cpu.main_thread, "client": cpu.client}
@@ -203,5 +219,5 @@ def _outcome(found: Answers, counted: dict[str, float] | None) -> Outcome:
         per_step = counted["tokens_generated"] / counted["steps"]
         metrics |= counted | {"tokens_per_step": per_step, "seconds_per_step": per_step / metrics["goodput"]}
     answers = {number: answer.token_ids for number, answer in found.answered}
-    tokens = [answers.get(number, []) for number in range(max(answers, default=-1) + 1)]
+    tokens = [answers.get(number, []) for number in range(num_requests)]
     return Outcome(metrics, tokens, {}, tuple(found.failures))

@@ -59,18 +59,28 @@ class ReplicasRunner:
         server, handle, vocab_size = self._replicas(run)
         return asyncio.run(_Clients(run, server, handle, vocab_size, round_number).measure())
 
+    def order(self, run: RunConfig) -> tuple[bool, str]:
+        """Returns a key for sorting: runs for the replicas that run come first, then those that share others."""
+        key = self._key_of(run)
+        return key != self._key, key
+
+    def _key_of(self, run: RunConfig) -> str:
+        assert run.replicas is not None
+        turns = run.replicas.route == "round_robin"
+        shared = replace(run, workload=type(run.workload)(), client=type(run.client)(), replicas=None)
+        return json.dumps([shared.to_json(), run.replicas.count, run.replicas.requests_per_replica, turns])
+
     def _replicas(self, run: RunConfig) -> tuple[ServerSettings, Any, int]:
         """Starts the replicas, unless they run. Returns their settings, their deployment's handle, and the size of the
         vocabulary."""
         assert run.replicas is not None
-        turns = run.replicas.route == "round_robin"
-        shared = replace(run, workload=type(run.workload)(), client=type(run.client)(), replicas=None)
-        key = json.dumps([shared.to_json(), run.replicas.count, run.replicas.requests_per_replica, turns])
-        if key != self._key:
+        if (key := self._key_of(run)) != self._key:
+            self._key = ""
             self._stack.close()
             directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
             server, vocab_size = _write_model(run, directory)
-            options = {"request_router_config": {"request_router_class": ROUND_ROBIN}} if turns else {}
+            turns = {"request_router_config": {"request_router_class": ROUND_ROBIN}}
+            options = turns if run.replicas.route == "round_robin" else {}
             handle = self._stack.enter_context(run_replicas(server, **options))
             self._key, self._running = key, (server, handle, vocab_size)
         assert self._running is not None

@@ -3,7 +3,7 @@
 from experiments.systems.packed import OutOfMemory, Packed
 from experiments.systems.serving import Run
 from experiments.systems.settings import SYSTEMS, SystemSettings, settings_of
-from experiments.systems.system import System, make_system
+from experiments.systems.system import System
 
 __all__ = [
     "SYSTEMS",
@@ -12,6 +12,5 @@ __all__ = [
     "Run",
     "System",
     "SystemSettings",
-    "make_system",
     "settings_of",
 ]

@@ -10,8 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +19,10 @@ from tqdm import tqdm
 
 from pallas_kernels.lora.layout import ceil_div
 from slora_jax import ConfigError, Delta, Engine, EngineConfig, EngineStats, RequestError, SamplingParams, SloraError
-from slora_jax.adapters import BaseGeometry, LoraAdapter, read_peft
+from slora_jax.adapters import BaseGeometry, LoraAdapter
 from slora_jax.engine.sizing import adapter_geometry, longest_sequence, pool_shape
 from slora_jax.metrics import PAGE_KINDS, PoolPages
-from slora_jax.models import ModelConfig, Params, abstract_decoder, load_model
+from slora_jax.models import ModelConfig, Params, abstract_decoder
 
 
 class OutOfMemory(SloraError):
@@ -61,21 +59,6 @@ class Packed:
         for name, adapter in tqdm(adapters.items(), desc="starting replicas", disable=not config.progress):
             weights = params if adapter is None else merged(params, adapter, geometry)
             self.replicas[name] = Engine(model, graphdef, weights, replace(config, progress=False))
-
-    @classmethod
-    def from_pretrained(cls, model_dir: Path, adapters: Mapping[Any, Path | None], config: EngineConfig) -> Packed:
-        """Loads a checkpoint, and adapters from PEFT directories by name (None: None for the base model).
-
-        Raises:
-          OutOfMemory: as the constructor, before loading.
-        """
-        model = ModelConfig.from_directory(model_dir)
-        config = replace(config, num_pages=pool_shape(model, config).num_pages)
-        pages_per_replica(model, config, len(adapters))
-        graphdef, params, model = load_model(model_dir, config.dtype, config.model_cache_dir, config.progress)
-        geometry = adapter_geometry(model, config.page_size)
-        read = {name: None if path is None else read_peft(path, geometry) for name, path in adapters.items()}
-        return cls(model, graphdef, params, read, config)
 
     def add_request(
         self,

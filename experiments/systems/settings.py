@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,33 +18,25 @@ class SystemSettings:
     Attributes:
       software: "engine" (this one), "packed" (`Packed`: an engine per adapter, in the memory of one) or "peft".
       engine: settings of the engine, or of the one whose memory is divided; PEFT uses its `dtype`.
-      policy, policy_settings: as in `make_policy`; None: the engine's default.
-      split_memory, split: whether a share of the pool is set aside for adapters, and that share.
       peft_batch: requests in a batch of PEFT, at most.
       peft_mixed: whether a batch of PEFT mixes adapters.
     """
 
     software: str = "engine"
     engine: EngineConfig = field(default_factory=EngineConfig)
-    policy: str | None = None
-    policy_settings: Mapping[str, Any] = field(default_factory=dict)
-    split_memory: bool = False
-    split: float = 0.25
     peft_batch: int = 6
     peft_mixed: bool = False
 
     def __post_init__(self) -> None:
         if self.software not in SOFTWARE:
             raise ConfigError(f"SystemSettings.software={self.software!r}: must be one of {SOFTWARE}")
-        if not 0 < self.split < 1:
-            raise ConfigError(f"SystemSettings.split={self.split!r}: must be between 0 and 1")
         if not isinstance(self.peft_batch, int) or self.peft_batch < 1:
             raise ConfigError(f"SystemSettings.peft_batch={self.peft_batch!r}: must be an integer of at least 1")
 
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "slora": {},
-    "no-unify-mem": {"split_memory": True},
+    "no-unify-mem": {},
     "bmm": {"engine.lora": "bmm"},
     "merge": {"engine.lora": "merge"},
     "packed": {"software": "packed"},
@@ -53,7 +44,8 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "peft": {"software": "peft"},
     "peft-mixed": {"software": "peft", "peft_mixed": True},
 }
-"""Name -> changed fields; those of the engine's settings by their dotted name."""
+"""Name -> changed fields; those of the engine's settings by their dotted name. The memory of no-unify-mem is divided by
+`adapter_pages` in the settings themselves."""
 
 
 def settings_of(name: str, base: SystemSettings) -> SystemSettings:

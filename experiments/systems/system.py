@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -13,13 +11,10 @@ from tqdm import tqdm
 from experiments.systems.packed import Packed
 from experiments.systems.peft import PeftModel, serve_by_sweeps
 from experiments.systems.serving import Run, serve
-from experiments.systems.settings import SystemSettings, settings_of
+from experiments.systems.settings import SystemSettings
 from experiments.workloads.requests import WorkloadRequest
-from slora_jax import ConfigError, Engine, EngineConfig
-from slora_jax.engine.sizing import pool_shape
+from slora_jax import Engine
 from slora_jax.metrics import RequestRecord
-from slora_jax.models import ModelConfig
-from slora_jax.scheduling import make_policy
 
 
 class System:
@@ -56,38 +51,3 @@ class System:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def make_system(name: str, model_dir: str | Path, adapters: Mapping[str, Path], settings: SystemSettings) -> System:
-    """Makes a system by its name in `SYSTEMS`, over a Hugging Face checkpoint and PEFT directories by name. All but
-    "packed" also serve requests for the base model.
-
-    Raises:
-      ConfigError: the system is unknown, the settings do not fit together, or PEFT is not installed.
-      OutOfMemory: the replicas of "packed" do not fit.
-    """
-    model_dir = Path(model_dir)
-    settings = settings_of(name, settings)
-    if settings.software == "peft":
-        return System(name, settings, PeftModel(model_dir, adapters, settings.engine.dtype))
-    if settings.software == "packed":
-        return System(name, settings, Packed.from_pretrained(model_dir, adapters, settings.engine))
-    config = _split(settings, model_dir) if settings.split_memory else settings.engine
-    policy = None if settings.policy is None else make_policy(settings.policy, **settings.policy_settings)
-    engine = Engine.from_pretrained(model_dir, config, policy=policy)
-    try:
-        for adapter, directory in tqdm(adapters.items(), desc="loading adapters", disable=not config.progress):
-            engine.load_adapter(adapter, directory)
-    except BaseException:
-        engine.close()
-        raise
-    return System(name, replace(settings, engine=config), engine)
-
-
-def _split(settings: SystemSettings, model_dir: Path) -> EngineConfig:
-    """Returns the engine's settings with a share of its pages set aside for adapters."""
-    num_pages = pool_shape(ModelConfig.from_directory(model_dir), settings.engine).num_pages
-    adapter_pages = int(settings.split * (num_pages - 1))
-    if adapter_pages < 1:
-        raise ConfigError(f"SystemSettings.split={settings.split}: leaves adapters nothing of {num_pages} pages")
-    return replace(settings.engine, num_pages=num_pages, adapter_pages=adapter_pages)

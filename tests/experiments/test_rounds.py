@@ -10,7 +10,8 @@ from experiments.config import load_experiment, make_experiment
 from experiments.config.schema import RunConfig
 from experiments.pool_picture import KINDS, draw
 from experiments.results_file import read_results
-from experiments.rounds import Outcome, equal_requests, medians, ratios, side_by_side, turns
+from experiments.rounds import Outcome, different_requests, medians, ratios, side_by_side, turns
+from experiments.runners import run_simulated
 from experiments.runners.workload import run_workload
 from experiments.workloads import engine_requests
 from slora_jax import ConfigError, SloraError
@@ -46,7 +47,7 @@ def test_medians_and_ratios_are_of_pairs_within_a_round():
     other = [{"t": 10.0, "n": 1}, {"t": 10.0, "n": 0}, {"t": 40.0, "n": 1}]
     assert medians(own) == {"t": 20.0, "n": 3}
     assert ratios(own, other) == {"t": 1.0}  # n: missing in one round, and 0 in another
-    assert equal_requests([[1, 2], [3, 4], [5]], [[1, 2], [3, 9], [5]]) == 2
+    assert different_requests([[1, 2], [3, 4], [5]], [[1, 2], [3, 9], [5]]) == [1]
 
 
 def test_a_panel_compares_each_run_with_the_first_at_its_place():
@@ -80,7 +81,7 @@ def test_the_offered_rate_is_a_share_of_the_slowest_warm_up():
 
 
 def test_real_systems_give_the_same_tokens_and_one_that_does_not_fit_an_error(tmp_path):
-    names = ["slora", "merge", "peft", "packed"]
+    names = ["slora", "merge", "peft", "peft-mixed", "base", "packed"]
     experiment = tmp_path / "systems.yaml"
     experiment.write_text(json.dumps(MICRO | {"cases": [
         {"system": {"name": names}},
@@ -91,15 +92,16 @@ def test_real_systems_give_the_same_tokens_and_one_that_does_not_fit_an_error(tm
     arguments = [str(experiment), "adapters.count=5", "--output", str(output), "--note", "a test"]
     assert runner.main([*arguments, "--picture", str(tmp_path / "x.svg")]) == 1
     *lines, loads = read_results(output).values()
-    assert "out of memory: 5 replicas" in lines[3]["metrics"]["error"]
-    for line in lines[1:3]:
+    assert "out of memory: 5 replicas" in lines[5]["metrics"]["error"]
+    assert lines[4]["same_tokens"][0] < 12  # base, without LoRA
+    for line in lines[1:4]:
         assert line["same_tokens"] == [12, 12] and line["over"]["curve"] == "slora"
         assert len(line["rounds"]) == 2 and line["metrics"]["completed"] == 6
     assert lines[0]["note"] == "a test" and lines[2]["versions"]["peft"]
     assert loads["metrics"]["adapter_loads"] == 0 and loads["rounds"][0]["most_running"] <= 4  # warmed up, kept
     assert loads["metrics"]["cold_first_token_latency"] > 0
     assert b"<svg" in (tmp_path / "x.svg").read_bytes()
-    assert runner.main(arguments) == 1 and len(read_results(output)) == 5  # nothing is repeated
+    assert runner.main(arguments) == 1 and len(read_results(output)) == 7  # nothing is repeated
 
 
 def test_settings_out_of_range_are_refused_by_name():
@@ -110,13 +112,39 @@ def test_settings_out_of_range_are_refused_by_name():
         ({"mode": "simulated"}, "mode=simulated: has no rounds"),
         ({"mode": "load_test"}, "mode=load_test: the section load_test belongs to"),
         ({"replicas": {"count": 2}}, "mode=real: the section replicas belongs to mode=replicas"),
-        ({"workload": {"used": 9}}, "batch: used=9"),
+        ({"workload": MICRO["workload"] | {"used": 9}}, "batch: used=9"),
     ):
-        content = MICRO | changes
-        if "workload" in changes:
-            content = MICRO | {"workload": MICRO["workload"] | changes["workload"]}
         with pytest.raises(ConfigError, match=message):
-            run_workload(make_experiment("x", content).runs[0].config)
+            run_workload(make_experiment("x", MICRO | changes).runs[0].config)
+
+
+@pytest.mark.parametrize("mode", ["load_test", "replicas"])
+def test_what_servers_started_for_a_run_cannot_have_is_refused_by_name(mode, tmp_path):
+    content = MICRO | {"mode": mode, mode: {}}
+    assert make_experiment("x", content).runs
+    for changes, message in (
+        ({"model": str(tmp_path)}, "model=.*: mode=.* makes random weights; name a file of experiments/models"),
+        ({"workload": {"kind": "batch"}}, "workload.requests: must be given with mode="),
+        ({"workload": {"kind": "synthetic"}}, "workload.kind=synthetic: mode=.* needs one of .*batch"),
+        ({"adapters": str(tmp_path)}, "adapters.path=.*: has no effect with mode=.*; leave it out"),
+        ({"adapters": {"path": str(tmp_path)}}, "adapters.path=.*: has no effect"),
+        ({"adapters": {"count": 0}}, "adapters.count=0: must be at least 1"),
+        ({"measured": {"load": 0.5}}, "measured.load=0.5: has no effect"),
+        ({"system": {"policy": "fcfs"}}, "system.policy=.*: has no effect"),
+        ({"adapters": {"targets": ["q"]}}, "adapters.targets=.*: has no effect" if mode == "load_test" else None),
+    ):
+        if message is None:
+            make_experiment("x", content | changes)
+            continue
+        with pytest.raises(ConfigError, match=message):
+            make_experiment("x", content | changes)
+
+
+def test_a_soak_of_no_seconds_is_left_out():
+    sides = {"side": ["served", "soak"], "soak_seconds": [0, 5]}
+    runs = make_experiment("x", MICRO | {"mode": "load_test", "load_test": sides}).runs
+    found = [(run.config.load_test.side, run.config.load_test.soak_seconds) for run in runs]
+    assert found == [("served", 0), ("served", 5), ("soak", 5)]
 
 
 # The committed configs
@@ -188,11 +216,33 @@ def test_systems_beside_each_other_differ_in_one_mechanism_and_have_equal_memory
         assert differing in ({"prefetch"}, {"prefix_cache"}, {"eviction"}, {"num_tokens", "adapter_tokens"}), panel
 
 
-def test_counters_of_the_committed_results_show_which_mechanism_was_on():
-    for line in read_results(CONFIGS.parent / "results" / "measured" / "mechanisms.jsonl").values():
-        system, panel = line["run"]["system"]["settings"], line["panel"]
-        for one in line["rounds"]:
-            hits, wasted = one["prefetch_hits"], one["prefetches_wasted"]
-            assert hits + wasted <= one["adapter_loads"], panel
-            assert system.get("prefetch") != 0 or hits == wasted == 0, panel
-            assert (one["prefix_hit_tokens"] > 0) == bool(system.get("prefix_cache")), panel
+def test_counters_show_which_mechanism_was_on(tmp_path):
+    """In the first round: later ones find the adapters where it left them."""
+    shared = {name: value for name, value in MICRO.items() if name != "workload"}  # other kinds, other arguments
+    content = shared | {"measured": {"rounds": 1}, "cases": [
+        {"panel": "prefetch", "adapters": {"count": 24},
+         "system": {"prefetch": [8, 0], "host_adapter_bytes": 300_000, "adapter_slots": 24},
+         "workload": {"kind": "bursts", "requests": 16, "burst": 16, "cold_share": 0.5, "input_range": [4, 8],
+                      "output_range": [8, 9]}},
+        {"panel": "eviction", "system": {"eviction": ["lru", "immediate"], "prefix_cache": True},
+         "adapters": {"count": 4}, "workload": {"kind": "chats", "requests": 16, "chats": 4, "turns": 2,
+                                                "message_tokens": 20, "output_range": [2, 3]}},
+    ]}  # fmt: skip
+    file, output = tmp_path / "x.yaml", tmp_path / "x.jsonl"
+    file.write_text(json.dumps(content))
+    assert runner.main([str(file), "--output", str(output)]) == 0
+    on, off, lru, immediate = (line["metrics"] for line in read_results(output).values())
+    assert on["adapter_loads"] > 0 and off["adapter_loads"] > 0 == off["prefix_hit_tokens"] == on["prefix_hit_tokens"]
+    assert on["prefetch_hits"] > 0 == off["prefetch_hits"] == off["prefetches_wasted"]
+    assert on["prefetch_hits"] + on["prefetches_wasted"] <= on["adapter_loads"]
+    assert immediate["prefix_hit_tokens"] < lru["prefix_hit_tokens"]
+    assert immediate["adapter_loads"] > lru["adapter_loads"]
+
+
+def test_only_adapters_on_disk_are_read_from_disk_in_the_simulator():
+    panels = {}
+    for run in load_experiment(CONFIGS / "beyond" / "mechanisms.yaml", ["workload.duration=4"]).runs:
+        if run.panel.startswith("a10g"):
+            panels.setdefault(run.panel, []).append(run_simulated(run.config)["disk_reads"] > 0)
+    assert len(panels) == 3
+    assert all(reads == len(reads) * ["on disk" in panel] for panel, reads in panels.items()), panels

@@ -101,6 +101,15 @@ def test_a_dry_run_prints_every_run_and_makes_none(config, tmp_path, capsys) -> 
     assert not (tmp_path / "x.jsonl").exists()
 
 
+def test_runs_of_named_panels_only(config, tmp_path, capsys) -> None:
+    config.write_text(json.dumps(CONTENT | {"cases": [{"panel": name} for name in ("first", "second", "third")]}))
+    assert runner.main([str(config), "--dry-run", "--panel", "third", "--panel", "first"]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("8 points, 4 runs\n") and "panel: first" in out and "panel: second" not in out
+    assert runner.main([str(config), "--panel", "secnd"]) == 2
+    assert "--panel 'secnd' is unknown (did you mean 'second'?); there are ['first'," in capsys.readouterr().err
+
+
 def test_a_wrong_config_is_one_line_and_status_2(config, capsys) -> None:
     assert runner.main([str(config), "workload.rte=3"]) == 2
     assert "workload.rte is unknown (did you mean 'rate'?)" in capsys.readouterr().err

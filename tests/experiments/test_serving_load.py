@@ -2,10 +2,14 @@
 
 import json
 import os
+import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +20,7 @@ from experiments.rounds import Outcome, side_by_side
 from experiments.serving import load_test
 from experiments.serving.answers import Answer, Answers, CpuSeconds
 from experiments.serving.processes import clients, finish
-from experiments.serving.soak import Sample, growth
+from experiments.serving.soak import IN_USE, Sample, growth
 from experiments.workloads import WorkloadRequest, read_requests, write_requests
 
 CONFIG = runner.RESULTS.parents[1] / "configs" / "measured" / "serving_load.yaml"
@@ -60,14 +64,55 @@ def test_half_of_the_requests_are_sampled_and_every_round_has_others(tmp_path):
     assert sum(request.temperature > 0 for request in written[0]) == 24
 
 
+def test_the_seed_decides_which_adapters_are_popular_in_the_warm_up_and_afterwards(tmp_path):
+    changes = ("load_test.warm_up=200", "workload.requests=200", f"load_test.directory={tmp_path}")
+    popular = set()
+    for seed in range(3):
+        run = load_experiment(CONFIG, [*SMALL, *changes, f"seed={seed}"]).runs[0].config
+        load_test._Files(run, tmp_path).write(1)
+        for name in ("warm_up", "requests"):
+            adapters = Counter(request.adapter for request in read_requests(tmp_path / f"{name}.jsonl"))
+            popular.add(adapters.most_common(1)[0][0])
+    assert len(popular) > 3
+
+
 def test_a_failure_and_other_tokens_are_problems():
     found = Answers(seconds=1.0, cpu=CpuSeconds(1, 1, 1, 4), answered=[(1, Answer([5], 0.1, 0.2))], failures=["lost"])
-    outcome = load_test._outcome(found, None)
-    assert outcome.problems == ("lost",) and outcome.tokens == [[], [5]] and outcome.metrics["failed"] == 1
-    runs = load_experiment(CONFIG, SMALL).runs[:2]
-    tokens = iter(([[1, 2], [3]], [[1, 2], [4]]))
-    _, served = side_by_side(runs, lambda *_: Outcome({"goodput": 1.0}, next(tokens)), warm_up=False)
-    assert served["problems"] == ["1 of 2 requests have other tokens than alone's"]
+    outcome = load_test._outcome(found, None, num_requests=3)
+    assert outcome.problems == ("lost",) and outcome.tokens == [[], [5], []] and outcome.metrics["failed"] == 1
+    runs = load_experiment(CONFIG, [*SMALL, "measured.rounds=2"]).runs[:2]
+
+    def measure(config, number):
+        wrong = number == 2 and config.load_test.side == "served"
+        return Outcome({"goodput": 1.0}, [[1, 2], [3], []] if wrong else [[1, 2], [4], [5]], {}, ("lost",) * wrong)
+
+    _, served = side_by_side(runs, measure, warm_up=False)
+    assert served["same_tokens"] == [4, 6]
+    different = "round 2: 2 of 3 requests have other tokens than alone's: [1, 2]"
+    assert served["problems"] == ["round 2: lost", different]
+
+
+def test_lost_pages_are_a_problem_and_problems_are_exit_status_1(tmp_path, monkeypatch, capsys):
+    answers = Answers(1.0, CpuSeconds(1, 1, 1, 4), [(i, Answer([5], 0.1, 0.2)) for i in range(2)])
+    samples = [Sample(float(t), 100, 20, 9, {"free": 199}) for t in range(12)]
+    lost = dict.fromkeys(IN_USE, 0) | {"free": 190, "prefix_idle": 6, "kv": 3}
+    monkeypatch.setattr(load_test._Files, "write", lambda *_: (199, 2))
+    monkeypatch.setattr(load_test._Files, "soak", lambda _: (answers, SimpleNamespace(samples=samples), lost))
+    arguments = [str(CONFIG), *SMALL, "--panel", "soak", "--output", str(tmp_path / "x.jsonl")]
+    assert runner.main([*arguments, "--picture", str(tmp_path / "x.svg")]) == 1
+    (soak,) = read_results(tmp_path / "x.jsonl").values()
+    assert soak["metrics"]["pages_lost"] == 3
+    assert soak["problems"] == ["round 1: 3 pages are neither free nor idle at the end"]
+    shown = capsys.readouterr()
+    assert "soak: round 1: 3 pages" in shown.err and "1 points, 1 with an error" in shown.out
+    assert runner.main(arguments) == 1  # also when the result is read from the file
+
+
+def test_a_closed_load_test_leaves_the_signal_handler_as_it_was():
+    before = signal.getsignal(signal.SIGTERM)
+    with closing(load_test.LoadTest()):
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 class Liar(BaseHTTPRequestHandler):

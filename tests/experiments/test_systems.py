@@ -9,14 +9,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from experiments.config import make_experiment
 from experiments.config.schema import MODELS
+from experiments.runners import RealRunner
+from experiments.runners.workload import run_workload
 from experiments.systems import (
     SYSTEMS,
     OutOfMemory,
     Packed,
     System,
     SystemSettings,
-    make_system,
     peft,
     settings_of,
 )
@@ -24,11 +26,11 @@ from experiments.systems.packed import pages_per_replica
 from experiments.systems.peft import PeftModel, serve_by_sweeps, sweep, write_random_checkpoint
 from experiments.workloads import WorkloadRequest
 from slora_jax import ConfigError, EngineConfig, RequestError
-from slora_jax.adapters import random_adapter, write_peft
+from slora_jax.adapters import random_adapter, read_peft, write_peft
 from slora_jax.engine.sizing import adapter_geometry
 from slora_jax.models import ModelConfig, load_model
 
-ADAPTERS = {"a": 4, "b": 8, "c": 3}
+ADAPTERS = {"0": 4, "1": 8, "2": 3}
 SETTINGS = SystemSettings(
     engine=EngineConfig(
         dtype="float32", num_pages=120, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=96, max_lora_rank=8,
@@ -45,8 +47,16 @@ class Checkpoint:
     model_dir: Path
     adapters: dict[str, Path]
 
-    def make(self, name: str, settings: SystemSettings = SETTINGS) -> System:
-        return make_system(name, self.model_dir, self.adapters, settings)
+    def make(self, name: str) -> System:
+        """Makes a system as the runner does, with `SETTINGS`."""
+        split = {"num_tokens": 89 * 16, "adapter_tokens": 30 * 16} if name == "no-unify-mem" else {}
+        sizes = {"num_tokens": 119 * 16, "max_num_seqs": 4, "max_num_batched_tokens": 16} | split
+        run = make_experiment("x", {
+            "mode": "real", "model": str(self.model_dir), "adapters": str(self.adapters["0"].parent),
+            "workload": {"kind": "batch"}, "system": {"name": name, **sizes},
+            "engine": {"max_model_len": 96, "decode_buckets": [4], "mixed_buckets": [16], "batch": 4},
+        }).runs[0].config  # fmt: skip
+        return RealRunner()._prepare(run, run_workload(run))
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +64,9 @@ def checkpoint(tmp_path_factory) -> Checkpoint:
     root = tmp_path_factory.mktemp("systems")
     write_random_checkpoint(MODELS / "micro-llama.json", root / "model", seed=0)
     geometry = adapter_geometry(ModelConfig.from_directory(root / "model"), SETTINGS.engine.page_size)
+    targets = ("q", "k", "v", "o", "down")
     adapters = {
-        name: write_peft(root / name, random_adapter(geometry, rank, ("q", "k", "v", "o", "down"), seed=rank))
+        name: write_peft(root / "adapters" / name, random_adapter(geometry, rank, targets, seed=rank))
         for name, rank in ADAPTERS.items()
     }
     return Checkpoint(root / "model", adapters)
@@ -176,18 +187,17 @@ def test_each_system_changes_one_thing():
         both = asdict(settings.engine), asdict(SETTINGS.engine)
         engine = [field for field in both[0] if both[0][field] != both[1][field]]
         assert len(changed) <= (2 if name == "peft-mixed" else 1) and len(engine) <= 1, (name, changed, engine)
-    assert len({repr(settings_of(name, SETTINGS)) for name in SYSTEMS}) == len(SYSTEMS)
+    distinct = len({repr(settings_of(name, SETTINGS)) for name in SYSTEMS})
+    assert distinct == len(SYSTEMS) - 1  # no-unify-mem: its run sets `adapter_pages`
 
 
-def test_an_unknown_system_and_settings_out_of_range_are_refused(checkpoint):
+def test_an_unknown_system_and_settings_out_of_range_are_refused():
     with pytest.raises(ConfigError, match=r"system 'packd' is unknown \(did you mean 'packed'\?\)"):
-        checkpoint.make("packd")
+        settings_of("packd", SETTINGS)
     with pytest.raises(ConfigError, match="SystemSettings.software='vllm'"):
         SystemSettings(software="vllm")
     with pytest.raises(ConfigError, match="SystemSettings.peft_batch=0"):
         SystemSettings(peft_batch=0)
-    with pytest.raises(ConfigError, match="SystemSettings.split=1.0"):
-        SystemSettings(split=1.0)
 
 
 # Packed
@@ -206,16 +216,15 @@ def test_the_replicas_share_the_memory_of_the_one_engine(checkpoint):
         assert pages_per_replica(model, config, replicas) == int((share - weights) // page)
     with pytest.raises(OutOfMemory, match=r"out of memory: 5 replicas.*leave each 1 pages.*max_model_len=96 .*needs 7"):
         pages_per_replica(model, config, 5)
-    with pytest.raises(OutOfMemory, match="out of memory: 100 replicas"):
-        Packed.from_pretrained(checkpoint.model_dir, {f"{i}": checkpoint.adapters["a"] for i in range(100)}, config)
 
 
 def test_packed_routes_by_adapter_and_counts_over_its_replicas(checkpoint, slora):
     graphdef, params, model = load_model(checkpoint.model_dir, "float32", progress=False)
     with pytest.raises(ConfigError, match="packed: adapters="):
         Packed(model, graphdef, params, {}, SETTINGS.engine)
-    packed = Packed.from_pretrained(checkpoint.model_dir, {None: None, "a": checkpoint.adapters["a"]}, SETTINGS.engine)
-    requests = [replace(r, adapter="a" if i % 2 else None) for i, r in enumerate(workload(6, 0))]
+    adapter = read_peft(checkpoint.adapters["0"], adapter_geometry(model, SETTINGS.engine.page_size))
+    packed = Packed(model, graphdef, params, {None: None, "0": adapter}, SETTINGS.engine)
+    requests = [replace(r, adapter="0" if i % 2 else None) for i, r in enumerate(workload(6, 0))]
     wanted = slora.run_with_tokens(requests)
     got = System("packed", SETTINGS, packed).run_with_tokens(requests)
     assert got.tokens == wanted.tokens
@@ -224,9 +233,9 @@ def test_packed_routes_by_adapter_and_counts_over_its_replicas(checkpoint, slora
     assert stats.tokens_generated == sum(request.output for request in requests)
     free = stats.pages.free + stats.pages.prefix_idle
     assert free == sum(engine.allocator.capacity for engine in packed.replicas.values())
-    with pytest.raises(RequestError, match="adapter='b' has no replica; there are None, 'a'"):
-        packed.add_request([1], None, "b")
-    packed.add_request([1], None, "a", "x")
+    with pytest.raises(RequestError, match="adapter='1' has no replica; there are None, '0'"):
+        packed.add_request([1], None, "1")
+    packed.add_request([1], None, "0", "x")
     with pytest.raises(RequestError, match="request_id='x' is in use"):
         packed.add_request([1], None, None, "x")
     assert packed.cancel("x") and not packed.cancel("y")
