@@ -24,11 +24,13 @@ EXPECTED = {
     "qwen3-8b": (8.19, 36, 4096, 12288, 1024, 151936),
     "qwen3-32b": (32.76, 64, 5120, 25600, 1024, 151936),
 }
-IN_MINIATURE = {"tiny-llama", "mini-llama", "wide-llama"}
+SMALL = {
+    "tiny-llama", "mini-llama", "wide-llama", "llama-110m", "llama-27m", "small-llama", "one-layer-llama", "micro-llama"
+}  # fmt: skip
 
 
 def test_every_file_is_listed() -> None:
-    assert {path.stem for path in MODELS.glob("*.json")} == EXPECTED.keys() | IN_MINIATURE
+    assert {path.stem for path in MODELS.glob("*.json")} == EXPECTED.keys() | SMALL
 
 
 @pytest.mark.parametrize("name", EXPECTED)
