@@ -119,7 +119,7 @@ def test_settings_out_of_range_are_refused_by_name():
 
 
 @pytest.mark.parametrize("mode", ["load_test", "replicas"])
-def test_what_servers_started_for_a_run_cannot_have_is_refused_by_name(mode, tmp_path):
+def test_settings_that_started_servers_cannot_honour_are_refused_by_name(mode, tmp_path):
     content = MICRO | {"mode": mode, mode: {}}
     assert make_experiment("x", content).runs
     for changes, message in (
