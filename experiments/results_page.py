@@ -189,7 +189,8 @@ def _peft(lines: Lines) -> Iterable[str]:
     requests, (low, high), (output, _) = _pick(
         first, "workload.parameters.requests workload.parameters.input_range workload.parameters.output_range"
     )
-    same = sorted({f"{line['same_tokens'][0]} of {line['same_tokens'][1]}" for line in beside if "same_tokens" in line})
+    peft = [line for line in beside if line["run"]["system"]["name"] != "slora"]
+    same = sorted({f"{line['same_tokens'][0]} of {line['same_tokens'][1]}" for line in peft})
     yield (
         f"Output tokens per second in float32: a random Llama of {layers} layers and width {width}, adapters of rank "
         f"{_listed(first['adapters']['ranks'])} on q, k, v and o, {requests} requests of {low} to {high - 1} prompt "
