@@ -16,8 +16,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,31 @@ def run_section(command: Sequence[str], path: Path, deadline: float, environment
 
 
 def _environment(miniature: bool) -> dict[str, str]:
-    """Environment of a measuring process: most of the GPU's memory for JAX, few logs; without a GPU or for a miniature,
-    the CPU, with programs that compile fast."""
+    """Environment of a measuring process: most of the GPU's memory for JAX, few logs, a CUDA toolkit; without a GPU or
+    for a miniature, the CPU, with programs that compile fast. `JAX_PLATFORMS` is the user's if set."""
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "TF_CPP_MIN_LOG_LEVEL": "2"} | os.environ
-    if miniature or not (any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()):
+    toolkit = next((path.parents[1] for path in _assemblers()), None)
+    if toolkit:
+        environment.setdefault("CUDA_ROOT", str(toolkit))
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+    if miniature or not (has_gpu or environment.get("JAX_PLATFORMS", "cpu") != "cpu"):
         environment["JAX_PLATFORMS"] = "cpu"
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
     return environment
+
+
+def _assemblers() -> Iterator[Path]:
+    """Paths of `ptxas`, those in Python packages first. JAX looks into one package only, where it may be missing."""
+    for package in ("nvidia.cu13", "nvidia.cuda_nvcc"):
+        with suppress(ModuleNotFoundError):
+            spec = importlib.util.find_spec(package)
+            yield from (path for root in (spec and spec.submodule_search_locations) or () for path in _ptxas(root))
+    yield from _ptxas("/usr/local/cuda")
+
+
+def _ptxas(root: str) -> list[Path]:
+    path = Path(root, "bin", "ptxas")
+    return [path] if path.exists() else []
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -124,6 +143,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--budget-seconds", type=_positive, default=450.0, help="time limit; the least important cases are dropped")
     add("--only", choices=SHARES, action="append", help="sections (repeatable); ceilings always run")
     add("--match", type=_pattern, default=re.compile(""), metavar="REGEX", help="select cases by label")
+    add("--systems", type=_pattern, default=re.compile(""), metavar="REGEX", help="select systems by name")
+    add("--most-importance", type=int, default=2, metavar="N", help="leave out cases of a higher number, see --list")
     add("--seed", type=_seed, default=0, help="seed of inputs and page numbers")
     add("--miniature", action="store_true", help="tiny shapes, interpreted kernels")
     mode = parser.add_mutually_exclusive_group()
@@ -184,10 +205,18 @@ def _sections(args: argparse.Namespace, miniature: bool) -> dict[str, list[Any]]
     modules = dict(zip(SHARES, (ceilings, lora, attention, pool_write, step), strict=True))
     sections = {name: module.section(size, args.seed) for name, module in modules.items() if _chosen(name, args)}
     for name in sections.keys() - {"ceilings"}:
-        sections[name] = [case for case in sections[name] if args.match.search(case.label)]
+        found = (_of_systems(case, args.systems) for case in sections[name] if args.match.search(case.label))
+        sections[name] = [case for case in found if case.systems and case.importance <= args.most_importance]
     if not args.section and args.only != ["ceilings"] and not any(list(sections.values())[1:]):
         raise SystemExit(f"--match {args.match.pattern!r}: no case has such a label; --list prints them")
     return sections
+
+
+def _of_systems(case: Any, wanted: re.Pattern[str]) -> Any:
+    """The case with the systems of these names, and those that they need: a check's reference, or another's time."""
+    kept = [system for system in case.systems if wanted.search(system.name)]
+    needed = {system.over for system in kept} | ({case.systems[0].name} if kept and case.is_check else set())
+    return replace(case, systems=tuple(s for s in case.systems if s in kept or s.name in needed))
 
 
 def _compile_only(args: argparse.Namespace, record: Record) -> int:

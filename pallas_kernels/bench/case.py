@@ -107,8 +107,8 @@ def repeat(arguments: Callable[[], Sequence[tuple[Any, ...]]]) -> Callable[[Any]
 
 
 def declined(error: Exception) -> str:
-    """The reason, if a backend does not serve the shape or is not installed; else ""."""
-    return str(error) if isinstance(error, NotImplementedError | ModuleNotFoundError) else ""
+    """The reason, if a backend does not serve the shape; else ""."""
+    return str(error) if isinstance(error, NotImplementedError) else ""
 
 
 def error_text(error: Exception) -> str:

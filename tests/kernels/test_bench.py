@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.kernel_bench import __main__ as command
+from experiments.kernel_bench import visit
 from experiments.kernel_bench.goals import goals
 from pallas_kernels.bench import measure, peers
 from pallas_kernels.bench.adapters import resident, spread
@@ -192,12 +193,12 @@ def test_a_failing_system_leaves_the_others_measured(tmp_path):
     assert "no dispatch" in rows["bad dispatch"]["failed"]
 
 
-def test_a_missing_package_skips_its_system(tmp_path):
+def test_a_missing_package_fails_its_system(tmp_path):
     def imports(x):
         import jax_triton_that_is_not_there  # noqa: F401
 
     (row,) = measured(tmp_path, case(system("triton", imports)))["rows"]
-    assert "No module named 'jax_triton_that_is_not_there'" in row["skipped"]
+    assert "No module named 'jax_triton_that_is_not_there'" in row["failed"]
 
 
 def test_a_wrong_kernel_fails_its_check_and_is_not_timed(tmp_path):
@@ -338,6 +339,25 @@ def test_a_broken_device_ends_the_process_after_its_failure_is_recorded(tmp_path
     with pytest.raises(SystemExit, match=str(BROKEN_DEVICE)):
         measured(tmp_path, case(System("breaks", start=breaks)))
     assert "illegal access" in json.loads((tmp_path / "results.json").read_text())["rows"][0]["failed"]
+
+
+@pytest.mark.parametrize("call", visit.CALLS)
+def test_a_visits_call_runs_the_benchmark_and_keeps_its_compiled_programs(tmp_path, monkeypatch, call):
+    def run(line, env, check):
+        args = command._parser().parse_args(line[3:])  # after: python -m experiments.kernel_bench
+        assert args.miniature and args.budget_seconds <= visit.CALLS[call][0]
+        assert any(command._sections(args, True)[name] for name in args.only)
+        found.append(sorted(os.listdir(env["JAX_COMPILATION_CACHE_DIR"])))
+        (tmp_path / "1" / "compiled_programs" / "step").write_text("program")
+        return subprocess.CompletedProcess(line, 1)
+
+    found: list[list[str]] = []
+    (tmp_path / "1" / "compiled_programs").mkdir(parents=True)
+    monkeypatch.setattr(visit.subprocess, "run", run)
+    assert visit.main([str(call), "--rehearse", "--out", str(tmp_path / "1")]) == 1
+    archive = tmp_path / "1" / visit.CACHE
+    visit.main([str(call), "--rehearse", "--out", str(tmp_path / "2"), "--cache", str(archive)])
+    assert found == [[], ["step"]]
 
 
 # Goals and inputs
