@@ -32,7 +32,7 @@ def step(decode: bool) -> tuple[int, list[KernelUse]]:
     spec = step_spec(model, *abstract_decoder(model, config.dtype), config, pool_shape(model, config))
     with compiling_for(target.device):
         layout = spec.layout(Bucket(tokens=256 if decode else 2048, seqs=256, decode=decode))
-    compiled = compile_for(target, make_step(spec, layout, with_lora=True), *step_shapes(spec, layout))
+        compiled = compile_for(target, make_step(spec, layout, with_lora=True), *step_shapes(spec, layout))
     use = pool_use(compiled, spec.pool)
     assert use.copies == ()
     return use.temp_bytes, kernels_in(compiled, target.device)

@@ -1,17 +1,32 @@
 """Sampling on the device compared with float64 references; random streams do not depend on the rest of the batch."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 
+from pallas_kernels.cutoff import cutoff
 from slora_jax import SamplingParams
 from slora_jax.adapters import random_adapter
 from slora_jax.engine import sampling
-from slora_jax.engine.sampling import SamplingInputs
+from slora_jax.engine.sampling import Sampled, SamplingInputs
 
 VOCAB = 97
-sample = jax.jit(lambda logits, inputs: sampling.score(logits, sampling.sample(logits, inputs)))
-masks = jax.jit(sampling._masks)
+draw = jax.jit(lambda logits, best, inputs: sampling.score(logits, sampling.sample(logits, best, inputs)))
+greedy = jax.jit(sampling.greedy)
+
+
+@jax.jit
+def searched(logits: jax.Array, inputs: SamplingInputs) -> SamplingInputs:
+    """Returns the inputs with the cutoff of top-k and top-p."""
+    found = cutoff(logits, greedy(logits), inputs.temperature, inputs.top_k, inputs.top_p)
+    return replace(inputs, cutoff=found)
+
+
+def sample(logits: np.ndarray, inputs: SamplingInputs) -> Sampled:
+    """Draws after the search, as a step with top-k or top-p does."""
+    return draw(logits, greedy(logits), searched(logits, inputs))
 
 
 def inputs(rows: int, **fields: object) -> SamplingInputs:
@@ -23,6 +38,7 @@ def inputs(rows: int, **fields: object) -> SamplingInputs:
         "min_p": (np.float32, 0.0),
         "seed": (np.uint32, 0),
         "output_index": (np.int32, 1),
+        "cutoff": (np.float32, np.inf),
     }
     return SamplingInputs(
         **{
@@ -48,8 +64,9 @@ def kept_tokens(logits: np.ndarray, top_k: int = 0, top_p: float = 1.0, min_p: f
 
 
 def device_mask(logits: np.ndarray, **fields: object) -> np.ndarray:
-    scaled = logits - logits.max(-1, keepdims=True)
-    return np.asarray(masks(scaled.astype(np.float32), inputs(len(logits), **fields)))
+    found = searched(logits, inputs(len(logits), **fields))
+    distance = logits.max(-1, keepdims=True) - logits
+    return (distance <= np.asarray(found.cutoff)[:, None]) & (-distance >= np.log(found.min_p)[:, None])
 
 
 CASES = [
@@ -116,6 +133,17 @@ def test_draws_have_the_reference_distribution(case: dict, rng: np.random.Genera
     chi_square = ((count - draws * p)[common] ** 2 / (draws * p[common])).sum()
     freedom = common.sum() - 1
     assert chi_square <= freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_a_plain_row_draws_the_same_token_with_and_without_the_search(rng: np.random.Generator) -> None:
+    rows = 2 * sampling.CHUNK_ROWS + 5
+    logits = (3 * rng.standard_normal((rows, VOCAB))).astype(np.float32)
+    logits[::5, ::7] = -np.inf
+    plain = {"seed": np.arange(rows), "temperature": rng.choice([0.0, 0.3, 1.0, 50.0], rows), "min_p": 0.01}
+    expected = draw(logits, greedy(logits), inputs(rows, **plain))
+    restricted = np.arange(rows) % 2 == 0
+    found = sample(logits, inputs(rows, **plain, top_k=np.where(restricted, 2, 0), top_p=np.where(restricted, 0.9, 1)))
+    np.testing.assert_array_equal(found.token[~restricted], expected.token[~restricted])
 
 
 def test_draw_depends_on_the_rows_own_inputs_only(rng: np.random.Generator) -> None:
