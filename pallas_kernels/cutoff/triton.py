@@ -54,6 +54,7 @@ def _first_reaching(
 
 @triton.jit
 def cutoff_kernel(logits, best, temperature, top_k, top_p, cutoff, vocab: tl.constexpr, block: tl.constexpr):
+    """Writes the cutoff of one row. Arguments as in `api.cutoff`, with `best` not negative."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * vocab
     largest = tl.load(logits + tl.load(best + row))

@@ -61,5 +61,7 @@ def _copies(hlo: str, shape: PoolShape) -> list[str]:
 def compile_with_ptx(target: Target, function: Any, *shapes: Any) -> tuple[Any, str]:
     """Compiles as `compile_for` does. Also returns the PTX of XLA's own kernels, without that of custom kernels."""
     with TemporaryDirectory() as directory:
-        compiled = compile_for(target, function, *shapes, options={"xla_dump_to": directory})
+        compiled = compile_for(
+            target, function, *shapes, options={"xla_dump_to": directory, "xla_dump_emitter_re": ".*"}
+        )
         return compiled, "\n".join(path.read_text() for path in sorted(Path(directory).glob("*.ptx")))

@@ -11,6 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.pool_write import NO_PAGE, write_kv, write_pages
+from pallas_kernels.targets import TARGETS
+from slora_jax.analysis import launches
+from slora_jax.analysis.compiled import compile_with_ptx
 
 PAGES, PAGE_SIZE, WIDTH, TOKENS, MANY = 11, 8, 24, 13, 4
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -98,3 +101,26 @@ def test_the_donated_buffer_is_the_result(dtype):
     rows, ids = np.zeros((TOKENS, WIDTH), np.float32), np.arange(TOKENS, dtype=np.int32) % PAGES
     result = kv_in_place(pool, rows, rows, ids, np.zeros(TOKENS, np.int32))
     assert pool.is_deleted() and result.unsafe_buffer_pointer() == address
+
+
+GPU_PAGES, GPU_WIDTH, GPU_TOKENS = 140_000, 1024, 64
+
+
+@pytest.mark.parametrize("op", ["write_kv", "write_pages"])
+def test_a_gpu_writes_with_plain_stores_and_64_bit_addresses(op):
+    """A pool of more than 2^32 elements, for which 32-bit addresses would not do."""
+    pool = jax.ShapeDtypeStruct((GPU_PAGES, 2, 16, GPU_WIDTH), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((GPU_TOKENS,), jnp.int32)
+    if op == "write_kv":
+        rows = jax.ShapeDtypeStruct((GPU_TOKENS, GPU_WIDTH), pool.dtype)
+        write, arguments = kv_in_place, (rows, rows, ids, ids)
+    else:
+        write, arguments = pages_in_place, (ids, jax.ShapeDtypeStruct((GPU_TOKENS, *pool.shape[1:]), pool.dtype))
+    compiled, ptx = compile_with_ptx(TARGETS["h200"], write, pool, *arguments)
+    assert launches(compiled.as_text()) == 1
+    assert compiled.memory_analysis().alias_size_in_bytes == 2 * int(np.prod(pool.shape))
+    assert compiled.memory_analysis().temp_size_in_bytes == 0
+    assert "st.global" in ptx
+    assert "atom" not in ptx
+    page_bytes = 2 * int(np.prod(pool.shape[1:]))
+    assert re.search(rf"mul\.wide\.u32\s+%rd\d+, %r\d+, {page_bytes};|shl\.b64\s.*, 16;", ptx)
