@@ -1,18 +1,26 @@
 """Sampling on the device compared with float64 references; random streams do not depend on the rest of the batch."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from pallas_kernels.cutoff import cutoff
-from slora_jax import SamplingParams
+from pallas_kernels.targets import TARGETS, compile_for
+from slora_jax import EngineConfig, SamplingParams
 from slora_jax.adapters import random_adapter
+from slora_jax.analysis import launches
 from slora_jax.engine import sampling
 from slora_jax.engine.sampling import Sampled, SamplingInputs
+from slora_jax.engine.sizing import pool_shape, step_spec
+from slora_jax.engine.step import AFTER_STEP
+from slora_jax.models import ModelConfig, abstract_decoder
+from slora_jax.models.config import read_json
 
 VOCAB = 97
+LLAMA_3_8B = Path(__file__).parents[2] / "experiments" / "models" / "llama-3-8b.json"
 draw = jax.jit(lambda logits, best, inputs: sampling.score(logits, sampling.sample(logits, best, inputs)))
 greedy = jax.jit(sampling.greedy)
 
@@ -66,7 +74,7 @@ def kept_tokens(logits: np.ndarray, top_k: int = 0, top_p: float = 1.0, min_p: f
 def device_mask(logits: np.ndarray, **fields: object) -> np.ndarray:
     found = searched(logits, inputs(len(logits), **fields))
     distance = logits.max(-1, keepdims=True) - logits
-    return (distance <= np.asarray(found.cutoff)[:, None]) & (-distance >= np.log(found.min_p)[:, None])
+    return (distance <= np.asarray(found.cutoff)[:, None]) & (np.exp(-distance) >= np.asarray(found.min_p)[:, None])
 
 
 CASES = [
@@ -133,6 +141,21 @@ def test_draws_have_the_reference_distribution(case: dict, rng: np.random.Genera
     chi_square = ((count - draws * p)[common] ** 2 / (draws * p[common])).sum()
     freedom = common.sum() - 1
     assert chi_square <= freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_sampling_on_a_gpu_launches_few_kernels() -> None:
+    """The draw alone, and with the search: 2,154 before."""
+    model = ModelConfig.from_dict(read_json(LLAMA_3_8B))
+    config = EngineConfig(dtype="bfloat16", max_num_seqs=256, num_pages=100)
+    spec = step_spec(model, *abstract_decoder(model, config.dtype), config, pool_shape(model, config))
+    count = {}
+    for kind in ("cutoff", "sample"):
+        make, shapes = AFTER_STEP[kind]
+        compiled = compile_for(TARGETS["h200"], make(spec, 256), *shapes(spec, 256))
+        count[kind] = launches(compiled.as_text())
+        assert compiled.memory_analysis().temp_size_in_bytes < 2**22  # far less than a copy of the logits
+    assert count["sample"] <= 10
+    assert sum(count.values()) <= 15
 
 
 def test_a_plain_row_draws_the_same_token_with_and_without_the_search(rng: np.random.Generator) -> None:
