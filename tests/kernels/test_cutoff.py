@@ -10,7 +10,7 @@ from pallas_kernels.cutoff import cutoff
 from pallas_kernels.targets import TARGETS, compile_for
 from slora_jax.analysis import kernels_in
 
-ROWS, VOCAB = 12, 4500
+ROWS, VOCAB = 6, 4500
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["xla", "triton"])
 
 
