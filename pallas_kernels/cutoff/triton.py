@@ -71,7 +71,7 @@ def cutoff_kernel(logits, best, temperature, top_k, top_p, cutoff, vocab: tl.con
                 sums += weight
             enough = p * tl.sum(sums)
             last = tl.minimum(last, _first_reaching(logits, largest, t, last, enough, vocab, block, by_count=False))
-    tl.store(cutoff + row, last.to(tl.float32, bitcast=True))
+    tl.store(cutoff + row, last.to(tl.float32, bitcast=True))  # type: ignore[attr-defined]
 
 
 def cutoff(
