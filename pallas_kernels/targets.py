@@ -83,7 +83,7 @@ def deviceless_mesh(target: Target, devices: int = 1) -> jax.sharding.Mesh:
     return topologies.make_mesh(topology, (devices,), ("tp",))
 
 
-def compile_for(target: Target, function: Any, *shapes: Any) -> Any:
+def compile_for(target: Target, function: Any, *shapes: Any, options: dict[str, Any] | None = None) -> Any:
     """Compiles a jitted `function` for one or several absent GPUs.
 
     The result can be read (`as_text`, `memory_analysis`) but not run. It does not enter JAX's persistent compilation
@@ -91,11 +91,12 @@ def compile_for(target: Target, function: Any, *shapes: Any) -> Any:
 
     Args:
       shapes: trees of `jax.ShapeDtypeStruct`, all with a sharding, or none (one GPU).
+      options: XLA's options by name, in addition to those of `function`.
     """
     here = NamedSharding(deviceless_mesh(target), PartitionSpec())
     placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding or here), shapes)
     with compiling_for(target.device), _no_compilation_cache():
-        return function.trace(*placed).lower(lowering_platforms=("cuda",)).compile()
+        return function.trace(*placed).lower(lowering_platforms=("cuda",)).compile(options)
 
 
 @contextmanager

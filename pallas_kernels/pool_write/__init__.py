@@ -1,5 +1,5 @@
 """In-place writes into the unified pool."""
 
-from pallas_kernels.pool_write.api import write_kv, write_pages
+from pallas_kernels.pool_write.api import NO_PAGE, write_kv, write_pages
 
-__all__ = ["write_kv", "write_pages"]
+__all__ = ["NO_PAGE", "write_kv", "write_pages"]

@@ -1,13 +1,16 @@
-"""A compiled step's use of the pool."""
+"""What a compiled program does with the pool, and its PTX."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
+from pallas_kernels.targets import Target, compile_for
 from slora_jax.memory import PoolShape
 
 _HLO_TYPES = {"float32": "f32", "bfloat16": "bf16"}
@@ -53,3 +56,12 @@ def _copies(hlo: str, shape: PoolShape) -> list[str]:
         for line in hlo.splitlines()
         if (match := made.search(line)) and int(np.prod([int(n) for n in match[1].split(",")])) == elements
     ]
+
+
+def compile_with_ptx(target: Target, function: Any, *shapes: Any) -> tuple[Any, str]:
+    """Compiles as `compile_for` does. Also returns the PTX of XLA's own kernels, without that of custom kernels."""
+    with TemporaryDirectory() as directory:
+        compiled = compile_for(
+            target, function, *shapes, options={"xla_dump_to": directory, "xla_dump_emitter_re": ".*"}
+        )
+        return compiled, "\n".join(path.read_text() for path in sorted(Path(directory).glob("*.ptx")))

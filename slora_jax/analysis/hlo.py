@@ -25,7 +25,15 @@ _OPCODE = re.compile(r" ([\w\-]+)\(")
 _CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|\w+_computation)=%([\w.\-]+)")
 _CALLED_LIST = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"\bcondition=%([\w.\-]+)")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+
+
+_ON_THE_HOST = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
+    *("while", "conditional", "call"),
+}
+"""Opcodes that launch nothing, besides the ends of asynchronous operations."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,12 @@ class Instruction:
     times: int
 
 
-def instructions(text: str) -> list[Instruction]:
-    """Returns every instruction of the program (`compiled.as_text()`), including those of called computations."""
+def instructions(text: str, fused: bool = True) -> list[Instruction]:
+    """Returns every instruction of the program (`compiled.as_text()`), including those of called computations.
+
+    With `fused=False`, without the insides of fusions and reductions, and without the conditions of loops with a known
+    trip count, which are not evaluated.
+    """
     computations: dict[str, list[Instruction]] = {}
     entry, body = "", []
     for line in text.splitlines():
@@ -57,13 +69,22 @@ def instructions(text: str) -> list[Instruction]:
         elif (match := _INSTRUCTION.match(line)) is not None:
             body.append(_parse(match[1], line[match.end() :]))
     times = Counter[str]()
-    _count(entry, 1, computations, times)
+    _count(entry, 1, computations, times, fused)
     return [
         Instruction(i.name, i.type, i.opcode, i.rest, times[name])
         for name, body in computations.items()
         for i in body
         if times[name]
     ]
+
+
+def launches(text: str) -> int:
+    """Returns the number of kernels, copies and library calls that one run of the program launches on a GPU."""
+    return sum(
+        i.times
+        for i in instructions(text, fused=False)
+        if i.opcode not in _ON_THE_HOST and not i.opcode.endswith(("-done", "-update"))
+    )
 
 
 def array_bytes(type_: str) -> int:
@@ -96,17 +117,20 @@ def _closing(text: str) -> int:
     raise ValueError(f"unbalanced parentheses: {text[:200]}")
 
 
-def _count(name: str, times: int, computations: dict[str, list[Instruction]], total: Counter[str]) -> None:
+def _count(name: str, times: int, computations: dict[str, list[Instruction]], total: Counter[str], fused: bool) -> None:
     """Adds `times` runs of a computation and of its callees."""
     total[name] += times
     for instruction in computations[name]:
         if instruction.opcode in ("custom-call", "constant", "parameter"):
             continue  # without callees, and possibly very long
+        if not fused and instruction.opcode not in ("while", "conditional", "call", "async-start"):
+            continue
         rest = instruction.rest
         called = _CALLED.findall(rest)
         for names in _CALLED_LIST.findall(rest):
             called += [n.strip().removeprefix("%") for n in names.split(",")]
         trips = _TRIP_COUNT.search(rest) if instruction.opcode == "while" else None
+        skipped = _CONDITION.search(rest) if trips and not fused else None
         for callee in called:
-            if callee in computations:
-                _count(callee, times * (int(trips[1]) if trips else 1), computations, total)
+            if callee in computations and not (skipped and callee == skipped[1]):
+                _count(callee, times * (int(trips[1]) if trips else 1), computations, total, fused)

@@ -20,20 +20,17 @@ from pallas_kernels.lora.layout import PROJECTIONS, ceil_div
 from pallas_kernels.targets import Target, compile_for, deviceless_mesh
 from slora_jax.analysis.collectives import Collective, collectives_in
 from slora_jax.analysis.compiled import pool_use
+from slora_jax.analysis.hlo import launches
 from slora_jax.analysis.kernels import KernelUse, kernels_in
 from slora_jax.analysis.ptxas import ptxas
 from slora_jax.engine import EngineConfig
 from slora_jax.engine.config import Bucket
 from slora_jax.engine.sizing import longest_sequence, pool_shape, step_spec
 from slora_jax.engine.step import (
+    AFTER_STEP,
     StepSpec,
-    make_sampler,
-    make_scorer,
+    after_step_name,
     make_step,
-    sampler_name,
-    sampler_shapes,
-    scorer_name,
-    scorer_shapes,
     step_shapes,
 )
 from slora_jax.errors import ConfigError
@@ -58,6 +55,7 @@ class ProgramReport:
       output_bytes: results with their own memory (a step's logits).
       aliased_bytes: arguments updated in place.
       pool_bytes: the pool; 0 for a sampler.
+      launches: kernels, copies and library calls of one run, those of the kernels below included.
       copies: HLO lines that copy a layer's pool.
     """
 
@@ -71,6 +69,7 @@ class ProgramReport:
     output_bytes: int
     aliased_bytes: int
     pool_bytes: int
+    launches: int
     copies: tuple[str, ...]
     kernels: tuple[KernelUse, ...]
     collectives: tuple[Collective, ...]
@@ -218,9 +217,9 @@ def compile_report(
             bar.set_description(f"compiling {_name(bucket, with_lora)}")
             done.append(_compile(spec, target, bucket, with_lora))
             bar.update()
-        for seqs, logprobs in samplers:
-            bar.set_description(f"compiling {scorer_name(seqs) if logprobs else sampler_name(seqs)}")
-            done.append(_compile_sampler(spec, target, seqs, logprobs))
+        for kind, seqs in samplers:
+            bar.set_description(f"compiling {after_step_name(kind, seqs)}")
+            done.append(_compile_sampler(spec, target, kind, seqs))
             bar.update()
 
     temp = max(program.temp_bytes + program.output_bytes for program in done if not program.is_sampler)
@@ -311,13 +310,12 @@ def _name(bucket: Bucket, with_lora: bool) -> str:
     return bucket.name + ("_lora" if with_lora else "")
 
 
-def _jobs(config: EngineConfig, names: Sequence[str]) -> tuple[list[tuple[Bucket, bool]], list[tuple[int, bool]]]:
-    """Returns the steps (bucket, with LoRA), and the samplers and scorers (sequences, whether a scorer), to compile."""
+def _jobs(config: EngineConfig, names: Sequence[str]) -> tuple[list[tuple[Bucket, bool]], list[tuple[str, int]]]:
+    """Returns the steps (bucket, with LoRA), and the programs after them (kind, sequences), to compile."""
     buckets = config.buckets()
     steps = {_name(bucket, with_lora): (bucket, with_lora) for bucket in buckets for with_lora in (False, True)}
     all_seqs = sorted({bucket.seqs for bucket in buckets})
-    samplers = {sampler_name(seqs): (seqs, False) for seqs in all_seqs}
-    samplers |= {scorer_name(seqs): (seqs, True) for seqs in all_seqs}
+    samplers = {after_step_name(kind, seqs): (kind, seqs) for kind in AFTER_STEP for seqs in all_seqs}
     for name in names:
         if name not in steps | samplers:
             raise ConfigError(f"programs: there is no {name!r}; choose from {', '.join((*steps, *samplers))}")
@@ -364,10 +362,10 @@ def _spec(
 
 
 def _compile(spec: StepSpec, target: Target, bucket: Bucket, with_lora: bool) -> ProgramReport:
+    start = time.perf_counter()
     with compiling_for(target.device):
         layout = spec.layout(bucket)
-    start = time.perf_counter()
-    compiled = compile_for(target, make_step(spec, layout, with_lora), *step_shapes(spec, layout))
+        compiled = compile_for(target, make_step(spec, layout, with_lora), *step_shapes(spec, layout))
     seconds = time.perf_counter() - start
     use = pool_use(compiled, spec.shard_pool)
     memory = compiled.memory_analysis()
@@ -382,22 +380,20 @@ def _compile(spec: StepSpec, target: Target, bucket: Bucket, with_lora: bool) ->
         output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         aliased_bytes=use.aliased_bytes,
         pool_bytes=use.pool_bytes,
+        launches=launches(compiled.as_text()),
         copies=use.copies,
         kernels=tuple(kernels_in(compiled, target.device)),
         collectives=tuple(collectives_in(compiled)),
     )
 
 
-def _compile_sampler(spec: StepSpec, target: Target, seqs: int, logprobs: bool) -> ProgramReport:
+def _compile_sampler(spec: StepSpec, target: Target, kind: str, seqs: int) -> ProgramReport:
     start = time.perf_counter()
-    if logprobs:
-        name, function, shapes = scorer_name(seqs), make_scorer(spec, seqs), scorer_shapes(spec, seqs)
-    else:
-        name, function, shapes = sampler_name(seqs), make_sampler(spec, seqs), sampler_shapes(spec, seqs)
-    compiled = compile_for(target, function, *shapes)
+    make, shapes = AFTER_STEP[kind]
+    compiled = compile_for(target, make(spec, seqs), *shapes(spec, seqs))
     memory = compiled.memory_analysis()
     return ProgramReport(
-        name=name,
+        name=after_step_name(kind, seqs),
         tokens=seqs,
         seqs=seqs,
         with_lora=False,
@@ -407,6 +403,7 @@ def _compile_sampler(spec: StepSpec, target: Target, seqs: int, logprobs: bool) 
         output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
         pool_bytes=0,  # it does not read the pool
+        launches=launches(compiled.as_text()),
         copies=(),
         kernels=tuple(kernels_in(compiled, target.device)),
         collectives=tuple(collectives_in(compiled)),

@@ -19,7 +19,18 @@ def report_table(report: CompileReport) -> str:
         )
     lines = [f"{target}, {report.dtype}, ranks up to {report.max_lora_rank}, {layers}", *_pool(report.pool), ""]
     lines += _columns(
-        ("program", "tokens", "seqs", "compile s", "arguments", "temporaries", "outputs", "in place", "pool"),
+        (
+            "program",
+            "tokens",
+            "seqs",
+            "compile s",
+            "arguments",
+            "temporaries",
+            "outputs",
+            "in place",
+            "pool",
+            "launches",
+        ),
         [
             (
                 p.name,
@@ -31,6 +42,7 @@ def report_table(report: CompileReport) -> str:
                 _size(p.output_bytes),
                 _size(p.aliased_bytes),
                 _size(p.pool_bytes),
+                f"{p.launches}",
             )
             for p in report.programs
         ],

@@ -45,12 +45,12 @@ class BroadcastDevice(Device):
             group.next(peer)  # wait until it has compiled: the first collective could time out otherwise
 
     def step(
-        self, key: StepKey, metadata: np.ndarray, rows: Sequence[TableRows], logprobs: bool | None
+        self, key: StepKey, metadata: np.ndarray, rows: Sequence[TableRows], after: Sequence[str]
     ) -> tuple[Sampled, jax.Array]:
         arrays = [metadata, *(array for row in rows for array in row)]
-        self._group.tell("step", {"key": key, "logprobs": logprobs}, arrays)
+        self._group.tell("step", {"key": key, "after": after}, arrays)
         with self._explained():
-            return super().step(key, metadata, rows, logprobs)
+            return super().step(key, metadata, rows, after)
 
     def read(self, array: jax.Array) -> np.ndarray:
         self._group.check()

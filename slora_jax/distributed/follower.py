@@ -80,7 +80,7 @@ class Follower:
                     tuple(arguments["key"]),
                     metadata,
                     list(zip(rows[::2], rows[1::2], strict=True)),
-                    arguments["logprobs"],
+                    arguments["after"],
                 )
                 if self._previous is not None:
                     self._previous.block_until_ready()  # raises the previous step's error

@@ -18,6 +18,7 @@ import numpy as np
 from pallas_kernels.lora import LoraTiles
 from pallas_kernels.lora.layout import ceil_div
 from pallas_kernels.paged_attention import AttentionTiles
+from pallas_kernels.pool_write import NO_PAGE
 from slora_jax.engine.config import Bucket
 from slora_jax.engine.sampling import SamplingInputs
 from slora_jax.scheduling import Request, ScheduledSequence, StepPlan
@@ -65,9 +66,11 @@ def shared_rows(requests: Sequence[Request], page_table: jax.Array) -> Iterator[
         yield slot, pages
 
 
-SAMPLER_FIELDS = ("slot", "target", "temperature", "top_k", "top_p", "min_p", "seed", "output_index")
-"""Metadata fields of the sampler and the scorer, one number per sequence each, at the start of the buffer. "target" is
-the prompt token to score, or -1 to score the sampled token."""
+SAMPLER_FIELDS = ("slot", "target", "temperature", "top_k", "top_p", "min_p", "seed", "output_index", "cutoff")
+"""Metadata fields of the programs after the step, one number per sequence each, at the start of the buffer. "target" is
+the prompt token to score, or -1 to score the sampled token. "cutoff" is infinity unless `with_cutoff` set it."""
+
+_SAMPLER_FLOATS = ("temperature", "top_p", "min_p", "cutoff")
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,8 @@ class StepBatch:
     Attributes:
       token: token ids, int32 `[T]`.
       position: position of each token in its sequence, int32 `[T]`.
-      page, offset: page id, and row in the page, of each token's KV, int32 `[T]`.
+      page, offset: page id (`NO_PAGE` for padding), and row in the page, of each token's KV, int32 `[T]`. No two live
+        rows have the same place.
       slot: sequence slots, int32 `[S]`.
       last_row: row whose hidden state yields each sequence's next token, int32 `[S]`.
     """
@@ -135,7 +139,7 @@ def build_metadata(plan: StepPlan, layout: BatchLayout) -> tuple[np.ndarray, lis
     sequence per scored token."""
     buffer = np.zeros(layout.size, np.int32)
     view = {name: buffer[offset : offset + length] for name, (offset, length) in layout.fields.items()}
-    for name in ("temperature", "top_p", "min_p"):
+    for name in _SAMPLER_FLOATS:
         view[name] = view[name].view(np.float32)
 
     planned = [one for s in plan.sequences for one in _split_scored(s)] if plan.extra else plan.sequences
@@ -229,6 +233,7 @@ def _put_sampling(view: dict[str, np.ndarray], sequences: list[ScheduledSequence
     view["min_p"][:n] = [p.min_p for p in params]
     view["seed"][:n] = np.array([r.seed for r in requests], np.uint32).view(np.int32)
     view["output_index"][:n] = [r.num_sampled for r in requests]
+    view["cutoff"][:] = np.inf
 
 
 def _target(sequence: ScheduledSequence) -> int:
@@ -271,7 +276,7 @@ def unpack(buffer: jax.Array, state: SequenceState, layout: BatchLayout) -> tupl
     live = row < field["num_rows"][0]
     position = jnp.where(live, field["context"][seq] + row - field["first_row"][seq], 0)
     slot = jnp.where(live, field["slot"][seq], layout.max_num_seqs)
-    page = jnp.where(live, page_table[slot, position // layout.page_size], 0)
+    page = jnp.where(live, page_table[slot, position // layout.page_size], NO_PAGE)
     token = jnp.where(field["token"] < 0, state.last_token[-1 - field["token"]], field["token"])
 
     batch = StepBatch(
@@ -316,8 +321,13 @@ def unpack_sampling(buffer: jax.Array, seqs: int) -> tuple[jax.Array, jax.Array,
       Sequence slots and targets, int32 `[seqs]` each, and the sampler's inputs.
     """
     field = dict(zip(SAMPLER_FIELDS, buffer.reshape(len(SAMPLER_FIELDS), seqs), strict=True))
-    names = ("temperature", "top_p", "min_p")
-    floats = {name: jax.lax.bitcast_convert_type(field[name], jnp.float32) for name in names}
+    floats = {name: jax.lax.bitcast_convert_type(field[name], jnp.float32) for name in _SAMPLER_FLOATS}
     seed = field.pop("seed").astype(jnp.uint32)
     slot, target = field.pop("slot"), field.pop("target")
     return slot, target, SamplingInputs(**(field | floats), seed=seed)
+
+
+def with_cutoff(buffer: jax.Array, cutoff: jax.Array) -> jax.Array:
+    """Returns the sampler's metadata, as in `unpack_sampling`, with its last field, "cutoff", set."""
+    bits = jax.lax.bitcast_convert_type(cutoff, jnp.int32)
+    return jnp.concatenate([buffer[: -bits.size], bits])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -70,14 +71,14 @@ class Device:
             self._warm_up()
 
     def step(
-        self, key: StepKey, metadata: np.ndarray, rows: Sequence[TableRows], logprobs: bool | None
+        self, key: StepKey, metadata: np.ndarray, rows: Sequence[TableRows], after: Sequence[str]
     ) -> tuple[Sampled, jax.Array]:
         """Dispatches the step program `key`.
 
         Args:
           metadata: int32 `[layout.size]`, from `build_metadata`.
           rows: page-table rows to write before the step.
-          logprobs: None skips the sampler (greedy); otherwise whether log-probabilities are computed too.
+          after: the programs of `AFTER_STEP` to run. Without "sample", every sequence takes its most likely token.
 
         Returns:
           The sampled tokens, and logits float32 `[S, vocab]`, vocab rounded up to a multiple of the shards.
@@ -87,12 +88,14 @@ class Device:
         program = self.programs.step(key)
         self.pool, self.state, output = program(self.params, self.pool, self.table, self.state, metadata)
         token, seqs = output.token, self.programs.bucket(key).seqs
+        run, logits = partial(self.programs.after_step, seqs=seqs), output.logits
         part = metadata[: len(SAMPLER_FIELDS) * seqs]
-        if logprobs is not None:
-            last_token, token = self.programs.sampler(seqs)(self.state.last_token, output.logits, part)
+        if "cutoff" in after:
+            part = run("cutoff")(token, logits, part)
+        if "sample" in after:
+            last_token, token = run("sample")(self.state.last_token, token, logits, part)
             self.state = replace(self.state, last_token=last_token)
-        sampled = self.programs.scorer(seqs)(token, output.logits, part) if logprobs else Sampled(token)
-        return sampled, output.logits
+        return run("logprobs")(token, logits, part) if "logprobs" in after else Sampled(token), logits
 
     def read(self, array: jax.Array) -> np.ndarray:
         """Waits for a step's result and copies it to the host."""

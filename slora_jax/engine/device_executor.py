@@ -132,11 +132,9 @@ class DeviceExecutor:
         segments = _segments(plan) if self._lora == "bmm" else ()
         key, layout = device.programs.select(plan.num_tokens, plan.num_sequences, with_lora, segments)
         metadata, sequences = build_metadata(plan, layout)
-        logprobs = any(s.request.params.logprobs is not None or s.start < s.request.num_scored for s in sequences)
-        has_sampler = logprobs or any(s.request.params.temperature > 0 for s in sequences)
         with self._launch():
             rows = list(shared_rows(plan.hits, device.state.page_table))
-            sampled, logits = device.step(key, metadata, rows, logprobs if has_sampler else None)
+            sampled, logits = device.step(key, metadata, rows, _after_step(sequences))
         step = DispatchedStep(sequences, sampled, logits if self._keep_logits else None)
         if not device.spec.layered:  # a CPU's results need no copy
             for leaf in jax.tree.leaves((step.sampled, step.logits)):
@@ -213,6 +211,17 @@ class DeviceExecutor:
             yield
         finally:
             self._counters.launch_seconds += time.thread_time() - start
+
+
+def _after_step(sequences: list[ScheduledSequence]) -> list[str]:
+    """Returns the programs of `AFTER_STEP` that a step needs."""
+    sampled = [s.request.params for s in sequences if s.request.params.temperature > 0]
+    needs = {
+        "cutoff": any(params.top_k or params.top_p < 1 for params in sampled),
+        "sample": bool(sampled),
+        "logprobs": any(s.request.params.logprobs is not None or s.start < s.request.num_scored for s in sequences),
+    }
+    return [kind for kind, needed in needs.items() if needed]
 
 
 def _segments(plan: StepPlan) -> list[int]:

@@ -26,15 +26,11 @@ from slora_jax.engine.batch import BatchLayout, Bucket
 from slora_jax.engine.layered import LayeredStep, Part
 from slora_jax.engine.program_cache import ProgramCache
 from slora_jax.engine.step import (
+    AFTER_STEP,
     Lora,
     StepSpec,
-    make_sampler,
-    make_scorer,
+    after_step_name,
     make_step,
-    sampler_name,
-    sampler_shapes,
-    scorer_name,
-    scorer_shapes,
     step_name,
     step_shapes,
 )
@@ -58,7 +54,7 @@ class Program:
 
 
 class StepPrograms:
-    """The compiled steps of an engine by bucket and LoRA work, and its samplers and scorers by number of sequences."""
+    """The compiled steps of an engine by bucket and LoRA work, and the programs after them by number of sequences."""
 
     def __init__(
         self,
@@ -89,8 +85,8 @@ class StepPrograms:
             layout, layered = self.layouts[bucket], self._layered.get((bucket, lora))
             for part in [_whole_step(spec, layout, lora)] if layered is None else layered.parts:
                 self._parts[part.name] = part, repr((layout, lora))
-        for seqs, make in itertools.product({bucket.seqs for bucket in buckets}, (_sampler, _scorer)):
-            part = make(spec, seqs)
+        for seqs, kind in itertools.product({bucket.seqs for bucket in buckets}, AFTER_STEP):
+            part = _after_step(spec, kind, seqs)
             self._parts[part.name] = part, ""
         self._cache: ProgramCache | None = None
         if cache_dir is not None and spec.layered and spec.parallel is None:
@@ -129,13 +125,9 @@ class StepPrograms:
         bucket = self.bucket(key)
         return self._step(bucket, self._lora[bucket][key[1]])
 
-    def sampler(self, seqs: int) -> Program:
-        """Returns `make_sampler`'s program for a bucket of `seqs` sequences."""
-        return self._get([sampler_name(seqs)])[0]
-
-    def scorer(self, seqs: int) -> Program:
-        """Returns `make_scorer`'s program for a bucket of `seqs` sequences."""
-        return self._get([scorer_name(seqs)])[0]
+    def after_step(self, kind: str, seqs: int) -> Program:
+        """Returns a program of `AFTER_STEP` for a bucket of `seqs` sequences."""
+        return self._get([after_step_name(kind, seqs)])[0]
 
     @property
     def programs(self) -> list[Program]:
@@ -172,12 +164,9 @@ def _whole_step(spec: StepSpec, layout: BatchLayout, lora: Lora) -> Part:
     return Part(step_name(layout.bucket, lora), make_step(spec, layout, lora), lambda: step_shapes(spec, layout))
 
 
-def _sampler(spec: StepSpec, seqs: int) -> Part:
-    return Part(sampler_name(seqs), make_sampler(spec, seqs), lambda: sampler_shapes(spec, seqs))
-
-
-def _scorer(spec: StepSpec, seqs: int) -> Part:
-    return Part(scorer_name(seqs), make_scorer(spec, seqs), lambda: scorer_shapes(spec, seqs))
+def _after_step(spec: StepSpec, kind: str, seqs: int) -> Part:
+    make, shapes = AFTER_STEP[kind]
+    return Part(after_step_name(kind, seqs), make(spec, seqs), lambda: shapes(spec, seqs))
 
 
 def _compile(part: Part, about: str, cache: ProgramCache | None) -> Program:

@@ -1,7 +1,7 @@
 """Sampling on the device: greedy, temperature, top-k, top-p, min-p, per-request random streams, log-probabilities.
 
-Masks use a binary search for a threshold on the logits instead of sorting the vocabulary. Rows are processed in small
-chunks, so that intermediate arrays stay in a GPU's cache.
+Top-k and top-p are one threshold on a row's logits (`pallas_kernels.cutoff`). Only steps that need it run the search
+for it; `sample` then draws in a single pass over the logits, by the same program in either case.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import devices
 from pallas_kernels.lora.layout import ceil_div
 from slora_jax.scheduling import MAX_LOGPROBS
 from slora_jax.scheduling.plan import NOT_FINITE
 
 CHUNK_ROWS = 32
-"""Maximum rows per chunk, 16 MiB of float32 for a vocabulary of 128k."""
+"""Maximum rows per chunk, so that intermediate arrays stay in the cache: 16 MiB of float32 for a vocabulary of 128k."""
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +33,7 @@ class SamplingInputs:
       top_k: int32 `[S]`.
       seed: uint32 `[S]`.
       output_index: number of tokens that the request has sampled, including this one, int32 `[S]`.
+      cutoff: infinity, or from `pallas_kernels.cutoff` for top-k and top-p, float32 `[S]`.
     """
 
     temperature: jax.Array
@@ -40,6 +42,7 @@ class SamplingInputs:
     min_p: jax.Array
     seed: jax.Array
     output_index: jax.Array
+    cutoff: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -67,12 +70,14 @@ def greedy(logits: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(largest), token, NOT_FINITE).astype(jnp.int32)
 
 
-def sample(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
+def sample(logits: jax.Array, best: jax.Array, inputs: SamplingInputs) -> jax.Array:
     """Draws one token per row of `logits` (float32 `[S, V]`), or `NOT_FINITE`. Returns int32 `[S]`.
 
-    A row's draw depends only on its own logits, parameters, seed and output index.
+    A row's draw depends only on its own logits, parameters, seed and output index. `best` is from `greedy`.
     """
-    return _in_chunks(_draw, logits, inputs)
+    if devices.target() is not None:  # one pass of one kernel, without intermediate arrays
+        return _draw(logits, best, inputs)
+    return _in_chunks(_draw, logits, best, inputs)
 
 
 def score(logits: jax.Array, token: jax.Array) -> Sampled:
@@ -108,53 +113,17 @@ def _logprobs(logits: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array
     return jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0], top_token.astype(jnp.int32), top_logprob
 
 
-def _draw(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
-    """Gumbel-max over the masked, scaled logits; greedy rows keep their argmax."""
+def _draw(logits: jax.Array, best: jax.Array, inputs: SamplingInputs) -> jax.Array:
+    """Gumbel-max over the masked, scaled logits; greedy rows keep `best`."""
     stochastic = inputs.temperature > 0
-    best = greedy(logits)
-    scaled = logits - logits.max(axis=-1, keepdims=True)  # before the division, which could overflow
-    scaled = scaled / jnp.where(stochastic, inputs.temperature, 1.0)[:, None]
-    keep = _masks(scaled, inputs)
+    distance = jnp.take_along_axis(logits, jnp.maximum(best, 0)[:, None], axis=1) - logits
+    scaled = -distance / jnp.where(stochastic, inputs.temperature, 1.0)[:, None]
 
     def noise(seed: jax.Array, index: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(seed), index)
         return jax.random.gumbel(key, logits.shape[-1:])
 
-    perturbed = jnp.where(keep, scaled + jax.vmap(noise)(inputs.seed, inputs.output_index), -jnp.inf)
-    drawn = jnp.argmax(perturbed, axis=-1).astype(jnp.int32)
+    perturbed = scaled + jax.vmap(noise)(inputs.seed, inputs.output_index)
+    keep = (distance <= inputs.cutoff[:, None]) & (scaled >= jnp.log(inputs.min_p)[:, None])  # p >= min_p * p_max
+    drawn = jnp.argmax(jnp.where(keep, perturbed, -jnp.inf), axis=-1).astype(jnp.int32)
     return jnp.where(stochastic & (best != NOT_FINITE), drawn, best)
-
-
-def _masks(scaled: jax.Array, inputs: SamplingInputs) -> jax.Array:
-    """Returns which tokens remain after top-k, then top-p, then min-p, bool `[S, V]`. Row maxima of `scaled` are 0."""
-    top_k = jnp.where(inputs.top_k > 0, inputs.top_k, scaled.shape[-1])
-    floor = _highest_threshold(scaled, lambda kept: kept.sum(-1) >= jnp.minimum(top_k, scaled.shape[-1]))
-    keep = scaled >= floor[:, None]
-    p = jnp.where(keep, jnp.exp(scaled), 0.0)
-    p = p / p.sum(-1, keepdims=True)
-    floor = _highest_threshold(scaled, lambda kept: jnp.where(kept & keep, p, 0.0).sum(-1) >= inputs.top_p)
-    keep &= (scaled >= floor[:, None]) | (inputs.top_p >= 1.0)[:, None]
-    return keep & (scaled >= jnp.log(inputs.min_p)[:, None])  # p >= min_p * p_max
-
-
-def _highest_threshold(x: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Returns the highest threshold t `[S]` with `enough(x >= t)`, exact to the last bit. Ties are kept.
-
-    Binary search over float32 bit patterns: for x <= 0, the pattern of |x| decreases as x increases.
-
-    Args:
-      x: float32 `[S, V]`, at most 0.
-      enough: monotone predicate on the kept tokens, from bool `[S, V]` to bool `[S]`.
-    """
-    bits = lax.bitcast_convert_type(jnp.abs(jnp.minimum(x, 0.0)), jnp.uint32)  # monotone in -x
-    low = jnp.zeros(x.shape[0], jnp.uint32)
-    high = jnp.full(x.shape[0], 0x7F800000, jnp.uint32)  # infinity keeps all tokens
-
-    def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds
-        middle = low + (high - low) // 2
-        ok = enough(bits <= middle[:, None])
-        return jnp.where(ok, low, middle + 1), jnp.where(ok, middle, high)
-
-    _, high = lax.fori_loop(0, 31, halve, (low, high))
-    return -lax.bitcast_convert_type(high, jnp.float32)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import devices
+from pallas_kernels.cutoff import cutoff
 from pallas_kernels.lora import AdapterTable, LoraLayout, LoraProduct, LoraTiles, lora_tile_rows
 from pallas_kernels.lora.api import Implementation as LoraImplementation
 from pallas_kernels.lora.bmm import Padding, paddings
@@ -25,6 +26,7 @@ from slora_jax.engine.batch import (
     StepBatch,
     unpack,
     unpack_sampling,
+    with_cutoff,
 )
 from slora_jax.engine.sampling import Sampled, greedy, sample, score
 from slora_jax.memory import Pool, PoolShape
@@ -35,6 +37,10 @@ from slora_jax.parallel import vocabulary
 from slora_jax.parallel.layout import ONE_DEVICE, Shards
 from slora_jax.parallel.lora import add_lora
 from slora_jax.parallel.mesh import AXIS, LOGITS, POOL, REPLICATED, TensorParallel
+
+GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+"""XLA's options for a step on a GPU. By default the step's CUDA graph is one chain, in the order of the schedule; here
+a kernel waits only for those that write what it reads, or use the memory that it writes."""
 
 Lora = bool | Padding
 """LoRA work that a step program is compiled for: False for none, True for any (gathered), or a padded shape (`bmm`)."""
@@ -242,7 +248,8 @@ def lora_work(
 def make_step(spec: StepSpec, layout: BatchLayout, with_lora: Lora) -> Any:
     """Returns the jitted step of a bucket, `(params, pool, table, state, metadata) -> (pool, state, StepOutput)`.
 
-    Pool and state are donated; metadata is int32 `[layout.size]`.
+    Pool and state are donated; metadata is int32 `[layout.size]`. For an absent GPU, call it under
+    `devices.compiling_for`, which selects the compiler's options.
     """
 
     def step(
@@ -268,7 +275,8 @@ def make_step(spec: StepSpec, layout: BatchLayout, with_lora: Lora) -> Any:
             check_vma=False,
         )
     step.__name__ = step_name(layout.bucket, with_lora)
-    return jax.jit(step, donate_argnums=(1, 3))
+    options = None if devices.target() is None else GPU_OPTIONS
+    return jax.jit(step, donate_argnums=(1, 3), compiler_options=options)
 
 
 def greedy_token(spec: StepSpec, logits: jax.Array) -> jax.Array:
@@ -297,26 +305,51 @@ def replicated(parallel: TensorParallel, structs: Any) -> Any:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=parallel.replicated), structs)
 
 
+def make_searcher(spec: StepSpec, seqs: int) -> Any:
+    """Returns the jitted program that runs before the sampler if a sampled sequence has top-k or top-p.
+
+    `(token int32 [seqs], logits float32 [seqs, vocab], metadata int32 [9 seqs]) -> metadata` with the cutoff set. token
+    is the step's.
+    """
+
+    def searcher(token: jax.Array, logits: jax.Array, metadata: jax.Array) -> jax.Array:
+        _, _, inputs = unpack_sampling(metadata, seqs)
+        found = cutoff(
+            _whole_logits(spec, logits),
+            token,
+            inputs.temperature,
+            inputs.top_k,
+            inputs.top_p,
+            implementation="xla" if spec.kernels == "xla" else None,
+        )
+        return with_cutoff(metadata, found)
+
+    return _after_step(spec, searcher, "cutoff", seqs, (REPLICATED, LOGITS, REPLICATED))
+
+
 def make_sampler(spec: StepSpec, seqs: int) -> Any:
     """Returns the jitted program that runs after a step with a sampled (not greedy) sequence.
 
-    `(last_token, logits float32 [seqs, vocab], metadata int32 [8 seqs]) -> (last_token, token int32 [seqs])`, where
-    last_token is that of `SequenceState`, donated. It is separate because, on a GPU, a branch inside the step would
-    block the host until the device has evaluated the condition. Every shard gathers all logits and samples all rows.
+    `(last_token, token int32 [seqs], logits float32 [seqs, vocab], metadata int32 [9 seqs]) -> (last_token, token)`,
+    where last_token is that of `SequenceState`, donated, and the token given is the step's. It is separate because, on
+    a GPU, a branch inside the step would block the host until the device has evaluated the condition. Every shard
+    gathers all logits and samples all rows.
     """
 
-    def sampler(last_token: jax.Array, logits: jax.Array, metadata: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def sampler(
+        last_token: jax.Array, token: jax.Array, logits: jax.Array, metadata: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         slot, _, inputs = unpack_sampling(metadata, seqs)
-        token = sample(_whole_logits(spec, logits), inputs)
+        token = sample(_whole_logits(spec, logits), token, inputs)
         return last_token.at[slot].set(token), token
 
-    return _after_step(spec, sampler, sampler_name(seqs), (REPLICATED, LOGITS, REPLICATED), donated=(0,))
+    return _after_step(spec, sampler, "sample", seqs, (REPLICATED, REPLICATED, LOGITS, REPLICATED), donated=(0,))
 
 
 def make_scorer(spec: StepSpec, seqs: int) -> Any:
     """Returns the jitted program that runs after a step in which a sequence needs log-probabilities.
 
-    `(token int32 [seqs], logits float32 [seqs, vocab], metadata int32 [8 seqs]) -> Sampled`. A target in the metadata
+    `(token int32 [seqs], logits float32 [seqs, vocab], metadata int32 [9 seqs]) -> Sampled`. A target in the metadata
     replaces the token.
     """
 
@@ -324,47 +357,49 @@ def make_scorer(spec: StepSpec, seqs: int) -> Any:
         _, target, _ = unpack_sampling(metadata, seqs)
         return score(_whole_logits(spec, logits), jnp.where(target < 0, token, target))
 
-    return _after_step(spec, scorer, scorer_name(seqs), (REPLICATED, LOGITS, REPLICATED))
+    return _after_step(spec, scorer, "logprobs", seqs, (REPLICATED, LOGITS, REPLICATED))
 
 
 def _whole_logits(spec: StepSpec, logits: jax.Array) -> jax.Array:
     return logits if spec.parallel is None else vocabulary.gather_logits(logits, spec.model.vocab_size)
 
 
-def _after_step(spec: StepSpec, function: Any, name: str, specs: tuple[Any, ...], donated: tuple[int, ...] = ()) -> Any:
+def _after_step(
+    spec: StepSpec, function: Any, kind: str, seqs: int, specs: tuple[Any, ...], donated: tuple[int, ...] = ()
+) -> Any:
     if spec.parallel is not None:
         mesh = spec.parallel.mesh
         function = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=REPLICATED, check_vma=False)
-    function.__name__ = name
+    function.__name__ = after_step_name(kind, seqs)
     return jax.jit(function, donate_argnums=donated)
 
 
-def sampler_name(seqs: int) -> str:
-    """Name of `make_sampler`'s program."""
-    return f"sample_{seqs}"
-
-
-def scorer_name(seqs: int) -> str:
-    """Name of `make_scorer`'s program."""
-    return f"logprobs_{seqs}"
+def after_step_name(kind: str, seqs: int) -> str:
+    """Name of a program of `AFTER_STEP`."""
+    return f"{kind}_{seqs}"
 
 
 def sampler_shapes(spec: StepSpec, seqs: int) -> tuple[Any, ...]:
     """Returns the shapes of a sampler's arguments, like `step_shapes`."""
-    metadata = jax.ShapeDtypeStruct((len(SAMPLER_FIELDS) * seqs,), jnp.int32)
-    last_token = spec.state_struct().last_token
-    if spec.parallel is not None:
-        last_token, metadata = replicated(spec.parallel, (last_token, metadata))
-    return last_token, _logits_shape(spec, seqs), metadata
+    return _replicated(spec, spec.state_struct().last_token), *scorer_shapes(spec, seqs)
 
 
 def scorer_shapes(spec: StepSpec, seqs: int) -> tuple[Any, ...]:
-    """Returns the shapes of a scorer's arguments, like `step_shapes`."""
-    token = jax.ShapeDtypeStruct((seqs,), jnp.int32)
-    _, logits, metadata = sampler_shapes(spec, seqs)
-    return token if spec.parallel is None else replicated(spec.parallel, token), logits, metadata
-
-
-def _logits_shape(spec: StepSpec, seqs: int) -> jax.ShapeDtypeStruct:
+    """Returns the shapes of a searcher's and of a scorer's arguments, like `step_shapes`."""
     logits = jax.ShapeDtypeStruct((seqs, spec.shard_model.vocab_size), jnp.float32)
-    return logits if spec.parallel is None else spec.parallel.struct(logits, LOGITS)
+    if spec.parallel is not None:
+        logits = spec.parallel.struct(logits, LOGITS)
+    metadata = jax.ShapeDtypeStruct((len(SAMPLER_FIELDS) * seqs,), jnp.int32)
+    return _replicated(spec, jax.ShapeDtypeStruct((seqs,), jnp.int32)), logits, _replicated(spec, metadata)
+
+
+def _replicated(spec: StepSpec, structs: Any) -> Any:
+    return structs if spec.parallel is None else replicated(spec.parallel, structs)
+
+
+AFTER_STEP = {
+    "cutoff": (make_searcher, scorer_shapes),
+    "sample": (make_sampler, sampler_shapes),
+    "logprobs": (make_scorer, scorer_shapes),
+}
+"""Programs that may run after a step, in this order, each with the shapes of its arguments."""

@@ -9,7 +9,7 @@ import numpy as np
 from slora_jax.errors import PoolError
 
 DUMMY_PAGE = 0
-"""The page that padded writes and reads go to. Never allocated."""
+"""The page that padded reads go to. Never allocated, never written."""
 
 
 class PageKind(IntEnum):

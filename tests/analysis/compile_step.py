@@ -26,4 +26,4 @@ if __name__ == "__main__":
     spec = step_spec(model, *abstract_decoder(model, config.dtype), config, pool_shape(model, config))
     with compiling_for(target.device):
         layout = spec.layout(Bucket(16, 16, decode=True))
-    compile_for(target, make_step(spec, layout, with_lora=True), *step_shapes(spec, layout))
+        compile_for(target, make_step(spec, layout, with_lora=True), *step_shapes(spec, layout))

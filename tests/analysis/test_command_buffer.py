@@ -1,40 +1,49 @@
-"""A decode step is one CUDA graph, as XLA's list of thunks for an absent H200 shows."""
+"""A decode step is one CUDA graph in which LoRA runs beside the base model, as XLA's log for an absent H200 shows."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from slora_jax.analysis.graph import LOG, Graph, read_graph
+
 SCRIPT = Path(__file__).with_name("compile_step.py")
+LAYERS = 2
 
 
 @pytest.fixture(scope="module")
-def thunks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """One line a thunk; those inside another are indented."""
-    dump = tmp_path_factory.mktemp("dump")
-    flags = f"--xla_dump_to={dump} --xla_dump_hlo_module_re=decode.*"
-    subprocess.run([sys.executable, str(SCRIPT)], env=os.environ | {"XLA_FLAGS": flags}, check=True, timeout=240)
-    (path,) = dump.glob("*decode_16_lora.thunk_sequence_after_thunk_passes.txt")
-    return [line for line in path.read_text().splitlines() if re.match(r"\s*\d+: k", line)]
+def graph() -> Graph:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)], env=os.environ | LOG, check=True, timeout=240, stderr=subprocess.PIPE, text=True
+    )
+    return read_graph(done.stderr)  # raises if the step is not one graph
 
 
-def test_a_step_is_one_command_buffer(thunks):
-    assert [line for line in thunks if not line.startswith(" ")] == [thunks[0]]
-    assert "kCommandBuffer" in thunks[0]
+def custom_calls(graph: Graph) -> list[int]:
+    return [i for i, node in enumerate(graph.nodes) if node.name == "kCustomCall"]
 
 
-def test_the_command_buffer_has_the_kernels_of_both_layers(thunks):
-    assert sum("kCustomCall" in line for line in thunks) == 2 * (8 + 1)
+def test_the_graph_has_the_kernels_of_all_layers(graph) -> None:
+    assert len(custom_calls(graph)) == LAYERS * (8 + 1)
 
 
-def test_a_shrink_has_the_dependencies_of_the_base_product_beside_it(thunks):
-    """So the graph may run the two side by side."""
-    first = next(i for i, line in enumerate(thunks) if "kCustomCall" in line)
-    shrink, product = thunks[first], thunks[first + 1]
-    assert "gemm_fusion_dot" in product
-    number = re.match(r"\s*(\d+):", shrink)[1]
-    assert f"prev={number} " not in product
-    assert re.search(r"prev=(\d+)", shrink)[1] == re.search(r"prev=(\d+)", product)[1]
+def test_the_graph_is_no_chain(graph) -> None:
+    assert not graph.is_sequential
+
+
+def test_each_shrink_runs_beside_its_base_product(graph) -> None:
+    """Both wait for the norm, the attention or the activation, and neither for the other; the expand waits for both."""
+    calls = custom_calls(graph)
+    for layer in range(LAYERS):
+        lora = calls[9 * layer :][:9]
+        del lora[2]  # attention, after the expand of q, k and v
+        for shrink, expand in zip(lora[::2], lora[1::2], strict=True):
+            assert shrink in graph.nodes[expand].after
+            (product,) = set(graph.nodes[expand].after) - {shrink}  # or the sum of its parts
+            before_shrink, before_product = graph.ancestors(shrink), graph.ancestors(product) | {product}
+            assert any("gemm" in graph.nodes[i].name for i in before_product - before_shrink)
+            assert shrink not in before_product
+            more = {graph.nodes[i].name for i in before_shrink - before_product}
+            assert more <= {"loop_concatenate_fusion"}  # the step's list of tiles, for the first layer

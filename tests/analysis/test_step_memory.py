@@ -1,6 +1,7 @@
 """Memory and kernels of a real model's step, compiled for an absent GPU."""
 
 import dataclasses
+import re
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from slora_jax.models.config import read_json
 
 LLAMA_3_8B = Path(__file__).parents[2] / "experiments" / "models" / "llama-3-8b.json"
 LAYERS = 2
+POOL_PAGES, PAGE_BYTES = 140_000, 2 * 16 * 1024 * 2
 
 
 @cache
@@ -27,12 +29,12 @@ def step(decode: bool) -> tuple[int, list[KernelUse]]:
     target = TARGETS["h200"]
     model = dataclasses.replace(ModelConfig.from_dict(read_json(LLAMA_3_8B)), num_layers=LAYERS)
     config = EngineConfig(
-        dtype="bfloat16", max_num_seqs=256, max_num_batched_tokens=2048, max_lora_rank=64, num_pages=20_000
+        dtype="bfloat16", max_num_seqs=256, max_num_batched_tokens=2048, max_lora_rank=64, num_pages=POOL_PAGES
     )
     spec = step_spec(model, *abstract_decoder(model, config.dtype), config, pool_shape(model, config))
     with compiling_for(target.device):
         layout = spec.layout(Bucket(tokens=256 if decode else 2048, seqs=256, decode=decode))
-    compiled = compile_for(target, make_step(spec, layout, with_lora=True), *step_shapes(spec, layout))
+        compiled = compile_for(target, make_step(spec, layout, with_lora=True), *step_shapes(spec, layout))
     use = pool_use(compiled, spec.pool)
     assert use.copies == ()
     return use.temp_bytes, kernels_in(compiled, target.device)
@@ -42,6 +44,15 @@ def test_temporaries_are_little_more_than_the_logits() -> None:
     temporaries, _ = step(decode=True)
     logits = 4 * 256 * 128_256
     assert temporaries < logits + 100e6  # nothing of the size of a gathered context or of gathered adapters
+
+
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
+def test_kernels_address_the_pool_with_64_bits(decode) -> None:
+    """A layer's pool has 2^32 elements and more. A page's bytes, or a tile's, are factors of a 64-bit product."""
+    assert POOL_PAGES * PAGE_BYTES > 2 * 2**32
+    factor = f"({PAGE_BYTES}|{PAGE_BYTES // 2})"
+    for kernel in step(decode)[1]:
+        assert re.search(rf"(mul|mad)\.wide\.[su]32\s[^;]*, {factor}[,;]|shl\.b64\s[^;]*, 1[56];", kernel.ptx)
 
 
 @pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])

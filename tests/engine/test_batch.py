@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pallas_kernels.pool_write import NO_PAGE
 from slora_jax.engine.batch import (
     DENSE_ROWS,
     SAMPLER_FIELDS,
@@ -154,13 +155,13 @@ def check_order_of_sequences(step: Step) -> None:
 
 
 def check_rows(step: Step) -> None:
-    """Every row has its token, position, page and offset; padding rows write to the dummy page."""
+    """Every row has its token, position, page and offset; padding rows are written to no page."""
     batch, n = step.batch, len(step.rows)
     assert batch.token.shape == batch.position.shape == batch.page.shape == batch.offset.shape == (step.bucket.tokens,)
     found = list(zip(batch.token, batch.position, batch.page, batch.offset, strict=True))
     assert found[:n] == [(r.token, r.position, r.page, r.offset) for r in step.rows]
     for token, position, page, offset in found[n:]:
-        assert (token, position, page, offset) == (0, 0, 0, 0)  # the dummy page takes the keys of padding
+        assert (token, position, page, offset) == (0, 0, NO_PAGE, 0)
 
 
 def check_page_table(step: Step) -> None:
@@ -242,6 +243,7 @@ def check_sampling_inputs(step: Step) -> None:
     np.testing.assert_array_equal(slot, step.batch.slot)
     assert (target == -1).all()  # no plan scores its prompt
     assert not inputs.temperature[n:].any()  # padding samples greedily
+    assert (inputs.cutoff == np.inf).all()
     for seq, request in enumerate(step.requests):
         params = request.params
         for name in ("temperature", "top_p", "min_p"):

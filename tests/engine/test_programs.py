@@ -84,7 +84,12 @@ def test_compiling_on_use_compiles_only_what_a_request_needs(tiny):
         assert {p.name for p in programs.programs} == {"mixed_16_begin", "mixed_16_layer", "mixed_16_end"}
         engine.generate([[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True, temperature=1.0, logprobs=1))
         new = {"decode_1_begin", "decode_1_layer", "decode_1_end", "sample_1", "logprobs_1"}
-        assert {p.name for p in programs.programs} == new | {"mixed_16_begin", "mixed_16_layer", "mixed_16_end"}
+        names = new | {"mixed_16_begin", "mixed_16_layer", "mixed_16_end"}
+        assert {p.name for p in programs.programs} == names
+        engine.generate([[1, 2, 3]], SamplingParams(max_tokens=1, top_k=4, top_p=0.5))  # greedy
+        assert {p.name for p in programs.programs} == names
+        engine.generate([[1, 2, 3]], SamplingParams(max_tokens=1, temperature=1.0, top_p=0.5))
+        assert {p.name for p in programs.programs} == names | {"cutoff_1"}
 
 
 def test_pools_of_similar_memory_have_one_size():

@@ -1,17 +1,40 @@
 """Sampling on the device compared with float64 references; random streams do not depend on the rest of the batch."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 
-from slora_jax import SamplingParams
+from pallas_kernels.cutoff import cutoff
+from pallas_kernels.targets import TARGETS, compile_for
+from slora_jax import EngineConfig, SamplingParams
 from slora_jax.adapters import random_adapter
+from slora_jax.analysis import launches
 from slora_jax.engine import sampling
-from slora_jax.engine.sampling import SamplingInputs
+from slora_jax.engine.sampling import Sampled, SamplingInputs
+from slora_jax.engine.sizing import pool_shape, step_spec
+from slora_jax.engine.step import AFTER_STEP
+from slora_jax.models import ModelConfig, abstract_decoder
+from slora_jax.models.config import read_json
 
 VOCAB = 97
-sample = jax.jit(lambda logits, inputs: sampling.score(logits, sampling.sample(logits, inputs)))
-masks = jax.jit(sampling._masks)
+LLAMA_3_8B = Path(__file__).parents[2] / "experiments" / "models" / "llama-3-8b.json"
+draw = jax.jit(lambda logits, best, inputs: sampling.score(logits, sampling.sample(logits, best, inputs)))
+greedy = jax.jit(sampling.greedy)
+
+
+@jax.jit
+def searched(logits: jax.Array, inputs: SamplingInputs) -> SamplingInputs:
+    """Returns the inputs with the cutoff of top-k and top-p."""
+    found = cutoff(logits, greedy(logits), inputs.temperature, inputs.top_k, inputs.top_p)
+    return replace(inputs, cutoff=found)
+
+
+def sample(logits: np.ndarray, inputs: SamplingInputs) -> Sampled:
+    """Draws after the search, as a step with top-k or top-p does."""
+    return draw(logits, greedy(logits), searched(logits, inputs))
 
 
 def inputs(rows: int, **fields: object) -> SamplingInputs:
@@ -23,6 +46,7 @@ def inputs(rows: int, **fields: object) -> SamplingInputs:
         "min_p": (np.float32, 0.0),
         "seed": (np.uint32, 0),
         "output_index": (np.int32, 1),
+        "cutoff": (np.float32, np.inf),
     }
     return SamplingInputs(
         **{
@@ -48,8 +72,9 @@ def kept_tokens(logits: np.ndarray, top_k: int = 0, top_p: float = 1.0, min_p: f
 
 
 def device_mask(logits: np.ndarray, **fields: object) -> np.ndarray:
-    scaled = logits - logits.max(-1, keepdims=True)
-    return np.asarray(masks(scaled.astype(np.float32), inputs(len(logits), **fields)))
+    found = searched(logits, inputs(len(logits), **fields))
+    distance = logits.max(-1, keepdims=True) - logits
+    return (distance <= np.asarray(found.cutoff)[:, None]) & (np.exp(-distance) >= np.asarray(found.min_p)[:, None])
 
 
 CASES = [
@@ -116,6 +141,32 @@ def test_draws_have_the_reference_distribution(case: dict, rng: np.random.Genera
     chi_square = ((count - draws * p)[common] ** 2 / (draws * p[common])).sum()
     freedom = common.sum() - 1
     assert chi_square <= freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_sampling_on_a_gpu_launches_few_kernels() -> None:
+    """The draw alone, and with the search: 2,154 before."""
+    model = ModelConfig.from_dict(read_json(LLAMA_3_8B))
+    config = EngineConfig(dtype="bfloat16", max_num_seqs=256, num_pages=100)
+    spec = step_spec(model, *abstract_decoder(model, config.dtype), config, pool_shape(model, config))
+    count = {}
+    for kind in ("cutoff", "sample"):
+        make, shapes = AFTER_STEP[kind]
+        compiled = compile_for(TARGETS["h200"], make(spec, 256), *shapes(spec, 256))
+        count[kind] = launches(compiled.as_text())
+        assert compiled.memory_analysis().temp_size_in_bytes < 2**22  # far less than a copy of the logits
+    assert count["sample"] <= 10
+    assert sum(count.values()) <= 15
+
+
+def test_a_plain_row_draws_the_same_token_with_and_without_the_search(rng: np.random.Generator) -> None:
+    rows = 2 * sampling.CHUNK_ROWS + 5
+    logits = (3 * rng.standard_normal((rows, VOCAB))).astype(np.float32)
+    logits[::5, ::7] = -np.inf
+    plain = {"seed": np.arange(rows), "temperature": rng.choice([0.0, 0.3, 1.0, 50.0], rows), "min_p": 0.01}
+    expected = draw(logits, greedy(logits), inputs(rows, **plain))
+    restricted = np.arange(rows) % 2 == 0
+    found = sample(logits, inputs(rows, **plain, top_k=np.where(restricted, 2, 0), top_p=np.where(restricted, 0.9, 1)))
+    np.testing.assert_array_equal(found.token[~restricted], expected.token[~restricted])
 
 
 def test_draw_depends_on_the_rows_own_inputs_only(rng: np.random.Generator) -> None:

@@ -31,7 +31,7 @@ def compiled() -> ProgramReport:
         Collective("all-gather", LAYERS, 2 * ROWS * RANK * itemsize, "lora"),
         Collective("all-gather", 1, TP * ROWS * 8, "greedy"),
     )
-    return ProgramReport("decode_256_lora", ROWS, ROWS, True, 1.0, 0, 0, 0, 5, 5, (), (), collectives)
+    return ProgramReport("decode_256_lora", ROWS, ROWS, True, 1.0, 0, 0, 0, 5, 5, 0, (), (), collectives)
 
 
 def read(program: ProgramReport) -> Program:

@@ -42,7 +42,7 @@ def test_calls_arrive_in_order_with_their_arguments_and_arrays(ends, rng) -> Non
         rng.standard_normal((2, 3, 2)).astype(ml_dtypes.bfloat16),
         np.array(7, np.int32),
     ]
-    calls = [("step", {"key": [1, 0], "logprobs": None}, arrays), ("stop", {}, []), ("move", {}, arrays[:1])]
+    calls = [("step", {"key": [1, 0], "after": ["sample"]}, arrays), ("stop", {}, []), ("move", {}, arrays[:1])]
     sender = threading.Thread(target=lambda: [one.sendall(bytes([b])) for b in b"".join(encode(*c) for c in calls)])
     sender.start()  # byte by byte
     for name, arguments, sent in calls:

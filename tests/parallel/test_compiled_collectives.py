@@ -59,7 +59,7 @@ def spec_of(target, count, lora="slora"):
 def compiled_step(target, spec, bucket):
     with compiling_for(TARGETS[target].device):
         layout = spec.layout(bucket)
-    return compile_for(TARGETS[target], make_step(spec, layout, with_lora=True), *step_shapes(spec, layout))
+        return compile_for(TARGETS[target], make_step(spec, layout, with_lora=True), *step_shapes(spec, layout))
 
 
 def counted(compiled) -> Counter:

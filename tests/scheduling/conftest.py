@@ -83,6 +83,12 @@ class Simulation(FakeExecutor):
         return self.recorder.plan
 
     def dispatch(self, plan: StepPlan) -> FakeStep:
+        places = [
+            (s.request.pages[at // PAGE_SIZE], at % PAGE_SIZE)
+            for s in plan.sequences
+            for at in range(s.start, s.start + s.count)
+        ]
+        assert len(set(places)) == len(places), "write_kv needs distinct places"
         self.execute(plan)
         return super().dispatch(plan)
 

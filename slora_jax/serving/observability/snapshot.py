@@ -20,7 +20,7 @@ from slora_jax.memory import PageKind, Resident
 from slora_jax.metrics import PAGE_KINDS as POOL_KINDS
 
 PAGE_KINDS = (*POOL_KINDS, "dummy")
-"""Contents of a page: those of `PoolPages`, and page 0, which absorbs padding."""
+"""Contents of a page: those of `PoolPages`, and page 0, which padding reads."""
 
 FREE, KV, PREFIX_IN_USE, PREFIX_IDLE, ADAPTER_IN_USE, ADAPTER_IDLE, ADAPTER_ARRIVING, DUMMY = range(8)
 
