@@ -1,5 +1,6 @@
-"""A short visit to a GPU, in calls that are each useful if they are the last: `python -m experiments.kernel_bench.visit 1`.
+"""A short visit to a GPU, in calls that are each useful if they are the last.
 
+`python -m experiments.kernel_bench.visit N` makes call N.
 Call 1 (4 minutes): the device's own rates, checks of the Triton kernels, the goals' cases, and one profile of shrink.
 Call 2 (5 minutes): whole decode steps, the sampler, and writes into the pool. Call 3 (2 minutes): prefill attention in
 Mosaic GPU beside Triton. Compiled programs are kept in one file, which the next call unpacks, also on another machine.
