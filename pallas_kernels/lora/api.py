@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from types import ModuleType
 from typing import Any, Literal, Self, get_args
 
 import jax
@@ -17,14 +16,8 @@ from pallas_kernels.lora.plan import MIN_BLOCK, ExpandPlan, ShrinkPlan, expand_p
 from pallas_kernels.lora.tiles import AdapterTable, LoraTiles
 from pallas_kernels.lora.work import stack_work
 
-Implementation = Literal["xla", "bmm", "triton", "mosaic_gpu"]
+Implementation = Literal["xla", "bmm", "triton"]
 IMPLEMENTATIONS = get_args(Implementation)
-
-_NO_HALVES = {
-    "bmm": "multiplies padded copies of A and B in one go",
-    "mosaic_gpu": "keeps the ranks of x A in an order of its own",
-}
-"""Why an implementation has no `shrink` and `expand`."""
 
 
 @jax.tree_util.register_pytree_node_class
@@ -197,16 +190,18 @@ def _check_served(layout: LoraLayout, dtype: Any, split: bool, name: str) -> str
     if name not in IMPLEMENTATIONS:
         available = ", ".join(map(repr, IMPLEMENTATIONS))
         raise NotImplementedError(f"LoraProduct: no implementation named {name!r}; available: {available}")
-    if split and name in _NO_HALVES:
-        raise NotImplementedError(f"LoraProduct.shrink: {name!r} {_NO_HALVES[name]}; available: 'xla', 'triton'")
-    if name in ("triton", "mosaic_gpu"):
+    if split and name == "bmm":
+        raise NotImplementedError(
+            "LoraProduct.shrink: 'bmm' multiplies padded copies of A and B in one go; available: 'xla', 'triton'"
+        )
+    if name == "triton":
         if jnp.dtype(dtype).itemsize != 2:
             raise NotImplementedError(
-                f"LoraProduct: {name!r} takes bfloat16 and float16, not {dtype}; use 'xla' or another dtype"
+                f"LoraProduct: 'triton' takes bfloat16 and float16, not {dtype}; use 'xla' or another dtype"
             )
         if layout.width % MIN_BLOCK:
             raise NotImplementedError(
-                f"LoraProduct: {name!r} takes a pool width that is a multiple of {MIN_BLOCK}, not {layout.width}; "
+                f"LoraProduct: 'triton' takes a pool width that is a multiple of {MIN_BLOCK}, not {layout.width}; "
                 "use 'xla'"
             )
     return name
@@ -252,9 +247,11 @@ def lora_shrink(
       private to the backend. Rows without an adapter and ranks past an adapter's are undefined.
     """
     plan = options.shrink_plan or shrink_plan(
-        backend=options.implementation, decode=options.decode, rows=x.shape[0], d_in=stack.d_in, width=layout.width
+        decode=options.decode, rows=x.shape[0], d_in=stack.d_in, width=layout.width
     )
-    return _kernels(options).lora_shrink(
+    from pallas_kernels.lora import triton  # imported at use
+
+    return triton.lora_shrink(
         x, pool, pages, work, layout, stack,
         max_rank=options.rank_columns, tile_rows=options.tile_rows, plan=plan, interpret=options.interpret,
     )  # fmt: skip
@@ -281,19 +278,10 @@ def lora_expand(
       `[T, stack.d_out]`; rows without an adapter equal y to the bit.
     """
     plan = options.expand_plan or expand_plan(
-        backend=options.implementation, decode=options.decode, rows=y.shape[0], d_out=stack.d_out, width=layout.width
+        decode=options.decode, rows=y.shape[0], d_out=stack.d_out, width=layout.width
     )
-    return _kernels(options).lora_expand(
+    from pallas_kernels.lora import triton  # imported at use
+
+    return triton.lora_expand(
         h, y, pool, pages, work, layout, stack, tile_rows=options.tile_rows, plan=plan, interpret=options.interpret
     )
-
-
-def _kernels(options: LoraOptions) -> ModuleType:
-    """The module of a GPU backend, imported at use."""
-    if options.implementation == "triton":
-        from pallas_kernels.lora import triton
-
-        return triton
-    from pallas_kernels.lora import mosaic_gpu
-
-    return mosaic_gpu

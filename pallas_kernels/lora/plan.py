@@ -54,14 +54,14 @@ class ExpandPlan:
 
 
 def shrink_plan(**facts: Any) -> ShrinkPlan:
-    """facts: backend, decode, rows, d_in, width."""
+    """facts: decode, rows, d_in, width."""
     plan = ShrinkPlan(**plans.find("lora", "lora_shrink", **facts))
     block_k = _block(plan.block_k, facts["width"])
     return replace(plan, block_k=block_k, slice_k=max(block_k, plan.slice_k))
 
 
 def expand_plan(**facts: Any) -> ExpandPlan:
-    """facts: backend, decode, rows, d_out, width."""
+    """facts: decode, rows, d_out, width."""
     plan = ExpandPlan(**plans.find("lora", "lora_expand", **facts))
     block_n = _block(plan.block_n, facts["width"])
     return replace(plan, block_n=block_n, span_n=max(block_n, plan.span_n))
