@@ -91,7 +91,7 @@ def test_a_product_is_called_whole_or_split_as_it_was_made():
 
 
 def test_the_first_fitting_plan_of_the_device_or_of_any_applies():
-    facts = {"decode": True, "width": 1024}
+    facts = {"decode": True, "width": 1024, "page_size": 16}
     with devices.compiling_for(H200):
         small, large = (shrink_plan(**facts, rows=rows, d_in=4096) for rows in (8, 256))
         assert small.splits(4096) > large.splits(4096)  # few rows leave room for more programs a row
