@@ -132,12 +132,13 @@ def test_no_other_page_size_or_dtype_spills():
 def test_decode_kernels_execute_few_instructions_and_few_blocks_are_idle():
     """The targets hold with all of a program's instructions, not only those of its loops."""
     stack, *_ = compiled_lora.LAYOUT.stacks
-    decode = [step for step in compiled_lora.STEPS if step.decode]
-    rows = list(compiled_lora.rows(devices.DEVICES["h200"], decode, [stack]))
+    rows = list(compiled_lora.rows(devices.DEVICES["h200"], stacks=[stack]))
     assert {(row["kernel"], row["launches"]) for row in rows} == {("lora_shrink", 1), ("lora_expand", 1)}
     for row in rows:
-        assert row["instructions_per_kb"] <= {"lora_shrink": 40, "lora_expand": 90}[row["kernel"]], row
-        assert row["dead_blocks"] <= row["blocks"] / 8, row
+        if row["case"].startswith("decode"):
+            assert row["instructions_per_kb"] <= {"lora_shrink": 40, "lora_expand": 90}[row["kernel"]], row
+            assert row["dead_blocks"] <= row["blocks"] / 8, row
+        assert row["dead_blocks"] <= row["blocks"] * 0.4, row
 
 
 @pytest.mark.parametrize("name", CALLS)
