@@ -45,7 +45,7 @@ def table(rows: Iterable[Row]) -> str:
     found: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         found.setdefault(_key(row), {})[row["version"]] = row
-    lines = [("kernel", "case", *NUMBERS)]
+    lines: list[tuple[str, ...]] = [("kernel", "case", *NUMBERS)]
     for (_, kernel, case), versions in sorted(found.items()):
         numbers = []
         for name in NUMBERS:

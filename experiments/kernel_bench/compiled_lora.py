@@ -97,7 +97,8 @@ def _kernels(device: Device, rows: int, decode: bool, tile_rows: int, stack: Sta
 
     entries = ceil_div(rows, tile_rows) + min(rows, SLOTS)
     table = AdapterTable(struct(SLOTS, max_pages(LAYOUT, MAX_RANK)), struct(SLOTS, 7))
-    tiles = LoraTiles(*(struct(entries) for _ in range(3)), struct(rows), *(struct() for _ in range(4)))
+    tile, number = struct(entries), struct()
+    tiles = LoraTiles(tile, tile, tile, struct(rows), number, number, number, number)
     pool = struct(NUM_PAGES, 2, LAYOUT.page_size, LAYOUT.width, dtype=DTYPE)
     x, y = struct(rows, stack.d_in, dtype=DTYPE), struct(rows, stack.d_out, dtype=DTYPE)
     program = compile_for(TARGETS[device.name], jax.jit(run, donate_argnums=0), y, x, pool, table, tiles)

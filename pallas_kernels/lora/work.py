@@ -66,5 +66,5 @@ def lora_work(layout: LoraLayout, ranks: jax.Array, tiles: LoraTiles, *, max_ran
     block = item - jnp.take_along_axis(past - blocks, tile, 1)
     a = jnp.take_along_axis(a, tile[:, :, None], 1)  # [stacks, I + 1, FIELDS]
     step = jnp.array([[layout.a_chunks(stack) * (block_r // layout.page_size)] for stack in layout.stacks])
-    places = jnp.stack([a[:, :, 3] + block * step, block * block_r], 2)
-    return LoraWork(b, jnp.where(a[:, :, 1:2] > 0, jnp.concatenate([a[:, :, :3], places, a[:, :, 5:]], 2), 0))
+    first = jnp.stack([a[:, :, 3] + block * step, block * block_r], 2)
+    return LoraWork(b, jnp.where(a[:, :, 1:2] > 0, jnp.concatenate([a[:, :, :3], first, a[:, :, 5:]], 2), 0))

@@ -133,8 +133,8 @@ def _parse(text: str) -> list[Block]:
             if branches and conditional:
                 block.successors.append(len(blocks))
                 blocks.append(Block())
-    for index, label in jumps:
-        blocks[index].successors.append(labels[label])
+    for index, name in jumps:
+        blocks[index].successors.append(labels[name])
     return blocks
 
 
