@@ -4,6 +4,11 @@ An item of shrink is a row tile, a block of ranks and a slice of the input's col
 and a block of output columns. Programs stride over the items, whose number is data, so few programs are idle. Pages are
 looked up as scalars. Each slice of shrink writes its own plane, and expand adds the planes in a fixed order: no
 atomics, no zeroing, deterministic bits.
+
+Constants of both kernels: `BY_PROJECTION`, the columns of h for each projection of a stack; 0 if the stack's ranks
+follow one another. `WIDE`: a row tile is the first operand of a product. `BLOCK_M`, `BLOCK_R`, `BLOCK_K`, `BLOCK_N`:
+rows of the step, ranks, input and output columns of a product. A stack's items are rows `FIRST_ITEM ..` of its table;
+row `LAST_ITEM` is zeros.
 """
 
 from __future__ import annotations
