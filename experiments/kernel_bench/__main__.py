@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(arguments)
-    if args.list or args.compile_only:  # before JAX is imported
+    if args.list or args.compile_only or args.compiled:  # before JAX is imported
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     args.out = args.out or Path(f"compile_{args.compile_only}.json" if args.compile_only else "bench.json")
@@ -54,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             for case in cases:
                 systems = ", ".join(system.name for system in case.systems)
                 print(f"{name:<11} {case.importance:>2}  {case.label}: {systems}")
+        return 0
+    if args.compiled:
+        from experiments.kernel_bench import compiled
+        from pallas_kernels.devices import DEVICES as BY_NAME
+
+        print(compiled.table(compiled.update(BY_NAME[args.compiled])))
         return 0
     if args.section:
         return _measure(args)
@@ -149,6 +155,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--miniature", action="store_true", help="tiny shapes, interpreted kernels")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--list", action="store_true", help="print the cases and run none")
+    mode.add_argument(
+        "--compiled", choices=DEVICES, help="print a table of the kernels compiled for a GPU; none is needed"
+    )
     mode.add_argument("--compile-only", choices=DEVICES, help="compile every program for a GPU that need not be here")
     add("--section", help=argparse.SUPPRESS)  # of a measuring process, like the next
     add("--deadline", type=float, help=argparse.SUPPRESS)  # seconds since the epoch

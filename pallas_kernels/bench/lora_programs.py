@@ -15,8 +15,7 @@ from pallas_kernels.bench import peers
 from pallas_kernels.bench.case import Program
 from pallas_kernels.bench.lora_batch import DTYPE, Shape
 from pallas_kernels.lora import AdapterTable, LoraProduct, LoraTiles
-from pallas_kernels.lora.api import LoraOptions, lora_expand, lora_shrink
-from pallas_kernels.lora.work import stack_work
+from pallas_kernels.lora.api import LoraOptions, kernel_work, lora_expand, lora_shrink
 
 
 @cache
@@ -39,9 +38,10 @@ def shrink(shape: Shape, backend: str, layers: int) -> Program:
     """`(xs, pools, table, tiles) -> h` of every layer and stack."""
 
     def run(xs: Any, pools: Any, table: AdapterTable, tiles: LoraTiles) -> Any:
-        options, work, hs = _options(shape, backend), stack_work(shape.layout, table.ranks, tiles), []
+        options, hs = _options(shape, backend), []
+        work = kernel_work(shape.layout, table.ranks, tiles, options)
         for pool, (i, stack) in itertools.product(pools, enumerate(shape.layout.stacks)):
-            h = lora_shrink(xs[i], pool, table.pages, work[i], shape.layout, stack, options)
+            h = lora_shrink(xs[i], pool, table.pages, work, shape.layout, stack, options)
             xs, h = lax.optimization_barrier((xs, h))
             hs.append(h)
         return tuple(hs)
@@ -55,10 +55,11 @@ def expand(shape: Shape, backend: str, layers: int) -> Program:
     """`(ys, hs, pools, table, tiles) -> ys`: every layer reads the same h `[slices, T, ...]`."""
 
     def run(ys: Any, hs: Any, pools: Any, table: AdapterTable, tiles: LoraTiles) -> Any:
-        options, work = _options(shape, backend), stack_work(shape.layout, table.ranks, tiles)
+        options = _options(shape, backend)
+        work = kernel_work(shape.layout, table.ranks, tiles, options)
 
         def call(pool: Any, i: int, h: Any, y: Any) -> Any:
-            return lora_expand(h, y, pool, table.pages, work[i], shape.layout, shape.layout.stacks[i], options)
+            return lora_expand(h, y, pool, table.pages, work, shape.layout, shape.layout.stacks[i], options)
 
         return _in_sequence(pools, hs, ys, call)
 

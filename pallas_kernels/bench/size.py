@@ -21,7 +21,6 @@ class Size:
         step does; the reference runs in one layer only.
       max_rank, slots: largest rank, and number, of resident adapters.
       max_context: tokens of the longest sequence.
-      backends: of the kernels.
       cache_bytes: dispatches rotate over inputs of this many bytes, which no cache holds.
       copy_bytes, matmul_width: of the ceilings.
       rounds, round_seconds: of the timing.
@@ -36,7 +35,6 @@ class Size:
     max_rank: int
     slots: int
     max_context: int
-    backends: tuple[str, ...]
     cache_bytes: int
     copy_bytes: int
     matmul_width: int
@@ -54,7 +52,6 @@ FULL = Size(
     max_rank=128,
     slots=256,
     max_context=32768,
-    backends=("triton", "mosaic_gpu"),
     cache_bytes=192 * 2**20,  # three times the H200's second-level cache
     copy_bytes=2**32,
     matmul_width=8192,
@@ -72,7 +69,6 @@ MINIATURE = Size(
     max_rank=16,
     slots=4,
     max_context=48,
-    backends=("triton",),
     cache_bytes=2**14,
     copy_bytes=2**16,
     matmul_width=64,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from types import ModuleType
 from typing import Any, Literal, Self, get_args
 
 import jax
@@ -13,18 +12,20 @@ import jax.numpy as jnp
 from pallas_kernels import fallback, plans
 from pallas_kernels.lora import bmm, xla
 from pallas_kernels.lora.layout import LoraLayout, Stack, ceil_div
-from pallas_kernels.lora.plan import MIN_BLOCK, ExpandPlan, ShrinkPlan, expand_plan, shrink_plan, tile_rows
+from pallas_kernels.lora.plan import (
+    MIN_BLOCK,
+    ExpandPlan,
+    ShrinkPlan,
+    block_ranks,
+    expand_plan,
+    shrink_plan,
+    tile_rows,
+)
 from pallas_kernels.lora.tiles import AdapterTable, LoraTiles
-from pallas_kernels.lora.work import stack_work
+from pallas_kernels.lora.work import LoraWork, lora_work
 
-Implementation = Literal["xla", "bmm", "triton", "mosaic_gpu"]
+Implementation = Literal["xla", "bmm", "triton"]
 IMPLEMENTATIONS = get_args(Implementation)
-
-_NO_HALVES = {
-    "bmm": "multiplies padded copies of A and B in one go",
-    "mosaic_gpu": "keeps the ranks of x A in an order of its own",
-}
-"""Why an implementation has no `shrink` and `expand`."""
 
 
 @jax.tree_util.register_pytree_node_class
@@ -48,7 +49,7 @@ class LoraProduct:
       NotImplementedError: the implementation is unknown, or does not serve the shape, the dtype or `split`.
     """
 
-    _ARRAYS = ("_tiles", "_pages", "_padded", "_row_weights", "_tile_weights", "_a_work", "_b_work")
+    _ARRAYS = ("_tiles", "_pages", "_padded", "_row_weights", "_tile_weights", "_work")
     _STATIC = ("_layout", "_dtype", "_split", "_options")
 
     def __init__(
@@ -70,14 +71,13 @@ class LoraProduct:
     ) -> None:
         name = backend(layout, dtype, split, implementation)
         self._layout, self._dtype, self._split = layout, jnp.dtype(dtype), split
-        self._options = LoraOptions(decode, tile_rows, max_rank, name, interpret, shrink_plan, expand_plan)
+        self._options = LoraOptions(decode, tile_rows, max_rank, name, interpret, shrink_plan, expand_plan, split)
         self._tiles = tiles
         self._pages = pages = table.pages
         self._padded: bmm.PaddedWork | None = None
         self._row_weights: tuple[xla.StackRows, ...] = ()
         self._tile_weights: tuple[xla.StackRows, ...] = ()
-        self._a_work: tuple[jax.Array, ...] = ()
-        self._b_work: tuple[jax.Array, ...] = ()
+        self._work: LoraWork | None = None
         if name == "bmm":
             shape = tiles.row_slot.shape[0], pages.shape[0]
             padding = padding or bmm.paddings(*shape, decode=decode, tile_rows=tile_rows)[-1]
@@ -89,9 +89,7 @@ class LoraProduct:
                 count = tiles.num_tiles if split else tiles.num_dense
                 self._tile_weights = xla.prepare(layout, pages, table.ranks, tiles.slot, count, max_rank)
         else:
-            self._a_work = self._b_work = stack_work(layout, table.ranks, tiles)
-            if split:
-                self._a_work = stack_work(layout, table.ranks, tiles, of_a=True)
+            self._work = kernel_work(layout, table.ranks, tiles, self._options)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         return tuple(getattr(self, name) for name in self._ARRAYS), tuple(getattr(self, name) for name in self._STATIC)
@@ -124,8 +122,9 @@ class LoraProduct:
                 y = xla.add_tiles(x, y, pool, stack, layout, dense, tiles, tiles.num_dense, options.tile_rows)
             weights = self._row_weights[number]
             return xla.add_rows(x, y, pool, stack, layout, weights, tiles.dense_rows, tiles.lora_rows)
-        h = lora_shrink(x, pool, self._pages, self._a_work[number], layout, stack, options)
-        return lora_expand(h, y, pool, self._pages, self._b_work[number], layout, stack, options)
+        assert self._work is not None
+        h = lora_shrink(x, pool, self._pages, self._work, layout, stack, options)
+        return lora_expand(h, y, pool, self._pages, self._work, layout, stack, options)
 
     def shrink(self, x: jax.Array, pool: jax.Array, stack: Stack) -> jax.Array:
         """`x A` of every row with an adapter, after `split=True`.
@@ -141,8 +140,8 @@ class LoraProduct:
             weights = self._tile_weights[number]
             h = xla.shrink_tiles(x, pool, stack, layout, weights, tiles, tiles.num_tiles, options.tile_rows)
         else:
-            options = replace(options, max_rank=ranks)
-            slices = lora_shrink(x, pool, self._pages, self._a_work[number], layout, stack, options)
+            assert self._work is not None
+            slices = lora_shrink(x, pool, self._pages, self._work, layout, stack, replace(options, max_rank=ranks))
             h = slices.sum(0).reshape(x.shape[0], len(stack.projections), -1)
         return h[:, :, :ranks].astype(self._dtype)
 
@@ -160,7 +159,8 @@ class LoraProduct:
             h = _widen(h, weights.b_row.shape[0] * xla.GROUP)
             return xla.expand_tiles(h, y, pool, stack, layout, weights, tiles, tiles.num_tiles, options.tile_rows)
         h = _widen(h, options.rank_columns).reshape(1, h.shape[0], -1)
-        return lora_expand(h, y, pool, self._pages, self._b_work[number], layout, stack, options)
+        assert self._work is not None
+        return lora_expand(h, y, pool, self._pages, self._work, layout, stack, options)
 
     def _check_split(self, needed: bool) -> None:
         if self._split != needed:
@@ -197,16 +197,18 @@ def _check_served(layout: LoraLayout, dtype: Any, split: bool, name: str) -> str
     if name not in IMPLEMENTATIONS:
         available = ", ".join(map(repr, IMPLEMENTATIONS))
         raise NotImplementedError(f"LoraProduct: no implementation named {name!r}; available: {available}")
-    if split and name in _NO_HALVES:
-        raise NotImplementedError(f"LoraProduct.shrink: {name!r} {_NO_HALVES[name]}; available: 'xla', 'triton'")
-    if name in ("triton", "mosaic_gpu"):
+    if split and name == "bmm":
+        raise NotImplementedError(
+            "LoraProduct.shrink: 'bmm' multiplies padded copies of A and B in one go; available: 'xla', 'triton'"
+        )
+    if name == "triton":
         if jnp.dtype(dtype).itemsize != 2:
             raise NotImplementedError(
-                f"LoraProduct: {name!r} takes bfloat16 and float16, not {dtype}; use 'xla' or another dtype"
+                f"LoraProduct: 'triton' takes bfloat16 and float16, not {dtype}; use 'xla' or another dtype"
             )
         if layout.width % MIN_BLOCK:
             raise NotImplementedError(
-                f"LoraProduct: {name!r} takes a pool width that is a multiple of {MIN_BLOCK}, not {layout.width}; "
+                f"LoraProduct: 'triton' takes a pool width that is a multiple of {MIN_BLOCK}, not {layout.width}; "
                 "use 'xla'"
             )
     return name
@@ -214,7 +216,11 @@ def _check_served(layout: LoraLayout, dtype: Any, split: bool, name: str) -> str
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """Static settings of a step's LoRA products; the fields are `LoraProduct`'s arguments."""
+    """Static settings of a step's LoRA products; the fields are `LoraProduct`'s arguments.
+
+    With `split`, the ranks of projection p begin at column `p * rank_columns` of h. Otherwise, h has the ranks of a
+    stack one after another, as its tiles do.
+    """
 
     decode: bool
     tile_rows: int
@@ -223,18 +229,26 @@ class LoraOptions:
     interpret: bool = False
     shrink_plan: ShrinkPlan | None = None
     expand_plan: ExpandPlan | None = None
+    split: bool = False
 
     @property
     def rank_columns(self) -> int:
-        """Columns of one projection in h: `max_rank`, rounded up to whole blocks of ranks."""
+        """Columns of h for each projection of a stack: `max_rank`, rounded up to whole blocks of ranks."""
         return ceil_div(self.max_rank, 32) * 32
+
+
+def kernel_work(layout: LoraLayout, ranks: jax.Array, tiles: LoraTiles, options: LoraOptions) -> LoraWork:
+    """Returns the work tables of `lora_shrink` and `lora_expand`."""
+    facts = {"backend": options.implementation, "decode": options.decode}
+    block_r = block_ranks(layout.page_size, **facts)
+    return lora_work(layout, ranks, tiles, max_rank=options.max_rank, block_r=block_r)
 
 
 def lora_shrink(
     x: jax.Array,
     pool: jax.Array,
     pages: jax.Array,
-    work: jax.Array,
+    work: LoraWork,
     layout: LoraLayout,
     stack: Stack,
     options: LoraOptions,
@@ -245,18 +259,22 @@ def lora_shrink(
       x: `[T, stack.d_in]`.
       pool: one layer's pool `[num_pages, 2, page_size, W]`.
       pages: int32 `[slots, max_pages]`, see `AdapterTable`.
-      work: int32 `[NT, len(work.FIELDS)]`, this stack's table of `work.stack_work`.
+      work: the step's, of `kernel_work`.
 
     Returns:
-      float32 `[slices, T, ranks]`: sums over slices of the input's columns, still to be added up. The order of ranks is
-      private to the backend. Rows without an adapter and ranks past an adapter's are undefined.
+      float32 `[slices, T, projections * options.rank_columns]`: sums over slices of the input's columns, still to be
+      added up. Rows without an adapter and ranks past an adapter's are undefined.
     """
     plan = options.shrink_plan or shrink_plan(
-        backend=options.implementation, decode=options.decode, rows=x.shape[0], d_in=stack.d_in, width=layout.width
+        decode=options.decode, rows=x.shape[0], d_in=stack.d_in, width=layout.width
     )
-    return _kernels(options).lora_shrink(
+    from pallas_kernels.lora import triton  # imported at use
+
+    return triton.lora_shrink(
         x, pool, pages, work, layout, stack,
-        max_rank=options.rank_columns, tile_rows=options.tile_rows, plan=plan, interpret=options.interpret,
+        columns=len(stack.projections) * options.rank_columns, by_projection=options.split, tile_rows=options.tile_rows,
+        block_r=block_ranks(layout.page_size, backend=options.implementation, decode=options.decode),
+        plan=plan, interpret=options.interpret,
     )  # fmt: skip
 
 
@@ -265,7 +283,7 @@ def lora_expand(
     y: jax.Array,
     pool: jax.Array,
     pages: jax.Array,
-    work: jax.Array,
+    work: LoraWork,
     layout: LoraLayout,
     stack: Stack,
     options: LoraOptions,
@@ -281,19 +299,11 @@ def lora_expand(
       `[T, stack.d_out]`; rows without an adapter equal y to the bit.
     """
     plan = options.expand_plan or expand_plan(
-        backend=options.implementation, decode=options.decode, rows=y.shape[0], d_out=stack.d_out, width=layout.width
+        decode=options.decode, rows=y.shape[0], d_out=stack.d_out, width=layout.width, page_size=layout.page_size
     )
-    return _kernels(options).lora_expand(
-        h, y, pool, pages, work, layout, stack, tile_rows=options.tile_rows, plan=plan, interpret=options.interpret
-    )
+    from pallas_kernels.lora import triton  # imported at use
 
-
-def _kernels(options: LoraOptions) -> ModuleType:
-    """The module of a GPU backend, imported at use."""
-    if options.implementation == "triton":
-        from pallas_kernels.lora import triton
-
-        return triton
-    from pallas_kernels.lora import mosaic_gpu
-
-    return mosaic_gpu
+    return triton.lora_expand(
+        h, y, pool, pages, work, layout, stack,
+        by_projection=options.split, tile_rows=options.tile_rows, plan=plan, interpret=options.interpret,
+    )  # fmt: skip

@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels.bench import lora_programs as programs
@@ -21,6 +19,8 @@ from pallas_kernels.bench.size import Size
 from pallas_kernels.lora.roofline import expand_work, shrink_work
 from pallas_kernels.roofline import Work
 
+KERNEL = "triton"
+"""The measured implementation."""
 TOLERANCE = 1e-2
 """Of checks: bfloat16's error, far below that of one wrong row."""
 PEER_LAYERS = 8
@@ -140,7 +140,7 @@ def checks(size: Size, grid: Grid, seed: int) -> Iterator[Case]:
     for number, (count, decode) in enumerate(((grid.decode[0][0], True), (grid.prefill_rows, False))):
         shape, n = Shape(size, size.model, count, decode), min(grid.check_adapters, count // 2)
         batch = make_batch(shape, "ragged", n, rows=count - count // 4, layers=1, seed=seed + 7 * number, poisoned=True)
-        systems = tuple(kernel(batch, backend, 1) for backend in ("xla", *size.backends))
+        systems = tuple(kernel(batch, backend, 1) for backend in ("xla", KERNEL))
         facts = {"rows": count, "adapters": n, "rank": "ragged"}
         yield Case("lora", shape.regime, facts, batch.work, systems, tolerance=TOLERANCE)
         batch = make_batch(shape, "ragged", n, rows=count, layers=1, seed=seed + 7 * number, poisoned=True)
@@ -155,8 +155,7 @@ def _measured(size: Size, grid: Grid, seed: int) -> Iterator[Case]:
         if rank == "mixed" and n < 4:
             continue
         batch = make_batch(shape, rank, n, rows=shape.rows, layers=1, seed=seed)
-        systems = [kernel(batch, backend, size.layers) for backend in size.backends]
-        systems.append(kernel(batch, "xla", 1))
+        systems = [kernel(batch, KERNEL, size.layers), kernel(batch, "xla", 1)]
         facts = {"model": shape.model.name, "rows": shape.rows, "adapters": n, "rank": rank}
         main = rank == grid.main_rank
         if main or (n == grid.main_adapters and rank in grid.peer_ranks):
@@ -175,8 +174,8 @@ def _measured(size: Size, grid: Grid, seed: int) -> Iterator[Case]:
         shape = Shape(size, size.second_model, rows, True)
         batch = make_batch(shape, rank, n, rows=rows, layers=size.layers, seed=seed)
         facts = {"model": shape.model.name, "rows": rows, "adapters": n, "rank": rank}
-        kernels = tuple(kernel(batch, backend, size.layers) for backend in size.backends)
-        yield Case("lora", "decode", facts, batch.work, kernels, importance=2)
+        systems = [kernel(batch, KERNEL, size.layers)]
+        yield Case("lora", "decode", facts, batch.work, tuple(systems), importance=2)
 
 
 def _late_loop(batch: Batch, grid: Grid) -> System:
@@ -191,19 +190,15 @@ def _halves(batch: Batch, facts: dict[str, Any]) -> Iterator[Case]:
     shape, layers = batch.shape, batch.shape.size.layers
     itemsize = DTYPE.dtype.itemsize
 
-    def hs(backend: str) -> tuple[jax.Array, ...]:
-        return tuple(random_array(h.shape, batch.seed).astype(h.dtype) for h in programs.hidden(shape, backend))
+    def arguments() -> list[tuple[Any, ...]]:
+        return batch.arguments(KERNEL, layers)
 
-    def expand_arguments(backend: str) -> list[tuple[Any, ...]]:
-        h = hs(backend)
-        return [(h, *rest) for _, *rest in batch.arguments(backend, layers)]
+    def expand_arguments() -> list[tuple[Any, ...]]:
+        h = tuple(random_array(h.shape, batch.seed).astype(h.dtype) for h in programs.hidden(shape, KERNEL))
+        return [(h, *rest) for _, *rest in arguments()]
 
-    shrinks, expands = [], []
-    for backend in shape.size.backends:
-        program = programs.shrink(shape, backend, layers)
-        shrinks.append(System(backend, program, repeat(partial(batch.arguments, backend, layers)), layers))
-        program = programs.expand(shape, backend, layers)
-        expands.append(System(backend, program, chain(batch.ys, partial(expand_arguments, backend)), layers))
-    for op, work_of, systems in (("lora_shrink", shrink_work, shrinks), ("lora_expand", expand_work, expands)):
+    shrink = System(KERNEL, programs.shrink(shape, KERNEL, layers), repeat(arguments), layers)
+    expand = System(KERNEL, programs.expand(shape, KERNEL, layers), chain(batch.ys, expand_arguments), layers)
+    for op, work_of, system in (("lora_shrink", shrink_work, shrink), ("lora_expand", expand_work, expand)):
         work = sum((work_of(batch.ranks, batch.counts, s, itemsize) for s in shape.layout.stacks), Work())
-        yield Case(op, shape.regime, facts, work, tuple(systems), importance=1)
+        yield Case(op, shape.regime, facts, work, (system,), importance=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pallas_kernels import plans
+from pallas_kernels import devices, plans
 from pallas_kernels.lora.layout import ceil_div
 
 MIN_BLOCK = 16
@@ -17,18 +17,18 @@ class ShrinkPlan:
     """Block shapes of shrink.
 
     Attributes:
-      block_r: rank rows per block.
       block_k: input columns per block.
-      slice_k: input columns of one program, a multiple of block_k.
+      slice_k: input columns of one item, a multiple of block_k.
       warps: per program.
-      stages: of the copy pipeline. It looks up pages before it reads them, so weights have `(stages - 2) / 2` buffers.
+      stages: of the copy pipeline; 1: none.
+      programs: per multiprocessor.
     """
 
-    block_r: int
     block_k: int
     slice_k: int
     warps: int
     stages: int
+    programs: int
 
     def splits(self, d_in: int) -> int:
         """Number of slices of an input of `d_in` columns."""
@@ -40,36 +40,46 @@ class ExpandPlan:
     """Block shapes of expand.
 
     Attributes:
-      block_r: rank rows per block.
-      block_n: output columns per block.
-      span_n: output columns of one program, a multiple of block_n.
-      warps, stages: as in ShrinkPlan.
+      block_n: output columns per item.
+      warps, stages, programs: as in ShrinkPlan.
     """
 
-    block_r: int
     block_n: int
-    span_n: int
     warps: int
     stages: int
+    programs: int
 
 
 def shrink_plan(**facts: Any) -> ShrinkPlan:
-    """facts: backend, decode, rows, d_in, width."""
+    """facts: decode, rows, d_in, width."""
     plan = ShrinkPlan(**plans.find("lora", "lora_shrink", **facts))
     block_k = _block(plan.block_k, facts["width"])
     return replace(plan, block_k=block_k, slice_k=max(block_k, plan.slice_k))
 
 
 def expand_plan(**facts: Any) -> ExpandPlan:
-    """facts: backend, decode, rows, d_out, width."""
+    """facts: decode, rows, d_out, width, page_size. The table is for pages of at most 16 rows; higher ones get narrower
+    blocks, with as many weights."""
     plan = ExpandPlan(**plans.find("lora", "lora_expand", **facts))
-    block_n = _block(plan.block_n, facts["width"])
-    return replace(plan, block_n=block_n, span_n=max(block_n, plan.span_n))
+    block_n = max(MIN_BLOCK, plan.block_n * MIN_BLOCK // max(MIN_BLOCK, facts["page_size"]))
+    return replace(plan, block_n=_block(block_n, facts["width"]))
 
 
 def tile_rows(**facts: Any) -> int:
     """Height of a step's LoRA tiles. facts: backend, decode."""
     return plans.find("lora", "tile", **facts)["rows"]
+
+
+def block_ranks(page_size: int, **facts: Any) -> int:
+    """Ranks of an item of shrink, in whole tiles of `page_size` rows. facts: as in `tile_rows`."""
+    return max(page_size, plans.find("lora", "tile", **facts)["ranks"])
+
+
+def programs(per_multiprocessor: int, most: int) -> int:
+    """Number of programs that share `most` items on the current trace's device. An interpreter counts as one
+    multiprocessor."""
+    device = devices.target()
+    return min(most, per_multiprocessor * (device.num_sms if device else 1))
 
 
 def _block(block: int, width: int) -> int:

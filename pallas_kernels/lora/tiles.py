@@ -31,7 +31,8 @@ class LoraTiles:
     come first.
 
     Attributes:
-      slot, first_row, rows: int32 `[NT]`, valid up to `num_tiles`; `rows` is at most the program's tile height.
+      slot, first_row, rows: int32 `[NT]`, valid up to `num_tiles`; `rows` is at least 1, and at most the
+        program's tile height.
       row_slot: int32 `[T]`, adapter slot of each row (any valid slot for a row without an adapter).
       num_tiles, num_dense, dense_rows, lora_rows: int32 scalars.
     """

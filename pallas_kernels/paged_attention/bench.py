@@ -86,6 +86,11 @@ class Shape:
     decode: bool
 
     @property
+    def backends(self) -> tuple[str, ...]:
+        """Of the kernels. The miniature's heads are narrower than Mosaic GPU's tiles."""
+        return ("triton",) if self.decode or self.size.miniature else ("triton", "mosaic_gpu")
+
+    @property
     def tile_rows(self) -> int:
         return min(self.rows, 64)
 
@@ -198,7 +203,7 @@ def _checks(size: Size, grid: Grid, seed: int) -> Iterator[Case]:
     decode = Batch(Shape(size, batch, batch, True), np.ones_like(contexts), contexts, seed, True)
     mixed = _sequences(Shape(size, grid.prefill_rows, grid.prefill_seqs, False), grid.check, seed, poisoned=True)
     for regime, step in (("decode", decode), ("prefill", mixed)):
-        systems = tuple(system(step, backend, 1) for backend in ("xla", *size.backends))
+        systems = tuple(system(step, backend, 1) for backend in ("xla", *step.shape.backends))
         facts = {"rows": step.shape.rows, "sequences": step.lengths.size}
         yield Case("attention", regime, facts, step.work, systems, tolerance=TOLERANCE)
 
@@ -221,7 +226,7 @@ def _prefill(size: Size, grid: Grid, seed: int) -> Iterator[Case]:
 
 def _systems(step: Batch) -> tuple[System, ...]:
     size = step.shape.size
-    systems = [system(step, backend, size.layers) for backend in size.backends]
+    systems = [system(step, backend, size.layers) for backend in step.shape.backends]
     if (tokens := int(step.contexts.sum())) <= REFERENCE_TOKENS:
         systems.append(system(step, "xla", 1))
     else:

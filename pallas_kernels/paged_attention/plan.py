@@ -84,13 +84,11 @@ class TritonPlan:
 
 @dataclass(frozen=True)
 class MosaicGpuPlan:
-    """Block shapes of the Mosaic GPU kernels.
+    """Block shapes of the Mosaic GPU kernel.
 
     Attributes:
-      block_n: keys per block: 64, 128 or 256 (a tensor-core product, in whole pages per warp), a divisor of min_chunk.
+      block_n: keys per block: 64, 128 or 256 (a tensor-core product, in whole pages per warp).
       stages: depth of the copy pipeline.
-      min_chunk: shortest context chunk of a decode block, in tokens.
-      programs: wanted decode blocks beyond one per sequence and KV head.
 
     Raises:
       ValueError: a field is outside these ranges.
@@ -98,12 +96,10 @@ class MosaicGpuPlan:
 
     block_n: int
     stages: int
-    min_chunk: int = 0
-    programs: int = 0
 
     def __post_init__(self) -> None:
-        if self.block_n not in (64, 128, 256) or self.stages < 1 or self.min_chunk % self.block_n:
-            raise ValueError(f"{self}: block_n must be 64, 128 or 256 and divide min_chunk, and stages positive")
+        if self.block_n not in (64, 128, 256) or self.stages < 1:
+            raise ValueError(f"{self}: block_n must be 64, 128 or 256, and stages positive")
 
 
 def backend(shape: AttentionShape) -> str:
@@ -117,5 +113,5 @@ def triton_plan(shape: AttentionShape) -> TritonPlan:
 
 
 def mosaic_gpu_plan(shape: AttentionShape) -> MosaicGpuPlan:
-    """Block shapes of the Mosaic GPU kernels for `shape` on the current trace's device."""
+    """Block shapes of the Mosaic GPU kernel for `shape` on the current trace's device."""
     return MosaicGpuPlan(**shape.find("mosaic_gpu"))

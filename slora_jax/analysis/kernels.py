@@ -33,6 +33,7 @@ class KernelUse:
       shared_bytes: static and dynamic shared memory per block.
       count: launches per run of the program.
       ptx: the assembly.
+      blocks, warps: blocks of a launch, and warps of a block; 0 for Mosaic GPU kernels.
     """
 
     name: str
@@ -42,6 +43,8 @@ class KernelUse:
     shared_bytes: int
     count: int
     ptx: str = field(repr=False)
+    blocks: int = 0
+    warps: int = 0
 
 
 def kernels_in(compiled: Any, device: Device) -> list[KernelUse]:
@@ -85,11 +88,13 @@ def _triton_kernel(opaque: str) -> KernelUse:
     call = _fields(zlib.decompress(_unescape(opaque)))
     if 1 not in call:
         raise NotImplementedError("a Triton kernel that is tuned at run time: there is no one kernel to report on")
-    kernel = _fields(_fields(call[1])[1])  # TritonKernel: 1 name, 3 dynamic shared memory, 4 PTX
+    launch = _fields(call[1])  # TritonKernelCall: 1 kernel, 2 to 4 grid
+    kernel = _fields(launch[1])  # TritonKernel: 1 name, 2 warps, 3 dynamic shared memory, 4 PTX
     ptx = kernel[4].decode()
     used = assemble(ptx)
     shared = used.shared_bytes + kernel.get(3, 0)
-    return KernelUse(kernel[1].decode(), "triton", used.registers, used.spill_bytes, shared, 0, ptx)
+    blocks = launch[2] * launch[3] * launch[4]
+    return KernelUse(kernel[1].decode(), "triton", used.registers, used.spill_bytes, shared, 0, ptx, blocks, kernel[2])
 
 
 @cache

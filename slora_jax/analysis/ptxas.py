@@ -45,6 +45,14 @@ def ptxas() -> Path:
     )
 
 
+def architecture(ptx: str) -> str:
+    """Returns the `.target` architecture of PTX, such as "sm_90a"."""
+    found = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
+    if found is None:
+        raise ConfigError(f"PTX without a .target: {ptx[:200]!r}")
+    return found[1]
+
+
 @cache
 def assemble(ptx: str) -> Resources:
     """Assembles PTX for its `.target` architecture. Results are kept by PTX.
@@ -52,16 +60,13 @@ def assemble(ptx: str) -> Resources:
     Raises:
       ConfigError: `ptxas` is not installed, or fails.
     """
-    arch = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
-    if arch is None:
-        raise ConfigError(f"PTX without a .target: {ptx[:200]!r}")
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [str(ptxas()), "-v", "-arch", arch[1], file.name, "-o", "/dev/null"]
+        command = [str(ptxas()), "-v", "-arch", architecture(ptx), file.name, "-o", "/dev/null"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise ConfigError(f"{command[0]} for {arch[1]} failed: {result.stderr.strip()[:2000]}")
+        raise ConfigError(f"{command[0]} for {architecture(ptx)} failed: {result.stderr.strip()[:2000]}")
     return read_report(result.stderr)
 
 

@@ -64,7 +64,8 @@ class EngineConfig(CoreConfig):
       decode_buckets, mixed_buckets: token counts of the compiled step programs, for steps with one token per sequence
         and for steps with prefill. None derives them from max_num_seqs and max_num_batched_tokens.
       kernels: LoRA and attention kernels: "auto" (the plan tables' choice for the device), "xla", "triton" or
-        "mosaic_gpu". Without a GPU, the last two run in slow interpreters, for tests.
+        "mosaic_gpu": attention of steps with prefill by Mosaic GPU, all else by Triton. Without a GPU, the last two run
+        in slow interpreters, for tests.
       tensor_parallel_size: with several processes (`join_processes`), the number of all their devices.
       tp_first_device: index in `jax.devices()` of the first of these consecutive devices, so that several engines can
         each use a group (data parallelism).

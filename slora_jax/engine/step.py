@@ -92,7 +92,7 @@ class PagedContext:
             decode=bucket.decode,
             tile_rows=bucket.prefill_tile_rows,
             window=model.sliding_window,
-            implementation=spec.kernels,
+            implementation=spec.attention_kernels(bucket.decode),
             interpret=spec.interpret,
         )
         self._stacks = {stack.name: stack for stack in spec.lora_layout.stacks}
@@ -140,7 +140,7 @@ class StepSpec:
       params: `jax.ShapeDtypeStruct` leaves of the whole model, with shardings if there are several shards.
       pool: shape of the whole pool.
       max_rank: `max_lora_rank`.
-      kernels: implementation of LoRA and attention; None is the plan tables' choice for the device.
+      kernels: see `EngineConfig`; None is the plan tables' choice for the device.
       parallel: sharding, None on one device.
       lora: see `EngineConfig`.
     """
@@ -180,10 +180,16 @@ class StepSpec:
         """True on a CPU, where a step is compiled layer by layer (`engine.layered`)."""
         return devices.target() is None
 
+    def attention_kernels(self, decode: bool) -> Implementation | None:
+        """Implementation of attention; None is the plan tables' choice."""
+        return "triton" if decode and self.kernels == "mosaic_gpu" else self.kernels
+
     @property
     def lora_kernels(self) -> LoraImplementation | None:
         """Implementation of LoRA products; None is the plan tables' choice."""
-        return "bmm" if self.lora == "bmm" else self.kernels
+        if self.lora == "bmm":
+            return "bmm"
+        return "triton" if self.kernels == "mosaic_gpu" else self.kernels
 
     def lora_programs(self, layout: BatchLayout) -> tuple[Lora, ...]:
         """Returns the LoRA work that a bucket's programs are compiled for, least first."""

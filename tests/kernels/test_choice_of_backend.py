@@ -11,6 +11,7 @@ from pallas_kernels.lora import AdapterTable, LoraLayout, LoraProduct, LoraTiles
 from pallas_kernels.lora.api import backend
 from pallas_kernels.lora.plan import expand_plan, shrink_plan
 from pallas_kernels.paged_attention import AttentionTiles, PagedAttention
+from slora_jax.engine.step import StepSpec
 
 H200 = devices.DEVICES["h200"]
 
@@ -70,9 +71,15 @@ def test_shapes_unsupported_by_a_named_kernel_are_refused_with_the_reason():
     with pytest.raises(NotImplementedError, match="no implementation named 'cuda'"):
         attention(implementation="cuda")
     with pytest.raises(NotImplementedError, match="float32"):
-        product(32, dtype="float32", implementation="mosaic_gpu")
+        product(32, dtype="float32", implementation="triton")
     with pytest.raises(NotImplementedError, match="'triton' takes a pool width that is a multiple of 16, not 24"):
         product(24, implementation="triton")
+
+
+def test_a_mosaic_gpu_engine_runs_decode_attention_and_lora_with_triton():
+    spec = StepSpec(None, None, None, None, max_num_seqs=1, max_pages_per_seq=1, max_rank=8, kernels="mosaic_gpu")
+    assert spec.attention_kernels(decode=False) == "mosaic_gpu"
+    assert spec.attention_kernels(decode=True) == spec.lora_kernels == "triton"
 
 
 def test_a_product_is_called_whole_or_split_as_it_was_made():
@@ -84,7 +91,7 @@ def test_a_product_is_called_whole_or_split_as_it_was_made():
 
 
 def test_the_first_fitting_plan_of_the_device_or_of_any_applies():
-    facts = {"backend": "triton", "decode": True, "width": 1024}
+    facts = {"decode": True, "width": 1024, "page_size": 16}
     with devices.compiling_for(H200):
         small, large = (shrink_plan(**facts, rows=rows, d_in=4096) for rows in (8, 256))
         assert small.splits(4096) > large.splits(4096)  # few rows leave room for more programs a row

@@ -2,7 +2,7 @@
 
 Free pages, rows after a sequence's last, unwritten outputs and shared memory are NaN. The interpreter checks every
 access for races. It refuses `wgmma` with an operand in registers, and its source marks
-`run_state` of an accumulator as not handled. The mixed kernel's second product uses both; interpreted, it takes its
+`run_state` of an accumulator as not handled. The kernel's second product uses both; interpreted, it takes its
 operand from shared memory and adds to the sums afterwards, so that product is compiled here but not run.
 """
 
@@ -17,13 +17,13 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from pallas_kernels import devices
 from pallas_kernels.paged_attention import AttentionTiles, mosaic_gpu, xla
-from pallas_kernels.paged_attention.mosaic_gpu.work import block_rows, decode_work, mixed_work
+from pallas_kernels.paged_attention.mosaic_gpu.work import block_rows, mixed_work
 from pallas_kernels.paged_attention.plan import AttentionShape, MosaicGpuPlan
 from pallas_kernels.targets import TARGETS, compile_for
 from slora_jax.analysis import kernels_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
-PLAN = MosaicGpuPlan(block_n=64, stages=2, min_chunk=64, programs=4)
+PLAN = MosaicGpuPlan(block_n=64, stages=2)
 MAX_TOKENS = 290
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -40,7 +40,6 @@ class Case:
     sequences: tuple[tuple[int, int], ...]
     rows: int
     seqs: int
-    decode: bool
     window: int | None = None
     dtype: str = "bfloat16"
     plan: MosaicGpuPlan = PLAN
@@ -50,26 +49,17 @@ class Case:
         max_pages = -(-MAX_TOKENS // self.page_size)
         return AttentionShape(
             self.heads, self.kv_heads, self.head_dim, self.page_size, jnp.dtype(self.dtype), self.seqs, max_pages,
-            self.rows, self.decode, self.window,
+            self.rows, False, self.window,
         )  # fmt: skip
 
 
 # Group sizes, page sizes, head sizes and dtypes are spread over the cases, which together take every branch.
 CASES = {
-    # One block takes a whole context, and its pipeline wraps around.
-    "decode_group_7_small_pages": Case(
-        7, 1, 128, 8, ((3, 1), (127, 1), (215, 1)), 3, 3, True, dtype="float16", plan=replace(PLAN, programs=0)
-    ),
-    "decode_group_1_large_pages_window": Case(2, 2, 64, 32, ((255, 1), (40, 1)), 2, 2, True, window=100),
-    "mixed_group_1_small_pages": Case(1, 1, 64, 8, ((0, 131), (120, 9)), 144, 2, False),
-    "mixed_group_3_large_pages_window": Case(
-        6, 2, 128, 32, ((130, 9), (0, 1), (0, 20)), 40, 4, False, window=50, dtype="float16"
-    ),
+    "group_1_small_pages": Case(1, 1, 64, 8, ((0, 131), (120, 9)), 144, 2),
+    "group_3_large_pages_window": Case(6, 2, 128, 32, ((130, 9), (0, 1), (0, 20)), 40, 4, window=50, dtype="float16"),
 }
-# Several chunks; one token; on and around the borders of pages and steps; sequences and rows without work.
-DECODE = Case(8, 1, 64, 16, ((200, 1), (0, 1), (63, 1), (64, 1)), 6, 6, True)
 # Earlier context; one-row sequences between prompts; ragged tails followed by another sequence's rows.
-MIXED = Case(8, 1, 64, 16, ((100, 21), (33, 1), (0, 17), (64, 1)), 48, 6, False)
+MIXED = Case(8, 1, 64, 16, ((100, 21), (33, 1), (0, 17), (64, 1)), 48, 6)
 
 
 class Step:
@@ -101,7 +91,7 @@ class Step:
         decode_seq = rng.integers(0, case.seqs, case.seqs)
         decode_seq[: len(one)] = one
         cut = [(s, row) for s in np.flatnonzero(length > 1) for row in range(0, length[s], tile)]
-        prefill = rng.integers(0, case.seqs, (0 if case.decode else -(-case.rows // tile) + case.seqs, 2))
+        prefill = rng.integers(0, case.seqs, (-(-case.rows // tile) + case.seqs, 2))
         prefill[: len(cut)] = np.reshape(cut, (-1, 2))
         arrays = (self.table, first_row, length, context, *prefill.T, len(cut), decode_seq, len(one))
         return AttentionTiles(*(jnp.asarray(a, jnp.int32) for a in arrays))
@@ -148,47 +138,31 @@ def test_each_row_attends_to_its_own_sequence_up_to_itself(case):
     check(Step(case, np.random.default_rng(0)))
 
 
-@pytest.mark.parametrize("base", [DECODE, MIXED], ids=["decode", "mixed"])
-def test_a_step_with_one_random_sequence_equals_the_reference(base, rng):
-    context, length = int(rng.integers(0, 250)), 1 if base.decode else int(rng.choice([2, 7]))
+def test_a_step_with_one_random_sequence_equals_the_reference(rng):
+    context, length = int(rng.integers(0, 250)), int(rng.choice([2, 7]))
     print("(context, length) of the random sequence:", context, length)
-    step = Step(replace(base, sequences=(*base.sequences, (context, length))), rng)
-    reference = xla.Attention(step.tiles, base.shape, 16)(jnp.asarray(step.q), jnp.asarray(step.pool))
+    step = Step(replace(MIXED, sequences=(*MIXED.sequences, (context, length))), rng)
+    reference = xla.Attention(step.tiles, MIXED.shape, 16)(jnp.asarray(step.q), jnp.asarray(step.pool))
     np.testing.assert_allclose(check(step).astype(float), np.asarray(reference, float), atol=0.03)
 
 
-@pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
-def test_the_work_list_has_every_key_once(decode):
+def test_the_work_list_has_every_row_once():
     rng = np.random.default_rng(5)
-    plan = MosaicGpuPlan(block_n=64, stages=2, min_chunk=64, programs=9)
+    seqs, rows = 12, 512
+    shape = AttentionShape(8, 2, 64, 16, jnp.dtype("bfloat16"), seqs, 188, rows, False)
     for _ in range(12):
-        seqs = 12
-        length = np.ones(seqs, int) if decode else rng.choice([0, 1, 2, 16, 17, 40], seqs)
-        context = rng.integers(0, 3000, seqs)
-        if decode:
-            length[rng.integers(0, seqs + 1) :] = 0
-        rows = seqs if decode else 512
-        shape = AttentionShape(8, 2, 64, 16, jnp.dtype("bfloat16"), seqs, 188, rows, decode)
-        live = np.flatnonzero(length)
-        order = np.resize(live[np.argsort(-context[live])], seqs) if decode and live.size else np.zeros(seqs)
+        length, context = rng.choice([0, 1, 2, 16, 17, 40], seqs), rng.integers(0, 3000, seqs)
         first_row = np.where(length > 0, np.cumsum(length) - length, 0)
         none = np.zeros(0)
-        tiles = (np.zeros((seqs, 188)), first_row, length, context * (length > 0), none, none, 0, order, live.size)
+        tiles = (np.zeros((seqs, 188)), first_row, length, context * (length > 0), none, none, 0, none, 0)
         tiles = AttentionTiles(*(jnp.asarray(a, jnp.int32) for a in tiles))
-        work = decode_work(tiles, shape, plan) if decode else mixed_work(tiles, shape)
-        items, seen = np.asarray(work.items), np.zeros((rows, 8), int)
-        if decode:
-            for row, (first, count) in enumerate(np.asarray(work.row_items)):
-                keys = [k for item in items[first : first + count] for k in range(*item[3:5])]
-                assert keys == list(range(context[row] + 1 if row < live.size else 0))
-                assert (items[first : first + count, :2] == row).all()
-        else:
-            for seq, block, own_first, own_last, shift, keys in items:
-                seen[own_first:own_last] += 1
-                assert block % block_rows(4) == 0 and block <= own_first and own_last <= block + 32
-                if own_last > own_first and keys:
-                    assert shift == context[seq] - first_row[seq] and keys == context[seq] + length[seq]
-            assert (seen == 1).all()
+        seen = np.zeros(rows, int)
+        for seq, block, own_first, own_last, shift, keys in np.asarray(mixed_work(tiles, shape)):
+            seen[own_first:own_last] += 1
+            assert block % block_rows(4) == 0 and block <= own_first and own_last <= block + 32
+            if own_last > own_first and keys:
+                assert shift == context[seq] - first_row[seq] and keys == context[seq] + length[seq]
+        assert (seen == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -196,7 +170,7 @@ def test_the_work_list_has_every_key_once(decode):
     [
         ({"dtype": "float32"}, "dtype float32"),
         ({"head_dim": 96}, "head_dim 96"),
-        ({"head_dim": 256}, "head_dim 256 with prefill"),
+        ({"head_dim": 256}, "head_dim 256.*would spill registers"),
         ({"page_size": 4}, "page_size 4"),
         ({"page_size": 128}, "page_size 128"),
         ({"heads": 32}, "32 query heads"),
@@ -208,14 +182,19 @@ def test_unsupported_shapes_are_declined_with_the_reason(change, reason):
         mosaic_gpu.Attention(None, case.shape, plan=PLAN)
 
 
+def test_decode_steps_are_declined():
+    with pytest.raises(NotImplementedError, match="decode steps; 'triton' and 'xla' serve them"):
+        mosaic_gpu.Attention(None, replace(MIXED.shape, decode=True))
+
+
 def test_other_gpu_generations_are_declined():
     with devices.compiling_for(devices.DEVICES["a100"]), pytest.raises(NotImplementedError, match="a100; Hopper"):
         mosaic_gpu.Attention(None, MIXED.shape)
 
 
-@pytest.mark.parametrize("change", [{"block_n": 192}, {"stages": 0}, {"min_chunk": 96}])
+@pytest.mark.parametrize("change", [{"block_n": 192}, {"stages": 0}])
 def test_invalid_plans_are_refused(change):
-    with pytest.raises(ValueError, match="block_n must be 64, 128 or 256 and divide min_chunk"):
+    with pytest.raises(ValueError, match="block_n must be 64, 128 or 256, and stages positive"):
         replace(PLAN, **change)
 
 
@@ -241,32 +220,21 @@ def compiled(shape: AttentionShape, num_pages: int, layers: int = 1):
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "page_size", "dtype", "window", "decode"),
+    ("heads", "kv_heads", "head_dim", "page_size", "dtype", "window"),
     [
         # One of each entry of the plan table, and another page size, dtype, window and group.
-        (32, 8, 64, 8, "float16", None, True),
-        (32, 8, 128, 16, "bfloat16", None, True),
-        (8, 2, 256, 32, "bfloat16", None, True),
-        (32, 8, 64, 8, "bfloat16", None, False),
-        (40, 40, 128, 16, "bfloat16", None, False),
-        (28, 4, 128, 8, "float16", 4096, False),
+        (32, 8, 64, 8, "bfloat16", None),
+        (40, 40, 128, 16, "bfloat16", None),
+        (28, 4, 128, 8, "float16", 4096),
     ],
 )
-def test_every_plan_compiles_without_spills(heads, kv_heads, head_dim, page_size, dtype, window, decode):
-    rows, seqs = (256, 256) if decode else (8192, 64)
-    shape = AttentionShape(heads, kv_heads, head_dim, page_size, jnp.dtype(dtype), seqs, 512, rows, decode, window)
+def test_every_plan_compiles_without_spills(heads, kv_heads, head_dim, page_size, dtype, window):
+    shape = AttentionShape(heads, kv_heads, head_dim, page_size, jnp.dtype(dtype), 64, 512, 8192, False, window)
     layers = 2 if window else 1
-    _check_code(compiled(shape, num_pages=40_000, layers=layers), decode, layers)  # up to 6 * 10^9 elements
-
-
-def _check_code(program, decode: bool, layers: int = 1) -> None:
-    uses = {use.name: use for use in kernels_in(program, devices.DEVICES["h200"])}
-    names = ["paged_attention_decode", "paged_attention_merge"] if decode else ["paged_attention_mixed"]
-    assert sorted(uses) == names  # all layers share them
-    for use in uses.values():
-        print(use.name, use.registers, "registers", use.shared_bytes, "bytes shared")
-        assert use.backend == "mosaic_gpu" and use.count == layers and use.spill_bytes == 0
-        assert use.shared_bytes <= devices.DEVICES["h200"].shared_bytes
-    assert "wgmma.mma_async" in uses[names[0]].ptx
-    assert "cp.async.bulk.tensor" in uses[names[0]].ptx
-    assert program.memory_analysis().temp_size_in_bytes < 64e6  # decode partials; never the pool, or keys gathered
+    program = compiled(shape, num_pages=40_000, layers=layers)  # up to 6 * 10^9 elements
+    (use,) = kernels_in(program, devices.DEVICES["h200"])  # all layers share it
+    print(use.name, use.registers, "registers", use.shared_bytes, "bytes shared")
+    assert (use.name, use.backend, use.count) == ("paged_attention_mixed", "mosaic_gpu", layers)
+    assert use.spill_bytes == 0 and use.shared_bytes <= devices.DEVICES["h200"].shared_bytes
+    assert "wgmma.mma_async" in use.ptx and "cp.async.bulk.tensor" in use.ptx
+    assert program.memory_analysis().temp_size_in_bytes < 64e6  # never the pool, or keys gathered

@@ -1,18 +1,14 @@
-"""The attention of one step by the Mosaic GPU kernels: supported shapes, and the choice of the kernel."""
+"""The attention of a step with prefill by the Mosaic GPU kernel, and the shapes that it supports."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from functools import cache
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import devices
-from pallas_kernels.paged_attention.mosaic_gpu.decode import attend_decode
 from pallas_kernels.paged_attention.mosaic_gpu.mixed import attend_mixed
-from pallas_kernels.paged_attention.mosaic_gpu.work import CONSUMERS, block_rows, decode_work, mixed_work
+from pallas_kernels.paged_attention.mosaic_gpu.work import CONSUMERS, block_rows, mixed_work
 from pallas_kernels.paged_attention.plan import AttentionShape, MosaicGpuPlan, mosaic_gpu_plan
 from pallas_kernels.paged_attention.tiles import AttentionTiles
 
@@ -26,7 +22,7 @@ class Attention:
       interpret: run by Pallas' GPU interpreter, with race detection.
 
     Raises:
-      NotImplementedError: TMA with its swizzle, or the tensor core, does not support the shape.
+      NotImplementedError: a decode step, or TMA with its swizzle or the tensor core does not support the shape.
     """
 
     def __init__(
@@ -43,7 +39,7 @@ class Attention:
         self._plan = mosaic_gpu_plan(shape) if plan is None else plan
         _check(shape, self._plan)
         self._pages = tiles.page_table
-        self._work = decode_work(tiles, shape, self._plan) if shape.decode else mixed_work(tiles, shape)
+        self._work = mixed_work(tiles, shape)
 
     def __call__(self, q: jax.Array, pool: jax.Array) -> jax.Array:
         """See `PagedAttention.__call__`."""
@@ -52,37 +48,33 @@ class Attention:
             raise NotImplementedError(f"mosaic_gpu attention: q is {q.dtype}, the pool {pool.dtype}; they must be one")
         if q.shape[0] > shape.max_rows:
             raise ValueError(f"mosaic_gpu attention: {q.shape[0]} rows, but the tiles are for {shape.max_rows}")
-        attend = attend_decode if shape.decode else attend_mixed
-        if self._interpret is None:
-            attend = _one_kernel(attend)
+        attend = attend_mixed if self._interpret else _attend_compiled
         tokens = pool.reshape(-1, shape.width)  # TMA addresses rows: a page's keys, then its values
         return attend(q, tokens, self._pages, self._work, shape, self._plan, self._interpret)
 
 
-@cache
-def _one_kernel(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`attend` as a separate function of the program, so that all layers share one trace and compilation.
+_attend_compiled = jax.jit(attend_mixed, static_argnums=(4, 5, 6))
+"""`attend_mixed` as a separate function of the program, so that all layers share one trace and compilation.
 
-    Not for the interpreter: it runs each warpgroup as a computation with callbacks. In a jitted program these wait for
-    one another in a pool with one thread per core, and hang if there are one or two.
-    """
-    return jax.jit(attend, static_argnums=(4, 5, 6))
+Not for the interpreter: it runs each warpgroup as a computation with callbacks. In a jitted program these wait for one
+another in a pool with one thread per core, and hang if there are one or two.
+"""
 
 
 def _check(shape: AttentionShape, plan: MosaicGpuPlan) -> None:
     device = devices.target()
     declined = None
-    if device is not None and device.compute_capability != 90:
+    if shape.decode:
+        declined = "decode steps; 'triton' and 'xla' serve them"
+    elif device is not None and device.compute_capability != 90:
         declined = f"{device.name}; Hopper is served"
     elif shape.dtype not in (jnp.bfloat16, jnp.float16):
         declined = f"dtype {shape.dtype}; bfloat16 and float16 go through the tensor core"
-    elif shape.head_dim % 64 or shape.head_dim > 256:
-        declined = f"head_dim {shape.head_dim}; a swizzled tile is 64 wide, and registers hold 256"
-    elif shape.head_dim > 128 and not shape.decode:
-        declined = f"head_dim {shape.head_dim} with prefill; the sums of 64 rows would spill registers"
+    elif shape.head_dim % 64 or shape.head_dim > 128:
+        declined = f"head_dim {shape.head_dim}; a swizzled tile is 64 wide, and sums past 128 would spill registers"
     elif shape.page_size % 8 or plan.block_n % shape.page_size:
         declined = f"page_size {shape.page_size}; a swizzled tile has 8 rows, and a step {plan.block_n} tokens"
-    elif block_rows(shape.group) < 8 and not shape.decode:
+    elif block_rows(shape.group) < 8:
         declined = f"{shape.group} query heads per KV head; {8 * CONSUMERS} fit a block"
     if declined:
         raise NotImplementedError(f"mosaic_gpu attention: {declined}")

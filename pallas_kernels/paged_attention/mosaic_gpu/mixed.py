@@ -28,7 +28,7 @@ from pallas_kernels.paged_attention.mosaic_gpu.softmax import (
     full,
     product,
 )
-from pallas_kernels.paged_attention.mosaic_gpu.work import CONSUMERS, MosaicWork, block_rows
+from pallas_kernels.paged_attention.mosaic_gpu.work import CONSUMERS, block_rows
 from pallas_kernels.paged_attention.plan import AttentionShape, MosaicGpuPlan
 
 
@@ -36,13 +36,13 @@ def attend_mixed(
     q: jax.Array,
     tokens: jax.Array,
     pages: jax.Array,
-    work: MosaicWork,
+    items: jax.Array,
     shape: AttentionShape,
     plan: MosaicGpuPlan,
     interpret: Any,
 ) -> jax.Array:
     """One layer's attention, shaped as q `[T, H, head_dim]`. tokens: the pool as `[2 * num_pages * page_size, W]`.
-    pages: int32 `[S, max_pages]`. interpret: None, or `plgpu.InterpretGPUParams`."""
+    pages: int32 `[S, max_pages]`. items: of `mixed_work`. interpret: None, or `plgpu.InterpretGPUParams`."""
     num_rows, _, head_dim = q.shape
     group, window, step_tokens = shape.group, shape.window, plan.block_n
     rows = block_rows(group)
@@ -157,13 +157,13 @@ def attend_mixed(
             plgpu.Barrier(num_arrivals=64 // part, num_barriers=CONSUMERS),
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=CONSUMERS),
-            *ring(shape, plan, CONSUMERS),
+            *ring(shape, plan),
         ),
-        grid=(work.items.shape[0], shape.num_kv_heads),
+        grid=(items.shape[0], shape.num_kv_heads),
         grid_names=("item", "head"),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         compiler_params=COMPILER,
         interpret=interpret,
-    )(work.items, pages, tokens, queries)
+    )(items, pages, tokens, queries)
     return out[:num_rows].reshape(q.shape)

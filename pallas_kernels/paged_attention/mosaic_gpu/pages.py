@@ -9,17 +9,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.paged_attention.mosaic_gpu.work import CONSUMERS
 from pallas_kernels.paged_attention.plan import AttentionShape, MosaicGpuPlan
 
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 """Shared-memory layout of 16-bit matrices for both TMA and the tensor core."""
 
 
-def ring(shape: AttentionShape, plan: MosaicGpuPlan, consumers: int) -> tuple[Any, ...]:
+def ring(shape: AttentionShape, plan: MosaicGpuPlan) -> tuple[Any, ...]:
     """Shared memory of the page pipeline: keys, values, and barriers (keys copied, values copied, stage consumed)."""
     buffer = plgpu.SMEM((plan.stages, plan.block_n, shape.head_dim), shape.dtype, transforms=TILED)
     ready = plgpu.Barrier(num_arrivals=plan.block_n // shape.page_size, num_barriers=plan.stages)
-    return buffer, buffer, ready, ready, plgpu.Barrier(num_arrivals=consumers, num_barriers=plan.stages)
+    return buffer, buffer, ready, ready, plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=plan.stages)
 
 
 def copy_pages(pages: Any, tokens: Any, page_size: int, seq: Any, head: Any, keys: tuple[Any, Any], pipe: Any) -> None:

@@ -1,4 +1,4 @@
-"""Parts of both kernels' online softmax: values in the tensor core's register layout."""
+"""Parts of the kernel's online softmax: values in the tensor core's register layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MASKED = -(2.0**100)
 LOG2_E = 1.4426950408889634
 
 WGMMA = plgpu.Layout.WGMMA
-PER_ROW, PER_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
+PER_ROW = WGMMA.reduce(1)
 
 COMPILER = plgpu.CompilerParams(approx_math=True)
 
