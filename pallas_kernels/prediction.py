@@ -120,7 +120,7 @@ def floor_seconds(work: Work, device: Device) -> float:
 def predict(call: Call, device: Device, clock: float) -> Prediction:
     """Predicts one call. clock: of the multiprocessors, in Hz.
 
-    The bound is bandwidth (or matmul), then issue, then waves: the first that takes at least nine tenths of the largest.
+    The bound is the first of bandwidth (or matmul), issue and waves that takes at least nine tenths of the largest.
     """
     cost, sms = call.cost, device.num_sms
     bandwidth, matmul = copy_bandwidth(device), cost.matmul * device.matmul_flops

@@ -92,7 +92,10 @@ CASES: dict[str, tuple[Program, np.ndarray, np.ndarray]] = {
 def attention_rows(device: str = "h200") -> list[Row]:
     """Compiles the kernel and returns its rows, and for an H200 those of the kernel before:
     `{"kernel", "case", "device", "version": "old" | "new", "registers", "shared_bytes", "launches", "blocks",
-    "dead_blocks", "per_sm", "work", "waves"}`. work: pairs of an item and a head; waves: `work` over resident programs."""
+    "dead_blocks", "per_sm", "work", "waves"}`.
+
+    work: pairs of an item and a head. waves: `work` over resident programs.
+    """
     found: dict[Program, Any] = {}
     for program in dict.fromkeys(program for program, _, _ in CASES.values()):
         (found[program],) = kernels_in(program.compile(device), TARGETS[device].device)

@@ -16,7 +16,6 @@ import numpy as np
 
 from pallas_kernels.bench.adapters import resident, spread
 from pallas_kernels.bench.case import Case
-from pallas_kernels.bench.models import Model
 from pallas_kernels.bench.size import Size
 from pallas_kernels.devices import compiling_for
 from pallas_kernels.lora import lora_tile_rows
@@ -25,7 +24,7 @@ from pallas_kernels.lora.roofline import expand_work, shrink_work
 from pallas_kernels.paged_attention import bench as attention_bench
 from pallas_kernels.paged_attention.plan import AttentionShape
 from pallas_kernels.paged_attention.roofline import attention_call
-from pallas_kernels.pool_write.roofline import write_kv_work, write_pages_work
+from pallas_kernels.pool_write.roofline import write_kv_work
 from pallas_kernels.prediction import (
     MATMUL_SHARE,
     Call,
@@ -97,15 +96,19 @@ class Predictor:
     def _predict(self, call: Call) -> Prediction:
         return predict(call, self.target.device, self.target.clock_ghz * 1e9)
 
-    def _model(self, name: str) -> Model:
-        return next(model for model in (self.size.model, self.size.second_model) if model.name == name)
+    def _layout(self, model: str) -> LoraLayout:
+        models = self.size.model, self.size.second_model
+        return next(m.layout(self.size.page_size) for m in models if m.name == model)
 
     def _lora(self, case: Case) -> Iterator[dict[str, Any]]:
         facts = case.facts
         if "alone" in facts:  # the loop over adapters
             return
         ops = tuple(WORKS) if case.op == "lora" else (case.op,)
-        counts, layout = spread(facts["rows"], facts["adapters"]), self._model(facts["model"]).layout(self.size.page_size)
+        counts, layout = (
+            spread(facts["rows"], facts["adapters"]),
+            self._model(facts["model"]).layout(self.size.page_size),
+        )
         ranks = self._ranks(layout, facts["rank"], facts["adapters"])
         yield self._row(case.label, "triton", case.work, self._lora_calls(ops, layout, ranks, counts, case.regime))
 

@@ -60,9 +60,8 @@ class WorkShape:
             # n sequences of more than one row have at most (max_rows - n) / tile_rows + n tiles
             prefill_items = shape.max_rows // tile_rows + min(shape.num_seqs, shape.max_rows // 2)
         decode_items = shape.num_seqs + ceil_div(MOST_ROUNDS * programs, shape.num_kv_heads)
-        return cls(
-            programs, tile_rows, prefill_items, decode_items, plan.block_n, shape.num_kv_heads, shape.group, shape.window
-        )  # fmt: skip
+        heads = shape.num_kv_heads, shape.group
+        return cls(programs, tile_rows, prefill_items, decode_items, plan.block_n, *heads, shape.window)
 
     @property
     def items(self) -> int:
@@ -123,11 +122,11 @@ def _decode_items(tiles: AttentionTiles, shape: WorkShape) -> tuple[tuple[jax.Ar
 def split(blocks: Any, shape: WorkShape) -> Any:
     """Plans the chunks of decode contexts for an even load of the device's programs.
 
-    The candidates cut the longest context into 1, 2, ... even chunks, and the others into chunks of at most that length.
-    A chunk of n blocks costs n + 1; the last one stands for its start and its partial result. An upper bound of the time
-    is the smaller of two: full rounds of the longest chunk; and the mean load of a program plus the longest chunk, since
-    a free program takes the next item. Adding up the longest context's partial results comes on top. The candidate with
-    the smallest bound is chosen.
+    The candidates cut the longest context into 1, 2, ... even chunks, and the others into chunks of at most that
+    length. A chunk of n blocks costs n + 1; the last one stands for its start and its partial result. The time is
+    estimated as the smaller of two: full rounds of the longest chunk, exact for equal contexts; and the mean load of a
+    program plus half the longest chunk, because a free program takes the next item, and the shortest come last. Adding
+    up the longest context's partial results comes on top. The candidate with the least time is chosen.
 
     Args:
       blocks: int `[S]`, NumPy's or JAX's: blocks of each context, the longest first; 0: no context.
@@ -140,10 +139,11 @@ def split(blocks: Any, shape: WorkShape) -> Any:
     longest = xp.maximum(_ceil_div(blocks[0], candidate), 1)  # [candidates]
     chunks = _ceil_div(blocks, longest[:, None]).sum(1)
     rounds = _ceil_div(chunks * shape.kv_heads, shape.programs) * (longest + 1)
-    mean = (blocks.sum() + chunks) * (shape.kv_heads / shape.programs) + longest + 1
+    mean = (blocks.sum() + chunks) * (shape.kv_heads / shape.programs) + (longest + 1) / 2
     adding = _ceil_div(blocks[0], longest) * (shape.group / shape.block)
-    bound = xp.where(chunks <= shape.decode_items, xp.minimum(rounds, mean) + adding, xp.inf)
-    return _ceil_div(blocks, longest[xp.argmin(bound)])
+    time = xp.minimum(rounds, xp.maximum(mean, longest + 1)) + adding
+    time = xp.where(chunks <= shape.decode_items, time, xp.inf)
+    return _ceil_div(blocks, longest[xp.argmin(time)])
 
 
 def count_items(rows: np.ndarray, context: np.ndarray, shape: WorkShape) -> tuple[int, int]:

@@ -77,7 +77,11 @@ def test_each_bound_is_named():
 
 def test_predictions_add_up_by_bound():
     total = Prediction({"launch": 1.0, "issue": 3.0}) + Prediction({"launch": 1.0, "bandwidth": 4.0}) * 2
-    assert (total.parts, total.seconds, total.bound) == ({"launch": 3.0, "issue": 3.0, "bandwidth": 8.0}, 14, "bandwidth")
+    assert (total.parts, total.seconds, total.bound) == (
+        {"launch": 3.0, "issue": 3.0, "bandwidth": 8.0},
+        14,
+        "bandwidth",
+    )
 
 
 def test_predict_prints_floor_prediction_and_bound_of_every_case(tmp_path, capsys):
@@ -88,7 +92,9 @@ def test_predict_prints_floor_prediction_and_bound_of_every_case(tmp_path, capsy
     predicted = {(row["label"], row["system"]): row for row in content["rows"]}
     assert len(predicted) == len(content["rows"])
     for label, row in ((row["label"], row) for row in content["rows"]):
-        assert row["predicted_seconds"] > row["floor_seconds"] > 0 and f" {row['bound']}" in printed and label in printed
+        assert (
+            row["predicted_seconds"] > row["floor_seconds"] > 0 and f" {row['bound']}" in printed and label in printed
+        )
     cases = [case for cases in command._sections(command._parser().parse_args([]), False).values() for case in cases]
     for case in cases:
         system = {"step": "base", "write_kv": "xla", "write_pages": "xla"}.get(case.op, "triton")
