@@ -84,7 +84,7 @@ def _tile(work, head, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.con
     return offset[:, None] + tl.arange(0, HEAD_DIM)[None, :], (m // GROUP < rows)[:, None]
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _prefill(
     q_ptr, pool_ptr, table_ptr, work, out_ptr, head, begin, end,
     SCALE: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
@@ -115,7 +115,7 @@ def _prefill(
     tl.store(out_ptr + offset, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=own)
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _decode(
     q_ptr, pool_ptr, table_ptr, out_ptr, partial_ptr, stats_ptr, arrivals_ptr, head, item, row, begin, end, part, parts,
     SCALE: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
@@ -187,6 +187,13 @@ def _add_up(
 
 
 @triton.jit
+def _num_items(work_ptr):
+    """Numbers of prefill and decode items. Loads are volatile, so that no register holds them while an item runs."""
+    num_prefill = tl.load(work_ptr + 8, volatile=True)
+    return num_prefill, tl.load(work_ptr + 9, volatile=True)
+
+
+@triton.jit
 def paged_attention_kernel(
     q_ptr, pool_ptr, pages_ptr, work_ptr, counters_in_ptr, out_ptr, counters_ptr, partial_ptr, stats_ptr,
     T: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -200,8 +207,8 @@ def paged_attention_kernel(
     program, programs = tl.program_id(0), tl.num_programs(0)
     KV_HEADS: tl.constexpr = HEADS // GROUP
     WIDTH: tl.constexpr = KV_HEADS * HEAD_DIM
-    num_rows, num_decode = tl.load(work_ptr + 7), tl.load(work_ptr + 9)
-    num_prefill = tl.load(work_ptr + 8) if PREFILL_ITEMS > 0 else 0
+    num_rows = tl.load(work_ptr + 7)
+    num_prefill, num_decode = _num_items(work_ptr)
 
     # Zeros in this program's share of the step's rows without a sequence.
     column = tl.arange(0, ROW)
@@ -209,15 +216,9 @@ def paged_attention_kernel(
         tl.store(out_ptr + tl.cast(t, tl.int64) * (HEADS * HEAD_DIM) + column,
                  tl.zeros([ROW], out_ptr.dtype.element_ty), mask=column < HEADS * HEAD_DIM)  # fmt: skip
 
-    pairs = (num_prefill + num_decode) * KV_HEADS
     pair = program
-    while pair < pairs:
-        following = pairs
-        if pairs > programs:
-            taken = tl.atomic_add(counters_ptr, 1, sem="relaxed")
-            if taken == pairs - 1:  # each pair adds one, so this was the last
-                tl.store(counters_ptr, 0)  # for the next layer
-            following = programs + taken
+    live = pair < (num_prefill + num_decode) * KV_HEADS
+    while live:
         item, head = pair // KV_HEADS, pair % KV_HEADS
         decode_item = item - num_prefill
         work = work_ptr + tl.where(decode_item < 0, item, PREFILL_ITEMS + decode_item) * FIELDS
@@ -236,7 +237,15 @@ def paged_attention_kernel(
                 head, decode_item, tl.load(work), begin, end, tl.load(work + 5), tl.load(work + 6),
                 SCALE, GROUP, HEADS, HEAD_DIM, WIDTH, PAGE_SIZE, BLOCK_N, STAGES, BLOCK_G, BLOCK_P,
             )  # fmt: skip
-        pair = following
+        num_prefill, num_decode = _num_items(work_ptr)
+        pairs = (num_prefill + num_decode) * KV_HEADS
+        pair = pairs
+        if pairs > programs:
+            taken = tl.atomic_add(counters_ptr, 1, sem="relaxed")
+            if taken == pairs - 1:  # each pair adds one, so this was the last
+                tl.store(counters_ptr, 0)  # for the next layer
+            pair = programs + taken
+        live = pair < pairs
 
 
 class Attention:

@@ -37,6 +37,7 @@ class WorkShape:
       tile_rows: most rows of a prefill item.
       prefill_items, decode_items: rows of the table for each kind.
       block: keys per block of a decode item; chunks are whole blocks.
+      max_blocks: bound of a context's blocks.
       kv_heads, group, window: as in `AttentionShape`.
     """
 
@@ -45,6 +46,7 @@ class WorkShape:
     prefill_items: int
     decode_items: int
     block: int
+    max_blocks: int
     kv_heads: int
     group: int
     window: int | None
@@ -60,8 +62,8 @@ class WorkShape:
             # n sequences of more than one row have at most (max_rows - n) / tile_rows + n tiles
             prefill_items = shape.max_rows // tile_rows + min(shape.num_seqs, shape.max_rows // 2)
         decode_items = shape.num_seqs + ceil_div(MOST_ROUNDS * programs, shape.num_kv_heads)
-        heads = shape.num_kv_heads, shape.group
-        return cls(programs, tile_rows, prefill_items, decode_items, plan.block_n, *heads, shape.window)
+        blocks, heads = (plan.block_n, ceil_div(shape.max_tokens, plan.block_n)), (shape.num_kv_heads, shape.group)
+        return cls(programs, tile_rows, prefill_items, decode_items, *blocks, *heads, shape.window)
 
     @property
     def items(self) -> int:
@@ -122,11 +124,11 @@ def _decode_items(tiles: AttentionTiles, shape: WorkShape) -> tuple[tuple[jax.Ar
 def split(blocks: Any, shape: WorkShape) -> Any:
     """Plans the chunks of decode contexts for an even load of the device's programs.
 
-    The candidates cut the longest context into 1, 2, ... even chunks, and the others into chunks of at most that
-    length. A chunk of n blocks costs n + 1; the last one stands for its start and its partial result. The time is
-    estimated as the smaller of two: full rounds of the longest chunk, exact for equal contexts; and the mean load of a
-    program plus half the longest chunk, because a free program takes the next item, and the shortest come last. Adding
-    up the longest context's partial results comes on top. The candidate with the least time is chosen.
+    The candidates are lengths of the longest chunk, at most 3% apart. A chunk of n blocks costs n + 1; the last one
+    stands for its start and its partial result. The time is estimated as the smaller of two: full rounds of the longest
+    chunk, exact for equal contexts; and the mean load of a program plus half the longest chunk, because a free program
+    takes the next item, and the shortest come last. Adding up the longest context's partial results comes on top. The
+    candidate with the least time is chosen.
 
     Args:
       blocks: int `[S]`, NumPy's or JAX's: blocks of each context, the longest first; 0: no context.
@@ -135,15 +137,22 @@ def split(blocks: Any, shape: WorkShape) -> Any:
       int `[S]`: number of chunks of each context; their sum is at most `shape.decode_items`.
     """
     xp = blocks.__array_namespace__()
-    candidate = xp.arange(1, shape.decode_items + 1)
-    longest = xp.maximum(_ceil_div(blocks[0], candidate), 1)  # [candidates]
-    chunks = _ceil_div(blocks, longest[:, None]).sum(1)
-    rounds = _ceil_div(chunks * shape.kv_heads, shape.programs) * (longest + 1)
-    mean = (blocks.sum() + chunks) * (shape.kv_heads / shape.programs) + (longest + 1) / 2
-    adding = _ceil_div(blocks[0], longest) * (shape.group / shape.block)
-    time = xp.minimum(rounds, xp.maximum(mean, longest + 1)) + adding
-    time = xp.where(chunks <= shape.decode_items, time, xp.inf)
-    return _ceil_div(blocks, longest[xp.argmin(time)])
+    lengths = xp.asarray(_lengths(shape.max_blocks))
+    chunks = _ceil_div(blocks, lengths[:, None]).sum(1)
+    # In float32, which XLA computes within the reduction, unlike integer divisions.
+    share = np.float32(shape.kv_heads / shape.programs)
+    cost = xp.minimum(lengths, blocks[0]) + 1  # of the longest chunk
+    parts = xp.ceil(blocks[0] / lengths.astype(np.float32))
+    rounds = xp.ceil(chunks * share - 1e-4) * cost
+    mean = (blocks.sum() + chunks) * share + cost / 2
+    time = xp.minimum(rounds, xp.maximum(mean, cost)) + parts * np.float32(shape.group / shape.block)
+    return _ceil_div(blocks, lengths[xp.argmin(xp.where(chunks <= shape.decode_items, time, xp.inf))])
+
+
+def _lengths(most: int) -> np.ndarray:
+    """Chunk lengths from 1 to `most`, each at most 3% or 1 above the one before: int32."""
+    steps = np.ceil(1.03 ** np.arange(np.ceil(np.log(most) / np.log(1.03))))
+    return np.unique(np.append(steps, most)).astype(np.int32)
 
 
 def count_items(rows: np.ndarray, context: np.ndarray, shape: WorkShape) -> tuple[int, int]:

@@ -4,6 +4,7 @@ code.
 Every entry of the plan table is compiled once per device, with head shapes and query groups in turn.
 """
 
+import re
 from dataclasses import dataclass
 
 import jax
@@ -97,7 +98,15 @@ def test_no_plan_spills(name):
     uses = kernels_in(compiled(device, calls), device)
     assert sum(use.count for use in uses) == len(calls)
     for use in uses:
-        print(use.name, use.registers, "registers", use.shared_bytes, "bytes shared")
+        print(
+            use.name,
+            use.registers,
+            "registers",
+            use.shared_bytes,
+            "bytes shared",
+            use.count,
+            re.findall(r"\.reqntid.*|\.maxntid.*", use.ptx),
+        )
         assert (use.name, use.backend) == ("paged_attention_kernel", "triton")
         assert use.spill_bytes == 0 and use.registers <= 255 and use.shared_bytes <= device.shared_bytes
         assert "cp.async.cg.shared.global" in use.ptx, "no 16-byte asynchronous copies"
