@@ -43,6 +43,8 @@ class KernelCost:
       instructions_per_kb: warp-instructions per KB of weights, or of keys and values; None: not counted.
       warps: per program.
       per_sm: programs that reside on one multiprocessor.
+      steady: a program draws no more bandwidth in the last round, when fewer are resident; otherwise up to a
+        multiprocessor's share.
       matmul: share of the data sheet's matrix rate that the kernel reaches.
       launches: of one call.
       launch_seconds: of each: 1 µs as a node of a command buffer.
@@ -53,6 +55,7 @@ class KernelCost:
     instructions_per_kb: float | None = None
     warps: int = 4
     per_sm: int = 16
+    steady: bool = False
     matmul: float = MATMUL_SHARE
     launches: int = 1
     launch_seconds: float = 1e-6
@@ -133,8 +136,9 @@ def predict(call: Call, device: Device, clock: float) -> Prediction:
         instructions = (cost.instructions_per_kb or 0.0) * call.kilobytes * busiest / programs
         times["issue"] = instructions / (clock * min(ISSUE, WARP_ISSUE * warps))
         slots = cost.per_sm * sms
-        share = max(min(programs, slots), sms)  # a program draws at most one multiprocessor's share
-        times["waves"] = ceil(programs / slots) * share * busy / programs
+        rounds, rest = divmod(programs, slots)
+        last = 0 if rest == 0 else slots if cost.steady and rounds else max(rest, sms)
+        times["waves"] = (rounds * slots + last) * busy / programs
     largest = max(times.values())
     bound = next(name for name, seconds in times.items() if seconds >= 0.9 * largest)
     launch = cost.launches * cost.launch_seconds + cost.round_trips * ROUND_TRIP_SECONDS

@@ -105,10 +105,7 @@ class Predictor:
         if "alone" in facts:  # the loop over adapters
             return
         ops = tuple(WORKS) if case.op == "lora" else (case.op,)
-        counts, layout = (
-            spread(facts["rows"], facts["adapters"]),
-            self._model(facts["model"]).layout(self.size.page_size),
-        )
+        counts, layout = spread(facts["rows"], facts["adapters"]), self._layout(facts["model"])
         ranks = self._ranks(layout, facts["rank"], facts["adapters"])
         yield self._row(case.label, "triton", case.work, self._lora_calls(ops, layout, ranks, counts, case.regime))
 
