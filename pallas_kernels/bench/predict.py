@@ -46,6 +46,7 @@ BASE_SHARE = 0.85
 BASE_LAUNCHES = 10
 """XLA's own launches in a decode layer, counted in the compiled step without attention and the write of keys."""
 BASE_LAUNCH_SECONDS = 2e-6
+PROGRAM_COLUMNS = 1024
 SAMPLER_ROWS = (64, 256)
 
 WORKS = {"lora_shrink": shrink_work, "lora_expand": expand_work}
@@ -178,7 +179,8 @@ class Predictor:
 def lora_call(
     op: str, layout: LoraLayout, stack: Stack, ranks: np.ndarray, counts: np.ndarray, tile_rows: int, cost: KernelCost
 ) -> Call:
-    """Returns one stack's call of shrink or expand, whose programs compute one tile of weights for one tile of rows.
+    """Returns one stack's call of shrink or expand, whose programs compute one tile of weights (of a wide pool, at most
+    `PROGRAM_COLUMNS` of its columns) for one tile of rows.
 
     Args:
       ranks, counts: int `[n, 7]` and `[n]`, the adapters' ranks and rows.
@@ -189,8 +191,9 @@ def lora_call(
     blocks = ceil_div(tiles.rows, layout.page_size)
     of_a, of_b = blocks * layout.a_chunks(stack), tiles.wide_blocks * (wide - narrow) + blocks * narrow
     programs = int(((of_a if op == "lora_shrink" else of_b) * ceil_div(counts, tile_rows)).sum())
-    tile_bytes = layout.page_size * layout.width * ITEMSIZE
-    return Call((WORKS[op](ranks, counts, stack, ITEMSIZE),), cost, programs, programs * tile_bytes / 1024)
+    kilobytes = programs * layout.page_size * layout.width * ITEMSIZE / 1024
+    programs *= ceil_div(layout.width, PROGRAM_COLUMNS)
+    return Call((WORKS[op](ranks, counts, stack, ITEMSIZE),), cost, programs, kilobytes)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
