@@ -84,6 +84,7 @@ def _tile(work, head, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.con
     return offset[:, None] + tl.arange(0, HEAD_DIM)[None, :], (m // GROUP < rows)[:, None]
 
 
+# Not inlined, like `_decode`: ptxas would keep what does not depend on the item in registers over the whole loop.
 @triton.jit(noinline=True)
 def _prefill(
     q_ptr, pool_ptr, table_ptr, work, out_ptr, head, begin, end,
