@@ -11,7 +11,6 @@ Llama-3-8B on an H200; measurements are to be held against the predictions.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -104,7 +103,8 @@ class Prediction:
         return max(self.parts, key=lambda name: self.parts[name])
 
     def __add__(self, other: Prediction) -> Prediction:
-        return Prediction(dict(Counter(self.parts) + Counter(other.parts)))
+        names = dict.fromkeys((*self.parts, *other.parts))
+        return Prediction({name: self.parts.get(name, 0.0) + other.parts.get(name, 0.0) for name in names})
 
     def __mul__(self, times: int) -> Prediction:
         return Prediction({name: times * seconds for name, seconds in self.parts.items()})
