@@ -50,7 +50,7 @@ class Program:
     def compile(self, device: str) -> Any:
         """Compiles one call."""
 
-        def struct(*shape: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
+        def struct(*shape: int, dtype: str = "int32") -> Any:
             return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
         def run(q: jax.Array, pool: jax.Array, tiles: AttentionTiles) -> jax.Array:
@@ -61,10 +61,9 @@ class Program:
             return attend(q, pool)
 
         num_tiles = 0 if self.decode else ceil_div(self.rows, TILE_ROWS) + self.seqs
-        vectors = [struct(self.seqs) for _ in range(3)], [struct(num_tiles) for _ in range(2)]
-        tiles = AttentionTiles(
-            struct(self.seqs, MAX_PAGES), *vectors[0], *vectors[1], struct(), struct(self.seqs), struct()
-        )
+        seqs, prefill = struct(self.seqs), struct(num_tiles)
+        table = struct(self.seqs, MAX_PAGES)
+        tiles = AttentionTiles(table, seqs, seqs, seqs, prefill, prefill, struct(), seqs, struct())
         q = struct(self.rows, MODEL.num_heads, MODEL.head_dim, dtype="bfloat16")
         pool = struct(NUM_PAGES, 2, PAGE_SIZE, MODEL.width, dtype="bfloat16")
         return compile_for(TARGETS[device], jax.jit(run), q, pool, tiles)

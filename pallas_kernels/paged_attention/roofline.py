@@ -50,8 +50,8 @@ def attention_call(rows: np.ndarray, context: np.ndarray, shape: AttentionShape)
     plan = triton_plan(shape)
     cost = kernel_cost("attention", "decode" if shape.decode else "prefill")
     facts = {"num_heads": shape.num_heads, "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
-    facts |= {"itemsize": shape.dtype.itemsize, "window": shape.window}
-    works = tuple(attention_work(rows[kind], context[kind], **facts) for kind in (rows > 1, rows == 1))
+    facts["itemsize"], window = shape.dtype.itemsize, shape.window
+    works = tuple(attention_work(rows[kind], context[kind], **facts, window=window) for kind in (rows > 1, rows == 1))
     items = sum(count_items(rows, context, WorkShape.of(shape, plan)))
     keys = 2 * int((rows + context)[rows > 0].sum()) * shape.width * shape.dtype.itemsize
     return Call(works, replace(cost, warps=plan.warps, per_sm=plan.per_sm), items * shape.num_kv_heads, keys / 1024)
