@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def compiling_for(device: Device) -> Iterator[None]:
 def target() -> Device | None:
     """Returns the device of the current trace: that of `compiling_for`, else the machine's GPU, else None (a CPU).
 
-    A GPU that is not in `DEVICES` is replaced by a compatible one; see `known_device`.
+    A GPU that is not in `DEVICES` is replaced by a compatible one (see `known_device`) with its own multiprocessors.
     """
     if (device := _target.get()) is not None:
         return device
@@ -71,7 +71,8 @@ def target() -> Device | None:
     if jax.default_backend() != "gpu":
         return None
     gpu = jax.devices()[0]
-    return known_device(gpu.device_kind, round(10 * float(gpu.compute_capability)))
+    device = known_device(gpu.device_kind, round(10 * float(gpu.compute_capability)))
+    return device and replace(device, num_sms=gpu.core_count)
 
 
 def known_device(kind: str, compute_capability: int) -> Device | None:

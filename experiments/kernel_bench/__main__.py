@@ -2,13 +2,14 @@
 
 Every section (the device's own rates first, then each op, then the steps) runs in a process of its own. Results go to a
 JSON file as they are measured, plots beside it at the end. Without a GPU a miniature runs, whose numbers mean nothing.
-`pallas_kernels.bench` says how time is measured.
+`pallas_kernels.bench` says how time is measured; `pallas_kernels.prediction`, what `--predict` computes instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -45,10 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(arguments)
-    if args.list or args.compile_only or args.compiled:  # before JAX is imported
+    if args.list or args.compile_only or args.compiled or args.predict:  # before JAX is imported
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    args.out = args.out or Path(f"compile_{args.compile_only}.json" if args.compile_only else "bench.json")
+    modes = {f"compile_{args.compile_only}": args.compile_only, f"predict_{args.predict}": args.predict}
+    args.out = args.out or Path(next((name for name, chosen in modes.items() if chosen), "bench") + ".json")
     if args.list:
         for name, cases in _sections(args, args.miniature).items():
             for case in cases:
@@ -61,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(compiled.table(compiled.update(BY_NAME[args.compiled])))
         return 0
+    if args.predict:
+        return _predict(args, shlex.join(["python", "-m", PROGRAM, *arguments]))
     if args.section:
         return _measure(args)
     args.out.unlink(missing_ok=True)
@@ -145,7 +149,7 @@ def _ptxas(root: str) -> list[Path]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m {PROGRAM}", description="Measures every op against its roofline.")
     add = parser.add_argument
-    add("--out", type=_file, help="results file (default: bench.json or compile_DEVICE.json); plots beside it")
+    add("--out", type=_file, help="results file (default: {bench,compile_DEVICE,predict_DEVICE}.json); plots beside it")
     add("--budget-seconds", type=_positive, default=450.0, help="time limit; the least important cases are dropped")
     add("--only", choices=SHARES, action="append", help="sections (repeatable); ceilings always run")
     add("--match", type=_pattern, default=re.compile(""), metavar="REGEX", help="select cases by label")
@@ -159,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
         "--compiled", choices=DEVICES, help="print a table of the kernels compiled for a GPU; none is needed"
     )
     mode.add_argument("--compile-only", choices=DEVICES, help="compile every program for a GPU that need not be here")
+    mode.add_argument("--predict", choices=DEVICES, help="predict the times of the cases; nothing is compiled or run")
     add("--section", help=argparse.SUPPRESS)  # of a measuring process, like the next
     add("--deadline", type=float, help=argparse.SUPPRESS)  # seconds since the epoch
     return parser
@@ -252,6 +257,23 @@ def _compile_only(args: argparse.Namespace, record: Record) -> int:
     record.save()
     print(f"{args.compile_only}: " + ", ".join(f"{number} {what}" for what, number in count.items()))
     return int(count["failed"] > 0)
+
+
+def _predict(args: argparse.Namespace, command: str) -> int:
+    """Prints the floor, the prediction and its bound for every chosen case, and writes them to the results file."""
+    from pallas_kernels.bench.predict import Predictor, table
+    from pallas_kernels.bench.size import FULL, MINIATURE
+    from pallas_kernels.prediction import COPY_SHARE, MATMUL_SHARE
+    from pallas_kernels.targets import TARGETS
+
+    cases = [case for section in _sections(args, args.miniature).values() for case in section]
+    target = TARGETS[args.predict]
+    rows = list(Predictor(MINIATURE if args.miniature else FULL, target).rows(cases))
+    assumed = {"copy_share": COPY_SHARE, "matmul_share": MATMUL_SHARE}
+    content = {"command": command, "predicted_for": target.name, "assumed": assumed, "rows": rows}
+    args.out.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"{target.name}: predictions, not measurements\n{table(rows)}")
+    return 0
 
 
 def _measure(args: argparse.Namespace) -> int:

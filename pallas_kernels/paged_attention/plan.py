@@ -64,19 +64,17 @@ class TritonPlan:
 
     Attributes:
       warps: per program.
-      block_n: keys per block of a decode program.
-      stages: depth of a decode program's copy pipeline.
-      min_chunk: smallest chunk of a decode sequence, in tokens, that gets its own program.
-      programs: wanted number of decode programs; contexts are split into chunks to reach it.
-      prefill_m, prefill_n: query rows (times heads of a group) and keys per block of a prefill program.
+      per_sm: programs that reside on one multiprocessor at once, as registers and shared memory allow.
+      block_n: keys per block of a decode item.
+      stages: depth of a decode item's copy pipeline.
+      prefill_m, prefill_n: query rows (times heads of a group) and keys per block of a prefill item.
       prefill_stages: depth of its copy pipeline. All three are unused in decode steps.
     """
 
     warps: int
+    per_sm: int
     block_n: int
     stages: int
-    min_chunk: int
-    programs: int
     prefill_m: int = 0
     prefill_n: int = 0
     prefill_stages: int = 0

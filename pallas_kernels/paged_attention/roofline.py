@@ -1,9 +1,14 @@
-"""Least bytes and operations of a step's attention, in one layer."""
+"""Least bytes and operations of a step's attention, in one layer, and its predicted cost."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
+from pallas_kernels.paged_attention.plan import AttentionShape, triton_plan
+from pallas_kernels.paged_attention.work import WorkShape, count_items
+from pallas_kernels.prediction import Call, kernel_cost
 from pallas_kernels.roofline import Work
 
 
@@ -37,3 +42,16 @@ def attention_work(
     seen = ramp * context + ramp * (ramp + 1) // 2 + (rows - ramp) * window
     elements = 2 * int(keys.sum()) * num_kv_heads + 2 * int(rows.sum()) * num_heads
     return Work(elements * head_dim * itemsize, 4 * head_dim * num_heads * int(seen.sum()))
+
+
+def attention_call(rows: np.ndarray, context: np.ndarray, shape: AttentionShape) -> Call:
+    """Returns the Triton kernel's call, planned for the current trace's device. rows, context: as in
+    `attention_work`."""
+    plan = triton_plan(shape)
+    cost = kernel_cost("attention", "decode" if shape.decode else "prefill")
+    facts = {"num_heads": shape.num_heads, "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
+    facts["itemsize"], window = shape.dtype.itemsize, shape.window
+    works = tuple(attention_work(rows[kind], context[kind], **facts, window=window) for kind in (rows > 1, rows == 1))
+    items = sum(count_items(rows, context, WorkShape.of(shape, plan)))
+    keys = 2 * int((rows + context)[rows > 0].sum()) * shape.width * shape.dtype.itemsize
+    return Call(works, replace(cost, warps=plan.warps, per_sm=plan.per_sm), items * shape.num_kv_heads, keys / 1024)

@@ -1,10 +1,12 @@
 """Paged attention in Triton: Ampere, Ada, Hopper. One launch for a layer's decode rows and prefill tiles.
 
-A *decode* program computes a chunk of one sequence's context for one key-value head with all its query heads: K and V
-are read once. Chunks of a sequence (flash-decoding) leave partial results; the program that finishes last adds them in
-a fixed order, so the bits are deterministic. A *prefill* program computes a tile of rows, packed with the query heads
-of one key-value head, over the keys up to its last row. Softmax is in base 2, with the scale folded into its argument.
-Token indices are clamped to the sequence, so only live tokens are read.
+The grid is persistent: it has as many programs as reside on the device at once, and they take pairs of a work item and
+a key-value head, the most expensive first, until none is left (`work.work_table`). A *decode* item is a chunk of one
+sequence's context, for all query heads of the key-value head: K and V are read once. Chunks of a sequence
+(flash-decoding) leave partial results; the program that finishes last adds them in a fixed order. So the bits depend on
+neither the order nor the program of an item. A *prefill* item is a tile of rows, packed with the query heads of one
+key-value head, over the keys up to its last row. Softmax is in base 2, with the scale folded into its argument. Token
+indices are clamped to the sequence, so only live tokens are read.
 """
 
 from __future__ import annotations
@@ -16,10 +18,9 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels.lora.layout import ceil_div
 from pallas_kernels.paged_attention.plan import AttentionShape, TritonPlan, triton_plan
 from pallas_kernels.paged_attention.tiles import AttentionTiles
-from pallas_kernels.paged_attention.work import FIELDS, decode_items, prefill_items
+from pallas_kernels.paged_attention.work import FIELDS, WorkShape, work_table
 from pallas_kernels.triton_call import triton_call
 
 MASKED = tl.constexpr(-(2.0**100))
@@ -83,7 +84,8 @@ def _tile(work, head, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.con
     return offset[:, None] + tl.arange(0, HEAD_DIM)[None, :], (m // GROUP < rows)[:, None]
 
 
-@triton.jit
+# Not inlined, like `_decode`: ptxas would keep what does not depend on the item in registers over the whole loop.
+@triton.jit(noinline=True)
 def _prefill(
     q_ptr, pool_ptr, table_ptr, work, out_ptr, head, begin, end,
     SCALE: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
@@ -114,7 +116,7 @@ def _prefill(
     tl.store(out_ptr + offset, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=own)
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def _decode(
     q_ptr, pool_ptr, table_ptr, out_ptr, partial_ptr, stats_ptr, arrivals_ptr, head, item, row, begin, end, part, parts,
     SCALE: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
@@ -186,50 +188,71 @@ def _add_up(
 
 
 @triton.jit
+def _num_items(work_ptr):
+    """Numbers of prefill and decode items. Loads are volatile, so that no register holds them while an item runs."""
+    num_prefill = tl.load(work_ptr + 8, volatile=True)
+    return num_prefill, tl.load(work_ptr + 9, volatile=True)
+
+
+@triton.jit
 def paged_attention_kernel(
-    q_ptr, pool_ptr, pages_ptr, work_ptr, arrivals_in_ptr, out_ptr, arrivals_ptr, partial_ptr, stats_ptr,
+    q_ptr, pool_ptr, pages_ptr, work_ptr, counters_in_ptr, out_ptr, counters_ptr, partial_ptr, stats_ptr,
     T: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr, MAX_PAGES: tl.constexpr, WINDOW: tl.constexpr, FIELDS: tl.constexpr,
-    PREFILL_ITEMS: tl.constexpr, ZERO_ROWS: tl.constexpr,
+    PREFILL_ITEMS: tl.constexpr, ROW: tl.constexpr,
     PREFILL_M: tl.constexpr, PREFILL_N: tl.constexpr, PREFILL_STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One work item for one key-value head. Prefill items are first, because they take longest."""
-    head, item = tl.program_id(0), tl.program_id(1)
+    """Pairs of a work item and a key-value head: the program's first is its own number, the next come from a counter.
+    Prefill items are first, because they take longest."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
     KV_HEADS: tl.constexpr = HEADS // GROUP
     WIDTH: tl.constexpr = KV_HEADS * HEAD_DIM
-    work = work_ptr + item * FIELDS
-    row, rows, seq = tl.load(work), tl.load(work + 1), tl.load(work + 2)
-    begin, end, num_rows = tl.load(work + 3), tl.load(work + 4), tl.load(work + 7)
+    num_rows = tl.load(work_ptr + 7)
+    num_prefill, num_decode = _num_items(work_ptr)
 
     # Zeros in this program's share of the step's rows without a sequence.
-    column = tl.arange(0, BLOCK_G * HEAD_DIM)
-    for t in range(tl.maximum(item * ZERO_ROWS, num_rows), tl.minimum((item + 1) * ZERO_ROWS, T)):
-        address = (t * HEADS + head * GROUP).to(tl.int64) * HEAD_DIM + column
-        tl.store(out_ptr + address, tl.zeros([BLOCK_G * HEAD_DIM], out_ptr.dtype.element_ty),
-                 mask=column < GROUP * HEAD_DIM)  # fmt: skip
-    if rows == 0:
-        return
-    pool_ptr += head * HEAD_DIM
-    table_ptr = pages_ptr + seq * MAX_PAGES
-    if PREFILL_ITEMS > 0:
-        if item < PREFILL_ITEMS:
-            _prefill(
-                q_ptr, pool_ptr, table_ptr, work, out_ptr, head, begin, end,
-                SCALE, GROUP, HEADS, HEAD_DIM, WIDTH, PAGE_SIZE, WINDOW, PREFILL_M, PREFILL_N, PREFILL_STAGES,
+    column = tl.arange(0, ROW)
+    for t in range(num_rows + program, T, programs):
+        tl.store(out_ptr + tl.cast(t, tl.int64) * (HEADS * HEAD_DIM) + column,
+                 tl.zeros([ROW], out_ptr.dtype.element_ty), mask=column < HEADS * HEAD_DIM)  # fmt: skip
+
+    pair = program
+    live = pair < (num_prefill + num_decode) * KV_HEADS
+    while live:
+        item, head = pair // KV_HEADS, pair % KV_HEADS
+        decode_item = item - num_prefill
+        work = work_ptr + tl.where(decode_item < 0, item, PREFILL_ITEMS + decode_item) * FIELDS
+        seq, begin, end = tl.load(work + 2), tl.load(work + 3), tl.load(work + 4)
+        pool_head = pool_ptr + head * HEAD_DIM
+        table_ptr = pages_ptr + seq * MAX_PAGES
+        if PREFILL_ITEMS > 0:
+            if decode_item < 0:
+                _prefill(
+                    q_ptr, pool_head, table_ptr, work, out_ptr, head, begin, end,
+                    SCALE, GROUP, HEADS, HEAD_DIM, WIDTH, PAGE_SIZE, WINDOW, PREFILL_M, PREFILL_N, PREFILL_STAGES,
+                )  # fmt: skip
+        if decode_item >= 0:
+            _decode(
+                q_ptr, pool_head, table_ptr, out_ptr, partial_ptr, stats_ptr, counters_ptr + 1 + seq * KV_HEADS + head,
+                head, decode_item, tl.load(work), begin, end, tl.load(work + 5), tl.load(work + 6),
+                SCALE, GROUP, HEADS, HEAD_DIM, WIDTH, PAGE_SIZE, BLOCK_N, STAGES, BLOCK_G, BLOCK_P,
             )  # fmt: skip
-    if item >= PREFILL_ITEMS:
-        _decode(
-            q_ptr, pool_ptr, table_ptr, out_ptr, partial_ptr, stats_ptr, arrivals_ptr + seq * KV_HEADS + head,
-            head, item - PREFILL_ITEMS, row, begin, end, tl.load(work + 5), tl.load(work + 6),
-            SCALE, GROUP, HEADS, HEAD_DIM, WIDTH, PAGE_SIZE, BLOCK_N, STAGES, BLOCK_G, BLOCK_P,
-        )  # fmt: skip
+        num_prefill, num_decode = _num_items(work_ptr)
+        pairs = (num_prefill + num_decode) * KV_HEADS
+        pair = pairs
+        if pairs > programs:
+            taken = tl.atomic_add(counters_ptr, 1, sem="relaxed")
+            if taken == pairs - 1:  # each pair adds one, so this was the last
+                tl.store(counters_ptr, 0)  # for the next layer
+            pair = programs + taken
+        live = pair < pairs
 
 
 class Attention:
     """The Triton implementation of `PagedAttention`, for one step. It builds the work table once for all layers.
 
-    Layers share the counters that identify a sequence's last program; each layer resets them to zero.
+    Layers share the counters: of the pairs taken, and of each sequence's finished chunks. Each layer resets them to 0.
     """
 
     def __init__(
@@ -238,41 +261,32 @@ class Attention:
         _check(shape)
         self._shape, self._interpret = shape, interpret
         self._plan = plan = triton_plan(shape) if plan is None else plan
-        self._decode_items = shape.num_seqs + ceil_div(plan.programs, shape.num_kv_heads)
-        self._work = decode_items(
-            tiles, self._decode_items, plan.min_chunk, plan.block_n, shape.max_tokens, shape.window
-        )
-        self._prefill_items = 0
-        if not shape.decode:
-            rows = plan.prefill_m // shape.group
-            # n sequences of more than one row have at most (max_rows - n) / rows + n tiles
-            self._prefill_items = shape.max_rows // rows + min(shape.num_seqs, shape.max_rows // 2)
-            self._work = jnp.concatenate([prefill_items(tiles, rows, self._prefill_items), self._work])
+        self._work_shape = WorkShape.of(shape, plan)
+        self._work = work_table(tiles, self._work_shape)
         self._page_table = tiles.page_table
-        self._arrivals = jnp.zeros(shape.num_seqs * shape.num_kv_heads, jnp.int32)
+        self._counters = jnp.zeros(1 + shape.num_seqs * shape.num_kv_heads, jnp.int32)
 
     def __call__(self, q: jax.Array, pool: jax.Array) -> jax.Array:
         """See `PagedAttention.__call__`."""
-        shape, plan = self._shape, self._plan
+        shape, plan, work = self._shape, self._plan, self._work_shape
         num_rows, num_heads, head_dim = q.shape
         if num_rows > shape.max_rows:
             raise ValueError(f"paged_attention: {num_rows} rows, but the tiles are for at most {shape.max_rows}")
-        items = self._work.shape[0]
         block_g = triton.next_power_of_2(shape.group)
-        out, self._arrivals, _, _ = triton_call(
+        out, self._counters, _, _ = triton_call(
             paged_attention_kernel,
-            q, pool, self._page_table, self._work, self._arrivals,
+            q, pool, self._page_table, self._work, self._counters,
             out=[
                 jax.ShapeDtypeStruct(q.shape, q.dtype),
-                jax.ShapeDtypeStruct(self._arrivals.shape, jnp.int32),
-                jax.ShapeDtypeStruct((self._decode_items, num_heads, head_dim), jnp.float32),
-                jax.ShapeDtypeStruct((self._decode_items, num_heads, 2), jnp.float32),
+                jax.ShapeDtypeStruct(self._counters.shape, jnp.int32),
+                jax.ShapeDtypeStruct((work.decode_items, num_heads, head_dim), jnp.float32),
+                jax.ShapeDtypeStruct((work.decode_items, num_heads, 2), jnp.float32),
             ],
-            aliases={4: 1}, grid=(shape.num_kv_heads, items),
+            aliases={4: 1}, grid=(work.grid,),
             num_warps=plan.warps, num_stages=plan.stages, interpret=self._interpret,
             T=num_rows, SCALE=math.log2(math.e) * head_dim**-0.5, GROUP=shape.group, HEADS=num_heads,
             HEAD_DIM=head_dim, PAGE_SIZE=shape.page_size, MAX_PAGES=shape.max_pages, WINDOW=shape.window or 0,
-            FIELDS=len(FIELDS), PREFILL_ITEMS=self._prefill_items, ZERO_ROWS=ceil_div(num_rows, items),
+            FIELDS=len(FIELDS), PREFILL_ITEMS=work.prefill_items, ROW=triton.next_power_of_2(num_heads * head_dim),
             PREFILL_M=plan.prefill_m, PREFILL_N=plan.prefill_n, PREFILL_STAGES=plan.prefill_stages,
             BLOCK_N=plan.block_n, STAGES=plan.stages,
             BLOCK_G=block_g, BLOCK_P=max(2, 8192 // (block_g * head_dim)),

@@ -4,6 +4,7 @@ code.
 Every entry of the plan table is compiled once per device, with head shapes and query groups in turn.
 """
 
+import re
 from dataclasses import dataclass
 
 import jax
@@ -96,12 +97,20 @@ def test_no_plan_spills(name):
     device, calls = devices.DEVICES[name], CALLS[name]
     uses = kernels_in(compiled(device, calls), device)
     assert sum(use.count for use in uses) == len(calls)
+    resident = []
     for use in uses:
         print(use.name, use.registers, "registers", use.shared_bytes, "bytes shared")
         assert (use.name, use.backend) == ("paged_attention_kernel", "triton")
         assert use.spill_bytes == 0 and use.registers <= 255 and use.shared_bytes <= device.shared_bytes
         assert "cp.async.cg.shared.global" in use.ptx, "no 16-byte asynchronous copies"
         assert "mma.sync" in use.ptx, "no tensor cores"
+        threads = int(re.search(r"\.reqntid (\d+)", use.ptx)[1])
+        by_registers = 65536 // (ceil_div(use.registers, 8) * 8 * threads)
+        by_shared = TARGETS[name].shared_per_sm // (use.shared_bytes + 1024)
+        resident += [min(by_registers, by_shared)] * use.count
+    with devices.compiling_for(device):
+        planned = [call.plan()["per_sm"] for call in calls]
+    assert sorted(planned) == sorted(resident), "the plans' programs per multiprocessor are not those that fit"
     if device.compute_capability == 90:
         with_wgmma = sum(use.count for use in uses if "wgmma.mma_async" in use.ptx)
         assert with_wgmma == sum(not call.decode for call in calls)

@@ -3,6 +3,7 @@
 Free pages, stale rows of live pages and unwritten outputs are NaN.
 """
 
+import heapq
 from dataclasses import replace
 
 import jax
@@ -14,15 +15,13 @@ from test_paged_attention import GROUPED, Shape, Step, random_sequences
 
 from pallas_kernels.devices import DEVICES, compiling_for
 from pallas_kernels.paged_attention import AttentionTiles, PagedAttention, paged_attention, triton, xla
-from pallas_kernels.paged_attention.plan import AttentionShape, TritonPlan
-from pallas_kernels.paged_attention.work import FIELDS, decode_items, prefill_items
+from pallas_kernels.paged_attention.plan import AttentionShape, TritonPlan, triton_plan
+from pallas_kernels.paged_attention.work import FIELDS, WorkShape, count_items, split, work_table
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # float16 pools' dummy page
 
-PLAN = TritonPlan(
-    warps=4, block_n=16, stages=1, min_chunk=16, programs=24, prefill_m=32, prefill_n=32, prefill_stages=1
-)
-"""Small blocks, and so many programs that most contexts are cut into several chunks."""
+PLAN = TritonPlan(warps=4, per_sm=7, block_n=16, stages=1, prefill_m=32, prefill_n=32, prefill_stages=1)
+"""Small blocks, so that long contexts are cut into chunks, and fewer programs than most steps have items."""
 
 GROUP_OF_4 = Shape(heads=8, kv_heads=2, head_dim=64, page_size=16, mixed_rows=48)
 GROUP_OF_8 = Shape(heads=8, kv_heads=1, head_dim=256, page_size=8, mixed_rows=40)  # adds up 4 parts at once
@@ -138,20 +137,30 @@ def work_tiles(context: np.ndarray, length: np.ndarray) -> AttentionTiles:
     return AttentionTiles(*(jnp.asarray(a, jnp.int32) for a in arrays))
 
 
-def listed(table: jax.Array) -> list[dict[str, int]]:
-    """The live items of a work table."""
-    return [dict(zip(FIELDS, row, strict=True)) for row in np.asarray(table).tolist() if row[1]]
+def live_items(table: jax.Array, shape: WorkShape) -> tuple[list[dict[str, int]], list[dict[str, int]]]:
+    """The prefill and decode items of a table; all other rows are empty, and all rows have the items' numbers."""
+    entries = [dict(zip(FIELDS, row, strict=True)) for row in np.asarray(table).tolist()]
+    num_prefill, num_decode = entries[0]["num_prefill"], entries[0]["num_decode"]
+    assert all((entry["num_prefill"], entry["num_decode"]) == (num_prefill, num_decode) for entry in entries)
+    live = [*range(num_prefill), *range(shape.prefill_items, shape.prefill_items + num_decode)]
+    assert live == [i for i, entry in enumerate(entries) if entry["rows"]]
+    return entries[:num_prefill], entries[shape.prefill_items :][:num_decode]
+
+
+def decode_shape(programs: int, items: int, window: int | None = None) -> WorkShape:
+    return WorkShape(programs, 0, 0, items, block=16, max_blocks=251, kv_heads=2, group=4, window=window)
 
 
 @pytest.mark.parametrize(
-    ("items", "min_chunk", "window"), [(WORK_SEQS, 256, None), (40, 16, 300), (200, 32, None), (200, 32, 300)], ids=str
+    ("items", "programs", "window"), [(WORK_SEQS, 9, None), (40, 80, 300), (200, 200, None), (200, 200, 300)], ids=str
 )
-def test_decode_items_cover_every_context_once_and_evenly(items, min_chunk, window, rng):
-    build = jax.jit(lambda tiles: decode_items(tiles, items, min_chunk, 16, MOST_CONTEXT + 1, window))
+def test_decode_items_cover_every_context_once_and_evenly(items, programs, window, rng):
+    shape = decode_shape(programs, items, window)
+    build = jax.jit(lambda tiles: work_table(tiles, shape))
     for most in (1, 20, MOST_CONTEXT, MOST_CONTEXT, MOST_CONTEXT):
         context = rng.integers(0, most + 1, WORK_SEQS)
         length = rng.integers(0, 3, WORK_SEQS)
-        table = listed(build(work_tiles(context, length)))
+        _, table = live_items(build(work_tiles(context, length)), shape)
         assert len(table) <= items
         assert {item["seq"] for item in table} == set(np.flatnonzero(length == 1).tolist())
         while table:
@@ -164,25 +173,48 @@ def test_decode_items_cover_every_context_once_and_evenly(items, min_chunk, wind
             assert begins[1:] == ends[:-1]
             sizes = np.subtract(ends, begins)
             assert (sizes[:-1] == sizes[0]).all() and 0 < sizes[-1] <= sizes[0]
-            assert len(parts) == 1 or (sizes[0] % 16 == 0 and sizes[0] >= min_chunk // 2)
+            assert len(parts) == 1 or sizes[0] % 16 == 0
 
 
-def test_one_long_context_is_cut_into_as_many_chunks_as_fit():
-    length = np.eye(WORK_SEQS, dtype=int)[5]
-    build = jax.jit(lambda tiles: decode_items(tiles, 40, 16, 16, MOST_CONTEXT, None))
-    table = listed(build(work_tiles(3999 * length, length)))
-    assert [item["end"] - item["begin"] for item in table] == [128] * 31 + [32]
+def makespan(blocks: np.ndarray, parts: np.ndarray, shape: WorkShape) -> float:
+    """Time of decode items, in blocks, if a free program takes the next item."""
+    chunk = -(-blocks // parts)
+    costs = [1 + min(c, b - i * c) for b, n, c in zip(blocks, parts, chunk, strict=True) for i in range(n)]
+    free = [0] * shape.programs
+    for cost in np.repeat(costs, shape.kv_heads).tolist():
+        heapq.heapreplace(free, free[0] + cost)
+    return max(free) + parts.max() * shape.group / shape.block
+
+
+RAGGED = np.random.default_rng(0).integers(1, 65, 100)
+BATCHES = {f"{batch}x{blocks}": np.full(batch, blocks) for batch in (16, 64, 256) for blocks in (16, 64, 512)}
+BATCHES |= {"ragged": RAGGED, "one_long": np.append(RAGGED // 4 + 1, 512), "single": np.array([512])}
+
+
+@pytest.mark.parametrize("blocks", BATCHES.values(), ids=BATCHES)
+def test_contexts_are_cut_as_well_as_by_the_best_length(blocks):
+    """Llama-3-8B on an H200, in blocks of 64 keys."""
+    blocks = np.sort(blocks)[::-1]
+    shape = WorkShape(3 * 132, 0, 0, blocks.size + 297, block=64, max_blocks=512, kv_heads=8, group=4, window=None)
+    planned = split(blocks, shape)
+    lengths = {-(-blocks[0] // n) for n in range(1, 300)} | set(range(1, min(64, blocks[0])))
+    candidates = (-(-blocks // length) for length in lengths)
+    best = min(makespan(blocks, parts, shape) for parts in candidates if parts.sum() <= shape.decode_items)
+    assert planned.sum() <= shape.decode_items
+    assert makespan(blocks, planned, shape) <= 1.15 * best
 
 
 @pytest.mark.parametrize("rows", [1, 4, 18])
 def test_prefill_items_cover_every_row_once_with_most_keys_first(rows, rng):
     items = WORK_ROWS // rows + min(WORK_SEQS, WORK_ROWS // 2)
-    build = jax.jit(lambda tiles: prefill_items(tiles, rows, items))
+    shape = replace(decode_shape(8, WORK_SEQS), tile_rows=rows, prefill_items=items)
+    build = jax.jit(lambda tiles: work_table(tiles, shape))
     for _ in range(6):
         length = rng.multinomial(WORK_ROWS, rng.dirichlet(np.full(WORK_SEQS, 0.3)))
         context = rng.integers(0, 100, WORK_SEQS)
-        table = listed(build(work_tiles(context, length)))
-        assert all(item["num_rows"] == WORK_ROWS for item in table)
+        table, decode = live_items(build(work_tiles(context, length)), shape)
+        assert (len(table), len(decode)) == count_items(length, context, shape)
+        assert all(item["num_rows"] == WORK_ROWS for item in (*table, *decode))
         assert (np.diff([item["end"] for item in table]) <= 0).all()
         covered = []
         for item in table:
@@ -191,6 +223,17 @@ def test_prefill_items_cover_every_row_once_with_most_keys_first(rows, rng):
             covered += range(row, row + count)
         owner = np.repeat(np.arange(WORK_SEQS), length)
         assert sorted(covered) == np.flatnonzero(length[owner] > 1).tolist()
+
+
+def test_no_program_of_a_mixed_step_is_dead(rng):
+    """A prompt and 127 decoding sequences, in Llama-3-8B's program for 4,096 rows of 256 sequences on an H200. One
+    program per item of the table and head would be 5,648 blocks."""
+    static = AttentionShape(32, 8, 128, 16, jnp.dtype("bfloat16"), 256, 2048, 4096, False)
+    with compiling_for(DEVICES["h200"]):
+        shape = WorkShape.of(static, triton_plan(static))
+    length = np.append(np.ones(127, int), 3969)
+    items = sum(count_items(length, rng.integers(0, 8192, 128), shape))
+    assert shape.grid == 132 <= items * shape.kv_heads
 
 
 def test_unsupported_shapes_are_refused_with_a_remedy(rng):
