@@ -1,14 +1,13 @@
-"""The attention kernel as compiled for an absent GPU: registers, shared memory, blocks and rounds, before and now.
+"""Rows of the attention kernel for `experiments.kernel_bench.compiled`: a layer of Llama-3-8B.
 
-Before, one block was launched for every row of the work table and key-value head; its rows are data. Now a persistent
-grid takes the pairs of an item and a head.
+The old kernel launched a block for every row of the work table and key-value head. In the new one, the programs of a
+persistent grid take the pairs of an item and a head.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.bench.models import LLAMA_3_8B
-from pallas_kernels.devices import compiling_for
+from pallas_kernels.devices import Device, compiling_for
 from pallas_kernels.lora.layout import ceil_div
 from pallas_kernels.paged_attention import AttentionTiles, PagedAttention
 from pallas_kernels.paged_attention.plan import AttentionShape, triton_plan
@@ -25,9 +24,6 @@ from pallas_kernels.targets import TARGETS, compile_for
 from slora_jax.analysis import kernels_in
 
 Row = dict[str, Any]
-
-OLD = Path(__file__).with_name("compiled_attention_old.json")
-"""Rows of the kernel before its grid was persistent, on an H200."""
 
 MODEL, PAGE_SIZE, MAX_PAGES, NUM_PAGES, TILE_ROWS = LLAMA_3_8B, 16, 2048, 4000, 64
 
@@ -88,29 +84,25 @@ CASES: dict[str, tuple[Program, np.ndarray, np.ndarray]] = {
 """Program, and the rows and the tokens before them of each sequence."""
 
 
-def attention_rows(device: str = "h200") -> list[Row]:
-    """Compiles the kernel and returns its rows, and for an H200 those of the kernel before:
-    `{"kernel", "case", "device", "version": "old" | "new", "registers", "shared_bytes", "launches", "blocks",
-    "dead_blocks", "per_sm", "work", "waves"}`.
-
-    work: pairs of an item and a head. waves: `work` over resident programs.
-    """
+def rows(device: Device) -> Iterator[Row]:
+    """Compiles the kernel for `device` and yields its rows. They also have `shared_bytes`, `per_sm` (resident programs
+    of a multiprocessor), `work` (pairs of an item and a head) and `waves` (`work` over resident programs)."""
     found: dict[Program, Any] = {}
     for program in dict.fromkeys(program for program, _, _ in CASES.values()):
-        (found[program],) = kernels_in(program.compile(device), TARGETS[device].device)
-    rows = [_row(case, device, found[program], program.shape, *step) for case, (program, *step) in CASES.items()]
-    return (json.loads(OLD.read_text()) if device == "h200" else []) + rows
+        (found[program],) = kernels_in(program.compile(device.name), device)
+    for case, (program, *step) in CASES.items():
+        yield _row(case, device, found[program], program.shape, *step)
 
 
-def _row(case: str, device: str, use: Any, shape: AttentionShape, rows: np.ndarray, context: np.ndarray) -> Row:
-    with compiling_for(TARGETS[device].device):
+def _row(case: str, device: Device, use: Any, shape: AttentionShape, rows: np.ndarray, context: np.ndarray) -> Row:
+    with compiling_for(device):
         plan = triton_plan(shape)
         work = WorkShape.of(shape, plan)
     pairs = sum(count_items(rows, context, work)) * shape.num_kv_heads
     return {
         "kernel": "attention",
         "case": case,
-        "device": device,
+        "device": device.name,
         "version": "new",
         "registers": use.registers,
         "shared_bytes": use.shared_bytes,

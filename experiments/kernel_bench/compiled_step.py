@@ -1,36 +1,31 @@
-"""What the compiled step and sampler do on a GPU that is not here, as rows of the table of compiled kernels.
-
-`BEFORE` holds the same numbers of the code before searches, writes and the graph were changed.
-"""
+"""Rows of the sampler, of writes into the pool and of the decode graph for `experiments.kernel_bench.compiled`."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-RESULTS = Path(__file__).parents[1] / "results"
-BEFORE = RESULTS / "compiled_step_before.json"
+if TYPE_CHECKING:
+    from pallas_kernels.devices import Device
+
 MODEL = Path(__file__).parents[1] / "models" / "llama-3-8b.json"
 SEQS = (64, 256)
 LAYERS = 4
 POOL_PAGES = 20_000
 
 Row = dict[str, Any]
-"""kernel, case, device, version ("old" or "new") and numbers: launches of one run, registers per thread,
-compare_and_swaps (instructions), temp_bytes, is_sequential."""
 
 
-def rows(device: str = "h200") -> list[Row]:
-    """Returns the rows of `BEFORE`, and the same ones of the present code, compiled for `device`."""
-    before = [row for row in json.loads(BEFORE.read_text()) if row["device"] == device]
-    present = (*samplers(device), *writes(device), graph(device))
-    return [*before, *({"device": device, "version": "new"} | row for row in present)]
+def rows(device: Device) -> Iterator[Row]:
+    """Compiles the programs for `device` and yields their rows. They also have `compare_and_swaps` (instructions),
+    `temp_bytes` and `is_sequential`."""
+    for row in (*samplers(device.name), *writes(device.name), graph(device.name)):
+        yield {"device": device.name, "version": "new"} | row
 
 
 def samplers(device: str) -> Iterator[Row]:

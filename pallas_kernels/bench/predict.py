@@ -40,14 +40,12 @@ from pallas_kernels.targets import Target
 
 ITEMSIZE = 2
 """bfloat16."""
-LOGIT_BYTES = 4
 BASE_SHARE = 0.85
 """Bandwidth of the products with base weights in a decode step, as a share of a copy's."""
 BASE_LAUNCHES = 10
 """XLA's own launches in a decode layer, counted in the compiled step without attention and the write of keys."""
 BASE_LAUNCH_SECONDS = 2e-6
 PROGRAM_COLUMNS = 1024
-SAMPLER_ROWS = (64, 256)
 
 WORKS = {"lora_shrink": shrink_work, "lora_expand": expand_work}
 
@@ -60,15 +58,10 @@ class Predictor:
     target: Target
 
     def rows(self, cases: list[Case]) -> Iterator[dict[str, Any]]:
-        """Yields a row for every case that is not a check, and for the sampler: label, system, floor, prediction."""
+        """Yields a row for every case that is not a check: label, system, floor, prediction."""
         for case in cases:
             if not case.is_check and case.op in self._ops:
                 yield from self._ops[case.op](case)
-        vocab = self.size.model.vocab
-        for rows in SAMPLER_ROWS:
-            work = Work(rows * vocab * LOGIT_BYTES)
-            prediction = self._predict(Call((work,), kernel_cost("sampler", "decode")))
-            yield self._row(f"sampler decode rows={rows} vocab={vocab}", "xla", work, prediction)
 
     @property
     def _ops(self) -> dict[str, Callable[[Case], Iterator[dict[str, Any]]]]:
@@ -79,6 +72,7 @@ class Predictor:
             "attention": self._attention,
             "write_kv": self._write,
             "write_pages": self._write,
+            "sampler": self._sampler,
             "step": self._step,
         }
 
@@ -153,6 +147,13 @@ class Predictor:
 
     def _write(self, case: Case) -> Iterator[dict[str, Any]]:
         yield self._row(case.label, "xla", case.work, self._predict(Call((case.work,), kernel_cost(case.op, "write"))))
+
+    def _sampler(self, case: Case) -> Iterator[dict[str, Any]]:
+        for system in case.systems:
+            cost = kernel_cost("sampler", system.name)
+            programs = case.facts["batch"] if cost.instructions_per_kb else 0  # of the search
+            call = Call((case.work,), cost, programs, case.work.bytes / 1024)
+            yield self._row(case.label, system.name, case.work, self._predict(call))
 
     def _step(self, case: Case) -> Iterator[dict[str, Any]]:
         """The base step, and with adapters' launches after one another in between."""
