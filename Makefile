@@ -12,7 +12,7 @@ export JAX_PLATFORMS := cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-thorough lint format bench bench-gpu bench-vllm paper miniature results clean \
+.PHONY: help install demo serve test test-thorough lint format bench bench-gpu gpu-wheels bench-vllm paper miniature results clean \
   distclean
 
 help: ## show this list
@@ -75,6 +75,9 @@ ifeq ($(MEASURED),mechanisms)
 	$(PYTHON) -m experiments.run experiments/configs/beyond/mechanisms.yaml --output build/measured/mechanisms_simulated.jsonl
 	mv build/measured/mechanisms_simulated.jsonl experiments/results/measured/mechanisms_simulated.jsonl
 endif
+
+gpu-wheels: | $(UV) ## fetch what a GPU machine without a package index may lack, into build/wheels
+	$(UV) tool run pip download -q --python-version 3.12 --no-deps --only-binary=:all: --dest build/wheels -c constraints.txt jax-triton flax
 
 bench-gpu: $(VENV)/installed-cuda12 $(VENV)/installed-plot ## measure every kernel on this machine's GPU
 	$(PYTHON) -m experiments.kernel_bench --out experiments/results/kernels.json

@@ -82,7 +82,7 @@ def cutoff(
     top_p: jax.Array,
     interpret: bool = False,
 ) -> jax.Array:
-    """As `api.cutoff`."""
+    """See `api.cutoff`."""
     rows, vocab = logits.shape
     (found,) = triton_call(
         cutoff_kernel, logits, best, temperature, top_k, top_p,

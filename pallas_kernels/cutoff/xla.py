@@ -16,7 +16,7 @@ SEARCH_BITS = 2
 
 
 def cutoff(logits: jax.Array, best: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """As `api.cutoff`."""
+    """See `api.cutoff`."""
     distance = jnp.take_along_axis(logits, best[:, None], axis=1) - logits
     bits = lax.bitcast_convert_type(distance, jnp.uint32)  # increases with the distance, which is not negative
     count = jnp.minimum(top_k, logits.shape[1])

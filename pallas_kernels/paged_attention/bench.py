@@ -87,7 +87,7 @@ class Shape:
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Of the kernels. The miniature's heads are narrower than Mosaic GPU's tiles."""
+        """Backends to measure. The miniature's heads are narrower than Mosaic GPU's tiles."""
         return ("triton",) if self.decode or self.size.miniature else ("triton", "mosaic_gpu")
 
     @property

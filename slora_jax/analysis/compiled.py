@@ -1,4 +1,4 @@
-"""What a compiled program does with the pool, and its PTX."""
+"""Reads how a compiled program uses the pool, and its PTX."""
 
 from __future__ import annotations
 
