@@ -57,7 +57,8 @@ def test_the_json_has_the_documented_fields(written) -> None:
         assert all(program[name] > 0 for name in fields)
         assert program["collectives"] == []
         for kernel in program["kernels"]:
-            assert kernel.keys() == {"name", "backend", "blocks", "warps", "registers", "spill_bytes", "shared_bytes", "count"}
+            fields = {"name", "backend", "blocks", "warps", "registers", "spill_bytes", "shared_bytes", "count"}
+            assert kernel.keys() == fields
     assert written["problems"] == []
 
 
