@@ -15,8 +15,8 @@ import pytest
 import yaml
 from tiny_model import TinyModel
 
-from experiments import results_page
 from experiments.config import load_experiment, make_experiment
+from experiments.results_page.documents import documents
 from experiments.runners.simulated import run_simulated
 from slora_jax import Engine, EngineConfig, cli
 from slora_jax.adapters import random_adapter, write_peft
@@ -199,7 +199,7 @@ def test_links_and_paths_exist(document) -> None:
 
 
 def test_results_are_those_of_the_committed_files() -> None:
-    for path, text in results_page.documents().items():
+    for path, text in documents().items():
         assert path.read_text() == text, f"{path.name} is out of date: run `make results`"
 
 
