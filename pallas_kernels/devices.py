@@ -72,7 +72,7 @@ def target() -> Device | None:
         return None
     gpu = jax.devices()[0]
     device = known_device(gpu.device_kind, round(10 * float(gpu.compute_capability)))
-    return device and replace(device, num_sms=gpu.core_count)
+    return device and replace(device, num_sms=getattr(gpu, "core_count", device.num_sms))
 
 
 def known_device(kind: str, compute_capability: int) -> Device | None:

@@ -244,22 +244,16 @@ def lora_expand_kernel(
     BLOCKS: tl.constexpr = (D_FIRST + BLOCK_N - 1) // BLOCK_N + REST * ((D_REST + BLOCK_N - 1) // BLOCK_N)
     i = tl.program_id(0)
     first_row, rows, slot, b_base, wide_blocks, end0, end1, end2 = _work(tiles_ptr, FIRST_ITEM + i // BLOCKS, FIELDS)
-    if PROGRAMS == (LAST_ITEM - FIRST_ITEM) * BLOCKS:  # a program for every item
-        if rows > 0:
-            _expand(
-                h_ptr, pool_ptr, pages_ptr, y_ptr, out_ptr, i - i // BLOCKS * BLOCKS,
-                first_row, rows, slot, b_base, wide_blocks, end0, end1, end2,
-                T, D_OUT, D_FIRST, D_REST, WIDTH, PAGE_SIZE, WIDE_CHUNKS, NARROW_CHUNKS, MAX_PAGES,
-                COLUMNS, BY_PROJECTION, SPLITS, WIDE, BLOCK_M, BLOCK_R, BLOCK_N, STAGES,
-            )  # fmt: skip
-    else:
-        while rows > 0:
-            _expand(
-                h_ptr, pool_ptr, pages_ptr, y_ptr, out_ptr, i - i // BLOCKS * BLOCKS,
-                first_row, rows, slot, b_base, wide_blocks, end0, end1, end2,
-                T, D_OUT, D_FIRST, D_REST, WIDTH, PAGE_SIZE, WIDE_CHUNKS, NARROW_CHUNKS, MAX_PAGES,
-                COLUMNS, BY_PROJECTION, SPLITS, WIDE, BLOCK_M, BLOCK_R, BLOCK_N, STAGES,
-            )  # fmt: skip
+    while rows > 0:
+        _expand(
+            h_ptr, pool_ptr, pages_ptr, y_ptr, out_ptr, i - i // BLOCKS * BLOCKS,
+            first_row, rows, slot, b_base, wide_blocks, end0, end1, end2,
+            T, D_OUT, D_FIRST, D_REST, WIDTH, PAGE_SIZE, WIDE_CHUNKS, NARROW_CHUNKS, MAX_PAGES,
+            COLUMNS, BY_PROJECTION, SPLITS, WIDE, BLOCK_M, BLOCK_R, BLOCK_N, STAGES,
+        )  # fmt: skip
+        if PROGRAMS == (LAST_ITEM - FIRST_ITEM) * BLOCKS:  # a program for every item
+            rows = 0
+        else:
             i += PROGRAMS
             index = tl.minimum(FIRST_ITEM + i // BLOCKS, LAST_ITEM)
             first_row, rows, slot, b_base, wide_blocks, end0, end1, end2 = _work(tiles_ptr, index, FIELDS)
