@@ -3,6 +3,7 @@
 import os
 import signal
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts slow files first. Raises UsageError if two tests have the same id: xdist would run one of them."""
     order = {name: number for number, name in enumerate(SLOW_FILES)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))  # stable
+    repeated = [nodeid for nodeid, count in Counter(item.nodeid for item in items).items() if count > 1]
+    if repeated:
+        raise pytest.UsageError(f"several tests have the id {repeated[0]}; give each its own")
 
 
 def pytest_report_header() -> list[str]:
