@@ -171,19 +171,23 @@ def test_named_losses_are_their_formulas(trainer, tiny) -> None:
     def formula(name, p, one):
         ratio, advantage = jnp.exp(p - one.inputs["logprobs"]), one.inputs["advantages"]
         clipped = jnp.clip(ratio, 0.8, 1.2)
-        return one.weights * {
-            "cross_entropy": -p,
-            "importance_sampling": -ratio * advantage,
-            "ppo": -jnp.minimum(ratio * advantage, clipped * advantage),
-            "cispo": -jax.lax.stop_gradient(clipped) * advantage * p,
-        }[name]
+        return (
+            one.weights
+            * {
+                "cross_entropy": -p,
+                "importance_sampling": -ratio * advantage,
+                "ppo": -jnp.minimum(ratio * advantage, clipped * advantage),
+                "cispo": -jax.lax.stop_gradient(clipped) * advantage * p,
+            }[name]
+        )
 
     for name in ("cross_entropy", "importance_sampling", "ppo", "cispo"):
         loss = trainer.forward_backward({"x": batch}, name)["x"].loss
         gradient = trainer.gradient("x")
         trainer.restore("x", trainer.state("x"))
         custom = trainer.forward_backward_custom(
-            {"x": batch}, lambda _, ps, name=name: sum(formula(name, p, one).sum() for p, one in zip(ps, batch))  # noqa: B905
+            {"x": batch},
+            lambda _, ps, name=name: sum(formula(name, p, one).sum() for p, one in zip(ps, batch)),  # noqa: B905
         )["x"].loss
         assert loss == pytest.approx(custom, rel=1e-5)
         for key, (a, b) in trainer.gradient("x").items():
