@@ -36,7 +36,7 @@ class Sample:
     """One example.
 
     Attributes:
-      ids: int32 `[n]` token ids, at least two.
+      ids: int32 `[n]` token ids.
       trained: bool `[n]`, whether the model is trained to predict the token. The first one never is.
     """
 
@@ -152,8 +152,8 @@ class Encoder:
             action = "cut to" if self.cut else "skipped: they exceed"
             warnings.append(f"{path}: {too_long} of {len(lines)} examples are {action} max_length={self.max_length}")
         if untrained:
-            reason = "are skipped: the cut leaves no token to train"
-            warnings.append(f"{path}: {untrained} of {len(lines)} examples {reason}")
+            reason = f"with max_length={self.max_length} they have no token to train"
+            warnings.append(f"{path}: {untrained} of {len(lines)} examples are skipped: {reason}")
         return examples, tuple(warnings)
 
     def _example(self, line: bytes) -> Sample:
@@ -219,8 +219,9 @@ class Encoder:
         ids, starts = self._joined([*pieces, whole[position:]], special=False)
         trained = np.zeros(len(ids), bool)
         for start, end in zip(starts[1::2], starts[2::2], strict=True):
-            trained[start : self._end_of_turn(ids, start, end)] = True
-        return Sample(np.array(ids, np.int32), trained)
+            trained[max(start, 1) : self._end_of_turn(ids, start, end)] = True
+        used = 1 + int(trained.nonzero()[0].max(initial=0))  # later tokens would be computed in vain
+        return Sample(np.array(ids[:used], np.int32), trained[:used])
 
     def _render(self, messages: Sequence[Mapping[str, str]], prompt: bool) -> str:
         try:

@@ -45,7 +45,7 @@ def test_every_assistant_turn_is_trained_with_its_end(backend) -> None:
     sample = (chat := encoder(backend)).conversation(DIALOGUE)
     assert trained_text(chat, sample) == "It jumps. 猫</s>|\nThe dog is lazy.</s>"
     whole = chat.tokenizer.apply_chat_template(DIALOGUE)
-    assert chat.tokenizer.decode(sample.ids) == whole
+    assert chat.tokenizer.decode(sample.ids) == whole.removesuffix("\n")  # the last newline trains nothing
 
 
 def test_a_prompt_has_the_tokens_of_a_served_one(backend) -> None:
@@ -111,7 +111,7 @@ def test_long_examples_are_skipped_or_cut_and_counted(backend, tmp_path, caplog)
     assert [len(sample.ids) for sample in kept] == [3, 10]
     assert warnings == (
         f"{file}: 2 of 3 examples are cut to max_length=10",
-        f"{file}: 1 of 3 examples are skipped: the cut leaves no token to train",
+        f"{file}: 1 of 3 examples are skipped: with max_length=10 they have no token to train",
     )
 
 
