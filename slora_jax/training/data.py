@@ -18,6 +18,7 @@ import numpy as np
 
 from slora_jax.engine.arrival import text_ids
 from slora_jax.errors import ConfigError, RequestError
+from slora_jax.training.batch import Example
 from slora_jax.training.recipe import AdapterRecipe, Recipe
 from slora_jax.typed import refuse_unknown
 
@@ -333,3 +334,11 @@ def _dataset(name: str, adapter: AdapterRecipe, encoder: Encoder) -> Dataset:
                 f"max_length={encoder.max_length}"
             )
     return Dataset(examples, held_out, warnings)
+
+
+def examples(samples: Sequence[Sample]) -> list[Example]:
+    """Returns examples of the trainer whose losses sum to the mean over all trained tokens."""
+    count = sum(one.num_trained for one in samples)
+    return [
+        Example(one.ids[:-1], one.ids[1:], one.trained[1:].astype(np.float32) / np.float32(count)) for one in samples
+    ]

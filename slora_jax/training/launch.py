@@ -1,4 +1,4 @@
-"""Training from a recipe: reads the data, checks everything that can be checked early, then loads the model and trains."""
+"""Training from a recipe: checks recipe, data and checkpoint first, then loads the model and trains."""
 
 from __future__ import annotations
 
@@ -62,9 +62,7 @@ def train(model_dir: Path, recipe: Recipe, restart: bool = False, progress: bool
         return Run(recipe, datasets, trainer, checkpoints, base, progress).run()
 
 
-def _checkpoints(
-    model_dir: Path, model: ModelConfig, recipe: Recipe, datasets: Mapping[str, Dataset]
-) -> Checkpoints:
+def _checkpoints(model_dir: Path, model: ModelConfig, recipe: Recipe, datasets: Mapping[str, Dataset]) -> Checkpoints:
     """Opens the checkpoints, whose conditions are the recipe, the examples, and the model's config, names and sizes of
     files."""
     conditions = recipe.conditions()

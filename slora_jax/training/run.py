@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -17,10 +17,11 @@ from tqdm import tqdm
 from slora_jax.adapters import LoraAdapter, write_peft
 from slora_jax.engine.interrupts import InterruptHeld
 from slora_jax.training.checkpoint import Checkpoints, replace_directory
+from slora_jax.training.config import Adam
 from slora_jax.training.curves import StepLog, draw_curves
-from slora_jax.training.data import Dataset, Sample
+from slora_jax.training.data import Dataset, examples
 from slora_jax.training.recipe import AdapterRecipe, Recipe
-from slora_jax.training.trainer import Adam, Example, Outcome, StepReport, Trainer
+from slora_jax.training.trainer import Outcome, StepReport, Trainer
 
 _NAMED = 4
 """Most adapters whose losses fit beside the progress bar."""
@@ -246,14 +247,6 @@ class Run:
             return ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         worst = max(losses, key=lambda name: losses[name])
         return f"mean {sum(losses.values()) / len(losses):.3f}, highest {losses[worst]:.3f} ({worst})"
-
-
-def examples(samples: Sequence[Sample]) -> list[Example]:
-    """Returns examples of the trainer whose losses sum to the mean over all trained tokens."""
-    count = sum(one.num_trained for one in samples)
-    return [
-        Example(one.ids[:-1], one.ids[1:], one.trained[1:].astype(np.float32) / np.float32(count)) for one in samples
-    ]
 
 
 def optimizer(adapter: AdapterRecipe, total: int) -> Adam:

@@ -4,33 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
+from pallas_kernels.lora import PROJECTIONS
 from slora_jax.adapters.targets import resolve_targets
+from slora_jax.engine.sizing import adapter_geometry
 from slora_jax.errors import AdapterError, ConfigError
 from slora_jax.models.config import ModelConfig
-from slora_jax.training.data import DEFAULT_MAX_LENGTH, Dataset
-from slora_jax.training.recipe import Recipe
+from slora_jax.training.batch import pack
+from slora_jax.training.config import TrainerConfig
+from slora_jax.training.data import DEFAULT_MAX_LENGTH, Dataset, examples
+from slora_jax.training.recipe import AdapterRecipe, Recipe
 
-_ROUNDING = 16
-"""Row lengths are multiples of this."""
+_SHORTEST_ROWS = (32, 64, 128, 256, 512)
+"""Candidates for the shortest row length. Each further one is four times longer, so that few programs are compiled."""
 
-_MOST_LENGTHS = 3
-"""Most row lengths, each of which costs a compilation."""
+_QUADRATIC = 4096
+"""Row length, in tokens, at which attention costs about as much as the rest of a layer."""
 
-_WORTHWHILE = 0.25
-"""Least share of the examples that must fit a further, shorter row length."""
+_SAMPLED_STEPS = 4
+"""Optimizer steps of each adapter by which row lengths are compared."""
 
 
 def trainer_config(recipe: Recipe, datasets: Mapping[str, Dataset], model: ModelConfig) -> TrainerConfig:
     """Returns the trainer's sizes. Raises ConfigError if an adapter cannot be attached to the model."""
-    lengths = row_lengths(datasets)
-    ranks = [_ranks(name, adapter.lora, model) for name, adapter in recipe.adapters.items()]
-    layout = adapter_geometry(model, PAGE_SIZE).layout
+    ranks = [_ranks(name, adapter, model) for name, adapter in recipe.adapters.items()]
+    layout = adapter_geometry(model, TrainerConfig.page_size).layout
+    lengths, iteration = row_lengths(recipe, datasets)
+    most = max(1 << recipe.micro_step_tokens.bit_length() - 1, lengths[-1])
+    tokens = min(most, max(_power_of_two(iteration), lengths[-1]))
     return TrainerConfig(
-        num_pages=1 + sum(int(layout.num_pages(one.max(0))) for one in ranks),
+        num_pages=1 + sum(int(layout.num_pages(one)) for one in ranks),
         max_adapters=len(ranks),
         max_lora_rank=max(int(one.max()) for one in ranks),
         lengths=lengths,
-        tokens=(micro_step_tokens(recipe, datasets, lengths[-1]),),
+        tokens=tuple(sorted({max(1, tokens // 4), tokens})),  # fewer rows remain at the end of an iteration
         dtype=recipe.dtype,
     )
 
@@ -43,39 +51,44 @@ def longest_example(recipe: Recipe, model: ModelConfig) -> int:
     return recipe.max_length or min(DEFAULT_MAX_LENGTH, positions)
 
 
-def row_lengths(datasets: Mapping[str, Dataset]) -> tuple[int, ...]:
-    """Returns the row lengths for the examples' lengths, ascending: the longest, and halves of it that many fit."""
-    sizes = [len(one.ids) - 1 for data in datasets.values() for part in (data.train, data.evaluation) for one in part]
-    lengths = [_rounded(max(sizes))]
-    while len(lengths) < _MOST_LENGTHS and lengths[0] > _ROUNDING:
-        half = _rounded(lengths[0] // 2)
-        if half == lengths[0] or sum(size <= half for size in sizes) < _WORTHWHILE * len(sizes):
-            break
-        lengths.insert(0, half)
-    return tuple(lengths)
+def row_lengths(recipe: Recipe, datasets: Mapping[str, Dataset]) -> tuple[tuple[int, ...], int]:
+    """Chooses the row lengths into which the batches of the first steps pack best.
+
+    Returns:
+      Powers of two, ascending, and the mean tokens of an iteration in such rows, padding included.
+    """
+    sizes = (len(one.ids) - 1 for data in datasets.values() for part in (data.train, data.evaluation) for one in part)
+    longest = _power_of_two(max(sizes))
+    steps = [
+        [examples(datasets[name].batch(adapter, step)) for step in range(_SAMPLED_STEPS)]
+        for name, adapter in recipe.adapters.items()
+    ]
+    found = []
+    for shortest in _SHORTEST_ROWS:
+        lengths = [shortest]
+        while lengths[-1] < longest:
+            lengths.append(4 * lengths[-1])
+        config = TrainerConfig(num_pages=2, lengths=tuple(lengths))
+        rows = [row.length for batches in steps for batch in batches for row in pack(0, batch, config)]
+        cost = sum(length * (1 + length / _QUADRATIC) for length in rows)
+        found.append((cost, tuple(lengths), sum(rows) // _SAMPLED_STEPS))
+    _, best, iteration = min(found)
+    return best, iteration
 
 
-def micro_step_tokens(recipe: Recipe, datasets: Mapping[str, Dataset], longest_row: int) -> int:
-    """Returns the tokens of a micro-step: the recipe's, or those of a whole iteration if these are fewer."""
-    iteration = 0.0
-    for name, adapter in recipe.adapters.items():
-        train = datasets[name].train
-        iteration += adapter.batch_size * sum(len(one.ids) - 1 for one in train) / len(train)
-    rows = min(recipe.micro_step_tokens // longest_row, -(-round(iteration) // longest_row))
-    return max(1, rows) * longest_row
-
-
-def _ranks(name: str, lora: LoraConfig, model: ModelConfig) -> np.ndarray:
-    """Ranks `[num_layers, 7]` of an adapter."""
+def _ranks(name: str, adapter: AdapterRecipe, model: ModelConfig) -> np.ndarray:
+    """Each projection's largest rank over the layers, int32 `[7]`."""
     try:
-        targets = resolve_targets(lora, model.num_layers)
+        targets = resolve_targets(adapter.lora, model.num_layers)
     except AdapterError as error:
         raise ConfigError(f"adapters.{name}.lora.{error}") from None
-    ranks = np.zeros((model.num_layers, len(PROJECTIONS)), np.int32)
-    for (layer, projection), target in targets.items():
-        ranks[layer, PROJECTIONS.index(projection)] = target.rank
+    ranks = np.zeros(len(PROJECTIONS), np.int32)
+    for (_, projection), target in targets.items():
+        index = PROJECTIONS.index(projection)
+        ranks[index] = max(ranks[index], target.rank)
     return ranks
 
 
-def _rounded(length: int) -> int:
-    return -(-length // _ROUNDING) * _ROUNDING
+def _power_of_two(count: int) -> int:
+    """The smallest power of two that is not less than `count`."""
+    return 1 << (count - 1).bit_length()

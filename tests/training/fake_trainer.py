@@ -7,7 +7,7 @@ import numpy as np
 from slora_jax.adapters import BaseGeometry, LoraAdapter, LoraConfig
 from slora_jax.adapters.peft_format import adapter_of
 from slora_jax.adapters.targets import resolve_targets
-from slora_jax.training.trainer import Adam, Example, Outcome, StepReport
+from slora_jax.training import Adam, Example, Outcome, StepReport
 
 GEOMETRY = BaseGeometry(
     num_layers=1, hidden_size=4, q_width=4, kv_width=4, intermediate_size=4, page_size=8

@@ -65,9 +65,9 @@ def test_a_completion_is_trained_with_the_end_of_sequence(backend) -> None:
 
 
 def test_templates_that_hide_the_trained_tokens_are_refused_by_name(backend) -> None:
-    changed = CHATML.replace("message.content", "message.content if loop.last or message.role != 'assistant' else '...'")
+    shortened = "message.content if loop.last or message.role != 'assistant' else '...'"
     with pytest.raises(ConfigError, match=r"messages\[2\]: .* renders this turn differently when others follow"):
-        encoder(backend, changed).conversation(DIALOGUE)
+        encoder(backend, CHATML.replace("message.content", shortened)).conversation(DIALOGUE)
     other_prompt = CHATML.replace("%}[assistant]\n", "%}[answer]\n")
     with pytest.raises(ConfigError, match=r"messages\[2\]: .* renders the prompt of this turn differently"):
         encoder(backend, other_prompt).conversation(DIALOGUE)
@@ -125,7 +125,7 @@ def test_batches_are_a_function_of_seed_and_step(backend, tmp_path) -> None:
     adapter, data = datasets(backend, tmp_path, {"epochs": 2, "batch_size": 4, "seed": 3})
     steps = [[sample.ids.tobytes() for sample in data.batch(adapter, step)] for step in range(data.steps(adapter))]
     assert [len(batch) for batch in steps] == [4, 4, 2] * 2
-    first, second = sum(steps[:3], []), sum(steps[3:], [])
+    first, second = ([one for batch in epoch for one in batch] for epoch in (steps[:3], steps[3:]))
     assert len(set(first)) == 10 and sorted(first) == sorted(second) and first != second
     _, again = datasets(backend, tmp_path, {"epochs": 2, "batch_size": 4, "seed": 3})
     assert [sample.ids.tobytes() for sample in again.batch(adapter, 4)] == steps[4]
