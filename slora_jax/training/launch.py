@@ -10,6 +10,8 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from slora_jax.engine.config import EngineConfig
+from slora_jax.engine.programs import keep_compiled_programs
 from slora_jax.engine.text import load_tokenizer
 from slora_jax.errors import CheckpointError, ConfigError
 from slora_jax.models.config import ModelConfig, model_names
@@ -57,6 +59,7 @@ def train(model_dir: Path, recipe: Recipe, restart: bool = False, progress: bool
         if restart:
             checkpoints.clear()
         checkpoints.check()
+        keep_compiled_programs(EngineConfig.compilation_cache_dir)
         trainer = Trainer.from_pretrained(model_dir, config)
         base = min(model_names(model_dir))
         return Run(recipe, datasets, trainer, checkpoints, base, progress).run()

@@ -22,6 +22,9 @@ _SHORTEST_ROWS = (32, 64, 128, 256, 512)
 _QUADRATIC = 4096
 """Row length, in tokens, at which attention costs about as much as the rest of a layer."""
 
+_DIVIDED = 1024
+"""Micro-steps of at least so many tokens come in a quarter of the size as well, for an iteration's last rows."""
+
 _SAMPLED_STEPS = 4
 """Optimizer steps of each adapter by which row lengths are compared."""
 
@@ -38,7 +41,7 @@ def trainer_config(recipe: Recipe, datasets: Mapping[str, Dataset], model: Model
         max_adapters=len(ranks),
         max_lora_rank=max(int(one.max()) for one in ranks),
         lengths=lengths,
-        tokens=tuple(sorted({max(1, tokens // 4), tokens})),  # fewer rows remain at the end of an iteration
+        tokens=(tokens // 4, tokens) if tokens >= _DIVIDED else (tokens,),
         dtype=recipe.dtype,
     )
 
