@@ -54,7 +54,7 @@ def prepare(directory: Path, **changes) -> Path:
     ]
     for name, lines in (("plain", plain), ("chat", chat)):
         (directory / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (directory / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | changes))
+    (directory / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | changes, sort_keys=False))
     return directory / "recipe.yaml"
 
 
