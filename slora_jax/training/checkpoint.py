@@ -70,6 +70,7 @@ class Checkpoints:
         keys = list(arrays)
         content = {"conditions": self._conditions, "data": data, "keys": keys}
         numbered = {str(number): np.asarray(arrays[key]) for number, key in enumerate(keys)}
+        numbered = numbered or {"none": np.zeros(1)}  # Orbax rejects an empty tree
         self._manager.save(
             step, args=ocp.args.Composite(json=ocp.args.JsonSave(content), arrays=ocp.args.PyTreeSave(numbered))
         )

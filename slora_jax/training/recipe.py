@@ -65,7 +65,7 @@ class AdapterRecipe:
 
     @property
     def has_evaluation(self) -> bool:
-        """Whether the adapter has evaluation examples."""
+        """Returns whether the adapter has evaluation examples."""
         return self.test is not None or self.evaluation > 0
 
     def check(self, where: str) -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from slora_jax.adapters import LoraAdapter, write_peft
 from slora_jax.engine.interrupts import InterruptHeld
-from slora_jax.training.checkpoint import Checkpoints, replace_directory
+from slora_jax.training.checkpoint import Checkpoints, Key, replace_directory
 from slora_jax.training.config import Adam
 from slora_jax.training.curves import StepLog, draw_curves
 from slora_jax.training.data import Dataset, examples
@@ -55,7 +55,7 @@ class Course:
 
     @property
     def is_running(self) -> bool:
-        """Whether further steps follow."""
+        """Returns whether further steps follow."""
         return not self.has_ended and self.stopped is None
 
     def evaluated(self, loss: float, patience: int | None) -> bool:
@@ -166,7 +166,7 @@ class Run:
         return line
 
     def _evaluate(self, lines: Mapping[str, dict[str, Any]]) -> None:
-        """Evaluates the adapters whose turn it is, and adds the losses to their lines of the log."""
+        """Evaluates the adapters that are due, and adds the losses to their lines of the log."""
         every = self._recipe.evaluate_every
         due = []
         for name in lines.keys() & self._evaluation.keys():
@@ -205,7 +205,7 @@ class Run:
 
     def _save(self) -> None:
         """Writes a checkpoint of everything that the rest of the run depends on."""
-        arrays = {}
+        arrays: dict[Key, np.ndarray] = {}
         for name, course in self.courses.items():
             if course.stopped is None:
                 arrays |= {("state", name, key): array for key, array in self._trainer.state(name).items()}
@@ -228,16 +228,17 @@ class Run:
         self.iteration = data["iteration"]
         self.courses = {name: Course(**course) for name, course in data["courses"].items()}
         states: dict[str, dict[str, np.ndarray]] = {}
-        best: dict[str, dict[str, dict[tuple[int, str], np.ndarray]]] = {}
+        matrices: dict[str, dict[str, dict[tuple[int, str], np.ndarray]]] = {}
         for (kind, name, *key), array in arrays.items():
             if kind == "state":
                 states.setdefault(name, {})[key[0]] = array
             else:
                 side, layer, projection = key
-                best.setdefault(name, {"a": {}, "b": {}})[side][int(layer), projection] = array
+                matrices.setdefault(name, {"a": {}, "b": {}})[side][int(layer), projection] = array
         for name, state in states.items():
             self._trainer.restore(name, state)
-        self._best = {name: replace(self._trainer.adapter(name), **matrices) for name, matrices in best.items()}
+        for name, best in matrices.items():
+            self._best[name] = replace(self._trainer.adapter(name), a=best["a"], b=best["b"])
         return int(data["log_bytes"])
 
     def _losses(self) -> str:

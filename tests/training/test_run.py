@@ -162,3 +162,10 @@ def test_an_evaluation_without_a_number_is_no_improvement() -> None:
     course = Course(total=9)
     assert course.evaluated(1.0, 2) and not course.evaluated(float("nan"), 2) and not course.has_ended
     assert not course.evaluated(1.0, 2) and course.has_ended
+
+
+def test_a_run_whose_adapters_are_all_stopped_ends(tmp_path) -> None:
+    recipe = recipe_of(tmp_path, {"b": ADAPTERS["b"]})
+    make_run(recipe, FakeTrainer({"b": (0, "its loss is nan")})).run()
+    [course] = make_run(recipe, FakeTrainer()).run().values()
+    assert course.stopped == "its loss is nan"
