@@ -317,6 +317,7 @@ def test_directory_without_a_model_is_refused(tmp_path, capsys):
         (["generate", "m", "--prompt=x", "--adapter=m"], "--adapter=m: must be NAME=DIR"),
         (["compile-report"], "--model-config"),
         (["compile-report", "--target=h100"], "--target='h100': must be one of 'h200', 'a100', 'l4'"),
+        (["train", "m"], "--config"),
         (["demo", "--layers=-1"], "--layers=-1: must be a positive integer"),
         (["demo", "--mistake"], "--mistake"),
     ],
@@ -349,14 +350,14 @@ def run_all(commands: list[list[str]]) -> list[list]:
 
 
 def test_help_and_mistakes_are_answered_without_the_heavy_imports():
-    helps = [["--help"], ["serve", "--help"], ["--version"]]
+    helps = [["--help"], ["serve", "--help"], ["train", "--help"], ["--version"]]
     mistakes = [
         ["generate", "nowhere", "--prompt=x"],
         ["generate", "nowhere", "--prompt=x", "--tensor-parallel-size=0"],
         ["compile-report", "--target=h100"],
         ["demo", "--seed=x"],
     ]
-    assert run_all(helps + mistakes) == [[0, []]] * 3 + [[2, []]] * 4
+    assert run_all(helps + mistakes) == [[0, []]] * 4 + [[2, []]] * 4
 
 
 def test_a_bad_prompt_is_refused_before_jax_is_imported(model_dir):

@@ -25,6 +25,7 @@ from slora_jax.engine import adapter_geometry
 from slora_jax.models import ModelConfig
 from slora_jax.serving.http.bodies import ChatBody, CompletionBody
 from slora_jax.serving.settings import ServerSettings
+from slora_jax.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -108,10 +109,13 @@ def test_settings_files_are_complete(place, monkeypatch) -> None:
             )
             (place / name).write_text(text)
             assert ServerSettings.from_file(place / name, model_dir=place / "qwen").base_name == "llama-3-8b"
+        elif name == "recipe.yaml":
+            (place / name).write_text(text)
+            assert len(Recipe.from_file(place / name).adapters) == 2
         else:
             (place / "example.yaml").write_text(text)
             assert len(load_experiment(place / "example.yaml").runs) == 8
-    assert seen == {"server.yaml", "experiments/configs/example.yaml"}
+    assert seen == {"server.yaml", "recipe.yaml", "experiments/configs/example.yaml"}
 
 
 class Parsed(Exception):

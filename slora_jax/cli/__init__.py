@@ -18,9 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-      The exit status. 0: success; 1: the demo's check failed, or a compile report shows a spill or a copy of the pool;
-      2: a `SloraError`, shown as one line on stderr; 3: another process of the group was lost, likewise; 130: Ctrl-C;
-      141: stdout was closed.
+      The exit status. 0: success; 1: the demo's check failed, an adapter's training was stopped, or a compile report
+      shows a spill or a copy of the pool; 2: a `SloraError`, shown as one line on stderr; 3: another process of the
+      group was lost, likewise; 130: Ctrl-C; 141: stdout was closed.
     """
     args = None
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # hides "PyTorch was not found"

@@ -7,7 +7,7 @@ import re
 import sys
 from typing import Any, NoReturn
 
-from slora_jax.cli import chat, compile_report, demo, generate, serve
+from slora_jax.cli import chat, compile_report, demo, generate, serve, train
 from slora_jax.errors import ConfigError
 from slora_jax.typed import FORMER_NAMES
 
@@ -50,7 +50,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="slora", description="One base model, thousands of LoRA adapters, one unified paged pool.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (demo, generate, chat, serve, compile_report):
+    for command in (demo, generate, chat, serve, train, compile_report):
         command.add_parser(commands)
     return parser
 

@@ -1,0 +1,97 @@
+"""Sizes of the trainer, derived from a recipe and its data: no larger than they need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from pallas_kernels.lora import PROJECTIONS
+from slora_jax.adapters.targets import resolve_targets
+from slora_jax.engine.sizing import adapter_geometry
+from slora_jax.errors import AdapterError, ConfigError
+from slora_jax.models.config import ModelConfig
+from slora_jax.training.batch import pack
+from slora_jax.training.config import TrainerConfig
+from slora_jax.training.data import DEFAULT_MAX_LENGTH, Dataset, examples
+from slora_jax.training.recipe import AdapterRecipe, Recipe
+
+_SHORTEST_ROWS = (32, 64, 128, 256, 512)
+"""Candidates for the shortest row length. Each further one is four times longer, so that few programs are compiled."""
+
+_QUADRATIC = 4096
+"""Row length, in tokens, at which attention costs about as much as the rest of a layer."""
+
+_DIVIDED = 1024
+"""Micro-steps of at least so many tokens come in a quarter of the size as well, for an iteration's last rows."""
+
+_SAMPLED_STEPS = 4
+"""Optimizer steps of each adapter by which row lengths are compared."""
+
+
+def trainer_config(recipe: Recipe, datasets: Mapping[str, Dataset], model: ModelConfig) -> TrainerConfig:
+    """Returns the trainer's sizes. Raises ConfigError if an adapter cannot be attached to the model."""
+    ranks = [_ranks(name, adapter, model) for name, adapter in recipe.adapters.items()]
+    layout = adapter_geometry(model, TrainerConfig.page_size).layout
+    lengths, iteration = row_lengths(recipe, datasets)
+    most = max(1 << recipe.micro_step_tokens.bit_length() - 1, lengths[-1])
+    tokens = min(most, max(_power_of_two(iteration), lengths[-1]))
+    return TrainerConfig(
+        num_pages=1 + sum(int(layout.num_pages(one)) for one in ranks),
+        max_adapters=len(ranks),
+        max_lora_rank=max(int(one.max()) for one in ranks),
+        lengths=lengths,
+        tokens=(tokens // 4, tokens) if tokens >= _DIVIDED else (tokens,),
+        dtype=recipe.dtype,
+    )
+
+
+def longest_example(recipe: Recipe, model: ModelConfig) -> int:
+    """Returns the tokens of the longest example. Raises ConfigError if the model has fewer positions."""
+    positions = model.max_position_embeddings
+    if (recipe.max_length or 0) > positions:
+        raise ConfigError(f"max_length={recipe.max_length}: the model has {positions} positions; lower it")
+    return recipe.max_length or min(DEFAULT_MAX_LENGTH, positions)
+
+
+def row_lengths(recipe: Recipe, datasets: Mapping[str, Dataset]) -> tuple[tuple[int, ...], int]:
+    """Chooses the row lengths into which the batches of the first steps pack best.
+
+    Returns:
+      Powers of two, ascending, and the mean tokens of an iteration in such rows, padding included.
+    """
+    sizes = (len(one.ids) - 1 for data in datasets.values() for part in (data.train, data.evaluation) for one in part)
+    longest = _power_of_two(max(sizes))
+    steps = [
+        [examples(datasets[name].batch(adapter, step)) for step in range(_SAMPLED_STEPS)]
+        for name, adapter in recipe.adapters.items()
+    ]
+    found = []
+    for shortest in _SHORTEST_ROWS:
+        lengths = [shortest]
+        while lengths[-1] < longest:
+            lengths.append(4 * lengths[-1])
+        config = TrainerConfig(num_pages=2, lengths=tuple(lengths))
+        rows = [row.length for batches in steps for batch in batches for row in pack(0, batch, config)]
+        cost = sum(length * (1 + length / _QUADRATIC) for length in rows)
+        found.append((cost, tuple(lengths), sum(rows) // _SAMPLED_STEPS))
+    _, best, iteration = min(found)
+    return best, iteration
+
+
+def _ranks(name: str, adapter: AdapterRecipe, model: ModelConfig) -> np.ndarray:
+    """Each projection's largest rank over the layers, int32 `[7]`."""
+    try:
+        targets = resolve_targets(adapter.lora, model.num_layers)
+    except AdapterError as error:
+        raise ConfigError(f"adapters.{name}.lora.{error}") from None
+    ranks = np.zeros(len(PROJECTIONS), np.int32)
+    for (_, projection), target in targets.items():
+        index = PROJECTIONS.index(projection)
+        ranks[index] = max(ranks[index], target.rank)
+    return ranks
+
+
+def _power_of_two(count: int) -> int:
+    """The smallest power of two that is not less than `count`."""
+    return 1 << (count - 1).bit_length()
