@@ -93,7 +93,7 @@ class Recipe:
       too_long: whether a longer example is skipped, or cut to its first `max_length` tokens.
       evaluate_every: steps between evaluations; None: only after an adapter's last step.
       checkpoint_every: steps between checkpoints.
-      micro_step_tokens: most tokens of one pass through the model; more tokens take more memory.
+      micro_step_tokens: most tokens of one pass through the model, padding included; more tokens take more memory.
       dtype: of the activations and the base model's weights.
     """
 

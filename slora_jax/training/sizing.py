@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from slora_jax.adapters.targets import resolve_targets
 from slora_jax.engine.sizing import adapter_geometry
 from slora_jax.errors import AdapterError, ConfigError
 from slora_jax.models.config import ModelConfig
-from slora_jax.training.batch import pack
+from slora_jax.training.batch import micro_batches, pack
 from slora_jax.training.config import TrainerConfig
 from slora_jax.training.data import DEFAULT_MAX_LENGTH, Dataset, examples
 from slora_jax.training.recipe import AdapterRecipe, Recipe
@@ -25,23 +26,24 @@ _QUADRATIC = 4096
 _DIVIDED = 1024
 """Micro-steps of at least so many tokens come in a quarter of the size as well, for an iteration's last rows."""
 
+_MICRO_STEP = 128
+"""Cost of a further micro-step, in tokens."""
+
 _SAMPLED_STEPS = 4
-"""Optimizer steps of each adapter by which row lengths are compared."""
+"""Optimizer steps of each adapter by which sizes are compared."""
 
 
 def trainer_config(recipe: Recipe, datasets: Mapping[str, Dataset], model: ModelConfig) -> TrainerConfig:
     """Returns the trainer's sizes. Raises ConfigError if an adapter cannot be attached to the model."""
     ranks = [_ranks(name, adapter, model) for name, adapter in recipe.adapters.items()]
     layout = adapter_geometry(model, TrainerConfig.page_size).layout
-    lengths, iteration = row_lengths(recipe, datasets)
-    most = max(1 << recipe.micro_step_tokens.bit_length() - 1, lengths[-1])
-    tokens = min(most, max(_power_of_two(iteration), lengths[-1]))
+    lengths, tokens = packing(recipe, datasets)
     return TrainerConfig(
         num_pages=1 + sum(int(layout.num_pages(one)) for one in ranks),
         max_adapters=len(ranks),
         max_lora_rank=max(int(one.max()) for one in ranks),
         lengths=lengths,
-        tokens=(tokens // 4, tokens) if tokens >= _DIVIDED else (tokens,),
+        tokens=tokens,
         dtype=recipe.dtype,
     )
 
@@ -54,17 +56,17 @@ def longest_example(recipe: Recipe, model: ModelConfig) -> int:
     return recipe.max_length or min(DEFAULT_MAX_LENGTH, positions)
 
 
-def row_lengths(recipe: Recipe, datasets: Mapping[str, Dataset]) -> tuple[tuple[int, ...], int]:
-    """Chooses the row lengths into which the batches of the first steps pack best.
+def packing(recipe: Recipe, datasets: Mapping[str, Dataset]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Chooses the row lengths, and then the tokens of a micro-step, that suit the batches of the first steps best.
 
     Returns:
-      Powers of two, ascending, and the mean tokens of an iteration in such rows, padding included.
+      `TrainerConfig.lengths` and `.tokens`, all powers of two.
     """
     sizes = (len(one.ids) - 1 for data in datasets.values() for part in (data.train, data.evaluation) for one in part)
     longest = _power_of_two(max(sizes))
     steps = [
-        [examples(datasets[name].batch(adapter, step)) for step in range(_SAMPLED_STEPS)]
-        for name, adapter in recipe.adapters.items()
+        [examples(datasets[name].batch(adapter, step)) for name, adapter in recipe.adapters.items()]
+        for step in range(_SAMPLED_STEPS)
     ]
     found = []
     for shortest in _SHORTEST_ROWS:
@@ -72,11 +74,20 @@ def row_lengths(recipe: Recipe, datasets: Mapping[str, Dataset]) -> tuple[tuple[
         while lengths[-1] < longest:
             lengths.append(4 * lengths[-1])
         config = TrainerConfig(num_pages=2, lengths=tuple(lengths))
-        rows = [row.length for batches in steps for batch in batches for row in pack(0, batch, config)]
-        cost = sum(length * (1 + length / _QUADRATIC) for length in rows)
-        found.append((cost, tuple(lengths), sum(rows) // _SAMPLED_STEPS))
-    _, best, iteration = min(found)
-    return best, iteration
+        rows = [[row for batch in batches for row in pack(0, batch, config)] for batches in steps]
+        cost = sum(row.length * (1 + row.length / _QUADRATIC) for step in rows for row in step)
+        found.append((cost, len(lengths), config, rows))
+    _, _, config, rows = min(found, key=lambda one: one[:2])
+    choices = []
+    tokens = config.lengths[-1]
+    while tokens <= max(recipe.micro_step_tokens, config.lengths[-1]):
+        for sizes_of_step in ((tokens,), (tokens // 4, tokens))[: 2 if tokens >= _DIVIDED else 1]:
+            sized = replace(config, tokens=sizes_of_step)
+            micro = [one for step in rows for one in micro_batches(step, (), sized)]
+            cost = sum(one.num_rows * one.length + _MICRO_STEP for one in micro)
+            choices.append((cost, len(sizes_of_step), sizes_of_step))
+        tokens *= 2
+    return config.lengths, min(choices)[2]
 
 
 def _ranks(name: str, adapter: AdapterRecipe, model: ModelConfig) -> np.ndarray:
