@@ -46,6 +46,8 @@ class TrainerConfig:
             values = getattr(self, name)
             if not values or list(values) != sorted(set(values)):
                 raise ConfigError(f"TrainerConfig.{name}={values!r}: must be ascending, and not empty")
+        if any(length % 16 for length in self.lengths):
+            raise ConfigError(f"TrainerConfig.lengths={self.lengths!r}: must be multiples of 16")
 
     def num_rows(self, length: int) -> tuple[int, ...]:
         """Rows of the programs for rows of `length` tokens, ascending."""

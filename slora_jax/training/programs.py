@@ -8,6 +8,7 @@ pages are data: a new adapter compiles nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -33,7 +34,7 @@ PRODUCT = "product"
 """Name of a projection's output with its adapters, for `jax.checkpoint_policies`."""
 
 LOGIT_ROWS = 256
-"""Rows whose logits exist at one time."""
+"""Most rows whose logits exist at one time."""
 
 HYPER = ("active", "clear", "factor", "learning_rate", "b1", "b2", "eps", "weight_decay", "step")
 """Columns of the update's float32 `[slots + 1, 9]`: whether the adapter is updated, whether its gradient is cleared,
@@ -161,7 +162,7 @@ class TrainingPrograms:
             dx, (token_loss, logprobs) = jax.grad(losses, has_aux=True)(*part)
             return token_loss, logprobs, dx
 
-        rows = min(LOGIT_ROWS, x.shape[0])
+        rows = math.gcd(LOGIT_ROWS, x.shape[0])
         parts = jax.tree.map(lambda a: a.reshape(-1, rows, *a.shape[1:]), (x, targets, dict(inputs)))
         return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), jax.lax.map(chunk, parts))
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from pallas_kernels.lora import PROJECTIONS
+from pallas_kernels.lora.layout import ceil_div
 from slora_jax.adapters.targets import resolve_targets
 from slora_jax.engine.sizing import adapter_geometry
 from slora_jax.errors import AdapterError, ConfigError
@@ -60,23 +61,26 @@ def packing(recipe: Recipe, datasets: Mapping[str, Dataset]) -> tuple[tuple[int,
     """Chooses the row lengths, and then the tokens of a micro-step, that suit the batches of the first steps best.
 
     Returns:
-      `TrainerConfig.lengths` and `.tokens`, all powers of two.
+      `TrainerConfig.lengths` and `.tokens`.
     """
     sizes = (len(one.ids) - 1 for data in datasets.values() for part in (data.train, data.evaluation) for one in part)
-    longest = _power_of_two(max(sizes))
+    longest = max(sizes)
     steps = [
         [examples(datasets[name].batch(adapter, step)) for name, adapter in recipe.adapters.items()]
         for step in range(_SAMPLED_STEPS)
     ]
-    found = []
+    choices_of_lengths = [(ceil_div(longest, 16) * 16,)]
     for shortest in _SHORTEST_ROWS:
         lengths = [shortest]
         while lengths[-1] < longest:
             lengths.append(4 * lengths[-1])
-        config = TrainerConfig(num_pages=2, lengths=tuple(lengths))
+        choices_of_lengths.append(tuple(lengths))
+    found = []
+    for chosen in choices_of_lengths:
+        config = TrainerConfig(num_pages=2, lengths=chosen)
         rows = [[row for batch in batches for row in pack(0, batch, config)] for batches in steps]
         cost = sum(row.length * (1 + row.length / _QUADRATIC) for step in rows for row in step)
-        found.append((cost, len(lengths), config, rows))
+        found.append((cost, len(chosen), config, rows))
     _, _, config, rows = min(found, key=lambda one: one[:2])
     choices = []
     tokens = config.lengths[-1]
@@ -102,7 +106,3 @@ def _ranks(name: str, adapter: AdapterRecipe, model: ModelConfig) -> np.ndarray:
         ranks[index] = max(ranks[index], target.rank)
     return ranks
 
-
-def _power_of_two(count: int) -> int:
-    """The smallest power of two that is not less than `count`."""
-    return 1 << (count - 1).bit_length()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -350,7 +351,7 @@ class Trainer:
         programs, pool, params = self.programs, self.pool, self.params["layers"]
         layers = range(self.model.num_layers)
         segments = jnp.asarray(micro.segments.reshape(micro.num_rows, micro.length))
-        tile_rows = min(TILE_ROWS, micro.length)
+        tile_rows = micro.length if micro.length <= TILE_ROWS else math.gcd(TILE_ROWS, micro.length)
         lora = programs.prepare(pool.table, _tiles(micro, tile_rows), tile_rows=tile_rows)
         x, cos, sin = programs.begin(self._ends, micro.tokens, micro.positions, segments)
         gradients = []
