@@ -55,7 +55,7 @@ class StackRows:
     b_live: jax.Array
 
 
-_CLIP: Any = {"mode": "clip", "wrap_negative_indices": False}
+CLIP: Any = {"mode": "clip", "wrap_negative_indices": False}
 """Gather mode: no index is negative, and reads past the end are masked."""
 
 
@@ -97,11 +97,11 @@ def _stack_rows(
     def pool_rows(tile: jax.Array, within: jax.Array, live: jax.Array) -> jax.Array:
         """Pool rows of rows `within` of an adapter's tiles; all arrays are `[G, M, ...]`."""
         page, half = _divmod(tile, 2)
-        page = pages.at[slot.reshape(-1, *(1,) * (tile.ndim - 2)), page].get(**_CLIP)
+        page = pages.at[slot.reshape(-1, *(1,) * (tile.ndim - 2)), page].get(**CLIP)
         return jnp.where(live, (2 * page + half) * size + within, 0)
 
     def of_chunk(rows: jax.Array) -> jax.Array:  # [G, M, p, GROUP] -> [G, M, B chunks, GROUP]
-        return rows.at[:, :, _projection_of_chunk(stack, layout)].get(**_CLIP)
+        return rows.at[:, :, projection_of_chunk(stack, layout)].get(**CLIP)
 
     block, within, live = places(rank, max_rank)
     a_block, a_within, a_live = block, within, live
@@ -134,9 +134,9 @@ def add_rows(
     dead ones from `end` on."""
     num_rows, chunk, width = x.shape[0], min(ROW_CHUNK, x.shape[0]), layout.width
     flat = pool.reshape(-1, width)
-    x = _split_columns(x, stack.d_in, width).astype(jnp.float32)  # [T, A chunks, W]
+    x = split_columns(x, stack.d_in, width).astype(jnp.float32)  # [T, A chunks, W]
     lanes = LANES if width % LANES == 0 else width
-    projection = _projection_of_chunk(stack, layout)
+    projection = projection_of_chunk(stack, layout)
 
     def row_chunk(i: jax.Array, acc: jax.Array) -> jax.Array:
         first_row = begin + i * chunk
@@ -146,7 +146,7 @@ def add_rows(
 
         def group(g: jax.Array, delta: jax.Array) -> jax.Array:
             a_row = lax.dynamic_slice_in_dim(rows.a_row[g], start, chunk)  # [M, p, GROUP, A chunks]
-            a = flat.at[a_row].get(**_CLIP)  # fused into the sums below, never stored
+            a = flat.at[a_row].get(**CLIP)  # fused into the sums below, never stored
             partial = sum(
                 x_rows[..., c, w : w + lanes] * a[..., c, w : w + lanes]
                 for c in range(x.shape[1])
@@ -156,11 +156,11 @@ def add_rows(
             live = lax.dynamic_slice_in_dim(rows.b_live[g], start, chunk) & own[:, None, None]
             h = lax.optimization_barrier(jnp.where(live, h[:, projection], 0.0))  # [M, B chunks, GROUP]
             b_row = lax.dynamic_slice_in_dim(rows.b_row[g], start, chunk)
-            return delta + sum(h[..., j, None] * flat.at[b_row[..., j]].get(**_CLIP) for j in range(GROUP))
+            return delta + sum(h[..., j, None] * flat.at[b_row[..., j]].get(**CLIP) for j in range(GROUP))
 
         groups = jnp.max(jnp.where(own, lax.dynamic_slice_in_dim(rows.groups, start, chunk), 0))
         old = lax.dynamic_slice_in_dim(acc, start, chunk)
-        new = lax.fori_loop(0, groups, group, _split_outputs(old, stack, layout))
+        new = lax.fori_loop(0, groups, group, split_outputs(old, stack, layout))
         return lax.dynamic_update_slice_in_dim(acc, _join_outputs(new, stack, layout), start, 0)
 
     acc = lax.fori_loop(0, ceil_div(end - begin, chunk), row_chunk, y.astype(jnp.float32))
@@ -180,7 +180,7 @@ def add_tiles(
 ) -> jax.Array:
     """Adds the LoRA part to `y [T, d_out]` in tiles `0 .. num_tiles`, of at most `tile_rows` rows; entry i of `rows`
     describes the adapter of tile i. One loop compiles faster than `expand_tiles` after `shrink_tiles`."""
-    flat, x = pool.reshape(-1, layout.width), _split_columns(x, stack.d_in, layout.width)
+    flat, x = pool.reshape(-1, layout.width), split_columns(x, stack.d_in, layout.width)
 
     def hidden(i: jax.Array, start: jax.Array) -> Callable[[jax.Array], jax.Array]:
         x_rows = lax.dynamic_slice_in_dim(x, start, tile_rows)  # [M, A chunks, W]
@@ -201,7 +201,7 @@ def shrink_tiles(
 ) -> jax.Array:
     """`x A` of tiles `0 .. num_tiles`, float32 `[T, projections, ranks]`: zero in rows of no tile, any finite number in
     ranks that an adapter lacks."""
-    flat, x = pool.reshape(-1, layout.width), _split_columns(x, stack.d_in, layout.width)
+    flat, x = pool.reshape(-1, layout.width), split_columns(x, stack.d_in, layout.width)
 
     def tile(i: jax.Array, start: jax.Array, own: jax.Array, h: jax.Array) -> jax.Array:
         x_rows = lax.dynamic_slice_in_dim(x, start, tile_rows)  # [M, A chunks, W]
@@ -241,7 +241,7 @@ def expand_tiles(
 
 def _shrink_group(x: jax.Array, flat: jax.Array, a_row: jax.Array) -> jax.Array:
     """`x A` of a group's ranks: x `[M, A chunks, W]`, a_row `[p, GROUP, A chunks]` to float32 `[p, M, GROUP]`."""
-    a = flat.at[a_row].get(**_CLIP)  # [p, GROUP, A chunks, W]
+    a = flat.at[a_row].get(**CLIP)  # [p, GROUP, A chunks, W]
     exact = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum("mcw,pjcw->pmj", x, a, precision=exact, preferred_element_type=jnp.float32)
 
@@ -259,7 +259,7 @@ def _add_groups(
 ) -> jax.Array:
     """Adds `h B` to `y [T, d_out]` group by group; `hidden(i, start)(g)` is h `[p, M, GROUP]` of tile i's group g, in
     rows from `start` on."""
-    projection = _projection_of_chunk(stack, layout)
+    projection = projection_of_chunk(stack, layout)
 
     def tile(i: jax.Array, start: jax.Array, own: jax.Array, acc: jax.Array) -> jax.Array:
         h_of = hidden(i, start)
@@ -267,11 +267,11 @@ def _add_groups(
         def group(g: jax.Array, delta: jax.Array) -> jax.Array:
             live = rows.b_live[g, i][:, None] & own[None, :, None]  # [B chunks, M, GROUP]
             h = jnp.where(live, h_of(g)[projection], 0.0)
-            b = flat.at[rows.b_row[g, i]].get(**_CLIP).astype(jnp.float32)  # [B chunks, GROUP, W]
+            b = flat.at[rows.b_row[g, i]].get(**CLIP).astype(jnp.float32)  # [B chunks, GROUP, W]
             return delta + jnp.einsum("nmj,njw->mnw", h, b, precision=lax.Precision.HIGHEST)
 
         old = lax.dynamic_slice_in_dim(acc, start, tile_rows)
-        new = lax.fori_loop(0, rows.groups[i], group, _split_outputs(old, stack, layout))
+        new = lax.fori_loop(0, rows.groups[i], group, split_outputs(old, stack, layout))
         return lax.dynamic_update_slice_in_dim(acc, _join_outputs(new, stack, layout), start, 0)
 
     return _for_each_tile(tile, y.astype(jnp.float32), tiles, num_tiles, tile_rows).astype(y.dtype)
@@ -305,25 +305,25 @@ def _whole_groups(ranks: int) -> int:
     return ceil_div(ranks, GROUP) * GROUP
 
 
-def _projection_of_chunk(stack: Stack, layout: LoraLayout) -> jax.Array:
+def projection_of_chunk(stack: Stack, layout: LoraLayout) -> jax.Array:
     """Which projection each B chunk of the stack belongs to: int32 `[B chunks]`."""
     return jnp.array([p for p, d in enumerate(stack.d_outs) for _ in range(ceil_div(d, layout.width))])
 
 
-def _split_columns(x: jax.Array, columns: int, width: int) -> jax.Array:
+def split_columns(x: jax.Array, columns: int, width: int) -> jax.Array:
     """`[T, columns]` to `[T, chunks, width]`, zero-padded."""
     chunks = ceil_div(columns, width)
     return jnp.pad(x, ((0, 0), (0, chunks * width - columns))).reshape(x.shape[0], chunks, width)
 
 
-def _split_outputs(y: jax.Array, stack: Stack, layout: LoraLayout) -> jax.Array:
+def split_outputs(y: jax.Array, stack: Stack, layout: LoraLayout) -> jax.Array:
     """The stack's fused output `[M, d_out]` to `[M, B chunks, W]`, each projection zero-padded to whole chunks."""
     parts = [y[:, at : at + d] for at, d in zip(stack.columns, stack.d_outs, strict=True)]
-    return jnp.concatenate([_split_columns(part, part.shape[1], layout.width) for part in parts], axis=1)
+    return jnp.concatenate([split_columns(part, part.shape[1], layout.width) for part in parts], axis=1)
 
 
 def _join_outputs(delta: jax.Array, stack: Stack, layout: LoraLayout) -> jax.Array:
-    """The inverse of `_split_outputs`."""
+    """The inverse of `split_outputs`."""
     parts, at = [], 0
     for d in stack.d_outs:
         count = ceil_div(d, layout.width)

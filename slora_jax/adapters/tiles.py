@@ -142,31 +142,36 @@ def _cut(rows: np.ndarray, tiles: np.ndarray, first: int) -> None:
 def unpack_tiles(
     tiles: AdapterTiles, geometry: BaseGeometry, shard: int = 0
 ) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]:
-    """Reads one shard's matrices back, row by row as a kernel would. Slow; for tests and debugging.
+    """Reads one shard's matrices back.
 
     Returns:
       `(layer, projection) -> (A [r, d_in], scaled B transposed [r, d_out])`, where `r` is the projection's largest rank
       over the layers.
     """
-    layout, page_size = geometry.layout, geometry.page_size
+    layout = geometry.layout
     own = _tiles_by_shard(tiles.pages, geometry)[..., shard, :]  # [L, tiles, page_size, W / shards]
     matrices = {}
     for stack, place in zip(layout.stacks, layout.stack_tiles(tiles.ranks)[0], strict=True):
+        a_blocks, blocks = (ceil_div(int(rows), geometry.page_size) for rows in (place.a_rows, place.rows))
+        wide_blocks = int(place.wide_blocks)
+        wide, narrow = layout.b_chunks(stack)
+        a = _joined(own, int(layout.a_tile(stack, place, 0)), a_blocks, layout.a_chunks(stack))
+        b_wide = _joined(own, int(layout.b_tile(stack, place, 0)), wide_blocks, wide)
+        b_narrow = _joined(own, int(layout.b_tile(stack, place, wide_blocks)), blocks - wide_blocks, narrow)
+        b = np.concatenate([b_wide[..., : b_narrow.shape[2]], b_narrow], 1)  # all rows, the narrow columns
         a_first = first = 0
         for projection, d_out, index in zip(stack.projections, stack.d_outs, stack.rank_index, strict=True):
             rank = int(tiles.ranks[index])
-            a_stop, stop = a_first + int(stack.a_ranks(rank)), first + rank
-            a_places = [divmod(row, page_size) for row in range(a_first, a_stop)]
-            places = [divmod(row, page_size) for row in range(first, stop)]
+            a_own, own_b = slice(a_first, a_first + int(stack.a_ranks(rank))), slice(first, first + rank)
+            from_b = b if d_out <= b.shape[2] else b_wide
             for layer in range(geometry.num_layers if rank else 0):
-                a = [_row(own[layer], layout.a_tile(stack, place, blk), row, stack.d_in) for blk, row in a_places]
-                b = [_row(own[layer], layout.b_tile(stack, place, blk), row, d_out) for blk, row in places]
-                matrices[layer, projection] = (np.stack(a), np.stack(b))
-            a_first, first = a_stop, stop
+                matrices[layer, projection] = (a[layer, a_own, : stack.d_in], from_b[layer, own_b, :d_out])
+            a_first, first = a_own.stop, own_b.stop
     return matrices
 
 
-def _row(tiles: np.ndarray, first: int, row: int, columns: int) -> np.ndarray:
-    """The first `columns` elements of a row of a block whose column chunks are the tiles from `first` on."""
-    chunks = ceil_div(columns, tiles.shape[-1])
-    return tiles[int(first) : int(first) + chunks, row].reshape(-1)[:columns]
+def _joined(tiles: np.ndarray, first: int, blocks: int, chunks: int) -> np.ndarray:
+    """The inverse of `_cut`: `[L, blocks * page_size, chunks * W]`, from tile `first` on."""
+    layers, _, page_size, width = tiles.shape
+    part = tiles[:, first : first + blocks * chunks].reshape(layers, blocks, chunks, page_size, width)
+    return part.swapaxes(2, 3).reshape(layers, blocks * page_size, chunks * width)

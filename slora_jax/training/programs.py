@@ -1,0 +1,234 @@
+"""The compiled programs of a micro-step: one call per layer forward, one per layer backward.
+
+Only the inputs of the layers are kept; the backward program of a layer computes its activations again. One layer is
+compiled for each shape of a micro-step, so compilation does not grow with the model's depth. Slots, ranks and pages are
+data: a new adapter compiles nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from pallas_kernels.lora import AdapterTable, LoraLayout, LoraTiles
+from pallas_kernels.lora.training import TrainedLora
+from slora_jax.models import ModelConfig, Params, abstract_decoder
+from slora_jax.models.decoder import Embedding
+from slora_jax.models.init import layer_graph
+from slora_jax.training.losses import Loss
+
+TILE_ROWS = 128
+"""Largest height of the tiles of the LoRA products."""
+
+LOGIT_ROWS = 256
+"""Rows whose logits exist at one time."""
+
+HYPER = ("active", "clear", "factor", "learning_rate", "b1", "b2", "eps", "weight_decay", "step")
+"""Columns of the update's float32 `[slots + 1, 9]`: whether the adapter is updated, whether its gradient is cleared,
+the gradient's factor, the settings of `Adam`, and the steps taken before."""
+
+
+class TrainingContext:
+    """The model's access to a layer's adapters and to attention over packed rows (a `models.StepContext`).
+
+    Attributes:
+      ledger: see `TrainedLora`.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layout: LoraLayout,
+        segments: jax.Array,
+        lora: TrainedLora | None = None,
+        pool: Any = None,
+        ledger: Any = None,
+    ) -> None:
+        self._model, self._segments, self._lora, self._pool = model, segments, lora, pool
+        self._stacks = {stack.name: stack for stack in layout.stacks}
+        self.ledger = ledger
+
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """Causal attention within each sequence of each row."""
+        rows, length = self._segments.shape
+        q, k, v = (part.reshape(rows, length, *part.shape[1:]) for part in (q, k, v))
+        back = jnp.arange(length)[:, None] - jnp.arange(length)  # positions from the key to the query
+        near = back >= 0
+        if self._model.sliding_window is not None:
+            near &= back < self._model.sliding_window
+        mask = near & (self._segments[:, :, None] == self._segments[:, None, :])  # [rows, length, length]
+        exact = "highest" if q.dtype == jnp.float32 else None
+        with jax.default_matmul_precision(exact):
+            mixed = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+        return mixed.reshape(rows * length, *mixed.shape[2:])
+
+    def lora(self, layer: int, stack: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Adds the LoRA product of a stack to `y`."""
+        if self._lora is None:
+            return y
+        with jax.named_scope("lora"):
+            y, self.ledger = self._lora(x, y, self._pool, self.ledger, self._stacks[stack])
+        return y
+
+    def lookup(self, embedding: Embedding, tokens: jax.Array) -> jax.Array:
+        return embedding(tokens)
+
+    def reduce(self, y: jax.Array) -> jax.Array:
+        return y
+
+
+class TrainingPrograms:
+    """The jitted programs of one model. `scale` is float32 `[num_pages, 2, page_size, 1]`: a row's LoRA scale if it
+    belongs to B, else 1."""
+
+    def __init__(self, model: ModelConfig, layout: LoraLayout, params: Params, max_rank: int) -> None:
+        self._model, self._layout, self._max_rank = model, layout, max_rank
+        dtype = params["embed"]["embedding"].dtype
+        self._ends_graph = abstract_decoder(replace(model, num_layers=0), dtype)[0]
+        self._layer_graph = layer_graph(model, dtype)
+        self.prepare = jax.jit(self._prepare, static_argnames="tile_rows")
+        self.begin = jax.jit(self._begin)
+        self.layer = jax.jit(self._layer)
+        self.layer_gradient = jax.jit(self._layer_gradient, donate_argnames=("gradient", "dx"))
+        self.head = jax.jit(self._head, static_argnames=("loss", "backward"))
+        self.page_norms = jax.jit(_page_norms)
+        self.update = jax.jit(_update, donate_argnames=("master", "mu", "nu", "gradient"))
+
+    def _prepare(self, table: AdapterTable, tiles: LoraTiles, tile_rows: int) -> TrainedLora:
+        return TrainedLora(self._layout, table, tiles, tile_rows=tile_rows, max_rank=self._max_rank)
+
+    def _begin(
+        self, ends: Params, tokens: jax.Array, positions: jax.Array, segments: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns the first layer's input `[T, d]`, and cosines and sines."""
+        context = TrainingContext(self._model, self._layout, segments)
+        return nnx.merge(self._ends_graph, ends).begin(tokens, positions, context)
+
+    def _layer(
+        self,
+        params: Params,
+        master: jax.Array,
+        scale: jax.Array,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        segments: jax.Array,
+        lora: TrainedLora,
+    ) -> jax.Array:
+        """Returns the layer's output `[T, d]`."""
+        return self._with_ledger(params, master, scale, x, cos, sin, segments, lora)[0]
+
+    def _layer_gradient(
+        self,
+        params: Params,
+        master: jax.Array,
+        scale: jax.Array,
+        gradient: jax.Array,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        segments: jax.Array,
+        lora: TrainedLora,
+        dx: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the gradient of the layer's input, and `gradient` plus that of its adapters, with B's relative to B
+        times its scale. `dx` is the gradient of the layer's output."""
+
+        def layer(x: jax.Array, ledger: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return self._with_ledger(params, ledger, scale, x, cos, sin, segments, lora)
+
+        _, backward = jax.vjp(layer, x, master)
+        return backward((dx, gradient))
+
+    def _with_ledger(
+        self,
+        params: Params,
+        master: jax.Array,
+        scale: jax.Array,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        segments: jax.Array,
+        lora: TrainedLora,
+    ) -> tuple[jax.Array, jax.Array]:
+        pool = jax.lax.stop_gradient((master * scale).astype(x.dtype))
+        context = TrainingContext(self._model, self._layout, segments, lora, pool, master)
+        return nnx.merge(self._layer_graph, params)(x, cos, sin, context), context.ledger
+
+    def _head(
+        self,
+        ends: Params,
+        x: jax.Array,
+        targets: jax.Array,
+        inputs: Mapping[str, jax.Array],
+        loss: Loss,
+        backward: bool,
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Returns each token's loss and its target's log-probability, float32 `[T]`, and the gradient of the last
+        layer's output `x [T, d]`, `LOGIT_ROWS` rows at a time."""
+        decoder = nnx.merge(self._ends_graph, ends)
+
+        def losses(x: jax.Array, targets: jax.Array, inputs: Mapping[str, jax.Array]) -> tuple[jax.Array, Any]:
+            logits = decoder.logits(decoder.end(x))  # [rows, vocab]
+            chosen = jnp.take_along_axis(logits, targets[:, None], 1)[:, 0]
+            logprobs = chosen - jax.nn.logsumexp(logits, 1)
+            token_loss = loss(logprobs, inputs).astype(jnp.float32)
+            return token_loss.sum(), (token_loss, logprobs)
+
+        def chunk(part: tuple[Any, ...]) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+            if not backward:
+                return *losses(*part)[1], None
+            dx, (token_loss, logprobs) = jax.grad(losses, has_aux=True)(*part)
+            return token_loss, logprobs, dx
+
+        rows = min(LOGIT_ROWS, x.shape[0])
+        parts = jax.tree.map(lambda a: a.reshape(-1, rows, *a.shape[1:]), (x, targets, dict(inputs)))
+        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), jax.lax.map(chunk, parts))
+
+
+def _page_norms(gradient: jax.Array, scale: jax.Array) -> jax.Array:
+    """The sum of squares of each page of a layer's gradient, relative to the weights themselves: float32 `[pages]`."""
+    return jnp.square(gradient * scale).sum((1, 2, 3))
+
+
+def _update(
+    master: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    gradient: jax.Array,
+    scale: jax.Array,
+    page_slot: jax.Array,
+    hyper: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """One step of `optax.adamw` in a layer, page by page.
+
+    Args:
+      page_slot: int32 `[num_pages]`, the slot of each page's adapter; the last row of `hyper` for free pages.
+      hyper: float32, see `HYPER`.
+
+    Returns:
+      Weights, moments and gradient, all donated.
+    """
+
+    def page(weights: Any, mu: Any, nu: Any, gradient: Any, settings: jax.Array) -> tuple[jax.Array, ...]:
+        one = dict(zip(HYPER, settings, strict=True))
+        adam = optax.adamw(one["learning_rate"], one["b1"], one["b2"], one["eps"], weight_decay=one["weight_decay"])
+        state = optax.tree_utils.tree_set(adam.init(weights), mu=mu, nu=nu, count=one["step"].astype(jnp.int32))
+        updates, state = adam.update(gradient * one["factor"], state, weights)
+        new = (
+            optax.apply_updates(weights, updates),
+            optax.tree_utils.tree_get(state, "mu"),
+            optax.tree_utils.tree_get(state, "nu"),
+        )
+        kept = (jnp.where(one["active"] > 0, a, b) for a, b in zip(new, (weights, mu, nu), strict=True))
+        return tuple(kept)
+
+    new_master, new_mu, new_nu = jax.vmap(page)(master, mu, nu, gradient * scale, hyper[page_slot])
+    cleared = hyper[page_slot, HYPER.index("clear")][:, None, None, None] > 0
+    return new_master, new_mu, new_nu, jnp.where(cleared, 0.0, gradient)
