@@ -27,7 +27,7 @@ Type = Annotated[str | None, Field(max_length=64)]
 class SessionBody(Body):
     """Body of /create_session. Everything in it is only a description."""
 
-    tags: Annotated[list[Text], Field(fail_fast=True, max_length=64)] = []
+    tags: Annotated[list[Text], Field(fail_fast=True, max_length=64)] | None = None
     user_metadata: Metadata = None
     sdk_version: Text
     project_id: Text | None = None
@@ -40,6 +40,14 @@ class HeartbeatBody(Body):
 
     session_id: Id
     type: Type = None
+
+
+class FutureBody(Body):
+    """Body of /retrieve_future."""
+
+    request_id: Annotated[str, Field(min_length=1, max_length=512)]
+    allow_metadata_only: bool = False
+    model_id: Id | None = None
 
 
 class LoraBody(Body):
@@ -93,7 +101,7 @@ class AdamBody(Body):
     learning_rate: Annotated[float, Field(ge=0)] = 1e-4
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    eps: Annotated[float, Field(ge=0)] = 1e-12
+    eps: Annotated[float, Field(gt=0)] = 1e-12
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     grad_clip_norm: Annotated[float, Field(ge=0)] = 0.0
 

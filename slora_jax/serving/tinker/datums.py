@@ -3,44 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from slora_jax.errors import RequestError
 from slora_jax.serving.tinker.messages import FLOAT32, INT64, ForwardBackwardOutput
-from slora_jax.training import Example
+from slora_jax.training import LOSSES, Example, Loss
+from slora_jax.training.losses import cispo, ppo
 
-INPUTS: dict[str, tuple[str, ...]] = {
-    "cross_entropy": (),
-    "importance_sampling": ("logprobs", "advantages"),
-    "ppo": ("logprobs", "advantages"),
-    "cispo": ("logprobs", "advantages"),
-}
-"""Loss -> inputs that it needs beside `target_tokens`. Each also accepts `weights` (default: 1)."""
+TARGETS, WEIGHTS, LOW, HIGH = "target_tokens", "weights", "clip_low_threshold", "clip_high_threshold"
+CLIPPING = {LOW: 0.8, HIGH: 1.2}
+"""Settings of the clipped losses, with their defaults. An example may give one for each token instead."""
 
 
-def examples_of(request: Any, vocab_size: int, longest: int) -> list[Example]:
-    """Reads and checks the examples of a `ForwardBackwardRequest`, so that none of them is trained if one is wrong.
+def clipped_ppo(logprobs: jax.Array, inputs: Mapping[str, jax.Array]) -> jax.Array:
+    """`ppo` with thresholds as data, so that other thresholds compile nothing."""
+    return ppo(logprobs, inputs, inputs[LOW], inputs[HIGH])  # type: ignore[arg-type]
 
-    Args:
-      longest: most tokens of an example.
+
+def clipped_cispo(logprobs: jax.Array, inputs: Mapping[str, jax.Array]) -> jax.Array:
+    """`cispo` with thresholds as data."""
+    return cispo(logprobs, inputs, inputs[LOW], inputs[HIGH])  # type: ignore[arg-type]
+
+
+CLIPPED: dict[str, Loss] = {"ppo": clipped_ppo, "cispo": clipped_cispo}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of an example. longest: most tokens."""
+
+    vocab_size: int
+    longest: int
+
+
+def read_pass(request: Any, limits: Limits) -> tuple[list[Example], str | Loss]:
+    """Reads a `ForwardBackwardRequest`: its examples and its loss, as the trainer takes them.
+
+    All examples are checked, so that none of them is trained if one is wrong.
 
     Raises:
       RequestError: names the example, the field, the value and the allowed values.
     """
-    if request.loss_fn not in INPUTS:
-        raise RequestError(f"loss_fn={request.loss_fn!r}: must be one of {', '.join(INPUTS)}")
+    name = request.loss_fn
+    if name not in LOSSES:
+        raise RequestError(f"loss_fn={name!r}: must be one of {', '.join(LOSSES)}")
+    settings = dict(CLIPPING) if name in CLIPPED else {}
+    for given in request.loss_fn_config_v2:
+        if given.key not in settings:
+            raise RequestError(
+                f"loss_fn_config.{given.key}: the loss {name} takes {', '.join(settings) or 'no settings'}"
+            )
+        if given.value.text:
+            raise RequestError(f"loss_fn_config.{given.key}={given.value.text!r}: must be a number")
+        settings[given.key] = given.value.number
     if not request.data:
-        raise RequestError("data: is empty; give at least one example")
-    return [
-        _example(datum, request.loss_fn, vocab_size, longest, f"data[{index}]")
-        for index, datum in enumerate(request.data)
-    ]
+        raise RequestError("data: must not be empty")
+    examples = []
+    for index, datum in enumerate(request.data):
+        try:
+            examples.append(_example(datum, name, settings, limits))
+        except RequestError as error:
+            raise RequestError(f"data[{index}].{error}") from None
+    return examples, CLIPPED.get(name, name)
 
 
-def output_of(loss: float, logprobs: Sequence[np.ndarray]) -> bytes:
-    """Encodes a result.
+def encode_result(loss: float, logprobs: Sequence[np.ndarray]) -> bytes:
+    """Encodes the result of a pass.
 
     Args:
       loss: sum over all tokens.
@@ -56,65 +88,49 @@ def output_of(loss: float, logprobs: Sequence[np.ndarray]) -> bytes:
     return output.SerializeToString()
 
 
-def _example(datum: Any, loss: str, vocab_size: int, longest: int, where: str) -> Example:
+def _example(datum: Any, loss: str, settings: Mapping[str, float], limits: Limits) -> Example:
     if datum.model_input_spans or datum.loss_fn_input_spans:
-        raise RequestError(f"{where}.model_input_spans: slora-jax does not support provenance; leave it out")
-    tokens = _tokens(datum.model_input, f"{where}.model_input")
-    if not 1 <= len(tokens) <= longest:
-        raise RequestError(
-            f"{where}.model_input has {len(tokens)} tokens: must have 1 to {longest} (the longest of train.lengths)"
-        )
-    given = {one.key: one.value for one in datum.loss_fn_inputs}
-    needed = INPUTS[loss]
-    for name in given:
-        if name not in ("target_tokens", "weights", *needed):
-            allowed = ", ".join(("target_tokens", "weights", *needed))
-            raise RequestError(f"{where}.loss_fn_inputs.{name}: the loss {loss} takes {allowed}; leave it out")
-    for name in ("target_tokens", *needed):
-        if name not in given:
-            raise RequestError(f"{where}.loss_fn_inputs.{name} is missing: the loss {loss} needs it")
-    arrays = {name: _array(value, name, len(tokens), where) for name, value in given.items()}
-    targets = arrays.pop("target_tokens")
-    for field, ids in (("model_input", tokens), ("loss_fn_inputs.target_tokens", targets)):
-        wrong = ids[(ids < 0) | (ids >= vocab_size)]
-        if len(wrong):
-            raise RequestError(f"{where}.{field}: token id {wrong[0]} must be in [0, {vocab_size - 1}]")
-    weights = arrays.pop("weights", np.ones(len(tokens), np.float32))
-    return Example(tokens, targets.astype(np.int32), weights, arrays)
+        raise RequestError("model_input_spans: provenance is not supported; leave it out")
+    tokens = _tokens(datum.model_input)
+    needed = LOSSES[loss][1]
+    given = {}
+    for one in datum.loss_fn_inputs:
+        if one.key not in (TARGETS, WEIGHTS, *needed, *settings):
+            allowed = ", ".join((TARGETS, WEIGHTS, *needed, *settings))
+            raise RequestError(f"loss_fn_inputs.{one.key}: the loss {loss} takes {allowed}; leave it out")
+        given[one.key] = _array(one.value, one.key)
+    if TARGETS not in given:
+        raise RequestError(f"loss_fn_inputs: the loss needs {TARGETS!r}")
+    ones = np.ones(len(tokens), np.float32)
+    inputs = {name: value * ones for name, value in settings.items()} | given
+    targets, weights = inputs.pop(TARGETS), inputs.pop(WEIGHTS, ones)
+    example = Example(tokens, targets, weights, inputs)
+    example.check(limits.vocab_size, limits.longest, needed)
+    return example
 
 
-def _tokens(chunks: Sequence[Any], where: str) -> np.ndarray:
+def _tokens(chunks: Sequence[Any]) -> np.ndarray:
     """Returns int32 token ids `[n]`."""
     for chunk in chunks:
         if not chunk.HasField("encoded_text"):
-            raise RequestError(f"{where}: only chunks of token ids are supported, no images or audio")
-    return np.frombuffer(b"".join(_whole(chunk.encoded_text.tokens, 4, where) for chunk in chunks), "<i4")
+            raise RequestError("model_input: must be token ids; images and audio are not supported")
+    return _values(b"".join(chunk.encoded_text.tokens for chunk in chunks), "<i4", "model_input")
 
 
-def _array(tensor: Any, name: str, length: int, where: str) -> np.ndarray:
-    """Returns a dense tensor of `length` values, int64 for token ids and else finite float32."""
-    where, is_ids = f"{where}.loss_fn_inputs.{name}", name == "target_tokens"
+def _array(tensor: Any, name: str) -> np.ndarray:
+    """Returns a dense tensor: int64 for token ids, else float32."""
+    where, (kind, dtype, number) = f"loss_fn_inputs.{name}", _KINDS[name == TARGETS]
     if tensor.HasField("sparse_csr") or len(tensor.shape) > 1:
-        raise RequestError(f"{where}: must have one value for each token; tensors of two dimensions are not supported")
-    if tensor.dtype != (INT64 if is_ids else FLOAT32):
-        raise RequestError(f"{where}: must have dtype {'int64' if is_ids else 'float32'}")
-    values = np.frombuffer(_whole(tensor.dense, 8 if is_ids else 4, where), "<i8" if is_ids else "<f4")
-    if len(values) != length:
-        raise RequestError(f"{where} has {len(values)} values: must have {length}, one for each token of model_input")
-    if not np.isfinite(values).all():
-        raise RequestError(f"{where}: all values must be finite")
-    return values
+        raise RequestError(f"{where}: must have one dimension, a value for each token")
+    if tensor.dtype != number:
+        raise RequestError(f"{where}: must be {kind}")
+    return _values(tensor.dense, dtype, where)
 
 
-def _whole(data: bytes, size: int, where: str) -> bytes:
-    if len(data) % size:
-        raise RequestError(f"{where}: {len(data)} bytes are no whole number of {size}-byte values")
-    return data
+_KINDS = {True: ("int64", "<i8", INT64), False: ("float32", "<f4", FLOAT32)}
 
 
-def loss_settings(request: Any) -> Mapping[str, float]:
-    """Returns the loss's settings by name. Raises RequestError for a setting that is not a number."""
-    for setting in request.loss_fn_config_v2:
-        if setting.value.text:
-            raise RequestError(f"loss_fn_config.{setting.key}={setting.value.text!r}: must be a number")
-    return {setting.key: setting.value for setting in request.loss_fn_config}
+def _values(data: bytes, dtype: str, where: str) -> np.ndarray:
+    if len(data) % np.dtype(dtype).itemsize:
+        raise RequestError(f"{where}: {len(data)} bytes are not a whole number of values of type {dtype}")
+    return np.frombuffer(data, dtype)
