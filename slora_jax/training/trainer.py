@@ -348,14 +348,15 @@ class Trainer:
     def _micro_step(self, micro: MicroBatch, loss: Loss, backward: bool) -> tuple[jax.Array, jax.Array]:
         """Dispatches a micro-step. Returns each token's loss and log-probability, float32 `[T]`."""
         programs, pool, params = self.programs, self.pool, self.params["layers"]
+        layers = range(self.model.num_layers)
         segments = jnp.asarray(micro.segments.reshape(micro.num_rows, micro.length))
         tile_rows = min(TILE_ROWS, micro.length)
         lora = programs.prepare(pool.table, _tiles(micro, tile_rows), tile_rows=tile_rows)
         x, cos, sin = programs.begin(self._ends, micro.tokens, micro.positions, segments)
         inputs = []  # of each layer
-        for layer, weights in enumerate(params):
+        for layer in layers:
             inputs.append(x)
-            x = programs.layer(weights, pool.master[layer], pool.scales[layer], x, cos, sin, segments, lora)
+            x = programs.layer(params[layer], pool.master[layer], pool.scales[layer], x, cos, sin, segments, lora)
             if not backward:
                 inputs.clear()
         token_loss, logprobs, dx = programs.head(
@@ -363,7 +364,7 @@ class Trainer:
         )
         if backward:
             gradient = list(pool.gradient)
-            for layer in reversed(range(len(params))):
+            for layer in reversed(layers):
                 dx, gradient[layer] = programs.layer_gradient(
                     params[layer], pool.master[layer], pool.scales[layer], gradient[layer], inputs.pop(), cos, sin,
                     segments, lora, dx,
