@@ -96,6 +96,20 @@ def rng(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """Events of every compilation, or load from the persistent cache, from here on."""
+    events: list[str] = []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
 @pytest.fixture(scope="session")
 def peft_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """`PeftServers`: models with PEFT adapters, and their engines on one or several devices."""

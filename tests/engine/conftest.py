@@ -40,20 +40,6 @@ def greedy_margin(tiny: TinyModel) -> Callable[..., float]:
     return margin
 
 
-@pytest.fixture
-def compilations() -> Iterator[list[str]]:
-    """Events of every compilation, or load from the persistent cache, from here on."""
-    events: list[str] = []
-
-    def listen(event: str, duration: float, **_: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield events
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def assert_idle(engine: Engine) -> None:
     """Checks that no request is unfinished, no page leaked, and all adapters and prefixes can be evicted."""
     assert not engine.has_work()

@@ -24,7 +24,9 @@ def torch_loss(model: Any, batch: list[Example]) -> Any:
     total = torch.zeros(())
     for example in batch:
         logits = model(torch.tensor(example.tokens[None]).long()).logits[0]
-        logprobs = torch.log_softmax(logits, -1)[torch.arange(len(example.tokens)), torch.tensor(example.targets).long()]
+        logprobs = torch.log_softmax(logits, -1)[
+            torch.arange(len(example.tokens)), torch.tensor(example.targets).long()
+        ]
         total = total - (torch.tensor(example.weights) * logprobs).sum()
     return total
 
