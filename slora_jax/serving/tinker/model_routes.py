@@ -126,7 +126,7 @@ async def save_weights(request: Request, client: MayTrain, body: SaveStateBody, 
             model.id, Call(lambda _, trainer: (trainer.adapter(model.id), trainer.state(model.id)))
         )
         await asyncio.to_thread(training.states.save, path, adapter, state, training.settings.base_name)
-        return {"path": path, "type": "save_weights"}
+        return {"path": path}
 
     return JsonResponse(training.start(model, body.seq_id, save()))
 
@@ -141,8 +141,12 @@ async def load_weights(request: Request, client: MayTrain, body: LoadStateBody, 
 
     def add(trainer: Trainer, name: str) -> None:
         trainer.add(name, saved.directory)
-        if saved.optimizer is not None:
-            trainer.restore(name, saved.optimizer)
+        try:
+            if saved.optimizer is not None:
+                trainer.restore(name, saved.optimizer)
+        except (KeyError, TypeError, ValueError) as error:
+            trainer.remove(name)
+            raise AdapterError(f"{body.path}: its optimizer state is damaged: {error!r}") from error
 
     if body.session_id is not None and body.model_seq_id is not None:
         session = training.session(body.session_id, owner)
@@ -157,7 +161,7 @@ async def load_weights(request: Request, client: MayTrain, body: LoadStateBody, 
 
     async def load() -> dict:
         await training.submit(model.id, Call(lambda _, trainer: replace(trainer)))
-        return {"path": body.path, "model_id": model.id, "type": "load_weights"}
+        return {"path": body.path, "model_id": model.id}
 
     return JsonResponse(training.start(model, body.seq_id or 0, load()))
 
@@ -197,7 +201,7 @@ def _create(
     async def create() -> dict:
         await training.submit(model_id, Call(lambda _, trainer: add(trainer, model_id)))
         training.add_model(model_id, session, lora)
-        return {"model_id": model_id, "type": "create_model"}
+        return {"model_id": model_id}
 
     if request_id not in training.futures:
         training.futures.start(request_id, session.owner, session.id, create())

@@ -70,7 +70,7 @@ class StateDirectory:
         new = Path(mkdtemp(prefix=".new-", dir=directory.parent))
         try:
             write_peft(new, adapter, base_model_name_or_path=base_name)
-            save_file({name: np.ascontiguousarray(array) for name, array in state.items()}, new / STATE_FILE)
+            save_file({name: np.asarray(array, order="C") for name, array in state.items()}, new / STATE_FILE)
             shutil.rmtree(directory, ignore_errors=True)
             new.rename(directory)
         except BaseException:
