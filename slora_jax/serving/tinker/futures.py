@@ -39,7 +39,7 @@ class Futures:
         """Runs `work` in the background. Its result is a protobuf message or an object for JSON."""
         task = asyncio.ensure_future(work)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # not reported as never retrieved
-        self._futures[request_id] = _Future(task, owner, session)  # type: ignore[arg-type]
+        self._futures[request_id] = _Future(task, owner, session)
 
     async def fetch(self, request_id: str, owner: str) -> Response:
         """Returns a result. A failed operation is a result too: an object with `error` and `category`. While the

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -15,18 +17,23 @@ from slora_jax.serving.engine_loop import EngineLoop
 from slora_jax.training import Adam, Example, Outcome, StepReport, Trainer
 
 
-class Operation(Protocol):
-    """An operation on one model. It runs in parts, each in one turn of the engine's loop."""
+class Operation(ABC):
+    """An operation on one model. It runs in parts, each in one turn of the engine's loop.
+
+    Attributes:
+      key: operations of different models with the same key run in one call of the trainer.
+      result: set by the last `add`.
+    """
 
     key: Hashable
-    """Operations of different models with the same key run in one call of the trainer."""
-    result: Any
-    """Set by the last `add`."""
+    result: Any = None
 
     @property
     def tokens(self) -> int:
         """Number of tokens in the next part."""
+        return 0
 
+    @abstractmethod
     def run(self, engine: Engine, trainer: Trainer, names: Mapping[str, Any]) -> Mapping[str, Any]:
         """Runs the next part of several operations with this key, on the engine's thread, and returns a result for
         each model.
@@ -35,11 +42,12 @@ class Operation(Protocol):
           names: the operations by model.
         """
 
+    @abstractmethod
     def add(self, result: Any) -> bool:
         """Adds the result of a part. Returns whether it was the last one. Raises RequestError if the part failed."""
 
 
-class Pass:
+class Pass(Operation):
     """A forward pass of one model's examples, or a forward and a backward pass. `result`: the loss, and for each
     example the log-probabilities of its targets.
 
@@ -54,7 +62,6 @@ class Pass:
           part_tokens: tokens of a part; an example is never cut.
         """
         self.key = ("pass", is_backward, loss)
-        self.result: tuple[float, list[np.ndarray]] | None = None
         self._examples, self._loss, self._is_backward = examples, loss, is_backward
         self._parts = deque(_cut(examples, part_tokens))
         self._has_run = False
@@ -87,13 +94,12 @@ class Pass:
         return True
 
 
-class Step:
+class Step(Operation):
     """An optimizer step of one model. `result`: its `StepReport`."""
 
-    key, tokens = "step", 0
+    key = "step"
 
     def __init__(self, adam: Adam) -> None:
-        self.result: StepReport | None = None
         self._adam = adam
 
     def run(self, engine: Engine, trainer: Trainer, names: Mapping[str, Step]) -> Mapping[str, StepReport]:
@@ -106,14 +112,11 @@ class Step:
         return True
 
 
-class Call:
+class Call(Operation):
     """Any other operation of one model. `result`: what `function` returns."""
-
-    tokens = 0
 
     def __init__(self, function: Callable[[Engine, Trainer], Any]) -> None:
         self.key = object()  # runs alone
-        self.result: Any = None
         self._function = function
 
     def run(self, engine: Engine, trainer: Trainer, names: Mapping[str, Call]) -> Mapping[str, Any]:
@@ -163,12 +166,10 @@ class OperationQueue:
             if not turn:
                 self._filled.clear()
                 continue
-            first, trainer = next(iter(turn.values())), self._trainer()
+            first = next(iter(turn.values()))
             try:
-                results = await self._loop.call(
-                    lambda engine, first=first, turn=turn, trainer=trainer: first.run(engine, trainer, turn),
-                    is_long=True,
-                )
+                run = partial(first.run, trainer=self._trainer(), names=turn)
+                results = await self._loop.call(run, is_long=True)
             except Exception as error:  # noqa: BLE001  reported to the clients
                 for model in turn:
                     self._end(model, error)
@@ -193,7 +194,7 @@ class OperationQueue:
         try:
             if operation.add(result):
                 self._end(model)
-        except RequestError as error:
+        except Exception as error:  # noqa: BLE001  reported to the client
             self._end(model, error)
 
     def _end(self, model: str, error: Exception | None = None) -> None:

@@ -45,7 +45,7 @@ def trainer_config(engine: Engine, settings: TrainSettings) -> TrainerConfig:
         max_lora_rank=settings.max_lora_rank,
         lengths=settings.lengths,
         tokens=settings.tokens,
-        page_size=engine.config.page_size,  # type: ignore[arg-type]
+        page_size=engine.config.page_size,
     )
 
 

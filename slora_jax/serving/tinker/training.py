@@ -79,8 +79,7 @@ class Training:
 
     @property
     def trainer(self) -> Trainer:
-        """The trainer. Raises ApiError 503 before it is made."""
-        self.loop.check_ready()
+        """The trainer, which exists once requests are accepted."""
         assert self._trainer is not None
         return self._trainer
 
@@ -131,7 +130,7 @@ class Training:
             if model is not None:
                 for name in model.snapshots:
                     self._in_background(self._unload(name))
-                self._in_background(self.submit(model.id, Call(lambda _, trainer, name=model_id: trainer.remove(name))))
+                self._in_background(self.submit(model_id, _removal(model_id)))
 
     # Models
 
@@ -252,3 +251,7 @@ class Training:
         task = asyncio.create_task(logged())
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+def _removal(model_id: str) -> Call:
+    return Call(lambda _, trainer: trainer.remove(model_id))
