@@ -18,7 +18,7 @@ LAYERS = (
     ("slora_jax.memory",),
     ("slora_jax.scheduling",),
     ("slora_jax.engine",),
-    ("slora_jax.distributed", "slora_jax.simulation", "slora_jax.analysis", "slora_jax.demo"),
+    ("slora_jax.distributed", "slora_jax.training", "slora_jax.simulation", "slora_jax.analysis", "slora_jax.demo"),
     ("slora_jax.serving",),
     ("slora_jax", "slora_jax.cli"),
     ("experiments",),
