@@ -318,15 +318,24 @@ def split_columns(x: jax.Array, columns: int, width: int) -> jax.Array:
 
 def split_outputs(y: jax.Array, stack: Stack, layout: LoraLayout) -> jax.Array:
     """The stack's fused output `[M, d_out]` to `[M, B chunks, W]`, each projection zero-padded to whole chunks."""
+    if _whole_chunks(stack, layout):
+        return y.reshape(y.shape[0], -1, layout.width)
     parts = [y[:, at : at + d] for at, d in zip(stack.columns, stack.d_outs, strict=True)]
     return jnp.concatenate([split_columns(part, part.shape[1], layout.width) for part in parts], axis=1)
 
 
 def _join_outputs(delta: jax.Array, stack: Stack, layout: LoraLayout) -> jax.Array:
     """The inverse of `split_outputs`."""
+    if _whole_chunks(stack, layout):
+        return delta.reshape(delta.shape[0], -1)
     parts, at = [], 0
     for d in stack.d_outs:
         count = ceil_div(d, layout.width)
         parts.append(delta[:, at : at + count].reshape(delta.shape[0], -1)[:, :d])
         at += count
     return jnp.concatenate(parts, axis=1)
+
+
+def _whole_chunks(stack: Stack, layout: LoraLayout) -> bool:
+    """Returns whether no projection of the stack needs padding, so that splitting its output is only a new shape."""
+    return all(d % layout.width == 0 for d in stack.d_outs)

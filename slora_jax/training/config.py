@@ -23,6 +23,9 @@ class TrainerConfig:
       lengths: row lengths, in tokens, that step programs exist for. An adapter's sequences are packed into rows of the
         smallest length that holds its longest sequence.
       tokens: tokens of a micro-step, ascending: a program has `max(1, tokens // length)` rows.
+      remat: whether the backward pass of a layer computes its products and attention again instead of keeping their
+        results. It takes about a quarter more time; without it, each token takes `2 * (hidden_size + q_width +
+        kv_width + intermediate_size)` elements per layer.
       dtype: of the base weights and activations, if the trainer loads the model itself. Weights of adapters, gradients
         and moments are float32 in any case.
       page_size: rows of a tile.
@@ -33,6 +36,7 @@ class TrainerConfig:
     max_lora_rank: Annotated[int, Range(least=1, most=256)] = 64
     lengths: tuple[Count, ...] = (128, 512, 2048)
     tokens: tuple[Count, ...] = (512, 2048)
+    remat: bool = False
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     page_size: Literal[8, 16, 32] = 16
 

@@ -1,8 +1,9 @@
 """The compiled programs of a micro-step: one call per layer forward, one per layer backward.
 
-Only the inputs of the layers are kept; the backward program of a layer computes its activations again. One layer is
-compiled for each shape of a micro-step, so compilation does not grow with the model's depth. Slots, ranks and pages are
-data: a new adapter compiles nothing.
+With `remat`, only the inputs of the layers are kept, and the backward program of a layer computes its activations
+again. Without it, the results of its products and of attention are kept too, and only the rest is computed again. One
+layer is compiled for each shape of a micro-step, so compilation does not grow with the model's depth. Slots, ranks and
+pages are data: a new adapter compiles nothing.
 """
 
 from __future__ import annotations
@@ -15,16 +16,21 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.lora import AdapterTable, LoraLayout, LoraTiles
 from pallas_kernels.lora.training import TrainedLora
 from slora_jax.models import ModelConfig, Params, abstract_decoder
 from slora_jax.models.decoder import Embedding
 from slora_jax.models.init import layer_graph
+from slora_jax.training.attention import SAVED, packed_attention
 from slora_jax.training.losses import Loss
 
-TILE_ROWS = 128
+TILE_ROWS = 512
 """Largest height of the tiles of the LoRA products."""
+
+PRODUCT = "product"
+"""Name of a projection's output with its adapters, for `jax.checkpoint_policies`."""
 
 LOGIT_ROWS = 256
 """Rows whose logits exist at one time."""
@@ -58,14 +64,7 @@ class TrainingContext:
         """Causal attention within each sequence of each row."""
         rows, length = self._segments.shape
         q, k, v = (part.reshape(rows, length, *part.shape[1:]) for part in (q, k, v))
-        back = jnp.arange(length)[:, None] - jnp.arange(length)  # positions from the key to the query
-        near = back >= 0
-        if self._model.sliding_window is not None:
-            near &= back < self._model.sliding_window
-        mask = near & (self._segments[:, :, None] == self._segments[:, None, :])  # [rows, length, length]
-        exact = "highest" if q.dtype == jnp.float32 else None
-        with jax.default_matmul_precision(exact):
-            mixed = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+        mixed = packed_attention(q, k, v, self._segments, self._model.sliding_window)
         return mixed.reshape(rows * length, *mixed.shape[2:])
 
     def lora(self, layer: int, stack: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -74,7 +73,7 @@ class TrainingContext:
             return y
         with jax.named_scope("lora"):
             y, self.ledger = self._lora(x, y, self._pool, self.ledger, self._stacks[stack])
-        return y
+        return y if stack == "down" else checkpoint_name(y, PRODUCT)  # that of "down" is only added
 
     def lookup(self, embedding: Embedding, tokens: jax.Array) -> jax.Array:
         return embedding(tokens)
@@ -87,15 +86,15 @@ class TrainingPrograms:
     """The jitted programs of one model. `scale` is float32 `[num_pages, 2, page_size, 1]`: a row's LoRA scale if it
     belongs to B, else 1."""
 
-    def __init__(self, model: ModelConfig, layout: LoraLayout, params: Params, max_rank: int) -> None:
-        self._model, self._layout, self._max_rank = model, layout, max_rank
+    def __init__(self, model: ModelConfig, layout: LoraLayout, params: Params, max_rank: int, remat: bool) -> None:
+        self._model, self._layout, self._max_rank, self._remat = model, layout, max_rank, remat
         dtype = params["embed"]["embedding"].dtype
         self._ends_graph = abstract_decoder(replace(model, num_layers=0), dtype)[0]
         self._layer_graph = layer_graph(model, dtype)
         self.prepare = jax.jit(self._prepare, static_argnames="tile_rows")
         self.begin = jax.jit(self._begin)
-        self.layer = jax.jit(self._layer)
-        self.layer_gradient = jax.jit(self._layer_gradient, donate_argnames=("gradient", "dx"))
+        self.layer = jax.jit(self._layer, static_argnames="backward")
+        self.layer_gradient = jax.jit(_layer_gradient, donate_argnames=("gradient", "dx"))
         self.head = jax.jit(self._head, static_argnames=("loss", "backward"))
         self.page_norms = jax.jit(_page_norms)
         self.update = jax.jit(_update, donate_argnames=("master", "mu", "nu", "gradient"))
@@ -120,46 +119,21 @@ class TrainingPrograms:
         sin: jax.Array,
         segments: jax.Array,
         lora: TrainedLora,
-    ) -> jax.Array:
-        """Returns the layer's output `[T, d]`."""
-        return self._with_ledger(params, master, scale, x, cos, sin, segments, lora)[0]
-
-    def _layer_gradient(
-        self,
-        params: Params,
-        master: jax.Array,
-        scale: jax.Array,
-        gradient: jax.Array,
-        x: jax.Array,
-        cos: jax.Array,
-        sin: jax.Array,
-        segments: jax.Array,
-        lora: TrainedLora,
-        dx: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns the gradient of the layer's input, and `gradient` plus that of its adapters, with B's relative to B
-        times its scale. `dx` is the gradient of the layer's output."""
+        backward: bool,
+    ) -> tuple[jax.Array, Any]:
+        """Returns the layer's output `[T, d]`, and with `backward` the first argument of `layer_gradient`."""
 
         def layer(x: jax.Array, ledger: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return self._with_ledger(params, ledger, scale, x, cos, sin, segments, lora)
+            pool = jax.lax.stop_gradient((ledger * scale).astype(x.dtype))
+            context = TrainingContext(self._model, self._layout, segments, lora, pool, ledger)
+            return nnx.merge(self._layer_graph, params)(x, cos, sin, context), context.ledger
 
-        _, backward = jax.vjp(layer, x, master)
-        return backward((dx, gradient))
-
-    def _with_ledger(
-        self,
-        params: Params,
-        master: jax.Array,
-        scale: jax.Array,
-        x: jax.Array,
-        cos: jax.Array,
-        sin: jax.Array,
-        segments: jax.Array,
-        lora: TrainedLora,
-    ) -> tuple[jax.Array, jax.Array]:
-        pool = jax.lax.stop_gradient((master * scale).astype(x.dtype))
-        context = TrainingContext(self._model, self._layout, segments, lora, pool, master)
-        return nnx.merge(self._layer_graph, params)(x, cos, sin, context), context.ledger
+        if not backward:
+            return layer(x, master)[0], None
+        policies = jax.checkpoint_policies
+        kept = policies.nothing_saveable if self._remat else policies.save_only_these_names(PRODUCT, SAVED)
+        (x, _), gradient = jax.vjp(jax.checkpoint(layer, policy=kept), x, master)
+        return x, gradient
 
     def _head(
         self,
@@ -190,6 +164,12 @@ class TrainingPrograms:
         rows = min(LOGIT_ROWS, x.shape[0])
         parts = jax.tree.map(lambda a: a.reshape(-1, rows, *a.shape[1:]), (x, targets, dict(inputs)))
         return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), jax.lax.map(chunk, parts))
+
+
+def _layer_gradient(backward: Any, dx: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the gradient of the layer's input, and `gradient` plus that of its adapters, with B's relative to B times
+    its scale. `backward` is a result of `layer`, and `dx` the gradient of the layer's output."""
+    return backward((dx, gradient))
 
 
 def _page_norms(gradient: jax.Array, scale: jax.Array) -> jax.Array:

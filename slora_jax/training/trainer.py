@@ -95,7 +95,7 @@ class Trainer:
         self._ends = {name: leaf for name, leaf in params.items() if name != "layers"}
         self.geometry = adapter_geometry(model, config.page_size)
         self.pool = TrainingPool(self.geometry, config.num_pages, config.max_adapters, config.max_lora_rank)
-        self.programs = TrainingPrograms(model, self.geometry.layout, params, config.max_lora_rank)
+        self.programs = TrainingPrograms(model, self.geometry.layout, params, config.max_lora_rank, config.remat)
         self._adapters: dict[str, _Trained] = {}
 
     @classmethod
@@ -353,23 +353,20 @@ class Trainer:
         tile_rows = min(TILE_ROWS, micro.length)
         lora = programs.prepare(pool.table, _tiles(micro, tile_rows), tile_rows=tile_rows)
         x, cos, sin = programs.begin(self._ends, micro.tokens, micro.positions, segments)
-        inputs = []  # of each layer
+        gradients = []
         for layer in layers:
-            inputs.append(x)
-            x = programs.layer(params[layer], pool.master[layer], pool.scales[layer], x, cos, sin, segments, lora)
-            if not backward:
-                inputs.clear()
+            x, gradient = programs.layer(
+                params[layer], pool.master[layer], pool.scales[layer], x, cos, sin, segments, lora, backward=backward
+            )
+            gradients.append(gradient)
         token_loss, logprobs, dx = programs.head(
             self._ends, x, micro.targets, micro.inputs, loss=loss, backward=backward
         )
         if backward:
-            gradient = list(pool.gradient)
+            total = list(pool.gradient)
             for layer in reversed(layers):
-                dx, gradient[layer] = programs.layer_gradient(
-                    params[layer], pool.master[layer], pool.scales[layer], gradient[layer], inputs.pop(), cos, sin,
-                    segments, lora, dx,
-                )  # fmt: skip
-                pool.gradient = tuple(gradient)
+                dx, total[layer] = programs.layer_gradient(gradients.pop(), dx, total[layer])
+                pool.gradient = tuple(total)
         return token_loss, logprobs
 
     def _norms(self, adapters: list[_Trained]) -> list[float]:
