@@ -38,6 +38,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help=f"sequences running at once (default: {EngineConfig.max_num_seqs})",
     )
     option("--num-pages", metavar="N", type=count, help="pages of the pool (default: as many as fit)")
+    option("--train", action="store_true", help="let clients train adapters with Tinker's API (docs/tinker.md)")
+    option("--train-dir", metavar="DIR", type=Path, help="directory of the states that they save; implies --train")
     option("--replicas", metavar="N", type=count, help="number of engines, behind Ray Serve if above 1 (default: 1)")
     add_verbose_option(parser)
     add_parallel_options(parser)
@@ -59,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         "host": args.host,
         "port": args.port,
         "replicas": args.replicas,
+        "train": _train(args),
         "cors_origins": args.cors_origin and tuple(args.cors_origin),
         "engine": {name: value for name in names if (value := getattr(args, name)) is not None},
     }
@@ -83,6 +86,12 @@ def run(args: argparse.Namespace) -> int:
             return serve(settings, lambda: settings.build_engine(processes))
         Follower.from_pretrained(settings.model_dir, settings.engine, processes).run()
     return 0
+
+
+def _train(args: argparse.Namespace) -> dict[str, Path] | None:
+    if args.train_dir is not None:
+        return {"state_dir": args.train_dir}
+    return {} if args.train else None
 
 
 def _extra_missing(error: ImportError) -> ConfigError:

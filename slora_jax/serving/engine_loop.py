@@ -88,6 +88,7 @@ class EngineLoop:
         self._numbers = 0
         # Shared with the thread:
         self._commands: deque[Callable[[Engine], None]] = deque()
+        self._long_commands: deque[Callable[[Engine], None]] = deque()
         self._wake = threading.Event()
         self._stopping = False
         self._busy_since: float | None = None  # start of the current call of the engine
@@ -141,16 +142,18 @@ class EngineLoop:
             except Exception as error:  # noqa: BLE001  reported to the client
                 self._post(self._fail, [request_id], error)
 
-        self._command(add)
+        self._command(add, self._commands)
         return request_id
 
     def cancel(self, request_ids: list[str]) -> None:
         """Cancels sequences before the next step. Sequences that have ended already are ignored."""
         self._cancel([one for one in request_ids if self._sequences.pop(one, None) is not None])
 
-    async def call[T](self, function: Callable[[Engine], T]) -> T:
-        """Runs a function on the engine's thread between two steps, and returns its result or raises its error. It
-        should take microseconds.
+    async def call[T](self, function: Callable[[Engine], T], *, is_long: bool = False) -> T:
+        """Runs a function on the engine's thread between two steps, and returns its result or raises its error.
+
+        Args:
+          is_long: whether it takes more than microseconds. Between two steps, one such function runs.
 
         Raises:
           ApiError: 503, the engine is dead, or a call of it does not return; `function` may still run then.
@@ -165,7 +168,7 @@ class EngineLoop:
 
         if self.health in UNAVAILABLE:
             raise self._refusal()
-        self._command(run)
+        self._command(run, self._long_commands if is_long else self._commands)
         self._calls.add(future)
         try:
             return await future
@@ -198,10 +201,10 @@ class EngineLoop:
                 engine.cancel(request_id)
 
         if request_ids:
-            self._command(cancel)
+            self._command(cancel, self._commands)
 
-    def _command(self, command: Callable[[Engine], None]) -> None:
-        self._commands.append(command)
+    def _command(self, command: Callable[[Engine], None], queue: deque[Callable[[Engine], None]]) -> None:
+        queue.append(command)
         self._wake.set()
 
     def _deliver(self, deltas: list[Delta]) -> None:
@@ -299,13 +302,16 @@ class EngineLoop:
             self._busy_since = None
 
     def _turn(self, engine: Engine) -> None:
-        """Runs the queued commands, then one step if there is work; otherwise waits for commands."""
+        """Runs the queued commands and one long one, then one step if there is work; otherwise waits for commands."""
         self._wake.clear()
         if self.health is Health.STALLED:
             self._become(Health.RECOVERING)  # the stalled call has returned
         with self._watched():
             while self._commands:
                 self._commands.popleft()(engine)
+        if self._long_commands:
+            with self._watched():
+                self._long_commands.popleft()(engine)
         if engine.has_work():
             with self._watched():
                 self._step(engine)
@@ -314,7 +320,8 @@ class EngineLoop:
             with self._watched():
                 self._recover(engine)
         self._observe(engine)
-        self._wake.wait(timeout=1.0)
+        if not self._long_commands:
+            self._wake.wait(timeout=1.0)
 
     def _step(self, engine: Engine) -> None:
         try:

@@ -24,6 +24,7 @@ from slora_jax.serving.http.token_text import TokenText
 from slora_jax.serving.observability.live_state import LiveState
 from slora_jax.serving.observability.prometheus import ServerMetrics
 from slora_jax.serving.settings import ServerSettings
+from slora_jax.serving.tinker.training import Training
 
 TEXT_THREADS = 4
 """Threads that tokenize and fill in chat templates; a long text delays only other texts."""
@@ -45,12 +46,15 @@ class Service:
         self.live = LiveState(settings.base_name, self.metrics)
         self.adapters = Adapters(settings, self.metrics.adapters.forget)
         self.loop = EngineLoop(self._make_engine, self, stall_seconds=settings.stall_seconds)
+        self.training = None if settings.train is None else Training(settings, settings.train, self.loop)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Starts to build the engine, and stops it at the end of the block."""
         self.loop.start()
         tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._sample())]
+        if self.training is not None:
+            tasks.append(asyncio.create_task(self.training.run()))
         try:
             yield
         finally:
@@ -138,6 +142,8 @@ class Service:
     def _make_engine(self) -> Engine:
         engine = self._build()
         self.adapters.register_all(engine)
+        if self.training is not None:
+            self.training.make_trainer(engine)
         return engine
 
     async def _watch(self) -> None:

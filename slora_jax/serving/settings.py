@@ -23,8 +23,8 @@ if TYPE_CHECKING:  # these import JAX, which takes seconds
     from slora_jax.scheduling import Policy
 
 
-Right = Literal["serve", "manage"]
-"""Rights of an API key: to generate; to load and unload adapters."""
+Right = Literal["serve", "manage", "train"]
+"""Rights of an API key: to generate; to load and unload adapters; to train adapters."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,35 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class TrainSettings:
+    """Settings of training over HTTP (Tinker's API).
+
+    Attributes:
+      max_adapters: adapters in training at one time.
+      max_lora_rank: largest rank of an adapter in training; at most the engine's.
+      num_pages: pages of the training pool; None: enough for `max_adapters` adapters of the largest rank on all
+        projections.
+      lengths: row lengths (tokens), ascending; the longest bounds a sequence. One program is compiled for each.
+      tokens: tokens of a micro-step, ascending.
+      state_dir: directory of saved states; None: clients cannot save and load them.
+      snapshots: unnamed sampler weights kept for each model; older ones are unloaded.
+      session_seconds: time without a sign of the client after which its models are removed.
+    """
+
+    max_adapters: Count = 8
+    max_lora_rank: Annotated[int, Range(least=1, most=256)] = 32
+    num_pages: Count | None = None
+    lengths: tuple[Count, ...] = (128, 512)
+    tokens: tuple[Count, ...] = (1024,)
+    state_dir: Path | None = None
+    snapshots: Count = 8
+    session_seconds: Positive = 600.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "train.")
+
+
+@dataclass(frozen=True)
 class ServerSettings:
     """Settings of `slora serve`; a config file has the same names (`from_file`).
 
@@ -121,6 +150,7 @@ class ServerSettings:
       replicas: engines, one per process behind Ray Serve's router; 1: one engine in this process.
       replica_requests: maximum HTTP requests of a replica; further ones go to other replicas.
         None: 1.5 * `max_num_seqs`.
+      train: settings of training over HTTP; None: none.
       drain_seconds: time for requests under way to end when the service stops.
       stall_seconds: longest call of the engine, such as a step; beyond it all requests fail, and `/health` returns 503
         until the call returns.
@@ -142,6 +172,7 @@ class ServerSettings:
     tenants: Literal["adapter", "client"] = "adapter"
     replicas: Count = 1
     replica_requests: Count | None = None
+    train: TrainSettings | None = None
     drain_seconds: Seconds = 30.0
     stall_seconds: Positive = 120.0
 
@@ -153,6 +184,8 @@ class ServerSettings:
         names = [key.name for key in self.api_keys]
         if len(set(names)) < len(names):
             raise ConfigError(f"api_keys: the names must differ, found {names}")
+        if self.train is not None and self.replicas > 1:
+            raise ConfigError(f"replicas={self.replicas}: must be 1 with train; leave one of the two out")
         self.make_policy()
 
     @classmethod
@@ -160,7 +193,8 @@ class ServerSettings:
         """Reads a YAML file, if `path` is not None.
 
         Args:
-          given: fields that take precedence unless they are None. `engine` may be a mapping, merged with the file's.
+          given: fields that take precedence unless they are None. `engine` and `train` may be mappings, merged with
+            the file's.
 
         Raises:
           ConfigError: the file cannot be read; a field is unknown, missing or out of range.
@@ -178,10 +212,10 @@ class ServerSettings:
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], **given: Any) -> Self:
         """Reads the content of such a file."""
-        engine = data.get("engine", {})
-        if isinstance(engine, Mapping):
-            engine = {**engine, **given.pop("engine", {})}
-        data = {**data, **{name: value for name, value in given.items() if value is not None}, "engine": engine}
+        for name in ("engine", "train"):
+            if isinstance(data.get(name) or {}, Mapping) and given.get(name) is not None:
+                given[name] = {**(data.get(name) or {}), **given[name]}
+        data = {**data, **{name: value for name, value in given.items() if value is not None}}
         if not isinstance(data.get("api_keys", ()), list | tuple):
             raise ConfigError("api_keys: must be a list of mappings")  # without the value, which may hold a key
         if "model_dir" not in data:

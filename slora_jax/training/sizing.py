@@ -69,7 +69,7 @@ def packing(recipe: Recipe, datasets: Mapping[str, Dataset]) -> tuple[tuple[int,
         [examples(datasets[name].batch(adapter, step)) for name, adapter in recipe.adapters.items()]
         for step in range(_SAMPLED_STEPS)
     ]
-    choices_of_lengths = [(ceil_div(longest, 16) * 16,)]
+    choices_of_lengths: list[tuple[int, ...]] = [(ceil_div(longest, 16) * 16,)]
     for shortest in _SHORTEST_ROWS:
         lengths = [shortest]
         while lengths[-1] < longest:
@@ -105,4 +105,3 @@ def _ranks(name: str, adapter: AdapterRecipe, model: ModelConfig) -> np.ndarray:
         index = PROJECTIONS.index(projection)
         ranks[index] = max(ranks[index], target.rank)
     return ranks
-

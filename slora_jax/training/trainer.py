@@ -426,13 +426,14 @@ def _tiles(micro: MicroBatch, tile_rows: int) -> LoraTiles:
     most = micro.num_rows * ceil_div(micro.length, tile_rows)
     padding = np.zeros(most - len(slots), np.int32)
     count, none = np.int32(len(slots)), np.int32(0)
-    return LoraTiles(  # type: ignore[arg-type]
-        slot=np.concatenate([slots, padding]).astype(np.int32),
-        first_row=np.concatenate([first, padding]).astype(np.int32),
-        rows=np.full(most, tile_rows, np.int32),
-        row_slot=np.zeros(0, np.int32),
-        num_tiles=count,
-        num_dense=count,
-        dense_rows=none,
-        lora_rows=none,
-    )
+    arrays: dict[str, Any] = {
+        "slot": np.concatenate([slots, padding]).astype(np.int32),
+        "first_row": np.concatenate([first, padding]).astype(np.int32),
+        "rows": np.full(most, tile_rows, np.int32),
+        "row_slot": np.zeros(0, np.int32),
+        "num_tiles": count,
+        "num_dense": count,
+        "dense_rows": none,
+        "lora_rows": none,
+    }
+    return LoraTiles(**arrays)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from dense_reference import dense_logits

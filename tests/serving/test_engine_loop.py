@@ -118,6 +118,17 @@ async def test_tokens_equal_those_of_generate(engine) -> None:
 
 
 @in_event_loop
+async def test_one_long_call_runs_between_two_steps(engine) -> None:
+    async with looping(engine) as loop:
+        _, mailbox = submit(loop, [1, 2, 3])
+        calls = [loop.call(lambda engine: engine.stats().steps, is_long=True) for _ in range(4)]
+        steps = await asyncio.gather(*calls)
+        assert sorted(set(steps)) == steps
+        assert len((await finish(mailbox))[0]) == LONG.max_tokens
+        assert await loop.call(lambda engine: engine.has_work(), is_long=True) is False
+
+
+@in_event_loop
 async def test_refused_sequence_fails_alone(engine) -> None:
     async with looping(engine) as loop:
         _, good = submit(loop, [1, 2, 3], SamplingParams(max_tokens=3, ignore_eos=True))

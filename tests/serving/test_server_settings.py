@@ -48,6 +48,8 @@ def test_command_line_takes_precedence_over_the_file(tmp_path: Path) -> None:
     [
         ({"prot": 1}, "prot is unknown (did you mean 'port'?)"),
         ({"port": "80"}, "port='80': must be an integer"),
+        ({"train": {"max_adapter": 2}}, "train.max_adapter is unknown (did you mean 'max_adapters'?)"),
+        ({"train": {}, "replicas": 2}, "replicas=2: must be 1 with train"),
         ({"replica_requests": 0}, "replica_requests=0: must be an integer of at least 1"),
         ({"port": 70000}, "port=70000: must be an integer in [0, 65535]"),
         ({"engine": {"max_seq": 8}}, "engine.max_seq is unknown (did you mean 'max_num_seqs'?)"),

@@ -39,6 +39,8 @@ class Access:
         if not self._keys:
             return Client(request.client.host if request.client else "local")
         kind, _, key = request.headers.get("authorization", "").partition(" ")
+        if "x-api-key" in request.headers:  # Tinker's client
+            kind, key = "bearer", request.headers["x-api-key"]
         if kind.lower() != "bearer" or not key:
             raise _unauthorized("no API key: send it as 'Authorization: Bearer KEY'")
         given = sha256(key.strip().encode()).digest()
@@ -66,6 +68,8 @@ def _may(right: Right | None) -> Callable[[Request], Client]:
 
 MayServe = Annotated[Client, Depends(_may("serve"))]
 """A client that may generate."""
+MayTrain = Annotated[Client, Depends(_may("train"))]
+"""A client that may train adapters."""
 MayManage = Annotated[Client, Depends(_may("manage"))]
 """A client that may load and unload adapters."""
 MayLook = Annotated[Client, Depends(_may(None))]

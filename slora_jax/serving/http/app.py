@@ -39,6 +39,11 @@ def create_app(settings: ServerSettings, build: Callable[[], Engine]) -> FastAPI
     errors.install(app)
     app.include_router(endpoints.router)
     app.include_router(page.router)
+    if settings.train is not None:
+        from slora_jax.serving.tinker import model_routes, routes
+
+        app.include_router(routes.router)
+        app.include_router(model_routes.router)
 
     def done(route: str | None, method: str, status: int, seconds: float) -> None:
         app.state.service.metrics.http(route, method, status, seconds)

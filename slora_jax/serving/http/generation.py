@@ -79,14 +79,22 @@ def event_of(data: Mapping[str, Any]) -> bytes:
     return b"data: " + to_json(data).encode() + b"\n\n"
 
 
-async def _whole(arrived: dict[int, Arrived], mailbox: Mailbox, shape: Shape, choices: int) -> dict[str, Any]:
+async def outputs_of(mailbox: Mailbox, count: int, arrived: dict[int, Arrived] | None = None) -> list[RequestOutput]:
+    """Waits for the outputs of all sequences, and returns them by index.
+
+    Args:
+      arrived: what was taken from the mailbox before.
+    """
     outputs: dict[int, RequestOutput] = {}
     while True:
-        outputs |= {index: part.output for index, part in arrived.items() if part.output is not None}
-        if len(outputs) == len(shape.prompts):
-            break
+        outputs |= {index: part.output for index, part in (arrived or {}).items() if part.output is not None}
+        if len(outputs) == count:
+            return [output for _, output in sorted(outputs.items())]
         arrived = await mailbox.take()
-    in_order = [output for _, output in sorted(outputs.items())]
+
+
+async def _whole(arrived: dict[int, Arrived], mailbox: Mailbox, shape: Shape, choices: int) -> dict[str, Any]:
+    in_order = await outputs_of(mailbox, len(shape.prompts), arrived)
     done = [shape.choice(index, _all_of(output)) for index, output in enumerate(in_order)]
     return shape.whole(done, usage(in_order, choices))
 

@@ -1,0 +1,1 @@
+"""Tinker's API for training over HTTP, for the public `tinker` client."""
