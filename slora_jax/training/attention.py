@@ -7,7 +7,7 @@ that on a CPU the scores of a block stay in the cache. On a GPU, cuDNN's fused a
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def packed_attention(
     if jax.default_backend() != "cpu":
         position = jnp.arange(q.shape[1])
         mask = _mask(segments, segments, position[:, None], position, window)
-        fused = "cudnn" if jnp.dtype(q.dtype).itemsize == 2 else "xla"
+        fused: Literal["cudnn", "xla"] = "cudnn" if jnp.dtype(q.dtype).itemsize == 2 else "xla"
         with jax.default_matmul_precision(None if fused == "cudnn" else "highest"):
             return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation=fused)
     rows, length, heads, width = q.shape
