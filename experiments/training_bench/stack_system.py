@@ -40,7 +40,7 @@ class System:
         self._stacks = [self._stack(adapters, layer) for layer in layers]
         self._adam = optax.adamw(LEARNING_RATE, *BETAS, EPS, weight_decay=0.0)
         self._states = [jax.vmap(self._adam.init)(stacks) for stacks in self._stacks]
-        self._forward, self._backward = jax.jit(self._layer), jax.jit(lambda back, dy: back(dy), donate_argnums=0)
+        self._forward, self._backward = jax.jit(self._layer), jax.jit(lambda back, dy: back(dy))
         self._take = jax.jit(self._slice)
         self._update = jax.jit(self._optimizer, donate_argnums=(0, 1))
 
