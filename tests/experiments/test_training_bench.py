@@ -8,7 +8,6 @@ import pytest
 from experiments.training_bench import __main__ as bench
 from experiments.training_bench.settings import QUICK
 
-
 SYSTEMS = ("slora-jax", "peft", "stack")
 
 
