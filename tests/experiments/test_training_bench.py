@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 
 from experiments.training_bench import __main__ as bench
-from experiments.training_bench.settings import QUICK
+from experiments.training_bench.settings import QUICK, Cell
+from experiments.training_bench.worker import MODULES
 
 SYSTEMS = ("slora-jax", "peft", "stack")
 
@@ -15,11 +17,6 @@ class InProcess:
     """A worker's systems in this process."""
 
     def __init__(self, settings):
-        from importlib import import_module
-
-        from experiments.training_bench.settings import Cell
-        from experiments.training_bench.worker import MODULES
-
         module = import_module(f"experiments.training_bench.{MODULES[settings['system']]}")
         cell = Cell(**settings["cell"])
         self.system = module.System(settings["model"], settings["adapters"], cell, settings["system"])
@@ -37,11 +34,8 @@ class InProcess:
 
 def test_all_systems_train_the_same_adapters_to_the_same_losses(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "running", lambda python, module, settings, log, environment: InProcess(settings))
-    monkeypatch.setattr(
-        bench,
-        "QUICK",
-        tuple(replace(cell, adapters=2, warm_up=1, warm_up_adapters=2, systems=SYSTEMS) for cell in QUICK),
-    )
+    cell = replace(QUICK[0], adapters=2, warm_up=1, warm_up_adapters=2, systems=SYSTEMS)
+    monkeypatch.setattr(bench, "QUICK", (cell,))
     bench.main(["--quick", "--rounds", "2", "--output", str(tmp_path / "training.json")])
     results = json.loads((tmp_path / "training.json").read_text())
     assert {"machine", "versions", "date"} <= results["provenance"].keys()
