@@ -38,7 +38,7 @@ class Worker:
     def __init__(self, process: subprocess.Popen[str], log: Path, settings: Mapping[str, Any]) -> None:
         """Returns when its engine is ready. Raises RuntimeError if it ends instead."""
         self._process, self._log = process, log
-        self.versions: dict[str, str] = self._ask(settings)
+        self.versions: dict[str, str] = self.ask(settings)
 
     def run(self, requests: Sequence[WorkloadRequest]) -> Answer:
         """Sends all requests, of the same number of new tokens. Raises RuntimeError if the worker ends, or if a request
@@ -46,14 +46,15 @@ class Worker:
         output = requests[0].output
         message = {"prompts": [r.prompt for r in requests], "adapters": [r.adapter for r in requests], "output": output}
         busy, start = _busy_seconds(), time.perf_counter()
-        reply = self._ask(message)
+        reply = self.ask(message)
         elapsed = time.perf_counter() - start
         others = max(0.0, _busy_seconds() - busy - reply["cpu_seconds"]) / elapsed
         if [len(tokens) for tokens in reply["tokens"]] != [output] * len(requests):
             raise RuntimeError(f"a worker did not generate {output} tokens for every request: {self._log}")
         return Answer(reply["tokens"], reply["seconds"], reply["cpu_seconds"], others)
 
-    def _ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
+    def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Sends a message and returns the reply. Raises RuntimeError, with the end of the log, if the worker ends."""
         assert self._process.stdin and self._process.stdout
         try:
             self._process.stdin.write(json.dumps(message) + "\n")

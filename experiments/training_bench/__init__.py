@@ -1,0 +1,1 @@
+"""Training throughput and memory beside PEFT and beside padded stacks of adapters."""
