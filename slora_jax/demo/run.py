@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from slora_jax.demo import trained
 from slora_jax.demo.adapters import DemoAdapter, write_adapters
 from slora_jax.demo.checkpoint import write_checkpoint
 from slora_jax.demo.models import DemoModel, choose_model
@@ -29,6 +30,7 @@ from slora_jax.scheduling import SamplingParams
 
 MARKER = ".slora-demo"
 QUESTION = "What is the capital of France and what can I see there? Answer in two short sentences."
+TRAINED_QUESTION = "What is the sun?"
 ANSWER_TOKENS = 48
 COLUMNS = 96
 SHOWN_ANSWERS = 4
@@ -66,6 +68,8 @@ def run_demo(settings: DemoSettings) -> bool:
             load = replace(load, chat=False)
         if load.chat:
             _ask(engine)
+        if model.trained:
+            _show_trained(engine)
         print(f"2. Making {settings.adapters} LoRA adapters with random weights.")
         geometry = engine.store.geometry
         adapters = write_adapters(adapters_dir, geometry, settings.adapters, settings.seed, load.ranks, load.targets)
@@ -142,6 +146,17 @@ def _ask(engine: Engine) -> None:
     print(f"   Question: {QUESTION}")
     _print_wrapped("   Answer:   ", pieces())
     print(f"   The first token came after {first:.2f} s, the last after {time.perf_counter() - start:.2f} s.")
+
+
+def _show_trained(engine: Engine) -> None:
+    """Prints the answers of the base model and of each trained adapter to the same message."""
+    print("   Small adapters, trained with `slora train`, beside the base model, all in one batch:")
+    shown = None
+    for name, message, answer in trained.answers(engine, TRAINED_QUESTION):
+        if message != shown:
+            print(f"   {message}")
+            shown = message
+        _print_wrapped(f"     {name:12}", [answer])
 
 
 def _print_wrapped(label: str, pieces: Iterable[str]) -> None:
