@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels import devices
 from pallas_kernels.lora.layout import ceil_div
 
 QUERY_ROWS = 128
@@ -36,7 +37,7 @@ def packed_attention(
     Returns:
       `[rows, length, H, hd]` in q's dtype.
     """
-    if jax.default_backend() != "cpu":
+    if devices.target() is not None or jax.default_backend() != "cpu":
         position = jnp.arange(q.shape[1])
         mask = _mask(segments, segments, position[:, None], position, window)
         fused: Literal["cudnn", "xla"] = "cudnn" if jnp.dtype(q.dtype).itemsize == 2 else "xla"
