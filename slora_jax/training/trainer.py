@@ -270,6 +270,9 @@ class Trainer:
             step.
         """
         chosen = {name: names[name] if isinstance(names, Mapping) else self._trained(name).optimizer for name in names}
+        for name, adam in chosen.items():
+            if not isinstance(adam, Adam):
+                raise ConfigError(f"optim_step: names[{name!r}]={adam!r}: must be an Adam; or pass a list of names")
         norms = self._norms([self._trained(name) for name in chosen])
         hyper = np.zeros((self.config.max_adapters + 1, len(HYPER)), np.float32)
         reports = {}

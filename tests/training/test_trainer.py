@@ -236,6 +236,8 @@ def test_wrong_use_is_an_error_that_names_it(trainer, tiny) -> None:
         trainer.forward({"y": one})
     with pytest.raises(ConfigError, match="loss='mse'"):
         trainer.forward({"q-only": one}, "mse")
+    with pytest.raises(ConfigError, match=r"names\['q-only'\]=1: must be an Adam"):
+        trainer.optim_step({"q-only": 1})
     with pytest.raises(ConfigError, match=r"TrainerConfig.lengths=\(64, 32\)"):
         TrainerConfig(num_pages=10, lengths=(64, 32))
     with pytest.raises(RequestError, match="weights: must be finite, found nan"):
