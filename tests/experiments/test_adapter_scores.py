@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 import experiments.adapters
 from experiments.adapters.scores import SCORES, score
 from slora_jax import ConfigError
+from slora_jax.adapters import BaseGeometry, read_peft
+from slora_jax.demo.trained import DIRECTORY
 
 DATA = Path(experiments.adapters.__file__).parent / "data"
 TASKS = {"sentiment", "contacts"}
@@ -61,3 +64,16 @@ def test_a_near_miss_scores_by_the_rule(name, answer, expected, value) -> None:
 def test_an_unknown_adapter_is_refused() -> None:
     with pytest.raises(ConfigError, match="adapter 'pirat' is unknown"):
         score("pirat", "", "", "")
+
+
+def test_committed_adapters_are_small_and_fit_smollm2() -> None:
+    """One PEFT directory for each adapter, at most 4 MB together, as the data's recipe names them."""
+    assert sorted(path.name for path in DIRECTORY.iterdir()) == sorted(SCORES)
+    assert sum(path.stat().st_size for path in DIRECTORY.rglob("*") if path.is_file()) < 4_000_000
+    recipe = yaml.safe_load((DATA.parent / "recipe.yaml").read_text())
+    assert sorted(recipe["adapters"]) == sorted(SCORES)
+    geometry = BaseGeometry(30, 576, 576, 192, 1536, 16)
+    for name, settings in recipe["adapters"].items():
+        adapter = read_peft(DIRECTORY / name, geometry)
+        assert adapter.ranks.max() == (recipe["defaults"]["lora"] | settings.get("lora", {}))["r"]
+        assert all(matrix.any() for matrix in adapter.b.values())
