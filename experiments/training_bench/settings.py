@@ -48,7 +48,7 @@ CELLS = (
     Cell("healthy, 1 adapter", 1, 4, 512, 2, 1, 1),
     Cell("healthy, 8 adapters", 8, 4, 512, 1, 1, 1),
 )
-QUICK = (Cell("small, 3 adapters", 3, 1, 8, 2, 2, 3, SYSTEMS),)
+QUICK = (Cell("small, 3 adapters", 3, 1, 16, 2, 2, 3, SYSTEMS),)
 
 
 def rank_of(adapter: int) -> int:
