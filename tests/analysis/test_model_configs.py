@@ -25,7 +25,8 @@ EXPECTED = {
     "qwen3-32b": (32.76, 64, 5120, 25600, 1024, 151936),
 }
 SMALL = {
-    "tiny-llama", "mini-llama", "wide-llama", "llama-110m", "llama-27m", "small-llama", "one-layer-llama", "micro-llama"
+    "tiny-llama", "mini-llama", "wide-llama", "llama-110m", "llama-27m", "small-llama", "one-layer-llama",
+    "micro-llama", "smollm2-135m",
 }  # fmt: skip
 
 
