@@ -26,6 +26,7 @@ from slora_jax.demo.traffic import DemoRequest, Served, chat_prompt, make_traffi
 from slora_jax.demo.verify import Weights, first_difference, merge
 from slora_jax.engine import Engine, EngineConfig, RequestOutput
 from slora_jax.errors import ConfigError, UnsupportedModelError
+from slora_jax.models.config import model_names
 from slora_jax.scheduling import SamplingParams
 
 MARKER = ".slora-demo"
@@ -68,7 +69,8 @@ def run_demo(settings: DemoSettings) -> bool:
             load = replace(load, chat=False)
         if load.chat:
             _ask(engine)
-        if model.trained:
+        if model.trained and model.path is not None:
+            engine.store.base_names = model_names(model.path)  # that of the link says nothing
             _show_trained(engine)
         print(f"2. Making {settings.adapters} LoRA adapters with random weights.")
         geometry = engine.store.geometry
