@@ -70,7 +70,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """What one micro-step computes: `rows`, the first of the program's `num_rows`.
+    """The input of one micro-step: `rows`, the first of the program's `num_rows`.
 
     Attributes:
       tokens, targets, positions, segments: int32 `[num_rows * length]`. Segments count the sequences of a row from 1;

@@ -24,7 +24,7 @@ class TrainerConfig:
         smallest length that holds its longest sequence.
       tokens: tokens of a micro-step, ascending: a program has `max(1, tokens // length)` rows.
       remat: whether the backward pass of a layer computes its products and attention again instead of keeping their
-        results. It takes about a quarter more time; without it, each token takes `2 * (hidden_size + q_width +
+        results. It takes more time; without it, each token takes `2 * (hidden_size + q_width +
         kv_width + intermediate_size)` elements per layer.
       dtype: of the base weights and activations, if the trainer loads the model itself. Weights of adapters, gradients
         and moments are float32 in any case.

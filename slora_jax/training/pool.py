@@ -38,6 +38,15 @@ def initial_adapter(config: LoraConfig, geometry: BaseGeometry, seed: int) -> Lo
     return adapter_of(config, targets, a, b, geometry.num_layers)
 
 
+def largest_ranks(targets: Targets) -> np.ndarray:
+    """Each projection's largest rank over the layers, int32 `[7]`."""
+    ranks = np.zeros(len(PROJECTIONS), np.int32)
+    for (_, projection), target in targets.items():
+        index = PROJECTIONS.index(projection)
+        ranks[index] = max(ranks[index], target.rank)
+    return ranks
+
+
 class TrainingPool:
     """The device arrays of all adapters in training, and the allocation of their pages.
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from pallas_kernels.lora import PROJECTIONS
 from pallas_kernels.lora.layout import ceil_div
 from slora_jax.adapters.targets import resolve_targets
 from slora_jax.engine.sizing import adapter_geometry
@@ -16,6 +15,7 @@ from slora_jax.models.config import ModelConfig
 from slora_jax.training.batch import micro_batches, pack
 from slora_jax.training.config import TrainerConfig
 from slora_jax.training.data import DEFAULT_MAX_LENGTH, Dataset, examples
+from slora_jax.training.pool import largest_ranks
 from slora_jax.training.recipe import AdapterRecipe, Recipe
 
 _SHORTEST_ROWS = (32, 64, 128, 256, 512)
@@ -100,8 +100,4 @@ def _ranks(name: str, adapter: AdapterRecipe, model: ModelConfig) -> np.ndarray:
         targets = resolve_targets(adapter.lora, model.num_layers)
     except AdapterError as error:
         raise ConfigError(f"adapters.{name}.lora.{error}") from None
-    ranks = np.zeros(len(PROJECTIONS), np.int32)
-    for (_, projection), target in targets.items():
-        index = PROJECTIONS.index(projection)
-        ranks[index] = max(ranks[index], target.rank)
-    return ranks
+    return largest_ranks(targets)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.lora import PROJECTIONS, LoraTiles
+from pallas_kernels.lora import LoraTiles
 from pallas_kernels.lora.layout import ceil_div
 from slora_jax.adapters import AdapterInfo, LoraAdapter, LoraConfig, read_peft
 from slora_jax.adapters.targets import resolve_targets
@@ -24,7 +24,7 @@ from slora_jax.models import ModelConfig, Params
 from slora_jax.training.batch import Example, MicroBatch, Row, micro_batches, pack
 from slora_jax.training.config import Adam, TrainerConfig
 from slora_jax.training.losses import LOSSES, Loss
-from slora_jax.training.pool import Targets, TrainingPool, initial_adapter
+from slora_jax.training.pool import Targets, TrainingPool, initial_adapter, largest_ranks
 from slora_jax.training.programs import HYPER, TILE_ROWS, TrainingPrograms
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class Trainer:
 
     def pages_of(self, lora: LoraConfig) -> int:
         """Pages of the training pool that an adapter takes. Raises AdapterError like `resolve_targets`."""
-        ranks = _largest_ranks(resolve_targets(lora, self.model.num_layers))
+        ranks = largest_ranks(resolve_targets(lora, self.model.num_layers))
         return int(self.geometry.layout.num_pages(ranks))
 
     def add(
@@ -407,15 +407,6 @@ def _loss(loss: str | Loss, batches: Mapping[str, Sequence[Example]]) -> tuple[L
     if loss not in LOSSES:
         raise ConfigError(f"loss={loss!r}: must be one of {', '.join(LOSSES)}, or a function")
     return LOSSES[loss]
-
-
-def _largest_ranks(targets: Targets) -> np.ndarray:
-    """Each projection's largest rank over the layers, int32 `[7]`."""
-    ranks = np.zeros(len(PROJECTIONS), np.int32)
-    for (_, projection), target in targets.items():
-        index = PROJECTIONS.index(projection)
-        ranks[index] = max(ranks[index], target.rank)
-    return ranks
 
 
 def _tiles(micro: MicroBatch, tile_rows: int) -> LoraTiles:

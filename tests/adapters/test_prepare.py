@@ -132,7 +132,7 @@ def test_lost_content_is_read_again_from_the_published_directory(open_store, ada
         store.discard(store.prepare("x", write_peft(tmp_path / "upload", adapters[0])))
         load(store, "other", adapters[seed])
     for path in (tmp_path / "spill").rglob("*.tiles"):
-        path.unlink(missing_ok=True)  # the worker may delete the replaced "other" meanwhile
+        path.unlink(missing_ok=True)  # the worker may have deleted that of the replaced "other"
     for path in (tmp_path / "upload").iterdir():
         path.unlink()
     assert store.wait(adapters[0].digest, TIMEOUT).digest == adapters[0].digest

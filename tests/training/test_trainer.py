@@ -214,7 +214,7 @@ def test_initial_adapters_have_the_distribution_of_peft(trainer, tiny) -> None:
 
 
 def test_memory_follows_the_true_ranks(trainer) -> None:
-    """An adapter takes pages for its own ranks; all arrays together are five per page, one of them a column wide."""
+    """An adapter takes the pages of its own ranks, whatever the largest accepted rank is."""
     pages = [trainer.pages_of(LoraConfig(r=r, target_modules="all-linear")) for r in (8, 16, 64)]
     assert pages[1] <= 2 * pages[0] and pages[2] >= 3 * pages[1]
     add(trainer, "rank-1", "rank-40-mlp")

@@ -1,4 +1,4 @@
-"""What the routes share: the open training, and whose session a request may use."""
+"""State shared by the routes: the open training, and the session that a request may use."""
 
 from __future__ import annotations
 
