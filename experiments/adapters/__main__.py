@@ -17,7 +17,6 @@ from experiments.machine import provenance, write_json
 from slora_jax import ConfigError, Engine, EngineConfig, SamplingParams
 from slora_jax.adapters import read_peft, write_peft
 from slora_jax.demo.smollm2 import REQUIREMENT, smollm2_path
-from slora_jax.demo.traffic import chat_prompt
 from slora_jax.demo.trained import DIRECTORY
 from slora_jax.engine import adapter_geometry
 from slora_jax.models import ModelConfig
@@ -47,10 +46,10 @@ def measure(engine: Engine) -> dict[str, dict[str, float | str]]:
     for name in tqdm(SCORES, unit="adapter"):
         engine.load_adapter(name, DIRECTORY / name)
         tests = test_file(name)
-        prompts = [chat_prompt(engine.tokenizer, message) for message, _ in tests]
+        chats = [[{"role": "user", "content": message}] for message, _ in tests]
         result: dict[str, float | str] = {"examples": len(tests), "message": tests[0][0]}
         for side, adapter in (("base", None), ("adapter", name)):
-            outputs = engine.generate(prompts, SamplingParams(max_tokens=MAX_TOKENS), adapter)
+            outputs = engine.chat(chats, SamplingParams(max_tokens=MAX_TOKENS), adapter)
             answers = [(output.text or "").strip() for output in outputs]
             values = [score(name, test[0], answer, test[1]) for test, answer in zip(tests, answers, strict=True)]
             result |= {side: round(sum(values) / len(values), 3), f"{side}_answer": answers[0]}

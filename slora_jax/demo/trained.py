@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from slora_jax.demo.traffic import chat_prompt
 from slora_jax.engine import Engine
 from slora_jax.scheduling import SamplingParams
 
@@ -34,8 +33,8 @@ def answers(engine: Engine, question: str) -> list[tuple[str, str, str]]:
     for name in names:
         engine.load_adapter(name, DIRECTORY / name)
     try:
-        prompts = [chat_prompt(engine.tokenizer, message) for _, message in asked]
-        outputs = engine.generate(prompts, SamplingParams(max_tokens=TOKENS), [name for name, _ in asked])
+        messages_of = [[{"role": "user", "content": message}] for _, message in asked]
+        outputs = engine.chat(messages_of, SamplingParams(max_tokens=TOKENS), [name for name, _ in asked])
     finally:
         for name in names:
             engine.unload_adapter(name)

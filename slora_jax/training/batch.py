@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from pallas_kernels.lora import LoraTiles
+from pallas_kernels.lora.layout import ceil_div
 from slora_jax.errors import RequestError
 from slora_jax.training.config import TrainerConfig
 
@@ -94,6 +97,29 @@ class MicroBatch:
             for number, example in row.examples:
                 yield row.slot, number, slice(at, at + len(example.tokens))
                 at += len(example.tokens)
+
+    def tiles(self, tile_rows: int) -> LoraTiles:
+        """The row tiles of the LoRA products: those of each row, as far as its sequences reach."""
+        slots, first = [], []
+        for index, row in enumerate(self.rows):
+            used = sum(len(example.tokens) for _, example in row.examples)
+            for tile in range(ceil_div(used, tile_rows)):
+                slots.append(row.slot)
+                first.append(index * self.length + tile * tile_rows)
+        most = self.num_rows * ceil_div(self.length, tile_rows)
+        padding = np.zeros(most - len(slots), np.int32)
+        count, none = np.int32(len(slots)), np.int32(0)
+        arrays: dict[str, Any] = {
+            "slot": np.concatenate([slots, padding]).astype(np.int32),
+            "first_row": np.concatenate([first, padding]).astype(np.int32),
+            "rows": np.full(most, tile_rows, np.int32),
+            "row_slot": np.zeros(0, np.int32),
+            "num_tiles": count,
+            "num_dense": count,
+            "dense_rows": none,
+            "lora_rows": none,
+        }
+        return LoraTiles(**arrays)
 
 
 def pack(slot: int, examples: Sequence[Example], config: TrainerConfig) -> list[Row]:

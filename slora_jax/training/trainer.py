@@ -13,8 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.lora import LoraTiles
-from pallas_kernels.lora.layout import ceil_div
 from slora_jax.adapters import AdapterInfo, LoraAdapter, LoraConfig, read_peft
 from slora_jax.adapters.targets import resolve_targets
 from slora_jax.engine.sizing import adapter_geometry
@@ -355,7 +353,7 @@ class Trainer:
         layers = range(self.model.num_layers)
         segments = jnp.asarray(micro.segments.reshape(micro.num_rows, micro.length))
         tile_rows = micro.length if micro.length <= TILE_ROWS else math.gcd(TILE_ROWS, micro.length)
-        lora = programs.prepare(pool.table, _tiles(micro, tile_rows), tile_rows=tile_rows)
+        lora = programs.prepare(pool.table, micro.tiles(tile_rows), tile_rows=tile_rows)
         x, cos, sin = programs.begin(self._ends, micro.tokens, micro.positions, segments)
         gradients = []
         for layer in layers:
@@ -407,27 +405,3 @@ def _loss(loss: str | Loss, batches: Mapping[str, Sequence[Example]]) -> tuple[L
     if loss not in LOSSES:
         raise ConfigError(f"loss={loss!r}: must be one of {', '.join(LOSSES)}, or a function")
     return LOSSES[loss]
-
-
-def _tiles(micro: MicroBatch, tile_rows: int) -> LoraTiles:
-    """The row tiles of a micro-step: those of each row, as far as its sequences reach."""
-    slots, first = [], []
-    for index, row in enumerate(micro.rows):
-        used = sum(len(example.tokens) for _, example in row.examples)
-        for tile in range(ceil_div(used, tile_rows)):
-            slots.append(row.slot)
-            first.append(index * micro.length + tile * tile_rows)
-    most = micro.num_rows * ceil_div(micro.length, tile_rows)
-    padding = np.zeros(most - len(slots), np.int32)
-    count, none = np.int32(len(slots)), np.int32(0)
-    arrays: dict[str, Any] = {
-        "slot": np.concatenate([slots, padding]).astype(np.int32),
-        "first_row": np.concatenate([first, padding]).astype(np.int32),
-        "rows": np.full(most, tile_rows, np.int32),
-        "row_slot": np.zeros(0, np.int32),
-        "num_tiles": count,
-        "num_dense": count,
-        "dense_rows": none,
-        "lora_rows": none,
-    }
-    return LoraTiles(**arrays)
