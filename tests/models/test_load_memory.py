@@ -16,6 +16,8 @@ from slora_jax.models.config import ModelConfig
 from slora_jax.models.gguf.tensors import gguf_name
 from slora_jax.models.hf import tensor_placements
 
+# One copy gives 1.1 to 1.2 (tensors in flight, freed memory that glibc keeps), two copies 2.
+ONE_COPY = 1.5
 HF_CONFIG = {
     "model_type": "llama",
     "vocab_size": 2048,
@@ -95,9 +97,9 @@ def peak_ratio(checkpoints: tuple[Path, Path, int], cache: str, **environment: s
 def test_conversion_and_cache_hold_the_weights_once(checkpoints, tmp_path):
     """The first load converts the checkpoint and writes the cache, the second reads it."""
     cache = str(tmp_path / "cache")
-    assert 0.95 < peak_ratio(checkpoints, cache) < 1.2
+    assert 0.95 < peak_ratio(checkpoints, cache) < ONE_COPY
     # glibc keeps freed blocks below 32 MiB; the parameters of a real model are above, and go back to the system.
-    assert 0.95 < peak_ratio(checkpoints, cache, MALLOC_MMAP_THRESHOLD_=str(4 << 20)) < 1.2
+    assert 0.95 < peak_ratio(checkpoints, cache, MALLOC_MMAP_THRESHOLD_=str(4 << 20)) < ONE_COPY
 
 
 def write_gguf(file: Path, hf_config: dict) -> int:
@@ -131,4 +133,4 @@ def test_dequantising_a_gguf_file_holds_the_weights_once(tmp_path):
     write_gguf(tmp_path / "small.gguf", {**HF_CONFIG, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 64})
     nbytes = write_gguf(tmp_path / "large.gguf", HF_CONFIG)
     ratio = peak_ratio((tmp_path / "small.gguf", tmp_path / "large.gguf", nbytes), cache="")
-    assert 0.95 < ratio < 1.2
+    assert 0.95 < ratio < ONE_COPY
