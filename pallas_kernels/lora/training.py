@@ -123,36 +123,43 @@ def add_gradients(
     Returns:
       The gradient of x by way of the adapters, `[T, d_in]` in x's dtype, and `gradient`.
     """
-    width, projections = layout.width, len(stack.projections)
-    flat, exact = pool.reshape(-1, width), lax.Precision.HIGHEST
-    x_columns = xla.split_columns(x, stack.d_in, width)  # [T, A chunks, W]
-    dy_columns = xla.split_outputs(dy, stack, layout)  # [T, B chunks, W]
-    of_chunk = xla.projection_of_chunk(stack, layout)  # [B chunks]
-    owns = jnp.arange(projections)[:, None] == of_chunk  # [p, B chunks]
+    width, exact = layout.width, lax.Precision.HIGHEST
+    flat, columns = pool.reshape(-1, width), xla.projection_columns(stack, layout)
 
     def tile(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         dx, total = carry
         start = tiles.first_row[i]
-        x_rows = lax.dynamic_slice_in_dim(x_columns, start, tile_rows).astype(jnp.float32)  # [M, A chunks, W]
-        dy_rows = lax.dynamic_slice_in_dim(dy_columns, start, tile_rows).astype(jnp.float32)  # [M, B chunks, W]
+        x_rows = lax.dynamic_slice_in_dim(x, start, tile_rows).astype(jnp.float32)  # [M, d_in]
+        dy_rows = lax.dynamic_slice_in_dim(dy, start, tile_rows).astype(jnp.float32)  # [M, d_out]
 
         def group(g: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             dx_rows, total = carry
-            a_row, b_row, live = rows.a_row[g, i], rows.b_row[g, i], rows.b_live[g, i][:, :, None]
-            a = flat.at[a_row].get(**xla.CLIP).astype(jnp.float32)  # [p, GROUP, A chunks, W]
-            b = jnp.where(live, flat.at[b_row].get(**xla.CLIP).astype(jnp.float32), 0.0)  # [B chunks, GROUP, W]
-            h = jnp.einsum("mcw,pjcw->pjm", x_rows, a, precision=exact)
-            by_chunk = jnp.einsum("nmw,njw->njm", dy_rows.swapaxes(0, 1), b, precision=exact)
-            dh = jnp.where(owns[:, :, None, None], by_chunk, 0.0).sum(1)  # [p, GROUP, M]
-            dx_rows += jnp.einsum("pjm,pjcw->mcw", dh, a, precision=exact)
-            da = jnp.einsum("pjm,mcw->pjcw", dh, x_rows, precision=exact)
-            db = jnp.einsum("njm,mnw->njw", jnp.where(live, h[of_chunk], 0.0), dy_rows, precision=exact)
-            return dx_rows, total.at[a_row].add(da, **xla.CLIP).at[b_row].add(db, **xla.CLIP)
+            a_row = rows.a_row[g, i].reshape(-1, rows.a_row.shape[-1])  # [p * GROUP, A chunks]
+            a = xla.gathered(flat, a_row, stack.d_in)  # [p * GROUP, d_in]
+            h = jnp.dot(x_rows, a.T, precision=exact)  # [M, p * GROUP]
+            dhs = []
+            for number, (chunks, own) in enumerate(columns):
+                live = rows.b_live[g, i, chunks.start][:, None]  # [GROUP, 1]
+                b_row = rows.b_row[g, i, chunks].T  # [GROUP, chunks]
+                b = jnp.where(live, xla.gathered(flat, b_row, own.stop - own.start), 0.0)  # [GROUP, d]
+                dhs.append(jnp.dot(dy_rows[:, own], b.T, precision=exact))
+                h_own = jnp.where(live.T, h[:, number * xla.GROUP : (number + 1) * xla.GROUP], 0.0)
+                total = _scattered(total, b_row, jnp.dot(h_own.T, dy_rows[:, own], precision=exact))
+            dh = jnp.concatenate(dhs, 1)  # [M, p * GROUP]
+            total = _scattered(total, a_row, jnp.dot(dh.T, x_rows, precision=exact))
+            return dx_rows + jnp.dot(dh, a, precision=exact), total
 
         begin = jnp.zeros(x_rows.shape, jnp.float32), total
         dx_rows, total = lax.fori_loop(0, rows.groups[i], group, begin)
         return lax.dynamic_update_slice_in_dim(dx, dx_rows, start, 0), total
 
-    begin = jnp.zeros(x_columns.shape, jnp.float32), gradient.reshape(-1, width)
+    begin = jnp.zeros(x.shape, jnp.float32), gradient.reshape(-1, width)
     dx, total = lax.fori_loop(0, tiles.num_tiles, tile, begin)
-    return dx.reshape(x.shape[0], -1)[:, : stack.d_in].astype(x.dtype), total.reshape(gradient.shape)
+    return dx.astype(x.dtype), total.reshape(gradient.shape)
+
+
+def _scattered(total: jax.Array, row: jax.Array, part: jax.Array) -> jax.Array:
+    """Adds a matrix `part [ranks, columns]` to the rows that `xla.gathered` reads."""
+    width = total.shape[1]
+    whole = jnp.pad(part, ((0, 0), (0, row.shape[1] * width - part.shape[1])))
+    return total.at[row].add(whole.reshape(*row.shape, width), **xla.CLIP)

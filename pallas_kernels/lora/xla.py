@@ -259,22 +259,38 @@ def _add_groups(
 ) -> jax.Array:
     """Adds `h B` to `y [T, d_out]` group by group; `hidden(i, start)(g)` is h `[p, M, GROUP]` of tile i's group g, in
     rows from `start` on."""
-    projection = projection_of_chunk(stack, layout)
+    columns = projection_columns(stack, layout)
 
     def tile(i: jax.Array, start: jax.Array, own: jax.Array, acc: jax.Array) -> jax.Array:
         h_of = hidden(i, start)
 
         def group(g: jax.Array, delta: jax.Array) -> jax.Array:
-            live = rows.b_live[g, i][:, None] & own[None, :, None]  # [B chunks, M, GROUP]
-            h = jnp.where(live, h_of(g)[projection], 0.0)
-            b = flat.at[rows.b_row[g, i]].get(**CLIP).astype(jnp.float32)  # [B chunks, GROUP, W]
-            return delta + jnp.einsum("nmj,njw->mnw", h, b, precision=lax.Precision.HIGHEST)
+            h, parts = h_of(g), []
+            for number, (chunks, of_y) in enumerate(columns):
+                live = rows.b_live[g, i, chunks.start] & own[:, None]  # [M, GROUP]
+                b = gathered(flat, rows.b_row[g, i, chunks].T, of_y.stop - of_y.start)  # [GROUP, d]
+                parts.append(jnp.dot(jnp.where(live, h[number], 0.0), b, precision=lax.Precision.HIGHEST))
+            return delta + jnp.concatenate(parts, 1)
 
         old = lax.dynamic_slice_in_dim(acc, start, tile_rows)
-        new = lax.fori_loop(0, rows.groups[i], group, split_outputs(old, stack, layout))
-        return lax.dynamic_update_slice_in_dim(acc, _join_outputs(new, stack, layout), start, 0)
+        return lax.dynamic_update_slice_in_dim(acc, lax.fori_loop(0, rows.groups[i], group, old), start, 0)
 
     return _for_each_tile(tile, y.astype(jnp.float32), tiles, num_tiles, tile_rows).astype(y.dtype)
+
+
+def projection_columns(stack: Stack, layout: LoraLayout) -> list[tuple[slice, slice]]:
+    """The B chunks, and the columns of the fused output, of each projection."""
+    found, chunk = [], 0
+    for at, d in zip(stack.columns, stack.d_outs, strict=True):
+        count = ceil_div(d, layout.width)
+        found.append((slice(chunk, chunk + count), slice(at, at + d)))
+        chunk += count
+    return found
+
+
+def gathered(flat: jax.Array, row: jax.Array, columns: int) -> jax.Array:
+    """The matrix whose row j is made of the pool's rows `row[j]`, float32 `[ranks, columns]`."""
+    return flat.at[row].get(**CLIP).astype(jnp.float32).reshape(row.shape[0], -1)[:, :columns]
 
 
 def _for_each_tile(
