@@ -52,11 +52,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = args.model or write_random_checkpoint(MODELS / f"{shape}.json", Path(scratch) / "model", seed=0)
         adapters = write_adapters(model, max(cell.adapters for cell in cells), Path(scratch))
-        results = [measure(cell, model, adapters, Path(scratch)) for cell in cells]
-    print(table(results))
-    described = args.model.name if args.model else f"random, {shape}"
-    packages = ("jax", "jaxlib", "optax", "numpy", "torch", "peft", "transformers")
-    write_json(args.output, {"model": described, "provenance": provenance(packages), "cells": results})
+        described = args.model.name if args.model else f"random, {shape}"
+        packages = ("jax", "jaxlib", "optax", "numpy", "torch", "peft", "transformers")
+        results: list[dict[str, Any]] = []
+        for cell in cells:  # each result is kept if a later cell is interrupted
+            results.append(measure(cell, model, adapters, Path(scratch)))
+            print(table(results))
+            write_json(args.output, {"model": described, "provenance": provenance(packages), "cells": results})
 
 
 def write_adapters(model: Path, count: int, scratch: Path) -> list[str]:

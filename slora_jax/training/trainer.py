@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from slora_jax.adapters import AdapterInfo, LoraAdapter, LoraConfig, read_peft
 from slora_jax.adapters.targets import resolve_targets
@@ -83,13 +82,12 @@ class Trainer:
     All calls must come from one thread; if it shares an engine's weights, from the engine's.
     """
 
-    def __init__(self, model: ModelConfig, graphdef: nnx.GraphDef, params: Params, config: TrainerConfig) -> None:
+    def __init__(self, model: ModelConfig, params: Params, config: TrainerConfig) -> None:
         """Allocates the training pool. Programs are compiled when their shape is first used.
 
         Args:
           params: from `models.load_model` or `models.init_random`, or an engine's; never changed.
         """
-        del graphdef  # the layers' own graph definitions are used
         self.model, self.config, self.params = model, config, params
         self._ends = {name: leaf for name, leaf in params.items() if name != "layers"}
         self.geometry = adapter_geometry(model, config.page_size)
@@ -103,7 +101,8 @@ class Trainer:
         from slora_jax.engine.config import EngineConfig
         from slora_jax.engine.placement import load
 
-        return cls(*load(model_dir, EngineConfig(dtype=config.dtype, progress=False).with_dtype()), config)
+        model, _, params = load(model_dir, EngineConfig(dtype=config.dtype, progress=False).with_dtype())
+        return cls(model, params, config)
 
     @classmethod
     def of_engine(cls, engine: Engine, config: TrainerConfig) -> Trainer:
@@ -115,8 +114,7 @@ class Trainer:
             )
         if engine.config.lora == "merge":
             raise ConfigError("EngineConfig.lora='merge': training needs unmerged weights; use 'paged'")
-        spec = engine.executor.device.spec
-        return cls(engine.model, spec.graphdef, engine.executor.device.params, config)
+        return cls(engine.model, engine.executor.device.params, config)
 
     # Adapters
 
