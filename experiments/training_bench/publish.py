@@ -1,6 +1,7 @@
 """Latency of new weights in a serving engine: `python -m experiments.training_bench.publish`.
 
-`Trainer.publish` beside a PEFT directory that is written and loaded. Both end with the first token of a request that uses the new weights, while other requests are decoded.
+`Trainer.publish` beside a PEFT directory that is written and loaded. Both end with the first token of a request that
+uses the new weights, while other requests are decoded.
 """
 
 from __future__ import annotations
