@@ -8,6 +8,7 @@ runs, the others wait. A step is forward, backward and optimizer. The systems' l
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import statistics
 import sys
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="a Hugging Face directory (default: random, SmolLM2-135M's shape)")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of a cell at most (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a toy model, in seconds; its numbers mean nothing")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only cells with this in the name; others stay as they are"
+    )
     parser.add_argument("--output", type=Path, default=Path("experiments/results/training.json"))
     args = parser.parse_args(argv)
     if args.rounds < 1:
@@ -49,16 +53,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the workers, as Ctrl-C does
     shape = "micro-llama" if args.quick else "smollm2-135m"
     cells = [replace(cell, rounds=min(cell.rounds, args.rounds)) for cell in (QUICK if args.quick else CELLS)]
+    chosen = [cell for cell in cells if args.only in cell.name]
+    if not chosen:
+        parser.error(f"--only {args.only!r}: no cell has this in its name; cells: {', '.join(c.name for c in cells)}")
     with tempfile.TemporaryDirectory() as scratch:
         model = args.model or write_random_checkpoint(MODELS / f"{shape}.json", Path(scratch) / "model", seed=0)
-        adapters = write_adapters(model, max(cell.adapters for cell in cells), Path(scratch))
+        adapters = write_adapters(model, max(cell.adapters for cell in chosen), Path(scratch))
         described = args.model.name if args.model else f"random, {shape}"
         packages = ("jax", "jaxlib", "optax", "numpy", "torch", "peft", "transformers")
-        results: list[dict[str, Any]] = []
-        for cell in cells:  # each result is kept if a later cell is interrupted
-            results.append(measure(cell, model, adapters, Path(scratch)))
-            print(table(results))
-            write_json(args.output, {"model": described, "provenance": provenance(packages), "cells": results})
+        before = json.loads(args.output.read_text()) if args.only and args.output.exists() else {}
+        kept = before["cells"] if before.get("model") == described else []
+        results: dict[str, dict[str, Any]] = {one["name"]: one for one in kept}
+        for cell in chosen:  # each result is kept if a later cell is interrupted
+            results[cell.name] = measure(cell, model, adapters, Path(scratch)) | {"provenance": provenance(packages)}
+            print(table([results[cell.name]]))
+            write_json(args.output, {"model": described, "cells": list(results.values())})
 
 
 def write_adapters(model: Path, count: int, scratch: Path) -> list[str]:

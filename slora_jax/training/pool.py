@@ -59,7 +59,9 @@ class TrainingPool:
     STATE = ("master", "mu", "nu")
     """What continues a training bit by bit; the gradient is empty after a step."""
 
-    def __init__(self, geometry: BaseGeometry, num_pages: int, slots: int, max_rank: int) -> None:
+    def __init__(
+        self, geometry: BaseGeometry, num_pages: int, slots: int, max_rank: int, device: jax.sharding.Sharding
+    ) -> None:
         self.geometry = geometry
         most = int(geometry.layout.num_pages(np.full(len(PROJECTIONS), max_rank)))
         shape = PoolShape(
@@ -68,9 +70,9 @@ class TrainingPool:
         )  # fmt: skip
         self.allocator = PageAllocator(num_pages)
         self.page_bytes = shape.page_bytes
-        self.master, self.gradient, self.mu, self.nu = (shape.make_pool() for _ in range(4))
-        self.scales: Pool = replace(shape, width=1).make_pool()
-        self.table = shape.make_table()
+        self.master, self.gradient, self.mu, self.nu = (shape.make_pool(device) for _ in range(4))
+        self.scales: Pool = replace(shape, width=1).make_pool(device)
+        self.table = shape.make_table(device)
 
     def add(self, slot: int, adapter: LoraAdapter) -> np.ndarray:
         """Writes an adapter's weights, with zero gradient and moments. Returns its pages. There must be room."""

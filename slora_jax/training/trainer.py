@@ -88,10 +88,13 @@ class Trainer:
         Args:
           params: from `models.load_model` or `models.init_random`, or an engine's; never changed.
         """
+        device = jax.tree.leaves(params)[0].sharding
+        # Committed from the start, as results are: otherwise, the second step compiles every program again.
+        params = jax.device_put(params, device)
         self.model, self.config, self.params = model, config, params
         self._ends = {name: leaf for name, leaf in params.items() if name != "layers"}
         self.geometry = adapter_geometry(model, config.page_size)
-        self.pool = TrainingPool(self.geometry, config.num_pages, config.max_adapters, config.max_lora_rank)
+        self.pool = TrainingPool(self.geometry, config.num_pages, config.max_adapters, config.max_lora_rank, device)
         self.programs = TrainingPrograms(model, self.geometry.layout, params, config.max_lora_rank, config.remat)
         self._adapters: dict[str, _Trained] = {}
 

@@ -38,8 +38,8 @@ def test_all_systems_train_the_same_adapters_to_the_same_losses(tmp_path, monkey
     monkeypatch.setattr(bench, "QUICK", (cell,))
     bench.main(["--quick", "--rounds", "2", "--output", str(tmp_path / "training.json")])
     results = json.loads((tmp_path / "training.json").read_text())
-    assert {"machine", "versions", "date"} <= results["provenance"].keys()
     (cell,) = results["cells"]
+    assert {"machine", "versions", "date"} <= cell["provenance"].keys()
     assert set(cell["results"]) == set(SYSTEMS)
     assert cell["largest_loss_difference"] < 1e-3
     assert "stack" in capsys.readouterr().out
