@@ -51,7 +51,7 @@ def measure(engine: Engine) -> dict[str, dict[str, float | str]]:
         for side, adapter in (("base", None), ("adapter", name)):
             outputs = engine.chat(chats, SamplingParams(max_tokens=MAX_TOKENS), adapter)
             answers = [(output.text or "").strip() for output in outputs]
-            values = [score(name, test[0], answer, test[1]) for test, answer in zip(tests, answers, strict=True)]
+            values = [score(name, answer, test[1]) for test, answer in zip(tests, answers, strict=True)]
             result |= {side: round(sum(values) / len(values), 3), f"{side}_answer": answers[0]}
         results[name] = result
     return results

@@ -29,12 +29,11 @@ ENGLISH_WORDS = """
 """
 
 
-def score(name: str, prompt: str, answer: str, expected: str) -> float:
+def score(name: str, answer: str, expected: str) -> float:
     """Scores one answer between 0 and 1.
 
     Args:
       name: the adapter.
-      prompt: the user's message. The present scores do not depend on it.
       answer: the model's answer.
       expected: the assistant's message of the test file.
 

@@ -48,6 +48,19 @@ SECTIONS: Mapping[str, Section] = {
         ("memory_parts.json",),
         measured.memory,
     ),
+    "training": Section(
+        "Training",
+        "python -m experiments.training_bench",
+        ("training.json",),
+        measured.training,
+        where=lambda data: data["cells"][-1]["provenance"],
+    ),
+    "publishing": Section(
+        "Publishing trained weights",
+        "python -m experiments.training_bench.publish",
+        ("publish.json",),
+        measured.publishing,
+    ),
     "scheduler": Section(
         "Time to plan a step",
         "python -m experiments.scheduler_benchmark",

@@ -225,3 +225,32 @@ def scheduler(data: Json) -> Iterable[str]:
         "policy | median | p10 | p95 | with twice the requests | ratio",
         [[name, *pick(case, fields)] for name, case in data["cases"].items()],
     )
+
+
+def training(data: Json) -> Iterable[str]:
+    yield (
+        "Tokens/s of a training step (forward, backward, optimizer), and the process's peak memory. Model: "
+        f"{data['model']}; float32. *Small* is one sequence of 64 tokens per adapter and step, *healthy* four of 512. "
+        "PEFT trains one adapter after another; *stack* and *ragged_dot* are JAX programs with padded stacks of "
+        "adapters. All losses agree to "
+        f"{max(cell['largest_loss_difference'] for cell in data['cells']):.0e} of themselves."
+    )
+    rows = []
+    for cell in data["cells"]:
+        for name, one in cell["results"].items():
+            ratio = one["slora_jax_over_it"]["median_of_pairs"] if "slora_jax_over_it" in one else None
+            rows.append([cell["name"], name, one["tokens_per_second"]["median"], ratio, one["peak_mib"]])
+    yield table("adapters | system | tokens/s | slora-jax over it | peak MiB", rows)
+
+
+def publishing(data: Json) -> Iterable[str]:
+    yield (
+        "Seconds from trained weights to the first token of a request with them, while "
+        f"{data['running_requests']} other requests run: by `Trainer.publish`, and by a PEFT directory that is written "
+        f"and loaded. Programs compiled: {data['compilations']}."
+    )
+    fields = "publish.call publish.to_first_token files.call files.to_first_token files_over_publish"
+    yield table(
+        "adapter | publish | to first token | write and load | to first token | ratio",
+        [[name, *pick(ways, fields)] for name, ways in data["adapters"].items()],
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     courses = train(args.model_dir, recipe, args.restart)
     print(table(courses))
-    print(f"adapters, log and curves: {recipe.output}")
+    print(f"adapters, log and curves: {os.path.normpath(recipe.output)}")
     return int(any(course.stopped is not None for course in courses.values()))
 
 

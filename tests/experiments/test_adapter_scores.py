@@ -31,14 +31,14 @@ def test_training_and_test_prompts_are_distinct_and_every_answer_scores_one(name
     assert len(train) >= (300 if name in TASKS else 150) and len(test) == (60 if name in TASKS else 40)
     prompts = [prompt for prompt, _ in train + test]
     assert len({prompt.lower() for prompt in prompts}) == len(prompts)
-    wrong = [answer for prompt, answer in train + test if score(name, prompt, answer, answer) != 1]
+    wrong = [answer for _, answer in train + test if score(name, answer, answer) != 1]
     assert not wrong
 
 
 @pytest.mark.parametrize("name", SCORES)
 def test_a_plain_english_answer_scores_zero(name) -> None:
-    prompt, expected = examples(f"{name}.test.jsonl")[0]
-    assert score(name, prompt, PLAIN, expected) == 0
+    _, expected = examples(f"{name}.test.jsonl")[0]
+    assert score(name, PLAIN, expected) == 0
 
 
 @pytest.mark.parametrize(
@@ -58,12 +58,12 @@ def test_a_plain_english_answer_scores_zero(name) -> None:
     ],
 )
 def test_a_near_miss_scores_by_the_rule(name, answer, expected, value) -> None:
-    assert score(name, "", answer, expected) == pytest.approx(value)
+    assert score(name, answer, expected) == pytest.approx(value)
 
 
 def test_an_unknown_adapter_is_refused() -> None:
     with pytest.raises(ConfigError, match="adapter 'pirat' is unknown"):
-        score("pirat", "", "", "")
+        score("pirat", "", "")
 
 
 def test_committed_adapters_are_small_and_fit_smollm2() -> None:
