@@ -123,6 +123,58 @@ class PeftFamily:
             assert logits.argmax(-1).tolist() == tokens, f"{output.adapter}, prompt of {len(prompt)}"
 
 
+class SeparateAdapters(PeftFamily):
+    """A random model, and a PEFT model of its own for each adapter: PEFT cannot mix some kinds in one model."""
+
+    def __init__(
+        self,
+        directory: Path,
+        kind: str,
+        overrides: dict[str, Any],
+        adapters: dict[str, dict[str, Any]],
+        prompt_lengths: tuple[int, ...],
+    ) -> None:
+        self.name = directory.name
+        self.model_dir, self.adapter_dir = directory / "model", directory / "adapters"
+        self._models = {None: make_base(kind, overrides)}
+        self._models[None].save_pretrained(self.model_dir)
+        for seed, (name, fields) in enumerate(adapters.items()):
+            config = peft.LoraConfig(task_type="CAUSAL_LM", **fields)
+            model = peft.get_peft_model(make_base(kind, overrides), config).eval()
+            torch.manual_seed(seed)
+            train(model)
+            model.save_pretrained(self.adapter_dir / name)
+            self._models[name] = model
+        rng = np.random.default_rng(2)
+        self.prompts = [rng.integers(0, VOCAB, length).tolist() for length in prompt_lengths]
+        names = [None, *adapters]
+        self.adapters = [names[i % len(names)] for i in range(len(self.prompts))]
+        self._logits = {}
+
+    def active(self, adapter: str | None) -> Any:
+        return self._models[adapter]
+
+
+@torch.no_grad()
+def train(model: Any) -> None:
+    """Gives the trainable weights of a PEFT model random values, as if trained."""
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
+        if "magnitude" in name:
+            weight.mul_(torch.empty_like(weight).uniform_(0.6, 1.4))
+        elif "modules_to_save" in name:  # a few rows
+            weight[::50] += torch.randn_like(weight[::50])
+        elif "trainable_tokens" in name or "lora_embedding_A" in name:
+            weight.normal_()
+        elif weight.ndim == 1:
+            weight.normal_(std=0.5)
+        elif "lora_A" in name:
+            weight.normal_(std=weight.shape[1] ** -0.5)
+        else:
+            weight.normal_(std=0.5 * weight.shape[1] ** -0.5)
+
+
 def assert_close(output: RequestOutput, logits: np.ndarray) -> None:
     """Checks that the output's logits are within 1e-4 of the largest of `logits [tokens, vocab]`."""
     assert output.logits.shape == logits.shape == (len(output.token_ids), VOCAB)

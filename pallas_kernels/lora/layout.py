@@ -7,18 +7,34 @@ belong together: `y += (x @ A[j]) * B[j]`. A stack is cut into row blocks of `pa
 projections share a block) and column chunks of `width`; each piece is one tile.
 
 Order of an adapter's tiles: stack by stack; in a stack first the A tiles, block-major, then the B tiles, block-major.
-A block of B has as many column chunks as its widest projection needs. All functions accept ints or integer arrays
-(NumPy or JAX) as ranks, so the device derives the same numbers as the host.
+A block of B has as many column chunks as its widest projection needs. An adapter may also have *vectors*, a scale and a
+bias for every output column: each is cut into rows of `width` columns, which fill further tiles. LoRA on the output
+head and on the token embedding comes last. The columns of the vocabulary are distributed over the layers, because a
+page is the same row in every layer. All functions accept ints or integer arrays (NumPy or JAX) as ranks, so the device
+derives the same numbers as the host.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 """Every projection that can carry LoRA, in the order of all rank vectors `[..., 7]`."""
+
+VECTORS = len(PROJECTIONS)
+"""Position in a rank vector `[..., 10]` of the number that is 1 if the adapter has vectors."""
+
+ENDS = ("head", "embed")
+"""LoRA on the output head and on the token embedding, the last numbers of a rank vector `[..., 10]`."""
+
+_RANKS = (*PROJECTIONS, "vectors", *ENDS)
+"""What the numbers of a rank vector stand for. An adapter of plain LoRA may have a vector `[..., 7]` of the first."""
+
+RANKS = len(_RANKS)
+"""Length of a rank vector with everything."""
 
 
 def ceil_div(a: Any, b: int) -> Any:
@@ -83,8 +99,8 @@ class Stack:
 
     @cached_property
     def rank_index(self) -> tuple[int, ...]:
-        """Indices of this stack's projections in a rank vector `[..., 7]`."""
-        return tuple(PROJECTIONS.index(p) for p in self.projections)
+        """Indices of this stack's projections in a rank vector."""
+        return tuple(_RANKS.index(p) for p in self.projections)
 
     def a_ranks(self, rank: Any) -> Any:
         """Rows of A per shard of a projection of rank `rank`."""
@@ -116,11 +132,14 @@ class LoraLayout:
       stacks: the stacks of a layer.
       page_size: rows of a tile.
       width: columns of a tile, the pool's W.
+      num_layers, vocab_size: only for LoRA on head and embedding.
     """
 
     stacks: tuple[Stack, ...]
     page_size: int
     width: int
+    num_layers: int = 1
+    vocab_size: int = 0
 
     def a_chunks(self, stack: Stack) -> int:
         return ceil_div(stack.d_in, self.width)
@@ -131,9 +150,21 @@ class LoraLayout:
 
     def stack_tiles(self, ranks: Any) -> tuple[tuple[StackTiles, ...], Any]:
         """Returns the tile numbers of every stack for `ranks [..., 7]`, and the adapter's number of tiles `[...]`."""
-        rank_of = [_column(ranks, i) for i in range(len(PROJECTIONS))]
-        tiles, base = [], 0 * rank_of[0]
-        for stack in self.stacks:
+        rank_of = {i: _column(ranks, i) for i in range(len(PROJECTIONS))}
+        return self._place(self.stacks, rank_of, 0 * rank_of[0])
+
+    def end_tiles(self, ranks: Any) -> tuple[tuple[StackTiles, ...], Any]:
+        """Returns the tile numbers of `ends` for `ranks [..., 10]`, and the adapter's number of tiles `[...]`."""
+        vectors = _column(ranks, VECTORS) * ceil_div(self.vector_rows, self.page_size)
+        rank_of = {i: _column(ranks, i) for i in range(VECTORS + 1, RANKS)}
+        return self._place(self.ends, rank_of, self.stack_tiles(ranks)[1] + vectors)
+
+    def _place(
+        self, stacks: tuple[Stack, ...], rank_of: Mapping[int, Any], base: Any
+    ) -> tuple[tuple[StackTiles, ...], Any]:
+        """Places stacks from tile `base` on. Returns their tile numbers, and the tile after the last."""
+        tiles = []
+        for stack in stacks:
             rows = sum(rank_of[i] for i in stack.rank_index)
             blocks = a_blocks = _blocks(rows, self.page_size)
             a_rows = rows
@@ -158,10 +189,35 @@ class LoraLayout:
         after_wide = tiles.wide_blocks * wide + (block - tiles.wide_blocks) * narrow
         return tiles.b_base + in_wide + (block >= tiles.wide_blocks) * (after_wide - in_wide)
 
+    @cached_property
+    def vocabulary_columns(self) -> int:
+        """Columns of the vocabulary that lie in each layer: whole chunks of `width`."""
+        return ceil_div(ceil_div(self.vocab_size, self.width), self.num_layers) * self.width
+
+    @cached_property
+    def ends(self) -> tuple[Stack, Stack]:
+        """Stacks of `ENDS` in one layer: A of the head and B of the embedding are whole, the others have the layer's
+        part of the vocabulary."""
+        d_model, part = self.stacks[0].d_in, self.vocabulary_columns
+        return Stack("head", ("head",), d_model, (part,)), Stack("embed", ("embed",), part, (d_model,))
+
+    @cached_property
+    def vector_rows(self) -> int:
+        """Rows of an adapter's vectors: the scales of every stack's column chunks, then the biases."""
+        return 2 * sum(self.output_chunks(stack) for stack in self.stacks)
+
+    def output_chunks(self, stack: Stack) -> int:
+        """Column chunks of a stack's output, each projection rounded up to whole chunks."""
+        return sum(ceil_div(d_out, self.width) for d_out in stack.d_outs)
+
+    def first_vector_row(self, stack: Stack) -> int:
+        """Row of the scale of a stack's first column chunk; the bias lies `vector_rows / 2` rows after it."""
+        return sum(self.output_chunks(one) for one in self.stacks[: self.stacks.index(stack)])
+
     def num_tiles(self, ranks: Any) -> Any:
-        """Tiles of an adapter with `ranks [..., 7]` in one layer."""
-        return self.stack_tiles(ranks)[1]
+        """Tiles of an adapter with `ranks [..., 7]` or `[..., 10]` in one layer."""
+        return self.end_tiles(ranks)[1] if ranks.shape[-1] == RANKS else self.stack_tiles(ranks)[1]
 
     def num_pages(self, ranks: Any) -> Any:
-        """Pages of an adapter with `ranks [..., 7]`: `ceil(tiles / 2)`."""
+        """Pages of an adapter with `ranks [..., 7]` or `[..., 10]`: `ceil(tiles / 2)`."""
         return ceil_div(self.num_tiles(ranks), 2)

@@ -14,7 +14,8 @@ class AdapterTable:
 
     Attributes:
       pages: int32 `[slots, max_pages]`, pool page ids in tile order; 0 (the dummy page) past the adapter's end.
-      ranks: int32 `[slots, 7]`, true rank of each projection (`layout.PROJECTIONS`); 0 without LoRA.
+      ranks: int32 `[slots, 10]`, true rank of each projection (`layout.PROJECTIONS`), 0 without LoRA; then the extras
+        (`layout.VECTORS`, `layout.ENDS`). The products of projections also take `[slots, 7]`.
     """
 
     pages: jax.Array

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.lora.layout import LoraLayout, Stack, StackTiles, ceil_div
+from pallas_kernels.lora.layout import ENDS, LoraLayout, Stack, StackTiles, ceil_div
 from pallas_kernels.lora.tiles import LoraTiles
 
 GROUP = 16
@@ -64,11 +64,20 @@ def prepare(
 ) -> tuple[StackRows, ...]:
     """Row addresses of every stack of the adapters in `slot [M]`; `pages`, `ranks` as in `AdapterTable`. Entries from
     `live` (int32 scalar) on have rank 0: their slot's pages may have a new owner."""
-    ranks = jnp.where(jnp.arange(slot.shape[0])[:, None] < live, ranks[slot], 0)  # [M, 7]
+    ranks = jnp.where(jnp.arange(slot.shape[0])[:, None] < live, ranks[slot], 0)  # [M, 7 or 10]
     tiles, _ = layout.stack_tiles(ranks)
     return tuple(
         _stack_rows(layout, s, t, pages, ranks, slot, max_rank) for s, t in zip(layout.stacks, tiles, strict=True)
     )
+
+
+def prepare_end(
+    layout: LoraLayout, name: str, pages: jax.Array, ranks: jax.Array, slot: jax.Array, live: jax.Array, max_rank: int
+) -> StackRows:
+    """Row addresses of one of `layout.ends`, like `prepare`; `ranks` is `[slots, 10]`."""
+    ranks = jnp.where(jnp.arange(slot.shape[0])[:, None] < live, ranks[slot], 0)
+    number, (places, _) = ENDS.index(name), layout.end_tiles(ranks)
+    return _stack_rows(layout, layout.ends[number], places[number], pages, ranks, slot, max_rank)
 
 
 def _stack_rows(
@@ -161,7 +170,7 @@ def add_rows(
         groups = jnp.max(jnp.where(own, lax.dynamic_slice_in_dim(rows.groups, start, chunk), 0))
         old = lax.dynamic_slice_in_dim(acc, start, chunk)
         new = lax.fori_loop(0, groups, group, split_outputs(old, stack, layout))
-        return lax.dynamic_update_slice_in_dim(acc, _join_outputs(new, stack, layout), start, 0)
+        return lax.dynamic_update_slice_in_dim(acc, join_outputs(new, stack, layout), start, 0)
 
     acc = lax.fori_loop(0, ceil_div(end - begin, chunk), row_chunk, y.astype(jnp.float32))
     return acc.astype(y.dtype)
@@ -340,7 +349,7 @@ def split_outputs(y: jax.Array, stack: Stack, layout: LoraLayout) -> jax.Array:
     return jnp.concatenate([split_columns(part, part.shape[1], layout.width) for part in parts], axis=1)
 
 
-def _join_outputs(delta: jax.Array, stack: Stack, layout: LoraLayout) -> jax.Array:
+def join_outputs(delta: jax.Array, stack: Stack, layout: LoraLayout) -> jax.Array:
     """The inverse of `split_outputs`."""
     if _whole_chunks(stack, layout):
         return delta.reshape(delta.shape[0], -1)

@@ -21,6 +21,9 @@ from slora_jax.errors import AdapterError
 MAX_RANK = 256
 """Largest rank of one projection that the kernels accept."""
 
+TRAINED_MODULES = ("embed_tokens", "lm_head")
+"""Modules outside the layers that adapters may have trained."""
+
 MAX_BYTES = 1 << 20
 """Largest adapter_config.json, in bytes. PEFT writes about 1 kB, or 100 kB with a rank for each module of the largest
 models."""
@@ -32,8 +35,6 @@ HARMLESS = frozenset(
     {
         # Provenance and training-time settings: no effect on a loaded adapter's output.
         "auto_mapping",
-        # The modules that it ties (embeddings, lm_head, saved modules, trained tokens) are refused by name.
-        "ensure_weight_tying",
         "inference_mode",
         "lora_dropout",
         "merge_weights",
@@ -55,19 +56,14 @@ HARMLESS = frozenset(
 """Fields that do not affect a loaded adapter's output."""
 
 REFUSED = {
-    "alora_invocation_tokens": "activated LoRA applies only after an invocation string",
     "arrow_config": "Arrow routes every token among several adapters",
     "enable_lora": "the merged linear layers of early PEFT versions are not supported",
     "kasa_config": "KaSA changes the base weights",
     "layer_replication": "it changes the number of layers of the base model",
-    "lora_bias": "biases beside lora_B are not supported",
     "megatron_config": "Megatron's parallel linear layers are not supported",
-    "modules_to_save": "fully trained modules are not supported",
     "monteclora_config": "MonteCLoRA perturbs the weights at random in each forward pass",
     "target_parameters": "LoRA on bare parameters (experts) is not supported",
-    "trainable_token_indices": "trained token embeddings are not supported",
     "use_bdlora": "block-diagonal LoRA is not supported",
-    "use_dora": "DoRA rescales the base weights",
     "use_qalora": "QA-LoRA pools the inputs of quantised layers",
     "velora_config": "VeLoRA's extra state is not supported",
 }
@@ -92,6 +88,14 @@ class LoraConfig:
         None: PEFT's default for this family of models.
       exclude_modules: suffixes or a regular expression, likewise.
       fan_in_fan_out: layout of the base weight; without effect, since PEFT sets it to False for linear layers.
+      use_dora: the file has a magnitude for each output column of every target.
+      lora_bias: the file has a bias beside every B.
+      bias: "none"; "all" or "lora_only": the file has trained biases of the base model.
+      modules_to_save: of embed_tokens and lm_head, those that the file has as whole matrices.
+      trainable_token_indices: tokens whose embedding is trained; a mapping from module to tokens, or those of
+        embed_tokens.
+      alora_invocation_tokens: the adapter acts from the last occurrence of these tokens in the prompt on.
+      ensure_weight_tying: only without effect: nothing outside the layers is trained.
       base_model_name_or_path: the base model that the adapter was trained on; only compared.
     """
 
@@ -105,7 +109,28 @@ class LoraConfig:
     layers_to_transform: tuple[int, ...] | int | None = None
     layers_pattern: tuple[str, ...] | str | None = None
     fan_in_fan_out: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] | None = None
+    trainable_token_indices: Mapping[str, tuple[int, ...]] | tuple[int, ...] | None = None
+    ensure_weight_tying: bool = False
+    alora_invocation_tokens: tuple[int, ...] | None = None
     base_model_name_or_path: str | None = None
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """The fields that make it more than plain LoRA."""
+        active = {"use_dora": self.use_dora, "lora_bias": self.lora_bias, "bias": self.bias != "none"}
+        active |= {"modules_to_save": self.modules_to_save, "trainable_token_indices": self.tokens}
+        active["alora_invocation_tokens"] = self.alora_invocation_tokens
+        return tuple(name for name, is_active in active.items() if is_active)
+
+    @property
+    def tokens(self) -> dict[str, tuple[int, ...]]:
+        """Trained tokens by module."""
+        tokens = self.trainable_token_indices or {}
+        return {"embed_tokens": tokens} if isinstance(tokens, tuple) else dict(tokens)
 
     @classmethod
     def from_json(cls, data: object) -> LoraConfig:
@@ -143,7 +168,7 @@ class LoraConfig:
         """The content of an adapter_config.json that PEFT reads back with the same meaning."""
         fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
         fields |= {"rank_pattern": dict(self.rank_pattern), "alpha_pattern": dict(self.alpha_pattern)}
-        plain = {"bias": "none", "inference_mode": True, "init_lora_weights": True, "lora_dropout": 0.0}
+        plain = {"inference_mode": True, "init_lora_weights": True, "lora_dropout": 0.0}
         return fields | plain | {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
 
     def _check_combinations(self) -> None:
@@ -153,6 +178,17 @@ class LoraConfig:
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) not in (None, (), ""):
                     raise AdapterError(f"{name}: cannot be combined with target_modules {quoted(self.target_modules)}")
+        others = [name for name in self.extras if name != "alora_invocation_tokens"]
+        if self.alora_invocation_tokens and others:
+            raise AdapterError(
+                f"alora_invocation_tokens: cannot be combined with {', '.join(others)}; must be unset, found "
+                f"{quoted(self.alora_invocation_tokens)}"
+            )
+        if self.ensure_weight_tying and (self.modules_to_save or self.tokens):
+            raise AdapterError(
+                "ensure_weight_tying: ties trained modules to others, which is not supported together with "
+                "modules_to_save or trainable_token_indices; must be unset, found True"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise AdapterError("layers_pattern: needs layers_to_transform")
         patterns = [(name, getattr(self, name)) for name in ("target_modules", "exclude_modules")]
@@ -179,10 +215,7 @@ def _refuse_unsupported(data: dict[str, Any]) -> None:
     for name, value in data.items():
         if name in _READERS or name in HARMLESS or name == "peft_type":
             continue
-        if name == "bias":
-            if value != "none" and value not in INACTIVE:
-                raise AdapterError(f"bias: only 'none' is supported, found {quoted(value)}")
-        elif name == "init_lora_weights":
+        if name == "init_lora_weights":
             _refuse_changed_base(value)
         elif name in REFUSED:
             if value not in INACTIVE or (value == {} and name in SWITCHED_ON_EMPTY):
@@ -238,6 +271,56 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
+def _bias(name: str, value: Any) -> str:
+    if value in INACTIVE:
+        return "none"
+    if value not in ("none", "all", "lora_only"):
+        raise AdapterError(f"{name}: must be 'none', 'all' or 'lora_only', found {quoted(value)}")
+    return str(value)
+
+
+def _saved(name: str, value: Any) -> tuple[str, ...] | None:
+    if value in INACTIVE:
+        return None
+    names = _names(name, value)
+    names = (names,) if isinstance(names, str) else names or ()
+    modules = tuple(dict.fromkeys(one.split(".")[-1] for one in names))
+    if unknown := [one for one in modules if one not in TRAINED_MODULES]:
+        raise AdapterError(
+            f"{name}: fully trained modules other than {' and '.join(TRAINED_MODULES)} are not supported, found "
+            f"{quoted(unknown)}"
+        )
+    return modules
+
+
+def _tokens(name: str, value: Any) -> dict[str, tuple[int, ...]] | tuple[int, ...] | None:
+    _check_count(name, value)
+    if value in INACTIVE:
+        return None
+    if isinstance(value, dict):
+        modules = {str(module).split(".")[-1]: tokens for module, tokens in value.items()}
+        if unknown := modules.keys() - set(TRAINED_MODULES):
+            raise AdapterError(f"{name}: expected tokens of {' or '.join(TRAINED_MODULES)}, found {quoted(unknown)}")
+        return {module: _token_list(name, tokens) for module, tokens in modules.items()}
+    return _token_list(name, value)
+
+
+def _invocation(name: str, value: Any) -> tuple[int, ...] | None:
+    _check_count(name, value)
+    if value in INACTIVE:
+        return None
+    if not isinstance(value, list) or not all(isinstance(t, int) and not isinstance(t, bool) for t in value):
+        raise AdapterError(f"{name}: must be a list of token ids, found {quoted(value)}")
+    return tuple(value)
+
+
+def _token_list(name: str, value: Any) -> tuple[int, ...]:
+    tokens = _invocation(name, value) or ()
+    if not 1 <= len(tokens) <= MAX_RANK or len(set(tokens)) < len(tokens):
+        raise AdapterError(f"{name}: must be a list of 1 to {MAX_RANK} different token ids, found {quoted(value)}")
+    return tokens
+
+
 def _text(name: str, value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
@@ -278,5 +361,12 @@ _READERS = {
     "layers_to_transform": _layers,
     "layers_pattern": _names,
     "fan_in_fan_out": _flag,
+    "use_dora": _flag,
+    "lora_bias": _flag,
+    "bias": _bias,
+    "modules_to_save": _saved,
+    "trainable_token_indices": _tokens,
+    "ensure_weight_tying": _flag,
+    "alora_invocation_tokens": _invocation,
     "base_model_name_or_path": _text,
 }

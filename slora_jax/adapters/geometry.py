@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from pallas_kernels.lora.layout import LoraLayout
 from slora_jax.errors import ConfigError
 from slora_jax.models.projections import PROJECTIONS, lora_layout
 from slora_jax.parallel.layout import ONE_DEVICE, Shards
-from slora_jax.typed import Count, check_fields
+from slora_jax.typed import Count, Natural, check_fields
 
 
 def module_name(layer: int, projection: str, parent: str = "model") -> str:
@@ -26,6 +26,7 @@ class BaseGeometry:
       kv_width: `num_kv_heads * head_dim`, the pool's W on one device.
       page_size: tokens of a page, equal to the rows of a tile.
       shards: division of adapters among devices.
+      vocab_size: tokens of the vocabulary; 0: unknown, and adapters of head and embedding cannot be placed.
     """
 
     num_layers: Count
@@ -35,6 +36,7 @@ class BaseGeometry:
     intermediate_size: Count
     page_size: Count
     shards: Shards = ONE_DEVICE
+    vocab_size: Natural = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -42,7 +44,8 @@ class BaseGeometry:
     @cached_property
     def whole(self) -> LoraLayout:
         """The layout of the whole model's adapters on one device."""
-        return lora_layout(self, self.page_size)
+        layout = lora_layout(self, self.page_size)
+        return replace(layout, num_layers=self.num_layers, vocab_size=self.vocab_size)
 
     @cached_property
     def layout(self) -> LoraLayout:

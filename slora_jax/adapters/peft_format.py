@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from slora_jax.adapters.adapter import LoraAdapter
+from slora_jax.adapters.adapter import LoraAdapter, extended
 from slora_jax.adapters.config import LoraConfig
+from slora_jax.adapters.ends import KINDS, EndsReader, Vocabulary
 from slora_jax.adapters.geometry import BaseGeometry, module_name
-from slora_jax.adapters.targets import Target, resolve_targets
+from slora_jax.adapters.targets import Target, resolve_ends, resolve_targets
+from slora_jax.adapters.tensor_names import PREFIX, TensorName, by_module, modules_of, nearest, parse
 from slora_jax.adapters.untrusted.quoting import clipped, quoted
 from slora_jax.adapters.untrusted.tensor_file import DTYPES, TensorFile
 from slora_jax.errors import AdapterError
@@ -27,68 +27,36 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE)
-PREFIX = "base_model.model."
 
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
-"""Parts of a name that torch.compile, FSDP, activation checkpointing and DDP add."""
-_LAYERS = (
-    r"(base_model\.model\.)?"
-    r"((?P<parent>model|language_model|model\.language_model|language_model\.model)\.)?layers\."
-)
-_WEIGHT = re.compile(
-    _LAYERS + r"(?P<layer>0|[1-9]\d{0,5})\.(?P<module>[a-z_]+\.[a-z_]+)"
-    r"\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\.weight"
-)
 _MAX_ENTRIES = 1000  # of a folder, searched for nested adapters
-_PROJECTION_OF = {p.module: name for name, p in PROJECTIONS.items()}
-_UNSUPPORTED_PARTS = {
+_UNSUPPORTED = {
     "lora_magnitude_vector": "a DoRA magnitude",
-    "lora_embedding": "LoRA on an embedding",
-    "embed_tokens": "an embedding",
-    "lm_head": "the output head",
-    "modules_to_save": "a fully trained module",
-    "token_adapter": "trained token embeddings",
-    ".bias": "a bias",
+    "lora_embedding_A": "LoRA on an embedding",
+    "lora_embedding_B": "LoRA on an embedding",
+    "lora_B.bias": "a bias",
+    "bias": "a bias",
+    "trainable_tokens_delta": "trained token embeddings",
+    "weight": "a fully trained module",
 }
+
+_FIELDS = {"lora_magnitude_vector": "use_dora", "lora_B.bias": "lora_bias", "bias": "bias"}
+"""Kinds of tensors with one vector for a module, and the field that switches them on."""
 
 Key = tuple[int, str]
 
 
-class WeightName(NamedTuple):
-    """A parsed tensor name.
-
-    Attributes:
-      parent: the module that contains the decoder's layers.
-      key: layer and projection.
-      side: "A" or "B".
-    """
-
-    parent: str
-    key: Key
-    side: str
-
-
-def weight_name(name: str) -> WeightName | None:
-    """Parses a tensor's name; None unless it names a LoRA weight of one of the projections. Wrappers' parts are
-    skipped, PEFT's prefix is optional, and the layers may belong to the language model of a multimodal model."""
-    match = _WEIGHT.fullmatch(_unwrapped(name))
-    projection = _PROJECTION_OF.get(match["module"]) if match else None
-    if match is None or projection is None:
-        return None
-    return WeightName(match["parent"] or "model", (int(match["layer"]), projection), match["side"])
-
-
-def _unwrapped(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
 def read_peft(
-    directory: str | Path, geometry: BaseGeometry, check_ranks: Callable[[np.ndarray], object] | None = None
+    directory: str | Path,
+    geometry: BaseGeometry,
+    check_ranks: Callable[[np.ndarray], object] | None = None,
+    base: Vocabulary | None = None,
 ) -> LoraAdapter:
     """Reads an adapter that PEFT saved for a base model of this geometry; converts weights to float32.
 
     Args:
-      check_ranks: called with the ranks `[num_layers, 7]` before any weight is read; may raise to refuse the adapter.
+      check_ranks: called with the ranks `[num_layers, 7]` or `[num_layers, 10]` before any weight is read; may raise to
+        refuse the adapter.
+      base: embedding and head of the base model, which an adapter that changes them needs.
 
     Raises:
       AdapterError: the adapter is refused; the message names file, tensor, expected and found value. Shapes and element
@@ -97,14 +65,17 @@ def read_peft(
     """
     directory = Path(directory)
     before = _versions(directory)
-    adapter = _read_peft(directory, geometry, check_ranks)
+    adapter = _read_peft(directory, geometry, check_ranks, base)
     if _versions(directory) != before:
         raise AdapterError(f"{directory}: its files changed while they were read; load it again when they are complete")
     return adapter
 
 
 def _read_peft(
-    directory: Path, geometry: BaseGeometry, check_ranks: Callable[[np.ndarray], object] | None
+    directory: Path,
+    geometry: BaseGeometry,
+    check_ranks: Callable[[np.ndarray], object] | None,
+    base: Vocabulary | None,
 ) -> LoraAdapter:
     config = LoraConfig.from_file(directory / CONFIG_FILE)
     path = directory / WEIGHTS_FILE
@@ -114,26 +85,59 @@ def _read_peft(
             f"save the adapter as {WEIGHTS_FILE} (PEFT: safe_serialization=True)"
         )
     with TensorFile(path) as file:
-        names = {name: weight_name(name) for name in file.entries}
-        parents = {found.parent: name for name, found in names.items() if found is not None}
+        names = {name: parse(name) for name in file.entries}
+        parents = {found.parent: name for name, found in names.items() if found is not None and found.layer is not None}
+        parent, modules = next(iter(parents), "model"), modules_of(names.values())
+        projections = by_module(modules)
         try:
-            targets = resolve_targets(config, geometry.num_layers, next(iter(parents), "model"))
+            end_targets = resolve_ends(config, parent)
+            outside = {
+                name: found
+                for name, found in names.items()
+                if found is not None and found.layer is None and _is_read(found, config, end_targets)
+            }
+            targets = resolve_targets(config, geometry.num_layers, parent, modules, [*end_targets, *outside])
         except AdapterError as error:
             raise AdapterError(f"{directory / CONFIG_FILE}: {error}") from None
-        tensors = _Tensors(file, _tensor_names(path, names, targets, geometry))
+        inside = {name: found for name, found in names.items() if name not in outside}
+        places = _tensor_names(path, inside, targets, projections, config, geometry)
+        tensors = _Tensors(file, modules, projections, places)
+        reader = EndsReader(file, outside, end_targets, config, geometry.hidden_size, geometry.vocab_size)
         if len(parents) > 1:
             raise AdapterError(
                 f"{path}: tensors {' and '.join(map(quoted, parents.values()))} have their layers in different modules "
                 f"({' and '.join(parents)}); expected one for all"
             )
-        tensors.check_complete(targets)
         for key, target in targets.items():
-            tensors.check_shapes(key, target, geometry)
+            tensors.check(key, target, geometry, parent, config)
+        biases = [(layer, p) for layer, module, kind in tensors.names if kind == "bias" for p in projections[module]]
+        for key in biases:
+            tensors.check_vector(key, "bias", geometry)
+        end_ranks = reader.check()
         if check_ranks is not None:
-            check_ranks(_ranks(targets, geometry.num_layers))
-        a = {key: tensors.read(key, "A") for key in targets}
-        b = {key: tensors.read(key, "B") for key in targets}
-    return adapter_of(config, targets, a, b, geometry.num_layers)
+            ranks, vectors = _ranks(targets, geometry.num_layers), config.use_dora or config.lora_bias or bool(biases)
+            check_ranks(extended(ranks, vectors, end_ranks) if vectors or any(end_ranks.values()) else ranks)
+        if end_ranks and base is None:
+            raise AdapterError(f"{path}: {' and '.join(end_ranks)}: needs the weights of the base model")
+        a = {key: tensors.read_a(key) for key in targets}
+        b = {key: tensors.read_rows(key, "lora_B", geometry) for key in targets}
+        adapter = adapter_of(config, targets, a, b, geometry.num_layers)
+        return replace(
+            adapter,
+            magnitudes={k: tensors.read_rows(k, "lora_magnitude_vector", geometry) for k in targets if config.use_dora},
+            lora_biases={k: tensors.read_rows(k, "lora_B.bias", geometry) for k in targets if config.lora_bias},
+            base_biases={k: tensors.read_rows(k, "bias", geometry) for k in biases},
+            ends={} if base is None else reader.read(base),
+        )
+
+
+def _is_read(found: TensorName, config: LoraConfig, targets: Mapping[str, Target]) -> bool:
+    """Returns whether a tensor outside the layers is one that the config asks for, or a matrix saved whole."""
+    if found.kind not in KINDS.get(found.module, ()):
+        return False
+    if found.kind == "weight":
+        return True
+    return found.module in (config.tokens if found.kind == "trainable_tokens_delta" else targets)
 
 
 def is_adapter(directory: Path) -> bool:
@@ -187,6 +191,8 @@ def write_peft(
     Raises:
       AdapterError: `dtype` is not supported, or `adapter.config` does not resolve to the matrices' ranks and scales.
     """
+    if adapter.ends:
+        raise AdapterError(f"{' and '.join(adapter.ends)}: LoRA outside the layers is read, but not written")
     if dtype not in DTYPES.values():
         raise AdapterError(f"dtype: expected one of {', '.join(DTYPES.values())}, found {dtype!r}")
     targets = resolve_targets(adapter.config, len(adapter.ranks))
@@ -200,6 +206,9 @@ def write_peft(
     for key in targets:
         for side, matrix in (("A", adapter.a[key]), ("B", adapter.b[key])):
             tensors[f"{PREFIX}{module_name(*key)}.lora_{side}.weight"] = np.ascontiguousarray(matrix, np.dtype(dtype))
+    for kind, field in _FIELDS.items():
+        for key, vector in adapter.vectors.get(field, {}).items():
+            tensors[f"{PREFIX}{module_name(*key)}.{kind}"] = np.ascontiguousarray(vector, np.dtype(dtype))
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     base = base_model_name_or_path or adapter.config.base_model_name_or_path
@@ -229,61 +238,85 @@ def _versions(directory: Path) -> list[tuple[int, int] | None]:
 
 
 def _tensor_names(
-    path: Path, names: Mapping[str, WeightName | None], targets: Mapping[Key, Target], geometry: BaseGeometry
-) -> dict[tuple[Key, str], str]:
-    """`((layer, projection), "A" | "B") -> tensor name`. Raises AdapterError for an unexpected or duplicate tensor."""
-    places: dict[tuple[Key, str], str] = {}
+    path: Path,
+    names: Mapping[str, TensorName | None],
+    targets: Mapping[Key, Target],
+    projections: Mapping[str, tuple[str, ...]],
+    config: LoraConfig,
+    geometry: BaseGeometry,
+) -> dict[tuple[int, str, str], str]:
+    """`(layer, module, kind) -> tensor name`. Raises AdapterError for an unexpected or duplicate tensor."""
+    places: dict[tuple[int, str, str], str] = {}
     unexpected: dict[str, str] = {}  # tensor name -> reason
+    kinds = ("lora_A", "lora_B", *(kind for kind, field in _FIELDS.items() if field in config.extras))
+    everywhere = ("bias",) if config.bias == "all" else ()
     for name, found in names.items():
-        if found is None:
-            unexpected[name] = _unknown(name)
-        elif found.key[0] >= geometry.num_layers:
+        if found is None or found.layer is None or found.module not in projections:
+            unexpected[name] = _unknown(name, found)
+        elif found.kind not in kinds:
+            reason = f"only LoRA on {', '.join(PROJECTIONS)} is read"
+            if found.kind in _FIELDS:
+                reason = f"{CONFIG_FILE} does not set {_FIELDS[found.kind]}"
+            unexpected[name] = f"{_UNSUPPORTED[found.kind]}; {reason}"
+        elif found.layer >= geometry.num_layers:
             layers = f"the base model has {geometry.num_layers} layers"
             unexpected[name] = f"{layers}; the adapter was probably trained on another base model"
-        elif found.key not in targets:
+        elif (found.layer, projections[found.module][0]) not in targets and found.kind not in everywhere:
             unexpected[name] = f"{CONFIG_FILE} does not target this module"
-        elif (other := places.setdefault((found.key, found.side), name)) != name:
+        elif (other := places.setdefault((found.layer, found.module, found.kind), name)) != name:
             raise AdapterError(f"{path}: tensors {quoted(other)} and {quoted(name)} are the same weight twice")
     if unexpected:
         first, *others = unexpected
         shown = ", ".join([*map(quoted, others[:2]), *(["..."] if len(others) > 2 else [])])
         more = f" (and {len(others)} more: {shown})" if others else ""
-        raise AdapterError(f"{path}: unexpected tensor {quoted(first)}{more}: {unexpected[first]}")
+        near = filter(None, (nearest(name, names[name], projections) for name in [first, *others[:2]]))
+        known = ", ".join(map(quoted, dict.fromkeys(near)))
+        raise AdapterError(
+            f"{path}: unexpected tensor {quoted(first)}{more}: {unexpected[first]}"
+            + (f"; nearest known names: {known}" if known else "")
+        )
     return places
 
 
-def _unknown(name: str) -> str:
-    """The reason for refusing a tensor whose name `weight_name` cannot parse."""
-    reason = next((kind for part, kind in _UNSUPPORTED_PARTS.items() if part in name), "no known LoRA weight")
-    prefix, layers, _ = name.partition("layers.")
-    if not re.fullmatch(_LAYERS, _unwrapped(prefix + layers)):
-        reason += f" (expected the prefix '{PREFIX}model.layers.', found {quoted(prefix)})"
+def _unknown(name: str, found: TensorName | None) -> str:
+    """The reason for refusing a tensor of no module with LoRA."""
+    if found is None:
+        reason = "no known LoRA weight"
+        prefix, layers, _ = name.partition("layers.")
+        if parse(f"{prefix}{layers}0.self_attn.q_proj.lora_A.weight") is None:
+            reason += f" (expected the prefix '{PREFIX}model.layers.', found {quoted(prefix)})"
+    else:
+        if found.module in KINDS and found.kind in KINDS[found.module]:
+            return f"{CONFIG_FILE} does not target this module"
+        reason = "no known LoRA weight" if found.kind in ("lora_A", "lora_B") else _UNSUPPORTED[found.kind]
     return f"{reason}; only LoRA on {', '.join(PROJECTIONS)} is read"
 
 
 @dataclass(frozen=True)
 class _Tensors:
-    """An open safetensors file and the names of its LoRA weights."""
+    """An open safetensors file, each projection's module, each module's projections, and the tensor names by layer,
+    module and kind."""
 
     file: TensorFile
-    names: Mapping[tuple[Key, str], str]
+    modules: Mapping[str, str]
+    projections: Mapping[str, tuple[str, ...]]
+    names: Mapping[tuple[int, str, str], str]
 
-    def check_complete(self, targets: Mapping[Key, Target]) -> None:
-        for key in targets:
-            for side in "AB":
-                if (key, side) not in self.names:
-                    name = f"{PREFIX}{module_name(*key)}.lora_{side}.weight"
-                    raise AdapterError(f"{self.file.path}: missing tensor {quoted(name)}, which {CONFIG_FILE} targets")
-
-    def check_shapes(self, key: Key, target: Target, geometry: BaseGeometry) -> None:
-        d_in, d_out = geometry.dims(key[1])
-        for side, rank_axis, expected in (("A", 0, [target.rank, d_in]), ("B", 1, [d_out, target.rank])):
-            name = self.names[key, side]
-            shape, dtype = self.file.entries[name].shape, self.file.entries[name].dtype
-            if dtype not in DTYPES:
-                raise AdapterError(
-                    f"{self.file.path}: tensor {quoted(name)}: expected {', '.join(DTYPES)}, found {clipped(dtype)}"
-                )
+    def check(self, key: Key, target: Target, geometry: BaseGeometry, parent: str, config: LoraConfig) -> None:
+        """Raises AdapterError unless the module of this projection has A and B, and the vectors that the config asks
+        for, of the right shape and dtype."""
+        layer, module = key[0], self.modules[key[1]]
+        vectors = [kind for kind, field in _FIELDS.items() if kind != "bias" and field in config.extras]
+        for kind in ("lora_A", "lora_B", *vectors):
+            if (layer, module, kind) not in self.names:
+                missing = quoted(str(TensorName(parent, layer, module, kind)))
+                raise AdapterError(f"{self.file.path}: missing tensor {missing}, which {CONFIG_FILE} targets")
+        for kind in vectors:
+            self.check_vector(key, kind, geometry)
+        d_in, d_out = geometry.dims(key[1])[0], self._rows(key, geometry)[1]
+        for kind, rank_axis, expected in (("lora_A", 0, [target.rank, d_in]), ("lora_B", 1, [d_out, target.rank])):
+            name = self.names[layer, module, kind]
+            shape = self._shape(name)
             if shape == expected:
                 continue
             if len(shape) == 2 and shape[1 - rank_axis] == expected[1 - rank_axis]:
@@ -294,8 +327,43 @@ class _Tensors:
                 f"{self.file.path}: tensor {quoted(name)}: expected shape {expected}, found {shape}: {reason}"
             )
 
-    def read(self, key: Key, side: str) -> np.ndarray:
-        name = self.names[key, side]
+    def check_vector(self, key: Key, kind: str, geometry: BaseGeometry) -> None:
+        """Raises AdapterError unless a vector of this projection's module has the right shape and dtype."""
+        name, expected = self.names[key[0], self.modules[key[1]], kind], [self._rows(key, geometry)[1]]
+        if (shape := self._shape(name)) != expected:
+            raise AdapterError(
+                f"{self.file.path}: tensor {quoted(name)}: expected shape {expected}, found {shape}: the adapter was "
+                "probably trained on another base model"
+            )
+
+    def read_a(self, key: Key) -> np.ndarray:
+        """A `[r, d_in]` of a projection; those of a fused module share it."""
+        return self._read(self.names[key[0], self.modules[key[1]], "lora_A"])
+
+    def read_rows(self, key: Key, kind: str, geometry: BaseGeometry) -> np.ndarray:
+        """B `[d_out, r]` or a vector `[d_out]` of a projection, its own rows of a fused module's."""
+        return self._read(self.names[key[0], self.modules[key[1]], kind])[self._rows(key, geometry)[0]]
+
+    def _rows(self, key: Key, geometry: BaseGeometry) -> tuple[slice, int]:
+        """A projection's rows of its module's output, and the number of all its rows."""
+        module, first, own = self.modules[key[1]], 0, slice(0)
+        for projection in self.projections[module]:
+            d_out = geometry.dims(projection)[1]
+            if projection == key[1]:
+                own = slice(first, first + d_out)
+            first += d_out
+        return own, first
+
+    def _shape(self, name: str) -> list[int]:
+        """A tensor's shape. Raises AdapterError unless its dtype is read."""
+        entry = self.file.entries[name]
+        if entry.dtype not in DTYPES:
+            raise AdapterError(
+                f"{self.file.path}: tensor {quoted(name)}: expected {', '.join(DTYPES)}, found {clipped(entry.dtype)}"
+            )
+        return entry.shape
+
+    def _read(self, name: str) -> np.ndarray:
         matrix = np.asarray(self.file.read(name), np.float32)
         if not np.isfinite(matrix).all():
             raise AdapterError(

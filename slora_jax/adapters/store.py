@@ -20,6 +20,7 @@ from typing import NamedTuple, Self
 import numpy as np
 from tqdm import tqdm
 
+from pallas_kernels.lora.layout import VECTORS
 from slora_jax.adapters.adapter import LoraAdapter
 from slora_jax.adapters.config import MAX_RANK
 from slora_jax.adapters.contents import AdapterContents
@@ -27,6 +28,7 @@ from slora_jax.adapters.geometry import BaseGeometry
 from slora_jax.adapters.peft_format import is_adapter, misplaced, read_peft
 from slora_jax.adapters.tiles import AdapterTiles, pack_tiles, tile_dtype, tile_shape
 from slora_jax.adapters.untrusted.quoting import quoted
+from slora_jax.adapters.vectors import BaseWeights
 from slora_jax.errors import AdapterError, UnknownAdapterError
 
 
@@ -39,6 +41,9 @@ class AdapterInfo:
       ranks: `[7]`, each projection's largest rank over the layers, in the order of `PROJECTIONS`.
       num_pages: size in the pool.
       nbytes: size in host memory.
+      extras: what makes it more than plain LoRA, for example `("use_dora", "head")`.
+      invocation: tokens from which on an activated LoRA acts; empty: it acts on every token.
+      layout_ranks: `ranks`, with the extras if there are any (`pallas_kernels.lora.layout`).
     """
 
     name: str
@@ -47,6 +52,9 @@ class AdapterInfo:
     ranks: tuple[int, ...]
     num_pages: int
     nbytes: int
+    extras: tuple[str, ...] = ()
+    layout_ranks: tuple[int, ...] = ()
+    invocation: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,9 @@ class AdapterStore(AdapterContents):
         *,
         max_lora_rank: int = MAX_RANK,
         max_pages: int | None = None,
+        base: BaseWeights | None = None,
+        extras: bool = False,
+        activated: bool = True,
     ) -> None:
         """Makes an empty store.
 
@@ -105,6 +116,9 @@ class AdapterStore(AdapterContents):
           spill_dir: parent of the private directory of spill files; None: the system's temporary directory.
           max_lora_rank: adapters with a larger rank in any projection are refused.
           max_pages: adapters that need more pages of the pool are refused; None: no limit.
+          base: weights of the base model; None refuses adapters that need them.
+          extras: whether adapters that are more than plain LoRA are served.
+          activated: whether activated LoRA (aLoRA) is served.
         """
         self.base_names: frozenset[str] = frozenset()
         """Lower-case names of the base model; if empty, adapters of other base models cause no warning."""
@@ -112,12 +126,13 @@ class AdapterStore(AdapterContents):
         self.dtype = tile_dtype(dtype)
         self._max_lora_rank = max_lora_rank
         self._max_pages = max_pages
+        self._base, self._extras, self._activated = base, extras, activated
         self._infos: dict[str, AdapterInfo] = {}
         self._prepared: set[PreparedAdapter] = set()
         super().__init__(
             host_adapter_bytes,
             spill_dir,
-            lambda directory: pack_tiles(read_peft(directory, geometry), geometry, self.dtype),
+            lambda directory: self._pack(read_peft(directory, geometry, base=base)),
         )
 
     def prepare(self, name: str, adapter: str | Path | LoraAdapter) -> PreparedAdapter:
@@ -128,15 +143,23 @@ class AdapterStore(AdapterContents):
         """
         source = None if isinstance(adapter, LoraAdapter) else Path(adapter)
         if not isinstance(adapter, LoraAdapter):
-            adapter = read_peft(adapter, self.geometry, partial(self._check_size, name))
+            adapter = read_peft(adapter, self.geometry, partial(self._check_size, name), self._base)
         adapter.check(self.geometry)
+        if adapter.config.alora_invocation_tokens and not self._activated:
+            raise AdapterError(
+                f"adapter {name!r}: alora_invocation_tokens: needs EngineConfig.lora='paged', found 'merge': merged "
+                "weights act on every token"
+            )
         self._check_base(name, adapter.config.base_model_name_or_path)
-        num_pages, nbytes = self._check_size(name, adapter.ranks)
-        ranks = tuple(int(rank) for rank in adapter.ranks.max(axis=0))
-        info = AdapterInfo(name, adapter.digest, max(ranks), ranks, num_pages, nbytes)
+        num_pages, nbytes = self._check_size(name, adapter.layout_ranks)
+        ranks = tuple(adapter.layout_ranks.max(axis=0).tolist())
+        own, extras = ranks[:VECTORS], (*adapter.vectors, *adapter.ends)
+        rank = max(*own, *ranks[VECTORS + 1 :])
+        invocation = adapter.config.alora_invocation_tokens or ()
+        info = AdapterInfo(name, adapter.digest, rank, own, num_pages, nbytes, extras, ranks, invocation)
         prepared = PreparedAdapter(info, source)
         if not self._pin(prepared, None):
-            self._pin(prepared, pack_tiles(adapter, self.geometry, self.dtype))
+            self._pin(prepared, self._pack(adapter))
         try:
             self._enforce_budget(keep=info.digest)
         except BaseException:  # Ctrl-C
@@ -267,6 +290,9 @@ class AdapterStore(AdapterContents):
             self._prepared.add(prepared)
             return True
 
+    def _pack(self, adapter: LoraAdapter) -> AdapterTiles:
+        return pack_tiles(adapter, self.geometry, self.dtype, self._base)
+
     def _end_preparation(self, prepared: PreparedAdapter) -> None:
         """Removes `prepared` from the open preparations. The caller holds the lock."""
         if prepared not in self._prepared:
@@ -274,8 +300,16 @@ class AdapterStore(AdapterContents):
         self._prepared.remove(prepared)
 
     def _check_size(self, name: str, ranks: np.ndarray) -> tuple[int, int]:
-        """Pages and bytes of an adapter with these ranks `[num_layers, 7]`; raises AdapterError if it is too large."""
-        shape, rank = tile_shape(ranks, self.geometry), int(ranks.max())
+        """Pages and bytes of an adapter with these ranks `[num_layers, 7]` or `[num_layers, 10]`.
+
+        Raises AdapterError if it is too large, or has extras that are not served.
+        """
+        shape, rank = tile_shape(ranks, self.geometry), int(np.delete(ranks, slice(VECTORS, VECTORS + 1), 1).max())
+        if not self._extras and ranks.shape[1] > VECTORS:
+            raise AdapterError(
+                f"adapter {name!r} has DoRA, biases, or changes of lm_head or embed_tokens, which need "
+                "EngineConfig.adapter_extras=True, found False; it compiles one more program for every batch size"
+            )
         num_pages, nbytes = shape[1], int(np.prod(shape)) * self.dtype.itemsize
         if rank > self._max_lora_rank:
             raise AdapterError(

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from pallas_kernels.lora.layout import PROJECTIONS
 from slora_jax.adapters.config import LoraConfig, layer_regex, pattern_regex
-from slora_jax.adapters.geometry import module_name
+from slora_jax.adapters.tensor_names import PLAIN
 from slora_jax.adapters.untrusted.patterns import Matcher
-from slora_jax.adapters.untrusted.quoting import quoted
+from slora_jax.adapters.untrusted.quoting import clipped, quoted
 from slora_jax.errors import AdapterError
 
-DEFAULT_TARGETS = ("q_proj", "v_proj")
-"""PEFT's targets in Llama, Mistral, Qwen2 and Qwen3 when `target_modules` is null."""
+DEFAULT_TARGETS = ("q_proj", "v_proj", "query_key_value")
+"""PEFT's targets when `target_modules` is null: the first two in most families, the last one in GLM-4."""
 
-OTHER_MODULES = ("", ".embed_tokens", ".layers", ".norm", ".rotary_emb")
+OTHER_MODULES = ("", ".layers", ".norm", ".rotary_emb")
 OTHER_LAYER_MODULES = ("", ".self_attn", ".mlp", ".mlp.act_fn", ".input_layernorm", ".post_attention_layernorm")
 
 
@@ -29,18 +29,25 @@ class Target:
     scale: float
 
 
-def resolve_targets(config: LoraConfig, num_layers: int, parent: str = "model") -> dict[tuple[int, str], Target]:
-    """Resolves a config to the targets that PEFT would adapt in a model of `num_layers` layers.
+def resolve_targets(
+    config: LoraConfig,
+    num_layers: int,
+    parent: str = "model",
+    modules: Mapping[str, str] = PLAIN,
+    ends: Collection[str] | None = None,
+) -> dict[tuple[int, str], Target]:
+    """Resolves a config to the targets that PEFT would adapt in the layers of a model.
 
     Args:
       parent: name of the module that contains the layers.
+      modules: each projection's module within a layer. The projections of a fused module are all targets, or none.
+      ends: which of the modules embed_tokens and lm_head the adapter changes; None refuses a config that targets them.
 
     Returns:
       `(layer, projection) -> Target`, in layer-major order.
 
     Raises:
-      AdapterError: the config targets another module than the seven projections (an embedding, lm_head), or no
-        projection at all.
+      AdapterError: the config targets another module than the seven projections, or nothing at all.
     """
     if config.fan_in_fan_out:
         warnings.warn("fan_in_fan_out is set to True but the targets are linear layers; it has no effect", stacklevel=2)
@@ -48,24 +55,45 @@ def resolve_targets(config: LoraConfig, num_layers: int, parent: str = "model") 
     all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     if not all_linear:
         layers = (f"{parent}.layers.{i}{suffix}" for i in range(num_layers) for suffix in OTHER_LAYER_MODULES)
-        for name in (*(parent + suffix for suffix in OTHER_MODULES), "lm_head", *layers):
+        others = (*(parent + suffix for suffix in OTHER_MODULES), *(_ends(parent) if ends is None else ()), *layers)
+        for name in others:
             if is_targeted(config, name, matcher):
                 raise AdapterError(
                     f"target_modules: matches {name!r}; only attention and MLP projections can be adapted"
                 )
     targets = {}
     for layer in range(num_layers):
-        for projection in PROJECTIONS:
-            name = module_name(layer, projection, parent)
+        for projection, module in modules.items():
+            name = f"{parent}.layers.{layer}.{module}"
             if not _is_excluded(config, name, matcher) if all_linear else is_targeted(config, name, matcher):
                 targets[layer, projection] = _target(config, name, matcher)
-    if not targets:
+    if not targets and not ends:
         raise AdapterError(
             f"target_modules: {quoted(config.target_modules)} with exclude_modules {quoted(config.exclude_modules)} "
             f"and layers_to_transform {quoted(config.layers_to_transform)} matches no projection of the {num_layers} "
-            "layers"
+            f"layers{_nearest(config.target_modules, modules)}"
         )
     return targets
+
+
+def resolve_ends(config: LoraConfig, parent: str = "model") -> dict[str, Target]:
+    """Resolves a config to the targets among embed_tokens and lm_head, by module. "all-linear" has neither.
+
+    Raises:
+      AdapterError: an active field does not apply to them.
+    """
+    matcher, wanted = Matcher(), config.target_modules
+    if wanted is None or (isinstance(wanted, str) and wanted.lower() == "all-linear"):
+        return {}
+    names = {name.split(".")[-1]: name for name in _ends(parent) if is_targeted(config, name, matcher)}
+    for field in ("use_dora", "lora_bias", "ensure_weight_tying", "alora_invocation_tokens"):
+        if names and getattr(config, field):
+            raise AdapterError(f"{field}: is not supported together with LoRA on {' and '.join(names)}; must be unset")
+    return {module: _target(config, name, matcher) for module, name in names.items()}
+
+
+def _ends(parent: str) -> tuple[str, str]:
+    return f"{parent}.embed_tokens", "lm_head"
 
 
 def is_targeted(config: LoraConfig, name: str, matcher: Matcher) -> bool:
@@ -118,3 +146,11 @@ def _target(config: LoraConfig, name: str, matcher: Matcher) -> Target:
     rank = ranks.get(_pattern_key("rank_pattern", ranks, name, matcher), config.r)
     alpha = alphas.get(_pattern_key("alpha_pattern", alphas, name, matcher), config.lora_alpha)
     return Target(rank=rank, scale=alpha / math.sqrt(rank) if config.use_rslora else alpha / rank)
+
+
+def _nearest(targets: tuple[str, ...] | str | None, modules: Mapping[str, str]) -> str:
+    """The module names nearest to the first three targets, as the end of a message."""
+    known = list(dict.fromkeys(module.split(".")[-1] for module in modules.values()))
+    names = targets[:3] if isinstance(targets, tuple) else ()
+    near = dict.fromkeys(one for name in names for one in difflib.get_close_matches(clipped(name), known, n=1))
+    return f"; nearest names: {', '.join(near or known)}"

@@ -10,6 +10,7 @@ import numpy as np
 from pallas_kernels.lora.layout import Stack, StackTiles, ceil_div
 from slora_jax.adapters.adapter import LoraAdapter
 from slora_jax.adapters.geometry import BaseGeometry
+from slora_jax.adapters.vectors import BaseWeights, FoldedVectors, fold
 from slora_jax.errors import AdapterError, ConfigError
 
 _BITS = {"float32": (np.uint32, 0x7F800000), "bfloat16": (np.uint16, 0x7F80)}
@@ -21,7 +22,8 @@ class AdapterTiles:
     """An adapter ready to upload.
 
     Attributes:
-      ranks: `[7]` int32, each projection's largest rank over the layers.
+      ranks: `[7]` int32, each projection's largest rank over the layers; `[10]` for an adapter that is more than
+        plain LoRA (`pallas_kernels.lora.layout`).
       pages: `[num_layers, num_pages, 2, page_size, W]` float32 or bfloat16. Page `p` of every layer is uploaded to the
         same page of the pool. With N shards (`parallel.layout`), shard s owns columns `s * W / N` to `(s + 1) * W / N`.
         Rows beyond a layer's own rank, columns beyond a matrix and an odd last tile are zero.
@@ -51,20 +53,31 @@ def tile_dtype(dtype: str | np.dtype) -> np.dtype:
 
 
 def tile_shape(ranks: np.ndarray, geometry: BaseGeometry) -> tuple[int, int, int, int, int]:
-    """Shape of `AdapterTiles.pages` for `ranks [num_layers, 7]`."""
+    """Shape of `AdapterTiles.pages` for `ranks [num_layers, 7]` or `[num_layers, 10]`."""
     num_pages = int(geometry.layout.num_pages(ranks.max(axis=0)))
     return geometry.num_layers, num_pages, 2, geometry.page_size, geometry.pool_width
 
 
-def pack_tiles(adapter: LoraAdapter, geometry: BaseGeometry, dtype: str | np.dtype) -> AdapterTiles:
+def pack_tiles(
+    adapter: LoraAdapter, geometry: BaseGeometry, dtype: str | np.dtype, base: BaseWeights | None = None
+) -> AdapterTiles:
     """Packs an adapter; the scale is folded into B in float32 before the cast to `dtype`.
+
+    Args:
+      base: the base model's weights, which an adapter with vectors needs.
 
     Raises AdapterError if a matrix does not fit the base model, or a value is not finite in `dtype`.
     """
     adapter.check(geometry)
     dtype = tile_dtype(dtype)
-    ranks = adapter.ranks.max(axis=0)  # [7]
-    pages = np.zeros(tile_shape(adapter.ranks, geometry), dtype)
+    ranks = adapter.layout_ranks.max(axis=0)  # [7] or [10]
+    pages = np.zeros(tile_shape(adapter.layout_ranks, geometry), dtype)
+    vectors = None
+    assert geometry.shards.count == 1 or not (adapter.vectors or adapter.ends)
+    if adapter.vectors:
+        if base is None:
+            raise AdapterError(f"{', '.join(adapter.vectors)}: needs the weights of the base model")
+        vectors = fold(adapter, base)
     bits, exponent = _BITS[dtype.name]
     by_shard = _tiles_by_shard(pages.view(bits), geometry)
     layout, page_size = geometry.layout, geometry.page_size
@@ -75,10 +88,19 @@ def pack_tiles(adapter: LoraAdapter, geometry: BaseGeometry, dtype: str | np.dty
         narrow = layout.b_chunks(stack)[1] * layout.width
         for shard in range(geometry.shards.count):
             tiles = by_shard[..., shard, :]
-            a, b = _stack_rows(adapter, geometry, stack, place, ranks, dtype, shard)  # [L, blocks * page_size, columns]
+            a, b = _stack_rows(adapter, vectors, geometry, stack, place, ranks, dtype, shard)  # [L, rows, columns]
             _cut(a, tiles, int(layout.a_tile(stack, place, 0)))
             _cut(b[:, :wide_rows], tiles, int(layout.b_tile(stack, place, 0)))
             _cut(b[:, wide_rows:, :narrow], tiles, int(layout.b_tile(stack, place, place.wide_blocks)))
+    if vectors is not None:
+        first, rows = int(layout.stack_tiles(ranks)[1]), _vector_rows(vectors, geometry, dtype)
+        by_shard[:, first : first + rows.shape[1], :, 0] = rows
+    if adapter.ends:
+        for stack, place in zip(layout.ends, layout.end_tiles(ranks)[0], strict=True):
+            if stack.name in adapter.ends:
+                a, b = _end_rows(*adapter.ends[stack.name], stack, geometry, dtype)
+                _cut(a, by_shard[..., 0, :], int(layout.a_tile(stack, place, 0)))
+                _cut(b, by_shard[..., 0, :], int(layout.b_tile(stack, place, 0)))
     if any((layer & exponent).max() == exponent for layer in by_shard):
         raise AdapterError(f"a weight is not finite in {dtype.name} after multiplication by its scale")
     return AdapterTiles(digest=adapter.digest, ranks=ranks, pages=pages)
@@ -92,6 +114,7 @@ def _tiles_by_shard(pages: np.ndarray, geometry: BaseGeometry) -> np.ndarray:
 
 def _stack_rows(
     adapter: LoraAdapter,
+    vectors: FoldedVectors | None,
     geometry: BaseGeometry,
     stack: Stack,
     place: StackTiles,
@@ -119,11 +142,55 @@ def _stack_rows(
                     own_a = adapter.a[key][shards.ranks(stack, shard), inputs]
                     own_b = adapter.b[key][outputs]
                     scaled = own_b.astype(np.float32, copy=False) * np.float32(adapter.scales[key])
+                    if vectors is not None and key in vectors.factor:
+                        scaled *= vectors.factor[key][:, None]
                     a[layer, a_first : a_first + len(own_a), : own_a.shape[1]] = _bits(own_a, dtype)
                     b[layer, first : first + scaled.shape[1], : len(scaled)] = _bits(scaled, dtype).T
             a_first += int(stack.a_ranks(ranks[index]))
             first += int(ranks[index])
     return a, b
+
+
+def _end_rows(
+    a: np.ndarray, b: np.ndarray, stack: Stack, geometry: BaseGeometry, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """A and B of head or embedding in every layer, as bit patterns of `dtype` `[num_layers, rows, columns]`.
+
+    The side of the vocabulary is distributed over the layers. The other one is the same in every layer.
+    """
+    layout, layers = geometry.layout, geometry.num_layers
+    count, part = ceil_div(len(a), layout.page_size) * layout.page_size, layout.vocabulary_columns
+    hidden = ceil_div(geometry.hidden_size, layout.width) * layout.width
+    sides = []
+    for matrix in (a, b.T):  # [r, columns]
+        is_split = (matrix is a) == (stack.name == "embed")
+        rows = np.zeros((count, layers * part if is_split else hidden), _BITS[dtype.name][0])
+        rows[: len(matrix), : matrix.shape[1]] = _bits(matrix, dtype)
+        rows = (
+            rows.reshape(count, layers, part).swapaxes(0, 1)
+            if is_split
+            else np.broadcast_to(rows, (layers, *rows.shape))
+        )
+        sides.append(rows)
+    return sides[0], sides[1]
+
+
+def _vector_rows(vectors: FoldedVectors, geometry: BaseGeometry, dtype: np.dtype) -> np.ndarray:
+    """The tiles of an adapter's vectors, bit patterns of `dtype` `[num_layers, tiles, page_size, W]`."""
+    layout, bits = geometry.layout, _BITS[dtype.name][0]
+    count = ceil_div(layout.vector_rows, layout.page_size) * layout.page_size
+    rows = np.zeros((geometry.num_layers, count, layout.width), bits)
+    for stack in layout.stacks:
+        first = layout.first_vector_row(stack)
+        for projection, d_out in zip(stack.projections, stack.d_outs, strict=True):
+            chunks = ceil_div(d_out, layout.width)
+            for at, kind in ((first, vectors.scale), (first + layout.vector_rows // 2, vectors.bias)):
+                for layer in range(geometry.num_layers):
+                    if (layer, projection) in kind:
+                        own = rows[layer, at : at + chunks].reshape(-1)
+                        own[:d_out] = _bits(kind[layer, projection], dtype)
+            first += chunks
+    return rows.reshape(geometry.num_layers, -1, layout.page_size, layout.width)
 
 
 def _bits(values: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -38,6 +38,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help=f"sequences running at once (default: {EngineConfig.max_num_seqs})",
     )
     option("--num-pages", metavar="N", type=count, help="pages of the pool (default: as many as fit)")
+    option(
+        "--adapter-extras",
+        action="store_const",
+        const=True,
+        help="serve DoRA, biases, and changes of head and embedding too (docs/adapters.md); takes longer to start",
+    )
     option("--train", action="store_true", help="let clients train adapters with Tinker's API (docs/tinker.md)")
     option("--train-dir", metavar="DIR", type=Path, help="directory of the states that they save; implies --train")
     option("--replicas", metavar="N", type=count, help="number of engines, behind Ray Serve if above 1 (default: 1)")
@@ -53,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         from slora_jax.serving.settings import ServerSettings
     except ImportError as error:
         raise _extra_missing(error) from error
-    names = ("dtype", "max_num_seqs", "num_pages", "tensor_parallel_size")
+    names = ("dtype", "max_num_seqs", "num_pages", "tensor_parallel_size", "adapter_extras")
     given = {
         "model_dir": args.model_dir,
         "adapters": args.adapters,

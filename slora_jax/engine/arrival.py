@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from slora_jax.adapters import AdapterInfo
 from slora_jax.engine.outputs import Prompt
 from slora_jax.errors import RequestError
 from slora_jax.memory import PageAllocator, PageKind
@@ -230,3 +231,23 @@ def _no_prompt(given: Any) -> RequestError:
         f"prompt={reprlib.repr(given)}: must be a string, a list or an integer array of token ids, or a mapping with "
         f"input_ids, as a tokenizer returns{'; for messages use chat' if is_chat else ''}"
     )
+
+
+def activation(prompt: Sequence[int], adapter: AdapterInfo) -> int:
+    """Returns the position of the first prompt token that the adapter acts on.
+
+    It is 0, except for an activated LoRA, which acts from the last occurrence of its invocation tokens on.
+
+    Raises:
+      RequestError: the prompt lacks the invocation tokens, so the adapter would never act.
+    """
+    invocation = list(adapter.invocation)
+    for start in range(len(prompt) - len(invocation), -1, -1) if invocation else ():
+        if list(prompt[start : start + len(invocation)]) == invocation:
+            return start
+    if invocation:
+        raise RequestError(
+            f"adapter={adapter.name!r}: acts from its invocation tokens {invocation} on, which the prompt of "
+            f"{len(prompt)} tokens lacks; add them, or use the base model"
+        )
+    return 0

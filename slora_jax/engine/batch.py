@@ -144,7 +144,7 @@ def build_metadata(plan: StepPlan, layout: BatchLayout) -> tuple[np.ndarray, lis
 
     planned = [one for s in plan.sequences for one in _split_scored(s)] if plan.extra else plan.sequences
     count = np.array([s.count for s in planned], np.int32)
-    adapter = np.array([s.request.adapter_slot for s in planned], np.int32)
+    adapter = np.array([s.adapter_slot for s in planned], np.int32)
     rank = np.array([0 if s.request.adapter is None else s.request.adapter.rows for s in planned], np.int32)
     dense = (np.bincount(adapter + 1, count)[adapter + 1] >= DENSE_ROWS) & (not layout.bucket.decode)
     order = np.lexsort((adapter, -rank, ~dense, adapter < 0))

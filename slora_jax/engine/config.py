@@ -73,6 +73,9 @@ class EngineConfig(CoreConfig):
         baselines of the paper: "bmm" uses batched products over zero-padded weights and tokens
         (`pallas_kernels.lora.bmm`); "merge" merges one adapter at a time into the base weights (`engine.merge`) and
         needs the policy `OneAdapter`; "off" ignores the adapters that requests name.
+      adapter_extras: whether adapters are served that are more than LoRA on projections: DoRA, biases, changes of the
+        head and the embedding. True compiles one more program for every batch size (half as many again at the start),
+        which runs the steps that have such an adapter; other steps are not affected. False refuses them by name.
       compile_ahead: True compiles all programs before the first request. False compiles each at its first use, which
         suits a process that serves only a few requests.
       keep_logits: whether outputs contain the float32 logits of each token, which costs a copy of [seqs, vocab] per
@@ -99,6 +102,7 @@ class EngineConfig(CoreConfig):
     kernels: str = "auto"
     tp_first_device: Natural = 0
     lora: Literal["paged", "bmm", "merge", "off"] = "paged"
+    adapter_extras: bool = False
     compile_ahead: bool = True
     keep_logits: bool = False
     compilation_cache_dir: str | Path | None = DEFAULT_COMPILATION_CACHE
@@ -122,6 +126,9 @@ class EngineConfig(CoreConfig):
             self.require(
                 self.lora in ("paged", "off"), "lora", "'paged' or 'off' over several devices (tensor_parallel_size)"
             )
+        if self.adapter_extras:
+            self.require(self.lora == "paged", "adapter_extras", "False, unless lora='paged'")
+            self.require(self.tensor_parallel_size == 1, "adapter_extras", "False over several devices")
         for name, most in (("decode_buckets", "max_num_seqs"), ("mixed_buckets", "max_num_batched_tokens")):
             buckets, largest = getattr(self, name), getattr(self, most)
             self.require(

@@ -17,6 +17,7 @@ from slora_jax.engine.core import Landing
 from slora_jax.engine.device import Copy, Device
 from slora_jax.engine.merge import AdapterMerge
 from slora_jax.engine.sampling import Sampled
+from slora_jax.engine.step import Lora
 from slora_jax.errors import AdapterError, ProcessLostError
 from slora_jax.memory import AdapterResidency, Resident, Upload
 from slora_jax.metrics import Counters
@@ -128,7 +129,7 @@ class DeviceExecutor:
         device = self.device
         if self._merge is not None:
             self._merge.before_step(plan)
-        with_lora = self._merge is None and any(s.request.adapter_slot >= 0 for s in plan.sequences)
+        with_lora = self._merge is None and _lora_of(plan)
         segments = _segments(plan) if self._lora == "bmm" else ()
         key, layout = device.programs.select(plan.num_tokens, plan.num_sequences, with_lora, segments)
         metadata, sequences = build_metadata(plan, layout)
@@ -224,9 +225,17 @@ def _after_step(sequences: list[ScheduledSequence]) -> list[str]:
     return [kind for kind, needed in needs.items() if needed]
 
 
+def _lora_of(plan: StepPlan) -> Lora:
+    """Returns the LoRA work that a step needs, without regard to padding."""
+    adapters = [s.request.adapter for s in plan.sequences if s.adapter_slot >= 0]
+    if any(adapter is not None and adapter.has_extras for adapter in adapters):
+        return "extras"
+    return bool(adapters)
+
+
 def _segments(plan: StepPlan) -> list[int]:
     """Returns the number of tokens of each adapter in a step."""
     rows: Counter[int] = Counter()
     for sequence in plan.sequences:
-        rows[sequence.request.adapter_slot] += sequence.count
+        rows[sequence.adapter_slot] += sequence.count
     return [count for slot, count in rows.items() if slot >= 0]

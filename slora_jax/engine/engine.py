@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from slora_jax.adapters import AdapterInfo, AdapterStore, LoraAdapter, PreparedAdapter
 from slora_jax.engine.arrival import (
+    activation,
     chat_ids,
     check_fits,
     each_conversation,
@@ -25,6 +26,7 @@ from slora_jax.engine.arrival import (
     prompt_ids,
     require_kind,
 )
+from slora_jax.engine.base_weights import EngineWeights
 from slora_jax.engine.config import EngineConfig
 from slora_jax.engine.core import EngineCore, Update
 from slora_jax.engine.device import Device
@@ -122,6 +124,9 @@ class Engine:
             config.spill_dir,
             max_lora_rank=config.max_lora_rank,
             max_pages=min(self.allocator.capacity_for(PageKind.ADAPTER), self.allocator.capacity - 1),
+            base=None if spec.parallel is not None else _weights_of(device, config),
+            extras=config.adapter_extras,
+            activated=config.lora != "merge",
         )
         evictor = Evictor(self.allocator, eviction or Lru())
         self.residency = AdapterResidency(evictor, spec.pool.adapter_slots)
@@ -245,8 +250,9 @@ class Engine:
           tenant: account charged under a fair-share policy; by default the adapter's name.
 
         Raises:
-          RequestError: the prompt is empty, too long or has ids outside the vocabulary; the request needs more pages
-            than the pool has (the message shows the arithmetic); or the id is in use.
+          RequestError: the prompt is empty, too long, has ids outside the vocabulary, or lacks the invocation tokens of
+            an activated LoRA; the request needs more pages than the pool has (the message shows the arithmetic); or the
+            id is in use.
           AdapterError: no adapter has this name.
         """
         require_kind("params", params, SamplingParams)
@@ -266,6 +272,7 @@ class Engine:
                 skip_file_prefixes=(PACKAGE,),
             )
         use = self._adapter_use(adapter)
+        start = 0 if use is None or adapter is None else activation(ids, self.store.info(adapter))
         if params.max_tokens is None:
             fits = most_tokens(self.config.page_size, use, self.allocator) - len(ids)
             max_new = max(1, min(room, fits))
@@ -280,6 +287,7 @@ class Engine:
             seed=params.seed if params.seed is not None else (self.config.seed * 0x9E3779B1 + self._arrivals) % 2**32,
             max_new=max_new,
             adapter=use,
+            adapter_start=start,
             metrics=RequestMetrics(arrival=self.core.clock()),
             tenant=tenant or adapter or "",
             stop_token_ids=frozenset(params.stop_token_ids or ())
@@ -506,7 +514,7 @@ class Engine:
         info = self.store.info(adapter)
         if self.config.lora == "off":
             return None
-        return AdapterUse(adapter, info.digest, np.asarray(info.ranks, np.int32), info.num_pages)
+        return AdapterUse(adapter, info.digest, np.array(info.layout_ranks, np.int32), info.num_pages)
 
     def _drop_if_unnamed(self, digest: str | None) -> bool:
         """Frees the pool pages of unnamed content and of the prefixes computed with it, unless requests need them (then
@@ -523,6 +531,11 @@ def _checked(config: Any) -> EngineConfig:
     if not isinstance(config, EngineConfig):
         raise ConfigError(f"config={config!r}: must be an EngineConfig; write EngineConfig(**config)")
     return config.with_dtype()
+
+
+def _weights_of(device: Device, config: EngineConfig) -> EngineWeights:
+    spec = device.spec
+    return EngineWeights(lambda: device.params, spec.lora_layout, config.max_lora_rank, norms=config.adapter_extras)
 
 
 def _require_name(name: Any) -> None:

@@ -14,13 +14,15 @@ from typing import Any
 import jax
 from flax import nnx
 
-from pallas_kernels.lora import AdapterTable, LoraProduct, LoraTiles
+from pallas_kernels.lora import AdapterTable, LoraTiles
 from slora_jax.engine.batch import BatchLayout, SequenceState, StepBatch, unpack
 from slora_jax.engine.step import (
     Lora,
+    LoraStep,
     PagedContext,
     StepOutput,
     StepSpec,
+    end_work,
     greedy_token,
     lora_work,
     replicated,
@@ -60,22 +62,28 @@ class Part:
 
 @dataclass(frozen=True)
 class LayeredProgram:
-    """The compiled parts of one step. Takes the arguments of `make_step`'s program."""
+    """The compiled parts of one step. Takes the arguments of `make_step`'s program.
+
+    With extras, the first and the last part also take the adapter table and all layers' pools.
+    """
 
     begin: Callable[..., Any]
     prepare: Callable[..., Any] | None
     layer: Callable[..., Any]
     end: Callable[..., Any]
+    extras: bool
 
     def __call__(
         self, params: Params, pool: Pool, table: AdapterTable, state: SequenceState, metadata: Any
     ) -> tuple[Pool, SequenceState, StepOutput]:
         ends, layers = _ends(params), list(pool)
-        page_table, x, shared = self.begin(ends, state.page_table, state.last_token, metadata)
+        more = (table, pool) if self.extras else ()
+        page_table, x, shared = self.begin(ends, state.page_table, state.last_token, metadata, *more)
         lora = None if self.prepare is None else self.prepare(table, shared.batch.lora)
         for i in range(len(layers)):
             layers[i], x = self.layer(params["layers"][i], layers[i], x, shared, lora)
-        last_token, output = self.end(ends, state.last_token, x, shared.batch)
+        more = (table, tuple(layers)) if self.extras else ()
+        last_token, output = self.end(ends, state.last_token, x, shared.batch, *more)
         return tuple(layers), SequenceState(page_table, last_token), output
 
 
@@ -90,11 +98,13 @@ class LayeredStep:
         if spec.parallel is not None:
             specs = jax.tree.map(lambda leaf: leaf.sharding.spec, spec.params)
             ends, layer = _ends(specs), specs["layers"][0]
+        # Without extras, the ends are the same programs with and without LoRA.
+        outer = name if with_lora == "extras" else bucket
         same, output = REPLICATED, StepOutput(REPLICATED, LOGITS)  # type: ignore[arg-type]
         self._parts = {
             "begin": Part(
-                f"{bucket}_begin",
-                self._jit(f"{bucket}_begin", self._begin, (1,), (ends, same, same, same), same),
+                f"{outer}_begin",
+                self._jit(f"{outer}_begin", self._begin, (1,), (ends, same, same, same), same),
                 lambda: self._begin_shapes,
             ),
             "layer": Part(
@@ -103,8 +113,8 @@ class LayeredStep:
                 self._layer_shapes,
             ),
             "end": Part(
-                f"{bucket}_end",
-                self._jit(f"{bucket}_end", self._end, (1,), (ends, same, same, same), (same, output)),
+                f"{outer}_end",
+                self._jit(f"{outer}_end", self._end, (1,), (ends, same, same, same), (same, output)),
                 self._end_shapes,
             ),
         }
@@ -122,39 +132,58 @@ class LayeredStep:
     def program(self, compiled: Mapping[str, Callable[..., Any]]) -> LayeredProgram:
         """Returns the step, given its compiled parts by name."""
         part = {role: compiled[part.name] for role, part in self._parts.items()}
-        return LayeredProgram(part["begin"], part.get("prepare"), part["layer"], part["end"])
+        extras = self._with_lora == "extras"
+        return LayeredProgram(part["begin"], part.get("prepare"), part["layer"], part["end"], extras)
 
     # The functions
 
     def _begin(
-        self, ends: Params, page_table: jax.Array, last_token: jax.Array, metadata: jax.Array
+        self,
+        ends: Params,
+        page_table: jax.Array,
+        last_token: jax.Array,
+        metadata: jax.Array,
+        table: AdapterTable | None = None,
+        pool: Pool = (),
     ) -> tuple[jax.Array, jax.Array, StepShared]:
         """Returns the new page table, the first layer's input `[T, d]`, and the inputs shared by all layers."""
         batch, state = unpack(metadata, SequenceState(page_table, last_token), self._layout)
         decoder = nnx.merge(self._ends_graph, ends)
-        x, cos, sin = decoder.begin(batch.token, batch.position, self._context((), batch, None))
+        x, cos, sin = decoder.begin(batch.token, batch.position, self._context(pool, batch, None, table))
         return state.page_table, x, StepShared(batch, cos, sin)
 
-    def _prepare(self, table: AdapterTable, tiles: LoraTiles) -> LoraProduct | None:
+    def _prepare(self, table: AdapterTable, tiles: LoraTiles) -> LoraStep | None:
         return lora_work(self._spec, self._layout, table, tiles, self._with_lora)
 
     def _layer(
-        self, params: Params, pool: jax.Array, x: jax.Array, shared: StepShared, lora: LoraProduct | None
+        self, params: Params, pool: jax.Array, x: jax.Array, shared: StepShared, lora: LoraStep | None
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the layer's pool and output. Both inputs are donated."""
         context = self._context((pool,), shared.batch, lora)
         x = nnx.merge(self._layer_graph, params)(x, shared.cos, shared.sin, context)
         return context.pool[0], x
 
-    def _end(self, ends: Params, last_token: jax.Array, x: jax.Array, batch: StepBatch) -> tuple[jax.Array, StepOutput]:
+    def _end(
+        self,
+        ends: Params,
+        last_token: jax.Array,
+        x: jax.Array,
+        batch: StepBatch,
+        table: AdapterTable | None = None,
+        pool: Pool = (),
+    ) -> tuple[jax.Array, StepOutput]:
         """Returns the new last tokens and the step's output."""
         decoder = nnx.merge(self._ends_graph, ends)
-        logits = decoder.logits(decoder.end(x)[batch.last_row])  # [S, vocab]
+        context = None if table is None else self._context(pool, batch, None, table)
+        logits = decoder.logits(decoder.end(x)[batch.last_row], context)  # [S, vocab]
         token = greedy_token(self._spec, logits)
         return last_token.at[batch.slot].set(token), StepOutput(token, logits)
 
-    def _context(self, pool: tuple[jax.Array, ...], batch: StepBatch, lora: LoraProduct | None) -> PagedContext:
-        return PagedContext(pool, batch, lora, self._spec, self._layout)
+    def _context(
+        self, pool: Pool, batch: StepBatch, lora: LoraStep | None, table: AdapterTable | None = None
+    ) -> PagedContext:
+        end_rows = None if table is None else end_work(self._spec, table, batch, self._with_lora)
+        return PagedContext(pool, batch, lora, self._spec, self._layout, end_rows)
 
     @cached_property
     def _ends_graph(self) -> nnx.GraphDef:
@@ -189,8 +218,9 @@ class LayeredStep:
 
     @cached_property
     def _begin_shapes(self) -> tuple[Any, ...]:
-        params, _, _, state, metadata = self._shapes
-        return _ends(params), state.page_table, state.last_token, metadata
+        params, pool, table, state, metadata = self._shapes
+        more = (table, pool) if self._with_lora == "extras" else ()
+        return _ends(params), state.page_table, state.last_token, metadata, *more
 
     @cached_property
     def _begun(self) -> tuple[Any, Any, StepShared]:
@@ -205,9 +235,10 @@ class LayeredStep:
         return params["layers"][0], pool[0], *self._begun[1:], lora
 
     def _end_shapes(self) -> tuple[Any, ...]:
-        params, _, _, state, _ = self._shapes
+        params, pool, table, state, _ = self._shapes
         _, x, shared = self._begun
-        return _ends(params), state.last_token, x, shared.batch
+        more = (table, pool) if self._with_lora == "extras" else ()
+        return _ends(params), state.last_token, x, shared.batch, *more
 
     def _results(self, role: str, shapes: tuple[Any, ...]) -> Any:
         parallel, structs = self._spec.parallel, jax.eval_shape(self._parts[role].function, *shapes)

@@ -100,13 +100,13 @@ class StepPrograms:
             _return_memory()
 
     def select(
-        self, tokens: int, seqs: int, with_lora: bool, segments: Sequence[int] = ()
+        self, tokens: int, seqs: int, with_lora: Lora, segments: Sequence[int] = ()
     ) -> tuple[StepKey, BatchLayout]:
         """Returns the smallest program that can run a step, and the layout of its metadata.
 
         Args:
           tokens, seqs: number of tokens and sequences of the step.
-          with_lora: whether a request has an adapter.
+          with_lora: whether a request has an adapter, or "extras" if one has an adapter with more than plain LoRA.
           segments: number of tokens of each adapter; only with `lora="bmm"`.
         """
         decode = tokens == seqs

@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from pallas_kernels.lora.layout import ceil_div
+from pallas_kernels.lora.layout import ENDS, ceil_div
 from slora_jax.adapters import BaseGeometry
+from slora_jax.adapters.adapter import extended
 from slora_jax.engine.config import EngineConfig
 from slora_jax.engine.step import StepSpec
 from slora_jax.errors import ConfigError
@@ -35,6 +36,7 @@ def adapter_geometry(model: ModelConfig, page_size: int, shards: Shards = ONE_DE
         intermediate_size=model.intermediate_size,
         page_size=page_size,
         shards=shards,
+        vocab_size=model.vocab_size,
     )
 
 
@@ -69,6 +71,7 @@ def step_spec(
         kernels=None if config.kernels == "auto" else config.kernels,  # type: ignore[arg-type]
         parallel=parallel,
         lora=config.lora,
+        adapter_extras=config.adapter_extras,
     )
 
 
@@ -86,7 +89,10 @@ def pool_shape(model: ModelConfig, config: EngineConfig) -> PoolShape:
             f"{num_pages} pages include the dummy page and at least one page for KV; lower it, raise num_pages, or use "
             "None"
         )
-    largest = int(geometry.layout.num_pages(np.full(7, config.max_lora_rank)))
+    ranks = np.full(7, config.max_lora_rank)
+    if config.adapter_extras:
+        ranks = extended(ranks, True, dict.fromkeys(ENDS, config.max_lora_rank))
+    largest = int(geometry.layout.num_pages(ranks))
     return PoolShape(
         num_layers=model.num_layers,
         num_pages=num_pages,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from flax import nnx
 
 from pallas_kernels import devices
 from pallas_kernels.cutoff import cutoff
-from pallas_kernels.lora import AdapterTable, LoraLayout, LoraProduct, LoraTiles, lora_tile_rows
+from pallas_kernels.lora import AdapterTable, LoraLayout, LoraProduct, LoraTiles, ends, lora_tile_rows, vectors
 from pallas_kernels.lora.api import Implementation as LoraImplementation
 from pallas_kernels.lora.bmm import Padding, paddings
 from pallas_kernels.paged_attention import PagedAttention
@@ -42,8 +42,10 @@ GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 """XLA's options for a step on a GPU. By default the step's CUDA graph is one chain, in the order of the schedule; here
 a kernel waits only for those that write what it reads, or use the memory that it writes."""
 
-Lora = bool | Padding
-"""LoRA work that a step program is compiled for: False for none, True for any (gathered), or a padded shape (`bmm`)."""
+
+Lora = bool | Padding | Literal["extras"]
+"""LoRA work that a step program is compiled for: False for none, True for any (gathered), "extras" for adapters with
+more than LoRA on projections too, or a padded shape (`bmm`)."""
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +62,15 @@ class StepOutput:
     logits: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LoraStep:
+    """The LoRA work of the layers of a step. `rows` is None in a program without extras."""
+
+    product: LoraProduct
+    rows: vectors.VectorRows | None
+
+
 class PagedContext:
     """The model's access to the unified pool while a step, or one layer of it, is traced (a `models.StepContext`).
 
@@ -67,16 +78,18 @@ class PagedContext:
 
     Args:
       pool: arrays of all layers, or of one. Layer numbers in `attend` and `lora` are indices into it.
-      lora: the step's LoRA work (`lora_work`), or None.
+      lora: the layers' LoRA work (`lora_work`), or None.
+      end_rows: the LoRA work outside the layers (`end_work`), or None. It needs the arrays of all layers in `pool`.
     """
 
     def __init__(
         self,
         pool: Sequence[jax.Array],
         batch: StepBatch,
-        lora: LoraProduct | None,
+        lora: LoraStep | None,
         spec: StepSpec,
         layout: BatchLayout,
+        end_rows: ends.EndRows | None = None,
     ) -> None:
         model, bucket = spec.shard_model, layout.bucket
         self.pool = list(pool)
@@ -95,8 +108,9 @@ class PagedContext:
             implementation=spec.attention_kernels(bucket.decode),
             interpret=spec.interpret,
         )
-        self._stacks = {stack.name: stack for stack in spec.lora_layout.stacks}
-        self._lora = lora
+        self._layout = spec.lora_layout
+        self._stacks = {stack.name: stack for stack in self._layout.stacks}
+        self._lora, self._ends = lora, end_rows
 
     def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """Writes the step's KV into the pool, then attends over each sequence's pages."""
@@ -111,16 +125,29 @@ class PagedContext:
         """Adds the LoRA product of a stack to `y`. Adds no operation in a program without LoRA."""
         if self._lora is None:
             return y
+        product, pool, place = self._lora.product, self.pool[layer], self._stacks[stack]
+        if self._lora.rows is not None:
+            with jax.named_scope("lora_vectors"):
+                y = vectors.apply(y, pool, place, self._layout, self._lora.rows)
         with jax.named_scope("lora"):
             if self._shards.count == 1:
-                return self._lora(x, y, self.pool[layer], self._stacks[stack])
-            return add_lora(self._lora, self._shards, x, y, self.pool[layer], self._stacks[stack])
+                return product(x, y, pool, place)
+            return add_lora(product, self._shards, x, y, pool, place)
 
     def lookup(self, embedding: Embedding, tokens: jax.Array) -> jax.Array:
-        """Returns the embeddings of `tokens`, summed over the shards."""
+        """Returns the embeddings of `tokens`, summed over the shards, with their adapters' changes."""
+        if self._ends is not None:
+            return ends.add_embedding(tokens, embedding(tokens), self.pool, self._layout, self._ends)
         if self._shards.count == 1:
             return embedding(tokens)
         return vocabulary.embed(embedding, tokens, embedding.embedding[...].shape[0])
+
+    def head(self, hidden: jax.Array, logits: jax.Array) -> jax.Array:
+        """Adds the adapters' changes of the head. Adds no operation in a program without extras."""
+        if self._ends is None:
+            return logits
+        with jax.named_scope("lora_head"):
+            return ends.add_head(hidden, logits, self.pool, self._layout, self._ends)
 
     def reduce(self, y: jax.Array) -> jax.Array:
         """Sums row-parallel products, with their LoRA part, over the shards."""
@@ -142,7 +169,7 @@ class StepSpec:
       max_rank: `max_lora_rank`.
       kernels: see `EngineConfig`; None is the plan tables' choice for the device.
       parallel: sharding, None on one device.
-      lora: see `EngineConfig`.
+      lora, adapter_extras: see `EngineConfig`.
     """
 
     model: ModelConfig
@@ -155,6 +182,7 @@ class StepSpec:
     kernels: Implementation | None = None
     parallel: TensorParallel | None = None
     lora: str = "paged"
+    adapter_extras: bool = False
 
     @property
     def shards(self) -> Shards:
@@ -194,7 +222,7 @@ class StepSpec:
     def lora_programs(self, layout: BatchLayout) -> tuple[Lora, ...]:
         """Returns the LoRA work that a bucket's programs are compiled for, least first."""
         if self.lora == "paged":
-            return False, True
+            return (False, True, "extras") if self.adapter_extras else (False, True)
         if self.lora != "bmm":
             return (False,)
         bucket, adapters = layout.bucket, min(layout.bucket.seqs, self.pool.adapter_slots)
@@ -202,7 +230,10 @@ class StepSpec:
 
     @property
     def lora_layout(self) -> LoraLayout:
-        return self.shards.of_layout(lora_layout(self.model, self.pool.page_size))
+        layout = lora_layout(self.model, self.pool.page_size)
+        if self.adapter_extras:
+            layout = replace(layout, num_layers=self.model.num_layers, vocab_size=self.model.vocab_size)
+        return self.shards.of_layout(layout)
 
     def layout(self, bucket: Bucket) -> BatchLayout:
         """Returns the layout of a bucket's metadata."""
@@ -231,12 +262,12 @@ class StepSpec:
 
 def lora_work(
     spec: StepSpec, layout: BatchLayout, table: AdapterTable, tiles: LoraTiles, with_lora: Lora
-) -> LoraProduct | None:
+) -> LoraStep | None:
     """Locates the adapter weights of a step, once for all layers. Returns None in a program without LoRA."""
     if not with_lora:
         return None
     with jax.named_scope("lora_prepare"):
-        return LoraProduct(
+        product = LoraProduct(
             spec.lora_layout,
             table,
             tiles,
@@ -249,6 +280,16 @@ def lora_work(
             interpret=spec.interpret,
             padding=with_lora if isinstance(with_lora, Padding) else None,
         )
+        rows = vectors.prepare(spec.lora_layout, table, tiles) if with_lora == "extras" else None
+        return LoraStep(product, rows)
+
+
+def end_work(spec: StepSpec, table: AdapterTable, batch: StepBatch, with_lora: Lora) -> ends.EndRows | None:
+    """Locates the adapters' changes of embedding and head. Returns None in a program without extras."""
+    if with_lora != "extras":
+        return None
+    length = batch.attention.length
+    return ends.prepare(spec.lora_layout, table, batch.lora, batch.last_row, length, spec.max_rank)
 
 
 def make_step(spec: StepSpec, layout: BatchLayout, with_lora: Lora) -> Any:
@@ -263,9 +304,10 @@ def make_step(spec: StepSpec, layout: BatchLayout, with_lora: Lora) -> Any:
     ) -> tuple[Pool, SequenceState, StepOutput]:
         batch, state = unpack(metadata, state, layout)
         model = nnx.merge(spec.graphdef, params)
-        context = PagedContext(pool, batch, lora_work(spec, layout, table, batch.lora, with_lora), spec, layout)
+        lora, end_rows = lora_work(spec, layout, table, batch.lora, with_lora), end_work(spec, table, batch, with_lora)
+        context = PagedContext(pool, batch, lora, spec, layout, end_rows)
         hidden = model(batch.token, batch.position, context)  # [T, d]
-        logits = model.logits(hidden[batch.last_row])  # [S, vocab]
+        logits = model.logits(hidden[batch.last_row], context)  # [S, vocab]
         token = greedy_token(spec, logits)
         state = SequenceState(page_table=state.page_table, last_token=state.last_token.at[batch.slot].set(token))
         return tuple(context.pool), state, StepOutput(token, logits)
@@ -293,7 +335,7 @@ def greedy_token(spec: StepSpec, logits: jax.Array) -> jax.Array:
 def step_name(bucket: Bucket, with_lora: Lora) -> str:
     """Name of `make_step`'s program."""
     padding = f"_{with_lora.segments}x{with_lora.rows}" if isinstance(with_lora, Padding) else ""
-    return bucket.name + ("_lora" if with_lora else "") + padding
+    return bucket.name + ("_lora" if with_lora else "") + ("_extras" if with_lora == "extras" else "") + padding
 
 
 def step_shapes(spec: StepSpec, layout: BatchLayout) -> tuple[Any, ...]:

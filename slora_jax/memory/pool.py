@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.lora import AdapterTable
+from pallas_kernels.lora.layout import RANKS
 from pallas_kernels.pool_write import write_pages
 
 Pool = tuple[jax.Array, ...]
@@ -50,7 +51,7 @@ class PoolShape:
     def table_struct(self) -> AdapterTable:
         return AdapterTable(
             pages=jax.ShapeDtypeStruct((self.adapter_slots, self.max_adapter_pages), jnp.int32),  # type: ignore[arg-type]
-            ranks=jax.ShapeDtypeStruct((self.adapter_slots, 7), jnp.int32),  # type: ignore[arg-type]
+            ranks=jax.ShapeDtypeStruct((self.adapter_slots, RANKS), jnp.int32),  # type: ignore[arg-type]
         )
 
     def make_pool(self, sharding: jax.sharding.Sharding | None = None) -> Pool:
@@ -89,7 +90,7 @@ def upload_layer(layer: jax.Array, page: jax.Array, contents: jax.Array, number:
 
 @partial(jax.jit, donate_argnums=0)
 def set_table_row(table: AdapterTable, slot: jax.Array, pages: jax.Array, ranks: jax.Array) -> AdapterTable:
-    """Sets row `slot` of the table: `pages` int32 `[max_adapter_pages]`, `ranks` int32 `[7]`. The table is donated."""
+    """Sets row `slot` of the table: `pages` int32 `[max_adapter_pages]`, `ranks` int32 `[10]`. The table is donated."""
     return AdapterTable(pages=table.pages.at[slot].set(pages), ranks=table.ranks.at[slot].set(ranks))
 
 
@@ -125,10 +126,11 @@ def pieces(first: int, count: int) -> Iterator[slice]:
 
 
 def describe(table: AdapterTable, slot: int, pages: np.ndarray, ranks: np.ndarray) -> AdapterTable:
-    """Sets row `slot` of the table to an adapter with `pages` int32 `[n]` and `ranks` `[7]`. The table is donated."""
-    row = np.zeros(table.pages.shape[1], np.int32)
-    row[: pages.size] = pages
-    return set_table_row(table, np.int32(slot), row, np.asarray(ranks, np.int32))
+    """Sets row `slot` of the table to an adapter with `pages` int32 `[n]` and `ranks` `[7]` or `[10]`. The table is
+    donated."""
+    row, wide = np.zeros(table.pages.shape[1], np.int32), np.zeros(table.ranks.shape[1], np.int32)
+    row[: pages.size], wide[: len(ranks)] = pages, ranks
+    return set_table_row(table, np.int32(slot), row, wide)
 
 
 def upload_adapter(
@@ -148,7 +150,7 @@ def upload_adapter(
     Args:
       slot: row of the table.
       pages: page ids, int32 `[n]`.
-      ranks: rank of each projection, `[7]`.
+      ranks: rank of each projection, `[7]`, or `[10]` (`pallas_kernels.lora.layout`).
       contents: `[num_layers, n, 2, page_size, W]`, pool dtype.
       sharding, first_column: as in `put_pages`.
     """

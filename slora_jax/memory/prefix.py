@@ -1,4 +1,8 @@
-"""The prefix cache: full KV pages keyed by adapter and tokens, shared by requests with a common prefix."""
+"""The prefix cache: full KV pages keyed by adapter and tokens, shared by requests with a common prefix.
+
+The KV before the first token that an activated LoRA acts on is the base model's. Its pages are in the base model's
+tree, and the adapter's own pages branch off there.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ class PrefixNode(Evictable):
     """One page of a prefix tree: the KV of the tokens in `block`, which follow the blocks of its ancestors.
 
     Attributes:
-      block: `page_size` int32 token ids, as bytes.
+      block: `page_size` int32 token ids, as bytes; of a page in another model's tree, with a key before them.
       page: page id.
       users: running requests that hold this node or a descendant.
       depth: number of pages from the first token through this one; 0 for a root, which has no page.
@@ -51,6 +55,8 @@ class PrefixCache:
     collide. Tokens are passed as the bytes of int32 ids (`Request.token_bytes`). A request holds the deepest node of
     its path. Pages that no request holds stay in the pool as idle content until the evictor needs them, leaves first.
 
+    Arguments `start` are the position of the first token that the adapter acts on.
+
     Attributes:
       page_size: tokens per page.
       in_use: `[num_pages]`, 1 for each prefix page that a running request holds.
@@ -61,17 +67,18 @@ class PrefixCache:
         self.page_size = page_size
         self._block_bytes = page_size * np.dtype(np.int32).itemsize
         self._roots: dict[str | None, PrefixNode] = {}
+        self._branches: dict[str, dict[PrefixNode, None]] = {}  # pages of an adapter in the base model's tree
         self.in_use = bytearray(evictor.allocator.num_pages)
         evictor.register(PageKind.PREFIX, self._evict)
 
-    def match(self, digest: str | None, tokens: bytes, most: int) -> PrefixNode | None:
+    def match(self, digest: str | None, tokens: bytes, most: int, start: int = 0) -> PrefixNode | None:
         """Returns the deepest node that matches a prefix of `tokens`, at most `most` pages deep; None if none does."""
-        node = self._roots.get(digest)
+        node = self._roots.get(None if start else digest)
         if node is None:
             return None
         size = self._block_bytes
         for at in range(0, min(most * size, len(tokens) - size + 1), size):
-            child = node.children.get(tokens[at : at + size])
+            child = node.children.get(self._key(digest, start, tokens[at : at + size], node.depth))
             if child is None:
                 break
             node = child
@@ -100,7 +107,7 @@ class PrefixCache:
         return pages
 
     def extend(
-        self, node: PrefixNode | None, digest: str | None, tokens: bytes, pages: Sequence[int]
+        self, node: PrefixNode | None, digest: str | None, tokens: bytes, pages: Sequence[int], start: int = 0
     ) -> PrefixNode | None:
         """Registers KV pages of a running request below `node`, and returns the deepest node that it now holds.
 
@@ -114,14 +121,19 @@ class PrefixCache:
         """
         if not pages:
             return node
-        first = parent = node or self._roots.setdefault(digest, PrefixNode(None, digest, b"", DUMMY_PAGE))
+        root = None if start else digest
+        first = parent = node or self._roots.setdefault(root, PrefixNode(None, root, b"", DUMMY_PAGE))
         size = self._block_bytes
         at = first.depth * size
         for page in pages:
-            block = tokens[at : at + size]
+            block = self._key(digest, start, tokens[at : at + size], parent.depth)
             if block in parent.children:
                 break
-            child = PrefixNode(parent, digest, block, page)
+            is_branch = len(block) > size
+            child = PrefixNode(parent, digest if is_branch else root, block, page)
+            if is_branch:
+                assert digest is not None
+                self._branches.setdefault(digest, {})[child] = None
             self.in_use[page] = 1
             parent.children[block] = child
             parent = child
@@ -148,7 +160,8 @@ class PrefixCache:
 
     def drop(self, digest: str | None) -> None:
         """Evicts all idle pages of one adapter, after it is unloaded."""
-        for node in reversed(self._nodes(digest)):
+        branches = [] if digest is None else sorted(self._branches.get(digest, {}), key=lambda node: node.depth)
+        for node in reversed(self._nodes(digest) + branches):
             if node.idle:
                 self.evictor.evict(node)
 
@@ -182,8 +195,14 @@ class PrefixCache:
         if idle != self.evictor.pages(PageKind.PREFIX):
             raise PoolError(f"{idle} prefix pages are idle; the evictor counts {self.evictor.pages(PageKind.PREFIX)}")
 
+    def _key(self, digest: str | None, start: int, block: bytes, depth: int) -> bytes:
+        """The key of the page after `depth` pages: its tokens, and what distinguishes it from the tree's own pages."""
+        if not start or depth < start // self.page_size:
+            return block
+        return f"{digest} from {start} ".encode() + block
+
     def _nodes(self, digest: str | None) -> list[PrefixNode]:
-        """All nodes of one digest, parents before children."""
+        """All nodes of one digest's tree, parents before children."""
         root = self._roots.get(digest)
         nodes = [] if root is None else list(root.children.values())
         for node in nodes:  # the list grows during the loop
@@ -196,6 +215,12 @@ class PrefixCache:
         del parent.children[node.block]
         self.evictor.allocator.free_page(node.page)
         self.evictor.counters.prefix_evictions += 1
+        if len(node.block) > self._block_bytes:
+            assert node.digest is not None
+            branches = self._branches[node.digest]
+            del branches[node]
+            if not branches:
+                del self._branches[node.digest]
         if not parent.children:
             if not parent.depth:
                 del self._roots[parent.digest]

@@ -50,6 +50,13 @@ class StepContext(Protocol):
         """The sum over all shards of `y [T, d]`, the output of "o" or "down" with its adapters; on one device, y."""
 
 
+class HeadContext(Protocol):
+    """The step's operation after the head."""
+
+    def head(self, hidden: jax.Array, logits: jax.Array) -> jax.Array:
+        """Returns `logits` float32 `[..., vocab]` of `hidden` plus the adapters' changes of the head."""
+
+
 def model_dtype(dtype: Any) -> np.dtype:
     """The NumPy dtype of "float32" or "bfloat16" (name or dtype); others raise `UnsupportedModelError`."""
     try:
@@ -192,17 +199,18 @@ class Decoder(nnx.Module):
         with jax.named_scope("norm"):
             return self.norm(x)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Maps `hidden` `[..., d]` to float32 logits `[..., vocab]`."""
+    def logits(self, hidden: jax.Array, context: HeadContext | None = None) -> jax.Array:
+        """Maps `hidden` `[..., d]` to float32 logits `[..., vocab]`, with what adapters change of the head."""
         with jax.named_scope("logits"):
             if self.lm_head is None:
                 kernel, contracted = self.embed.embedding[...], 1  # [vocab, d]
             else:
                 kernel, contracted = self.lm_head.kernel[...], 0  # [d, vocab]
-            return jax.lax.dot_general(
+            logits = jax.lax.dot_general(
                 hidden,
                 kernel,
                 (((hidden.ndim - 1,), (contracted,)), ((), ())),
                 precision=_precision(hidden.dtype),
                 preferred_element_type=jnp.float32,
             )
+            return logits if context is None else context.head(hidden, logits)

@@ -24,6 +24,11 @@ class ScheduledSequence:
     count: int
     samples: bool
 
+    @property
+    def adapter_slot(self) -> int:
+        """Row of the adapter table that the tokens use; -1 for none."""
+        return -1 if self.start < self.request.adapter_start else self.request.adapter_slot
+
 
 @dataclass
 class StepPlan:

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from pallas_kernels.lora.layout import VECTORS
 from slora_jax.memory import PrefixNode
 from slora_jax.metrics import FinishReason
 from slora_jax.scheduling.sampling_params import SamplingParams
@@ -25,18 +26,24 @@ class Status(StrEnum):
 class AdapterUse:
     """The adapter of a request, fixed on arrival: reloading the name later does not affect the request.
 
-    `digest` is that of its content, `ranks` has the rank of each projection, `num_pages` the pages that it needs.
+    `digest` is that of its content, `ranks` has the rank of each projection and, of an adapter that is more than plain
+    LoRA, the extras (`pallas_kernels.lora.layout`); `num_pages` are the pages that it needs.
     """
 
     name: str
     digest: str
-    ranks: np.ndarray  # int32 [7]
+    ranks: np.ndarray  # int32 [7] or [10]
     num_pages: int
 
     @cached_property
     def rows(self) -> int:
         """Sum of the ranks, proportional to the LoRA work per token."""
-        return int(self.ranks.sum())
+        return int(self.ranks[:VECTORS].sum())
+
+    @cached_property
+    def has_extras(self) -> bool:
+        """Whether steps with this adapter need the program for extras."""
+        return bool(self.ranks[VECTORS:].any())
 
 
 @dataclass
@@ -68,6 +75,8 @@ class Request:
       number: order of arrival.
       prompt: token ids.
       max_new: maximum number of tokens to generate.
+      adapter_start: position of the first token that the adapter acts on; the KV before it is the base model's. A step
+        computes tokens of a request on one side of it only.
       stop_token_ids: tokens that end the request.
       output: token ids that the host has read.
       token_times: time at which the host read each token of `output`, seconds on the engine's clock.
@@ -87,6 +96,7 @@ class Request:
     max_new: int
     adapter: AdapterUse | None
     metrics: RequestMetrics
+    adapter_start: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     output: list[int] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)

@@ -158,8 +158,11 @@ class Scheduler:
             start = request.num_computed
             known = len(request.prompt) + sampled
             end = known if known - start <= budget else start + budget
-            if end - start > 1 and start < request.num_scored:
-                end = self._end_scored(plan, request, start, end)
+            if end - start > 1:
+                if start < request.adapter_start < end:
+                    end = request.adapter_start
+                if start < request.num_scored:
+                    end = self._end_scored(plan, request, start, end)
             if end > len(request.pages) * page_size:
                 needed = -(-end // page_size) - len(request.pages)
                 while taken + needed > available and last > position:
@@ -224,8 +227,10 @@ class Scheduler:
                 started.append(request)
                 self._start(plan, request, prefix, now)
                 count = min(request.num_tokens - request.num_computed, budget)
-                if count > 1 and request.num_computed < request.num_scored:
-                    start = request.num_computed
+                start = request.num_computed
+                if start < request.adapter_start < start + count:
+                    count = request.adapter_start - start
+                if count > 1 and start < request.num_scored:
                     count = self._end_scored(plan, request, start, start + count) - start
                 self._schedule_tokens(plan, request, count, self.pages_for(request.num_tokens) - len(request.pages))
                 self._register(request, plan)
@@ -265,7 +270,7 @@ class Scheduler:
         if self.prefixes is None or request.num_scored:
             return None
         most = (request.num_tokens - 1) // self.config.page_size
-        return self.prefixes.match(request.digest, request.token_bytes(), most)
+        return self.prefixes.match(request.digest, request.token_bytes(), most, request.adapter_start)
 
     def _register(self, request: Request, plan: StepPlan | None = None) -> None:
         """Adds a request's full pages to the prefix cache, as far as the host knows their tokens. `plan` computes them;
@@ -277,7 +282,8 @@ class Scheduler:
         if full <= before:
             return
         pages = request.pages[before:full]
-        request.prefix = self.prefixes.extend(request.prefix, request.digest, request.token_bytes(), pages)
+        tokens, start = request.token_bytes(), request.adapter_start
+        request.prefix = self.prefixes.extend(request.prefix, request.digest, tokens, pages, start)
         if plan is not None and request.prefix is not None and request.prefix.depth > before:
             plan.registered.append((request.prefix, before))
 

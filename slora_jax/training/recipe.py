@@ -14,7 +14,12 @@ from slora_jax.adapters.config import LoraConfig
 from slora_jax.errors import AdapterError, ConfigError
 from slora_jax.typed import Count, Natural, Positive, Range, check_fields, made, refuse_unknown, typed
 
-LORA_FIELDS = tuple(field.name for field in fields(LoraConfig) if field.name != "fan_in_fan_out")
+_UNTRAINED = {"use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"}
+_UNTRAINED |= {"alora_invocation_tokens"}
+
+LORA_FIELDS = tuple(
+    field.name for field in fields(LoraConfig) if field.name != "fan_in_fan_out" and field.name not in _UNTRAINED
+)
 """Fields of `lora`. PEFT's other fields would change the training and are not implemented."""
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)

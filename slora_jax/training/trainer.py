@@ -148,6 +148,8 @@ class Trainer:
             adapter = initial_adapter(adapter, self.geometry, seed)
         elif not isinstance(adapter, LoraAdapter):
             adapter = read_peft(adapter, self.geometry)
+        if extras := adapter.config.extras:
+            raise AdapterError(f"adapter {name!r}: {', '.join(extras)} can be served but not trained; unset it")
         targets = resolve_targets(adapter.config, self.model.num_layers)
         ranks, config = adapter.ranks.max(axis=0), self.config
         if ranks.max() > config.max_lora_rank:

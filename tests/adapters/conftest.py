@@ -5,6 +5,7 @@ import pytest
 from slora_jax.adapters import AdapterStore, BaseGeometry, pack_tiles, random_adapter
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 3, 24, 4, 2, 8, 40
+VOCAB = 32
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +17,7 @@ def geometry():
         kv_width=KV_HEADS * HEAD_DIM,
         intermediate_size=INTERMEDIATE,
         page_size=8,
+        vocab_size=VOCAB,
     )
 
 
@@ -28,7 +30,7 @@ def tiny_llama():
     torch.set_num_threads(1)
 
     config = LlamaConfig(
-        vocab_size=32,
+        vocab_size=VOCAB,
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
         num_hidden_layers=LAYERS,

@@ -208,7 +208,7 @@ CONFIGS = {
     "long duplicate": (b'{"' + b"x" * 400_000 + b'": 0, "' + b"x" * 400_000 + b'": 0}', "occurs twice"),
     "long field": (b'{"peft_type": "LORA", "' + b"x" * 1_000_000 + b'": 1}', "unknown field"),
     "long type": (b'{"peft_type": "' + b"x" * 1_000_000 + b'"}', "peft_type: expected 'LORA'"),
-    "long bias": (b'{"peft_type": "LORA", "bias": "' + b"x" * 1_000_000 + b'"}', "bias: only 'none'"),
+    "long bias": (b'{"peft_type": "LORA", "bias": "' + b"x" * 1_000_000 + b'"}', "bias: must be 'none'"),
 }
 
 
@@ -497,9 +497,11 @@ PREFIX = "base_model.model.model"
 UNEXPECTED = {
     f"{PREFIX}.layers.0.self_attn.q_proj.lora_magnitude_vector": "a DoRA magnitude",
     f"{PREFIX}.layers.0.self_attn.q_proj.lora_magnitude_vector.weight": "a DoRA magnitude",
-    f"{PREFIX}.embed_tokens.lora_embedding_A": "LoRA on an embedding",
-    f"{PREFIX}.embed_tokens.weight": "an embedding",
-    "base_model.model.lm_head.lora_A.weight": "the output head",
+    f"{PREFIX}.embed_tokens.lora_embedding_A": "does not target this module",
+    f"{PREFIX}.embed_tokens.weight": "resized vocabulary",
+    f"{PREFIX}.norm.weight": "a fully trained module",
+    "base_model.model.lm_head.lora_A.weight": "does not target this module",
+    f"{PREFIX}.embed_tokens.token_adapter.trainable_tokens_delta": "does not target this module",
     f"{PREFIX}.layers.0.self_attn.q_proj.lora_B.bias": "a bias",
     f"{PREFIX}.layers.0.self_attn.q_proj.bias": "a bias",
     f"{PREFIX}.layers.0.self_attn.qkv_proj.lora_A.weight": "no known LoRA weight",

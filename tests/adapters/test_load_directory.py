@@ -30,13 +30,13 @@ def test_every_adapter_is_registered_under_its_folders_name(geometry, folder):
 def test_damaged_adapters_are_reported_and_others_registered(geometry, folder):
     (folder / "a0" / "adapter_model.safetensors").write_bytes(b"\xff" * 100)
     config = folder / "a1" / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_qalora": True}))
     (folder / "a2" / "adapter_config.json").unlink()
     (folder / "a3" / "adapter_model.safetensors").rename(folder / "a3" / "adapter_model.bin")
     with AdapterStore(geometry, "float32", 10**9) as store:
         infos, errors = store.load_directory(folder, progress=False)
         assert [info.name for info in infos] == ["a4", "a5"]
-        reasons = ("not a valid safetensors file", "use_dora", "no such file", "unpickling")
+        reasons = ("not a valid safetensors file", "use_qalora", "no such file", "unpickling")
         assert [name for name, _ in errors] == ["a0", "a1", "a2", "a3"]
         for (name, error), reason in zip(errors, reasons, strict=True):
             assert isinstance(error, AdapterError) and reason in str(error) and str(folder / name) in str(error)

@@ -15,7 +15,7 @@ PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_pro
 def test_every_field_of_the_installed_peft_is_classified():
     peft = pytest.importorskip("peft")
     honoured = {field.name for field in dataclasses.fields(LoraConfig)}
-    decided = honoured | HARMLESS | REFUSED.keys() | {"peft_type", "bias", "init_lora_weights"}
+    decided = honoured | HARMLESS | REFUSED.keys() | {"peft_type", "init_lora_weights"}
     assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= decided
     assert not honoured & HARMLESS and not honoured & REFUSED.keys() and not HARMLESS & REFUSED.keys()
 
@@ -49,10 +49,23 @@ def test_harmless_field_changes_nothing(field):
     assert LoraConfig.from_json(PLAIN | {field: {"any": "value"}}) == LoraConfig.from_json(PLAIN)
 
 
-@pytest.mark.parametrize("value", ["all", "lora_only", True])
-def test_bias_is_refused(value):
-    with pytest.raises(AdapterError, match=r"^bias: only 'none'"):
-        LoraConfig.from_json(PLAIN | {"bias": value})
+@pytest.mark.parametrize("fields", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}])
+def test_activated_lora_with_further_extras_is_refused(fields):
+    LoraConfig.from_json(PLAIN | {"alora_invocation_tokens": [1, 2]})
+    with pytest.raises(AdapterError, match=rf"^alora_invocation_tokens: cannot be combined with {next(iter(fields))}"):
+        LoraConfig.from_json(PLAIN | {"alora_invocation_tokens": [1, 2]} | fields)
+
+
+def test_weight_tying_is_refused_where_it_ties_something():
+    for fields in ({"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1]}):
+        with pytest.raises(AdapterError, match=r"^ensure_weight_tying: "):
+            LoraConfig.from_json(PLAIN | fields | {"ensure_weight_tying": True})
+
+
+def test_fields_beyond_plain_lora_are_read():
+    assert LoraConfig.from_json(PLAIN | {"bias": None, "use_dora": None, "lora_bias": False}).extras == ()
+    fields = {"bias": "lora_only", "use_dora": True, "lora_bias": True}
+    assert LoraConfig.from_json(PLAIN | fields).extras == ("use_dora", "lora_bias", "bias")
 
 
 @pytest.mark.parametrize("value", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "new", 1, ["eva"]])
@@ -135,6 +148,11 @@ OUT_OF_RANGE = {
     "alpha_pattern": [{"q_proj": "4"}, {"*": 4}],
     "use_rslora": ["true", 1],
     "fan_in_fan_out": [1],
+    "bias": [True, "some"],
+    "use_dora": [1],
+    "modules_to_save": [["classifier"], ["score", "lm_head"], 3],
+    "trainable_token_indices": ["x", [1, 1], [0.5], {"norm": [1]}, list(range(300))],
+    "alora_invocation_tokens": ["x", [0.5]],
     "target_modules": [3, ["q_proj", 3], {"q_proj": 1}, "q_proj("],
     "exclude_modules": ["[", 1],
     "layers_to_transform": ["0", [0, "1"], True],
@@ -177,6 +195,11 @@ def test_to_json_reads_back_equal():
         layers_to_transform=(0, 2),
         layers_pattern=("layers",),
         fan_in_fan_out=True,
+        use_dora=True,
+        lora_bias=True,
+        bias="all",
+        modules_to_save=("lm_head",),
+        trainable_token_indices={"lm_head": (3, 5)},
         base_model_name_or_path="org/base",
     )
     assert LoraConfig.from_json(json.loads(json.dumps(config.to_json()))) == config

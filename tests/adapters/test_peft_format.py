@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from slora_jax.adapters import LoraConfig, random_adapter, read_peft, write_peft
 from slora_jax.adapters.geometry import module_name
-from slora_jax.adapters.peft_format import weight_name
+from slora_jax.adapters.tensor_names import PREFIX, TensorName, parse
 from slora_jax.errors import AdapterError
 
 torch = pytest.importorskip("torch")
@@ -83,8 +83,10 @@ def test_half_precision_weights_are_read_exactly(peft_with_weights, geometry, tm
 
 
 Q = "self_attn.q_proj.lora_A.weight"
-NAMES = {  # module that holds the layers -> tensor names of layer 12's q_proj, side A
-    "model": [
+Q12 = TensorName("model", 12, "self_attn.q_proj", "lora_A")
+MAGNITUDE = Q12._replace(kind="lora_magnitude_vector")
+NAMES: dict[TensorName | None, list[str]] = {
+    Q12: [
         f"base_model.model.model.layers.12.{Q}",
         "base_model.model.model.layers.12.self_attn.q_proj.lora_A.default.weight",
         f"model.layers.12.{Q}",
@@ -96,25 +98,54 @@ NAMES = {  # module that holds the layers -> tensor names of layer 12's q_proj, 
         f"base_model.model._fsdp_wrapped_module.model.layers.12._fsdp_wrapped_module.{Q}",
         f"base_model.model.model.layers.12._checkpoint_wrapped_module.{Q}",
     ],
-    "model.language_model": [f"base_model.model.model.language_model.layers.12.{Q}"],
-    "language_model.model": [
+    Q12._replace(parent="model.language_model"): [f"base_model.model.model.language_model.layers.12.{Q}"],
+    Q12._replace(parent="language_model.model"): [
         f"base_model.model.language_model.model.layers.12.{Q}",
         f"language_model.model.layers.12.{Q}",
+    ],
+    Q12._replace(module="self_attn.qkv_proj"): [f"base_model.model.model.layers.12.{Q.replace('q_p', 'qkv_p')}"],
+    TensorName("transformer.encoder", 12, "self_attention.query_key_value", "lora_A"): [
+        "base_model.model.transformer.encoder.layers.12.self_attention.query_key_value.lora_A.weight"
+    ],
+    MAGNITUDE: [
+        f"base_model.model.model.layers.12.self_attn.q_proj.lora_magnitude_vector{end}"
+        for end in ("", ".weight", ".default", ".default.weight")
+    ],
+    Q12._replace(kind="lora_B.bias"): [
+        f"base_model.model.model.layers.12.self_attn.q_proj.lora_B{adapter}.bias" for adapter in ("", ".default")
+    ],
+    Q12._replace(kind="bias"): [
+        f"base_model.model.model.layers.12.self_attn.q_proj{part}.bias" for part in ("", ".base_layer")
+    ],
+    TensorName("model", None, "embed_tokens", "lora_embedding_A"): [
+        f"base_model.model.model.embed_tokens.lora_embedding_A{end}" for end in ("", ".default")
+    ],
+    TensorName("model", None, "embed_tokens", "trainable_tokens_delta"): [
+        f"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta{end}" for end in ("", ".default")
+    ],
+    TensorName("model", None, "embed_tokens", "weight"): [
+        f"base_model.model.model.embed_tokens{part}.weight" for part in ("", ".base_layer", ".modules_to_save.default")
+    ],
+    TensorName("model", None, "lm_head", "lora_A"): ["base_model.model.lm_head.lora_A.weight"],
+    TensorName("model", None, "lm_head", "weight"): [
+        f"{prefix}lm_head{part}.weight" for prefix in ("", PREFIX) for part in ("", ".modules_to_save")
     ],
     None: [
         f"base_model.model.model.vision_tower.encoder.layers.12.{Q}",
         "lora_te_text_model_encoder_layers_12_self_attn_q_proj.lora_down.weight",
-        "base_model.model.model.layers.12.self_attn.qkv_proj.lora_A.weight",
         f"base_model.model.model.layers.012.{Q}",
         f"base_model.model.transformer.layers.12.{Q}",
-        "base_model.model.model.embed_tokens.lora_embedding_A",
+        "base_model.model.model.layers.12.mlp.experts.3.down_proj.lora_A.weight",
+        "base_model.model.model.layers.12.mlp.experts.base_layer.lora_A.weight",
     ],
 }
 
 
-@pytest.mark.parametrize(("parent", "name"), [(parent, name) for parent, names in NAMES.items() for name in names])
-def test_tensor_names_of_wrapped_models_are_read(parent, name):
-    assert weight_name(name) == (None if parent is None else (parent, (12, "q"), "A"))
+@pytest.mark.parametrize(("parsed", "name"), [(parsed, name) for parsed, names in NAMES.items() for name in names])
+def test_every_spelling_of_a_tensor_name_has_one_normal_form(parsed, name):
+    assert parse(name) == parsed
+    if parsed is not None:
+        assert parse(str(parsed)) == parsed
 
 
 def rename(directory, change):
@@ -129,6 +160,59 @@ def test_adapter_of_a_wrapped_model_is_the_same_adapter(geometry, tmp_path):
         rename(tmp_path, lambda name, to=prefix: name.replace("base_model.model.model.layers", f"{to}.layers"))
         rename(tmp_path, lambda name: name.removeprefix("layers."))
         assert read_peft(tmp_path, geometry).digest == adapter.digest
+
+
+@pytest.mark.parametrize(
+    ("parent", "qkv", "gate_up", "renamed"),
+    [
+        ("model", "self_attn.qkv_proj", "mlp.gate_up_proj", {}),
+        (
+            "transformer.encoder",
+            "self_attention.query_key_value",
+            "mlp.dense_h_to_4h",
+            {"self_attn.o_proj": "self_attention.dense", "mlp.down_proj": "mlp.dense_4h_to_h"},
+        ),
+    ],
+)
+def test_fused_module_is_read_as_plain_lora_of_its_projections(geometry, tmp_path, parent, qkv, gate_up, renamed):
+    rng, d, kv, ffn, tensors, fused = np.random.default_rng(0), geometry.hidden_size, 16, 40, {}, {}
+    modules = {qkv: (d, 32 + 2 * kv), gate_up: (d, 2 * ffn)}
+    modules |= {renamed.get(m, m): dims for m, dims in (("self_attn.o_proj", (32, d)), ("mlp.down_proj", (ffn, d)))}
+    for layer in range(3):
+        for module, (d_in, d_out) in modules.items():
+            a, b = rng.standard_normal((5, d_in), np.float32), rng.standard_normal((d_out, 5), np.float32)
+            name = f"base_model.model.{parent}.layers.{layer}.{module}"
+            tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+            fused[layer, module] = 3 * b @ a
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 5, "lora_alpha": 15, "target_modules": [m.split(".")[1] for m in modules]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    adapter = read_peft(tmp_path, geometry)
+    assert len(adapter.a) == 21
+
+    def delta(layer, *projections):
+        own = [adapter.scales[layer, p] * adapter.b[layer, p] @ adapter.a[layer, p] for p in projections]
+        return np.concatenate(own)
+
+    for (layer, module), expected in fused.items():
+        projections = {qkv: "qkv", gate_up: ("gate", "up")}.get(module, ("down",) if d == expected.shape[0] else ())
+        if module.endswith(("o_proj", ".dense")):
+            projections = "o"
+        np.testing.assert_allclose(delta(layer, *projections), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_adapter_whose_targets_match_nothing_is_refused_with_the_nearest_names(geometry, tmp_path):
+    write_peft(tmp_path, random_adapter(geometry, 4))
+    path = tmp_path / "adapter_config.json"
+    config = path.read_text()
+    path.write_text(json.dumps(json.loads(config) | {"target_modules": ["qproj", "w1"]}))
+    with pytest.raises(AdapterError, match=r"matches no projection of the 3 layers; nearest names: q_proj"):
+        read_peft(tmp_path, geometry)
+    path.write_text(config)
+    rename(tmp_path, lambda name: name.replace("q_proj.lora_A", "q_prj.lora_A"))
+    nearest = r"nearest known names: 'base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight'"
+    with pytest.raises(AdapterError, match=rf"unexpected tensor '.*q_prj.lora_A.weight' \(and 2 more: .*{nearest}"):
+        read_peft(tmp_path, geometry)
 
 
 def test_patterns_of_a_multimodal_models_adapter_match_its_own_names(geometry, tmp_path):

@@ -56,8 +56,10 @@ LLAMA_8B = _spec(hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, dty
 @pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=lambda b: b.name)
 def test_cpu_step_updates_the_pool_in_place(bucket):
     one_layer = replace(SMALL.pool, num_layers=1)
-    plain, with_lora = (LayeredStep(SMALL, SMALL.layout(bucket), lora).parts for lora in (False, True))
-    for part in [*with_lora, *(part for part in plain if part.name.endswith("_layer"))]:
+    layout = SMALL.layout(bucket)
+    plain, with_lora = (LayeredStep(SMALL, layout, lora).parts for lora in (False, True))
+    extras = LayeredStep(replace(SMALL, adapter_extras=True), layout, "extras").parts
+    for part in [*with_lora, *(part for part in [*plain, *extras] if part.name.endswith("_layer"))]:
         use = pool_use(part.function.lower(*part.shapes()).compile(), one_layer)
         assert use.copies == ()
         assert use.temp_bytes < use.pool_bytes
@@ -65,14 +67,17 @@ def test_cpu_step_updates_the_pool_in_place(bucket):
             assert use.aliased_bytes >= use.pool_bytes
 
 
-@pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=lambda b: b.name)
-def test_h200_step_updates_the_pool_in_place(bucket):
+@pytest.mark.parametrize(
+    ("bucket", "lora"), [(DECODE, True), (MIXED, True), (MIXED, "extras")], ids=["decode", "mixed", "mixed_extras"]
+)
+def test_h200_step_updates_the_pool_in_place(bucket, lora):
     layout = LLAMA_8B.layout(bucket)
     here = NamedSharding(deviceless_mesh(TARGETS["h200"]), PartitionSpec())
     shapes = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), step_shapes(LLAMA_8B, layout)
     )
-    compiled = make_step(LLAMA_8B, layout, with_lora=True).trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
+    spec = replace(LLAMA_8B, adapter_extras=lora == "extras")
+    compiled = make_step(spec, layout, lora).trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
     use = pool_use(compiled, LLAMA_8B.pool)
     assert use.aliased_bytes >= use.pool_bytes
     assert use.copies == ()
@@ -91,9 +96,9 @@ def test_upload_updates_the_pool_in_place():
         use = pool_use(compiled, part)
         assert use.aliased_bytes == use.pool_bytes
         assert use.copies == ()
-    row = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((), (shape.max_adapter_pages,), (7,))]
+    row = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((), (shape.max_adapter_pages,), (10,))]
     table = set_table_row.lower(shape.table_struct(), *row).compile().memory_analysis()
-    assert table.alias_size_in_bytes >= 4 * shape.adapter_slots * (shape.max_adapter_pages + 7)
+    assert table.alias_size_in_bytes >= 4 * shape.adapter_slots * (shape.max_adapter_pages + 10)
 
 
 def test_check_detects_a_copied_pool():

@@ -222,3 +222,31 @@ def test_check_finds_a_missing_user(cache):
     cache.check([node])
     with pytest.raises(PoolError, match="0 requests hold it, its users=1"):
         cache.check([])
+
+
+def test_adapter_that_acts_later_branches_off_the_base_models_pages(cache):
+    tokens, allocate = as_bytes([1, 2, 3, 4, 5, 6]), cache.evictor.allocator.allocate
+
+    def add(digest, start):
+        node = cache.match(digest, tokens, 3, start)
+        depth = 0 if node is None else node.depth
+        if node is not None:
+            cache.acquire(node)
+        pages = allocate(3 - depth, PageKind.KV).tolist()
+        node = cache.extend(node, digest, tokens, pages, start)
+        cache.release(node)
+        return depth
+
+    assert add("a", start=3) == 0
+    assert add("b", start=3) == add(None, start=0) == 1  # the page before the one of token 3
+    assert add("a", start=2) == 1  # begins elsewhere in the same page
+    assert [cache.match(d, tokens, 3, s).depth for d, s in (("a", 3), ("a", 2), ("b", 3), (None, 0))] == [3] * 4
+    assert add("a", start=0) == 0  # acts on every token
+    cache.check([])
+    cache.drop("a")
+    assert cache.match("a", tokens, 3) is None
+    assert [cache.match(d, tokens, 3, s).depth for d, s in (("a", 3), ("a", 2), ("b", 3), (None, 0))] == [1, 1, 3, 3]
+    cache.drop("b")
+    cache.drop(None)
+    assert cache.evictor.allocator.num_free == cache.evictor.allocator.capacity
+    assert not cache._branches and not cache._roots

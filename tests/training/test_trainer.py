@@ -222,6 +222,14 @@ def test_memory_follows_the_true_ranks(trainer) -> None:
     assert used == trainer.pages_of(CONFIGS["rank-1"]) + trainer.pages_of(CONFIGS["rank-40-mlp"])
 
 
+@pytest.mark.parametrize("fields", [{"use_dora": True}, {"bias": "all"}, {"alora_invocation_tokens": (1, 2)}])
+def test_adapter_beyond_plain_lora_is_refused_by_name(trainer, fields) -> None:
+    with pytest.raises(AdapterError, match=f"{next(iter(fields))} can be served but not trained"):
+        trainer.add("x", LoraConfig(target_modules=("q_proj",), **fields))
+    with pytest.raises(AdapterError, match="matches 'lm_head'"):
+        trainer.add("x", LoraConfig(target_modules=("lm_head",)))
+
+
 def test_wrong_use_is_an_error_that_names_it(trainer, tiny) -> None:
     add(trainer, "q-only")
     one = examples(np.random.default_rng(0), (8,), tiny.config.vocab_size)
