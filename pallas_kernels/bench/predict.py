@@ -7,7 +7,7 @@ computed from a case's facts; nothing is compiled or run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from typing import Any
@@ -20,7 +20,8 @@ from pallas_kernels.bench.size import Size
 from pallas_kernels.devices import compiling_for
 from pallas_kernels.lora import lora_tile_rows
 from pallas_kernels.lora.layout import LoraLayout, Stack, ceil_div
-from pallas_kernels.lora.roofline import expand_work, shrink_work
+from pallas_kernels.lora.plan import gradient_plan, shrink_plan
+from pallas_kernels.lora.roofline import INTERMEDIATE_BYTES, backward_work, expand_work, shrink_work
 from pallas_kernels.paged_attention import bench as attention_bench
 from pallas_kernels.paged_attention.plan import AttentionShape
 from pallas_kernels.paged_attention.roofline import attention_call
@@ -195,6 +196,32 @@ def lora_call(
     kilobytes = programs * layout.page_size * layout.width * ITEMSIZE / 1024
     programs *= ceil_div(layout.width, PROGRAM_COLUMNS)
     return Call((WORKS[op](ranks, counts, stack, ITEMSIZE),), cost, programs, kilobytes)
+
+
+def backward_calls(
+    layout: LoraLayout, stack: Stack, ranks: np.ndarray, counts: np.ndarray, max_rank: int
+) -> dict[str, Call]:
+    """Returns the calls of the backward pass of one stack by kernel; "sums" adds up the planes of `x A` and of g.
+
+    Args:
+      ranks, counts: as in `lora_call`.
+      max_rank: bound of any projection's rank, which sizes the planes.
+    """
+    works, cost = backward_work(ranks, counts, stack, ITEMSIZE), kernel_cost("lora_gradient", "training")
+    facts = {"width": layout.width, "page_size": layout.page_size}
+    b = gradient_plan(rank=max_rank, **facts)
+    a = gradient_plan(rank=len(stack.projections) * max_rank, **facts)
+    rows, adapters = int(counts.sum()), int((counts > 0).sum())
+    shrink = shrink_plan(decode=False, rows=rows, d_in=stack.d_in, width=layout.width)
+    planes = ceil_div(stack.d_outs[0], b.block_n) + shrink.splits(stack.d_in) + 2
+    sums = Work(planes * rows * len(stack.projections) * ceil_div(max_rank, 32) * 32 * INTERMEDIATE_BYTES)
+    of_b, of_a = (replace(cost, warps=plan.warps, per_sm=plan.programs) for plan in (b, a))
+    return {
+        "gradient_b": Call((works["gradient_b"],), of_b, adapters * sum(ceil_div(d, b.block_n) for d in stack.d_outs)),
+        "gradient_a": Call((works["gradient_a"],), of_a, adapters * ceil_div(stack.d_in, a.block_n)),
+        "dx": Call((works["dx"],), kernel_cost("lora_expand", "prefill")),
+        "sums": Call((sums,), KernelCost(launches=2, launch_seconds=BASE_LAUNCH_SECONDS)),
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:

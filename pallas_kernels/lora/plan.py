@@ -50,6 +50,23 @@ class ExpandPlan:
     programs: int
 
 
+@dataclass(frozen=True)
+class GradientPlan:
+    """Block shapes of the gradients of A and B.
+
+    Attributes:
+      block_r: ranks of a product.
+      block_n: columns per item.
+      warps, stages, programs: as in ShrinkPlan.
+    """
+
+    block_r: int
+    block_n: int
+    warps: int
+    stages: int
+    programs: int
+
+
 def shrink_plan(**facts: Any) -> ShrinkPlan:
     """facts: decode, rows, d_in, width."""
     plan = ShrinkPlan(**plans.find("lora", "lora_shrink", **facts))
@@ -63,6 +80,13 @@ def expand_plan(**facts: Any) -> ExpandPlan:
     plan = ExpandPlan(**plans.find("lora", "lora_expand", **facts))
     block_n = max(MIN_BLOCK, plan.block_n * MIN_BLOCK // max(MIN_BLOCK, facts["page_size"]))
     return replace(plan, block_n=_block(block_n, facts["width"]))
+
+
+def gradient_plan(**facts: Any) -> GradientPlan:
+    """facts: rank, width, page_size. rank: bound of the ranks of a stack's A, or of a projection's B."""
+    rank = max(facts["rank"], facts["page_size"])
+    plan = GradientPlan(**plans.find("lora", "lora_gradient", **facts | {"rank": rank}))
+    return replace(plan, block_n=_block(plan.block_n, facts["width"]))
 
 
 def tile_rows(**facts: Any) -> int:

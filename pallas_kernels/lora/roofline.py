@@ -49,6 +49,27 @@ def layer_work(ranks: np.ndarray, rows: np.ndarray, layout: LoraLayout, itemsize
     )
 
 
+def backward_work(ranks: np.ndarray, rows: np.ndarray, stack: Stack, itemsize: int) -> dict[str, Work]:
+    """The backward pass of a stack, by kernel; arguments as in `shrink_work`. Gradients of weights are float32 and are
+    added to what their array holds.
+
+    Returns:
+      "gradient_b": dy, B and `x A` once, `g = dy B^T` written. "gradient_a": x and g once. "dx": A and g once, and dx
+      read and written.
+    """
+    rank, rows = _live(ranks, rows, stack)
+    widths, hidden, used = np.array(stack.d_outs), rows[:, None] * rank, rows > 0
+    elements, into_x = int(hidden.sum()), 2 * int(hidden.sum()) * stack.d_in
+    a, b = int(rank[used].sum()) * stack.d_in, int((rank[used] * widths).sum())
+    x, dy = int(rows[rank.sum(1) > 0].sum()) * stack.d_in, int((rows[:, None] * (rank > 0) * widths).sum())
+    of_b = itemsize * (dy + b + elements) + INTERMEDIATE_BYTES * (elements + 2 * b)
+    return {
+        "gradient_b": Work(of_b, 4 * int((hidden * widths).sum())),
+        "gradient_a": Work(itemsize * (x + elements) + INTERMEDIATE_BYTES * 2 * a, into_x),
+        "dx": Work(itemsize * (a + 2 * x) + INTERMEDIATE_BYTES * elements, into_x),
+    }
+
+
 def _live(ranks: np.ndarray, rows: np.ndarray, stack: Stack) -> tuple[np.ndarray, np.ndarray]:
     """Ranks of the stack's projections `[n, projections]` and rows `[n]`, as integers that do not overflow."""
     return np.asarray(ranks, np.int64)[:, list(stack.rank_index)], np.asarray(rows, np.int64)

@@ -7,16 +7,36 @@ its rows: the result does not depend on the other adapters of the step.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+import math
+from functools import cache, partial
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels import plans
 from pallas_kernels.lora import xla
+from pallas_kernels.lora.api import LoraOptions, backend, kernel_work, lora_expand, lora_shrink
 from pallas_kernels.lora.layout import LoraLayout, Stack
+from pallas_kernels.lora.plan import gradient_plan
 from pallas_kernels.lora.tiles import AdapterTable, LoraTiles
+from pallas_kernels.lora.work import GradientWork, gradient_work
+
+Implementation = Literal["xla", "triton"]
+
+HIDDEN = "hidden"
+"""Name of `x A`, which the kernels' backward pass needs, for `jax.checkpoint_policies`."""
+
+
+def training_tile_rows(
+    layout: LoraLayout, dtype: Any, length: int, implementation: Implementation | None = None
+) -> int:
+    """Returns the tile height for `TrainedLora` with the same arguments; it divides `length`, a multiple of 16."""
+    name = _backend(layout, dtype, implementation)
+    most = plans.find("lora", "training_tile", backend=name)["rows"]
+    return length if name == "xla" and length <= most else math.gcd(most, length)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -25,27 +45,46 @@ class TrainedLora:
 
     Args:
       table: the adapters' pages in the training pool.
-      tiles: row tiles of exactly `tile_rows` rows each, none of which overlap; only `slot`, `first_row`, `rows` and
-        `num_tiles` are read.
-      tile_rows: height of the tiles (static).
+      tiles: row tiles of exactly `tile_rows` rows each, none of which overlap; those of one adapter follow one another.
+        Only `slot`, `first_row`, `rows` and `num_tiles` are read.
+      dtype: of the pool, the rows and the outputs.
+      tile_rows: height of the tiles, `training_tile_rows` (static).
       max_rank: bound of any projection's rank (static).
+      implementation, interpret: as in `LoraProduct`, without "bmm".
+
+    Raises:
+      NotImplementedError: as `LoraProduct`.
     """
 
     def __init__(
-        self, layout: LoraLayout, table: AdapterTable, tiles: LoraTiles, *, tile_rows: int, max_rank: int
+        self,
+        layout: LoraLayout,
+        table: AdapterTable,
+        tiles: LoraTiles,
+        *,
+        dtype: Any,
+        tile_rows: int,
+        max_rank: int,
+        implementation: Implementation | None = None,
+        interpret: bool = False,
     ) -> None:
-        self._layout, self._tile_rows = layout, tile_rows
-        self._tiles = tiles
-        self._rows = xla.prepare(layout, table.pages, table.ranks, tiles.slot, tiles.num_tiles, max_rank)
+        name = _backend(layout, dtype, implementation)
+        self._layout, self._options = layout, LoraOptions(False, tile_rows, max_rank, name, interpret)
+        self._work: tuple[tuple[xla.StackRows, ...], LoraTiles] | GradientWork
+        if name == "xla":
+            self._work = xla.prepare(layout, table.pages, table.ranks, tiles.slot, tiles.num_tiles, max_rank), tiles
+        else:
+            forward = kernel_work(layout, table.ranks, tiles, self._options)
+            self._work = gradient_work(layout, table.pages, tiles, forward)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        return (self._tiles, self._rows), (self._layout, self._tile_rows)
+        return (self._work,), (self._layout, self._options)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], arrays: tuple[Any, ...]) -> TrainedLora:
         product = object.__new__(cls)
-        product._tiles, product._rows = arrays
-        product._layout, product._tile_rows = static
+        (product._work,) = arrays
+        product._layout, product._options = static
         return product
 
     def __call__(
@@ -64,40 +103,91 @@ class TrainedLora:
         Returns:
           `[T, stack.d_out]` in y's dtype, and the ledger.
         """
-        number = self._layout.stacks.index(stack)
-        return _product(
-            stack, self._layout, self._tile_rows, x, y, pool, ledger, self._rows[number], self._tiles
-        )  # fmt: skip
+        return _product(stack, self._layout, self._options, x, y, pool, ledger, self._work)
+
+
+def _backend(layout: LoraLayout, dtype: Any, implementation: Implementation | None) -> str:
+    """The name of the implementation that `TrainedLora` runs."""
+    if implementation not in (None, *get_args(Implementation)):
+        available = ", ".join(map(repr, get_args(Implementation)))
+        raise NotImplementedError(f"TrainedLora: no implementation named {implementation!r}; available: {available}")
+    return backend(layout, dtype, implementation=implementation)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _product(
+def _product(stack: Stack, layout: LoraLayout, options: LoraOptions, *args: Any) -> tuple[jax.Array, jax.Array]:
+    return _forward(stack, layout, options, *args)[0]
+
+
+def _forward(
     stack: Stack,
     layout: LoraLayout,
-    tile_rows: int,
+    options: LoraOptions,
     x: jax.Array,
     y: jax.Array,
     pool: jax.Array,
     ledger: jax.Array,
-    rows: xla.StackRows,
-    tiles: LoraTiles,
-) -> tuple[jax.Array, jax.Array]:
-    return xla.add_tiles(x, y, pool, stack, layout, rows, tiles, tiles.num_tiles, tile_rows), ledger
+    work: Any,
+) -> tuple[Any, Any]:
+    if options.implementation == "xla":
+        rows, tiles = work
+        own = rows[layout.stacks.index(stack)]
+        y = xla.add_tiles(x, y, pool, stack, layout, own, tiles, tiles.num_tiles, options.tile_rows)
+        return (y, ledger), (x, None, pool, work)
+    planes = lora_shrink(x, pool, work.pages, work.forward, layout, stack, options)
+    y = lora_expand(planes, y, pool, work.pages, work.forward, layout, stack, options)
+    return (y, ledger), (x, checkpoint_name(planes.sum(0).astype(x.dtype), HIDDEN), pool, work)
 
 
-def _forward(stack: Stack, layout: LoraLayout, tile_rows: int, *args: Any) -> tuple[Any, Any]:
-    x, _, pool, _, rows, tiles = args
-    return _product(stack, layout, tile_rows, *args), (x, pool, rows, tiles)
-
-
-def _backward(stack: Stack, layout: LoraLayout, tile_rows: int, saved: Any, cotangents: Any) -> tuple[Any, ...]:
-    x, pool, rows, tiles = saved
+def _backward(stack: Stack, layout: LoraLayout, options: LoraOptions, saved: Any, cotangents: Any) -> tuple[Any, ...]:
+    x, h, pool, work = saved
     dy, gradient = cotangents
-    dx, gradient = add_gradients(x, dy, pool, gradient, stack, layout, rows, tiles, tile_rows)
-    return dx, dy, None, gradient, None, None
+    if options.implementation == "xla":
+        rows, tiles = work
+        own = rows[layout.stacks.index(stack)]
+        dx, gradient = add_gradients(x, dy, pool, gradient, stack, layout, own, tiles, options.tile_rows)
+    else:
+        dx, gradient = _add_gradients_by_kernels(x, h, dy, pool, gradient, stack, layout, work, options)
+    return dx, dy, None, gradient, None
 
 
 _product.defvjp(_forward, _backward)
+
+
+def _add_gradients_by_kernels(
+    x: jax.Array,
+    h: jax.Array,
+    dy: jax.Array,
+    pool: jax.Array,
+    gradient: jax.Array,
+    stack: Stack,
+    layout: LoraLayout,
+    work: GradientWork,
+    options: LoraOptions,
+) -> tuple[jax.Array, jax.Array]:
+    """As `add_gradients`, with h `[T, columns]` in x's dtype. g is rounded to x's dtype for the gradient of A only."""
+    from pallas_kernels.lora import training_triton  # imported at use
+
+    facts = {"width": layout.width, "page_size": layout.page_size}
+    static: dict[str, Any] = {"tile_rows": options.tile_rows, "interpret": options.interpret}
+    plan = gradient_plan(rank=options.max_rank, **facts)
+    gradient, planes = training_triton.gradient_b(h, dy, pool, gradient, work, layout, stack, plan=plan, **static)
+    g = planes.sum(0)
+    plan = gradient_plan(rank=len(stack.projections) * options.max_rank, **facts)
+    gradient = training_triton.gradient_a(
+        g.astype(x.dtype), x, gradient, work, layout, stack, plan=plan, **static
+    )  # fmt: skip
+    of_a = _of_a(layout)
+    stack = of_a.stacks[layout.stacks.index(stack)]
+    dx = lora_expand(g[None], jnp.zeros_like(x), pool, work.pages, work.backward, of_a, stack, options)
+    return dx, gradient
+
+
+@cache
+def _of_a(layout: LoraLayout) -> LoraLayout:
+    """The layout that has A in B's place: each stack has one projection, of all its ranks, to the input's columns."""
+    stacks = (Stack(s.name, s.projections[:1], s.d_in, (s.d_in,)) for s in layout.stacks)
+    return LoraLayout(tuple(stacks), layout.page_size, layout.width)
 
 
 def add_gradients(

@@ -125,13 +125,13 @@ def lora_shrink_kernel(
 
 
 @triton.jit
-def _load_b(
+def _b_at(
     pool_ptr, pages_ptr, b_base, wide_blocks, n, first, begin, end, inside,
     PAGE_SIZE: tl.constexpr, WIDTH: tl.constexpr, WIDE_CHUNKS: tl.constexpr, NARROW_CHUNKS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Rows `first ..` of a stack's B `[BLOCK_R, BLOCK_N]` from a projection's column `n` on; zeros in the rows of other
-    projections."""
+    """Pointers to rows `first ..` of a stack's B `[BLOCK_R, BLOCK_N]`, from a projection's column `n` on, and which of
+    them are the projection's."""
     j, column = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)
     rows = 0
     for t in tl.static_range(BLOCK_R // PAGE_SIZE):
@@ -145,8 +145,42 @@ def _load_b(
     mask = ((first + j >= begin) & (first + j < end))[:, None]
     if RAGGED:
         mask &= inside[None, :]
-    b_tile = pool_ptr + rows + _in_tile(n, WIDTH) + (j % PAGE_SIZE * WIDTH)[:, None] + column[None, :]
-    return tl.load(b_tile, mask=mask, other=0.0)
+    return pool_ptr + rows + _in_tile(n, WIDTH) + (j % PAGE_SIZE * WIDTH)[:, None] + column[None, :], mask
+
+
+@triton.jit
+def _load_b(
+    pool_ptr, pages_ptr, b_base, wide_blocks, n, first, begin, end, inside,
+    PAGE_SIZE: tl.constexpr, WIDTH: tl.constexpr, WIDE_CHUNKS: tl.constexpr, NARROW_CHUNKS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """The weights at `_b_at`; zeros in the rows of other projections."""
+    at, mask = _b_at(
+        pool_ptr, pages_ptr, b_base, wide_blocks, n, first, begin, end, inside,
+        PAGE_SIZE, WIDTH, WIDE_CHUNKS, NARROW_CHUNKS, BLOCK_R, BLOCK_N, RAGGED,
+    )  # fmt: skip
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _projection(
+    block, end0, end1, end2,
+    D_OUT: tl.constexpr, D_FIRST: tl.constexpr, D_REST: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Block number `block` of a stack's output columns: the projection, its columns before the block, the stack's
+    columns before them, the projection's first rank, the rank past its last, and its width."""
+    if D_OUT == D_FIRST:
+        return 0, block * BLOCK_N, 0, 0 * end0, end0, D_FIRST
+    else:
+        FIRST: tl.constexpr = (D_FIRST + BLOCK_N - 1) // BLOCK_N
+        REST: tl.constexpr = (D_REST + BLOCK_N - 1) // BLOCK_N
+        projection = tl.where(block < FIRST, 0, 1 + (block - FIRST) // REST)
+        rest = projection - 1
+        n = tl.where(projection == 0, block, block - FIRST - rest * REST) * BLOCK_N
+        column = tl.where(projection == 0, 0, D_FIRST + rest * D_REST)
+        begin = tl.where(projection == 0, 0, tl.where(projection == 1, end0, end1))
+        end = tl.where(projection == 0, end0, tl.where(projection == 1, end1, end2))
+        return projection, n, column, begin, end, tl.where(projection == 0, D_FIRST, D_REST)
 
 
 @triton.jit
@@ -182,18 +216,7 @@ def _expand(
     PLANE: tl.constexpr = T * COLUMNS
     RAGGED: tl.constexpr = D_FIRST % BLOCK_N != 0 or D_REST % BLOCK_N != 0
     dtype: tl.constexpr = pool_ptr.dtype.element_ty
-    if D_OUT == D_FIRST:
-        projection, n, y_column, begin, end, width = 0, block * BLOCK_N, 0, 0 * end0, end0, D_FIRST
-    else:
-        FIRST: tl.constexpr = (D_FIRST + BLOCK_N - 1) // BLOCK_N
-        REST: tl.constexpr = (D_REST + BLOCK_N - 1) // BLOCK_N
-        projection = tl.where(block < FIRST, 0, 1 + (block - FIRST) // REST)
-        rest = projection - 1
-        n = tl.where(projection == 0, block, block - FIRST - rest * REST) * BLOCK_N
-        y_column = tl.where(projection == 0, 0, D_FIRST + rest * D_REST)
-        begin = tl.where(projection == 0, 0, tl.where(projection == 1, end0, end1))
-        end = tl.where(projection == 0, end0, tl.where(projection == 1, end1, end2))
-        width = tl.where(projection == 0, D_FIRST, D_REST)
+    projection, n, y_column, begin, end, width = _projection(block, end0, end1, end2, D_OUT, D_FIRST, D_REST, BLOCK_N)
     if end > begin:
         row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
         own, inside = row < rows, n + column < width

@@ -68,3 +68,49 @@ def lora_work(layout: LoraLayout, ranks: jax.Array, tiles: LoraTiles, *, max_ran
     step = jnp.array([[layout.a_chunks(stack) * (block_r // layout.page_size)] for stack in layout.stacks])
     first = jnp.stack([a[:, :, 3] + block * step, block * block_r], 2)
     return LoraWork(b, jnp.where(a[:, :, 1:2] > 0, jnp.concatenate([a[:, :, :3], first, a[:, :, 5:]], 2), 0))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GradientWork:
+    """The work of every stack's product and of its backward pass.
+
+    Both tables of adapters have a row for each adapter of the step: `first_tile, tiles, slot, base, wide_blocks, end0,
+    end1, end2`. `first_tile` and `tiles` are its row tiles, which follow one another; `base` is its first tile of A or
+    B, and the other fields are those of `LoraWork.tiles`. In `a_adapters`, one projection has all of a stack's ranks.
+
+    Attributes:
+      pages: int32 `[slots, max_pages]`, see `AdapterTable`.
+      first_row: int32 `[NT]`, of each row tile.
+      forward: of `y + (x A) B`.
+      backward: of `dx + g A`, which is expand's product with A in B's place; `items` is not used.
+      a_adapters, b_adapters: int32 `[stacks, NT + 1, FIELDS]`.
+    """
+
+    pages: jax.Array
+    first_row: jax.Array
+    forward: LoraWork
+    backward: LoraWork
+    a_adapters: jax.Array
+    b_adapters: jax.Array
+
+
+def gradient_work(layout: LoraLayout, pages: jax.Array, tiles: LoraTiles, forward: LoraWork) -> GradientWork:
+    """Derives a micro-step's work tables from those of the forward pass. No stack may be sharded by rank."""
+    b_tiles = forward.tiles
+    rank = b_tiles[:, :, 7]
+    chunks = jnp.array([layout.a_chunks(stack) for stack in layout.stacks])[:, None]
+    a_base = b_tiles[:, :, 3] - ceil_div(rank, layout.page_size) * chunks
+    a_tiles = jnp.concatenate([b_tiles[:, :, :3], jnp.stack([a_base, 0 * rank, rank, rank, rank], 2)], 2)
+    live, slot = b_tiles[0, :, 1] > 0, b_tiles[0, :, 2]
+    adapter = jnp.cumsum(live & (slot != jnp.roll(slot, 1)).at[0].set(True)) - 1  # of each tile
+    own = live & (adapter == jnp.arange(live.shape[0])[:, None])  # [NT + 1 adapters, NT + 1 tiles]
+    first, count = own.argmax(1), own.sum(1)
+    spans = jnp.broadcast_to(jnp.stack([first, count], 1), (len(layout.stacks), *first.shape, 2))
+
+    def adapters(of_tiles: jax.Array) -> jax.Array:
+        table = jnp.concatenate([spans, of_tiles[:, first, 2:]], 2).astype(jnp.int32)
+        return jnp.where(count[:, None] > 0, table, 0)
+
+    backward = LoraWork(a_tiles, forward.items)
+    return GradientWork(pages, tiles.first_row, forward, backward, adapters(a_tiles), adapters(b_tiles))

@@ -20,15 +20,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.lora import AdapterTable, LoraLayout, LoraTiles
-from pallas_kernels.lora.training import TrainedLora
+from pallas_kernels.lora.training import HIDDEN, TrainedLora
 from slora_jax.models import ModelConfig, Params, abstract_decoder
 from slora_jax.models.decoder import Embedding
 from slora_jax.models.init import layer_graph
 from slora_jax.training.attention import SAVED, packed_attention
 from slora_jax.training.losses import Loss
-
-TILE_ROWS = 512
-"""Largest height of the tiles of the LoRA products."""
 
 PRODUCT = "product"
 """Name of a projection's output with its adapters, for `jax.checkpoint_policies`."""
@@ -89,9 +86,9 @@ class TrainingPrograms:
 
     def __init__(self, model: ModelConfig, layout: LoraLayout, params: Params, max_rank: int, remat: bool) -> None:
         self._model, self._layout, self._max_rank, self._remat = model, layout, max_rank, remat
-        dtype = params["embed"]["embedding"].dtype
-        self._ends_graph = abstract_decoder(replace(model, num_layers=0), dtype)[0]
-        self._layer_graph = layer_graph(model, dtype)
+        self.dtype = params["embed"]["embedding"].dtype
+        self._ends_graph = abstract_decoder(replace(model, num_layers=0), self.dtype)[0]
+        self._layer_graph = layer_graph(model, self.dtype)
         self.prepare = jax.jit(self._prepare, static_argnames="tile_rows")
         self.begin = jax.jit(self._begin)
         self.layer = jax.jit(self._layer, static_argnames="backward")
@@ -101,7 +98,9 @@ class TrainingPrograms:
         self.update = jax.jit(_update, donate_argnames=("master", "mu", "nu", "gradient"))
 
     def _prepare(self, table: AdapterTable, tiles: LoraTiles, tile_rows: int) -> TrainedLora:
-        return TrainedLora(self._layout, table, tiles, tile_rows=tile_rows, max_rank=self._max_rank)
+        return TrainedLora(
+            self._layout, table, tiles, dtype=self.dtype, tile_rows=tile_rows, max_rank=self._max_rank
+        )  # fmt: skip
 
     def _begin(
         self, ends: Params, tokens: jax.Array, positions: jax.Array, segments: jax.Array
@@ -132,7 +131,7 @@ class TrainingPrograms:
         if not backward:
             return layer(x, master)[0], None
         policies = jax.checkpoint_policies
-        kept = policies.nothing_saveable if self._remat else policies.save_only_these_names(PRODUCT, SAVED)
+        kept = policies.nothing_saveable if self._remat else policies.save_only_these_names(PRODUCT, HIDDEN, SAVED)
         (x, _), gradient = jax.vjp(jax.checkpoint(layer, policy=kept), x, master)
         return x, gradient
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.lora.training import training_tile_rows
 from slora_jax.adapters import AdapterInfo, LoraAdapter, LoraConfig, read_peft
 from slora_jax.adapters.targets import resolve_targets
 from slora_jax.engine.sizing import adapter_geometry
@@ -22,7 +22,7 @@ from slora_jax.training.batch import Example, MicroBatch, Row, micro_batches, pa
 from slora_jax.training.config import Adam, TrainerConfig
 from slora_jax.training.losses import LOSSES, Loss
 from slora_jax.training.pool import Targets, TrainingPool, initial_adapter, largest_ranks
-from slora_jax.training.programs import HYPER, TILE_ROWS, TrainingPrograms
+from slora_jax.training.programs import HYPER, TrainingPrograms
 
 if TYPE_CHECKING:
     from slora_jax.engine import Engine
@@ -355,7 +355,7 @@ class Trainer:
         programs, pool, params = self.programs, self.pool, self.params["layers"]
         layers = range(self.model.num_layers)
         segments = jnp.asarray(micro.segments.reshape(micro.num_rows, micro.length))
-        tile_rows = micro.length if micro.length <= TILE_ROWS else math.gcd(TILE_ROWS, micro.length)
+        tile_rows = training_tile_rows(self.geometry.layout, programs.dtype, micro.length)
         lora = programs.prepare(pool.table, micro.tiles(tile_rows), tile_rows=tile_rows)
         x, cos, sin = programs.begin(self._ends, micro.tokens, micro.positions, segments)
         gradients = []

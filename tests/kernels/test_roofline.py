@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.bench.models import decoder_layout
-from pallas_kernels.lora.roofline import expand_work, layer_work, shrink_work
+from pallas_kernels.lora.roofline import backward_work, expand_work, layer_work, shrink_work
 from pallas_kernels.paged_attention.roofline import attention_work
 from pallas_kernels.pool_write.roofline import write_kv_work, write_pages_work
 from pallas_kernels.roofline import Work
@@ -61,6 +61,22 @@ def test_a_layers_lora_work_is_the_sum_of_its_stacks(rng):
     ranks, rows = random_adapters(rng)
     parts = [op(ranks, rows, stack, 2) for stack in LAYOUT.stacks for op in (shrink_work, expand_work)]
     assert layer_work(ranks, rows, LAYOUT, 2) == sum(parts, Work())
+
+
+def test_the_backward_pass_moves_the_forward_pass_and_the_gradients(rng):
+    """Each part is a product of the forward pass, turned round, with other results; A has B's place in dx."""
+    ranks, rows = random_adapters(rng)
+    for stack in LAYOUT.stacks:
+        shrink, expand = (op(ranks, rows, stack, 0) for op in (shrink_work, expand_work))  # their h alone
+        used = ranks[:, stack.rank_index] * (rows > 0)[:, None]
+        a, b, h = used.sum() * stack.d_in, (used * stack.d_outs).sum(), shrink.bytes // 4
+        x = rows[ranks[:, stack.rank_index].any(1)].sum() * stack.d_in
+        dy = (expand_work(ranks, rows, stack, 2).bytes - expand.bytes - 2 * b) // 4
+        assert backward_work(ranks, rows, stack, 2) == {
+            "gradient_b": Work(2 * (dy + b + h) + 4 * h + 8 * b, 2 * expand.flops),
+            "gradient_a": Work(2 * (x + h) + 8 * a, shrink.flops),
+            "dx": Work(2 * (a + 2 * x) + 4 * h, shrink.flops),
+        }
 
 
 def test_large_counts_do_not_overflow():
