@@ -260,10 +260,10 @@ def make_base(family: str, overrides: dict[str, Any]) -> Any:
     return model.float().eval()
 
 
-def add_adapters(model: Any, directory: Path) -> Any:
-    """Wraps the model with all adapters, A and B random, and saves each with PEFT."""
+def add_adapters(model: Any, directory: Path, adapters: dict[str, dict[str, Any]] = ADAPTERS) -> Any:
+    """Wraps the model with adapters, A and B random, and saves each with PEFT."""
     wrapped = None
-    for name, fields in ADAPTERS.items():
+    for name, fields in adapters.items():
         config = peft.LoraConfig(task_type="CAUSAL_LM", **fields)
         if wrapped is None:
             wrapped = peft.get_peft_model(model, config, adapter_name=name)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from slora_jax import Engine, EngineConfig
 from slora_jax.adapters import BaseGeometry
 from slora_jax.models import ModelConfig, Params, init_random
-from slora_jax.models.hf import tensor_placements
+from slora_jax.models.placements import tensor_placements
 
 CACHE = Path(__file__).parents[1] / ".cache"
 PAGE_SIZE = 8

@@ -20,6 +20,7 @@ from flax import nnx
 
 from experiments.training_bench.settings import BETAS, EPS, LEARNING_RATE, MICRO_TOKENS, RANKS, Cell, sequences
 from slora_jax.adapters import read_peft
+from slora_jax.models.init import layer_graph
 from slora_jax.training import LOSSES, Trainer, TrainerConfig
 from slora_jax.training.programs import TrainingContext
 
@@ -73,12 +74,12 @@ class System:
         positions = np.tile(np.arange(cell.length, dtype=np.int32), len(ids))
         segments = jnp.ones((len(ids), cell.length), jnp.int32)
         ends = {name: leaf for name, leaf in self._trainer.params.items() if name != "layers"}
-        x, cos, sin = programs.begin(ends, tokens, positions, segments)
+        x, rotary = programs.begin(ends, tokens, positions, segments)
         scales = self._scales[first : first + count]
         parts = [self._take(stacks, np.arange(first, first + count)) for stacks in self._stacks]
         backs = []
         for layer, part in enumerate(parts):
-            x, back = self._forward(params[layer], part, x, cos, sin, segments, scales)
+            x, back = self._forward(params[layer], part, x, rotary, segments, scales)
             backs.append(back)
         inputs = {"weights": np.ones(len(tokens), np.float32)}
         token_loss, _, dx = programs.head(
@@ -91,14 +92,15 @@ class System:
             )
         return token_loss.reshape(count, -1).sum(1)
 
-    def _layer(self, params: Any, stacks: Any, x: Any, cos: Any, sin: Any, segments: Any, scales: Any) -> Any:
+    def _layer(self, params: Any, stacks: Any, x: Any, rotary: Any, segments: Any, scales: Any) -> Any:
         """Returns the layer's output and its backward pass, with the activations that it needs."""
-        programs, geometry = self._trainer.programs, self._trainer.geometry
+        programs, model, geometry = self._trainer.programs, self._trainer.model, self._trainer.geometry
 
         def layer(stacks: Any, x: jax.Array) -> jax.Array:
-            context = _Context(self._trainer.model, geometry.layout, segments)
+            context = _Context(model, geometry.layout, segments)
             context.adapters, context.scales, context.product = stacks, scales, self._product
-            return nnx.merge(programs._layer_graph, params)(x, cos, sin, context)
+            graph = layer_graph(model, model.kind(0), programs.dtype)
+            return nnx.merge(graph, params)(x, rotary, context)
 
         return jax.vjp(layer, stacks, x)
 

@@ -26,6 +26,7 @@ class PagedAttention:
       decode: every sequence has exactly one row, so there are no prefill tiles (static).
       tile_rows: most rows of a prefill tile (static).
       window: number of newest keys that a query sees, its own included; None: all.
+      score_cap: a scaled score s becomes `score_cap * tanh(s / score_cap)`; None: it stays s.
       implementation: None: the plan table's for the current trace's device; "xla" on a CPU, for a float32 pool, and,
         with a warning, for shapes that the planned one does not serve.
       interpret: run GPU kernels on the CPU by their interpreters.
@@ -46,14 +47,16 @@ class PagedAttention:
         decode: bool,
         tile_rows: int,
         window: int | None = None,
+        score_cap: float | None = None,
         implementation: Implementation | None = None,
         interpret: bool = False,
     ) -> None:
         num_seqs, max_pages = tiles.page_table.shape
         rows = num_seqs if decode else (tiles.prefill_seq.shape[0] - num_seqs) * tile_rows
         self._shape = AttentionShape(
-            num_heads, num_kv_heads, head_dim, page_size, jnp.dtype(dtype), num_seqs, max_pages, rows, decode, window
-        )
+            num_heads, num_kv_heads, head_dim, page_size, jnp.dtype(dtype), num_seqs, max_pages, rows, decode, window,
+            score_cap,
+        )  # fmt: skip
         self._attend = fallback.choose(
             "attention",
             implementation,
@@ -105,6 +108,7 @@ def paged_attention(
     decode: bool,
     tile_rows: int,
     window: int | None = None,
+    score_cap: float | None = None,
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -119,6 +123,7 @@ def paged_attention(
         decode=decode,
         tile_rows=tile_rows,
         window=window,
+        score_cap=score_cap,
         implementation=implementation,
         interpret=interpret,
     )

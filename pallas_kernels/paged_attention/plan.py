@@ -23,6 +23,7 @@ class AttentionShape:
       max_rows: bound of the step's rows T.
       decode: every sequence has one row.
       window: number of newest keys that a query sees, its own included; None: all keys up to its own.
+      score_cap: limit of scores, as in `PagedAttention`; None: no limit.
     """
 
     num_heads: int
@@ -35,6 +36,7 @@ class AttentionShape:
     max_rows: int
     decode: bool
     window: int | None = None
+    score_cap: float | None = None
 
     @property
     def group(self) -> int:
@@ -102,7 +104,8 @@ class MosaicGpuPlan:
 
 def backend(shape: AttentionShape) -> str:
     """Returns the name of the planned implementation for `shape` on the current trace's device."""
-    return shape.find("backend")["name"]
+    name = shape.find("backend")["name"]
+    return name if shape.score_cap is None else "triton"  # the only GPU kernel that limits scores
 
 
 def triton_plan(shape: AttentionShape) -> TritonPlan:

@@ -41,13 +41,15 @@ def _tokens(start, first, end, BLOCK_N: tl.constexpr):
 def _blocks(
     acc, top, total, q, position, pool_ptr, table_ptr, first, start, stop, end,
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr,
+    CAP: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys `start .. stop - 1`, `BLOCK_N` per iteration.
 
     Args:
       acc, top, total: the state: weighted sum `[M, HEAD_DIM]`, highest score `[M]`, sum of weights `[M]`.
       first, end: keys `first .. end - 1` may be read.
+      SCALE: of a score, for base 2.
+      CAP: 0, or the factor of a score in the exponent of its tanh, for base 2; then SCALE applies to the tanh.
       CAUSAL: rows see only keys up to `position [M]`; otherwise all.
     """
     column = tl.arange(0, HEAD_DIM)
@@ -58,6 +60,8 @@ def _blocks(
         # The next block's pages are looked up one step ahead, so that no copy waits for the page table.
         page = tl.load(table_ptr + _tokens(n + BLOCK_N, first, end, BLOCK_N) // PAGE_SIZE)
         scores = tl.dot(q, tl.trans(tl.load(keys)))
+        if CAP > 0:
+            scores = 1 - 2 / (tl.exp2(tl.minimum(scores * CAP, 64.0)) + 1)  # tanh
         if CAUSAL:
             key = n + tl.arange(0, BLOCK_N)
             seen = key[None, :] <= position[:, None]
@@ -89,7 +93,8 @@ def _tile(work, head, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.con
 def _prefill(
     q_ptr, pool_ptr, table_ptr, work, out_ptr, head, begin, end,
     SCALE: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows, at the positions `begin .. end - 1`, for the query heads of one key-value head."""
     offset, own = _tile(work, head, GROUP, HEADS, HEAD_DIM, BLOCK_M)
@@ -106,11 +111,11 @@ def _prefill(
         masked = (begin + 1) // BLOCK_N * BLOCK_N
         acc, top, total = _blocks(
             acc, top, total, q, position, pool_ptr, table_ptr, first, 0, masked, end,
-            SCALE, HEAD_DIM, WIDTH, PAGE_SIZE, WINDOW, BLOCK_N, STAGES, False,
+            SCALE, HEAD_DIM, WIDTH, PAGE_SIZE, WINDOW, CAP, BLOCK_N, STAGES, False,
         )  # fmt: skip
     acc, top, total = _blocks(
         acc, top, total, q, position, pool_ptr, table_ptr, first, masked, end, end,
-        SCALE, HEAD_DIM, WIDTH, PAGE_SIZE, WINDOW, BLOCK_N, STAGES, True,
+        SCALE, HEAD_DIM, WIDTH, PAGE_SIZE, WINDOW, CAP, BLOCK_N, STAGES, True,
     )  # fmt: skip
     offset, own = _tile(work, head, GROUP, HEADS, HEAD_DIM, BLOCK_M)
     tl.store(out_ptr + offset, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=own)
@@ -120,7 +125,7 @@ def _prefill(
 def _decode(
     q_ptr, pool_ptr, table_ptr, out_ptr, partial_ptr, stats_ptr, arrivals_ptr, head, item, row, begin, end, part, parts,
     SCALE: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, CAP: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One row's query heads of one key-value head over the keys `begin .. end - 1`."""
@@ -136,7 +141,7 @@ def _decode(
     acc = tl.zeros([M, HEAD_DIM], tl.float32)
     acc, top, total = _blocks(
         acc, top, total, q, tl.full([M], 0, tl.int32) + (end - 1), pool_ptr, table_ptr, begin, begin, end, end,
-        SCALE, HEAD_DIM, WIDTH, PAGE_SIZE, 0, BLOCK_N, STAGES, True,
+        SCALE, HEAD_DIM, WIDTH, PAGE_SIZE, 0, CAP, BLOCK_N, STAGES, True,
     )  # fmt: skip
     if parts == 1:
         tl.store(out_ptr + address, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=own[:, None])
@@ -198,7 +203,8 @@ def _num_items(work_ptr):
 def paged_attention_kernel(
     q_ptr, pool_ptr, pages_ptr, work_ptr, counters_in_ptr, out_ptr, counters_ptr, partial_ptr, stats_ptr,
     T: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, MAX_PAGES: tl.constexpr, WINDOW: tl.constexpr, FIELDS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, MAX_PAGES: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    FIELDS: tl.constexpr,
     PREFILL_ITEMS: tl.constexpr, ROW: tl.constexpr,
     PREFILL_M: tl.constexpr, PREFILL_N: tl.constexpr, PREFILL_STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -230,13 +236,14 @@ def paged_attention_kernel(
             if decode_item < 0:
                 _prefill(
                     q_ptr, pool_head, table_ptr, work, out_ptr, head, begin, end,
-                    SCALE, GROUP, HEADS, HEAD_DIM, WIDTH, PAGE_SIZE, WINDOW, PREFILL_M, PREFILL_N, PREFILL_STAGES,
+                    SCALE, GROUP, HEADS, HEAD_DIM, WIDTH, PAGE_SIZE, WINDOW, CAP, PREFILL_M, PREFILL_N,
+                    PREFILL_STAGES,
                 )  # fmt: skip
         if decode_item >= 0:
             _decode(
                 q_ptr, pool_head, table_ptr, out_ptr, partial_ptr, stats_ptr, counters_ptr + 1 + seq * KV_HEADS + head,
                 head, decode_item, tl.load(work), begin, end, tl.load(work + 5), tl.load(work + 6),
-                SCALE, GROUP, HEADS, HEAD_DIM, WIDTH, PAGE_SIZE, BLOCK_N, STAGES, BLOCK_G, BLOCK_P,
+                SCALE, GROUP, HEADS, HEAD_DIM, WIDTH, PAGE_SIZE, CAP, BLOCK_N, STAGES, BLOCK_G, BLOCK_P,
             )  # fmt: skip
         num_prefill, num_decode = _num_items(work_ptr)
         pairs = (num_prefill + num_decode) * KV_HEADS
@@ -273,6 +280,7 @@ class Attention:
         if num_rows > shape.max_rows:
             raise ValueError(f"paged_attention: {num_rows} rows, but the tiles are for at most {shape.max_rows}")
         block_g = triton.next_power_of_2(shape.group)
+        scale, cap = math.log2(math.e) * head_dim**-0.5, shape.score_cap
         out, self._counters, _, _ = triton_call(
             paged_attention_kernel,
             q, pool, self._page_table, self._work, self._counters,
@@ -284,7 +292,8 @@ class Attention:
             ],
             aliases={4: 1}, grid=(work.grid,),
             num_warps=plan.warps, num_stages=plan.stages, interpret=self._interpret,
-            T=num_rows, SCALE=math.log2(math.e) * head_dim**-0.5, GROUP=shape.group, HEADS=num_heads,
+            T=num_rows, SCALE=scale if cap is None else math.log2(math.e) * cap,
+            CAP=0.0 if cap is None else 2 * scale / cap, GROUP=shape.group, HEADS=num_heads,
             HEAD_DIM=head_dim, PAGE_SIZE=shape.page_size, MAX_PAGES=shape.max_pages, WINDOW=shape.window or 0,
             FIELDS=len(FIELDS), PREFILL_ITEMS=work.prefill_items, ROW=triton.next_power_of_2(num_heads * head_dim),
             PREFILL_M=plan.prefill_m, PREFILL_N=plan.prefill_n, PREFILL_STAGES=plan.prefill_stages,

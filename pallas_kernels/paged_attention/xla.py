@@ -51,6 +51,10 @@ def paged_attention(
     page_size, num_kv_heads, group, window = shape.page_size, shape.num_kv_heads, shape.group, shape.window
     q = (q.astype(jnp.float32) * head_dim**-0.5).reshape(num_tokens, num_kv_heads, group, head_dim)
     exact = lax.Precision.HIGHEST if pool.dtype == jnp.float32 else None
+    cap = shape.score_cap
+
+    def capped(scores: jax.Array) -> jax.Array:
+        return scores if cap is None else cap * jnp.tanh(scores / cap)
 
     def pages(ids: jax.Array, tile: int) -> jax.Array:
         """Keys (tile 0) or values (tile 1) of pages: `[..., page_size, Hkv, head_dim]`."""
@@ -81,6 +85,7 @@ def paged_attention(
             k = pages(ids, 0).reshape(count * page_size, num_kv_heads, head_dim)
             v = pages(ids, 1).reshape(count * page_size, num_kv_heads, head_dim)
             scores = jnp.einsum("mngd,tnd->ngmt", q_rows, k, precision=exact, preferred_element_type=jnp.float32)
+            scores = capped(scores)
             key = block * count * page_size + jnp.arange(count * page_size)
             seen = key[None, :] <= position[:, None]
             if window is not None:
@@ -126,7 +131,7 @@ def paged_attention(
             ids = jnp.take_along_axis(table, column[:, None], axis=1, mode="clip")[:, 0]
             k = pages(ids, 0)[:, :, :, None]  # [M, page_size, Hkv, 1, hd]
             partial = sum(q_rows[..., d : d + lanes] * k[..., d : d + lanes] for d in range(0, head_dim, lanes))
-            scores = lax.optimization_barrier(partial).sum(-1)  # [M, page_size, Hkv, G]
+            scores = capped(lax.optimization_barrier(partial).sum(-1))  # [M, page_size, Hkv, G]
             key = column[:, None] * page_size + jnp.arange(page_size)  # [M, page_size]
             seen = (key >= begin[:, None]) & (key < tokens[:, None])
             scores = jnp.where(seen[..., None, None], scores, MASKED)

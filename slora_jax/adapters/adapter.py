@@ -95,6 +95,11 @@ class LoraAdapter:
         for key, rank in expected.items():
             if not 1 <= rank <= MAX_RANK:
                 raise AdapterError(f"{module_name(*key)}: rank must be in 1..{MAX_RANK}, found {rank}")
+            if geometry.expert_layers and geometry.expert_layers[key[0]] and ".mlp." in module_name(*key):
+                raise AdapterError(
+                    f"{module_name(*key)}: layer {key[0]} of the base model has experts, which cannot be adapted; "
+                    "adapt q_proj, k_proj, v_proj or o_proj"
+                )
             d_in, d_out = geometry.dims(key[1])
             for name, matrix, shape in (("a", self.a[key], (rank, d_in)), ("b", self.b[key], (d_out, rank))):
                 if matrix.shape != shape:

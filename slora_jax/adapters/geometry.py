@@ -27,6 +27,7 @@ class BaseGeometry:
       page_size: tokens of a page, equal to the rows of a tile.
       shards: division of adapters among devices.
       vocab_size: tokens of the vocabulary; 0: unknown, and adapters of head and embedding cannot be placed.
+      expert_layers: whether each layer's feed-forward part consists of experts; empty: none does.
     """
 
     num_layers: Count
@@ -37,6 +38,7 @@ class BaseGeometry:
     page_size: Count
     shards: Shards = ONE_DEVICE
     vocab_size: Natural = 0
+    expert_layers: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -109,6 +109,8 @@ class Engine:
                 f"EngineConfig.lora='merge' serves one adapter at a time, but the policy {type(policy).__name__} may "
                 "mix them; use OneAdapter"
             )
+        if config.lora == "merge" and model.experts is not None:
+            raise ConfigError("EngineConfig.lora='merge': a model with experts is not supported; use 'paged'")
         keep_compiled_programs(config.compilation_cache_dir)
         self.model = model
         self.config = config

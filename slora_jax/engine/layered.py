@@ -1,14 +1,14 @@
-"""The step on a CPU, compiled in parts, one of which runs once per layer.
+"""The step on a CPU, compiled in parts, with one part for each kind of layer.
 
 A CPU runs a program operation by operation, so one call per layer takes as long as one program of all layers, but only
-one layer is compiled. On a GPU a step is one program (`make_step`), which runs as one graph.
+one layer of each kind is compiled. On a GPU a step is one program (`make_step`), which runs as one graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -32,17 +32,18 @@ from slora_jax.engine.step import (
 from slora_jax.memory import Pool
 from slora_jax.models import Params, abstract_decoder
 from slora_jax.models.init import layer_graph
+from slora_jax.models.rotary import Table
+from slora_jax.models.traits import LayerKind
 from slora_jax.parallel.mesh import LOGITS, POOL, REPLICATED
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepShared:
-    """Inputs of all layers of a step. `cos` and `sin` are rotary embeddings, float32 `[T, 1, head_dim / 2]`."""
+    """Inputs of all layers of a step. rotary: cosines and sines of each of `ModelConfig.ropes`."""
 
     batch: StepBatch
-    cos: jax.Array
-    sin: jax.Array
+    rotary: tuple[Table, ...]
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,14 @@ class Part:
 
 @dataclass(frozen=True)
 class LayeredProgram:
-    """The compiled parts of one step. Takes the arguments of `make_step`'s program.
+    """The compiled parts of one step, with the program of each layer. Takes the arguments of `make_step`'s program.
 
     With extras, the first and the last part also take the adapter table and all layers' pools.
     """
 
     begin: Callable[..., Any]
     prepare: Callable[..., Any] | None
-    layer: Callable[..., Any]
+    layers: tuple[Callable[..., Any], ...]
     end: Callable[..., Any]
     extras: bool
 
@@ -80,8 +81,8 @@ class LayeredProgram:
         more = (table, pool) if self.extras else ()
         page_table, x, shared = self.begin(ends, state.page_table, state.last_token, metadata, *more)
         lora = None if self.prepare is None else self.prepare(table, shared.batch.lora)
-        for i in range(len(layers)):
-            layers[i], x = self.layer(params["layers"][i], layers[i], x, shared, lora)
+        for i, layer in enumerate(self.layers):
+            layers[i], x = layer(params["layers"][i], layers[i], x, shared, lora)
         more = (table, tuple(layers)) if self.extras else ()
         last_token, output = self.end(ends, state.last_token, x, shared.batch, *more)
         return tuple(layers), SequenceState(page_table, last_token), output
@@ -94,10 +95,11 @@ class LayeredStep:
         self._spec, self._layout, self._with_lora = spec, layout, with_lora
         self._dtype = spec.params["embed"]["embedding"].dtype
         bucket, name = layout.bucket.name, step_name(layout.bucket, with_lora)
-        ends, layer = {}, {}
+        ends, specs = {}, None
         if spec.parallel is not None:
             specs = jax.tree.map(lambda leaf: leaf.sharding.spec, spec.params)
-            ends, layer = _ends(specs), specs["layers"][0]
+            ends = _ends(specs)
+        self._kinds = spec.model.kinds
         # Without extras, the ends are the same programs with and without LoRA.
         outer = name if with_lora == "extras" else bucket
         same, output = REPLICATED, StepOutput(REPLICATED, LOGITS)  # type: ignore[arg-type]
@@ -107,17 +109,21 @@ class LayeredStep:
                 self._jit(f"{outer}_begin", self._begin, (1,), (ends, same, same, same), same),
                 lambda: self._begin_shapes,
             ),
-            "layer": Part(
-                f"{name}_layer",
-                self._jit(f"{name}_layer", self._layer, (1, 2), (layer, POOL, same, same, same), (POOL, same)),
-                self._layer_shapes,
-            ),
             "end": Part(
                 f"{outer}_end",
                 self._jit(f"{outer}_end", self._end, (1,), (ends, same, same, same), (same, output)),
                 self._end_shapes,
             ),
         }
+        for number, kind in enumerate(dict.fromkeys(self._kinds)):
+            first = self._kinds.index(kind)
+            layer, own = f"{name}_layer{number or ''}", {} if specs is None else specs["layers"][first]
+            in_specs = own, POOL, same, same, same
+            self._parts[_role(kind)] = Part(
+                layer,
+                self._jit(layer, partial(self._layer, kind), (1, 2), in_specs, (POOL, same)),
+                partial(self._layer_shapes, first),
+            )
         if with_lora:
             self._parts["prepare"] = Part(
                 f"{name}_prepare",
@@ -132,8 +138,8 @@ class LayeredStep:
     def program(self, compiled: Mapping[str, Callable[..., Any]]) -> LayeredProgram:
         """Returns the step, given its compiled parts by name."""
         part = {role: compiled[part.name] for role, part in self._parts.items()}
-        extras = self._with_lora == "extras"
-        return LayeredProgram(part["begin"], part.get("prepare"), part["layer"], part["end"], extras)
+        extras, layers = self._with_lora == "extras", tuple(part[_role(kind)] for kind in self._kinds)
+        return LayeredProgram(part["begin"], part.get("prepare"), layers, part["end"], extras)
 
     # The functions
 
@@ -149,18 +155,24 @@ class LayeredStep:
         """Returns the new page table, the first layer's input `[T, d]`, and the inputs shared by all layers."""
         batch, state = unpack(metadata, SequenceState(page_table, last_token), self._layout)
         decoder = nnx.merge(self._ends_graph, ends)
-        x, cos, sin = decoder.begin(batch.token, batch.position, self._context(pool, batch, None, table))
-        return state.page_table, x, StepShared(batch, cos, sin)
+        x, rotary = decoder.begin(batch.token, batch.position, self._context(pool, batch, None, table))
+        return state.page_table, x, StepShared(batch, rotary)
 
     def _prepare(self, table: AdapterTable, tiles: LoraTiles) -> LoraStep | None:
         return lora_work(self._spec, self._layout, table, tiles, self._with_lora)
 
     def _layer(
-        self, params: Params, pool: jax.Array, x: jax.Array, shared: StepShared, lora: LoraStep | None
+        self,
+        kind: LayerKind,
+        params: Params,
+        pool: jax.Array,
+        x: jax.Array,
+        shared: StepShared,
+        lora: LoraStep | None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns the layer's pool and output. Both inputs are donated."""
+        """Returns the pool and output of a layer of this kind. Both inputs are donated."""
         context = self._context((pool,), shared.batch, lora)
-        x = nnx.merge(self._layer_graph, params)(x, shared.cos, shared.sin, context)
+        x = nnx.merge(layer_graph(self._spec.shard_model, kind, self._dtype), params)(x, shared.rotary, context)
         return context.pool[0], x
 
     def _end(
@@ -189,10 +201,6 @@ class LayeredStep:
     def _ends_graph(self) -> nnx.GraphDef:
         """Graph definition of the decoder without its layers."""
         return abstract_decoder(replace(self._spec.shard_model, num_layers=0), self._dtype)[0]
-
-    @cached_property
-    def _layer_graph(self) -> nnx.GraphDef:
-        return layer_graph(self._spec.shard_model, self._dtype)
 
     def _jit(
         self, name: str, function: Callable[..., Any], donated: tuple[int, ...], in_specs: Any, out_specs: Any
@@ -229,10 +237,10 @@ class LayeredStep:
     def _prepare_shapes(self) -> tuple[Any, ...]:
         return self._shapes[2], self._begun[2].batch.lora
 
-    def _layer_shapes(self) -> tuple[Any, ...]:
+    def _layer_shapes(self, layer: int) -> tuple[Any, ...]:
         params, pool, *_ = self._shapes
         lora = self._results("prepare", self._prepare_shapes()) if "prepare" in self._parts else None
-        return params["layers"][0], pool[0], *self._begun[1:], lora
+        return params["layers"][layer], pool[layer], *self._begun[1:], lora
 
     def _end_shapes(self) -> tuple[Any, ...]:
         params, pool, table, state, _ = self._shapes
@@ -243,6 +251,11 @@ class LayeredStep:
     def _results(self, role: str, shapes: tuple[Any, ...]) -> Any:
         parallel, structs = self._spec.parallel, jax.eval_shape(self._parts[role].function, *shapes)
         return structs if parallel is None else replicated(parallel, structs)
+
+
+def _role(kind: LayerKind) -> str:
+    """The key of the part that runs layers of this kind."""
+    return f"layer {kind}"
 
 
 def _ends(params: Params) -> Params:

@@ -37,6 +37,7 @@ def adapter_geometry(model: ModelConfig, page_size: int, shards: Shards = ONE_DE
         page_size=page_size,
         shards=shards,
         vocab_size=model.vocab_size,
+        expert_layers=tuple(kind.has_experts for kind in model.kinds) if model.experts else (),
     )
 
 
@@ -149,7 +150,10 @@ def _free_memory(model: ModelConfig, config: EngineConfig) -> tuple[int, str]:
         while share > free * config.gpu_memory_utilization / 2:
             share //= 2
         return share // config.tensor_parallel_size, "host memory"
-    widest = model.q_width + 2 * model.kv_width + 2 * model.hidden_size + 3 * model.intermediate_size
+    hidden = 3 * model.intermediate_size
+    if model.experts is not None:
+        hidden = max(hidden, model.experts.per_token * (3 * model.experts.intermediate_size + 2 * model.hidden_size))
+    widest = model.q_width + 2 * model.kv_width + 2 * model.hidden_size + hidden
     activations = config.max_num_batched_tokens * widest * 4 * 2 + config.max_num_seqs * model.vocab_size * 4 * 6
     layer_page = 2 * config.page_size * model.kv_width * jnp.dtype(config.dtype).itemsize
     staging = 2 * config.upload_pages_per_step * model.num_layers * layer_page if config.prefetch else 0

@@ -95,31 +95,35 @@ class PagedContext:
         self.pool = list(pool)
         self._shards = spec.shards
         self._batch = batch
-        self._attention = PagedAttention(
-            batch.attention,
-            num_heads=model.num_heads,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            page_size=layout.page_size,
-            dtype=spec.pool.dtype,
-            decode=bucket.decode,
-            tile_rows=bucket.prefill_tile_rows,
-            window=model.sliding_window,
-            implementation=spec.attention_kernels(bucket.decode),
-            interpret=spec.interpret,
-        )
+        self._attention = {
+            window: PagedAttention(
+                batch.attention,
+                num_heads=model.num_heads,
+                num_kv_heads=model.num_kv_heads,
+                head_dim=model.head_dim,
+                page_size=layout.page_size,
+                dtype=spec.pool.dtype,
+                decode=bucket.decode,
+                tile_rows=bucket.prefill_tile_rows,
+                window=window,
+                score_cap=model.score_cap,
+                implementation=spec.attention_kernels(bucket.decode),
+                interpret=spec.interpret,
+            )
+            for window in dict.fromkeys(kind.window for kind in model.kinds)
+        }
         self._layout = spec.lora_layout
         self._stacks = {stack.name: stack for stack in self._layout.stacks}
         self._lora, self._ends = lora, end_rows
 
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
         """Writes the step's KV into the pool, then attends over each sequence's pages."""
         rows, batch = q.shape[0], self._batch
         self.pool[layer] = write_kv(
             self.pool[layer], k.reshape(rows, -1), v.reshape(rows, -1), batch.page, batch.offset
         )
         with jax.named_scope("attention"):
-            return self._attention(q, self.pool[layer])
+            return self._attention[window](q, self.pool[layer])
 
     def lora(self, layer: int, stack: str, x: jax.Array, y: jax.Array) -> jax.Array:
         """Adds the LoRA product of a stack to `y`. Adds no operation in a program without LoRA."""

@@ -23,7 +23,8 @@ from flax import traverse_util
 
 from slora_jax.models.config import ModelConfig
 from slora_jax.models.decoder import Params
-from slora_jax.models.hf import ParamPath, checkpoint_files, load_device
+from slora_jax.models.hf import checkpoint_files, load_device
+from slora_jax.models.placements import ParamPath
 
 if TYPE_CHECKING:  # the import takes seconds, and only this cache needs it
     import orbax.checkpoint as ocp  # type: ignore[import-untyped]

@@ -4,29 +4,21 @@ import re
 from typing import Any
 
 # fmt: off
-READ_FIELDS = frozenset({
-    "attention_bias", "eos_token_id", "head_dim", "hidden_size", "intermediate_size", "layer_types",
-    "max_position_embeddings", "mlp_bias", "model_type", "num_attention_heads", "num_hidden_layers",
-    "num_key_value_heads", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "sliding_window",
-    "tie_word_embeddings", "use_sliding_window", "vocab_size",
-})
-"""Fields that `models.config` reads: it honours or rejects each value."""
-
 HARMLESS_FIELDS = frozenset({
     "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_flash_attn_2_enabled",
-    "_model_name_or_path", "_name_or_path",
-    "attention_dropout", "attn_implementation", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
-    "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
-    "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task",
-    "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_range", "is_llama_config", "label2id",
-    "length_penalty", "mask_token_id", "max_length", "max_sequence_length", "max_window_layers", "min_length",
-    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
-    "output_hidden_states", "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
-    "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id",
-    "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
-    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config",
-    "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed", "unsloth_version", "use_bfloat16",
-    "use_cache",
+    "_model_name_or_path", "_name_or_path", "attention_dropout", "attn_implementation", "bad_words_ids",
+    "begin_suppress_tokens", "bos_token_id", "cache_implementation", "cross_attention_hidden_size",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping", "embd_pdrop",
+    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
+    "forced_eos_token_id", "id2label", "initializer_range", "is_llama_config", "label2id", "length_penalty",
+    "mask_token_id", "max_length", "max_sequence_length", "max_window_layers", "min_length", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states",
+    "output_router_logits", "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
+    "remove_invalid_values", "repetition_penalty", "resid_pdrop", "return_dict", "return_dict_in_generate",
+    "router_aux_loss_coef", "router_jitter_noise", "sep_token_id", "suppress_tokens", "task_specific_params",
+    "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype",
+    "torchscript", "transformers.js_config", "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed",
+    "unsloth_version", "use_bfloat16", "use_cache",
 })
 """Fields without effect on logits: bookkeeping, training, generation defaults, implementation choices."""
 # fmt: on
@@ -38,7 +30,6 @@ _FACTOR_OF_ONE: tuple[Any, ...] = (None, 1)
 
 # fmt: off
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
     "hidden_activation": (None, "silu"),
     "is_decoder": (None, False, True),
     "partial_rotary_factor": (None, 1.0),
@@ -66,7 +57,8 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
         "rope_local_base_freq", "rotary_dim", "use_alibi", "use_mrope",
         # windows
         "attention_chunk_size", "attention_window", "attention_window_size", "interleaved_sliding_window",
-        "local_attention", "sliding_window_pattern", "sliding_window_size", "window_size",
+        "local_attention", "sliding_window", "sliding_window_pattern", "sliding_window_size", "use_sliding_window",
+        "use_bidirectional_attention", "window_size",
         # experts
         "decoder_sparse_step", "first_k_dense_replace", "mlp_only_layers", "moe_intermediate_size", "moe_layer_freq",
         "n_routed_experts", "n_shared_experts", "num_experts", "num_experts_per_tok", "num_local_experts",
@@ -85,7 +77,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     ), INACTIVE),
 }
 # fmt: on
-"""Fields that can change the computation -> values that leave it unchanged."""
+"""Fields that can change the computation -> values that leave it unchanged. A family may support more."""
 
 CHANGES_LOGITS = re.compile(
     r"(?:^|_)(?:alibi|experts?|moe|mup|multipliers?|nope|quant|rope|rotary|soft_?cap|softcapping|ssm|mamba)(?:_|$)"

@@ -1,9 +1,11 @@
-"""The decoder of Llama, Mistral, Qwen2 and Qwen3 over a ragged list of tokens.
+"""The decoder of all families over a ragged list of tokens; `ModelConfig` says in what they differ.
 
 The step supplies attention and the LoRA part of each projection through a `StepContext`. Projections with the same
 input are fused, and every kernel is stored `[in, out]`.
 """
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
@@ -11,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from slora_jax.errors import UnsupportedModelError
 from slora_jax.models.config import ModelConfig
-from slora_jax.models.rotary import inverse_frequencies, rotary_tables, rotate
+from slora_jax.models.experts import ExpertLayer
+from slora_jax.models.layers import Embedding, Linear, RMSNorm, gated, model_dtype, precision_of
+from slora_jax.models.rotary import Table, inverse_frequencies, rotary_tables, rotate, scaled
+from slora_jax.models.traits import LayerKind
 
 Stack = Literal["qkv", "o", "gate_up", "down"]
 Params = dict[str, Any]
@@ -22,14 +26,15 @@ Params = dict[str, Any]
 class StepContext(Protocol):
     """The step's operations for a layer, called during tracing, once per layer and stack, in layer order."""
 
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
         """Causal attention of this step's tokens over their sequences, which include `k` and `v`; scales by
-        `head_dim ** -0.5`.
+        `head_dim ** -0.5`, and limits the scores by the model's `score_cap`.
 
         Args:
           q: `[T, num_heads, head_dim]`, rotated, in the model's dtype like `k` and `v`.
           k: `[T, num_kv_heads, head_dim]`, rotated.
           v: `[T, num_kv_heads, head_dim]`.
+          window: number of newest keys that a query attends to, its own included; None: all.
 
         Returns:
           `[T, num_heads, head_dim]` in the model's dtype.
@@ -43,7 +48,7 @@ class StepContext(Protocol):
           y: `[T, d_out]`, its output with bias, fused like the base kernel: q|k|v for "qkv", gate|up for "gate_up".
         """
 
-    def lookup(self, embedding: "Embedding", tokens: jax.Array) -> jax.Array:
+    def lookup(self, embedding: Embedding, tokens: jax.Array) -> jax.Array:
         """The embeddings `[T, d]` of `tokens` int32 `[T]`. A shard's `embedding` covers a part of the vocabulary."""
 
     def reduce(self, y: jax.Array) -> jax.Array:
@@ -57,105 +62,95 @@ class HeadContext(Protocol):
         """Returns `logits` float32 `[..., vocab]` of `hidden` plus the adapters' changes of the head."""
 
 
-def model_dtype(dtype: Any) -> np.dtype:
-    """The NumPy dtype of "float32" or "bfloat16" (name or dtype); others raise `UnsupportedModelError`."""
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = str(dtype)
-    if name not in ("float32", "bfloat16"):
-        raise UnsupportedModelError(f'dtype={name!r} is not supported; supported: "float32", "bfloat16"')
-    return jnp.dtype(name)
-
-
-def _precision(dtype: np.dtype) -> jax.lax.Precision | None:
-    """Full precision for float32, where a GPU's default would be TF32."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-
-class Linear(nnx.Module):
-    """`x @ kernel (+ bias)`, kernel `[in, out]`, bias `[out]`."""
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: np.dtype):
-        self.kernel = nnx.Param(jnp.zeros((in_features, out_features), dtype))
-        self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `x` `[T, in]` to `[T, out]` of the same dtype."""
-        y = jnp.dot(x, self.kernel[...], precision=_precision(x.dtype))
-        return y if self.bias is None else y + self.bias[...]
-
-
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the last axis, with float32 scale and arithmetic; returns the input's dtype."""
-
-    def __init__(self, features: int, epsilon: float):
-        self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
-        self.epsilon = epsilon
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps `x` `[..., features]` to the same shape and dtype."""
-        wide = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return (wide * inverse * self.scale[...]).astype(x.dtype)
+def norms_of(config: ModelConfig) -> tuple[str, ...]:
+    """Names of a layer's norms of width `hidden_size`, in the order of their use."""
+    return {
+        "before": ("input_norm", "post_attention_norm"),
+        "around": ("input_norm", "attention_output_norm", "post_attention_norm", "feed_forward_output_norm"),
+        "after": ("attention_output_norm", "feed_forward_output_norm"),
+    }[config.norms]
 
 
 class DecoderLayer(nnx.Module):
-    """One transformer block: attention and gated feed-forward, each behind a norm and added to the residual."""
+    """One transformer block: attention and feed-forward, each with norms and added to the residual.
 
-    def __init__(self, config: ModelConfig, index: int, dtype: np.dtype):
+    Args:
+      kind: the kind of the layer.
+      index: number of the layer in the pool of the context that it is called with.
+    """
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, index: int, dtype: np.dtype):
         d, ffn, epsilon = config.hidden_size, config.intermediate_size, config.rms_norm_eps
         self.index = index
+        self.kind = kind
         self.config = config
-        self.input_norm = RMSNorm(d, epsilon)
+        for name in norms_of(config):
+            setattr(self, name, RMSNorm(d, epsilon))
         self.qkv = Linear(d, config.q_width + 2 * config.kv_width, config.qkv_bias, dtype)
-        self.q_norm = RMSNorm(config.head_dim, epsilon) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, epsilon) if config.qk_norm else None
+        widths = {"head": (config.head_dim, config.head_dim), "width": (config.q_width, config.kv_width)}
+        q_width, k_width = widths[config.qk_norm] if config.qk_norm else (0, 0)
+        self.q_norm = RMSNorm(q_width, epsilon) if q_width else None
+        self.k_norm = RMSNorm(k_width, epsilon) if k_width else None
         self.o = Linear(config.q_width, d, config.o_bias, dtype)
-        self.post_attention_norm = RMSNorm(d, epsilon)
-        self.gate_up = Linear(d, 2 * ffn, config.mlp_bias, dtype)
-        self.down = Linear(ffn, d, config.mlp_bias, dtype)
+        if kind.has_experts:
+            self.experts = ExpertLayer(config, dtype)
+        else:
+            self.gate_up = Linear(d, 2 * ffn, config.mlp_bias, dtype)
+            self.down = Linear(ffn, d, config.mlp_bias, dtype)
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, context: StepContext) -> jax.Array:
-        """Maps `x` `[T, d]` to `[T, d]`; `cos` and `sin` are float32 `[T, 1, head_dim / 2]`."""
-        x = x + self._attention(self.input_norm(x), cos, sin, context)
-        return x + self._feed_forward(self.post_attention_norm(x), context)
+    def __call__(self, x: jax.Array, tables: Sequence[Table], context: StepContext) -> jax.Array:
+        """Maps `x` `[T, d]` to `[T, d]`. tables: cosines and sines of each of `ModelConfig.ropes`."""
+        x = self._add(x, "input_norm", lambda x: self._attention(x, tables, context), "attention_output_norm")
+        feed_forward = self._experts if self.kind.has_experts else self._feed_forward
+        return self._add(x, "post_attention_norm", lambda x: feed_forward(x, context), "feed_forward_output_norm")
 
-    def _attention(self, x: jax.Array, cos: jax.Array, sin: jax.Array, context: StepContext) -> jax.Array:
+    def _add(self, x: jax.Array, before: str, part: Callable[[jax.Array], jax.Array], after: str) -> jax.Array:
+        """Adds to `x` the result of a part, with the norms before and after it that the layer has."""
+        norms = norms_of(self.config)
+        y = part(getattr(self, before)(x) if before in norms else x)
+        y = getattr(self, after)(y) if after in norms else y
+        return x + scaled(y, self.config.residual_multiplier)
+
+    def _attention(self, x: jax.Array, tables: Sequence[Table], context: StepContext) -> jax.Array:
         config = self.config
         with jax.named_scope("qkv"):
             fused = context.lora(self.index, "qkv", x, self.qkv(x))  # [T, q_width + 2 kv_width]
             q, k, v = jnp.split(fused, (config.q_width, config.q_width + config.kv_width), axis=-1)
+            if config.qk_norm == "width":
+                q, k = self._normed(q, k)
             q = q.reshape(-1, config.num_heads, config.head_dim)  # [T, H, hd]
             k = k.reshape(-1, config.num_kv_heads, config.head_dim)  # [T, Hkv, hd]
             v = v.reshape(-1, config.num_kv_heads, config.head_dim)  # [T, Hkv, hd]
         with jax.named_scope("rotary"):
-            if self.q_norm is not None and self.k_norm is not None:
-                q, k = self.q_norm(q), self.k_norm(k)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            if config.qk_norm == "head":
+                q, k = self._normed(q, k)
+            # A context scales scores by `head_dim ** -0.5`; a model's own scale is the query's.
+            own = config.attention_scale
+            scale = 1.0 if own is None or math.isclose(own, config.head_dim**-0.5) else own * config.head_dim**0.5
+            if self.kind.rope is None:
+                q = scaled(q, scale)
+            else:
+                table, interleaved = tables[self.kind.rope], config.ropes[self.kind.rope].interleaved
+                q, k = rotate(q, table, interleaved, scale), rotate(k, table, interleaved)
         with jax.named_scope("attention"):
-            mixed = context.attend(self.index, q, k, v).reshape(-1, config.q_width)  # [T, q_width]
+            mixed = context.attend(self.index, q, k, v, self.kind.window).reshape(-1, config.q_width)  # [T, q_width]
         with jax.named_scope("o"):
             return context.reduce(context.lora(self.index, "o", mixed, self.o(mixed)))  # [T, d]
+
+    def _normed(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        assert self.q_norm is not None and self.k_norm is not None
+        return self.q_norm(q), self.k_norm(k)
 
     def _feed_forward(self, x: jax.Array, context: StepContext) -> jax.Array:
         with jax.named_scope("gate_up"):
             fused = context.lora(self.index, "gate_up", x, self.gate_up(x))  # [T, 2 ffn]
-            gate, up = jnp.split(fused.astype(jnp.float32), 2, axis=-1)
-            hidden = (jax.nn.silu(gate) * up).astype(x.dtype)  # [T, ffn]
+            hidden = gated(fused, self.config.activation, x.dtype)  # [T, ffn]
         with jax.named_scope("down"):
             return context.reduce(context.lora(self.index, "down", hidden, self.down(hidden)))  # [T, d]
 
-
-class Embedding(nnx.Module):
-    """Token embedding `[vocab, d]`."""
-
-    def __init__(self, vocab_size: int, features: int, dtype: np.dtype):
-        self.embedding = nnx.Param(jnp.zeros((vocab_size, features), dtype))
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Maps int32 `[T]` to `[T, d]`; an id out of range (padding) reads the nearest row."""
-        return jnp.take(self.embedding[...], tokens, axis=0, mode="clip")
+    def _experts(self, x: jax.Array, context: StepContext) -> jax.Array:
+        with jax.named_scope("experts"):
+            return context.reduce(self.experts(x))  # [T, d]
 
 
 class Decoder(nnx.Module):
@@ -168,7 +163,7 @@ class Decoder(nnx.Module):
         dtype = model_dtype(dtype)
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype)
-        self.layers = nnx.List([DecoderLayer(config, index, dtype) for index in range(config.num_layers)])
+        self.layers = nnx.List([DecoderLayer(config, kind, i, dtype) for i, kind in enumerate(config.kinds)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         untied = not config.tie_word_embeddings
         self.lm_head = Linear(config.hidden_size, config.vocab_size, False, dtype) if untied else None
@@ -180,19 +175,30 @@ class Decoder(nnx.Module):
           tokens: int32 `[T]`, the tokens of all sequences in one list; only `context` knows the sequences.
           positions: int32 `[T]`, each token's position in its own sequence, from 0.
         """
-        x, cos, sin = self.begin(tokens, positions, context)
+        x, tables = self.begin(tokens, positions, context)
         for layer in self.layers:
             with jax.named_scope(f"layer{layer.index}"):
-                x = layer(x, cos, sin, context)
+                x = layer(x, tables, context)
         return self.end(x)
 
     def begin(
         self, tokens: jax.Array, positions: jax.Array, context: StepContext
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns the first layer's inputs: embeddings `[T, d]`, cosines and sines `[T, 1, head_dim / 2]`."""
+    ) -> tuple[jax.Array, tuple[Table, ...]]:
+        """Returns the first layer's inputs: embeddings `[T, d]`, and cosines and sines of each of the model's
+        `ropes`."""
+        config = self.config
         with jax.named_scope("embed"):
             x = context.lookup(self.embed, tokens)  # [T, d]
-            return x, *rotary_tables(positions, inverse_frequencies(self.config.rope, self.config.head_dim))
+            if config.embedding_multiplier != 1.0:
+                x = x * jnp.asarray(config.embedding_multiplier, x.dtype)  # rounded to the dtype, as Gemma was trained
+            return x, tuple(
+                rotary_tables(
+                    positions,
+                    inverse_frequencies(rope, config.head_dim, config.max_position_embeddings),
+                    rope.attention_factor,
+                )
+                for rope in config.ropes
+            )
 
     def end(self, x: jax.Array) -> jax.Array:
         """Applies the final norm to the last layer's output `[T, d]`."""
@@ -210,7 +216,11 @@ class Decoder(nnx.Module):
                 hidden,
                 kernel,
                 (((hidden.ndim - 1,), (contracted,)), ((), ())),
-                precision=_precision(hidden.dtype),
+                precision=precision_of(hidden.dtype),
                 preferred_element_type=jnp.float32,
             )
-            return logits if context is None else context.head(hidden, logits)
+            if context is not None:
+                logits = context.head(hidden, logits)
+            logits = scaled(logits, 1 / self.config.logits_scaling)
+            cap = self.config.logit_cap
+            return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -23,88 +23,18 @@ from tqdm import tqdm
 from slora_jax.errors import CheckpointError
 from slora_jax.models.config import ModelConfig, read_json
 from slora_jax.models.decoder import Params, model_dtype
+from slora_jax.models.families.registry import FAMILIES
 from slora_jax.models.gguf.header import gguf_file
 from slora_jax.models.gguf.tensors import GgufSlice, GgufTensors, open_gguf
 from slora_jax.models.init import abstract_decoder
-from slora_jax.models.projections import PROJECTIONS, STACKS
+from slora_jax.models.placements import EMBEDDING, HEAD, ParamPath, Placement, tensor_placements
 from slora_jax.models.rotary import inverse_frequencies
 from slora_jax.models.safetensors_file import SafetensorsSlice, SafetensorsTensors, open_safetensors
-from slora_jax.parallel.layout import ONE_DEVICE, Shards
 from slora_jax.parallel.mesh import TensorParallel, parameter_spec, whole_shape
 
 _BLOCK_BYTES = 1 << 20
 _ALIGNMENT = 64  # bytes; the CPU backend uses an aligned buffer without copying it
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-ParamPath = tuple[str | int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """Destination of a checkpoint tensor: columns from `column` on of the parameter at `path`.
-
-    Attributes:
-      shape: the tensor's shape in the checkpoint.
-      transposed: true for kernels.
-      part: rows (and columns) of the tensor to copy; default: all.
-    """
-
-    path: ParamPath
-    shape: tuple[int, ...]
-    column: int = 0
-    transposed: bool = False
-    part: tuple[slice, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.part:
-            object.__setattr__(self, "part", tuple(slice(0, size) for size in self.shape))
-
-    @property
-    def size(self) -> int:
-        """Elements of the part."""
-        return math.prod(axis.stop - axis.start for axis in self.part)
-
-
-def tensor_placements(config: ModelConfig, shards: Shards = ONE_DEVICE, shard: int = 0) -> dict[str, Placement]:
-    """All tensors required in a checkpoint of this config, by Hugging Face name, with a shard's part of each."""
-    d = config.hidden_size
-    whole, vocabulary = slice(0, d), shards.vocabulary(config.vocab_size, shard)
-    placements = {
-        _EMBEDDING: Placement(("embed", "embedding"), (config.vocab_size, d), part=(vocabulary, whole)),
-        "model.norm.weight": Placement(("norm", "scale"), (d,)),
-    }
-    if not config.tie_word_embeddings:
-        placements[_HEAD] = Placement(
-            ("lm_head", "kernel"), (config.vocab_size, d), transposed=True, part=(vocabulary, whole)
-        )
-    biases = {"qkv": config.qkv_bias, "o": config.o_bias, "gate_up": config.mlp_bias, "down": config.mlp_bias}
-    norms = [("input_norm", "input_layernorm", d), ("post_attention_norm", "post_attention_layernorm", d)]
-    if config.qk_norm:
-        norms += [("q_norm", "self_attn.q_norm", config.head_dim), ("k_norm", "self_attn.k_norm", config.head_dim)]
-    for index in range(config.num_layers):
-        prefix, layer = f"model.layers.{index}", ("layers", index)
-        for norm, module, features in norms:
-            placements[f"{prefix}.{module}.weight"] = Placement((*layer, norm, "scale"), (features,))
-        for stack, names in STACKS.items():
-            column = 0
-            for projection in map(PROJECTIONS.__getitem__, names):
-                d_in, d_out = projection.dims(config)
-                inputs, outputs = slice(0, d_in), slice(0, d_out)
-                if projection.row_parallel:
-                    inputs = shards.part(d_in, shard)
-                else:
-                    outputs = shards.outputs(projection.name, d_out, shard)
-                name = f"{prefix}.{projection.module}"
-                placements[f"{name}.weight"] = Placement(
-                    (*layer, stack, "kernel"), (d_out, d_in), column, True, (outputs, inputs)
-                )
-                if biases[stack]:
-                    # Row-parallel outputs are summed over shards, so only the first shard adds the bias.
-                    own = slice(0, 0) if projection.row_parallel and shard else outputs
-                    placements[f"{name}.bias"] = Placement((*layer, stack, "bias"), (d_out,), column, part=(own,))
-                column += outputs.stop - outputs.start
-    return placements
 
 
 def checkpoint_files(model_dir: str | Path) -> list[Path]:
@@ -148,11 +78,11 @@ def untied_if_heads_differ(model_dir: str | Path, config: ModelConfig, dtype: An
         found: dict[str, SafetensorsSlice | GgufSlice] = {}
         for file in checkpoint_files(model_dir):
             tensors = opened.enter_context(_open(file))
-            found |= {name: tensors.get(name) for name in {_EMBEDDING, _HEAD}.intersection(tensors.names())}
-        if len(found) < 2 or _are_equal(found[_EMBEDDING], found[_HEAD], model_dtype(dtype)):
+            found |= {name: tensors.get(name) for name in {EMBEDDING, HEAD}.intersection(tensors.names())}
+        if len(found) < 2 or _are_equal(found[EMBEDDING], found[HEAD], model_dtype(dtype)):
             return config
     warnings.warn(
-        f"{model_dir}: config.json: tie_word_embeddings=true, but {_HEAD} and {_EMBEDDING} have different values; the "
+        f"{model_dir}: config.json: tie_word_embeddings=true, but {HEAD} and {EMBEDDING} have different values; the "
         "head is used. Set tie_word_embeddings=false",
         stacklevel=3,
     )
@@ -243,22 +173,24 @@ class _ParamBuilder:
 
         Raises `FloatingPointError` for NaN or infinity.
         """
-        rows, *columns = placement.part
+        columns = placement.columns
         row_bytes = tensor.element_bytes * math.prod(axis.stop - axis.start for axis in columns)
         step = max(1, int(_BLOCK_BYTES / row_bytes))
         buffer = self._buffer(placement.path)
-        for start in range(rows.start, rows.stop, step):
-            block = tensor[(slice(start, min(start + step, rows.stop)), *columns)]  # [step, d_in] or [step]
-            with np.errstate(over="ignore"):  # reported below
-                block = block.astype(buffer.dtype, copy=False)
-            block = block.view(f"u{block.itemsize}")  # integers copy faster than ml_dtypes elements
-            if _has_nonfinite(block):
-                raise FloatingPointError(f"expected finite values of {buffer.dtype.name}, found NaN or infinity")
-            first = placement.column + start - rows.start
-            place = slice(first, first + len(block))
-            target = buffer[:, place].T if placement.transposed else buffer[place]  # [step, d_in] or [step]
-            target.view(block.dtype)[...] = block
-            yield len(block) * row_bytes
+        target, first = placement.target(buffer).view(f"u{buffer.itemsize}"), 0  # [rows, d_in] or [rows]
+        for rows in placement.rows:
+            for start in range(rows.start, rows.stop, step):
+                block = tensor[(slice(start, min(start + step, rows.stop)), *columns)]  # [step, d_in] or [step]
+                with np.errstate(over="ignore"):  # reported below
+                    block = block.astype(buffer.dtype, copy=False)
+                if placement.offset:
+                    block = block + block.dtype.type(placement.offset)
+                block = block.view(target.dtype)  # integers copy faster than ml_dtypes elements
+                if _has_nonfinite(block):
+                    raise FloatingPointError(f"expected finite values of {buffer.dtype.name}, found NaN or infinity")
+                target[first : first + len(block)] = block
+                first += len(block)
+                yield len(block) * row_bytes
         self._part_done(placement.path)
 
     def _buffer(self, path: ParamPath) -> np.ndarray:
@@ -314,8 +246,10 @@ def _check_headers(
             for name in tensors.names():
                 shown = tensors.name_in_file(name)
                 if name not in placements:
-                    if name == _HEAD and config.tie_word_embeddings:
+                    if name == HEAD and config.tie_word_embeddings:
                         continue  # equal to the embeddings: `untied_if_heads_differ`
+                    if FAMILIES[config.family].text_config and not name.startswith("model.layers."):
+                        continue  # of images
                     if _ROTARY_BUFFER.fullmatch(name):
                         differs |= not _are_frequencies(tensors.get(name), config)
                         continue
@@ -344,7 +278,7 @@ def _check_headers(
 
 def _are_frequencies(tensor: SafetensorsSlice | GgufSlice, config: ModelConfig) -> bool:
     """Returns whether a rotary buffer agrees with the config, up to half-precision rounding."""
-    expected = inverse_frequencies(config.rope, config.head_dim)
+    expected = inverse_frequencies(config.rope, config.head_dim, config.max_position_embeddings)
     if tensor.shape != expected.shape:
         return False
     found = tensor[(slice(0, len(expected)),)].astype(np.float32)

@@ -10,6 +10,7 @@ from flax import nnx, traverse_util
 
 from slora_jax.models.config import ModelConfig
 from slora_jax.models.decoder import Decoder, DecoderLayer, Params, model_dtype
+from slora_jax.models.traits import LayerKind
 from slora_jax.parallel.mesh import TensorParallel, parameter_spec
 
 
@@ -23,9 +24,10 @@ def abstract_decoder(config: ModelConfig, dtype: Any) -> tuple[nnx.GraphDef, Par
     return graphdef, nnx.to_pure_dict(state)
 
 
-def layer_graph(config: ModelConfig, dtype: Any) -> nnx.GraphDef:
-    """The graph definition of a decoder layer; its parameters are `params["layers"][i]` for any i."""
-    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, 0, model_dtype(dtype))))[0]
+def layer_graph(config: ModelConfig, kind: LayerKind, dtype: Any) -> nnx.GraphDef:
+    """The graph definition of a decoder layer; its parameters are `params["layers"][i]` for any layer i of this kind.
+    The layer's number is 0."""
+    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, kind, 0, model_dtype(dtype))))[0]
 
 
 def abstract_shards(config: ModelConfig, dtype: Any, parallel: TensorParallel) -> tuple[nnx.GraphDef, Params]:

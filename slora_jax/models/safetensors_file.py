@@ -14,20 +14,25 @@ _ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 class SafetensorsTensors:
-    """An open safetensors file; `tensors` is the result of `safe_open`."""
+    """An open safetensors file; `tensors` is the result of `safe_open`.
+
+    The text model of a larger one has the names that it would have alone: without "language_model.".
+    """
 
     def __init__(self, file: Path, tensors: Any) -> None:
         self._file, self._tensors = file, tensors
+        self._in_file = {name.replace("language_model.", "", 1): name for name in tensors.offset_keys()}
 
     def names(self) -> list[str]:
         """Tensor names in the order of the file."""
-        return self._tensors.offset_keys()
+        return list(self._in_file)
 
     def name_in_file(self, name: str) -> str:
-        return name
+        return self._in_file.get(name, name)
 
     def get(self, name: str) -> "SafetensorsSlice":
         """Returns a lazy tensor. Raises `CheckpointError` for an unsupported dtype."""
+        name = self._in_file[name]
         tensor = self._tensors.get_slice(name)
         if (dtype := tensor.get_dtype()) not in _ELEMENT_BYTES:
             supported = sorted(_ELEMENT_BYTES)

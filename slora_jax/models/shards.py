@@ -8,8 +8,8 @@ from flax import nnx, traverse_util
 
 from slora_jax.models.config import ModelConfig
 from slora_jax.models.decoder import Params
-from slora_jax.models.hf import ParamPath, Placement, tensor_placements
 from slora_jax.models.init import abstract_shards
+from slora_jax.models.placements import ParamPath, Placement, tensor_placements
 from slora_jax.parallel.mesh import TensorParallel
 
 
@@ -48,7 +48,8 @@ def shard_params(config: ModelConfig, params: Params, parallel: TensorParallel) 
 
 def _copy_part(whole: np.ndarray, shard: np.ndarray, of_whole: Placement, of_shard: Placement) -> None:
     """Copies a shard's part of a checkpoint tensor from the whole parameter to the shard's parameter."""
-    rows, *columns = of_shard.part
-    source, target = (array.T if of_shard.transposed else array for array in (whole, shard))
-    first, count = of_whole.column + rows.start, rows.stop - rows.start
-    target[of_shard.column : of_shard.column + count] = source[(slice(first, first + count), *columns)]
+    source, target, first = of_whole.target(whole), of_shard.target(shard), 0
+    for rows in of_shard.rows:
+        count = rows.stop - rows.start
+        target[first : first + count] = source[(rows, *of_shard.columns)]
+        first += count

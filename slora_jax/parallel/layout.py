@@ -1,8 +1,8 @@
 """Sharding of parameters, pool and adapters over N devices (paper section 6, figure 4).
 
 **Base model**, as in Megatron: q,k,v and gate,up are split by output columns, o and down by input rows, embedding and
-head by vocabulary; norms are replicated. A shard runs the program of a smaller model (`Shards.of_model`) with two
-all-reduces per layer.
+head by vocabulary; each expert like gate,up and down; norms and routers are replicated. A shard runs the program of a
+smaller model (`Shards.of_model`) with two all-reduces per layer.
 
 **Pool**: split along W. A page id is the same page on all shards; each holds the KV of its own heads, `W_s = W / N`
 columns. With fewer KV heads than shards, neighbouring shards hold the same head, and W_s is the width of one head.
@@ -37,6 +37,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from pallas_kernels.lora.layout import LoraLayout, Stack
+from slora_jax.errors import ConfigError
 from slora_jax.models.projections import PROJECTIONS, ROW_PARALLEL
 
 if TYPE_CHECKING:
@@ -61,11 +62,25 @@ class Shards:
     lora: LoraSharding = "slora"
 
     def of_model(self, model: ModelConfig) -> ModelConfig:
-        """Returns the model whose program a shard runs. Its vocabulary size is rounded up."""
+        """Returns the model whose program a shard runs. Its vocabulary size is rounded up.
+
+        Raises:
+          ConfigError: the model's experts or norms cannot be sharded.
+        """
         if self.count == 1:
             return model
+        where = f"EngineConfig.tensor_parallel_size={self.count}: the model's"
+        if model.qk_norm == "width":
+            raise ConfigError(f"{where} qk_norm='width' needs all queries and keys of a token on one device; use 1")
+        experts = model.experts
+        if experts is not None:
+            if experts.intermediate_size % self.count:
+                width = experts.intermediate_size
+                raise ConfigError(f"{where} experts.intermediate_size={width} must be a multiple of it")
+            experts = replace(experts, intermediate_size=experts.intermediate_size // self.count)
         return replace(
             model,
+            experts=experts,
             num_heads=model.num_heads // self.count,
             num_kv_heads=model.num_kv_heads // self.kv_parts,
             intermediate_size=model.intermediate_size // self.count,

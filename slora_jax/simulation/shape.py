@@ -51,7 +51,9 @@ class ModelShape:
 
     @classmethod
     def of(cls, model: ModelConfig, dtype_bytes: int = 2, lora_targets: Sequence[str] = ATTENTION) -> ModelShape:
-        """Returns the shape of a checkpoint's config."""
+        """Returns the shape of a checkpoint's config. Raises ConfigError for a model with experts."""
+        if model.experts is not None:
+            raise ConfigError(f"the cost model has no experts, but the model has {model.experts.count} in a layer")
         return cls(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,

@@ -1,11 +1,13 @@
 """Causal attention over packed rows, with a backward pass that computes the shares again from their log-sum.
 
 Rows and key-value heads are processed one after another, and queries in blocks that leave out the keys after them, so
-that on a CPU the scores of a block stay in the cache. On a GPU, cuDNN's fused attention takes its place.
+that on a CPU the scores of a block stay in the cache. On a GPU, cuDNN's fused attention takes its place, except for
+models with a `score_cap`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -24,7 +26,12 @@ SAVED = "attention"
 
 
 def packed_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: int | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    window: int | None = None,
+    score_cap: float | None = None,
 ) -> jax.Array:
     """Attention within each sequence of each row, scaled by `head_dim ** -0.5`.
 
@@ -33,11 +40,13 @@ def packed_attention(
       k, v: `[rows, length, Hkv, hd]`.
       segments: int32 `[rows, length]`; a query attends to keys of its own segment, up to its own position.
       window: keys that a query attends to, its own included; None: no limit.
+      score_cap: a scaled score s becomes `score_cap * tanh(s / score_cap)`; None: it stays s.
 
     Returns:
       `[rows, length, H, hd]` in q's dtype.
     """
-    if devices.target() is not None or jax.default_backend() != "cpu":
+    is_gpu = devices.target() is not None or jax.default_backend() != "cpu"
+    if is_gpu and score_cap is None:  # the fused attention cannot limit scores
         position = jnp.arange(q.shape[1])
         mask = _mask(segments, segments, position[:, None], position, window)
         fused: Literal["cudnn", "xla"] = "cudnn" if jnp.dtype(q.dtype).itemsize == 2 else "xla"
@@ -51,22 +60,30 @@ def packed_attention(
         .reshape(rows * kv_heads, -1, length, width)
     )
     k, v = (part.swapaxes(1, 2).reshape(rows * kv_heads, length, width) for part in (k, v))
-    mixed = _attention(window, q, k, v, jnp.repeat(segments, kv_heads, 0))
+    mixed = _attention(Limits(window, score_cap), q, k, v, jnp.repeat(segments, kv_heads, 0))
     return mixed.reshape(rows, heads, length, width).swapaxes(1, 2)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """The `window` and `score_cap` of `packed_attention`."""
+
+    window: int | None
+    score_cap: float | None
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+def _attention(limits: Limits, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
     """q `[N, G, length, hd]`, k and v `[N, length, hd]`, segments `[N, length]`; returns `[N, G, length, hd]`."""
-    return _forward(window, q, k, v, segments)[0]
+    return _forward(limits, q, k, v, segments)[0]
 
 
-def _forward(window: int | None, *args: jax.Array) -> tuple[jax.Array, Any]:
+def _forward(limits: Limits, *args: jax.Array) -> tuple[jax.Array, Any]:
     def one(item: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         q, k, v, segments = item
         parts = []
         for begin, end in _blocks(q.shape[1]):
-            scores = _scores(window, q, k, segments, begin, end)  # [G * queries, keys]
+            scores = _scores(limits, q, k, segments, begin, end)  # [G * queries, keys]
             largest = scores.max(1, keepdims=True)
             shares = jnp.exp(scores - largest)
             total = shares.sum(1, keepdims=True)
@@ -79,18 +96,21 @@ def _forward(window: int | None, *args: jax.Array) -> tuple[jax.Array, Any]:
     return mixed, (*args, mixed, log_sum)
 
 
-def _backward(window: int | None, saved: Any, slope: jax.Array) -> tuple[Any, ...]:
+def _backward(limits: Limits, saved: Any, slope: jax.Array) -> tuple[Any, ...]:
     def one(item: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, k, v, segments, mixed, log_sum, slope = item
         heads, scale = q.shape[0], q.shape[-1] ** -0.5
         own = (slope.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(-1)  # [G, length]
         dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
         for begin, end in _blocks(q.shape[1]):
-            scores = _scores(window, q, k, segments, begin, end)
+            scores = _scores(limits, q, k, segments, begin, end)
             shares = jnp.exp(scores - log_sum[:, begin:end].reshape(-1, 1))
             rows = slope[:, begin:end].reshape(-1, slope.shape[-1])
             dshares = _dot(rows, v[:end].T)
-            dscores = (shares * (dshares - own[:, begin:end].reshape(-1, 1)) * scale).astype(k.dtype)
+            dscores = shares * (dshares - own[:, begin:end].reshape(-1, 1)) * scale
+            if limits.score_cap is not None:  # the slope of tanh; shares are 0 where a score is -inf
+                dscores *= 1 - jnp.square(jnp.where(shares > 0, scores, 0) / limits.score_cap)
+            dscores = dscores.astype(k.dtype)
             dq.append(_by_head(_dot(dscores, k[:end]), heads))
             dk = dk.at[:end].add(_dot(dscores.T, q[:, begin:end].reshape(-1, q.shape[-1])))
             dv = dv.at[:end].add(_dot(shares.astype(v.dtype).T, rows))
@@ -108,10 +128,12 @@ def _blocks(length: int) -> list[tuple[int, int]]:
     return [(begin, min(begin + block, length)) for begin in range(0, length, block)]
 
 
-def _scores(window: int | None, q: jax.Array, k: jax.Array, segments: jax.Array, begin: int, end: int) -> jax.Array:
+def _scores(limits: Limits, q: jax.Array, k: jax.Array, segments: jax.Array, begin: int, end: int) -> jax.Array:
     """Scaled scores `[G * queries, keys]` of the queries `begin .. end`, -inf at keys that they do not attend to."""
     scores = _dot(q[:, begin:end].reshape(-1, q.shape[-1]), k[:end].T) * q.shape[-1] ** -0.5
-    mask = _mask(segments[begin:end], segments[:end], jnp.arange(begin, end)[:, None], jnp.arange(end), window)
+    if limits.score_cap is not None:
+        scores = limits.score_cap * jnp.tanh(scores / limits.score_cap)
+    mask = _mask(segments[begin:end], segments[:end], jnp.arange(begin, end)[:, None], jnp.arange(end), limits.window)
     return jnp.where(jnp.tile(mask, (q.shape[0], 1)), scores, -jnp.inf)
 
 

@@ -2,8 +2,8 @@
 
 With `remat`, only the inputs of the layers are kept, and the backward program of a layer computes its activations
 again. Without it, the results of its products and of attention are kept too, and only the rest is computed again. One
-layer is compiled for each shape of a micro-step, so compilation does not grow with the model's depth. Slots, ranks and
-pages are data: a new adapter compiles nothing.
+layer of each kind is compiled for each shape of a micro-step, so compilation does not grow with the model's depth.
+Slots, ranks and pages are data: a new adapter compiles nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from pallas_kernels.lora.training import HIDDEN, TrainedLora
 from slora_jax.models import ModelConfig, Params, abstract_decoder
 from slora_jax.models.decoder import Embedding
 from slora_jax.models.init import layer_graph
+from slora_jax.models.rotary import Table
+from slora_jax.models.traits import LayerKind
 from slora_jax.training.attention import SAVED, packed_attention
 from slora_jax.training.losses import Loss
 
@@ -58,11 +60,11 @@ class TrainingContext:
         self._stacks = {stack.name: stack for stack in layout.stacks}
         self.ledger = ledger
 
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
         """Causal attention within each sequence of each row."""
         rows, length = self._segments.shape
         q, k, v = (part.reshape(rows, length, *part.shape[1:]) for part in (q, k, v))
-        mixed = packed_attention(q, k, v, self._segments, self._model.sliding_window)
+        mixed = packed_attention(q, k, v, self._segments, window, self._model.score_cap)
         return mixed.reshape(rows * length, *mixed.shape[2:])
 
     def lora(self, layer: int, stack: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -88,10 +90,9 @@ class TrainingPrograms:
         self._model, self._layout, self._max_rank, self._remat = model, layout, max_rank, remat
         self.dtype = params["embed"]["embedding"].dtype
         self._ends_graph = abstract_decoder(replace(model, num_layers=0), self.dtype)[0]
-        self._layer_graph = layer_graph(model, self.dtype)
         self.prepare = jax.jit(self._prepare, static_argnames="tile_rows")
         self.begin = jax.jit(self._begin)
-        self.layer = jax.jit(self._layer, static_argnames="backward")
+        self.layer = jax.jit(self._layer, static_argnames=("kind", "backward"))
         self.layer_gradient = jax.jit(_layer_gradient, donate_argnames=("gradient", "dx"))
         self.head = jax.jit(self._head, static_argnames=("loss", "backward"))
         self.page_norms = jax.jit(_page_norms)
@@ -104,8 +105,8 @@ class TrainingPrograms:
 
     def _begin(
         self, ends: Params, tokens: jax.Array, positions: jax.Array, segments: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns the first layer's input `[T, d]`, and cosines and sines."""
+    ) -> tuple[jax.Array, tuple[Table, ...]]:
+        """Returns the first layer's input `[T, d]`, and cosines and sines of each of the model's `ropes`."""
         context = TrainingContext(self._model, self._layout, segments)
         return nnx.merge(self._ends_graph, ends).begin(tokens, positions, context)
 
@@ -115,18 +116,20 @@ class TrainingPrograms:
         master: jax.Array,
         scale: jax.Array,
         x: jax.Array,
-        cos: jax.Array,
-        sin: jax.Array,
+        rotary: tuple[Table, ...],
         segments: jax.Array,
         lora: TrainedLora,
+        kind: LayerKind,
         backward: bool,
     ) -> tuple[jax.Array, Any]:
-        """Returns the layer's output `[T, d]`, and with `backward` the first argument of `layer_gradient`."""
+        """Returns the output `[T, d]` of a layer of this kind, and with `backward` the first argument of
+        `layer_gradient`."""
 
         def layer(x: jax.Array, ledger: jax.Array) -> tuple[jax.Array, jax.Array]:
             pool = jax.lax.stop_gradient((ledger * scale).astype(x.dtype))
             context = TrainingContext(self._model, self._layout, segments, lora, pool, ledger)
-            return nnx.merge(self._layer_graph, params)(x, cos, sin, context), context.ledger
+            graph = layer_graph(self._model, kind, self.dtype)
+            return nnx.merge(graph, params)(x, rotary, context), context.ledger
 
         if not backward:
             return layer(x, master)[0], None

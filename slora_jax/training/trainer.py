@@ -104,7 +104,8 @@ class Trainer:
         from slora_jax.engine.config import EngineConfig
         from slora_jax.engine.placement import load
 
-        model, _, params = load(model_dir, EngineConfig(dtype=config.dtype, progress=False).with_dtype())
+        settings = EngineConfig(dtype=config.dtype, max_model_len=config.lengths[-1], progress=False)
+        model, _, params = load(model_dir, settings.with_dtype())
         return cls(model, params, config)
 
     @classmethod
@@ -357,12 +358,13 @@ class Trainer:
         segments = jnp.asarray(micro.segments.reshape(micro.num_rows, micro.length))
         tile_rows = training_tile_rows(self.geometry.layout, programs.dtype, micro.length)
         lora = programs.prepare(pool.table, micro.tiles(tile_rows), tile_rows=tile_rows)
-        x, cos, sin = programs.begin(self._ends, micro.tokens, micro.positions, segments)
+        x, rotary = programs.begin(self._ends, micro.tokens, micro.positions, segments)
         gradients = []
         for layer in layers:
             x, gradient = programs.layer(
-                params[layer], pool.master[layer], pool.scales[layer], x, cos, sin, segments, lora, backward=backward
-            )
+                params[layer], pool.master[layer], pool.scales[layer], x, rotary, segments, lora,
+                kind=self.model.kind(layer), backward=backward,
+            )  # fmt: skip
             gradients.append(gradient)
         token_loss, logprobs, dx = programs.head(
             self._ends, x, micro.targets, micro.inputs, loss=loss, backward=backward

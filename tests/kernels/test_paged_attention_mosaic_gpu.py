@@ -182,6 +182,11 @@ def test_unsupported_shapes_are_declined_with_the_reason(change, reason):
         mosaic_gpu.Attention(None, case.shape, plan=PLAN)
 
 
+def test_limited_scores_are_declined():
+    with pytest.raises(NotImplementedError, match="score_cap 50.0; 'triton' and 'xla' limit scores"):
+        mosaic_gpu.Attention(None, replace(MIXED.shape, score_cap=50.0), plan=PLAN)
+
+
 def test_decode_steps_are_declined():
     with pytest.raises(NotImplementedError, match="decode steps; 'triton' and 'xla' serve them"):
         mosaic_gpu.Attention(None, replace(MIXED.shape, decode=True))

@@ -28,39 +28,43 @@ GROUP_OF_8 = Shape(heads=8, kv_heads=1, head_dim=256, page_size=8, mixed_rows=40
 MULTI_HEAD = Shape(heads=2, kv_heads=2, head_dim=128, page_size=32, mixed_rows=64)
 GROUP_OF_3 = Shape(heads=6, kv_heads=2, head_dim=64, page_size=8, mixed_rows=40, tile_rows=9)
 
-# (shape, dtype, window, decode): together they take every branch of the kernel.
+# (shape, dtype, window, cap, decode): together they take every branch of the kernel.
 CASES = {
-    "decode_group_of_4": (GROUP_OF_4, "bfloat16", None, True),
-    "decode_group_of_8_f16": (GROUP_OF_8, "float16", None, True),
-    "decode_multi_head_window": (MULTI_HEAD, "bfloat16", 1, True),
-    "mixed_multi_head": (MULTI_HEAD, "bfloat16", None, False),
-    "mixed_group_of_4_window": (GROUP_OF_4, "float16", 37, False),
-    "mixed_group_of_3_window": (GROUP_OF_3, "bfloat16", 70, False),
-    "mixed_group_of_8_f16": (GROUP_OF_8, "float16", None, False),
+    "decode_group_of_4": (GROUP_OF_4, "bfloat16", None, None, True),
+    "decode_group_of_8_f16": (GROUP_OF_8, "float16", None, None, True),
+    "decode_multi_head_window": (MULTI_HEAD, "bfloat16", 1, None, True),
+    "decode_group_of_4_cap": (GROUP_OF_4, "bfloat16", 60, 2.0, True),
+    "mixed_group_of_4_cap": (GROUP_OF_4, "float16", None, 2.0, False),
+    "mixed_multi_head": (MULTI_HEAD, "bfloat16", None, None, False),
+    "mixed_group_of_4_window": (GROUP_OF_4, "float16", 37, None, False),
+    "mixed_group_of_3_window": (GROUP_OF_3, "bfloat16", 70, None, False),
+    "mixed_group_of_8_f16": (GROUP_OF_8, "float16", None, None, False),
 }
 
 
-def static_shape(step: Step, window: int | None = None) -> AttentionShape:
+def static_shape(step: Step, window: int | None = None, cap: float | None = None) -> AttentionShape:
     shape, (num_seqs, max_pages) = step.shape, step.tiles.page_table.shape
     rows = num_seqs if step.decode else (step.tiles.prefill_seq.shape[0] - num_seqs) * shape.tile_rows
     return AttentionShape(
         shape.heads, shape.kv_heads, shape.head_dim, shape.page_size, step.pool.dtype, num_seqs, max_pages, rows,
-        step.decode, window,
+        step.decode, window, cap,
     )  # fmt: skip
 
 
-def run(step: Step, window: int | None = None, plan: TritonPlan = PLAN, layers: int = 1) -> list[np.ndarray]:
+def run(
+    step: Step, window: int | None = None, plan: TritonPlan = PLAN, layers: int = 1, cap: float | None = None
+) -> list[np.ndarray]:
     """The outputs of `layers` layers over the same pool, in one program."""
 
     @jax.jit
     def program(q, pool, tiles):
-        attend = triton.Attention(tiles, static_shape(step, window), plan=plan, interpret=True)
+        attend = triton.Attention(tiles, static_shape(step, window, cap), plan=plan, interpret=True)
         return [attend(q, pool) for _ in range(layers)]
 
     return [np.asarray(out) for out in program(step.q, step.pool, step.tiles)]
 
 
-def check(step: Step, out: np.ndarray, window: int | None = None) -> None:
+def check(step: Step, out: np.ndarray, window: int | None = None, cap: float | None = None) -> None:
     """Errors: a rounding of each weight and of the result to q's dtype, and 1e-4 of the sum of absolute terms."""
     shape, row = step.shape, 0
     eps = 2.0**-8 if step.dtype == ml_dtypes.bfloat16 else 2.0**-11
@@ -72,6 +76,7 @@ def check(step: Step, out: np.ndarray, window: int | None = None) -> None:
             k = np.repeat(step.keys[seq][seen].astype(float).reshape(heads), group, 1)  # [t, H, hd]
             v = np.repeat(step.values[seq][seen].astype(float).reshape(heads), group, 1)
             scores = np.einsum("hd,thd->th", step.q[row].astype(float), k) * shape.head_dim**-0.5
+            scores = scores if cap is None else cap * np.tanh(scores / cap)
             p = np.exp(scores - scores.max(0))
             p /= p.sum(0)
             expected, terms = np.einsum("th,thd->hd", p, v), np.einsum("th,thd->hd", p, abs(v))
@@ -81,20 +86,24 @@ def check(step: Step, out: np.ndarray, window: int | None = None) -> None:
     np.testing.assert_array_equal(out[row:], np.zeros_like(out[row:]))
 
 
-@pytest.mark.parametrize(("shape", "dtype", "window", "decode"), CASES.values(), ids=CASES)
-def test_each_row_attends_to_its_own_sequence(shape, dtype, window, decode, rng):
+@pytest.mark.parametrize(("shape", "dtype", "window", "cap", "decode"), CASES.values(), ids=CASES)
+def test_each_row_attends_to_its_own_sequence(shape, dtype, window, cap, decode, rng):
     sequences = random_sequences(shape, decode, rng)[: 10 if decode else None]
     print("(context, length)", sequences)
     step = Step(shape, dtype, sequences, decode, rng)
-    check(step, run(step, window)[0], window)
+    check(step, run(step, window, cap=cap)[0], window, cap)
 
 
-@pytest.mark.parametrize(("window", "decode"), [(1, False), (20, True), (150, False)], ids=str)
-def test_the_reference_sees_only_the_newest_keys_of_a_window(decode, window, rng):
+@pytest.mark.parametrize(
+    ("window", "cap", "decode"),
+    [(1, None, False), (20, None, True), (150, None, False), (None, 2.0, False), (20, 2.0, True)],
+    ids=str,
+)
+def test_the_reference_sees_the_newest_keys_of_a_window_and_limits_scores(decode, window, cap, rng):
     step = Step(GROUPED, "bfloat16", random_sequences(GROUPED, decode, rng), decode, rng)  # its scale, 1/8, is exact
-    shape = static_shape(step, window)
+    shape = static_shape(step, window, cap)
     attend = jax.jit(lambda q, pool, tiles: xla.Attention(tiles, shape, GROUPED.tile_rows)(q, pool))
-    check(step, np.asarray(attend(step.q, step.pool, step.tiles)), window)
+    check(step, np.asarray(attend(step.q, step.pool, step.tiles)), window, cap)
 
 
 def test_layers_share_the_work_and_give_the_same_bits(rng):

@@ -32,18 +32,23 @@ TINY = {
 
 
 class DenseContext:
-    """Full causal attention within each sequence of a ragged token list; no adapters."""
+    """Causal attention within each sequence of a ragged token list; no adapters."""
 
-    def __init__(self, sequences: jax.Array, positions: jax.Array):
+    def __init__(self, sequences: jax.Array, positions: jax.Array, score_cap: float | None = None):
         """sequences and positions int32 `[T]`: which sequence each token belongs to, and where in it."""
-        same_sequence = sequences[:, None] == sequences[None, :]
-        self.visible = same_sequence & (positions[None, :] <= positions[:, None])  # [T, T]
+        self.same_sequence, self.positions = sequences[:, None] == sequences[None, :], positions
+        self.score_cap = score_cap
 
-    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
+        distance = self.positions[:, None] - self.positions[None, :]  # [T, T]
+        visible = self.same_sequence & (distance >= 0) & (distance < (window or distance.size))
         group = q.shape[1] // k.shape[1]
         k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)  # [T, H, hd]
         scores = jnp.einsum("thd,shd->hts", q, k, precision="highest", preferred_element_type=jnp.float32)
-        scores = jnp.where(self.visible, scores * q.shape[-1] ** -0.5, -jnp.inf)  # [H, T, T]
+        scores = scores * q.shape[-1] ** -0.5
+        if self.score_cap is not None:
+            scores = self.score_cap * jnp.tanh(scores / self.score_cap)
+        scores = jnp.where(visible, scores, -jnp.inf)  # [H, T, T]
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         return jnp.einsum("hts,shd->thd", weights, v, precision="highest")
 
@@ -60,7 +65,8 @@ class DenseContext:
 @jax.jit(static_argnums=0)
 def _logits(graphdef, params, tokens, positions, sequences):
     model = nnx.merge(graphdef, params)
-    return model.logits(model(tokens, positions, DenseContext(sequences, positions)))
+    context = DenseContext(sequences, positions, model.config.score_cap)
+    return model.logits(model(tokens, positions, context))
 
 
 @pytest.fixture

@@ -1,10 +1,14 @@
 """The decoder agrees with transformers in every family, on sequences packed into one ragged list."""
 
+import json
+
+import jax
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
-from slora_jax.models import load_model
+from slora_jax.models import abstract_decoder, load_model
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -15,6 +19,20 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 24,
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 3.0}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.4, 1.5, 1.6, 1.7, 1.8],
+    "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
+}
+GEMMA3_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+}
+MULTIPLIERS = {
+    "attention_multiplier": 0.2, "embedding_multiplier": 12.0, "residual_multiplier": 0.3, "logits_scaling": 1.5,
+}  # fmt: skip
 CASES = {
     "llama-mha-untied": ("llama", {"num_key_value_heads": 4}),
     "llama-gqa-tied": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
@@ -22,6 +40,52 @@ CASES = {
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-llama3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
     "llama-linear-rope": ("llama", {"rope_parameters": LINEAR_ROPE}),
+    "llama-yarn-rope": ("llama", {"rope_parameters": YARN_ROPE}),
+    "llama-yarn-mscale-rope": ("llama", {"rope_parameters": {**YARN_ROPE, "mscale": 0.7, "mscale_all_dim": 0.9}}),
+    "llama-dynamic-rope": ("llama", {"rope_parameters": {**LINEAR_ROPE, "rope_type": "dynamic"}}),
+    "mistral-window": ("mistral", {"sliding_window": 9}),
+    "qwen2-window-in-one-layer": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 9,
+            "attn_logit_softcapping": 4.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": GEMMA3_ROPES,
+        },
+    ),
+    "phi3-partial-rope": ("phi3", {"sliding_window": 9, "rope_parameters": {"partial_rotary_factor": 0.75}}),
+    "phi3-longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 4}),
+    "granite": ("granite", {**MULTIPLIERS, "attention_bias": True}),
+    "olmo2": ("olmo2", {}),
+    "glm4": ("glm4", {"head_dim": 16}),
+    "mixtral": ("mixtral", {"num_local_experts": 5, "sliding_window": 9}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "mlp_only_layers": [1],
+        },
+    ),
     "mistral": ("mistral", {"sliding_window": None, "rms_norm_eps": 1e-5}),
     "qwen2": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
@@ -49,6 +113,33 @@ def test_float32_logits_match_transformers(case, make_checkpoint, decoder_logits
     expected, found = reference_logits(model), decoder_logits(graphdef, params, prompts())
     assert np.abs(expected).max() > 1.0
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_longrope_takes_the_factors_of_the_longest_sequence(make_checkpoint, decoder_logits):
+    """transformers takes the long factors for each sequence that is longer than the original length."""
+    overrides = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}
+    directory, model = make_checkpoint("phi3", **overrides)
+    graphdef, params, config = load_model(directory, "float32", progress=False)
+    short = abstract_decoder(config.up_to(32), "float32")[0]
+    for graph, prompt in ((graphdef, prompts()[0]), (short, prompts()[2])):
+        with torch.no_grad():
+            expected = model(torch.from_numpy(prompt)[None]).logits[0].numpy()
+        found = decoder_logits(graph, params, [prompt])
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_text_model_of_a_larger_checkpoint_is_loaded_alone(make_checkpoint, tmp_path):
+    source, _ = make_checkpoint("gemma3_text", head_dim=16)
+    tensors = {f"language_model.{name}": one for name, one in load_file(source / "model.safetensors").items()}
+    images = {"vision_tower.embed.weight": np.ones((2, 2), np.float32)}
+    save_file(tensors | images, tmp_path / "model.safetensors")
+    text = json.loads((source / "config.json").read_text())
+    outer = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "eos_token_id": [1, 106]}
+    (tmp_path / "config.json").write_text(json.dumps({**outer, "text_config": text, "vision_config": {"a": 1}}))
+    _, alone, _ = load_model(source, "float32", progress=False)
+    _, params, config = load_model(tmp_path, "float32", progress=False)
+    assert (config.family, config.eos_token_ids) == ("gemma3", (1, 106))
+    jax.tree.map(np.testing.assert_array_equal, params, alone)
 
 
 def test_sharded_files_give_the_same_parameters_as_one_file(make_checkpoint, tiny_checkpoint):

@@ -24,7 +24,7 @@ CONFIG = ModelConfig(
     rms_norm_eps=1e-6,
     tie_word_embeddings=False,
     max_position_embeddings=64,
-    qk_norm=True,
+    qk_norm="head",
 )
 TOKENS = np.arange(6, dtype=np.int32)
 

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from slora_jax.models.config import ModelConfig
 from slora_jax.models.gguf.tensors import gguf_name
-from slora_jax.models.hf import tensor_placements
+from slora_jax.models.placements import tensor_placements
 
 # One copy gives 1.1 to 1.2 (tensors in flight, freed memory that glibc keeps), two copies 2.
 ONE_COPY = 1.5

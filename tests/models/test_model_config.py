@@ -20,16 +20,16 @@ QWEN2_7B = CONFIGS["QWEN2_7B"]
 QWEN3_8B = CONFIGS["QWEN3_8B"]
 # (config, q_width, kv_width, tied, qkv_bias, qk_norm)
 ACCEPTED = {
-    "Llama-2-7b": (LLAMA_2_7B, 4096, 4096, False, False, False),
-    "Llama-3-8B": (LLAMA_3_8B, 4096, 1024, False, False, False),
-    "Llama-3.1-8B": (LLAMA_3_1_8B, 4096, 1024, False, False, False),
-    "Llama-3.2-1B": (CONFIGS["LLAMA_3_2_1B"], 2048, 512, True, False, False),
-    "Mistral-7B-v0.2": (MISTRAL_7B_V02, 4096, 1024, False, False, False),
-    "Mistral-7B-v0.3": (MISTRAL_7B_V03, 4096, 1024, False, False, False),
-    "Qwen2-7B": (QWEN2_7B, 3584, 512, False, True, False),
-    "Qwen2.5-0.5B": (CONFIGS["QWEN2_5_0_5B"], 896, 128, True, True, False),
-    "Qwen3-8B": (QWEN3_8B, 4096, 1024, False, False, True),
-    "Qwen3-0.6B": (CONFIGS["QWEN3_0_6B"], 2048, 1024, True, False, True),
+    "Llama-2-7b": (LLAMA_2_7B, 4096, 4096, False, False, None),
+    "Llama-3-8B": (LLAMA_3_8B, 4096, 1024, False, False, None),
+    "Llama-3.1-8B": (LLAMA_3_1_8B, 4096, 1024, False, False, None),
+    "Llama-3.2-1B": (CONFIGS["LLAMA_3_2_1B"], 2048, 512, True, False, None),
+    "Mistral-7B-v0.2": (MISTRAL_7B_V02, 4096, 1024, False, False, None),
+    "Mistral-7B-v0.3": (MISTRAL_7B_V03, 4096, 1024, False, False, None),
+    "Qwen2-7B": (QWEN2_7B, 3584, 512, False, True, None),
+    "Qwen2.5-0.5B": (CONFIGS["QWEN2_5_0_5B"], 896, 128, True, True, None),
+    "Qwen3-8B": (QWEN3_8B, 4096, 1024, False, False, "head"),
+    "Qwen3-0.6B": (CONFIGS["QWEN3_0_6B"], 2048, 1024, True, False, "head"),
 }
 
 
@@ -79,14 +79,42 @@ def test_mistrals_window_is_kept_whether_written_or_implied():
     assert ModelConfig.from_dict(MISTRAL_7B_V02).sliding_window is None
 
 
+def test_qwens_window_is_that_of_the_upper_layers_if_it_is_on():
+    on = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 26}
+    kinds = ModelConfig.from_dict({**QWEN2_7B, **on}).kinds
+    assert [kind.window for kind in kinds] == [None] * 26 + [4096] * 2
+    kinds = ModelConfig.from_dict({**QWEN2_7B, **on, "layer_types": ["full_attention", "sliding_attention"] * 14}).kinds
+    assert [kind.window for kind in kinds] == [None, 4096] * 14
+    assert ModelConfig.from_dict({**QWEN2_7B, **on, "use_sliding_window": False}).sliding_window is None
+
+
+def of_family(name: str, **fields: object) -> dict[str, object]:
+    """A config.json with small sizes."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "head_dim": 16}
+    sizes["num_key_value_heads"] = 4
+    return {"model_type": name, **sizes, "num_attention_heads": 4, **fields}
+
+
 REFUSED = {
-    "qwen window": (QWEN2_7B, {"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window=True"),
-    "qwen3 window": (QWEN3_8B, {"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window=True"),
+    "gemma 2 activation": (of_family("gemma2"), {"hidden_activation": "gelu"}, "hidden_activation='gelu'.*tanh"),
+    "gemma 3 both ways": (of_family("gemma3_text"), {"use_bidirectional_attention": True}, "use_bidirectional_att"),
+    "gemma 3 layer kind": (of_family("gemma3_text"), {"layer_types": ["chunked_attention"] * 4}, "layer_types"),
+    "gemma 3 without text": (of_family("gemma3"), {}, "text_config=None"),
+    "phi-3 rope": (of_family("phi3"), {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+    "phi-3 longrope": (of_family("phi3"), {"rope_scaling": {"type": "su"}}, "short_factor"),
+    "smollm3 layers": (of_family("smollm3"), {"no_rope_layers": [1, 0]}, "no_rope_layers=.*each of the 4 layers"),
+    "granite scale": (of_family("granite"), {"attention_multiplier": 0}, "attention_multiplier=0"),
+    "glm-4 share": (of_family("glm4"), {"partial_rotary_factor": 2.0}, "partial_rotary_factor=2.0"),
+    "too few experts": (of_family("mixtral"), {"num_experts_per_tok": 9}, "num_experts_per_tok=9.*at most"),
     "llama window": (LLAMA_3_8B, {"use_sliding_window": True}, "use_sliding_window=True"),
     "activation": (LLAMA_3_8B, {"hidden_act": "gelu"}, "hidden_act='gelu'.*'silu'"),
     "quantization": (LLAMA_3_8B, {"quantization_config": {"bits": 4}}, "quantization_config"),
-    "yarn": (QWEN3_8B, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'.*llama3"),
-    "dynamic": (LLAMA_2_7B, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
+    "su": (QWEN3_8B, {"rope_scaling": {"rope_type": "su", "factor": 4.0}}, "rope_type='su'.*llama3"),
+    "longrope of another width": (
+        LLAMA_2_7B,
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+        "short_factor=.*64 positive numbers",
+    ),
     "llama3 incomplete": (LLAMA_3_8B, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
     "linear without factor": (LLAMA_3_8B, {"rope_scaling": {"type": "linear"}}, "factor"),
     "rope extra": (LLAMA_3_8B, {"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "beta"),
@@ -101,7 +129,8 @@ REFUSED = {
     ),
     "layer types": (QWEN3_8B, {"layer_types": ["sliding_attention"] * 36}, "layer_types"),
     "too few layer types": (QWEN3_8B, {"layer_types": ["full_attention"] * 35}, "layer_types"),
-    "mixture of experts": (MISTRAL_7B_V03, {"model_type": "mixtral"}, "model_type='mixtral'.*mistral"),
+    "unknown type": (MISTRAL_7B_V03, {"model_type": "gpt_oss"}, "model_type='gpt_oss'.*mistral"),
+    "another type's class": (MISTRAL_7B_V03, {"model_type": "mixtral"}, "architectures"),
     "no model type": (LLAMA_3_8B, {"model_type": ...}, "model_type=None"),
     "classifier head": (LLAMA_3_8B, {"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
     "remote code": (LLAMA_3_8B, {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}, "auto_map"),

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft_families import VOCAB, PeftFamily
+from small_families import SmallFamily
 
 from slora_jax.training import Example
 
@@ -31,7 +32,9 @@ def torch_loss(model: Any, batch: list[Example]) -> Any:
     return total
 
 
-def torch_gradients(family: PeftFamily, adapter: str, batch: list[Example]) -> tuple[float, dict[Any, Any]]:
+def torch_gradients(
+    family: PeftFamily | SmallFamily, adapter: str, batch: list[Example]
+) -> tuple[float, dict[Any, Any]]:
     """Loss, and gradients by `(layer, module, "A" or "B")`."""
     model = family.active(adapter)
     parameters = lora_parameters(model, adapter)

@@ -1,9 +1,12 @@
 """Losses, log-probabilities and gradients against PEFT and torch's autograd."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from peft_families import ADAPTERS, FAMILIES, PeftFamily
 from peft_training import examples, torch_gradients
+from small_families import SmallFamily
 
 from slora_jax.training import Trainer, TrainerConfig
 
@@ -22,11 +25,27 @@ def test_gradients_of_all_adapters_in_one_batch_match_torch(name, tmp_path) -> N
         batches[adapter] = examples(rng, (20, 45, 90) if index % 2 else (30, 25, 50, 9))
     outcomes = trainer.forward_backward(batches)
     for adapter, batch in batches.items():
-        loss, expected = torch_gradients(family, adapter, batch)
-        assert outcomes[adapter].error is None
-        assert outcomes[adapter].loss == pytest.approx(loss, rel=1e-5)
-        found = trainer.gradient(adapter)
-        assert {(layer, projection) for layer, projection, _ in expected} == found.keys()
-        for (layer, projection, side), gradient in expected.items():
-            error = np.abs(found[layer, projection]["AB".index(side)] - gradient).max() / np.abs(gradient).max()
-            assert error < 1e-4, f"{adapter}, layer {layer}, {projection}, {side}: {error:.1e}"
+        check(trainer, outcomes[adapter], family, adapter, batch)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "smollm3", "qwen3_moe"])
+def test_gradients_of_families_with_layers_of_several_kinds_match_torch(name, tmp_path) -> None:
+    """Windows and limited scores, layers that do not rotate, experts."""
+    family = SmallFamily(name, tmp_path)
+    trainer = Trainer.from_pretrained(family.model_dir, replace(CONFIG, lengths=(64,), tokens=(64,)))
+    trainer.add("tuned", family.adapter_dir)
+    batch = examples(np.random.default_rng(0), (40, 24))
+    outcome = trainer.forward_backward({"tuned": batch})["tuned"]
+    check(trainer, outcome, family, "tuned", batch)
+
+
+def check(trainer, outcome, family, adapter, batch) -> None:
+    """Compares the loss and every gradient."""
+    loss, expected = torch_gradients(family, adapter, batch)
+    assert outcome.error is None
+    assert outcome.loss == pytest.approx(loss, rel=1e-5)
+    found = trainer.gradient(adapter)
+    assert {(layer, projection) for layer, projection, _ in expected} == found.keys()
+    for (layer, projection, side), gradient in expected.items():
+        error = np.abs(found[layer, projection]["AB".index(side)] - gradient).max() / np.abs(gradient).max()
+        assert error < 1e-4, f"{adapter}, layer {layer}, {projection}, {side}: {error:.1e}"

@@ -74,6 +74,8 @@ def _check(shape: AttentionShape, plan: MosaicGpuPlan) -> None:
         declined = f"head_dim {shape.head_dim}; a swizzled tile is 64 wide, and sums past 128 would spill registers"
     elif shape.page_size % 8 or plan.block_n % shape.page_size:
         declined = f"page_size {shape.page_size}; a swizzled tile has 8 rows, and a step {plan.block_n} tokens"
+    elif shape.score_cap is not None:
+        declined = f"score_cap {shape.score_cap}; 'triton' and 'xla' limit scores"
     elif block_rows(shape.group) < 8:
         declined = f"{shape.group} query heads per KV head; {8 * CONSUMERS} fit a block"
     if declined:

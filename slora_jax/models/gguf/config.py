@@ -10,7 +10,7 @@ from slora_jax.models.gguf.header import GgufHeader
 ROPE_FACTORS = "rope_freqs.weight"
 """Divisors of the rotary frequencies, float32 `[head_dim / 2]`: llama.cpp's form of Llama 3's rope scaling."""
 
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+GGUF_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _READ = {
     "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.layer_norm_rms_epsilon",
     "attention.sliding_window", "attention.value_length", "block_count", "context_length", "embedding_length",
@@ -52,8 +52,8 @@ def hf_config(header: GgufHeader) -> dict[str, Any]:
     or of the wrong type.
     """
     family = header.metadata.get("general.architecture")
-    if family not in _FAMILIES:
-        raise _refused(header, "general.architecture", family, f"one of {sorted(_FAMILIES)}")
+    if family not in GGUF_FAMILIES:
+        raise _refused(header, "general.architecture", family, f"one of {sorted(GGUF_FAMILIES)}")
     fields = _Fields(header, f"{family}.")
     fields.check_names()
     width, heads = fields.integer("embedding_length"), fields.integer("attention.head_count")

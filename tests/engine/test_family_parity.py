@@ -1,0 +1,77 @@
+"""Every family gives the logits and greedy tokens of transformers and PEFT: base rows and adapters in one batch,
+prompts in chunks, longer than the windows."""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slora_jax import Engine, EngineConfig, SamplingParams
+from slora_jax.adapters import random_adapter
+from slora_jax.errors import AdapterError, ConfigError
+
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+from peft_families import VOCAB, assert_close
+from small_families import FAMILIES, SmallFamily
+
+PROMPT_LENGTHS = (10, 45, 19, 30)
+ADAPTERS = (None, "tuned", "tuned", None)
+CONFIG = EngineConfig(
+    dtype="float32",
+    num_pages=80,
+    max_num_seqs=4,
+    max_num_batched_tokens=16,
+    max_model_len=96,
+    max_lora_rank=8,
+    decode_buckets=(4,),
+    mixed_buckets=(16,),
+    keep_logits=True,
+    compile_ahead=False,
+    progress=False,
+)
+
+
+def check(family: SmallFamily, config: EngineConfig) -> None:
+    """Serves a mixed batch and compares it at every position."""
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(2, VOCAB, length).tolist() for length in PROMPT_LENGTHS]
+    with Engine.from_pretrained(family.model_dir, config) as engine:
+        engine.load_adapter("tuned", family.adapter_dir)
+        outputs = engine.generate(prompts, SamplingParams(max_tokens=12, ignore_eos=True), list(ADAPTERS))
+        engine.check()
+    for output in outputs:
+        prompt, tokens = output.prompt_token_ids, output.token_ids
+        logits = family.logits(output.adapter, prompt + tokens[:-1])[len(prompt) - 1 :]
+        assert_close(output, logits)
+        assert logits.argmax(-1).tolist() == tokens
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Returns a function that makes the family of a name, once."""
+    return cache(lambda name: SmallFamily(name, tmp_path_factory.mktemp(name)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_mixed_batch_matches_transformers_and_peft(name: str, family: Any) -> None:
+    check(family(name), CONFIG)
+
+
+@pytest.mark.parametrize("name", ["phi3", "mixtral"])
+def test_two_shards_match_transformers_and_peft(name: str, family: Any) -> None:
+    check(family(name), replace(CONFIG, tensor_parallel_size=2))
+
+
+def test_norms_over_the_whole_width_are_not_sharded(family: Any) -> None:
+    with pytest.raises(ConfigError, match="tensor_parallel_size=2: the model's qk_norm='width'"):
+        Engine.from_pretrained(family("olmo2").model_dir, replace(CONFIG, tensor_parallel_size=2))
+
+
+def test_adapters_of_experts_are_refused(family: Any) -> None:
+    with Engine.from_pretrained(family("mixtral").model_dir, CONFIG) as engine:
+        adapter = random_adapter(engine.store.geometry, {"q": 4, "down": 4}, seed=0)
+        with pytest.raises(AdapterError, match=r"layers\.0\.mlp\.down_proj: layer 0 of the base model has experts"):
+            engine.load_adapter("experts", adapter)
