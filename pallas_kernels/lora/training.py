@@ -165,7 +165,8 @@ def _add_gradients_by_kernels(
     work: GradientWork,
     options: LoraOptions,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `add_gradients`, with h `[T, columns]` in x's dtype. g is rounded to x's dtype for the gradient of A only."""
+    """Does what `add_gradients` does. h: `x A`, `[T, columns]` in x's dtype. For the gradient of A, g is rounded to x's
+    dtype; for dx, it is not."""
     from pallas_kernels.lora import training_triton  # imported at use
 
     facts = {"width": layout.width, "page_size": layout.page_size}
