@@ -100,8 +100,8 @@ def test_a_layers_gradient_is_accumulated_in_place(remat):
         tile_rows = training_tile_rows(geometry.layout, programs.dtype, length)
         table, tiles = step_structs(geometry.layout, 16, rows * length, tile_rows)
         lora = jax.eval_shape(partial(programs.prepare, tile_rows=tile_rows), table, tiles)
-        inputs = params["layers"][0], master, scale, x, angles, angles, struct(rows, length), lora
-        _, backward = jax.eval_shape(partial(programs.layer, backward=True), *inputs)
+        inputs = params["layers"][0], master, scale, x, ((angles, angles),), struct(rows, length), lora
+        _, backward = jax.eval_shape(partial(programs.layer, kind=config.kind(0), backward=True), *inputs)
     program = compile_for(TARGETS["h200"], programs.layer_gradient, backward, x, master)
     memory, cast = program.memory_analysis(), 2 * master.size
     assert memory.alias_size_in_bytes == 4 * master.size + 2 * x.size
