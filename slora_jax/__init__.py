@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from slora_jax.adapters import AdapterInfo
     from slora_jax.distributed import Follower, ProcessGroup, join_processes
     from slora_jax.engine import Delta, Engine, EngineConfig, EngineStats, RequestOutput
-    from slora_jax.scheduling import SamplingParams
+    from slora_jax.scheduling import SamplingParams, StructuredOutputs
 else:
     __getattr__, __dir__, __all__ = exported(
         __name__,
         adapters="AdapterInfo",
         engine="Delta Engine EngineConfig EngineStats RequestOutput",
         distributed="join_processes ProcessGroup Follower",
-        scheduling="SamplingParams",
+        scheduling="SamplingParams StructuredOutputs",
     )
     __all__ += [name for name, value in vars().items() if isinstance(value, type) and issubclass(value, SloraError)]

@@ -100,9 +100,9 @@ class TinyModel:
     def settings(self, **changes: object) -> EngineConfig:
         return EngineConfig(**({"dtype": "float32", "page_size": PAGE_SIZE, "progress": False} | SMALL | changes))  # type: ignore[arg-type]
 
-    def engine(self, **changes: object) -> Engine:
+    def engine(self, tokenizer: Any = None, **changes: object) -> Engine:
         with one_start_at_a_time():
-            return Engine(self.config, self.graphdef, self.params, self.settings(**changes))
+            return Engine(self.config, self.graphdef, self.params, self.settings(**changes), tokenizer=tokenizer)
 
     def save(self, directory: Path) -> Path:
         """Writes a Hugging Face directory with a tokenizer."""

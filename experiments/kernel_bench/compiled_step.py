@@ -32,7 +32,7 @@ def samplers(device: str) -> Iterator[Row]:
     """Launches after a step: of the draw alone, and with the search for top-k and top-p."""
     from pallas_kernels.targets import TARGETS, compile_for
     from slora_jax.analysis import launches
-    from slora_jax.engine.step import AFTER_STEP
+    from slora_jax.engine.after_step import AFTER_STEP
 
     spec = _spec(1)
     for seqs in SEQS:

@@ -44,6 +44,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         const=True,
         help="serve DoRA, biases, and changes of head and embedding too (docs/adapters.md); takes longer to start",
     )
+    option("--embeddings", action="store_true", default=None, help="serve /v1/embeddings too, with programs of its own")
     option("--train", action="store_true", help="let clients train adapters with Tinker's API (docs/tinker.md)")
     option("--train-dir", metavar="DIR", type=Path, help="directory of the states that they save; implies --train")
     option("--replicas", metavar="N", type=count, help="number of engines, behind Ray Serve if above 1 (default: 1)")
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         from slora_jax.serving.settings import ServerSettings
     except ImportError as error:
         raise _extra_missing(error) from error
-    names = ("dtype", "max_num_seqs", "num_pages", "tensor_parallel_size", "adapter_extras")
+    names = ("dtype", "max_num_seqs", "num_pages", "embeddings", "tensor_parallel_size", "adapter_extras")
     given = {
         "model_dir": args.model_dir,
         "adapters": args.adapters,

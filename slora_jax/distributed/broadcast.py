@@ -18,7 +18,7 @@ from slora_jax.engine.config import EngineConfig
 from slora_jax.engine.device import Copy, Device, TableRows
 from slora_jax.engine.programs import StepKey
 from slora_jax.engine.sampling import Sampled
-from slora_jax.engine.step import StepSpec
+from slora_jax.engine.step import StepOutput, StepSpec
 from slora_jax.errors import ProcessLostError
 from slora_jax.memory.pool import pieces
 from slora_jax.models import Params
@@ -45,12 +45,17 @@ class BroadcastDevice(Device):
             group.next(peer)  # wait until it has compiled: the first collective could time out otherwise
 
     def step(
-        self, key: StepKey, metadata: np.ndarray, rows: Sequence[TableRows], after: Sequence[str]
-    ) -> tuple[Sampled, jax.Array]:
+        self, key: StepKey, metadata: np.ndarray, rows: Sequence[TableRows], after: Sequence[str] | None
+    ) -> tuple[Sampled, StepOutput]:
         arrays = [metadata, *(array for row in rows for array in row)]
         self._group.tell("step", {"key": key, "after": after}, arrays)
         with self._explained():
             return super().step(key, metadata, rows, after)
+
+    def sample(self, after: Sequence[str], edits: Sequence[np.ndarray]) -> Sampled:
+        self._group.tell("sample", {"after": after}, edits)
+        with self._explained():
+            return super().sample(after, edits)
 
     def read(self, array: jax.Array) -> np.ndarray:
         self._group.check()

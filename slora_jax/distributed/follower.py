@@ -85,6 +85,8 @@ class Follower:
                 if self._previous is not None:
                     self._previous.block_until_ready()  # raises the previous step's error
                 self._previous = step.token
+            case "sample", edits:
+                self._previous = device.sample(arguments["after"], edits).token
             case "part", (part,):
                 self._take_part(part, **arguments)
             case "move", (pages,):

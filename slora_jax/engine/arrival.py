@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from slora_jax.adapters import AdapterInfo
+from slora_jax.engine.config import EngineConfig
 from slora_jax.engine.outputs import Prompt
-from slora_jax.errors import RequestError
+from slora_jax.errors import ConfigError, RequestError
 from slora_jax.memory import PageAllocator, PageKind
-from slora_jax.scheduling import AdapterUse
+from slora_jax.scheduling import AdapterUse, Policy, SamplingParams
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Any, vocab_size: int, max_model_len: int) -> list[int]:
@@ -70,6 +71,31 @@ def text_ids(text: str, tokenizer: Any, max_model_len: int, **options: Any) -> l
             )
     ids: list[int] = tokenizer(text, **options)["input_ids"]
     return ids
+
+
+def check_embedding(params: SamplingParams, config: EngineConfig) -> None:
+    """Raises ConfigError if an embedding is requested, but the engine has no programs for it."""
+    if params.prompt_embedding is not None and not config.embeddings:
+        raise ConfigError(
+            f"SamplingParams.prompt_embedding={params.prompt_embedding!r}: must be None, because the engine was made "
+            "without EngineConfig.embeddings"
+        )
+
+
+def check_bias(params: SamplingParams, vocab_size: int) -> None:
+    """Raises ConfigError if a token of `logit_bias` is outside the vocabulary."""
+    for token, _ in cast(tuple[tuple[int, float], ...], params.logit_bias):  # `SamplingParams` has converted it
+        if token >= vocab_size:
+            raise ConfigError(f"SamplingParams.logit_bias={token}: the token must be in [0, {vocab_size - 1}]")
+
+
+def check_priority(priority: int, policy: Policy) -> None:
+    """Raises ConfigError if the policy would ignore the priority."""
+    if priority and not policy.takes_priority:
+        raise ConfigError(
+            f"priority={priority}: must be 0, because the policy {type(policy).__name__} takes no priority; leave it "
+            "out, or serve with the policy 'priority'"
+        )
 
 
 def check_fits(prompt: int, new: int, page_size: int, adapter: AdapterUse | None, allocator: PageAllocator) -> None:

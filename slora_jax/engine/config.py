@@ -24,15 +24,19 @@ class Bucket:
       seqs: maximum number of sequences.
       decode: True for programs in which every sequence has one token (`tokens == seqs`); False for mixed programs,
         which also take prefill chunks.
+      pools: True for mixed programs that also return pooled hidden states.
     """
 
     tokens: int
     seqs: int
     decode: bool
+    pools: bool = False
 
     @property
     def name(self) -> str:
-        return f"decode_{self.seqs}" if self.decode else f"mixed_{self.tokens}"
+        if self.decode:
+            return f"decode_{self.seqs}"
+        return f"pooled_{self.tokens}" if self.pools else f"mixed_{self.tokens}"
 
     @property
     def prefill_tile_rows(self) -> int:
@@ -80,6 +84,8 @@ class EngineConfig(CoreConfig):
         suits a process that serves only a few requests.
       keep_logits: whether outputs contain the float32 logits of each token, which costs a copy of [seqs, vocab] per
         step.
+      embeddings: whether requests may ask for `SamplingParams.prompt_embedding`. It adds a program per mixed bucket,
+        which runs in steps with such a request only.
       compilation_cache_dir: directory of compiled programs: JAX's persistent compilation cache, and on a CPU the
         engine's own (`engine.program_cache`) in `programs/`. Entries can execute code, so only your account may have
         write access. A cache already configured in JAX takes precedence. None disables both.
@@ -105,6 +111,7 @@ class EngineConfig(CoreConfig):
     adapter_extras: bool = False
     compile_ahead: bool = True
     keep_logits: bool = False
+    embeddings: bool = False
     compilation_cache_dir: str | Path | None = DEFAULT_COMPILATION_CACHE
     model_cache_dir: str | Path | None = None
     progress: bool = True
@@ -146,11 +153,15 @@ class EngineConfig(CoreConfig):
         return replace(self, dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
 
     def buckets(self) -> tuple[Bucket, ...]:
-        """Returns the shapes of the step programs: decode, then mixed, each in ascending size."""
+        """Returns the shapes of the step programs: decode, mixed, mixed with pooling, each in ascending size."""
         decode = self.decode_buckets or {min(n, self.max_num_seqs) for n in (8, 32, self.max_num_seqs)}
         most = self.max_num_batched_tokens
         mixed = self.mixed_buckets or {max(1, min(4 * self.max_num_seqs, most // 4)), most}
         return (
             *(Bucket(tokens=n, seqs=n, decode=True) for n in sorted(decode)),
-            *(Bucket(tokens=n, seqs=min(n, self.max_num_seqs), decode=False) for n in sorted(mixed)),
+            *(
+                Bucket(tokens=n, seqs=min(n, self.max_num_seqs), decode=False, pools=pools)
+                for pools in ((False, True) if self.embeddings else (False,))
+                for n in sorted(mixed)
+            ),
         )

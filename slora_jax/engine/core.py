@@ -150,9 +150,16 @@ class EngineCore[StepT: Step]:
             if not sequence.samples:
                 if sequence.start < request.num_scored:
                     updates.append(Update(request, None, step, row, sequence.start + 1))
+                elif request.pools_at(sequence.start):
+                    updates.append(Update(request, None, step, row))
                 continue
             if token == NOT_FINITE:
                 updates.append(self._end_not_finite(request))
+                continue
+            grammar = request.grammar
+            if grammar is not None and (error := grammar.accept(token)) is not None:
+                self.finish(request, FinishReason.ERROR)
+                updates.append(Update(request, ended=True, error=error))
                 continue
             output = request.output
             if not output:
@@ -160,7 +167,7 @@ class EngineCore[StepT: Step]:
             output.append(token)
             request.token_times.append(now)
             read += 1
-            if ended := token in request.stop_token_ids:
+            if ended := token in request.stop_token_ids or (grammar is not None and grammar.is_complete):
                 self.finish(request, FinishReason.STOP, now)
             elif ended := len(output) >= request.max_new:
                 self.finish(request, FinishReason.LENGTH, now)

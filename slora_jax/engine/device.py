@@ -15,7 +15,7 @@ from slora_jax.engine.config import EngineConfig
 from slora_jax.engine.merge import MergeProgram
 from slora_jax.engine.programs import StepKey, StepPrograms
 from slora_jax.engine.sampling import Sampled
-from slora_jax.engine.step import StepSpec
+from slora_jax.engine.step import StepOutput, StepSpec
 from slora_jax.memory.pool import UPLOAD_PAGES, describe, pieces, put_pages, upload_adapter, upload_pages
 from slora_jax.models import Params
 from slora_jax.parallel.mesh import PAGES, POOL
@@ -64,6 +64,7 @@ class Device:
         self.pool = spec.pool.make_pool(None if parallel is None else parallel.sharding(POOL))
         self.table = spec.pool.make_table(None if parallel is None else parallel.replicated)
         self.state = spec.make_state()
+        self._unsampled: tuple[StepOutput, int, np.ndarray] | None = None  # of a step that `sample` follows
         self._merge = MergeProgram(spec) if spec.lora == "merge" else None
         self._page_sharding = None if parallel is None else parallel.sharding(PAGES)
         self._columns = slice(0, spec.pool.width) if parallel is None else parallel.columns(spec.pool.width)
@@ -71,31 +72,55 @@ class Device:
             self._warm_up()
 
     def step(
-        self, key: StepKey, metadata: np.ndarray, rows: Sequence[TableRows], after: Sequence[str]
-    ) -> tuple[Sampled, jax.Array]:
+        self, key: StepKey, metadata: np.ndarray, rows: Sequence[TableRows], after: Sequence[str] | None
+    ) -> tuple[Sampled, StepOutput]:
         """Dispatches the step program `key`.
 
         Args:
           metadata: int32 `[layout.size]`, from `build_metadata`.
           rows: page-table rows to write before the step.
-          after: the programs of `AFTER_STEP` to run. Without "sample", every sequence takes its most likely token.
+          after: the programs of `AFTER_STEP` to run. Without "sample", every sequence takes its most likely token. None
+            leaves them to `sample`, which must follow before the next step.
 
         Returns:
-          The sampled tokens, and logits float32 `[S, vocab]`, vocab rounded up to a multiple of the shards.
+          The sampled tokens (the greedy ones if `after` is None), and the step's output.
         """
         for slot, pages in rows:
             self.state = replace(self.state, page_table=set_table_rows(self.state.page_table, slot, pages))
         program = self.programs.step(key)
         self.pool, self.state, output = program(self.params, self.pool, self.table, self.state, metadata)
-        token, seqs = output.token, self.programs.bucket(key).seqs
-        run, logits = partial(self.programs.after_step, seqs=seqs), output.logits
+        seqs = self.programs.bucket(key).seqs
         part = metadata[: len(SAMPLER_FIELDS) * seqs]
+        if after is not None:
+            return self._sample(output, seqs, part, after, ()), output
+        self._unsampled = output, seqs, part
+        return Sampled(output.token), output
+
+    def sample(self, after: Sequence[str], edits: Sequence[np.ndarray]) -> Sampled:
+        """Dispatches the programs after a step that left them to this call.
+
+        Args:
+          after: as in `step`.
+          edits: the arrays of `LogitEdits`.
+        """
+        assert self._unsampled is not None
+        (output, seqs, part), self._unsampled = self._unsampled, None
+        return self._sample(output, seqs, part, after, edits)
+
+    def _sample(
+        self, output: StepOutput, seqs: int, part: np.ndarray, after: Sequence[str], edits: Sequence[np.ndarray]
+    ) -> Sampled:
+        run = partial(self.programs.after_step, seqs=seqs)
+        token, logits = output.token, output.logits
+        if edits:
+            last_token, token, logits = run("constrain")(self.state.last_token, token, logits, part, *edits)
+            self.state = replace(self.state, last_token=last_token)
         if "cutoff" in after:
             part = run("cutoff")(token, logits, part)
         if "sample" in after:
             last_token, token = run("sample")(self.state.last_token, token, logits, part)
             self.state = replace(self.state, last_token=last_token)
-        return run("logprobs")(token, logits, part) if "logprobs" in after else Sampled(token), logits
+        return run("logprobs")(token, output.logits, part) if "logprobs" in after else Sampled(token)
 
     def read(self, array: jax.Array) -> np.ndarray:
         """Waits for a step's result and copies it to the host."""

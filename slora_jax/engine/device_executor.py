@@ -12,12 +12,14 @@ from typing import NamedTuple
 import jax
 
 from slora_jax.adapters import AdapterStore, AdapterTiles
+from slora_jax.engine.after_step import mask_words
 from slora_jax.engine.batch import build_metadata, shared_rows
 from slora_jax.engine.core import Landing
 from slora_jax.engine.device import Copy, Device
 from slora_jax.engine.merge import AdapterMerge
 from slora_jax.engine.sampling import Sampled
 from slora_jax.engine.step import Lora
+from slora_jax.engine.structured import logit_edits
 from slora_jax.errors import AdapterError, ProcessLostError
 from slora_jax.memory import AdapterResidency, Resident, Upload
 from slora_jax.metrics import Counters
@@ -30,19 +32,21 @@ IDLE_SECONDS = 0.001
 """Wait when nothing is running and the policy admits no waiting request."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class DispatchedStep:
     """A step on the device.
 
     Attributes:
       sequences: sequences in batch order.
-      sampled: tokens, and log-probabilities if requested.
+      sampled: tokens, and log-probabilities if requested; None until the step's logits are edited.
       logits: float32 `[S, vocab]`, vocab rounded up to a multiple of the shards; None unless `keep_logits`.
+      pooled: see `StepOutput`.
     """
 
     sequences: list[ScheduledSequence]
-    sampled: Sampled
+    sampled: Sampled | None
     logits: jax.Array | None
+    pooled: jax.Array | None = None
 
 
 class _Staged(NamedTuple):
@@ -55,6 +59,10 @@ class DeviceExecutor:
 
     A prefetch takes two calls: `stage` starts the copy to the device, on which no dispatched work depends. Once the
     copy has finished, `landed` dispatches its move into the pool, within device memory.
+
+    A step with a grammar or a logit bias is dispatched in two parts: its forward pass with the plan, and its sampling
+    once the tokens of the step before are read, before the next step is dispatched. The host thus computes the tokens
+    that a grammar allows while the forward pass runs, and every sequence is in every step.
     """
 
     def __init__(
@@ -71,6 +79,8 @@ class DeviceExecutor:
         self._tiles: dict[str, AdapterTiles] = {}  # by digest, held from planning until the upload is complete
         self._lost: dict[str, str] = {}
         self._staged: deque[_Staged] = deque()
+        self._unsampled: DispatchedStep | None = None
+        self._pools = any(bucket.pools for bucket in device.programs.buckets)
 
     @property
     def pages_in_flight(self) -> int:
@@ -127,24 +137,32 @@ class DeviceExecutor:
     def dispatch(self, plan: StepPlan) -> DispatchedStep:
         """Starts a step and the copies of its results to the host, without waiting."""
         device = self.device
+        self._sample()
         if self._merge is not None:
             self._merge.before_step(plan)
         with_lora = self._merge is None and _lora_of(plan)
         segments = _segments(plan) if self._lora == "bmm" else ()
-        key, layout = device.programs.select(plan.num_tokens, plan.num_sequences, with_lora, segments)
+        pools = self._pools and any(s.request.pools_at(s.start) for s in plan.sequences)
+        key, layout = device.programs.select(plan.num_tokens, plan.num_sequences, with_lora, segments, pools)
         metadata, sequences = build_metadata(plan, layout)
         with self._launch():
             rows = list(shared_rows(plan.hits, device.state.page_table))
-            sampled, logits = device.step(key, metadata, rows, _after_step(sequences))
-        step = DispatchedStep(sequences, sampled, logits if self._keep_logits else None)
-        if not device.spec.layered:  # a CPU's results need no copy
-            for leaf in jax.tree.leaves((step.sampled, step.logits)):
-                leaf.copy_to_host_async()
+            is_edited = any(s.samples and s.request.edits_logits for s in sequences)
+            sampled, output = device.step(key, metadata, rows, None if is_edited else _after_step(sequences))
+        logits = output.logits if self._keep_logits else None
+        step = DispatchedStep(sequences, None if is_edited else sampled, logits, output.pooled)
+        if is_edited:
+            self._unsampled, self._seqs = step, device.programs.bucket(key).seqs
+        self._start_copies(step.sampled, step.logits, step.pooled)
         self._release_tiles()
         return step
 
     def read(self, step: DispatchedStep) -> list[int]:
-        """Waits for a step's tokens."""
+        """Waits for a step's tokens. Raises RuntimeError if its sampling failed before."""
+        if step is self._unsampled:
+            self._sample()
+        if step.sampled is None:
+            raise RuntimeError("the step's tokens were not sampled, because an earlier call failed")
         tokens: list[int] = self.device.read(step.sampled.token).tolist()
         return tokens
 
@@ -173,6 +191,23 @@ class DeviceExecutor:
 
     def close(self) -> None:
         self.device.close()
+
+    def _sample(self) -> None:
+        """Edits the logits of the step in flight, if it needs that, and samples its tokens. All tokens before it must
+        be read."""
+        step, self._unsampled = self._unsampled, None
+        if step is None:
+            return
+        edits = logit_edits(step.sequences, self._seqs, mask_words(self.device.spec))
+        with self._launch():
+            step.sampled = self.device.sample(_after_step(step.sequences), edits)
+        self._start_copies(step.sampled)
+
+    def _start_copies(self, *results: Sampled | jax.Array | None) -> None:
+        """Starts the copies of a step's results to the host."""
+        if not self.device.spec.layered:  # a CPU's results need no copy
+            for leaf in jax.tree.leaves(results):
+                leaf.copy_to_host_async()
 
     def _move(self, upload: Upload, copy: Copy) -> str | None:
         """Moves copied pages into the pool. Returns the error if that fails, else None."""

@@ -18,7 +18,10 @@ from slora_jax.adapters import AdapterInfo, AdapterStore, LoraAdapter, PreparedA
 from slora_jax.engine.arrival import (
     activation,
     chat_ids,
+    check_bias,
+    check_embedding,
     check_fits,
+    check_priority,
     each_conversation,
     each_prompt,
     most_tokens,
@@ -32,11 +35,12 @@ from slora_jax.engine.core import EngineCore, Update
 from slora_jax.engine.device import Device
 from slora_jax.engine.device_executor import DeviceExecutor, DispatchedStep
 from slora_jax.engine.interrupts import InterruptHeld, uninterrupted
-from slora_jax.engine.outputs import Delta, EngineStats, Prompt, RequestOutput
+from slora_jax.engine.outputs import Delta, EngineStats, Prompt, RequestOutput, embeddings
 from slora_jax.engine.placement import Processes, load, place
 from slora_jax.engine.programs import keep_compiled_programs
 from slora_jax.engine.request_output import RequestOutputs
 from slora_jax.engine.sizing import adapter_geometry, longest_sequence
+from slora_jax.engine.structured import Grammars
 from slora_jax.engine.text import load_tokenizer
 from slora_jax.engine.trace import NO_TRACE, Trace
 from slora_jax.errors import AdapterError, ConfigError, RequestError
@@ -64,6 +68,7 @@ from slora_jax.scheduling import (
     RequestMetrics,
     SamplingParams,
     Scheduler,
+    StructuredOutputs,
 )
 
 PACKAGE = str(Path(__file__).parents[1])
@@ -137,6 +142,7 @@ class Engine:
         self.scheduler = Scheduler(self.residency, policy, config, self.executor, self.prefixes)
         self.core: EngineCore[DispatchedStep] = EngineCore(self.scheduler, self.executor, time.perf_counter)
         self._outputs = RequestOutputs(self.core, tokenizer, model.vocab_size)
+        self.grammars = Grammars(tokenizer, model.vocab_size, sorted(model.eos_token_ids))
         self._unread: list[Delta] = []  # returned by the next step: from cancelled requests and other streams
         self._arrivals = 0
 
@@ -242,6 +248,7 @@ class Engine:
         adapter: str | None = None,
         request_id: str | None = None,
         tenant: str = "",
+        priority: int = 0,
     ) -> str:
         """Queues a request and returns its id. Calls of `step` run it.
 
@@ -250,11 +257,14 @@ class Engine:
           adapter: name of its adapter; None for the base model.
           request_id: id of the request; None assigns one.
           tenant: account charged under a fair-share policy; by default the adapter's name.
+          priority: lower numbers come first; must be 0 unless the policy takes priorities (`Priority`).
 
         Raises:
           RequestError: the prompt is empty, too long, has ids outside the vocabulary, or lacks the invocation tokens of
             an activated LoRA; the request needs more pages than the pool has (the message shows the arithmetic); or the
             id is in use.
+          ConfigError: the engine has no `embeddings`, the grammar of `structured_outputs` is invalid, a token of
+            `logit_bias` is outside the vocabulary, or the policy takes no priority.
           AdapterError: no adapter has this name.
         """
         require_kind("params", params, SamplingParams)
@@ -273,6 +283,11 @@ class Engine:
                 f"prompt's {len(ids)}; the output ends there",
                 skip_file_prefixes=(PACKAGE,),
             )
+        check_embedding(params, self.config)
+        check_bias(params, self.model.vocab_size)
+        check_priority(priority, self.scheduler.policy)
+        form = params.structured_outputs
+        grammar = self.grammars.compile(form) if isinstance(form, StructuredOutputs) else None
         use = self._adapter_use(adapter)
         start = 0 if use is None or adapter is None else activation(ids, self.store.info(adapter))
         if params.max_tokens is None:
@@ -292,6 +307,8 @@ class Engine:
             adapter_start=start,
             metrics=RequestMetrics(arrival=self.core.clock()),
             tenant=tenant or adapter or "",
+            grammar=grammar,
+            priority=priority,
             stop_token_ids=frozenset(params.stop_token_ids or ())
             | frozenset(() if params.ignore_eos else self.model.eos_token_ids),
         )
@@ -380,6 +397,27 @@ class Engine:
             self._drain()
             raise
         return [outputs[request_id] for request_id in ids]
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        adapters: str | Sequence[str | None] | None = None,
+        pooling: str = "last",
+        normalize: bool = True,
+    ) -> np.ndarray:
+        """Returns an embedding of each prompt, float32 `[n, d]`: its pooled hidden states after the final norm.
+
+        Args:
+          prompts, adapters: as in `generate`.
+          pooling: "mean" over the prompt's tokens, or "last".
+          normalize: whether each embedding has length 1.
+
+        Raises:
+          ConfigError: the engine was made without `EngineConfig.embeddings`.
+          RequestError, AdapterError: as `generate`.
+        """
+        outputs = self.generate(prompts, SamplingParams(max_tokens=1, prompt_embedding=pooling), adapters)
+        return embeddings(outputs, normalize)
 
     def chat(
         self,

@@ -25,6 +25,8 @@ from slora_jax.engine.step import (
     end_work,
     greedy_token,
     lora_work,
+    output_specs,
+    pooled_states,
     replicated,
     step_name,
     step_shapes,
@@ -34,7 +36,7 @@ from slora_jax.models import Params, abstract_decoder
 from slora_jax.models.init import layer_graph
 from slora_jax.models.rotary import Table
 from slora_jax.models.traits import LayerKind
-from slora_jax.parallel.mesh import LOGITS, POOL, REPLICATED
+from slora_jax.parallel.mesh import POOL, REPLICATED
 
 
 @jax.tree_util.register_dataclass
@@ -102,7 +104,7 @@ class LayeredStep:
         self._kinds = spec.model.kinds
         # Without extras, the ends are the same programs with and without LoRA.
         outer = name if with_lora == "extras" else bucket
-        same, output = REPLICATED, StepOutput(REPLICATED, LOGITS)  # type: ignore[arg-type]
+        same, output = REPLICATED, output_specs(layout)
         self._parts = {
             "begin": Part(
                 f"{outer}_begin",
@@ -187,9 +189,11 @@ class LayeredStep:
         """Returns the new last tokens and the step's output."""
         decoder = nnx.merge(self._ends_graph, ends)
         context = None if table is None else self._context(pool, batch, None, table)
-        logits = decoder.logits(decoder.end(x)[batch.last_row], context)  # [S, vocab]
+        hidden = decoder.end(x)
+        logits = decoder.logits(hidden[batch.last_row], context)  # [S, vocab]
         token = greedy_token(self._spec, logits)
-        return last_token.at[batch.slot].set(token), StepOutput(token, logits)
+        output = StepOutput(token, logits, pooled_states(self._layout, batch, hidden))
+        return last_token.at[batch.slot].set(token), output
 
     def _context(
         self, pool: Pool, batch: StepBatch, lora: LoraStep | None, table: AdapterTable | None = None

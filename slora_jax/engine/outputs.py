@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from slora_jax.errors import RequestError
 from slora_jax.metrics import Counters, FinishReason, PoolPages, RequestRecord
 from slora_jax.scheduling import RequestMetrics
 
@@ -41,6 +42,7 @@ class RequestOutput:
       token_times: time at which the host read each token, seconds on the engine's clock.
       logprobs: one entry per generated token, if requested.
       prompt_logprobs: one entry per prompt token, if requested; None for the first token.
+      prompt_embedding: float32 `[d]`, if requested; not normalized.
       logits: float32 `[len(token_ids), vocab]` with `EngineConfig.keep_logits`.
       error: the reason when `finish_reason` is "error" or "abort".
     """
@@ -55,6 +57,7 @@ class RequestOutput:
     token_times: list[float]
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    prompt_embedding: np.ndarray | None = None
     logits: np.ndarray | None = None
     error: str | None = None
 
@@ -75,6 +78,25 @@ class RequestOutput:
             token_times=tuple(self.token_times),
             cached_tokens=metrics.cached_tokens,
         )
+
+
+def embeddings(outputs: Sequence[RequestOutput], normalize: bool) -> np.ndarray:
+    """Returns the prompt embeddings of outputs that have one, float32 `[n, d]`.
+
+    Args:
+      normalize: whether each embedding is divided by its length.
+
+    Raises:
+      RequestError: a request failed.
+    """
+    found = []
+    for output in outputs:
+        if output.prompt_embedding is None:
+            reason = output.error or output.finish_reason
+            raise RequestError(f"request {output.request_id!r} has no embedding: {reason}")
+        found.append(output.prompt_embedding)
+    vectors = np.stack(found)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if normalize else vectors
 
 
 @dataclass(slots=True)  # one per token; a frozen dataclass would take three times as long to make

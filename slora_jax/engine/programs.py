@@ -22,18 +22,11 @@ import jax
 from tqdm import tqdm
 
 from pallas_kernels.lora.bmm import smallest
+from slora_jax.engine.after_step import AFTER_STEP, after_step_name
 from slora_jax.engine.batch import BatchLayout, Bucket
 from slora_jax.engine.layered import LayeredStep, Part
 from slora_jax.engine.program_cache import ProgramCache
-from slora_jax.engine.step import (
-    AFTER_STEP,
-    Lora,
-    StepSpec,
-    after_step_name,
-    make_step,
-    step_name,
-    step_shapes,
-)
+from slora_jax.engine.step import Lora, StepSpec, make_step, step_name, step_shapes
 from slora_jax.phases import advance, phase
 
 StepKey = tuple[int, int]
@@ -100,7 +93,7 @@ class StepPrograms:
             _return_memory()
 
     def select(
-        self, tokens: int, seqs: int, with_lora: Lora, segments: Sequence[int] = ()
+        self, tokens: int, seqs: int, with_lora: Lora, segments: Sequence[int] = (), pools: bool = False
     ) -> tuple[StepKey, BatchLayout]:
         """Returns the smallest program that can run a step, and the layout of its metadata.
 
@@ -108,10 +101,13 @@ class StepPrograms:
           tokens, seqs: number of tokens and sequences of the step.
           with_lora: whether a request has an adapter, or "extras" if one has an adapter with more than plain LoRA.
           segments: number of tokens of each adapter; only with `lora="bmm"`.
+          pools: whether the step pools hidden states.
         """
-        decode = tokens == seqs
+        kind = tokens == seqs and not pools, pools
         number, bucket = next(
-            (i, b) for i, b in enumerate(self.buckets) if b.decode == decode and b.tokens >= tokens and b.seqs >= seqs
+            (i, b)
+            for i, b in enumerate(self.buckets)
+            if (b.decode, b.pools) == kind and b.tokens >= tokens and b.seqs >= seqs
         )
         lora = self._lora[bucket]
         with_padding = smallest(lora[1:], segments) if segments else with_lora  # type: ignore[arg-type]

@@ -44,6 +44,9 @@ class RequestOutputs:
         if update.scored:
             output.score(update)
             return None
+        if update.step is not None and update.token is None:
+            output.pool(update)
+            return None
         tokens = [] if update.token is None else [update.token]
         if tokens and output.append(update) and not update.ended:
             self._core.finish(request, FinishReason.STOP, request.token_times[-1])
@@ -76,15 +79,18 @@ class _Output:
         self._logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
         scored = params.prompt_logprobs is not None
         self._prompt_logprobs: list[TokenLogprobs | None] | None = [None] * len(request.prompt) if scored else None
+        self._pooled: np.ndarray | None = None  # sum and last of the prompt's hidden states so far, [2, d]
         self._logits: list[np.ndarray] = []
 
     def append(self, update: Update[DispatchedStep]) -> bool:
         """Adds a new token. Returns whether the text now contains a stop string."""
         request, step, token = self.request, update.step, update.token
-        assert step is not None and token is not None
+        assert step is not None and step.sampled is not None and token is not None
         if self._logprobs is not None:
             assert request.params.logprobs is not None
             self._logprobs.append(_logprobs(step.sampled, update.row, request.params.logprobs))
+        if request.params.prompt_embedding is not None and len(request.output) == 1:
+            self.pool(update)
         if step.logits is not None:
             self._logits.append(np.asarray(step.logits)[update.row, : self._vocab_size])
         return token not in request.stop_token_ids and self._text.push(token)
@@ -92,8 +98,27 @@ class _Output:
     def score(self, update: Update[DispatchedStep]) -> None:
         """Stores the log-probabilities of the prompt token at position `update.scored`."""
         count = self.request.params.prompt_logprobs
-        assert self._prompt_logprobs is not None and count is not None and update.step is not None
+        assert self._prompt_logprobs is not None and count is not None
+        assert update.step is not None and update.step.sampled is not None
         self._prompt_logprobs[update.scored] = _logprobs(update.step.sampled, update.row, count)
+
+    def pool(self, update: Update[DispatchedStep]) -> None:
+        """Adds the hidden states of a chunk of the prompt."""
+        step, row = update.step, update.row
+        assert step is not None and step.pooled is not None
+        new = np.asarray(step.pooled)[:, row]
+        if self._pooled is None or step.sequences[row].start == 0:  # a preempted prompt starts again
+            self._pooled = new.copy()
+        else:
+            self._pooled[0] += new[0]
+            self._pooled[1] = new[1]
+
+    def _embedding(self) -> np.ndarray | None:
+        if self._pooled is None:
+            return None
+        if self.request.params.prompt_embedding == "last":
+            return self._pooled[1]
+        return self._pooled[0] / np.float32(len(self.request.prompt))
 
     def delta(self, tokens: list[int]) -> Delta:
         """Returns the delta of an unfinished request."""
@@ -119,6 +144,7 @@ class _Output:
             token_times=request.token_times,
             logprobs=self._logprobs,
             prompt_logprobs=self._prompt_logprobs,
+            prompt_embedding=self._embedding(),
             logits=np.stack(self._logits) if self._logits else None,
             error=error,
         )

@@ -70,6 +70,24 @@ def greedy(logits: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(largest), token, NOT_FINITE).astype(jnp.int32)
 
 
+def edited(
+    logits: jax.Array, first: jax.Array | int, allowed: jax.Array, bias_token: jax.Array, bias: jax.Array
+) -> jax.Array:
+    """Returns logits with biases added, and minus infinity at tokens that are not allowed. A row that allows every
+    token and has no bias is unchanged.
+
+    Args:
+      logits: float32 `[S, V]`, of the tokens `first .. first + V`.
+      allowed, bias_token, bias: see `structured.LogitEdits`.
+    """
+    rows, size = logits.shape
+    at = bias_token - first
+    at = jnp.where(at < 0, size, at)  # negative indices would count from the end
+    logits = logits.at[jnp.arange(rows)[:, None], at].add(bias, mode="drop")
+    bits = ((allowed[:, :, None] >> jnp.arange(32)) & 1).reshape(rows, -1)
+    return jnp.where(lax.dynamic_slice_in_dim(bits, first, size, axis=1) == 1, logits, -jnp.inf)
+
+
 def sample(logits: jax.Array, best: jax.Array, inputs: SamplingInputs) -> jax.Array:
     """Draws one token per row of `logits` (float32 `[S, V]`), or `NOT_FINITE`. Returns int32 `[S]`.
 

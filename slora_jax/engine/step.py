@@ -11,24 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import devices
-from pallas_kernels.cutoff import cutoff
 from pallas_kernels.lora import AdapterTable, LoraLayout, LoraProduct, LoraTiles, ends, lora_tile_rows, vectors
 from pallas_kernels.lora.api import Implementation as LoraImplementation
 from pallas_kernels.lora.bmm import Padding, paddings
 from pallas_kernels.paged_attention import PagedAttention
 from pallas_kernels.paged_attention.api import Implementation
 from pallas_kernels.pool_write import write_kv
-from slora_jax.engine.batch import (
-    SAMPLER_FIELDS,
-    BatchLayout,
-    Bucket,
-    SequenceState,
-    StepBatch,
-    unpack,
-    unpack_sampling,
-    with_cutoff,
-)
-from slora_jax.engine.sampling import Sampled, greedy, sample, score
+from slora_jax.engine.batch import BatchLayout, Bucket, SequenceState, StepBatch, unpack
+from slora_jax.engine.sampling import greedy
 from slora_jax.memory import Pool, PoolShape
 from slora_jax.models import ModelConfig, Params
 from slora_jax.models.decoder import Embedding
@@ -56,10 +46,13 @@ class StepOutput:
     Attributes:
       token: most likely next token of each sequence, int32 `[S]`.
       logits: float32 `[S, vocab]`. With several shards, split by vocabulary and padded to a multiple of them.
+      pooled: of each sequence's rows, the sum of the hidden states and the last one, float32 `[2, S, d]`; None unless
+        the bucket pools.
     """
 
     token: jax.Array
     logits: jax.Array
+    pooled: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -314,7 +307,7 @@ def make_step(spec: StepSpec, layout: BatchLayout, with_lora: Lora) -> Any:
         logits = model.logits(hidden[batch.last_row], context)  # [S, vocab]
         token = greedy_token(spec, logits)
         state = SequenceState(page_table=state.page_table, last_token=state.last_token.at[batch.slot].set(token))
-        return tuple(context.pool), state, StepOutput(token, logits)
+        return tuple(context.pool), state, StepOutput(token, logits, pooled_states(layout, batch, hidden))
 
     if spec.parallel is not None:
         pool = (POOL,) * spec.pool.num_layers
@@ -323,7 +316,7 @@ def make_step(spec: StepSpec, layout: BatchLayout, with_lora: Lora) -> Any:
             step,
             mesh=spec.parallel.mesh,
             in_specs=(params, pool, REPLICATED, REPLICATED, REPLICATED),
-            out_specs=(pool, REPLICATED, StepOutput(REPLICATED, LOGITS)),  # type: ignore[arg-type]
+            out_specs=(pool, REPLICATED, output_specs(layout)),
             check_vma=False,
         )
     step.__name__ = step_name(layout.bucket, with_lora)
@@ -334,6 +327,24 @@ def make_step(spec: StepSpec, layout: BatchLayout, with_lora: Lora) -> Any:
 def greedy_token(spec: StepSpec, logits: jax.Array) -> jax.Array:
     """Returns the token with the largest logit of each row, int32 `[S]`. With shards, `logits` is one shard's part."""
     return greedy(logits) if spec.parallel is None else vocabulary.greedy(logits, spec.model.vocab_size)
+
+
+def pooled_states(layout: BatchLayout, batch: StepBatch, hidden: jax.Array) -> jax.Array | None:
+    """Returns `StepOutput.pooled` of `hidden [T, d]`; None unless the bucket pools."""
+    if not layout.bucket.pools:
+        return None
+    attention, row = batch.attention, jnp.arange(hidden.shape[0])
+    first = attention.first_row[:, None]
+    is_own = (row >= first) & (row < first + attention.length[:, None])  # [S, T]
+    wide = hidden.astype(jnp.float32)
+    total = jnp.dot(is_own.astype(jnp.float32), wide, precision=jax.lax.Precision.HIGHEST)
+    return jnp.stack([total, wide[batch.last_row]])
+
+
+def output_specs(layout: BatchLayout) -> StepOutput:
+    """Returns the sharding of each field of a step's output."""
+    pooled = REPLICATED if layout.bucket.pools else None
+    return StepOutput(REPLICATED, LOGITS, pooled)  # type: ignore[arg-type]
 
 
 def step_name(bucket: Bucket, with_lora: Lora) -> str:
@@ -355,103 +366,3 @@ def step_shapes(spec: StepSpec, layout: BatchLayout) -> tuple[Any, ...]:
 def replicated(parallel: TensorParallel, structs: Any) -> Any:
     """Returns `structs` with a sharding that replicates them on every device."""
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=parallel.replicated), structs)
-
-
-def make_searcher(spec: StepSpec, seqs: int) -> Any:
-    """Returns the jitted program that runs before the sampler if a sampled sequence has top-k or top-p.
-
-    `(token int32 [seqs], logits float32 [seqs, vocab], metadata int32 [9 seqs]) -> metadata` with the cutoff set. token
-    is the step's.
-    """
-
-    def searcher(token: jax.Array, logits: jax.Array, metadata: jax.Array) -> jax.Array:
-        _, _, inputs = unpack_sampling(metadata, seqs)
-        found = cutoff(
-            _whole_logits(spec, logits),
-            token,
-            inputs.temperature,
-            inputs.top_k,
-            inputs.top_p,
-            implementation="xla" if spec.kernels == "xla" else None,
-        )
-        return with_cutoff(metadata, found)
-
-    return _after_step(spec, searcher, "cutoff", seqs, (REPLICATED, LOGITS, REPLICATED))
-
-
-def make_sampler(spec: StepSpec, seqs: int) -> Any:
-    """Returns the jitted program that runs after a step with a sampled (not greedy) sequence.
-
-    `(last_token, token int32 [seqs], logits float32 [seqs, vocab], metadata int32 [9 seqs]) -> (last_token, token)`,
-    where last_token is that of `SequenceState`, donated, and the token given is the step's. It is separate because, on
-    a GPU, a branch inside the step would block the host until the device has evaluated the condition. Every shard
-    gathers all logits and samples all rows.
-    """
-
-    def sampler(
-        last_token: jax.Array, token: jax.Array, logits: jax.Array, metadata: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        slot, _, inputs = unpack_sampling(metadata, seqs)
-        token = sample(_whole_logits(spec, logits), token, inputs)
-        return last_token.at[slot].set(token), token
-
-    return _after_step(spec, sampler, "sample", seqs, (REPLICATED, REPLICATED, LOGITS, REPLICATED), donated=(0,))
-
-
-def make_scorer(spec: StepSpec, seqs: int) -> Any:
-    """Returns the jitted program that runs after a step in which a sequence needs log-probabilities.
-
-    `(token int32 [seqs], logits float32 [seqs, vocab], metadata int32 [9 seqs]) -> Sampled`. A target in the metadata
-    replaces the token.
-    """
-
-    def scorer(token: jax.Array, logits: jax.Array, metadata: jax.Array) -> Sampled:
-        _, target, _ = unpack_sampling(metadata, seqs)
-        return score(_whole_logits(spec, logits), jnp.where(target < 0, token, target))
-
-    return _after_step(spec, scorer, "logprobs", seqs, (REPLICATED, LOGITS, REPLICATED))
-
-
-def _whole_logits(spec: StepSpec, logits: jax.Array) -> jax.Array:
-    return logits if spec.parallel is None else vocabulary.gather_logits(logits, spec.model.vocab_size)
-
-
-def _after_step(
-    spec: StepSpec, function: Any, kind: str, seqs: int, specs: tuple[Any, ...], donated: tuple[int, ...] = ()
-) -> Any:
-    if spec.parallel is not None:
-        mesh = spec.parallel.mesh
-        function = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=REPLICATED, check_vma=False)
-    function.__name__ = after_step_name(kind, seqs)
-    return jax.jit(function, donate_argnums=donated)
-
-
-def after_step_name(kind: str, seqs: int) -> str:
-    """Name of a program of `AFTER_STEP`."""
-    return f"{kind}_{seqs}"
-
-
-def sampler_shapes(spec: StepSpec, seqs: int) -> tuple[Any, ...]:
-    """Returns the shapes of a sampler's arguments, like `step_shapes`."""
-    return _replicated(spec, spec.state_struct().last_token), *scorer_shapes(spec, seqs)
-
-
-def scorer_shapes(spec: StepSpec, seqs: int) -> tuple[Any, ...]:
-    """Returns the shapes of a searcher's and of a scorer's arguments, like `step_shapes`."""
-    logits = jax.ShapeDtypeStruct((seqs, spec.shard_model.vocab_size), jnp.float32)
-    if spec.parallel is not None:
-        logits = spec.parallel.struct(logits, LOGITS)
-    metadata = jax.ShapeDtypeStruct((len(SAMPLER_FIELDS) * seqs,), jnp.int32)
-    return _replicated(spec, jax.ShapeDtypeStruct((seqs,), jnp.int32)), logits, _replicated(spec, metadata)
-
-
-def _replicated(spec: StepSpec, structs: Any) -> Any:
-    return structs if spec.parallel is None else replicated(spec.parallel, structs)
-
-
-AFTER_STEP = {
-    "cutoff": (make_searcher, scorer_shapes),
-    "sample": (make_sampler, sampler_shapes),
-    "logprobs": (make_scorer, scorer_shapes),
-}
-"""Programs that may run after a step, in this order, each with the shapes of its arguments."""

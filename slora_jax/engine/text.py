@@ -61,14 +61,18 @@ class TextStream:
       stopped: whether the text contained a stop string.
     """
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...], prompt: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stop: tuple[str, ...], prompt: Sequence[int] = (), *, skip_special: bool = True
+    ) -> None:
         """Starts an empty text.
 
         Args:
           tokenizer: a `Tokenizer` or a fast Hugging Face one; None produces no text and ignores stop strings.
           stop: stop strings.
           prompt: token ids of the prompt.
+          skip_special: whether the text leaves out special tokens.
         """
+        self._skip_special = skip_special
         self._backend = None if tokenizer is None else tokenizer.backend_tokenizer
         self._stop = stop
         self._longest_stop = max(map(len, stop), default=0)
@@ -99,7 +103,10 @@ class TextStream:
         """Flushes the bytes of an incomplete last character; they may still complete a stop string."""
         if self._backend is None or self.stopped:
             return
-        known, whole = self._context + self._text, self._backend.decode(self._ids, skip_special_tokens=True)
+        known, whole = (
+            self._context + self._text,
+            self._backend.decode(self._ids, skip_special_tokens=self._skip_special),
+        )
         if whole.startswith(known) and len(whole) > len(known):
             self._append(whole[len(known) :])
 
@@ -113,10 +120,10 @@ class TextStream:
         """Returns a decoder that has read `context`, where later tokens may complete an incomplete last character."""
         decode = self._backend.decode  # type: ignore[union-attr]
         end = len(context)
-        while end and decode(context[:end], skip_special_tokens=True).endswith("\ufffd"):
+        while end and decode(context[:end], skip_special_tokens=self._skip_special).endswith("\ufffd"):
             end -= 1
-        self._ids, self._context = context[:end], decode(context[:end], skip_special_tokens=True)
-        self._decoder = DecodeStream(ids=context[:end], skip_special_tokens=True)
+        self._ids, self._context = context[:end], decode(context[:end], skip_special_tokens=self._skip_special)
+        self._decoder = DecodeStream(ids=context[:end], skip_special_tokens=self._skip_special)
         for token in context[end:]:
             self._ids.append(token)
             self._context += self._decode(token) or ""
@@ -129,9 +136,9 @@ class TextStream:
         except Exception:  # noqa: BLE001  tokenizers has no finer class
             # A byte-fallback decoder replaces a whole run of byte tokens by U+FFFD if the run's end makes it invalid,
             # including text already emitted. Keep that text, and emit one U+FFFD for the rest.
-            self._decoder = DecodeStream(ids=self._ids, skip_special_tokens=True)
+            self._decoder = DecodeStream(ids=self._ids, skip_special_tokens=self._skip_special)
             decode = self._backend.decode  # type: ignore[union-attr]
-            before, after = (decode(ids, skip_special_tokens=True) for ids in (self._ids[:-1], self._ids))
+            before, after = (decode(ids, skip_special_tokens=self._skip_special) for ids in (self._ids[:-1], self._ids))
             return "\ufffd" + after.removeprefix(before)
 
     def _append(self, piece: str) -> bool:

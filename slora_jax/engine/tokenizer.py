@@ -27,6 +27,7 @@ class Tokenizer:
     Attributes:
       backend_tokenizer: the tokenizer of the `tokenizers` library.
       chat_template: one Jinja template, several by name, or None.
+      response_template: how the model writes tool calls, as transformers' `ResponseParser` reads it, or None.
       special_tokens_map: text of each special token by name ("bos_token"), for chat templates.
     """
 
@@ -37,6 +38,7 @@ class Tokenizer:
         chat_template: ChatTemplate | None = None,
         special_tokens: Mapping[str, str] | None = None,
         clean_up_spaces: bool = False,
+        response_template: Mapping[str, Any] | None = None,
     ) -> None:
         """Configures `backend`: disables truncation and padding, and registers its special tokens.
 
@@ -48,6 +50,7 @@ class Tokenizer:
         backend.no_padding()
         self.backend_tokenizer = backend
         self.chat_template = chat_template
+        self.response_template = response_template
         self.special_tokens_map = dict(special_tokens or {})
         self._clean_up_spaces = clean_up_spaces
         _add_special(backend, self.special_tokens_map.values())
@@ -84,6 +87,7 @@ class Tokenizer:
             backend,
             chat_template=_chat_template(path, config),
             special_tokens=_special_tokens(config),
+            response_template=config.get("response_template"),
             clean_up_spaces=clean_up and (even_bpe or type(backend.model).__name__ != "BPE"),
         )
 

@@ -53,6 +53,10 @@ class Ageing(Policy):
         if not 0 <= self.bound < math.inf:
             raise ConfigError(f"Ageing.bound={self.bound!r}: must be a number of seconds, at least 0")
 
+    @property
+    def takes_priority(self) -> bool:  # type: ignore[override]
+        return self.inner.takes_priority
+
     def order(self, requests: Sequence[Request], now: float) -> Iterable[Request]:
         aged = list(self._aged(requests, now))
         if not aged:

@@ -28,7 +28,12 @@ class Policy:
 
     A policy ranks requests; the scheduler does the arithmetic of pages, slots and tokens. A policy may keep state,
     updated by the notifications `arrived`, `admitted` and `stepped`.
+
+    Attributes:
+      takes_priority: whether the policy heeds `Request.priority`; other policies refuse requests that have one.
     """
+
+    takes_priority: bool = False
 
     def order(self, requests: Sequence[Request], now: float) -> Iterable[Request]:
         """Returns the requests by precedence, most urgent first.

@@ -13,6 +13,7 @@ from slora_jax.scheduling.clustering import Clustering
 from slora_jax.scheduling.early_abort import EarlyAbort
 from slora_jax.scheduling.merge import OneAdapter
 from slora_jax.scheduling.policy import Fcfs, Lcfs, Policy
+from slora_jax.scheduling.priority import Priority
 from slora_jax.scheduling.vtc import Vtc
 from slora_jax.typed import nearest
 
@@ -23,6 +24,7 @@ POLICIES: dict[str, type[Policy]] = {
     "clustering": Clustering,
     "vtc": Vtc,
     "one_adapter": OneAdapter,
+    "priority": Priority,
     "ageing": Ageing,
 }
 

@@ -12,6 +12,7 @@ from pallas_kernels.lora.layout import VECTORS
 from slora_jax.memory import PrefixNode
 from slora_jax.metrics import FinishReason
 from slora_jax.scheduling.sampling_params import SamplingParams
+from slora_jax.scheduling.structured import TokenGrammar
 
 
 class Status(StrEnum):
@@ -85,6 +86,9 @@ class Request:
       slot, adapter_slot: rows of the device's sequence state and adapter table while running; otherwise -1.
       pages: page ids in token order. The first `prefix.depth` belong to the prefix cache and may be shared.
       prefix: deepest prefix-cache node held while running.
+      grammar: grammar of its text, or None.
+      priority: lower numbers come first under a policy that takes priorities.
+      edits_logits: whether its logits are edited before sampling.
       tenant: account charged under fair share: by default the adapter's name, "" for the base model.
     """
 
@@ -109,11 +113,15 @@ class Request:
     pages: list[int] = field(default_factory=list)
     prefix: PrefixNode | None = None
     tenant: str = ""
+    grammar: TokenGrammar | None = None
+    priority: int = 0
+    edits_logits: bool = field(default=False, init=False)
     _token_bytes: bytes = field(default=b"", init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.tenant and self.adapter is not None:
             self.tenant = self.adapter.name
+        self.edits_logits = self.grammar is not None or bool(self.params.logit_bias)
 
     @property
     def digest(self) -> str | None:
@@ -134,6 +142,15 @@ class Request:
     def num_scored(self) -> int:
         """Number of leading prompt tokens that need logits, to report the log-probability of the next token."""
         return 0 if self.params.prompt_logprobs is None else len(self.prompt) - 1
+
+    def pools_at(self, position: int) -> bool:
+        """Whether the hidden states of its tokens from `position` on contribute to its embedding."""
+        return self.params.prompt_embedding is not None and position < len(self.prompt) and not self.output
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether it needs results for every prompt token, so that it cannot start with cached pages."""
+        return self.num_scored > 0 or self.params.prompt_embedding == "mean"
 
     @property
     def num_shared(self) -> int:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from slora_jax.errors import ConfigError
+from slora_jax.scheduling.structured import StructuredOutputs
 from slora_jax.typed import checks_keywords
 
 MAX_LOGPROBS = 20
 """Upper limit of `SamplingParams.logprobs`."""
+MAX_LOGIT_BIAS = 300
+"""Maximum number of tokens in `SamplingParams.logit_bias`."""
 
 
 @checks_keywords
@@ -33,6 +37,11 @@ class SamplingParams:
         from the model's distribution before temperature and masks.
       prompt_logprobs: likewise for each prompt token after the first. Such a prompt takes more steps and does not read
         the prefix cache.
+      prompt_embedding: pooling of the prompt's hidden states after the final norm into one vector, "mean" over its
+        tokens or "last", or None. It needs `EngineConfig.embeddings`. "mean" does not read the prefix cache.
+      structured_outputs: form of the text, or None; a mapping is converted to `StructuredOutputs`. The generation ends
+        with `finish_reason` "stop" when no token can follow, even with `ignore_eos`.
+      logit_bias: numbers in [-100, 100] added to the logits of up to 300 tokens, by token id, or None; kept as pairs.
     """
 
     max_tokens: int | None = 16
@@ -46,6 +55,9 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_embedding: str | None = None
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -86,6 +98,29 @@ class SamplingParams:
                 value,
                 f"None or an integer in [0, {MAX_LOGPROBS}]",
             )
+        pooling = self.prompt_embedding
+        _require(pooling in (None, "mean", "last"), "prompt_embedding", pooling, "None, 'mean' or 'last'")
+        _require(
+            pooling is None or self.prompt_logprobs is None, "prompt_embedding", pooling, "None with prompt_logprobs"
+        )
+        form = self.structured_outputs
+        if isinstance(form, Mapping):
+            object.__setattr__(self, "structured_outputs", StructuredOutputs(**form))
+        else:
+            is_form = isinstance(form, StructuredOutputs | None)
+            _require(is_form, "structured_outputs", form, "StructuredOutputs, a mapping of its fields, or None")
+        self._check_bias()
+
+    def _check_bias(self) -> None:
+        given = self.logit_bias
+        pairs = tuple(given.items()) if isinstance(given, Mapping) else given or ()
+        is_valid = isinstance(pairs, tuple) and all(
+            isinstance(pair, tuple) and len(pair) == 2 and _is_int(pair[0]) and pair[0] >= 0 and _in(pair[1], -100, 100)
+            for pair in pairs
+        )
+        allowed = f"at most {MAX_LOGIT_BIAS} numbers in [-100, 100] by token id"
+        _require(is_valid and len(pairs) <= MAX_LOGIT_BIAS, "logit_bias", given, allowed)
+        object.__setattr__(self, "logit_bias", pairs)
 
 
 def _is_int(value: Any) -> bool:

@@ -267,7 +267,7 @@ class Scheduler:
 
     def _match(self, request: Request) -> PrefixNode | None:
         """Deepest cached prefix of a request, without its last token, which must be computed to sample the next one."""
-        if self.prefixes is None or request.num_scored:
+        if self.prefixes is None or request.needs_whole_prompt:
             return None
         most = (request.num_tokens - 1) // self.config.page_size
         return self.prefixes.match(request.digest, request.token_bytes(), most, request.adapter_start)

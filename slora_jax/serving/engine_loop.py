@@ -125,7 +125,14 @@ class EngineLoop:
             raise self._refusal()
 
     def submit(
-        self, prompt: list[int], params: SamplingParams, adapter: str | None, tenant: str, mailbox: Mailbox, index: int
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        adapter: str | None,
+        tenant: str,
+        mailbox: Mailbox,
+        index: int,
+        priority: int = 0,
     ) -> str:
         """Queues a sequence whose tokens go to `mailbox` under `index`, and returns its id. If the engine refuses it or
         has ended, the mailbox fails."""
@@ -138,7 +145,7 @@ class EngineLoop:
 
         def add(engine: Engine) -> None:
             try:
-                engine.add_request(prompt, params, adapter, request_id, tenant)
+                engine.add_request(prompt, params, adapter, request_id, tenant, priority)
             except Exception as error:  # noqa: BLE001  reported to the client
                 self._post(self._fail, [request_id], error)
 

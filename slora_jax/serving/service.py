@@ -91,10 +91,15 @@ class Service:
         return self.adapter_named(model)
 
     def adapter_named(self, model: str | None) -> str | None:
-        """Returns an adapter's name; None for the base model. Raises UnknownAdapterError if there is no such model."""
-        if model is None or model == self.settings.base_name:
+        """Returns the adapter of `model`, which may be written base:adapter; None for the base model.
+
+        Raises:
+          UnknownAdapterError: there is no such model.
+        """
+        base, store = self.settings.base_name, self.loop.engine.store
+        if model is None or model == base:
             return None
-        return self.loop.engine.store.info(model).name
+        return store.info(model if store.has(model) else model.removeprefix(f"{base}:")).name
 
     @cached_property
     def token_text(self) -> TokenText:

@@ -141,6 +141,33 @@ def test_logits_that_are_not_finite_end_the_request_and_drop_its_adapters_prefix
     assert core.scheduler.prefixes.match(None, bytes(4 * 8), 2) is not None
 
 
+class CountingGrammar:
+    """Is complete after three tokens; a token 9 fails."""
+
+    read = 0
+
+    @property
+    def is_complete(self) -> bool:
+        return self.read == 3
+
+    def accept(self, token: int) -> str | None:
+        self.read += 1
+        return "too complex" if token == 9 else None
+
+
+def test_complete_grammar_stops_its_request_and_a_failed_one_ends_it_with_an_error() -> None:
+    core = make_core(FakeExecutor(sample=lambda request: 9 if request.number == 1 else 5))
+    requests = [make_request(number, new=9) for number in range(3)]
+    for request in requests:
+        request.grammar = CountingGrammar() if request.number < 2 else None
+        core.add(request)
+    updates = run(core)
+    reasons = [FinishReason.STOP, FinishReason.ERROR, FinishReason.LENGTH]
+    assert [request.finish_reason for request in requests] == reasons
+    assert [len(request.output) for request in requests] == [3, 0, 9]
+    assert [update.error for update in updates if update.error] == ["too complex"]
+
+
 @pytest.mark.parametrize(("policy", "first"), [(Fcfs(), "old"), (Lcfs(), "new")])
 def test_idle_step_waits_for_the_adapter_that_the_policy_admits_next(policy, first) -> None:
     executor = FakeExecutor(state=lambda digest: AdapterState.LOADING)

@@ -13,9 +13,9 @@ from slora_jax import EngineConfig, SamplingParams
 from slora_jax.adapters import random_adapter
 from slora_jax.analysis import launches
 from slora_jax.engine import sampling
+from slora_jax.engine.after_step import AFTER_STEP
 from slora_jax.engine.sampling import Sampled, SamplingInputs
 from slora_jax.engine.sizing import pool_shape, step_spec
-from slora_jax.engine.step import AFTER_STEP
 from slora_jax.models import ModelConfig, abstract_decoder
 from slora_jax.models.config import read_json
 

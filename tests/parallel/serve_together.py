@@ -78,7 +78,12 @@ def serve(engine: Engine) -> list[list[int]]:
     prompts = [rng.integers(0, 101, length).tolist() for length in PROMPTS]
     sampling = [
         SamplingParams(
-            max_tokens=14, ignore_eos=True, temperature=0.5 * (i % 2), seed=i, logprobs=2 if i == 4 else None
+            max_tokens=14,
+            ignore_eos=True,
+            temperature=0.5 * (i % 2),
+            seed=i,
+            logprobs=2 if i == 4 else None,
+            logit_bias={7: 3.0, 100: -2.0} if i in (4, 5) else None,
         )
         for i in range(len(PROMPTS))
     ]

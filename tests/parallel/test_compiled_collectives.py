@@ -15,8 +15,9 @@ from pallas_kernels.targets import TARGETS, compile_for, deviceless_mesh
 from slora_jax.analysis import collectives_in, pool_use
 from slora_jax.analysis.hlo import instructions
 from slora_jax.engine import EngineConfig
+from slora_jax.engine.after_step import make_sampler, sampler_shapes
 from slora_jax.engine.sizing import pool_shape, step_spec
-from slora_jax.engine.step import make_sampler, make_step, sampler_shapes, step_shapes
+from slora_jax.engine.step import make_step, step_shapes
 from slora_jax.models import ModelConfig
 from slora_jax.models.init import abstract_shards
 from slora_jax.parallel.cost import base_messages, lora_messages, vocabulary_messages

@@ -41,7 +41,9 @@ def sampled_on_one_device(peft_servers: Any) -> Any:
 
 def sampled(served: Any) -> Any:
     params = [
-        SamplingParams(max_tokens=8, temperature=0.8 * (i % 3), top_k=20, top_p=0.9, seed=i, logprobs=3)
+        SamplingParams(
+            max_tokens=8, temperature=0.8 * (i % 3), top_k=20, top_p=0.9, seed=i, logprobs=3, logit_bias={i: 2.0}
+        )
         for i in range(len(PROMPT_LENGTHS))
     ]
     return served.engine.generate(served.family.prompts, params, served.family.adapters)

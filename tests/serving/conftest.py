@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from live_server import ADAPTERS, MANAGE_KEY, SERVE_KEY, Files, LiveServer, engine_config, write_adapter
+from live_server import ADAPTERS, ENGINE, MANAGE_KEY, SERVE_KEY, Files, LiveServer, engine_config, write_adapter
 from tiny_model import TinyModel
 from unharmed import MEMORY, Before
 
@@ -45,6 +45,7 @@ def files(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Files:
 def server(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """The shared server. A test restores its adapters and leaves nothing running."""
     config = {
+        "engine": ENGINE | {"embeddings": True},
         "adapters": str(files.adapters),
         "adapter_roots": [str(files.uploads)],
         "state_file": str(tmp_path_factory.mktemp("state") / "adapters.json"),

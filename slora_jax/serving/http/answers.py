@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field
 
 from slora_jax.serving.observability.snapshot import State
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class ErrorDetail(TypedDict):
@@ -113,12 +113,35 @@ class CompletionChoice(Choice):
     logprobs: CompletionLogprobs | None
 
 
+class FunctionCall(TypedDict):
+    """A function's name, and its arguments as JSON text, which the model may have got wrong."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    """A call that the model asks for."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class ToolCallPiece(ToolCall):
+    """A whole call, in an event of a stream."""
+
+    index: int
+
+
 class AssistantMessage(TypedDict):
-    """A generated message."""
+    """A generated message. content: null if there are only calls."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]
 
 
 class ChatChoice(Choice):
@@ -171,6 +194,8 @@ class Delta(TypedDict):
 
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallPiece]]
 
 
 class ChatPiece(Piece):
@@ -239,6 +264,45 @@ class AdapterList(TypedDict):
     total: int
     data: list[Adapter]
     refused: dict[str, str]
+
+
+class Embedding(TypedDict):
+    """An embedding: numbers, or their bytes as float32 (little-endian) in base64."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(TypedDict):
+    """Tokens of the inputs."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(TypedDict):
+    """Answer of /v1/embeddings."""
+
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingUsage
+
+
+class Tokenized(TypedDict):
+    """Answer of /tokenize. token_strs: the tokens' texts, if asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(TypedDict):
+    """Answer of /detokenize."""
+
+    prompt: str
 
 
 class Loaded(TypedDict):

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from slora_jax.engine import Engine
-from slora_jax.serving.http import endpoints, errors, page
+from slora_jax.serving.http import embeddings, endpoints, errors, page, tokenization
 from slora_jax.serving.http.access import Access
 from slora_jax.serving.http.limits import Gate
 from slora_jax.serving.http.openapi import DocumentedApp
@@ -38,6 +38,8 @@ def create_app(settings: ServerSettings, build: Callable[[], Engine]) -> FastAPI
     app.state.access = Access(settings.api_keys)
     errors.install(app)
     app.include_router(endpoints.router)
+    app.include_router(embeddings.router)
+    app.include_router(tokenization.router)
     app.include_router(page.router)
     if settings.train is not None:
         from slora_jax.serving.tinker import model_routes, routes

@@ -8,94 +8,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    model_validator,
+from pydantic import Field, model_validator
+
+from slora_jax.scheduling import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams, StructuredOutputs
+from slora_jax.serving.http.body import (
+    MAX_FIELDS,
+    MAX_MESSAGES,
+    MAX_PROMPTS,
+    MAX_TOOLS,
+    Body,
+    Name,
+    Only,
+    Schema,
+    Text,
+    Token,
+    Tokens,
+    at_most,
+    one_or_several,
 )
-from pydantic_core import CoreSchema, PydanticCustomError
-from pydantic_core.core_schema import no_info_plain_validator_function
-
-from slora_jax.scheduling import SamplingParams
-from slora_jax.scheduling.sampling_params import MAX_LOGPROBS
-
-MAX_FIELDS = 64
-"""Most fields of an object; no body has as many."""
-MAX_PROMPTS = 4096
-MAX_MESSAGES = 10_000
-
-
-def at_most(count: int) -> BeforeValidator:
-    """Refuses a longer list or object before its items are validated."""
-
-    def check(data: Any) -> Any:
-        if isinstance(data, list | dict) and len(data) > count:
-            raise ValueError(f"there are {len(data)} items; at most {count} can be")
-        return data
-
-    return BeforeValidator(check)
-
-
-NOT_SUPPORTED = frozenset(
-    (
-        *("audio", "prediction", "reasoning_effort", "web_search_options", "verbosity"),
-        *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "grammar"),
-        *("use_beam_search", "length_penalty", "min_tokens", "bad_words", "allowed_token_ids", "logits_processors"),
-        *("truncate_prompt_tokens", "skip_special_tokens", "include_stop_str_in_output", "priority", "dry_multiplier"),
-    )
-)
-"""Fields of OpenAI and of other servers, refused as not supported rather than as unknown."""
-NOTHING: tuple[Any, ...] = (None, "", [], {})
-"""Empty values: any field with one of them is accepted."""
-
-
-class Only:
-    """Annotates an unsupported field: it accepts only `values`, with which it has no effect."""
-
-    def __init__(self, *values: Any) -> None:
-        self._values = values
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return no_info_plain_validator_function(self._check)
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"enum": list(self._values)}
-
-    def _check(self, data: Any) -> Any:
-        if not any(type(data) is type(value) and data == value for value in self._values):
-            raise PydanticCustomError("not_supported", "not supported")
-        return data
-
-
-# fail_fast: only the first wrong item of a list is reported; complaints about a million would take gigabytes.
-Token = Annotated[int, Field(ge=0, lt=2**31)]
-Tokens = Annotated[list[Token], Field(fail_fast=True, min_length=1)]
-Text = Annotated[str, Field(max_length=256)]
-Name = Annotated[str, Field(min_length=1, max_length=256)]
-
-
-class Body(BaseModel):
-    """A strict body: text is not converted to numbers, and an unknown field is refused unless it is empty."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        json_schema_extra={"additionalProperties": {"enum": list(NOTHING)}},
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_size(cls, data: Any) -> Any:
-        if isinstance(data, dict) and len(data) > MAX_FIELDS:
-            raise ValueError(f"an object with {len(data)} fields; at most {MAX_FIELDS} can be")
-        if isinstance(data, dict):
-            return {name: value for name, value in data.items() if name in cls.model_fields or value not in NOTHING}
-        return data
+from slora_jax.serving.http.messages import Message, Tool
 
 
 class StreamOptions(Body):
@@ -106,11 +37,44 @@ class StreamOptions(Body):
     include_obfuscation: bool = False
 
 
+class JsonSchema(Body):
+    """A JSON schema of OpenAI's response_format. It is always followed exactly, whatever `strict` is."""
+
+    name: Text | None = None
+    description: Annotated[str, Field(max_length=4096)] | None = None
+    json_schema: Schema = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """OpenAI's response_format."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError('json_schema goes with type="json_schema", and that type with json_schema')
+        return self
+
+
+class StructuredBody(Body):
+    """vLLM's structured_outputs (see `StructuredOutputs`)."""
+
+    json_text: str | Schema | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
 class Generation(Body):
     """Fields that completions and chat share.
 
-    Beyond OpenAI's: top_k, min_p, stop_token_ids, ignore_eos, prompt_logprobs (see `SamplingParams`) and
-    return_token_ids (each choice then has `token_ids`). With a seed, choice i of each prompt uses seed + i modulo
+    Beyond OpenAI's: top_k, min_p, stop_token_ids, ignore_eos, prompt_logprobs, structured_outputs (see
+    `SamplingParams`), vLLM's older names guided_* for the latter, and return_token_ids (each choice then has
+    `token_ids`). With a seed, choice i of each prompt uses seed + i modulo
     2**32.
     """
 
@@ -133,22 +97,58 @@ class Generation(Body):
     ignore_eos: bool = False
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     return_token_ids: bool = False
+    priority: int | None = Field(None, ge=-(2**31), lt=2**31)
     user: Annotated[str, Field(max_length=4096)] | None = None
     presence_penalty: Annotated[Any, Only(None, 0, 0.0)] = None
     frequency_penalty: Annotated[Any, Only(None, 0, 0.0)] = None
     repetition_penalty: Annotated[Any, Only(None, 1, 1.0)] = None
-    logit_bias: Annotated[Any, Only(None, {})] = None
-    response_format: Annotated[Any, Only(None, {"type": "text"})] = None
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+            at_most(MAX_LOGIT_BIAS),
+        ]
+        | None
+    ) = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredBody | None = None
+    guided_json: str | Schema | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     service_tier: Annotated[Any, Only(None, "auto", "default")] = None
 
     @model_validator(mode="after")
     def _check(self) -> Generation:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options goes with stream=true")
+        if len(names := self.forms) > 1:
+            raise ValueError(f"{' and '.join(names)}: give one of them, since each says what the text must be")
         return self
 
+    @property
+    def forms(self) -> dict[str, dict[str, Any]]:
+        """The form that the text must have: arguments of `StructuredOutputs`, by the field that has them."""
+        forms: dict[str, dict[str, Any]] = {
+            f"guided_{name}": {name: value}
+            for name in ("json", "regex", "choice", "grammar")
+            if (value := getattr(self, f"guided_{name}")) is not None
+        }
+        if self.structured_outputs is not None:
+            given = self.structured_outputs.model_dump(exclude_none=True, by_alias=True)
+            if given:
+                forms["structured_outputs"] = given
+        if self.response_format is not None and self.response_format.type != "text":
+            schema = self.response_format.json_schema
+            forms["response_format"] = {"json_object": True} if schema is None else {"json": schema.json_schema}
+        return forms
+
     def sampling(
-        self, index: int, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
+        self,
+        index: int,
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
+        form: StructuredOutputs | None,
     ) -> SamplingParams:
         """Returns the parameters of choice `index`. Raises ConfigError."""
         return SamplingParams(
@@ -163,6 +163,8 @@ class Generation(Body):
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            structured_outputs=form,
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
         )
 
     @property
@@ -196,32 +198,7 @@ class CompletionBody(Generation):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one or several."""
-        several = not isinstance(self.prompt, str) and not isinstance(self.prompt[0], int)
-        return list(self.prompt) if several else [self.prompt]  # type: ignore[arg-type,list-item]
-
-
-class TextPart(Body):
-    """A part of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(Body):
-    """A message of a chat. The model's template decides which roles exist. Fields that only answers have are accepted
-    if they are empty."""
-
-    role: Text
-    content: str | Annotated[list[TextPart], Field(fail_fast=True), at_most(MAX_MESSAGES)] | None = None
-    name: Text | None = None
-    type: Annotated[Any, Only(None, "text", "message")] = None
-    tool_calls: Annotated[Any, Only(None, [])] = None
-    function_call: Annotated[Any, Only(None)] = None
-
-    def for_template(self) -> dict[str, Any]:
-        content = self.content or ""
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return {"role": self.role, "content": text} | ({} if self.name is None else {"name": self.name})
+        return one_or_several(self.prompt)
 
 
 class ChatBody(Generation):
@@ -236,7 +213,7 @@ class ChatBody(Generation):
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_FIELDS)] | None = None
     add_generation_prompt: bool = True
     metadata: Annotated[dict[str, str], Field(max_length=16), at_most(16)] | None = None
-    tools: Annotated[Any, Only(None, [])] = None
+    tools: Annotated[list[Tool], Field(fail_fast=True), at_most(MAX_TOOLS)] | None = None
     tool_choice: Annotated[Any, Only(None, "none", "auto")] = None
     parallel_tool_calls: Annotated[Any, Only(None, True, False)] = None
     functions: Annotated[Any, Only(None, [])] = None
@@ -244,13 +221,72 @@ class ChatBody(Generation):
     modalities: Annotated[Any, Only(None, [], ["text"])] = None
     store: Annotated[Any, Only(None, False)] = None
 
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools that the model may call, as chat templates expect them."""
+        tools = () if self.tool_choice == "none" else self.tools or ()
+        return [tool.model_dump(exclude_unset=True) for tool in tools]
+
     @model_validator(mode="after")
     def _check_chat(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs goes with logprobs=true")
+        if self.offered and (self.stop or self.forms):
+            raise ValueError("tools exclude stop and a form of the text: both would cut into calls")
+        if self.offered and self.parallel_tool_calls is False:
+            raise ValueError("parallel_tool_calls=false is not supported with tools: the model decides on its calls")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens (its newer name) contradict each other")
         return self
+
+
+class EmbeddingBody(Body):
+    """Body of /v1/embeddings. `input`: a text, token ids, or a list of either. Beyond OpenAI's: `pooling` of the hidden
+    states, and whether to `normalize` the result."""
+
+    input: (
+        str
+        | Tokens
+        | Annotated[list[str], Field(fail_fast=True, min_length=1), at_most(MAX_PROMPTS)]
+        | Annotated[list[Tokens], Field(fail_fast=True, min_length=1), at_most(MAX_PROMPTS)]
+    )
+    model: Name | None = None
+    encoding_format: Literal["float", "base64"] | None = "float"
+    dimensions: int | None = Field(None, ge=1)
+    pooling: Literal["mean", "last"] | None = "last"
+    normalize: bool | None = True
+    user: Annotated[str, Field(max_length=4096)] | None = None
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        """The inputs, one or several."""
+        return one_or_several(self.input)
+
+
+class TokenizeBody(Body):
+    """vLLM's body of /tokenize: a prompt, or messages to be put into the chat template. add_special_tokens: by default
+    True for a prompt and False for messages."""
+
+    model: Name | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1), at_most(MAX_MESSAGES)] | None = None
+    add_generation_prompt: bool = True
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_FIELDS)] | None = None
+    return_token_strs: bool | None = False
+
+    @model_validator(mode="after")
+    def _check_input(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give one of prompt and messages")
+        return self
+
+
+class DetokenizeBody(Body):
+    """vLLM's body of /detokenize."""
+
+    model: Name | None = None
+    tokens: Annotated[list[Token], Field(fail_fast=True)]
 
 
 class LoadBody(Body):

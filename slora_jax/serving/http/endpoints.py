@@ -7,7 +7,6 @@ GET /v1/models, /v1/models/NAME, /v1/adapters, /health, /ready, /metrics.
 from __future__ import annotations
 
 import asyncio
-import inspect
 from collections import defaultdict
 from contextlib import AsyncExitStack
 from typing import Annotated
@@ -15,12 +14,13 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from slora_jax.engine.arrival import text_ids
 from slora_jax.serving.engine_loop import Health
 from slora_jax.serving.http import answers
 from slora_jax.serving.http.access import Client, MayLook, MayManage, MayServe
 from slora_jax.serving.http.bodies import ChatBody, CompletionBody, Generation, LoadBody, StreamOptions, UnloadBody
-from slora_jax.serving.http.errors import ApiError, JsonResponse
+from slora_jax.serving.http.chat import prompt_of
+from slora_jax.serving.http.errors import JsonResponse
+from slora_jax.serving.http.forms import form_of
 from slora_jax.serving.http.generation import ClientGoneError, on_disconnect, respond
 from slora_jax.serving.http.openapi import GENERATING, MANAGING, answers_of, errors_of
 from slora_jax.serving.http.shapes import ChatShape, CompletionShape, Shape
@@ -59,7 +59,8 @@ async def chat_completions(request: Request, client: MayServe, body: ChatBody) -
     adapter = service.open_for(body.model)
     async with AsyncExitStack() as held:
         held.enter_context(service.shares.hold(client.name, body.choices))
-        prompts = [await service.of_text(_render, service, body)] * body.choices
+        prompt, tools = await service.of_text(prompt_of, service, body)
+        prompts = [prompt] * body.choices
         shape = ChatShape(
             body.model or service.settings.base_name,
             service.token_text,
@@ -67,6 +68,7 @@ async def chat_completions(request: Request, client: MayServe, body: ChatBody) -
             logprobs=bool(body.logprobs),
             token_ids=body.return_token_ids,
             prompt_logprobs=body.prompt_logprobs is not None,
+            tools=tools,
         )
         max_tokens = body.max_completion_tokens or body.max_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -167,16 +169,17 @@ async def _answer(
     of_prompt = body.prompt_logprobs
     if of_prompt is None and isinstance(body, CompletionBody) and body.echo:
         of_prompt = logprobs
+    form = await form_of(service, body)
     rooms = [service.loop.engine.max_model_len - len(prompt) for prompt in prompts]
     params = [
-        body.sampling(index % body.choices, max_tokens and min(max_tokens, room), logprobs, of_prompt)
+        body.sampling(index % body.choices, max_tokens and min(max_tokens, room), logprobs, of_prompt, form)
         for index, room in enumerate(rooms)
     ]
     mailbox = Mailbox()
     held.callback(on_disconnect(request.receive, lambda: mailbox.fail(ClientGoneError())).cancel)
     tenant = client.name if service.settings.tenants == "client" else ""
     ids = [
-        service.loop.submit(prompt, one, adapter, tenant, mailbox, index)
+        service.loop.submit(prompt, one, adapter, tenant, mailbox, index, body.priority or 0)
         for index, (prompt, one) in enumerate(zip(prompts, params, strict=True))
     ]
     held.callback(service.loop.cancel, ids)
@@ -190,35 +193,6 @@ async def _answer(
 def _each[T](items: list[T], choices: int) -> list[T]:
     """Repeats each item for its choices, which are neighbours."""
     return [item for item in items for _ in range(choices)]
-
-
-def _render(service: Service, body: ChatBody) -> list[int]:
-    """Returns the token ids of a conversation in the model's chat template.
-
-    Raises:
-      ApiError: there is no template, or it refuses the conversation.
-    """
-    tokenizer = service.loop.engine.tokenizer
-    if tokenizer is None or tokenizer.chat_template is None:
-        raise ApiError(400, "the model has no chat template; use /v1/completions", code="no_chat_template")
-    variables = body.chat_template_kwargs or {}
-    for name in inspect.signature(tokenizer.apply_chat_template).parameters:
-        if name in variables:  # such as another template, which could run for ever
-            message = f"chat_template_kwargs.{name} cannot be set"
-            raise ApiError(400, message, code="invalid_value", param="chat_template_kwargs")
-    try:
-        text = tokenizer.apply_chat_template(
-            [message.for_template() for message in body.messages],
-            tokenize=False,
-            add_generation_prompt=body.add_generation_prompt,
-            **variables,
-        )
-    except Exception as error:
-        message = f"the chat template refuses the messages: {error}"
-        raise ApiError(400, message, code="invalid_value", param="messages") from error
-    longest = service.loop.engine.max_model_len
-    ids = text_ids(text, tokenizer, longest, add_special_tokens=False)  # the template has written them
-    return service.checked(ids)
 
 
 def _model(service: Service, name: str, parent: str | None = None) -> answers.Model:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from slora_jax.errors import AdapterError, ConfigError, RequestError, SloraError, UnknownAdapterError
 from slora_jax.serving.http.answers import Error
-from slora_jax.serving.http.bodies import NOT_SUPPORTED
+from slora_jax.serving.http.body import NOT_SUPPORTED
 
 logger = logging.getLogger("slora_jax.serving")
 

@@ -13,6 +13,7 @@ from slora_jax.engine import RequestOutput
 from slora_jax.engine.outputs import TokenLogprobs
 from slora_jax.serving.http import answers
 from slora_jax.serving.http.token_text import TokenText
+from slora_jax.serving.http.tools import ToolFormat, ToolParser
 from slora_jax.serving.mailbox import Arrived
 
 
@@ -152,26 +153,57 @@ class ChatShape(Shape):
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, *args: Any, tools: ToolFormat | None = None, **fields: Any) -> None:
+        """Creates the form as `Shape` does.
+
+        Args:
+          tools: None if the request has no tools; the text is then content, as it is.
+        """
+        super().__init__(*args, **fields)
+        self._parsers = [] if tools is None else [ToolParser(tools, prompt) for prompt in self.prompts]
+
     def opening(self, index: int, first: Arrived) -> answers.ChatPiece:
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
     def piece(self, index: int, arrived: Arrived) -> answers.ChatPiece:
+        delta: answers.Delta = {"content": arrived.text} if arrived.text or arrived.output is None else {}
+        if self._parsers:
+            parsed = self._parsers[index].push(arrived.token_ids, arrived.output is not None)
+            delta = {"content": parsed.content} if parsed.content else {}
+            if parsed.reasoning:
+                delta["reasoning_content"] = parsed.reasoning
+            if parsed.calls:
+                delta["tool_calls"] = parsed.calls
         return {
             "index": index,
-            "delta": {"content": arrived.text} if arrived.text or arrived.output is None else {},
+            "delta": delta,
             "logprobs": self._of_output(arrived),
-            "finish_reason": _finish_reason(arrived.output),
+            "finish_reason": self._reason(index, arrived),
             **self._extras(index, arrived),
         }
 
     def choice(self, index: int, whole: Arrived) -> answers.ChatChoice:
+        message: answers.AssistantMessage = {"role": "assistant", "content": whole.text, "refusal": None}
+        if self._parsers:
+            parsed = self._parsers[index].push(whole.token_ids, is_last=True)
+            message["content"] = parsed.content.strip() or (None if parsed.calls else "")
+            if parsed.reasoning:
+                message["reasoning_content"] = parsed.reasoning.strip()
+            if parsed.calls:
+                message["tool_calls"] = [
+                    {"id": call["id"], "type": call["type"], "function": call["function"]} for call in parsed.calls
+                ]
         return {
             "index": index,
-            "message": {"role": "assistant", "content": whole.text, "refusal": None},
+            "message": message,
             "logprobs": self._of_output(whole),
-            "finish_reason": cast(answers.FinishReason, _finish_reason(whole.output)),
+            "finish_reason": cast(answers.FinishReason, self._reason(index, whole)),
             **self._extras(index, whole),
         }
+
+    def _reason(self, index: int, arrived: Arrived) -> answers.FinishReason | None:
+        reason = _finish_reason(arrived.output)
+        return "tool_calls" if reason == "stop" and self._parsers and self._parsers[index].num_calls else reason
 
     def _of_output(self, arrived: Arrived) -> answers.ChatLogprobs | None:
         if not self._logprobs:

@@ -37,7 +37,7 @@ APPLICATION = "slora"
 """Name of the Ray Serve application."""
 BODILESS = ("GET", "HEAD", "OPTIONS")
 """Methods whose requests are passed on without a body."""
-GENERATIONS = ("/v1/completions", "/v1/chat/completions")
+GENERATIONS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize", "/detokenize")
 MAX_NAME = 512
 """Longest name, in characters, that is passed to the router as an adapter's."""
 WATCH_SECONDS = 1.0
@@ -153,8 +153,10 @@ class ReplicaFront:
             name = json.loads(body).get("model")
         except (ValueError, AttributeError, RecursionError):
             return None
-        is_name = isinstance(name, str) and 0 < len(name) <= MAX_NAME and name != self._settings.base_name
-        return name if is_name else None
+        base = self._settings.base_name
+        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or name == base:
+            return None
+        return name.removeprefix(f"{base}:")
 
     async def _ask_all(self, request: HttpRequest, send: Send) -> None:
         seconds = self._settings.drain_seconds + COUNT_SECONDS  # an unload may wait for drain_seconds

@@ -10,7 +10,7 @@ from pydantic import Field
 from slora_jax.adapters import LoraConfig
 from slora_jax.scheduling import SamplingParams
 from slora_jax.scheduling.sampling_params import MAX_LOGPROBS
-from slora_jax.serving.http.bodies import MAX_PROMPTS, Body, Only, Text, Token, at_most
+from slora_jax.serving.http.body import MAX_PROMPTS, Body, Only, Text, Token, at_most
 
 ALPHA = 32
 """`lora_alpha` of every adapter, Tinker's convention; the update's scale is `ALPHA / rank`."""

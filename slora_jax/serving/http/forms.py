@@ -1,0 +1,31 @@
+"""The form that a request's text must have."""
+
+from __future__ import annotations
+
+import re
+
+from slora_jax.errors import ConfigError, RequestError
+from slora_jax.scheduling import StructuredOutputs
+from slora_jax.serving.http.bodies import Generation
+from slora_jax.serving.http.errors import ApiError
+from slora_jax.serving.service import Service
+
+
+async def form_of(service: Service, body: Generation) -> StructuredOutputs | None:
+    """Returns the form of the text, or None. Its grammar is compiled here, in a thread, so that the engine finds it.
+
+    Raises:
+      ApiError: the form is invalid, there is no tokenizer, or llguidance is not installed. The message names the
+        client's field and the reason.
+    """
+    for field, given in body.forms.items():
+        try:
+            form = StructuredOutputs(**given)
+            await service.of_text(service.loop.engine.grammars.compile, form)
+        except (ConfigError, RequestError) as error:
+            message = str(error).removeprefix("SamplingParams.")
+            if field != "structured_outputs":
+                message = re.sub(r"^structured_outputs(\.\w+)?", field, message)
+            raise ApiError(400, message, code="invalid_value", param=field) from None
+        return form
+    return None
