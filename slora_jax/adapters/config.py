@@ -121,9 +121,14 @@ class LoraConfig:
     @property
     def extras(self) -> tuple[str, ...]:
         """The fields that make it more than plain LoRA."""
-        active = {"use_dora": self.use_dora, "lora_bias": self.lora_bias, "bias": self.bias != "none"}
-        active |= {"modules_to_save": self.modules_to_save, "trainable_token_indices": self.tokens}
-        active["alora_invocation_tokens"] = self.alora_invocation_tokens
+        active = {
+            "use_dora": self.use_dora,
+            "lora_bias": self.lora_bias,
+            "bias": self.bias != "none",
+            "modules_to_save": bool(self.modules_to_save),
+            "trainable_token_indices": bool(self.tokens),
+            "alora_invocation_tokens": bool(self.alora_invocation_tokens),
+        }
         return tuple(name for name, is_active in active.items() if is_active)
 
     @property

@@ -20,8 +20,10 @@ def _traits(fields: Fields, sizes: Sizes) -> dict[str, Any]:
     if rope.get("rope_type") == "longrope":
         rope["original_max_position_embeddings"] = fields.get("original_max_position_embeddings")
     fields.get("original_max_position_embeddings")
-    rope = rope_of(rope, sizes["max_position_embeddings"], sizes["head_dim"])
-    return {**one_window(fields, sizes), "rope": rope}
+    return {
+        **one_window(fields, sizes),
+        "rope": rope_of(rope, sizes["max_position_embeddings"], sizes["head_dim"]),
+    }
 
 
 FAMILY = Family(
