@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels import devices
 from slora_jax.models.config import ModelConfig
 from slora_jax.models.layers import gated, precision_of
 
 TILE_ROWS = 16
-"""Most rows of one expert in one product on a CPU."""
+"""Most rows of one expert in one product."""
 
 
 class ExpertLayer(nnx.Module):
@@ -48,10 +47,11 @@ class ExpertLayer(nnx.Module):
             return (outputs * weights[..., None]).sum(1).astype(x.dtype)
 
 
+@jax.custom_vjp
 def grouped_product(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
     """Multiplies each group of rows by its own kernel. Differentiable in `x` alone.
 
-    On a CPU, `jax.lax.ragged_dot` would multiply all rows by all kernels.
+    `jax.lax.ragged_dot` would multiply all rows by all kernels, on a CPU and on a GPU.
 
     Args:
       x: `[R, d_in]`, the rows of group 0, then those of group 1, and so on.
@@ -61,13 +61,6 @@ def grouped_product(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.A
     Returns:
       `[R, d_out]` in `x`'s dtype.
     """
-    if devices.target() is not None:
-        return jax.lax.ragged_dot(x, kernels, sizes, precision=precision_of(x.dtype))
-    return _by_tiles(x, kernels, sizes)
-
-
-@jax.custom_vjp
-def _by_tiles(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
     return _tiled(x, kernels, sizes, 1)
 
 
@@ -100,7 +93,7 @@ def _tiled(x: jax.Array, kernels: jax.Array, sizes: jax.Array, contracted: int) 
 
 
 def _forward(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> tuple[jax.Array, Any]:
-    return _by_tiles(x, kernels, sizes), (kernels, sizes)
+    return grouped_product(x, kernels, sizes), (kernels, sizes)
 
 
 def _backward(saved: Any, slope: jax.Array) -> tuple[jax.Array, None, None]:
@@ -108,4 +101,4 @@ def _backward(saved: Any, slope: jax.Array) -> tuple[jax.Array, None, None]:
     return _tiled(slope, kernels, sizes, 2), None, None
 
 
-_by_tiles.defvjp(_forward, _backward)
+grouped_product.defvjp(_forward, _backward)
