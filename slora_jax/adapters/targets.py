@@ -18,7 +18,12 @@ DEFAULT_TARGETS = ("q_proj", "v_proj", "query_key_value")
 """PEFT's targets when `target_modules` is null: the first two in most families, the last one in GLM-4."""
 
 OTHER_MODULES = ("", ".layers", ".norm", ".rotary_emb")
-OTHER_LAYER_MODULES = ("", ".self_attn", ".mlp", ".mlp.act_fn", ".input_layernorm", ".post_attention_layernorm")
+OTHER_LAYER_MODULES = (
+    *("", ".self_attn", ".self_attn.q_norm", ".self_attn.k_norm"),
+    *(".mlp", ".mlp.act_fn", ".mlp.gate", ".mlp.experts"),
+    *(".input_layernorm", ".post_attention_layernorm", ".post_self_attn_layernorm", ".post_mlp_layernorm"),
+    *(".pre_feedforward_layernorm", ".post_feedforward_layernorm"),
+)
 
 
 @dataclass(frozen=True)
