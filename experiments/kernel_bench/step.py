@@ -140,7 +140,8 @@ class Arrays:
         _, self.params = init_random(spec.model, "bfloat16", server.seed)
         shape = (pool.num_pages, 2, pool.page_size, pool.width)
         self.pool = tuple(random_array(shape, server.seed + layer, scale=0.02) for layer in range(pool.num_layers))
-        self.table = server.resident.table()
+        resident, ranks = server.resident.table(), pool.make_table().ranks
+        self.table = replace(resident, ranks=ranks.at[:, : resident.ranks.shape[1]].set(resident.ranks))
         state = spec.make_state()
         table = state.page_table.at[: server.batch, : server.pages_per_sequence].set(server.page_table)
         self.state = replace(state, page_table=table)

@@ -90,9 +90,9 @@ def test_name_is_replaced_only_in_place(server, files, tiny) -> None:
 def test_invalid_adapter_changes_nothing(server, files, tiny) -> None:
     directory = write_adapter(files.uploads / "bad", tiny, seed=104)
     config = json.loads((directory / "adapter_config.json").read_text())
-    (directory / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    (directory / "adapter_config.json").write_text(json.dumps(config | {"use_qalora": True}))
     status, answer = load(server, "bad", directory)
-    assert status == 400 and "use_dora" in answer["error"]["message"] and answer["error"]["code"] == "invalid_adapter"
+    assert status == 400 and "use_qalora" in answer["error"]["message"] and answer["error"]["code"] == "invalid_adapter"
     assert "bad" not in names(server)
     assert load(server, "bad", files.uploads / "nowhere")[0] == 404
 
