@@ -1,4 +1,4 @@
-"""What adapters change of the output head and the token embedding, as LoRA of low rank on both.
+"""Adapters' changes of the output head and the token embedding, as LoRA of low rank on both.
 
 LoRA is read as it is. A changed row of the embedding or of the head (a trained token, a matrix saved whole) becomes one
 rank: the row's difference from the base model's, and the token's unit vector. A matrix saved whole is often the base
@@ -38,7 +38,7 @@ class Vocabulary(Protocol):
 
     @property
     def is_tied(self) -> bool:
-        """Whether the head is the embedding."""
+        """True if the head is the embedding."""
 
     def rows(self, end: str) -> np.ndarray:
         """The matrix of "embed" or "head", `[vocab, d]`."""

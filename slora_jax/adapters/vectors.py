@@ -21,7 +21,7 @@ Key = tuple[int, str]
 
 
 class BaseWeights(Vocabulary, Protocol):
-    """What adapters need of the base model. Called on any thread, not inside a step."""
+    """The base weights that adapters are read against. Called on any thread, not inside a step."""
 
     def row_norms(self, layer: int, projection: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """The Euclidean norm of each row of `W + b a`, float32 `[d_out]`; `a` is `[r, d_in]`, `b` `[d_out, r]`."""

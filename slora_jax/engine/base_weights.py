@@ -46,7 +46,7 @@ class EngineWeights:
 
     @property
     def is_tied(self) -> bool:
-        """Whether the head is the embedding."""
+        """True if the head is the embedding."""
         return "lm_head" not in self._params()
 
     def rows(self, end: str) -> np.ndarray:

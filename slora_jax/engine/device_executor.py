@@ -61,8 +61,8 @@ class DeviceExecutor:
     copy has finished, `landed` dispatches its move into the pool, within device memory.
 
     A step with a grammar or a logit bias is dispatched in two parts: its forward pass with the plan, and its sampling
-    once the tokens of the step before are read, before the next step is dispatched. The host thus computes the tokens
-    that a grammar allows while the forward pass runs, and every sequence is in every step.
+    once the tokens of the step before are read, before the next step is dispatched. The host computes the tokens
+    that a grammar allows while the forward pass runs, so every sequence is in every step.
     """
 
     def __init__(

@@ -43,7 +43,7 @@ class AdapterUse:
 
     @cached_property
     def has_extras(self) -> bool:
-        """Whether steps with this adapter need the program for extras."""
+        """True if steps with this adapter need the program for extras."""
         return bool(self.ranks[VECTORS:].any())
 
 
@@ -144,12 +144,12 @@ class Request:
         return 0 if self.params.prompt_logprobs is None else len(self.prompt) - 1
 
     def pools_at(self, position: int) -> bool:
-        """Whether the hidden states of its tokens from `position` on contribute to its embedding."""
+        """Returns whether the hidden states of its tokens from `position` on contribute to its embedding."""
         return self.params.prompt_embedding is not None and position < len(self.prompt) and not self.output
 
     @property
     def needs_whole_prompt(self) -> bool:
-        """Whether it needs results for every prompt token, so that it cannot start with cached pages."""
+        """True if it needs results for every prompt token, so that it cannot start with cached pages."""
         return self.num_scored > 0 or self.params.prompt_embedding == "mean"
 
     @property

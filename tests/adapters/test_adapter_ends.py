@@ -1,4 +1,4 @@
-"""What adapters change of the output head and the embedding, read as LoRA of low rank."""
+"""Adapters' changes of the output head and the embedding, read as LoRA of low rank."""
 
 import json
 

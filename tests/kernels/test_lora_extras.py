@@ -11,7 +11,7 @@ from slora_jax.adapters import BaseGeometry, pack_tiles, random_adapter
 
 GEOMETRY = BaseGeometry(
     num_layers=2, hidden_size=24, q_width=32, kv_width=16, intermediate_size=40, page_size=8, vocab_size=70
-)  # widths that are no multiples of W
+)  # widths that W does not divide
 LAYER, T = 1, 7
 
 

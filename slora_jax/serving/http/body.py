@@ -1,4 +1,4 @@
-"""What all request bodies have in common: strict types, and errors that name one field."""
+"""The base of all request bodies: strict types, and errors that name one field."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Message(Body):
 
     @property
     def is_about_tools(self) -> bool:
-        """Whether it has calls, or answers one."""
+        """True if it has calls, or answers one."""
         return bool(self.tool_calls) or self.tool_call_id is not None
 
     def for_template(self) -> dict[str, Any]:
