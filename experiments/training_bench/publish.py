@@ -10,12 +10,11 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments.config.schema import MODELS
@@ -25,6 +24,7 @@ from experiments.systems.peft import write_random_checkpoint
 from experiments.training_bench.settings import RANKS, rank_of
 from slora_jax import Engine, EngineConfig, SamplingParams
 from slora_jax.adapters import LoraConfig, write_peft
+from slora_jax.serving.observability.prometheus import Compilations
 from slora_jax.training import Adam, Example, Trainer, TrainerConfig
 
 PROMPT, LENGTH, RUNNING = 48, 64, 4
@@ -77,11 +77,11 @@ def measure(model: Path, scratch: Path, rounds: int) -> dict[str, Any]:
     ways: dict[str, Callable[[str], Any]] = {"publish": lambda name: trainer.publish(engine, name), "files": by_files}
     runs = [(f"rank {rank}", way) for rank in RANKS for way in ways]
     seconds: dict[tuple[str, str], list[tuple[float, float]]] = {run: [] for run in runs}
-    with _compilations() as compiled:
+    with closing(Compilations()) as compilations:
         for number, (name, way) in turns(runs, rounds, "publish"):
             train(name)
             if number == 1:
-                compiled.clear()  # round 0 warms up
+                compilations.ready()  # round 0 warms up
             times = _time(engine, lambda way=way, name=name: ways[way](name), name, rng, vocabulary)
             if number:
                 seconds[name, way].append(times)
@@ -90,7 +90,7 @@ def measure(model: Path, scratch: Path, rounds: int) -> dict[str, Any]:
         adapters[name] = {way: _summary(seconds[name, way]) for way in ways}
         pairs = [b / a for (_, a), (_, b) in zip(seconds[name, "publish"], seconds[name, "files"], strict=True)]
         adapters[name]["files_over_publish"] = round(statistics.median(pairs), 2)
-    return {"compilations": len(compiled), "running_requests": RUNNING, "adapters": adapters}
+    return {"compilations": compilations.after_ready, "running_requests": RUNNING, "adapters": adapters}
 
 
 def _time(
@@ -119,20 +119,6 @@ def _time(
 def _summary(seconds: list[tuple[float, float]]) -> dict[str, float]:
     calls, firsts = zip(*seconds, strict=True)
     return {"call": round(statistics.median(calls), 4), "to_first_token": round(statistics.median(firsts), 4)}
-
-
-@contextmanager
-def _compilations() -> Iterator[list[str]]:
-    """The programs compiled, or loaded from the persistent cache, from here on."""
-    events: list[str] = []
-
-    def listen(event: str, duration: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield events
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ from importlib import import_module
 
 import pytest
 
+from experiments.config.schema import MODELS
+from experiments.systems.peft import write_random_checkpoint
 from experiments.training_bench import __main__ as bench
+from experiments.training_bench import publish
 from experiments.training_bench.settings import QUICK, Cell
 from experiments.training_bench.worker import MODULES
 
@@ -49,3 +52,15 @@ def test_a_loss_that_is_not_a_number_is_a_difference():
     steps = {"ours": [{"losses": [1.0, float("nan")]}], "theirs": [{"losses": [1.0, 1.0]}]}
     assert bench.largest_difference(steps) != pytest.approx(0)
     assert not bench.largest_difference(steps) <= bench.TOLERANCE
+
+
+def test_publishing_compiles_nothing_and_both_ways_are_timed(tmp_path):
+    model = write_random_checkpoint(MODELS / "micro-llama.json", tmp_path / "model", seed=0)
+    publish.main(["--model", str(model), "--rounds", "1", "--output", str(tmp_path / "publish.json")])
+    results = json.loads((tmp_path / "publish.json").read_text())
+    assert results["compilations"] == 0
+    assert all(
+        0 < way["call"] < way["to_first_token"]
+        for one in results["adapters"].values()
+        for way in (one["publish"], one["files"])
+    )
