@@ -94,6 +94,7 @@ def compile_for(target: Target, function: Any, *shapes: Any, options: dict[str, 
       options: XLA's options by name, in addition to those of `function`.
     """
     here = NamedSharding(deviceless_mesh(target), PartitionSpec())
+    options = {"xla_backend_optimization_level": 3} | (options or {})  # XLA's default, whatever XLA_FLAGS says
     placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding or here), shapes)
     with compiling_for(target.device), _no_compilation_cache():
         return function.trace(*placed).lower(lowering_platforms=("cuda",)).compile(options)
