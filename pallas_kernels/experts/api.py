@@ -33,7 +33,7 @@ def expert_outputs(
 
     Args:
       x: `[T, d]`.
-      chosen: int32 `[T, k]`, each token's experts, without repetition. A token whose entries are E has no expert.
+      chosen: int32 `[T, k]`, each token's experts. An entry of E is none.
       weights: float32 `[T, k]`.
       gate_up: `[E, d, 2 ffn]`, columns gate | up.
       down: `[E, ffn, d]`, like `gate_up` in x's dtype.

@@ -1,10 +1,10 @@
 """The products with experts in Triton: Ampere, Ada, Hopper. Three launches for a layer.
 
-A *row* is a token with one of its experts, number `token * k + j`. The first kernel orders the rows by expert and lists
-tiles of at most `BLOCK_M` rows of one expert, exactly: experts without rows have none. An item of gate_up and of down is
-a tile and a block of output columns. gate_up reads a row's token where it lies, and activates; down multiplies by the
-row's routing weight and writes the row to its place in the token's order. A token's k results are then added in that
-order: no atomics. A row's bits depend on its own numbers alone.
+A *row* is a token with one of its experts, number `token * k + j`. The first kernel sorts the rows by expert and lists
+tiles of at most `BLOCK_M` rows of one expert, exactly: experts without rows have none. An item of gate_up and of down
+is a tile and a block of output columns. gate_up reads a row's token where it lies, and activates; down multiplies by
+the row's routing weight and writes the row to its place in the token's order. A token's k results are then added in
+that order, without atomics. A row's bits depend on its own numbers alone.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ def expert_tiles_kernel(
     if count > 0:
         place = first_row
         for start in range(0, ROWS, BLOCK):
-            own = (start + at < ROWS) & (tl.load(chosen_ptr + start + at, mask=start + at < ROWS, other=-1) == expert)
-            own = own.to(tl.int32)
+            own = (tl.load(chosen_ptr + start + at, mask=start + at < ROWS, other=-1) == expert).to(tl.int32)
             tl.store(order_ptr + place + tl.cumsum(own) - 1, start + at, mask=own > 0)
             place += tl.sum(own)
     tile = tiles_ptr + first_tile * FIELDS
