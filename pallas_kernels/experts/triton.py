@@ -9,6 +9,8 @@ that order, without atomics. A row's bits depend on its own numbers alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import triton
@@ -172,7 +174,7 @@ def expert_outputs(
     return total.astype(x.dtype)
 
 
-def _launch(plan: ProductPlan, tile_rows: int, num_tiles: int, d_in: int, width: int) -> dict[str, int]:
+def _launch(plan: ProductPlan, tile_rows: int, num_tiles: int, d_in: int, width: int) -> dict[str, Any]:
     """Arguments of both products."""
     block_n, block_k = (min(block, max(16, triton.next_power_of_2(size)))
                         for block, size in ((plan.block_n, width), (plan.block_k, d_in)))  # fmt: skip
