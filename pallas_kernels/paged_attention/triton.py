@@ -280,6 +280,7 @@ class Attention:
         if num_rows > shape.max_rows:
             raise ValueError(f"paged_attention: {num_rows} rows, but the tiles are for at most {shape.max_rows}")
         block_g = triton.next_power_of_2(shape.group)
+        added = 8192 if block_g < 8 else 4096  # numbers added up at once; twice as many spill with eight heads
         scale, cap = math.log2(math.e) * head_dim**-0.5, shape.score_cap
         out, self._counters, _, _ = triton_call(
             paged_attention_kernel,
@@ -298,7 +299,7 @@ class Attention:
             FIELDS=len(FIELDS), PREFILL_ITEMS=work.prefill_items, ROW=triton.next_power_of_2(num_heads * head_dim),
             PREFILL_M=plan.prefill_m, PREFILL_N=plan.prefill_n, PREFILL_STAGES=plan.prefill_stages,
             BLOCK_N=plan.block_n, STAGES=plan.stages,
-            BLOCK_G=block_g, BLOCK_P=max(2, 8192 // (block_g * head_dim)),
+            BLOCK_G=block_g, BLOCK_P=max(2, added // (block_g * head_dim)),
         )  # fmt: skip
         return out
 

@@ -11,18 +11,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import devices
+from pallas_kernels.experts import expert_outputs
+from pallas_kernels.experts.api import Implementation as ExpertImplementation
 from pallas_kernels.lora import AdapterTable, LoraLayout, LoraProduct, LoraTiles, ends, lora_tile_rows, vectors
 from pallas_kernels.lora.api import Implementation as LoraImplementation
 from pallas_kernels.lora.bmm import Padding, paddings
 from pallas_kernels.paged_attention import PagedAttention
 from pallas_kernels.paged_attention.api import Implementation
-from pallas_kernels.pool_write import write_kv
+from pallas_kernels.pool_write import NO_PAGE, write_kv
 from slora_jax.engine.batch import BatchLayout, Bucket, SequenceState, StepBatch, unpack
 from slora_jax.engine.sampling import greedy
 from slora_jax.memory import Pool, PoolShape
 from slora_jax.models import ModelConfig, Params
 from slora_jax.models.decoder import Embedding
 from slora_jax.models.projections import lora_layout
+from slora_jax.models.traits import Activation
 from slora_jax.parallel import vocabulary
 from slora_jax.parallel.layout import ONE_DEVICE, Shards
 from slora_jax.parallel.lora import add_lora
@@ -87,6 +90,7 @@ class PagedContext:
         model, bucket = spec.shard_model, layout.bucket
         self.pool = list(pool)
         self._shards = spec.shards
+        self._spec = spec
         self._batch = batch
         self._attention = {
             window: PagedAttention(
@@ -145,6 +149,28 @@ class PagedContext:
             return logits
         with jax.named_scope("lora_head"):
             return ends.add_head(hidden, logits, self.pool, self._layout, self._ends)
+
+    def experts(
+        self,
+        x: jax.Array,
+        chosen: jax.Array,
+        weights: jax.Array,
+        gate_up: jax.Array,
+        down: jax.Array,
+        activation: Activation,
+    ) -> jax.Array:
+        """Adds up the outputs of each token's experts. Padding has no experts, so that it reads no weights."""
+        live = self._batch.page != NO_PAGE
+        return expert_outputs(
+            x,
+            jnp.where(live[:, None], chosen, gate_up.shape[0]),
+            weights,
+            gate_up,
+            down,
+            activation=activation,
+            implementation=self._spec.expert_kernels,
+            interpret=self._spec.interpret,
+        )
 
     def reduce(self, y: jax.Array) -> jax.Array:
         """Sums row-parallel products, with their LoRA part, over the shards."""
@@ -214,6 +240,11 @@ class StepSpec:
         """Implementation of LoRA products; None is the plan tables' choice."""
         if self.lora == "bmm":
             return "bmm"
+        return "triton" if self.kernels == "mosaic_gpu" else self.kernels
+
+    @property
+    def expert_kernels(self) -> ExpertImplementation | None:
+        """Implementation of products with experts; None is the plan table's choice."""
         return "triton" if self.kernels == "mosaic_gpu" else self.kernels
 
     def lora_programs(self, layout: BatchLayout) -> tuple[Lora, ...]:

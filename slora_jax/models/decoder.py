@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pallas_kernels.experts.xla import gated
 from slora_jax.models.config import ModelConfig
 from slora_jax.models.experts import ExpertLayer
-from slora_jax.models.layers import Embedding, Linear, RMSNorm, gated, model_dtype, precision_of
+from slora_jax.models.layers import Embedding, Linear, RMSNorm, model_dtype, precision_of
 from slora_jax.models.rotary import Table, inverse_frequencies, rotary_tables, rotate, scaled
-from slora_jax.models.traits import LayerKind
+from slora_jax.models.traits import Activation, LayerKind
 
 Stack = Literal["qkv", "o", "gate_up", "down"]
 Params = dict[str, Any]
@@ -50,6 +51,17 @@ class StepContext(Protocol):
 
     def lookup(self, embedding: Embedding, tokens: jax.Array) -> jax.Array:
         """The embeddings `[T, d]` of `tokens` int32 `[T]`. A shard's `embedding` covers a part of the vocabulary."""
+
+    def experts(
+        self,
+        x: jax.Array,
+        chosen: jax.Array,
+        weights: jax.Array,
+        gate_up: jax.Array,
+        down: jax.Array,
+        activation: Activation,
+    ) -> jax.Array:
+        """Returns `pallas_kernels.experts.expert_outputs` of these arguments; on a shard, its part of the sum."""
 
     def reduce(self, y: jax.Array) -> jax.Array:
         """The sum over all shards of `y [T, d]`, the output of "o" or "down" with its adapters; on one device, y."""
@@ -150,7 +162,7 @@ class DecoderLayer(nnx.Module):
 
     def _experts(self, x: jax.Array, context: StepContext) -> jax.Array:
         with jax.named_scope("experts"):
-            return context.reduce(self.experts(x))  # [T, d]
+            return context.reduce(self.experts(x, context.experts))  # [T, d]
 
 
 class Decoder(nnx.Module):

@@ -8,7 +8,6 @@ import numpy as np
 from flax import nnx
 
 from slora_jax.errors import UnsupportedModelError
-from slora_jax.models.traits import Activation
 
 
 def model_dtype(dtype: Any) -> np.dtype:
@@ -25,13 +24,6 @@ def model_dtype(dtype: Any) -> np.dtype:
 def precision_of(dtype: np.dtype) -> jax.lax.Precision | None:
     """Full precision for float32, where a GPU's default would be TF32."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-
-def gated(fused: jax.Array, activation: Activation, dtype: np.dtype) -> jax.Array:
-    """Activates the gate of `gate | up` `[..., 2 ffn]` in float32 and multiplies: `[..., ffn]` in `dtype`."""
-    gate, up = jnp.split(fused.astype(jnp.float32), 2, axis=-1)
-    active = jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)
-    return (active * up).astype(dtype)
 
 
 class Linear(nnx.Module):

@@ -19,13 +19,14 @@ import optax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.experts import expert_outputs
 from pallas_kernels.lora import AdapterTable, LoraLayout, LoraTiles
 from pallas_kernels.lora.training import HIDDEN, TrainedLora
 from slora_jax.models import ModelConfig, Params, abstract_decoder
 from slora_jax.models.decoder import Embedding
 from slora_jax.models.init import layer_graph
 from slora_jax.models.rotary import Table
-from slora_jax.models.traits import LayerKind
+from slora_jax.models.traits import Activation, LayerKind
 from slora_jax.training.attention import SAVED, packed_attention
 from slora_jax.training.losses import Loss
 
@@ -77,6 +78,17 @@ class TrainingContext:
 
     def lookup(self, embedding: Embedding, tokens: jax.Array) -> jax.Array:
         return embedding(tokens)
+
+    def experts(
+        self,
+        x: jax.Array,
+        chosen: jax.Array,
+        weights: jax.Array,
+        gate_up: jax.Array,
+        down: jax.Array,
+        activation: Activation,
+    ) -> jax.Array:
+        return expert_outputs(x, chosen, weights, gate_up, down, activation=activation)
 
     def reduce(self, y: jax.Array) -> jax.Array:
         return y

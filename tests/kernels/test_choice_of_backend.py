@@ -76,10 +76,10 @@ def test_shapes_unsupported_by_a_named_kernel_are_refused_with_the_reason():
         product(24, implementation="triton")
 
 
-def test_a_mosaic_gpu_engine_runs_decode_attention_and_lora_with_triton():
+def test_a_mosaic_gpu_engine_runs_decode_attention_lora_and_experts_with_triton():
     spec = StepSpec(None, None, None, None, max_num_seqs=1, max_pages_per_seq=1, max_rank=8, kernels="mosaic_gpu")
     assert spec.attention_kernels(decode=False) == "mosaic_gpu"
-    assert spec.attention_kernels(decode=True) == spec.lora_kernels == "triton"
+    assert spec.attention_kernels(decode=True) == spec.lora_kernels == spec.expert_kernels == "triton"
 
 
 def test_a_product_is_called_whole_or_split_as_it_was_made():
@@ -120,7 +120,7 @@ def test_an_unknown_gpu_uses_the_plans_of_a_compatible_one(kind, capability, nam
 
 def test_every_entry_of_the_tables_can_be_reached():
     """An entry after one that fits all of its cases would never be used."""
-    for folder in ("lora", "paged_attention"):
+    for folder in ("experts", "lora", "paged_attention"):
         table = plans._table(folder)
         for i, entry in enumerate(table):
             for earlier in table[:i]:

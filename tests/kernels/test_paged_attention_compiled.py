@@ -19,7 +19,7 @@ from slora_jax.analysis import kernels_in
 
 SEQS, MAX_PAGES, NUM_PAGES, TILE_ROWS = 64, 2048, 4000, 64
 
-LLAMA_7B, LLAMA_3_8B, SHARD_OF_70B = (32, 32, 128), (32, 8, 128), (8, 1, 128)
+LLAMA_7B, LLAMA_3_8B, SHARD_OF_70B, QWEN3_30B_A3B = (32, 32, 128), (32, 8, 128), (8, 1, 128), (32, 4, 128)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Call:
 
 CALLS = {
     "h200": [
-        Call((32, 8, 64), True), Call(LLAMA_3_8B, True), Call((16, 2, 256), True),
+        Call((32, 8, 64), True), Call(QWEN3_30B_A3B, True), Call((16, 2, 256), True),
         Call((32, 8, 64), False, 8192), Call(LLAMA_3_8B, False, 8192), Call((16, 16, 256), False, 8192),
         Call((32, 8, 64), False, 2048), Call((28, 4, 128), False, 2048), Call((16, 16, 256), False, 2048),
         # Beside the plans: the smallest group, pages of other sizes, a window, and float16.

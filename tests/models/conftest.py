@@ -15,6 +15,8 @@ import torch
 import transformers
 from flax import nnx
 
+from pallas_kernels.experts import expert_outputs
+
 torch.set_num_threads(1)
 
 TINY = {
@@ -57,6 +59,9 @@ class DenseContext:
 
     def lookup(self, embedding: Callable[[jax.Array], jax.Array], tokens: jax.Array) -> jax.Array:
         return embedding(tokens)
+
+    def experts(self, *arrays: jax.Array) -> jax.Array:
+        return expert_outputs(*arrays[:-1], activation=arrays[-1])
 
     def reduce(self, y: jax.Array) -> jax.Array:
         return y

@@ -1,0 +1,89 @@
+"""The weighted sum of the outputs of each token's experts."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax
+
+from pallas_kernels import fallback, plans
+from pallas_kernels.experts import xla
+from pallas_kernels.experts.plan import ExpertPlan, expert_plan
+
+Implementation = Literal["xla", "triton"]
+IMPLEMENTATIONS = get_args(Implementation)
+
+
+def expert_outputs(
+    x: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    *,
+    activation: str,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+    plan: ExpertPlan | None = None,
+) -> jax.Array:
+    """Returns each token's sum of `weight * down(activation(gate(x)) * up(x))` over its experts. The bits of a token's
+    result depend on no other token. Weights of experts that no token has chosen are not read. Differentiable in `x` and
+    `weights`; the backward pass is the reference's.
+
+    Args:
+      x: `[T, d]`.
+      chosen: int32 `[T, k]`, each token's experts. An entry of E is none.
+      weights: float32 `[T, k]`.
+      gate_up: `[E, d, 2 ffn]`, columns gate | up.
+      down: `[E, ffn, d]`, like `gate_up` in x's dtype.
+      activation: of the gate, "silu" or "gelu_tanh".
+      implementation: None: the plan table's for the current trace's device; the reference "xla" for float32 and on
+        CPUs.
+      interpret: run the Triton kernels in their interpreter.
+      plan: block shapes of "triton"; None: the plan table's.
+
+    Returns:
+      `[T, d]` in x's dtype. Products and sums accumulate in float32.
+
+    Raises:
+      NotImplementedError: the implementation is unknown.
+    """
+    name = fallback.choose("experts", implementation, x.dtype, _planned, _check)
+    if name == "xla":
+        return xla.expert_outputs(x, chosen, weights, gate_up, down, activation)
+    if plan is None:
+        plan = expert_plan(rows_per_expert=-(-chosen.size // gate_up.shape[0]))
+    return _by_triton(activation, plan, interpret, x, chosen, weights, gate_up, down)
+
+
+def _planned() -> str:
+    return plans.find("experts", "backend")["backend"]
+
+
+def _check(name: str) -> str:
+    if name not in IMPLEMENTATIONS:
+        available = ", ".join(map(repr, IMPLEMENTATIONS))
+        raise NotImplementedError(f"expert_outputs: no implementation named {name!r}; available: {available}")
+    return name
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _by_triton(activation: str, plan: ExpertPlan, interpret: bool, *arrays: jax.Array) -> jax.Array:
+    from pallas_kernels.experts import triton  # not installed everywhere
+
+    return triton.expert_outputs(*arrays, activation=activation, plan=plan, interpret=interpret)
+
+
+def _forward(activation: str, plan: ExpertPlan, interpret: bool, *arrays: jax.Array) -> tuple[jax.Array, Any]:
+    return _by_triton(activation, plan, interpret, *arrays), arrays
+
+
+def _backward(activation: str, plan: ExpertPlan, interpret: bool, arrays: Any, slope: jax.Array) -> tuple[Any, ...]:
+    x, chosen, weights, gate_up, down = arrays
+    _, pull = jax.vjp(lambda x, w: xla.expert_outputs(x, chosen, w, gate_up, down, activation), x, weights)
+    dx, dweights = pull(slope)
+    return dx, None, dweights, None, None
+
+
+_by_triton.defvjp(_forward, _backward)

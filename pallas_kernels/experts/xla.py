@@ -1,0 +1,90 @@
+"""The XLA reference of the products with experts: an exact loop over tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+TILE_ROWS = 16
+"""Most rows of one expert in one product."""
+
+
+def gated(fused: jax.Array, activation: str, dtype: Any) -> jax.Array:
+    """Activates the gate of `gate | up` `[..., 2 ffn]` in float32 and multiplies: `[..., ffn]` in `dtype`."""
+    gate, up = jnp.split(fused.astype(jnp.float32), 2, axis=-1)
+    active = jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)
+    return (active * up).astype(dtype)
+
+
+def expert_outputs(
+    x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array, activation: str
+) -> jax.Array:
+    """See `api.expert_outputs`."""
+    order = jnp.argsort(chosen.reshape(-1), stable=True)  # [T k], the rows by expert
+    sizes = jnp.bincount(chosen.reshape(-1), length=gate_up.shape[0]).astype(jnp.int32)
+    with jax.named_scope("gate_up"):
+        fused = grouped_product(x[order // chosen.shape[1]], gate_up, sizes)  # [T k, 2 ffn]
+        hidden = gated(fused, activation, x.dtype)
+    with jax.named_scope("down"):
+        outputs = grouped_product(hidden, down, sizes)  # [T k, d]
+        outputs = jnp.zeros_like(outputs).at[order].set(outputs).reshape(*chosen.shape, -1)  # [T, k, d]
+        return (outputs * weights[..., None]).sum(1).astype(x.dtype)
+
+
+@jax.custom_vjp
+def grouped_product(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Multiplies each group of rows by its own kernel. Differentiable in `x` alone.
+
+    `jax.lax.ragged_dot` would multiply all rows by all kernels, on a CPU and on a GPU.
+
+    Args:
+      x: `[R, d_in]`, the rows of group 0, then those of group 1, and so on.
+      kernels: `[E, d_in, d_out]`.
+      sizes: int32 `[E]`, rows of each group; rows past their sum have results of zeros.
+
+    Returns:
+      `[R, d_out]` in `x`'s dtype.
+    """
+    return _tiled(x, kernels, sizes, 1)
+
+
+def _tiled(x: jax.Array, kernels: jax.Array, sizes: jax.Array, contracted: int) -> jax.Array:
+    """Multiplies tiles of at most `TILE_ROWS` rows of one group, one after another. contracted: axis of the kernels."""
+    num_rows, tile_rows = x.shape[0], min(TILE_ROWS, x.shape[0])
+    tiles = -(-sizes // tile_rows)
+    row_ends, tile_ends = jnp.cumsum(sizes), jnp.cumsum(tiles)
+
+    def tile(i: jax.Array, out: jax.Array) -> jax.Array:
+        group = jnp.searchsorted(tile_ends, i, side="right")
+        number = i - (tile_ends[group] - tiles[group])
+        first = row_ends[group] - sizes[group] + number * tile_rows
+        start = jnp.clip(first, 0, num_rows - tile_rows)
+        rows = jax.lax.dynamic_slice_in_dim(x, start, tile_rows)
+        product = jax.lax.dot_general(
+            rows,
+            kernels[group],
+            (((1,), (contracted - 1,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+            preferred_element_type=jnp.float32,
+        ).astype(x.dtype)
+        row = start + jnp.arange(tile_rows)
+        own = (row >= first) & (row < jnp.minimum(first + tile_rows, row_ends[group]))
+        old = jax.lax.dynamic_slice_in_dim(out, start, tile_rows)
+        return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(own[:, None], product, old), start, 0)
+
+    out = jnp.zeros((num_rows, kernels.shape[3 - contracted]), x.dtype)
+    return jax.lax.fori_loop(0, tile_ends[-1], tile, out)
+
+
+def _forward(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> tuple[jax.Array, Any]:
+    return grouped_product(x, kernels, sizes), (kernels, sizes)
+
+
+def _backward(saved: Any, slope: jax.Array) -> tuple[jax.Array, None, None]:
+    kernels, sizes = saved
+    return _tiled(slope, kernels, sizes, 2), None, None
+
+
+grouped_product.defvjp(_forward, _backward)
