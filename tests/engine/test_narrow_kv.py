@@ -28,15 +28,17 @@ def calm(tiny: TinyModel) -> Params:
     return tiny.params | {"layers": jax.tree.map(lambda x: x / 2 if x.ndim == 2 else x, tiny.params["layers"])}
 
 
-@pytest.fixture(scope="module", params=ROUNDING)
+@pytest.fixture(scope="module", params=[("fp8", 1), ("int8", 2)], ids=["fp8", "int8_over_two_devices"])
 def narrow(request: pytest.FixtureRequest, tiny: TinyModel, calm: Params) -> Iterator[Engine]:
     """An engine with room for two of the three adapters beside three short sequences."""
-    changes = {"kv_dtype": request.param, "page_size": 16, "num_pages": 29, "compile_ahead": False, "keep_logits": True}
+    kv_dtype, devices = request.param
+    changes = {"kv_dtype": kv_dtype, "tensor_parallel_size": devices, "page_size": 16, "num_pages": 29}
+    changes |= {"compile_ahead": False, "keep_logits": True}
     with one_start_at_a_time():
         engine = Engine(tiny.config, tiny.graphdef, calm, tiny.settings(**changes))
     with engine:
         for name in "abc":
-            assert engine.load_adapter(name, _adapter(engine, name)).num_pages == 9
+            engine.load_adapter(name, _adapter(engine, name))
         yield engine
 
 
