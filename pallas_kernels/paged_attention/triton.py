@@ -80,13 +80,14 @@ def _blocks(
         highest = tl.maximum(top, tl.max(scores, 1))
         p = tl.exp2(scores * SCALE - (highest * SCALE)[:, None])
         decay = tl.exp2((top - highest) * SCALE)
-        total = total * decay + tl.sum(p, 1)
         v = tl.load(keys + PAGE_SIZE * WIDTH)
         if KV != "":
             v = v.to(q.dtype)
+        weights = p
         if KV == "int8":
-            p *= tl.load(scale + PAGE_SIZE * (WIDTH // HEAD_DIM)).to(tl.float32)[None, :]
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None])
+            weights = p * tl.load(scale + PAGE_SIZE * (WIDTH // HEAD_DIM)).to(tl.float32)[None, :]
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None])
+        total = total * decay + tl.sum(p, 1)
         top = highest
     return acc, top, total
 

@@ -151,8 +151,8 @@ def paged_attention(
             scores = jnp.where(seen[..., None, None], scores, MASKED)
             new = jnp.maximum(highest, scores.max(1))
             decay, p = jnp.exp(highest - new), jnp.exp(scores - new[:, None])
-            weights = lax.optimization_barrier(scaled(p, ids, 1, seen, lambda s: s[..., None]))  # computed once, not
-            # once per column of the values
+            # Computed once, not once per column of the values.
+            weights = lax.optimization_barrier(scaled(p, ids, 1, seen, lambda s: s[..., None]))
             # An unseen value may be NaN, and 0 * NaN is NaN.
             if group == 1:
                 v = [masked_value(ids, seen, j) for j in range(page_size)]
