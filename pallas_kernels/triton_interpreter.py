@@ -90,11 +90,13 @@ _interpreter = _Interpreter()
 
 def _repair_interpreter() -> None:
     """Repairs Triton 3.6's interpreter: it converts a scalar, stored as an array `[1]`, to int in a way that NumPy 2.5
-    refuses; and it casts bfloat16, stored as bits, without rounding and multiplies it as integers."""
+    refuses; and it casts bfloat16, stored as bits, without rounding and multiplies it as integers. These casts also
+    cover fp8."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    as_bits = {tl.bfloat16: ml_dtypes.bfloat16, tl.float8e4nv: ml_dtypes.float8_e4m3fn}
     patch_tensor, cast, dot = interpreter._patch_lang_tensor, builder.cast_impl, builder.create_dot
 
     def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
@@ -102,9 +104,8 @@ def _repair_interpreter() -> None:
         scope.set_attr(tensor, "__index__", lambda scalar: int(scalar.handle.data.item()))
 
     def widen(source: Any) -> Any:
-        if source.dtype.scalar != tl.bfloat16:
-            return source
-        return handle(source.data.view(ml_dtypes.bfloat16).astype(np.float32), tl.float32)
+        kind = as_bits.get(source.dtype.scalar)
+        return source if kind is None else handle(source.data.view(kind).astype(np.float32), tl.float32)
 
     def cast_with_rounding(self: Any, source: Any, target: Any, *rounding: Any) -> Any:
         source = widen(source)

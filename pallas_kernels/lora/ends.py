@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.kv_format import weights_at
 from pallas_kernels.lora import xla
 from pallas_kernels.lora.layout import LoraLayout
 from pallas_kernels.lora.tiles import AdapterTable, LoraTiles
@@ -71,10 +72,10 @@ def add_embedding(
         a_row = jnp.take_along_axis(addresses.a_row[g, :, 0], chunk[:, None, None], axis=2)[..., 0]  # [T, GROUP]
         h = jnp.zeros(a_row.shape, jnp.float32)
         for index, layer in enumerate(flat):
-            h = jnp.where((layer_of == index)[:, None], layer[a_row, column[:, None]], h)
+            h = jnp.where((layer_of == index)[:, None], weights_at(layer, a_row, column[:, None]), h)
         b_row, live = addresses.b_row[g], addresses.b_live[g]  # [T, chunks, GROUP]
         h = lax.optimization_barrier(jnp.where(live, h[:, None], 0.0))
-        return delta + sum(h[..., j, None] * flat[0].at[b_row[..., j]].get(**xla.CLIP) for j in range(xla.GROUP))
+        return delta + sum(h[..., j, None] * weights_at(flat[0], b_row[..., j], **xla.CLIP) for j in range(xla.GROUP))
 
     old = xla.split_outputs(x.astype(jnp.float32), embed, layout)
     new = lax.fori_loop(0, jnp.max(addresses.groups), group, old)

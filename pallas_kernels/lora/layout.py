@@ -42,6 +42,12 @@ def ceil_div(a: Any, b: int) -> Any:
     return -(-a // b)
 
 
+def tile_rows(page_size: int, kv_dtype: str) -> int:
+    """Rows of a tile: a page of `page_size` tokens has the bytes of two tiles. Keys and values of one byte ("fp8" or
+    "int8") halve a page, and so a tile of 16-bit weights; "auto": keys, values and weights have one dtype."""
+    return page_size if kv_dtype == "auto" else page_size // 2
+
+
 def _blocks(rows: Any, size: int) -> Any:
     """`ceil_div` of numbers >= 0: two compiled operations instead of a dozen that handle signs."""
     if _is_traced(rows):

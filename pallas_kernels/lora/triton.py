@@ -41,6 +41,14 @@ def _work(table_ptr, index, FIELDS: tl.constexpr):
 
 
 @triton.jit
+def _weights(pool_ptr):
+    """The pool as weights. Elements of uint16 are the bits of bfloat16 (`kv_format`)."""
+    if pool_ptr.dtype.element_ty == tl.uint16:
+        pool_ptr = pool_ptr.to(tl.pointer_type(tl.bfloat16))
+    return pool_ptr
+
+
+@triton.jit
 def _tile_offset(pages_ptr, tile, SIZE: tl.constexpr):
     """First element of an adapter's tile number `tile`, of `SIZE` elements, in the layer's pool."""
     return (tl.load(pages_ptr + (tile >> 1)).to(tl.int64) * 2 + (tile & 1)) * SIZE
@@ -85,6 +93,7 @@ def lora_shrink_kernel(
     """h[slice, rows of the tile, block of ranks] = x[:, slice] @ A[:, slice]^T."""
     SLICES: tl.constexpr = (D_IN + SLICE_K - 1) // SLICE_K
     ONE_TILE: tl.constexpr = WIDTH % SLICE_K == 0
+    pool_ptr = _weights(pool_ptr)
     row, column, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     i = tl.program_id(0)
     first_row, rows, slot, tile, rank, end0, end1, total = _work(items_ptr, FIRST_ITEM + i // SLICES, FIELDS)
@@ -265,6 +274,7 @@ def lora_expand_kernel(
     """out[rows of the tile, block of columns] = y + (sum over slices of h) @ B, in place: out is y's buffer."""
     REST: tl.constexpr = (D_OUT - D_FIRST) // D_REST
     BLOCKS: tl.constexpr = (D_FIRST + BLOCK_N - 1) // BLOCK_N + REST * ((D_REST + BLOCK_N - 1) // BLOCK_N)
+    pool_ptr = _weights(pool_ptr)
     i = tl.program_id(0)
     first_row, rows, slot, b_base, wide_blocks, end0, end1, end2 = _work(tiles_ptr, FIRST_ITEM + i // BLOCKS, FIELDS)
     while rows > 0:

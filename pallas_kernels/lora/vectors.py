@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.kv_format import weights_at
 from pallas_kernels.lora.layout import VECTORS, LoraLayout, Stack
 from pallas_kernels.lora.tiles import AdapterTable, LoraTiles
 from pallas_kernels.lora.xla import CLIP, join_outputs
@@ -50,7 +51,7 @@ def apply(y: jax.Array, pool: jax.Array, stack: Stack, layout: LoraLayout, rows:
     flat, count = pool.reshape(-1, layout.width), layout.output_chunks(stack)
 
     def columns(first: int) -> jax.Array:  # float32 [T, d_out]
-        chunks = flat.at[rows.row[:, first : first + count]].get(**CLIP)  # [T, chunks, W]
+        chunks = weights_at(flat, rows.row[:, first : first + count], **CLIP)  # [T, chunks, W]
         return join_outputs(chunks, stack, layout).astype(jnp.float32)
 
     first = layout.first_vector_row(stack)

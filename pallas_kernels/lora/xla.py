@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.kv_format import weights_at
 from pallas_kernels.lora.layout import ENDS, LoraLayout, Stack, StackTiles, ceil_div
 from pallas_kernels.lora.tiles import LoraTiles
 
@@ -155,7 +156,7 @@ def add_rows(
 
         def group(g: jax.Array, delta: jax.Array) -> jax.Array:
             a_row = lax.dynamic_slice_in_dim(rows.a_row[g], start, chunk)  # [M, p, GROUP, A chunks]
-            a = flat.at[a_row].get(**CLIP)  # fused into the sums below, never stored
+            a = weights_at(flat, a_row, **CLIP)  # fused into the sums below, never stored
             partial = sum(
                 x_rows[..., c, w : w + lanes] * a[..., c, w : w + lanes]
                 for c in range(x.shape[1])
@@ -165,7 +166,7 @@ def add_rows(
             live = lax.dynamic_slice_in_dim(rows.b_live[g], start, chunk) & own[:, None, None]
             h = lax.optimization_barrier(jnp.where(live, h[:, projection], 0.0))  # [M, B chunks, GROUP]
             b_row = lax.dynamic_slice_in_dim(rows.b_row[g], start, chunk)
-            return delta + sum(h[..., j, None] * flat.at[b_row[..., j]].get(**CLIP) for j in range(GROUP))
+            return delta + sum(h[..., j, None] * weights_at(flat, b_row[..., j], **CLIP) for j in range(GROUP))
 
         groups = jnp.max(jnp.where(own, lax.dynamic_slice_in_dim(rows.groups, start, chunk), 0))
         old = lax.dynamic_slice_in_dim(acc, start, chunk)
@@ -250,7 +251,7 @@ def expand_tiles(
 
 def _shrink_group(x: jax.Array, flat: jax.Array, a_row: jax.Array) -> jax.Array:
     """`x A` of a group's ranks: x `[M, A chunks, W]`, a_row `[p, GROUP, A chunks]` to float32 `[p, M, GROUP]`."""
-    a = flat.at[a_row].get(**CLIP)  # [p, GROUP, A chunks, W]
+    a = weights_at(flat, a_row, **CLIP)  # [p, GROUP, A chunks, W]
     exact = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum("mcw,pjcw->pmj", x, a, precision=exact, preferred_element_type=jnp.float32)
 
@@ -299,7 +300,7 @@ def projection_columns(stack: Stack, layout: LoraLayout) -> list[tuple[slice, sl
 
 def gathered(flat: jax.Array, row: jax.Array, columns: int) -> jax.Array:
     """The matrix whose row j is made of the pool's rows `row[j]`, float32 `[ranks, columns]`."""
-    return flat.at[row].get(**CLIP).astype(jnp.float32).reshape(row.shape[0], -1)[:, :columns]
+    return weights_at(flat, row, **CLIP).astype(jnp.float32).reshape(row.shape[0], -1)[:, :columns]
 
 
 def _for_each_tile(

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_kernels import plans
+from pallas_kernels.kv_format import KvDtype
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,14 @@ class AttentionShape:
     Attributes:
       num_heads, num_kv_heads, head_dim: of the model, or of a shard.
       page_size: tokens of a page.
-      dtype: the pool's.
+      dtype: of the products, and of the pool's keys and values unless `kv_dtype` is given.
       num_seqs: S, sequences of the batch.
       max_pages: columns of the page table.
       max_rows: bound of the step's rows T.
       decode: every sequence has one row.
       window: number of newest keys that a query sees, its own included; None: all keys up to its own.
       score_cap: limit of scores, as in `PagedAttention`; None: no limit.
+      kv_dtype: format of keys and values of one byte (`kv_format`); None: `dtype`.
     """
 
     num_heads: int
@@ -37,6 +39,7 @@ class AttentionShape:
     decode: bool
     window: int | None = None
     score_cap: float | None = None
+    kv_dtype: KvDtype | None = None
 
     @property
     def group(self) -> int:

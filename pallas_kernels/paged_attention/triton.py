@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from pallas_kernels import devices
+from pallas_kernels.kv_format import LayerPool, ScaledPages, pages_of
 from pallas_kernels.paged_attention.plan import AttentionShape, TritonPlan, triton_plan
 from pallas_kernels.paged_attention.tiles import AttentionTiles
 from pallas_kernels.paged_attention.work import FIELDS, WorkShape, work_table
@@ -39,9 +41,9 @@ def _tokens(start, first, end, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _blocks(
-    acc, top, total, q, position, pool_ptr, table_ptr, first, start, stop, end,
+    acc, top, total, q, position, pool_ptr, scales_ptr, table_ptr, first, start, stop, end,
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    CAP: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr,
+    CAP: tl.constexpr, KV: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys `start .. stop - 1`, `BLOCK_N` per iteration.
 
@@ -50,6 +52,7 @@ def _blocks(
       first, end: keys `first .. end - 1` may be read.
       SCALE: of a score, for base 2.
       CAP: 0, or the factor of a score in the exponent of its tanh, for base 2; then SCALE applies to the tanh.
+      KV: see `paged_attention_kernel`.
       CAUSAL: rows see only keys up to `position [M]`; otherwise all.
     """
     column = tl.arange(0, HEAD_DIM)
@@ -59,7 +62,13 @@ def _blocks(
         keys = pool_ptr + (row * WIDTH)[:, None] + column[None, :]
         # The next block's pages are looked up one step ahead, so that no copy waits for the page table.
         page = tl.load(table_ptr + _tokens(n + BLOCK_N, first, end, BLOCK_N) // PAGE_SIZE)
-        scores = tl.dot(q, tl.trans(tl.load(keys)))
+        k = tl.load(keys)
+        if KV != "":
+            k = k.to(q.dtype)  # exact
+        scores = tl.dot(q, tl.trans(k))
+        if KV == "int8":
+            scale = scales_ptr + row * (WIDTH // HEAD_DIM)
+            scores *= tl.load(scale).to(tl.float32)[None, :]
         if CAP > 0:
             scores = 1 - 2 / (tl.exp2(tl.minimum(scores * CAP, 64.0)) + 1)  # tanh
         if CAUSAL:
@@ -72,7 +81,12 @@ def _blocks(
         p = tl.exp2(scores * SCALE - (highest * SCALE)[:, None])
         decay = tl.exp2((top - highest) * SCALE)
         v = tl.load(keys + PAGE_SIZE * WIDTH)
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None])
+        if KV != "":
+            v = v.to(q.dtype)
+        weights = p
+        if KV == "int8":
+            weights = p * tl.load(scale + PAGE_SIZE * (WIDTH // HEAD_DIM)).to(tl.float32)[None, :]
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None])
         total = total * decay + tl.sum(p, 1)
         top = highest
     return acc, top, total
@@ -91,14 +105,16 @@ def _tile(work, head, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.con
 # Not inlined, like `_decode`: ptxas would keep what does not depend on the item in registers over the whole loop.
 @triton.jit(noinline=True)
 def _prefill(
-    q_ptr, pool_ptr, table_ptr, work, out_ptr, head, begin, end,
+    q_ptr, pool_ptr, scales_ptr, table_ptr, work, out_ptr, head, begin, end,
     SCALE: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, KV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows, at the positions `begin .. end - 1`, for the query heads of one key-value head."""
     offset, own = _tile(work, head, GROUP, HEADS, HEAD_DIM, BLOCK_M)
-    q = tl.load(q_ptr + offset, mask=own, other=0.0).to(pool_ptr.dtype.element_ty)
+    q = tl.load(q_ptr + offset, mask=own, other=0.0)
+    if KV == "":
+        q = q.to(pool_ptr.dtype.element_ty)
     position = begin + tl.arange(0, BLOCK_M) // GROUP
     top = tl.full([BLOCK_M], MASKED, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -110,12 +126,12 @@ def _prefill(
         first = 0
         masked = (begin + 1) // BLOCK_N * BLOCK_N
         acc, top, total = _blocks(
-            acc, top, total, q, position, pool_ptr, table_ptr, first, 0, masked, end,
-            SCALE, HEAD_DIM, WIDTH, PAGE_SIZE, WINDOW, CAP, BLOCK_N, STAGES, False,
+            acc, top, total, q, position, pool_ptr, scales_ptr, table_ptr, first, 0, masked, end,
+            SCALE, HEAD_DIM, WIDTH, PAGE_SIZE, WINDOW, CAP, KV, BLOCK_N, STAGES, False,
         )  # fmt: skip
     acc, top, total = _blocks(
-        acc, top, total, q, position, pool_ptr, table_ptr, first, masked, end, end,
-        SCALE, HEAD_DIM, WIDTH, PAGE_SIZE, WINDOW, CAP, BLOCK_N, STAGES, True,
+        acc, top, total, q, position, pool_ptr, scales_ptr, table_ptr, first, masked, end, end,
+        SCALE, HEAD_DIM, WIDTH, PAGE_SIZE, WINDOW, CAP, KV, BLOCK_N, STAGES, True,
     )  # fmt: skip
     offset, own = _tile(work, head, GROUP, HEADS, HEAD_DIM, BLOCK_M)
     tl.store(out_ptr + offset, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=own)
@@ -123,9 +139,10 @@ def _prefill(
 
 @triton.jit(noinline=True)
 def _decode(
-    q_ptr, pool_ptr, table_ptr, out_ptr, partial_ptr, stats_ptr, arrivals_ptr, head, item, row, begin, end, part, parts,
+    q_ptr, pool_ptr, scales_ptr, table_ptr, out_ptr, partial_ptr, stats_ptr, arrivals_ptr, head, item, row, begin, end,
+    part, parts,
     SCALE: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, CAP: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, CAP: tl.constexpr, KV: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One row's query heads of one key-value head over the keys `begin .. end - 1`."""
@@ -135,13 +152,15 @@ def _decode(
     column = tl.arange(0, HEAD_DIM)
     q_head = head * GROUP + g
     address = (row.to(tl.int64) * HEADS + q_head)[:, None] * HEAD_DIM + column[None, :]
-    q = tl.load(q_ptr + address, mask=own[:, None], other=0.0).to(pool_ptr.dtype.element_ty)
+    q = tl.load(q_ptr + address, mask=own[:, None], other=0.0)
+    if KV == "":
+        q = q.to(pool_ptr.dtype.element_ty)
     top = tl.full([M], MASKED, tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, HEAD_DIM], tl.float32)
     acc, top, total = _blocks(
-        acc, top, total, q, tl.full([M], 0, tl.int32) + (end - 1), pool_ptr, table_ptr, begin, begin, end, end,
-        SCALE, HEAD_DIM, WIDTH, PAGE_SIZE, 0, CAP, BLOCK_N, STAGES, True,
+        acc, top, total, q, tl.full([M], 0, tl.int32) + (end - 1), pool_ptr, scales_ptr, table_ptr, begin, begin, end,
+        end, SCALE, HEAD_DIM, WIDTH, PAGE_SIZE, 0, CAP, KV, BLOCK_N, STAGES, True,
     )  # fmt: skip
     if parts == 1:
         tl.store(out_ptr + address, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=own[:, None])
@@ -201,16 +220,20 @@ def _num_items(work_ptr):
 
 @triton.jit
 def paged_attention_kernel(
-    q_ptr, pool_ptr, pages_ptr, work_ptr, counters_in_ptr, out_ptr, counters_ptr, partial_ptr, stats_ptr,
+    q_ptr, pool_ptr, pages_ptr, work_ptr, counters_in_ptr, scales_ptr, out_ptr, counters_ptr, partial_ptr, stats_ptr,
     T: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, MAX_PAGES: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, MAX_PAGES: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, KV: tl.constexpr,
     FIELDS: tl.constexpr,
     PREFILL_ITEMS: tl.constexpr, ROW: tl.constexpr,
     PREFILL_M: tl.constexpr, PREFILL_N: tl.constexpr, PREFILL_STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Pairs of a work item and a key-value head: the program's first is its own number, the next come from a counter.
-    Prefill items are first, because they take longest."""
+    Prefill items are first, because they take longest. KV: "fp8", "int8" with scales, or "" for the pool's dtype."""
+    if KV == "fp8":
+        pool_ptr = pool_ptr.to(tl.pointer_type(tl.float8e4nv))
+    if KV == "int8":
+        pool_ptr = pool_ptr.to(tl.pointer_type(tl.int8))
     program, programs = tl.program_id(0), tl.num_programs(0)
     KV_HEADS: tl.constexpr = HEADS // GROUP
     WIDTH: tl.constexpr = KV_HEADS * HEAD_DIM
@@ -230,20 +253,21 @@ def paged_attention_kernel(
         decode_item = item - num_prefill
         work = work_ptr + tl.where(decode_item < 0, item, PREFILL_ITEMS + decode_item) * FIELDS
         seq, begin, end = tl.load(work + 2), tl.load(work + 3), tl.load(work + 4)
-        pool_head = pool_ptr + head * HEAD_DIM
+        pool_head, scales_head = pool_ptr + head * HEAD_DIM, scales_ptr + head
         table_ptr = pages_ptr + seq * MAX_PAGES
         if PREFILL_ITEMS > 0:
             if decode_item < 0:
                 _prefill(
-                    q_ptr, pool_head, table_ptr, work, out_ptr, head, begin, end,
-                    SCALE, GROUP, HEADS, HEAD_DIM, WIDTH, PAGE_SIZE, WINDOW, CAP, PREFILL_M, PREFILL_N,
-                    PREFILL_STAGES,
+                    q_ptr, pool_head, scales_head, table_ptr, work, out_ptr, head, begin, end,
+                    SCALE, GROUP, HEADS, HEAD_DIM, WIDTH, PAGE_SIZE, WINDOW, CAP, KV, PREFILL_M,
+                    PREFILL_N, PREFILL_STAGES,
                 )  # fmt: skip
         if decode_item >= 0:
             _decode(
-                q_ptr, pool_head, table_ptr, out_ptr, partial_ptr, stats_ptr, counters_ptr + 1 + seq * KV_HEADS + head,
-                head, decode_item, tl.load(work), begin, end, tl.load(work + 5), tl.load(work + 6),
-                SCALE, GROUP, HEADS, HEAD_DIM, WIDTH, PAGE_SIZE, CAP, BLOCK_N, STAGES, BLOCK_G, BLOCK_P,
+                q_ptr, pool_head, scales_head, table_ptr, out_ptr, partial_ptr, stats_ptr,
+                counters_ptr + 1 + seq * KV_HEADS + head, head, decode_item, tl.load(work), begin, end,
+                tl.load(work + 5), tl.load(work + 6),
+                SCALE, GROUP, HEADS, HEAD_DIM, WIDTH, PAGE_SIZE, CAP, KV, BLOCK_N, STAGES, BLOCK_G, BLOCK_P,
             )  # fmt: skip
         num_prefill, num_decode = _num_items(work_ptr)
         pairs = (num_prefill + num_decode) * KV_HEADS
@@ -273,7 +297,7 @@ class Attention:
         self._page_table = tiles.page_table
         self._counters = jnp.zeros(1 + shape.num_seqs * shape.num_kv_heads, jnp.int32)
 
-    def __call__(self, q: jax.Array, pool: jax.Array) -> jax.Array:
+    def __call__(self, q: jax.Array, pool: LayerPool) -> jax.Array:
         """See `PagedAttention.__call__`."""
         shape, plan, work = self._shape, self._plan, self._work_shape
         num_rows, num_heads, head_dim = q.shape
@@ -284,7 +308,8 @@ class Attention:
         scale, cap = math.log2(math.e) * head_dim**-0.5, shape.score_cap
         out, self._counters, _, _ = triton_call(
             paged_attention_kernel,
-            q, pool, self._page_table, self._work, self._counters,
+            q, pages_of(pool), self._page_table, self._work, self._counters,
+            pool.scales if isinstance(pool, ScaledPages) else pages_of(pool),
             out=[
                 jax.ShapeDtypeStruct(q.shape, q.dtype),
                 jax.ShapeDtypeStruct(self._counters.shape, jnp.int32),
@@ -294,7 +319,7 @@ class Attention:
             aliases={4: 1}, grid=(work.grid,),
             num_warps=plan.warps, num_stages=plan.stages, interpret=self._interpret,
             T=num_rows, SCALE=scale if cap is None else math.log2(math.e) * cap,
-            CAP=0.0 if cap is None else 2 * scale / cap, GROUP=shape.group, HEADS=num_heads,
+            CAP=0.0 if cap is None else 2 * scale / cap, KV=shape.kv_dtype or "", GROUP=shape.group, HEADS=num_heads,
             HEAD_DIM=head_dim, PAGE_SIZE=shape.page_size, MAX_PAGES=shape.max_pages, WINDOW=shape.window or 0,
             FIELDS=len(FIELDS), PREFILL_ITEMS=work.prefill_items, ROW=triton.next_power_of_2(num_heads * head_dim),
             PREFILL_M=plan.prefill_m, PREFILL_N=plan.prefill_n, PREFILL_STAGES=plan.prefill_stages,
@@ -306,8 +331,11 @@ class Attention:
 
 def _check(shape: AttentionShape) -> None:
     declined = None
+    device = devices.target()
     if shape.dtype not in (jnp.bfloat16, jnp.float16):
         declined = f"a {shape.dtype} pool; bfloat16 and float16 are served"
+    elif shape.kv_dtype == "fp8" and device is not None and device.compute_capability < 89:
+        declined = f"fp8 keys and values on {device.name}; int8 is served"
     elif shape.head_dim not in (16, 32, 64, 128, 256):
         declined = f"head_dim {shape.head_dim}; 16, 32, 64, 128 and 256 are served"
     elif shape.group > MOST_GROUP:

@@ -7,12 +7,14 @@ trip count wastes little on its shorter contexts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.kv_format import LayerPool, ScaledPages, decode, pages_of, token_rows
 from pallas_kernels.lora.layout import ceil_div
 from pallas_kernels.paged_attention.plan import AttentionShape
 from pallas_kernels.paged_attention.tiles import AttentionTiles
@@ -38,27 +40,37 @@ class Attention:
     shape: AttentionShape
     tile_rows: int
 
-    def __call__(self, q: jax.Array, pool: jax.Array) -> jax.Array:
+    def __call__(self, q: jax.Array, pool: LayerPool) -> jax.Array:
         return paged_attention(q, pool, self.tiles, self.shape, self.tile_rows)
 
 
 def paged_attention(
-    q: jax.Array, pool: jax.Array, tiles: AttentionTiles, shape: AttentionShape, tile_rows: int
+    q: jax.Array, pool: LayerPool, tiles: AttentionTiles, shape: AttentionShape, tile_rows: int
 ) -> jax.Array:
     """See `pallas_kernels.paged_attention.api.PagedAttention`."""
     num_tokens, num_heads, head_dim = q.shape
     dtype = q.dtype
     page_size, num_kv_heads, group, window = shape.page_size, shape.num_kv_heads, shape.group, shape.window
     q = (q.astype(jnp.float32) * head_dim**-0.5).reshape(num_tokens, num_kv_heads, group, head_dim)
-    exact = lax.Precision.HIGHEST if pool.dtype == jnp.float32 else None
+    exact = lax.Precision.HIGHEST if shape.dtype == jnp.float32 else None
+    rows = token_rows(pages_of(pool))
     cap = shape.score_cap
 
     def capped(scores: jax.Array) -> jax.Array:
         return scores if cap is None else cap * jnp.tanh(scores / cap)
 
     def pages(ids: jax.Array, tile: int) -> jax.Array:
-        """Keys (tile 0) or values (tile 1) of pages: `[..., page_size, Hkv, head_dim]`."""
-        return pool.at[ids, tile].get(mode="clip").reshape(*ids.shape, page_size, num_kv_heads, head_dim)
+        """Keys (tile 0) or values (tile 1) of pages, without their scales: `[..., page_size, Hkv, head_dim]`."""
+        found = decode(rows.at[ids, tile].get(mode="clip"), shape.kv_dtype, shape.dtype)
+        return found.reshape(*ids.shape, page_size, num_kv_heads, head_dim)
+
+    def scaled(x: jax.Array, ids: jax.Array, tile: int, seen: jax.Array, order: Callable[..., jax.Array]) -> jax.Array:
+        """Scores times the scales of keys (tile 0), or weights times those of values (tile 1), 0 if not `seen`.
+        order: from `[..., page_size, Hkv]` to a shape that broadcasts to x's."""
+        if not isinstance(pool, ScaledPages):
+            return x
+        found = pool.scales.at[ids, tile].get(mode="clip").astype(jnp.float32)
+        return x * order(jnp.where(seen[..., None], found, 0))  # a previous owner may have left NaN
 
     def initial(*shape: int) -> tuple[jax.Array, ...]:
         """Highest score, sum of weights, weighted sum of values, before the first key."""
@@ -68,7 +80,7 @@ def paged_attention(
         seq, row = tiles.prefill_seq[i], tiles.prefill_row[i]
         first_row = tiles.first_row[seq] + row
         start = jnp.clip(first_row, 0, num_tokens - tile_rows)
-        q_rows = lax.dynamic_slice_in_dim(q, start, tile_rows).astype(pool.dtype)  # [M, Hkv, G, hd]
+        q_rows = lax.dynamic_slice_in_dim(q, start, tile_rows).astype(shape.dtype)  # [M, Hkv, G, hd]
         own = (jnp.arange(tile_rows) + start >= first_row) & (
             jnp.arange(tile_rows) + start < tiles.first_row[seq] + tiles.length[seq]
         )
@@ -85,18 +97,19 @@ def paged_attention(
             k = pages(ids, 0).reshape(count * page_size, num_kv_heads, head_dim)
             v = pages(ids, 1).reshape(count * page_size, num_kv_heads, head_dim)
             scores = jnp.einsum("mngd,tnd->ngmt", q_rows, k, precision=exact, preferred_element_type=jnp.float32)
-            scores = capped(scores)
             key = block * count * page_size + jnp.arange(count * page_size)
+            read = (key >= begin) & (key < last)
+            scales = read.reshape(count, page_size), lambda s: s.reshape(-1, num_kv_heads).T[:, None, None]
+            scores = capped(scaled(scores, ids, 0, *scales))
             seen = key[None, :] <= position[:, None]
             if window is not None:
                 seen &= key[None, :] > position[:, None] - window
             scores = jnp.where(seen, scores, MASKED)
-            v = jnp.where(((key >= begin) & (key < last))[:, None, None], v, 0)  # a previous owner may have left NaN
+            v = jnp.where(read[:, None, None], v, 0)  # a previous owner may have left NaN
             new = jnp.maximum(highest, scores.max(-1))
             decay, p = jnp.exp(highest - new), jnp.exp(scores - new[..., None])
-            pv = jnp.einsum(
-                "ngmt,tnd->ngmd", p.astype(pool.dtype), v, precision=exact, preferred_element_type=jnp.float32
-            )
+            weights = scaled(p, ids, 1, *scales).astype(shape.dtype)
+            pv = jnp.einsum("ngmt,tnd->ngmd", weights, v, precision=exact, preferred_element_type=jnp.float32)
             return new, total * decay + p.sum(-1), acc * decay[..., None] + pv
 
         state = initial(num_kv_heads, group, tile_rows)
@@ -122,8 +135,8 @@ def paged_attention(
 
         def masked_value(ids: jax.Array, seen: jax.Array, j: int) -> jax.Array:
             """Token j of each page, `[M, Hkv, hd]`: a separate gather, which XLA fuses into its use on a CPU."""
-            v = pool.at[ids, 1, j].get(mode="clip").reshape(chunk, num_kv_heads, head_dim)
-            return jnp.where(seen[:, j, None, None], v, 0)
+            v = decode(rows.at[ids, 1, j].get(mode="clip"), shape.kv_dtype, shape.dtype)
+            return jnp.where(seen[:, j, None, None], v.reshape(chunk, num_kv_heads, head_dim), 0)
 
         def body(block: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             highest, total, acc = state
@@ -131,19 +144,21 @@ def paged_attention(
             ids = jnp.take_along_axis(table, column[:, None], axis=1, mode="clip")[:, 0]
             k = pages(ids, 0)[:, :, :, None]  # [M, page_size, Hkv, 1, hd]
             partial = sum(q_rows[..., d : d + lanes] * k[..., d : d + lanes] for d in range(0, head_dim, lanes))
-            scores = capped(lax.optimization_barrier(partial).sum(-1))  # [M, page_size, Hkv, G]
             key = column[:, None] * page_size + jnp.arange(page_size)  # [M, page_size]
             seen = (key >= begin[:, None]) & (key < tokens[:, None])
+            scores = lax.optimization_barrier(partial).sum(-1)  # [M, page_size, Hkv, G]
+            scores = capped(scaled(scores, ids, 0, seen, lambda s: s[..., None]))
             scores = jnp.where(seen[..., None, None], scores, MASKED)
             new = jnp.maximum(highest, scores.max(1))
             decay, p = jnp.exp(highest - new), jnp.exp(scores - new[:, None])
-            p = lax.optimization_barrier(p)  # computed once, not once per column of the values
+            # Computed once, not once per column of the values.
+            weights = lax.optimization_barrier(scaled(p, ids, 1, seen, lambda s: s[..., None]))
             # An unseen value may be NaN, and 0 * NaN is NaN.
             if group == 1:
                 v = [masked_value(ids, seen, j) for j in range(page_size)]
             else:  # the group reads a value several times: one copy of the page is faster
                 v = list(jnp.unstack(jnp.where(seen[..., None, None], pages(ids, 1), 0), axis=1))
-            pv = sum(p[:, j, :, :, None] * v[j][:, :, None] for j in range(page_size))
+            pv = sum(weights[:, j, :, :, None] * v[j][:, :, None] for j in range(page_size))
             return new, total * decay + p.sum(1), acc * decay[..., None] + pv
 
         state = initial(chunk, num_kv_heads, group)

@@ -5,23 +5,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.kv_format import LayerPool, ScaledPages, encode, pages_of, token_rows
+
 NO_PAGE = np.int32(2**31 - 1)
 """Page id past the end of every pool: what is written to it is dropped."""
 
 
-def write_kv(pool: jax.Array, k: jax.Array, v: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
+def write_kv(pool: LayerPool, k: jax.Array, v: jax.Array, page: jax.Array, offset: jax.Array) -> LayerPool:
     """Writes each token's key and value rows `[T, W]` to row `offset [T]` of page `page [T]` (int32).
 
     Page ids past the pool's end are dropped. The other places must be distinct: of two rows for the same place, parts
     of either may remain.
     """
-    kv = jnp.stack([k, v], axis=1).astype(pool.dtype)  # one scatter: one launch
-    return pool.at[page[:, None], jnp.arange(2), offset[:, None]].set(kv, mode="drop", unique_indices=True)
+    rows, scales = encode(jnp.stack([k, v], axis=1), pool)  # one scatter: one launch
+
+    def written(array: jax.Array, new: jax.Array) -> jax.Array:
+        return array.at[page[:, None], jnp.arange(2), offset[:, None]].set(new, mode="drop", unique_indices=True)
+
+    pages = pages_of(pool)
+    pages = written(token_rows(pages), rows).reshape(pages.shape)
+    return ScaledPages(pages, written(pool.scales, scales)) if isinstance(pool, ScaledPages) else pages
 
 
-def write_pages(pool: jax.Array, page: jax.Array, contents: jax.Array) -> jax.Array:
+def write_pages(pool: LayerPool, page: jax.Array, contents: jax.Array) -> LayerPool:
     """Writes whole pages `contents [K, 2, page_size, W]` to `page [K]` (int32).
 
-    Page ids past the pool's end are dropped. The others must be distinct, as in `write_kv`.
+    Page ids past the pool's end are dropped. The others must be distinct, as in `write_kv`. A uint16 pool takes the
+    bits of bfloat16 contents.
     """
-    return pool.at[page].set(contents.astype(pool.dtype), mode="drop", unique_indices=True)
+    pages = pages_of(pool)
+    if pages.dtype == jnp.uint16:
+        contents = jax.lax.bitcast_convert_type(contents, jnp.uint16)
+    pages = pages.at[page].set(contents.astype(pages.dtype), mode="drop", unique_indices=True)
+    return pool._replace(pages=pages) if isinstance(pool, ScaledPages) else pages

@@ -24,7 +24,7 @@ class BaseGeometry:
     Attributes:
       q_width: `num_heads * head_dim`.
       kv_width: `num_kv_heads * head_dim`, the pool's W on one device.
-      page_size: tokens of a page, equal to the rows of a tile.
+      page_size: rows of a tile, the tokens of a page (half of them with `kv_dtype`).
       shards: division of adapters among devices.
       vocab_size: tokens of the vocabulary; 0: unknown, and adapters of head and embedding cannot be placed.
       expert_layers: whether each layer's feed-forward part consists of experts; empty: none does.

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
+import jax
 
 from pallas_kernels.targets import Target, compile_for
 from slora_jax.memory import PoolShape
 
-_HLO_TYPES = {"float32": "f32", "bfloat16": "bf16"}
+_HLO_TYPES = {"float32": "f32", "bfloat16": "bf16", "uint16": "u16"}
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,14 @@ def pool_use(compiled: Any, shape: PoolShape) -> PoolUse:
 
 
 def _copies(hlo: str, shape: PoolShape) -> list[str]:
-    """HLO lines that copy an array with the number of elements of one layer's pool, in any shape: `copy`, `copy-start`,
-    `transpose`, `concatenate`, `convert` or `pad`."""
-    elements = shape.num_pages * 2 * shape.page_size * shape.width
-    made = re.compile(
-        rf"= \(?{_HLO_TYPES[shape.dtype]}\[([\d,]+)\]\S* (copy|copy-start|transpose|concatenate|convert|pad)\("
-    )
+    """HLO lines that copy an array with the type and number of elements of one layer's pages or scales, in any shape:
+    `copy`, `copy-start`, `transpose`, `concatenate`, `convert` or `pad`."""
+    arrays = [(_HLO_TYPES[a.dtype.name], math.prod(a.shape)) for a in jax.tree.leaves(shape.pool_struct()[0])]
+    made = re.compile(r"= \(?(\w+)\[([\d,]+)\]\S* (copy|copy-start|transpose|concatenate|convert|pad)\(")
     return [
         line.strip()
         for line in hlo.splitlines()
-        if (match := made.search(line)) and int(np.prod([int(n) for n in match[1].split(",")])) == elements
+        if (match := made.search(line)) and (match[1], math.prod(int(n) for n in match[2].split(","))) in arrays
     ]
 
 

@@ -171,10 +171,9 @@ def loaded_engine(
     from pallas_kernels.lora.layout import ceil_div
     from slora_jax.adapters import read_peft
     from slora_jax.engine.engine import Engine
-    from slora_jax.engine.sizing import adapter_geometry
-    from slora_jax.parallel.mesh import cut
+    from slora_jax.engine.sizing import engine_geometry
 
-    geometry = adapter_geometry(model, config.page_size, cut(model, args.tensor_parallel_size))
+    geometry = engine_geometry(model, config)
     adapters = {name: read_peft(directory, geometry) for name, directory in args.adapter}
     assert config.max_model_len is not None
     adapter_pages = [int(geometry.layout.num_pages(adapter.layout_ranks.max(0))) for adapter in adapters.values()]

@@ -50,9 +50,9 @@ class EngineConfig(CoreConfig):
     """Settings of an `Engine`, in addition to those of `CoreConfig`.
 
     Attributes:
-      dtype: dtype of weights, KV and adapters; "auto" is float32 on a CPU, where bfloat16 is slower, and bfloat16
-        elsewhere.
-      page_size: 8, 16 or 32.
+      dtype: dtype of weights, KV and adapters (with a narrow `kv_dtype`, adapters are bfloat16); "auto" is float32 on a
+        CPU, where bfloat16 is slower, and bfloat16 elsewhere.
+      page_size: 8, 16 or 32; with a narrow `kv_dtype` 16 or 32.
       num_pages: pages of the unified pool, including the dummy page. None derives it from the free device memory and
         `gpu_memory_utilization` (with several processes, the minimum over them), and on a CPU from an eighth of the
         host memory, or less if that is not free. The derived number is rounded down to a coarse grid, so that later
@@ -127,6 +127,10 @@ class EngineConfig(CoreConfig):
             from pallas_kernels.paged_attention.api import IMPLEMENTATIONS  # imports JAX
 
             self.require(self.kernels in IMPLEMENTATIONS, "kernels", f"'auto' or one of {IMPLEMENTATIONS}")
+        if self.kv_dtype != "auto":
+            self.require(self.page_size >= 16, "page_size", f"16 or 32 with kv_dtype={self.kv_dtype!r}")
+            self.require(self.lora in ("paged", "off"), "lora", f"'paged' or 'off' with kv_dtype={self.kv_dtype!r}")
+            self.require(self.kernels != "mosaic_gpu", "kernels", "'auto', 'xla' or 'triton' with a narrow kv_dtype")
         if self.tensor_parallel_size == 1:
             self.require(self.tp_first_device == 0, "tp_first_device", "0, unless tensor_parallel_size > 1")
         else:

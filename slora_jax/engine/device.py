@@ -45,7 +45,7 @@ class Device:
 
     All methods but `read` only dispatch; the device runs their work in order. Arguments are plain numbers and NumPy
     arrays, so that they can be sent to other processes (`distributed.broadcast`). `contents` are adapter pages
-    `[num_layers, n, 2, page_size, W]`, with the columns of this process's devices.
+    `[num_layers, n, 2, tile_rows, W]`, with the columns of this process's devices.
     """
 
     def __init__(self, spec: StepSpec, params: Params, config: EngineConfig) -> None:
@@ -179,7 +179,7 @@ class Device:
         width = self._columns.stop - self._columns.start
         for size in UPLOAD_PAGES:
             out_of_range = np.full(size, shape.num_pages, np.int32)  # such writes are dropped
-            contents = np.zeros((shape.num_layers, size, 2, shape.page_size, width), self.pool[0].dtype)
+            contents = np.zeros((shape.num_layers, size, 2, shape.tile_rows, width), shape.weight_dtype)
             for staged in (put_pages(contents, self._page_sharding, self._columns.start), self._put(contents)):
                 self.pool = upload_pages(self.pool, out_of_range, staged)
         self.table = describe(self.table, 0, np.empty(0, np.int32), np.zeros(7, np.int32))

@@ -39,7 +39,7 @@ from slora_jax.engine.outputs import Delta, EngineStats, Prompt, RequestOutput, 
 from slora_jax.engine.placement import Processes, load, place
 from slora_jax.engine.programs import keep_compiled_programs
 from slora_jax.engine.request_output import RequestOutputs
-from slora_jax.engine.sizing import adapter_geometry, longest_sequence
+from slora_jax.engine.sizing import engine_geometry, longest_sequence
 from slora_jax.engine.structured import Grammars
 from slora_jax.engine.text import load_tokenizer
 from slora_jax.engine.trace import NO_TRACE, Trace
@@ -57,7 +57,6 @@ from slora_jax.memory import (
 from slora_jax.metrics import FinishReason
 from slora_jax.models import ModelConfig, Params
 from slora_jax.models.config import model_names
-from slora_jax.parallel.mesh import cut
 from slora_jax.phases import phase
 from slora_jax.scheduling import (
     AdapterUse,
@@ -125,8 +124,8 @@ class Engine:
         device = (Device if processes is None else processes.device)(spec, params, config)
         self.allocator = PageAllocator(spec.pool.num_pages, config.adapter_pages)
         self.store = AdapterStore(
-            adapter_geometry(model, config.page_size, cut(model, config.tensor_parallel_size, config.tp_lora)),
-            config.dtype,
+            engine_geometry(model, config),
+            spec.pool.weight_dtype,
             config.host_adapter_bytes,
             config.spill_dir,
             max_lora_rank=config.max_lora_rank,

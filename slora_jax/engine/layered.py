@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from pallas_kernels.kv_format import LayerPool
 from pallas_kernels.lora import AdapterTable, LoraTiles
 from slora_jax.engine.batch import BatchLayout, SequenceState, StepBatch, unpack
 from slora_jax.engine.step import (
@@ -167,11 +168,11 @@ class LayeredStep:
         self,
         kind: LayerKind,
         params: Params,
-        pool: jax.Array,
+        pool: LayerPool,
         x: jax.Array,
         shared: StepShared,
         lora: LoraStep | None,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[LayerPool, jax.Array]:
         """Returns the pool and output of a layer of this kind. Both inputs are donated."""
         context = self._context((pool,), shared.batch, lora)
         x = nnx.merge(layer_graph(self._spec.shard_model, kind, self._dtype), params)(x, shared.rotary, context)

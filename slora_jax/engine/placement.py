@@ -33,6 +33,7 @@ class Processes(Protocol):
 _SHARED_SETTINGS = (
     *(
         "dtype",
+        "kv_dtype",
         "adapter_pages",
         "page_size",
         "max_num_seqs",

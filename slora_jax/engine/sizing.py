@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from pallas_kernels.lora.layout import ENDS, ceil_div
+from pallas_kernels.lora.layout import ENDS, ceil_div, tile_rows
 from slora_jax.adapters import BaseGeometry
 from slora_jax.adapters.adapter import extended
 from slora_jax.engine.config import EngineConfig
@@ -26,8 +26,18 @@ from slora_jax.parallel.mesh import TensorParallel, cut
 logger = logging.getLogger("slora_jax")
 
 
+def engine_geometry(model: ModelConfig, config: EngineConfig) -> BaseGeometry:
+    """Returns the geometry of the adapters in an engine's pool.
+
+    Raises:
+      ConfigError: `tensor_parallel_size` does not divide the model's widths.
+    """
+    shards = cut(model, config.tensor_parallel_size, config.tp_lora)
+    return adapter_geometry(model, tile_rows(config.page_size, config.kv_dtype), shards)
+
+
 def adapter_geometry(model: ModelConfig, page_size: int, shards: Shards = ONE_DEVICE) -> BaseGeometry:
-    """Returns the widths of a base model that adapters depend on, and its sharding."""
+    """Returns the widths of a base model that adapters depend on, and its sharding. page_size: rows of a tile."""
     return BaseGeometry(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -83,7 +93,7 @@ def pool_shape(model: ModelConfig, config: EngineConfig) -> PoolShape:
       ConfigError: as `pages_that_fit`, or `adapter_pages` leaves no page for KV.
     """
     num_pages = config.num_pages or pages_that_fit(model, config)
-    geometry = adapter_geometry(model, config.page_size, cut(model, config.tensor_parallel_size, config.tp_lora))
+    geometry = engine_geometry(model, config)
     if config.adapter_pages is not None and config.adapter_pages > num_pages - 2:
         raise ConfigError(
             f"EngineConfig.adapter_pages={config.adapter_pages}: must be at most {num_pages - 2}, because the pool's "
@@ -94,14 +104,21 @@ def pool_shape(model: ModelConfig, config: EngineConfig) -> PoolShape:
     if config.adapter_extras:
         ranks = extended(ranks, True, dict.fromkeys(ENDS, config.max_lora_rank))
     largest = int(geometry.layout.num_pages(ranks))
+    return replace(_pool(model, config, num_pages), max_adapter_pages=min(largest, num_pages - 1))
+
+
+def _pool(model: ModelConfig, config: EngineConfig, num_pages: int) -> PoolShape:
+    """A pool of this many pages, for adapters of no page."""
     return PoolShape(
         num_layers=model.num_layers,
         num_pages=num_pages,
         page_size=config.page_size,
-        width=geometry.pool_width,
+        width=engine_geometry(model, config).pool_width,
         dtype=config.dtype,
         adapter_slots=config.slots(num_pages),
-        max_adapter_pages=min(largest, num_pages - 1),
+        max_adapter_pages=0,
+        kv_dtype=config.kv_dtype,
+        head_dim=model.head_dim,
     )
 
 
@@ -112,9 +129,8 @@ def pages_that_fit(model: ModelConfig, config: EngineConfig) -> int:
       ConfigError: free memory holds fewer than 2 pages, or `tensor_parallel_size` does not divide the model's widths.
     """
     shards = cut(model, config.tensor_parallel_size, config.tp_lora)
-    width = adapter_geometry(model, config.page_size, shards).layout.width  # per device
-    page_bytes = model.num_layers * 2 * config.page_size * width * jnp.dtype(config.dtype).itemsize
-    free, where = _free_memory(shards.of_model(model), config)
+    page_bytes = _pool(model, config, num_pages=1).page_bytes // shards.count  # per device
+    free, where = _free_memory(shards.of_model(model), config, page_bytes)
     num_pages = coarse(free // page_bytes)
     size = f"{page_bytes / 2**20:.2f} MiB each over all layers, {num_pages * page_bytes / 2**30:.2f} GiB of {where}"
     message = f"pool: {num_pages} pages of {config.page_size} tokens ({size})"
@@ -139,8 +155,9 @@ def coarse(num_pages: int) -> int:
     return num_pages // unit * unit
 
 
-def _free_memory(model: ModelConfig, config: EngineConfig) -> tuple[int, str]:
-    """Returns the bytes that the pool may use on each device, and the kind of memory. `model` is a shard's model."""
+def _free_memory(model: ModelConfig, config: EngineConfig, page_bytes: int) -> tuple[int, str]:
+    """Returns the bytes that the pool may use on each device, and the kind of memory. `model` is a shard's
+    model, `page_bytes` a page's bytes on a device."""
     size = config.tensor_parallel_size
     group = jax.devices()[config.tp_first_device :][:size] if size > 1 else jax.local_devices()[:1]
     stats = [device.memory_stats() for device in group if device.process_index == jax.process_index()]
@@ -155,7 +172,6 @@ def _free_memory(model: ModelConfig, config: EngineConfig) -> tuple[int, str]:
         hidden = max(hidden, model.experts.per_token * (3 * model.experts.intermediate_size + 2 * model.hidden_size))
     widest = model.q_width + 2 * model.kv_width + 2 * model.hidden_size + hidden
     activations = config.max_num_batched_tokens * widest * 4 * 2 + config.max_num_seqs * model.vocab_size * 4 * 6
-    layer_page = 2 * config.page_size * model.kv_width * jnp.dtype(config.dtype).itemsize
-    staging = 2 * config.upload_pages_per_step * model.num_layers * layer_page if config.prefetch else 0
+    staging = 2 * config.upload_pages_per_step * page_bytes if config.prefetch else 0
     free = min(one["bytes_limit"] - one["bytes_in_use"] for one in stats) - activations - staging
     return int(free * config.gpu_memory_utilization), "device memory"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from flax import nnx
 from pallas_kernels import devices
 from pallas_kernels.experts import expert_outputs
 from pallas_kernels.experts.api import Implementation as ExpertImplementation
+from pallas_kernels.kv_format import pages_of
 from pallas_kernels.lora import AdapterTable, LoraLayout, LoraProduct, LoraTiles, ends, lora_tile_rows, vectors
 from pallas_kernels.lora.api import Implementation as LoraImplementation
 from pallas_kernels.lora.bmm import Padding, paddings
@@ -80,7 +80,7 @@ class PagedContext:
 
     def __init__(
         self,
-        pool: Sequence[jax.Array],
+        pool: Pool,
         batch: StepBatch,
         lora: LoraStep | None,
         spec: StepSpec,
@@ -100,6 +100,7 @@ class PagedContext:
                 head_dim=model.head_dim,
                 page_size=layout.page_size,
                 dtype=spec.pool.dtype,
+                kv_dtype=spec.pool.narrow_kv,
                 decode=bucket.decode,
                 tile_rows=bucket.prefill_tile_rows,
                 window=window,
@@ -126,7 +127,7 @@ class PagedContext:
         """Adds the LoRA product of a stack to `y`. Adds no operation in a program without LoRA."""
         if self._lora is None:
             return y
-        product, pool, place = self._lora.product, self.pool[layer], self._stacks[stack]
+        product, pool, place = self._lora.product, pages_of(self.pool[layer]), self._stacks[stack]
         if self._lora.rows is not None:
             with jax.named_scope("lora_vectors"):
                 y = vectors.apply(y, pool, place, self._layout, self._lora.rows)
@@ -138,7 +139,7 @@ class PagedContext:
     def lookup(self, embedding: Embedding, tokens: jax.Array) -> jax.Array:
         """Returns the embeddings of `tokens`, summed over the shards, with their adapters' changes."""
         if self._ends is not None:
-            return ends.add_embedding(tokens, embedding(tokens), self.pool, self._layout, self._ends)
+            return ends.add_embedding(tokens, embedding(tokens), self._pages(), self._layout, self._ends)
         if self._shards.count == 1:
             return embedding(tokens)
         return vocabulary.embed(embedding, tokens, embedding.embedding[...].shape[0])
@@ -148,7 +149,11 @@ class PagedContext:
         if self._ends is None:
             return logits
         with jax.named_scope("lora_head"):
-            return ends.add_head(hidden, logits, self.pool, self._layout, self._ends)
+            return ends.add_head(hidden, logits, self._pages(), self._layout, self._ends)
+
+    def _pages(self) -> list[jax.Array]:
+        """The layers' arrays with adapter weights."""
+        return [pages_of(layer) for layer in self.pool]
 
     def experts(
         self,
@@ -258,7 +263,7 @@ class StepSpec:
 
     @property
     def lora_layout(self) -> LoraLayout:
-        layout = lora_layout(self.model, self.pool.page_size)
+        layout = lora_layout(self.model, self.pool.tile_rows)
         if self.adapter_extras:
             layout = replace(layout, num_layers=self.model.num_layers, vocab_size=self.model.vocab_size)
         return self.shards.of_layout(layout)
@@ -389,7 +394,8 @@ def step_shapes(spec: StepSpec, layout: BatchLayout) -> tuple[Any, ...]:
     metadata = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
     pool, table, state = spec.pool.pool_struct(), spec.pool.table_struct(), spec.state_struct()
     if spec.parallel is not None:
-        pool = tuple(jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=spec.parallel.sharding(POOL)) for s in pool)
+        split = spec.parallel.sharding(POOL)
+        pool = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=split), pool)
         table, state, metadata = replicated(spec.parallel, (table, state, metadata))
     return spec.params, pool, table, state, metadata
 

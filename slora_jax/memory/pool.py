@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.kv_format import KvDtype, LayerPool, ScaledPages, pages_of
 from pallas_kernels.lora import AdapterTable
-from pallas_kernels.lora.layout import RANKS
+from pallas_kernels.lora.layout import RANKS, tile_rows
 from pallas_kernels.pool_write import write_pages
 
-Pool = tuple[jax.Array, ...]
-"""One array per layer, each `[num_pages, 2, page_size, W]`; a page id is the same row in every layer."""
+Pool = tuple[LayerPool, ...]
+"""One array per layer, each `[num_pages, 2, page_size, W]`, or as in `pallas_kernels.kv_format` if keys and values have
+one byte an element; a page id is the same row in every layer."""
 
 UPLOAD_PAGES = (1, 4, 32)
 """Pages per compiled upload call; an upload uses the largest size that fits, repeatedly."""
@@ -26,9 +30,13 @@ class PoolShape:
     """Shapes of the pool and of the adapter table.
 
     Attributes:
+      page_size: tokens of a page.
       width: W over all shards, elements.
+      dtype: of the step's products, and of what the pool holds unless `kv_dtype` says otherwise.
       adapter_slots: rows of the adapter table.
       max_adapter_pages: columns of the adapter table.
+      kv_dtype: "fp8", "int8", or "auto" for `dtype`.
+      head_dim: columns of a KV head; needed for int8.
     """
 
     num_layers: int
@@ -38,15 +46,39 @@ class PoolShape:
     dtype: str
     adapter_slots: int
     max_adapter_pages: int
+    kv_dtype: str = "auto"
+    head_dim: int = 0
+
+    @property
+    def narrow_kv(self) -> KvDtype | None:
+        """The format of keys and values of one byte; None if they have `dtype`."""
+        return None if self.kv_dtype == "auto" else self.kv_dtype  # type: ignore[return-value]
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of a tile of adapter weights."""
+        return tile_rows(self.page_size, self.kv_dtype)
+
+    @property
+    def weight_dtype(self) -> np.dtype:
+        """The dtype of adapter weights."""
+        return jnp.dtype("bfloat16" if self.narrow_kv else self.dtype)
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page over all layers and shards."""
-        return self.num_layers * 2 * self.page_size * self.width * jnp.dtype(self.dtype).itemsize
+        """Bytes of one page over all layers and shards, with its scales."""
+        (layer, *_) = self.pool_struct()
+        arrays = jax.tree.leaves(layer)
+        return self.num_layers * sum(math.prod(a.shape[1:]) * a.dtype.itemsize for a in arrays)
 
-    def pool_struct(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        shape = (self.num_pages, 2, self.page_size, self.width)
-        return (jax.ShapeDtypeStruct(shape, jnp.dtype(self.dtype)),) * self.num_layers
+    def pool_struct(self) -> tuple[Any, ...]:
+        """`jax.ShapeDtypeStruct`s of a `Pool`."""
+        dtype = jnp.uint16 if self.narrow_kv else jnp.dtype(self.dtype)
+        layer: Any = jax.ShapeDtypeStruct((self.num_pages, 2, self.tile_rows, self.width), dtype)
+        if self.narrow_kv == "int8":
+            heads = self.width // self.head_dim
+            layer = ScaledPages(layer, jax.ShapeDtypeStruct((self.num_pages, 2, self.page_size, heads), jnp.bfloat16))  # type: ignore[arg-type]
+        return (layer,) * self.num_layers
 
     def table_struct(self) -> AdapterTable:
         return AdapterTable(
@@ -55,7 +87,7 @@ class PoolShape:
         )
 
     def make_pool(self, sharding: jax.sharding.Sharding | None = None) -> Pool:
-        return tuple(jnp.zeros(s.shape, s.dtype, device=sharding) for s in self.pool_struct())
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=sharding), self.pool_struct())
 
     def make_table(self, sharding: jax.sharding.Sharding | None = None) -> AdapterTable:
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=sharding), self.table_struct())
@@ -67,9 +99,9 @@ def upload_pages(pool: Pool, page: np.ndarray, contents: np.ndarray | jax.Array)
     Args:
       pool: donated.
       page: page ids, int32 `[K]`.
-      contents: `[num_layers, K, 2, page_size, W]`, pool dtype.
+      contents: `[num_layers, K, 2, tile_rows, W]`, `weight_dtype`.
     """
-    if next(iter(pool[0].devices())).platform != "cpu":
+    if next(iter(pages_of(pool[0]).devices())).platform != "cpu":
         return upload_layers(pool, page, contents)
     if isinstance(contents, np.ndarray):  # transfer once, not once per layer
         contents = jax.device_put(contents)
@@ -83,7 +115,7 @@ def upload_layers(pool: Pool, page: jax.Array, contents: jax.Array) -> Pool:
 
 
 @partial(jax.jit, donate_argnums=0)
-def upload_layer(layer: jax.Array, page: jax.Array, contents: jax.Array, number: jax.Array) -> jax.Array:
+def upload_layer(layer: LayerPool, page: jax.Array, contents: jax.Array, number: jax.Array) -> LayerPool:
     """`upload_pages` for layer `number` only."""
     return write_pages(layer, page, jax.lax.dynamic_index_in_dim(contents, number, keepdims=False))
 
@@ -151,7 +183,7 @@ def upload_adapter(
       slot: row of the table.
       pages: page ids, int32 `[n]`.
       ranks: rank of each projection, `[7]`, or `[10]` (`pallas_kernels.lora.layout`).
-      contents: `[num_layers, n, 2, page_size, W]`, pool dtype.
+      contents: `[num_layers, n, 2, tile_rows, W]`, `weight_dtype`.
       sharding, first_column: as in `put_pages`.
     """
     for piece in pieces(0, pages.size):

@@ -12,13 +12,18 @@ from slora_jax.typed import Count, Natural, Share, check_fields
 Admission = Literal["optimistic", "reserve"]
 ADMISSIONS = get_args(Admission)
 
+KvDtype = Literal["auto", "fp8", "int8"]
+KV_DTYPES = get_args(KvDtype)
+
 
 @dataclass(frozen=True)
 class CoreConfig:
     """Settings of an `EngineCore` with any executor; base class of `EngineConfig` and the simulator's `SystemConfig`.
 
     Attributes:
-      page_size: tokens per KV page, rows per adapter tile.
+      page_size: tokens per KV page, and rows per adapter tile (half as many with a narrow `kv_dtype`).
+      kv_dtype: keys and values in the pool: "fp8" (e4m3) or "int8" (a scale for each token and head) take one byte an
+        element; "auto" is the model's dtype.
       max_num_seqs: maximum number of running sequences.
       max_num_batched_tokens: maximum tokens per step, decode and chunked prefill together.
       admission: "optimistic" admits requests that fit now and preempts when pages run out; "reserve" admits a request
@@ -36,6 +41,7 @@ class CoreConfig:
     """
 
     page_size: Count = 16
+    kv_dtype: KvDtype = "auto"
     max_num_seqs: Count = 64
     max_num_batched_tokens: Count = 256
     admission: Admission = "optimistic"

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from pallas_kernels.lora.layout import LoraLayout
+from pallas_kernels.lora.layout import LoraLayout, tile_rows
 from slora_jax.errors import ConfigError
 from slora_jax.models import ModelConfig
 from slora_jax.models.projections import PROJECTIONS, lora_layout
@@ -25,9 +25,10 @@ class ModelShape:
     """Sizes of a Llama-like decoder, in elements.
 
     Attributes:
-      dtype_bytes: bytes of an element of weights, KV and adapters.
+      dtype_bytes: bytes of an element of weights, and of KV and adapters with kv_dtype "auto".
       lora_targets: projections targeted by every adapter, each at the adapter's rank.
       head_dim: width of a head, the unit in which q and kv are sharded.
+      kv_dtype: of the system that serves the model (`CoreConfig.kv_dtype`).
     """
 
     num_layers: Count
@@ -40,6 +41,7 @@ class ModelShape:
     dtype_bytes: Count = 2
     lora_targets: tuple[str, ...] = ATTENTION
     head_dim: Count = 128
+    kv_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -108,7 +110,10 @@ class ModelShape:
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values per token over all layers, equal to the pool's bytes per token."""
-        return 2 * self.num_layers * self.kv_width * self.dtype_bytes
+        if self.kv_dtype == "auto":
+            return 2 * self.num_layers * self.kv_width * self.dtype_bytes
+        scales = 2 * self.num_kv_heads if self.kv_dtype == "int8" else 0
+        return 2 * self.num_layers * (self.kv_width + scales)
 
     @cached_property
     def lora_params(self) -> int:
@@ -118,7 +123,7 @@ class ModelShape:
     @property
     def lora_bytes(self) -> int:
         """Bytes of an adapter per rank."""
-        return self.lora_params * self.dtype_bytes
+        return self.lora_params * (self.dtype_bytes if self.kv_dtype == "auto" else 2)
 
     @cached_property
     def merged_params(self) -> int:
@@ -132,8 +137,8 @@ class ModelShape:
     def adapter_pages(self, rank: int, page_size: int) -> int:
         """Pages of the pool that an adapter occupies in its `LoraLayout`. With page_size 1, the paper's projections and
         no grouped-query attention this is 4 * rank, S-LoRA's rule."""
-        return int(self.lora_layout(page_size).num_pages(self.ranks(rank)))
+        return int(self.lora_layout(tile_rows(page_size, self.kv_dtype)).num_pages(self.ranks(rank)))
 
     def lora_layout(self, page_size: int) -> LoraLayout:
-        """The layout of adapters in their pages."""
+        """The layout of adapters in tiles of `page_size` rows."""
         return lora_layout(self, page_size)

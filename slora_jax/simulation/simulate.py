@@ -17,7 +17,6 @@ from slora_jax.simulation.offline import simulate_offline
 from slora_jax.simulation.replica import Replica
 from slora_jax.simulation.request import SimulatedRequest, SimulationResult
 from slora_jax.simulation.shape import ModelShape
-from slora_jax.simulation.shard import shard_shape
 from slora_jax.simulation.system import SystemConfig
 
 
@@ -47,7 +46,7 @@ def simulate(
       RequestError: a request can never run.
     """
     _check(workload, adapters)
-    shape = shard_shape(model, system.tensor_parallel_size, system.tp_lora)
+    shape = system.shard_of(model)
     cost = CostModel(shape, device, system.software, system.lora, system.lora_collectives)
     if system.offline_batch is not None:
         return simulate_offline(workload, system, cost, adapters)

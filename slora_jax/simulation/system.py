@@ -69,6 +69,8 @@ class SystemConfig(CoreConfig):
         for name, allowed in (("software", SOFTWARE), ("lora", LORA_COSTS), ("policy", POLICIES)):
             value = getattr(self, name)
             self.require(value in allowed, name, f"one of {', '.join(allowed)}{nearest(value, allowed)}")
+        if self.kv_dtype != "auto":
+            self.require(self.page_size % 2 == 0, "page_size", f"even with kv_dtype={self.kv_dtype!r}")
         if self.tensor_parallel_size > 1:
             for name, choices in (
                 ("replicas", (1,)),
@@ -91,7 +93,7 @@ class SystemConfig(CoreConfig):
         """
         if self.num_tokens is not None:
             return self.num_tokens
-        shape = shard_shape(shape, self.tensor_parallel_size, self.tp_lora)
+        shape = self.shard_of(shape)
         memory = self.gpu_memory_utilization * device.memory_bytes / self.replicas
         reserved = (self.adapter_tokens or 0) + self._staged_tokens
         available = memory - shape.weight_bytes - reserved * shape.kv_bytes
@@ -102,6 +104,10 @@ class SystemConfig(CoreConfig):
                 f"weights in {self.gpu_memory_utilization:g} of the {device.memory_bytes / 1e9:.1f} GB of {device.name}"
             )
         return tokens
+
+    def shard_of(self, shape: ModelShape) -> ModelShape:
+        """One device's part of a whole model, with this system's `kv_dtype`."""
+        return shard_shape(replace(shape, kv_dtype=self.kv_dtype), self.tensor_parallel_size, self.tp_lora)
 
     @property
     def _staged_tokens(self) -> int:

@@ -53,6 +53,11 @@ SMALL = _spec(hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, dtype="float
 LLAMA_8B = _spec(hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, dtype="bfloat16", num_pages=4000)
 
 
+def _narrow(spec: StepSpec) -> StepSpec:
+    """The spec with int8 keys and values."""
+    return replace(spec, pool=replace(spec.pool, kv_dtype="int8", head_dim=spec.model.head_dim))
+
+
 @pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=lambda b: b.name)
 def test_cpu_step_updates_the_pool_in_place(bucket):
     one_layer = replace(SMALL.pool, num_layers=1)
@@ -67,18 +72,25 @@ def test_cpu_step_updates_the_pool_in_place(bucket):
             assert use.aliased_bytes >= use.pool_bytes
 
 
+def test_cpu_step_updates_narrow_pages_and_their_scales_in_place():
+    spec = _narrow(SMALL)
+    (layer,) = (part for part in LayeredStep(spec, spec.layout(MIXED), True).parts if part.name.endswith("_layer"))
+    use = pool_use(layer.function.lower(*layer.shapes()).compile(), replace(spec.pool, num_layers=1))
+    assert use.aliased_bytes >= use.pool_bytes and use.copies == ()
+
+
 @pytest.mark.parametrize(
-    ("bucket", "lora"), [(DECODE, True), (MIXED, True), (MIXED, "extras")], ids=["decode", "mixed", "mixed_extras"]
+    ("bucket", "lora", "is_narrow"),
+    [(DECODE, True, False), (MIXED, True, False), (MIXED, "extras", False), (DECODE, True, True)],
+    ids=["decode", "mixed", "mixed_extras", "decode_int8"],
 )
-def test_h200_step_updates_the_pool_in_place(bucket, lora):
-    layout = LLAMA_8B.layout(bucket)
+def test_h200_step_updates_the_pool_in_place(bucket, lora, is_narrow):
+    spec = replace(_narrow(LLAMA_8B) if is_narrow else LLAMA_8B, adapter_extras=lora == "extras")
+    layout = spec.layout(bucket)
     here = NamedSharding(deviceless_mesh(TARGETS["h200"]), PartitionSpec())
-    shapes = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), step_shapes(LLAMA_8B, layout)
-    )
-    spec = replace(LLAMA_8B, adapter_extras=lora == "extras")
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), step_shapes(spec, layout))
     compiled = make_step(spec, layout, lora).trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
-    use = pool_use(compiled, LLAMA_8B.pool)
+    use = pool_use(compiled, spec.pool)
     assert use.aliased_bytes >= use.pool_bytes
     assert use.copies == ()
     assert use.temp_bytes < use.pool_bytes / 4  # half of one layer's pool

@@ -35,6 +35,7 @@ class Call:
     page_size: int = 16
     dtype: str = "bfloat16"
     max_rank: int = 64
+    pool_dtype: str | None = None
 
     @property
     def layout(self):
@@ -65,8 +66,8 @@ CALLS = {
     ],
 }  # fmt: skip
 OTHERS = [
-    Call(LLAMA_3_8B, 0, 256, decode, page_size, dtype, max_rank=256)
-    for page_size, dtype in ((8, "bfloat16"), (32, "bfloat16"), (16, "float16"))
+    Call(LLAMA_3_8B, 0, 256, decode, page_size, dtype, max_rank=256, pool_dtype=pool_dtype)
+    for page_size, dtype, pool_dtype in ((8, "bfloat16", "uint16"), (32, "bfloat16", None), (16, "float16", None))
     for decode in (True, False)
 ]
 
@@ -85,7 +86,7 @@ def check(device, calls):
         table = AdapterTable(struct(SLOTS, int(layout.num_pages(np.full(7, call.max_rank)))), struct(SLOTS, 7))
         num_tiles = ceil_div(call.rows, tile_rows) + min(call.rows, SLOTS)
         tiles = LoraTiles(*(struct(num_tiles) for _ in range(3)), struct(call.rows), *(struct() for _ in range(4)))
-        pool = struct(NUM_PAGES, 2, call.page_size, layout.width, dtype=call.dtype)
+        pool = struct(NUM_PAGES, 2, call.page_size, layout.width, dtype=call.pool_dtype or call.dtype)
         return table, tiles, struct(call.rows, stack.d_in, dtype=call.dtype), pool
 
     def run(ys, arguments):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,6 +46,12 @@ ROW_SLOT = jnp.array([0, 0, 1, 2, 2, 0, 0], jnp.int32)  # the last row has no ad
 STEP = LoraTiles(NONE, NONE, NONE, ROW_SLOT, *(jnp.int32(n) for n in (0, 0, 0, T - 1)))
 
 
+def held(layer: np.ndarray, dtype: str) -> jax.Array:
+    """A layer's pool; bfloat16 as the bits that lie beside narrow keys and values (`kv_format`)."""
+    pool = jnp.asarray(layer, dtype)
+    return pool if dtype == "float32" else jax.lax.bitcast_convert_type(pool, jnp.uint16)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_head_and_embedding_change_the_rows_of_their_adapter_only(rng, dtype):
     layout, plain = GEOMETRY.layout, random_adapter(GEOMETRY, {"q": 3}, seed=1)
@@ -58,7 +65,7 @@ def test_head_and_embedding_change_the_rows_of_their_adapter_only(rng, dtype):
         pack_tiles(one, GEOMETRY, dtype) for one in (both, plain, dataclasses.replace(plain, ends={"head": head}))
     ]
     pools, table = placed(packed, rng)
-    pool = [jnp.asarray(layer, dtype) for layer in pools]
+    pool = [held(layer, dtype) for layer in pools]
     last_row, length = jnp.array([1, 2, 4, 5, 6, 0]), jnp.array([2, 1, 2, 1, 1, 0])  # the last sequence is padding
     rows = ends.prepare(layout, table, STEP, last_row, length, max_rank=32)
     tolerance = 1e-5 if dtype == "float32" else 0.05
@@ -97,7 +104,7 @@ def test_vectors_scale_and_shift_the_rows_of_their_adapter_only(rng, dtype):
 
     for stack in layout.stacks:
         y = rng.standard_normal((T, stack.d_out)).astype(np.float32)
-        found = vectors.apply(jnp.asarray(y, dtype), jnp.asarray(pool, dtype), stack, layout, rows)
+        found = vectors.apply(jnp.asarray(y, dtype), held(pool, dtype), stack, layout, rows)
         expected = y.astype(np.float64)
         for projection, first, d_out in zip(stack.projections, stack.columns, stack.d_outs, strict=True):
             key, own = (LAYER, projection), slice(first, first + d_out)

@@ -43,7 +43,8 @@ HIGH_RANK = Shape(hidden=24, q_width=32, kv_width=16, ffn=56, page_size=16, max_
 FEW_ROWS = Shape(hidden=24, q_width=32, kv_width=16, ffn=56, page_size=8, decode_rows=5, mixed_rows=16)
 
 BOTH, DECODE, MIXED = (True, False), (True,), (False,)
-# (shape, dtype, implementation, decode). Compiling takes the time: shapes and dtypes are spread over the programs.
+# (shape, dtype, implementation, decode); "bits" are bfloat16 in a uint16 pool (`kv_format`). Compiling takes the
+# time: shapes and dtypes are spread over the programs.
 CASES = {
     f"{name}-{dtype}-{implementation}-{'decode' if decode else 'mixed'}": (shape, dtype, implementation, decode)
     for name, shape, dtype, implementation, regimes in (
@@ -61,7 +62,7 @@ CASES = {
         ("mha", MHA, "float16", "triton", MIXED),
         ("wide", WIDE, "bfloat16", "triton", DECODE),
         ("high_rank", HIGH_RANK, "bfloat16", "triton", MIXED),
-        ("few_rows", FEW_ROWS, "bfloat16", "triton", DECODE),
+        ("few_rows", FEW_ROWS, "bits", "triton", DECODE),
     )
     for decode in regimes
 }
@@ -90,7 +91,7 @@ def product(shape: Shape, decode: bool, implementation: str, padding: Padding | 
             layout,
             table,
             tiles,
-            dtype=pool.dtype,
+            dtype=xs[0].dtype,
             decode=decode,
             tile_rows=tile_height(shape, decode, implementation),
             max_rank=shape.max_rank,
@@ -111,7 +112,7 @@ class Adapters:
 
     def __init__(self, shape: Shape, dtype: str, rng: np.random.Generator, count: int = 6) -> None:
         self.shape, self.layout, self.rng = shape, shape.layout, rng
-        self.dtype = np.dtype(jnp.dtype(dtype))
+        self.dtype = np.dtype(jnp.dtype("bfloat16" if dtype == "bits" else dtype))
         ranks = rng.integers(1, 41, (count, 7)) * (rng.random((count, 7)) < 0.7)
         ranks[0] = shape.max_rank * (rng.random(7) < 0.6)
         ranks[1] = 0
@@ -136,7 +137,8 @@ class Adapters:
             table[slot] = 0
             table[slot, : len(ids)] = ids
             table_ranks[slot] = r
-        self.pool = jnp.asarray(pool.astype(self.dtype))
+        pool = pool.astype(self.dtype)
+        self.pool = jnp.asarray(pool.view(np.uint16) if dtype == "bits" else pool)
         self.table = AdapterTable(jnp.asarray(table, jnp.int32), jnp.asarray(table_ranks, jnp.int32))
         self.by_rank = self.slots[np.argsort(-ranks.sum(1), kind="stable")]
 

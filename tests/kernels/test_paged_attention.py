@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from pallas_kernels.kv_format import ScaledPages, decode, encode
 from pallas_kernels.paged_attention import AttentionTiles, paged_attention
 
 SEEDS = range(6)
@@ -38,7 +39,7 @@ GROUPED = Shape(heads=4, kv_heads=2, head_dim=64, page_size=16)
 ONE_KV_HEAD = Shape(heads=4, kv_heads=1, head_dim=128, page_size=32)
 ODD = Shape(heads=6, kv_heads=2, head_dim=24, page_size=16, tile_rows=9)
 
-# (shape, dtype, decode): every shape, dtype and regime, without their product.
+# (shape, dtype, decode): every shape, dtype and regime, without their product. After "+": of keys and values.
 CASES = {
     "multi_head_decode": (MULTI_HEAD, "float32", True),
     "multi_head_mixed": (MULTI_HEAD, "float32", False),
@@ -48,6 +49,10 @@ CASES = {
     "one_kv_head_decode": (ONE_KV_HEAD, "float32", True),
     "odd_decode": (ODD, "float32", True),
     "odd_bf16_mixed": (ODD, "bfloat16", False),
+    "odd_fp8_decode": (ODD, "float32+fp8", True),
+    "grouped_fp8_mixed": (GROUPED, "float32+fp8", False),
+    "multi_head_int8_decode": (MULTI_HEAD, "float32+int8", True),
+    "odd_int8_mixed": (ODD, "bfloat16+int8", False),
 }
 
 
@@ -63,6 +68,7 @@ class Step:
         self, shape: Shape, dtype: str, sequences: list[tuple[int, int]], decode: bool, rng: np.random.Generator
     ) -> None:
         self.shape, self.sequences, self.decode = shape, sequences, decode
+        dtype, _, kv_dtype = dtype.partition("+")
         self.dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
         self.rows, seqs = (DECODE_SEQS, DECODE_SEQS) if decode else (shape.mixed_rows, MIXED_SEQS)
         size, width, dim = shape.page_size, shape.kv_heads * shape.head_dim, shape.head_dim
@@ -86,7 +92,28 @@ class Step:
                 page = table[seq, position // size]
                 pool[page, :, position % size] = keys[position], values[position]
         self.pool = jnp.asarray(pool)
+        if kv_dtype:
+            self._narrow(kv_dtype, table)
         self.tiles = self._tiles(table, seqs, rng)
+
+    def _narrow(self, kv_dtype: str, table: np.ndarray) -> None:
+        """Converts the pool. The keys and values become what it then holds."""
+        (num_pages, _, size, width), heads = self.pool.shape, self.shape.kv_heads
+        empty = jnp.zeros((0, 2, size // 2, width), jnp.uint16)
+        template = ScaledPages(empty, jnp.zeros((0, 2, size, heads), jnp.bfloat16)) if kv_dtype == "int8" else empty
+        rows, scales = encode(self.pool, template)
+        wide, held = np.asarray(self.pool, float), np.asarray(decode(rows, kv_dtype, jnp.float32), float)
+        pages = rows.reshape(num_pages, *empty.shape[1:])
+        self.pool = pages if scales is None else ScaledPages(pages, scales)
+        if scales is not None:
+            scale = np.repeat(np.asarray(scales, float), width // heads, axis=-1)
+            held *= scale
+        rounding = 2.0**-4 * abs(wide) + 2.0**-10 if scales is None else 0.51 * scale
+        assert (abs(held - wide) <= rounding)[1:][~np.isnan(wide[1:])].all()
+        for seq, keys in enumerate(self.keys):
+            position = np.arange(len(keys))
+            found = held[table[seq, position // size], :, position % size]  # [t, 2, W]
+            self.keys[seq], self.values[seq] = found.swapaxes(0, 1)
 
     def _tiles(self, table: np.ndarray, seqs: int, rng: np.random.Generator) -> AttentionTiles:
         context, length = np.zeros((2, seqs), np.int32)  # padding sequences have neither rows nor context

@@ -5,13 +5,14 @@ Every entry of the plan table is compiled once per device, with head shapes and 
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import devices, plans
+from pallas_kernels.kv_format import ScaledPages
 from pallas_kernels.lora.layout import ceil_div
 from pallas_kernels.paged_attention import AttentionTiles, PagedAttention
 from pallas_kernels.targets import TARGETS, compile_for
@@ -32,6 +33,16 @@ class Call:
     page_size: int = 16
     dtype: str = "bfloat16"
     window: int | None = None
+    kv_dtype: str | None = None
+
+    @property
+    def pool(self):
+        (_, kv_heads, head_dim), size = self.heads, self.page_size
+        if self.kv_dtype is None:
+            return jax.ShapeDtypeStruct((NUM_PAGES, 2, size, kv_heads * head_dim), jnp.dtype(self.dtype))
+        pages = jax.ShapeDtypeStruct((NUM_PAGES, 2, size // 2, kv_heads * head_dim), jnp.uint16)
+        scales = jax.ShapeDtypeStruct((NUM_PAGES, 2, size, kv_heads), jnp.bfloat16)
+        return ScaledPages(pages, scales) if self.kv_dtype == "int8" else pages
 
     def plan(self) -> dict:
         """The plan table's entry."""
@@ -67,12 +78,12 @@ def compiled(device, calls, layers=1):
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
     def arguments(call):
-        heads, kv_heads, head_dim = call.heads
+        heads, _, head_dim = call.heads
         num_tiles = 0 if call.decode else ceil_div(call.rows, TILE_ROWS) + SEQS
         tiles = *(struct(SEQS) for _ in range(3)), *(struct(num_tiles) for _ in range(2))
         return (
             struct(call.rows, heads, head_dim, dtype=call.dtype),
-            [struct(NUM_PAGES, 2, call.page_size, kv_heads * head_dim, dtype=call.dtype)] * layers,
+            [call.pool] * layers,
             AttentionTiles(struct(SEQS, MAX_PAGES), *tiles, struct(), struct(SEQS), struct()),
         )
 
@@ -82,7 +93,8 @@ def compiled(device, calls, layers=1):
             heads, kv_heads, head_dim = call.heads
             attend = PagedAttention(
                 tiles, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, page_size=call.page_size,
-                dtype=call.dtype, decode=call.decode, tile_rows=TILE_ROWS, window=call.window, implementation="triton",
+                dtype=call.dtype, decode=call.decode, tile_rows=TILE_ROWS, window=call.window, kv_dtype=call.kv_dtype,
+                implementation="triton",
             )  # fmt: skip
             for pool in pools:
                 q = attend(q, pool)
@@ -114,6 +126,24 @@ def test_no_plan_spills(name):
     if device.compute_capability == 90:
         with_wgmma = sum(use.count for use in uses if "wgmma.mma_async" in use.ptx)
         assert with_wgmma == sum(not call.decode for call in calls)
+
+
+@pytest.mark.parametrize("name", ["h200", "a100"])
+def test_keys_and_values_of_one_byte_spill_nothing(name):
+    """int8 on both devices, fp8 on Hopper."""
+    device = devices.DEVICES[name]
+    calls = [Call(LLAMA_3_8B, True, kv_dtype="int8"), Call((32, 8, 64), False, 2048, kv_dtype="int8")]
+    if name == "h200":
+        calls = [replace(calls[0], kv_dtype="fp8"), calls[1], Call(LLAMA_3_8B, False, 8192, kv_dtype="fp8")]
+    else:
+        with pytest.raises(NotImplementedError, match="fp8 keys and values on a100; int8 is served"):
+            compiled(device, [replace(calls[0], kv_dtype="fp8")])
+    uses = kernels_in(compiled(device, calls), device)
+    assert sum(use.count for use in uses) == len(calls)
+    for use in uses:
+        print(use.name, use.registers, "registers", use.shared_bytes, "bytes shared")
+        assert use.spill_bytes == 0 and use.shared_bytes <= device.shared_bytes
+        assert "cp.async.cg.shared.global" in use.ptx and "mma" in use.ptx
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -14,6 +14,7 @@ import pytest
 from test_paged_attention import GROUPED, Shape, Step, random_sequences
 
 from pallas_kernels.devices import DEVICES, compiling_for
+from pallas_kernels.kv_format import kv_dtype_of
 from pallas_kernels.paged_attention import AttentionTiles, PagedAttention, paged_attention, triton, xla
 from pallas_kernels.paged_attention.plan import AttentionShape, TritonPlan, triton_plan
 from pallas_kernels.paged_attention.work import FIELDS, WorkShape, count_items, split, work_table
@@ -32,6 +33,10 @@ GROUP_OF_3 = Shape(heads=6, kv_heads=2, head_dim=64, page_size=8, mixed_rows=40,
 CASES = {
     "decode_group_of_4": (GROUP_OF_4, "bfloat16", None, None, True),
     "decode_group_of_8_f16": (GROUP_OF_8, "float16", None, None, True),
+    "decode_group_of_4_fp8": (GROUP_OF_4, "bfloat16+fp8", None, None, True),
+    "mixed_group_of_3_int8": (GROUP_OF_3, "bfloat16+int8", None, 2.0, False),
+    "mixed_multi_head_fp8": (MULTI_HEAD, "float16+fp8", 37, None, False),
+    "decode_group_of_4_int8": (GROUP_OF_4, "float16+int8", 60, None, True),
     "decode_multi_head_window": (MULTI_HEAD, "bfloat16", 1, None, True),
     "decode_group_of_4_cap": (GROUP_OF_4, "bfloat16", 60, 2.0, True),
     "mixed_group_of_4_cap": (GROUP_OF_4, "float16", None, 2.0, False),
@@ -46,8 +51,8 @@ def static_shape(step: Step, window: int | None = None, cap: float | None = None
     shape, (num_seqs, max_pages) = step.shape, step.tiles.page_table.shape
     rows = num_seqs if step.decode else (step.tiles.prefill_seq.shape[0] - num_seqs) * shape.tile_rows
     return AttentionShape(
-        shape.heads, shape.kv_heads, shape.head_dim, shape.page_size, step.pool.dtype, num_seqs, max_pages, rows,
-        step.decode, window, cap,
+        shape.heads, shape.kv_heads, shape.head_dim, shape.page_size, jnp.dtype(step.dtype), num_seqs, max_pages, rows,
+        step.decode, window, cap, kv_dtype_of(step.pool),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels.kv_format import ScaledPages, decode, token_rows, weights_at
 from pallas_kernels.pool_write import NO_PAGE, write_kv, write_pages
 from pallas_kernels.targets import TARGETS
 from slora_jax.analysis import launches
@@ -21,6 +22,40 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 kv_in_place = jax.jit(write_kv, donate_argnums=0)
 pages_in_place = jax.jit(write_pages, donate_argnums=0)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_a_narrow_pool_holds_rounded_tokens_beside_adapter_weights(kind, rng):
+    """Values that fp8 cannot hold saturate; int8 scales each head alone; zeros stay zeros; other bits stay."""
+    heads, page = 3, np.int32([2, 2, 5, NO_PAGE])
+    before = rng.integers(0, 2**16, (PAGES, 2, PAGE_SIZE // 2, WIDTH)).astype(np.uint16)
+    pool = jnp.array(before)
+    if kind == "int8":
+        pool = ScaledPages(pool, jnp.ones((PAGES, 2, PAGE_SIZE, heads), jnp.bfloat16))
+    kv = rng.standard_normal((2, 4, heads, WIDTH // heads)).astype(np.float32)
+    kv[0, 0, 0], kv[1, 0, 1, :2], kv[0, 2, 1] = 0, (1000, -1e6), 1e-3 * kv[0, 2, 1]
+    weights = rng.standard_normal((1, 2, PAGE_SIZE // 2, WIDTH)).astype(ml_dtypes.bfloat16)
+
+    pool = kv_in_place(pool, *kv.reshape(2, 4, WIDTH), page, np.int32([1, 7, 0, 0]))
+    pool = pages_in_place(pool, np.int32([7]), jnp.array(weights))
+
+    pages, scales = pool if kind == "int8" else (pool, None)
+    found = decode(token_rows(pages), kind, jnp.float32)[page[:3], :, np.array([1, 7, 0])]  # [T, 2, W]
+    found = np.asarray(found).reshape(3, 2, *kv.shape[2:]).swapaxes(0, 1)
+    if kind == "int8":
+        scale = np.asarray(scales, np.float32)[page[:3], :, np.array([1, 7, 0])].swapaxes(0, 1)[..., None]
+        assert (abs(found * scale - kv[:, :3]) <= 0.51 * scale).all()
+        assert (scale <= 1.01 * abs(kv[:, :3]).max(-1, keepdims=True) / 127 + 2.0**-99).all()
+    else:
+        kv = np.clip(kv, -448, 448)
+        assert (abs(found - kv[:, :3]) <= 2.0**-4 * abs(kv[:, :3]) + 2.0**-10).all()
+    stored = weights_at(pages.reshape(-1, WIDTH), np.arange(7 * PAGE_SIZE, 8 * PAGE_SIZE))
+    assert_same_bits(stored.reshape(weights.shape), weights)
+    rows = np.asarray(token_rows(pages)).copy()
+    old = np.asarray(token_rows(jnp.array(before)))
+    rows[page[:3], :, [1, 7, 0]] = old[page[:3], :, [1, 7, 0]]
+    rows[7] = old[7]
+    np.testing.assert_array_equal(rows, old)
 
 
 def random_pool(rng: np.random.Generator, dtype: str) -> np.ndarray:

@@ -1,11 +1,17 @@
 """The pool's arrays, and uploads: an adapter's pages arrive as they are, and no other page changes."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from tiny_model import TinyModel
 
+from slora_jax import EngineConfig
+from slora_jax.engine import sizing
+from slora_jax.errors import ConfigError
 from slora_jax.memory import PoolShape, upload_adapter
 from slora_jax.memory.pool import UPLOAD_PAGES, upload_layer, upload_layers
 
@@ -37,6 +43,22 @@ def test_shapes_bytes_and_zeros():
     assert jax.tree.map(lambda a: (a.shape, a.dtype), (pool, table)) == jax.tree.map(
         lambda a: (a.shape, a.dtype), (shape.pool_struct(), shape.table_struct())
     )
+
+
+def test_narrow_keys_and_values_halve_a_page(monkeypatch):
+    """With fp8 the same memory holds twice the tokens; int8 adds 2 bytes to each head of 64."""
+    wide = PoolShape(2, 90, 16, 128, "bfloat16", 5, 9)
+    fp8, int8 = (replace(wide, kv_dtype=kind, head_dim=64) for kind in ("fp8", "int8"))
+    assert 2 * fp8.page_bytes == wide.page_bytes and int8.page_bytes * 64 == fp8.page_bytes * 66
+    for shape in (fp8, int8):
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(shape.make_pool()))
+        assert shape.page_bytes * shape.num_pages == held
+    monkeypatch.setattr(sizing, "_free_memory", lambda *_: (1 << 30, "test memory"))
+    tiny, config = TinyModel().config, EngineConfig(dtype="bfloat16", page_size=16, progress=False)
+    assert sizing.pages_that_fit(tiny, replace(config, kv_dtype="fp8")) == 2 * sizing.pages_that_fit(tiny, config)
+    for field, value in (("page_size", 8), ("lora", "bmm"), ("kernels", "mosaic_gpu")):
+        with pytest.raises(ConfigError, match=f"{field}='?{value}"):
+            replace(config, kv_dtype="int8", **{field: value})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

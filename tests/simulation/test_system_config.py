@@ -60,6 +60,26 @@ def test_the_pool_is_what_the_weights_leave() -> None:
     assert staged == int(left / SHAPE.kv_bytes - 2 * 4 * 8)
 
 
+def test_narrow_keys_and_values_halve_a_token_and_not_an_adapter() -> None:
+    """int8 adds a scale of two bytes to each head of 64 columns."""
+    wide, shape = (
+        SystemConfig(gpu_memory_utilization=0.5, prefetch=0),
+        replace(SHAPE, q_width=128, kv_width=128, head_dim=64),
+    )
+    narrow = {kind: replace(wide, kv_dtype=kind) for kind in ("fp8", "int8")}
+    of = {kind: system.shard_of(shape) for kind, system in narrow.items()}
+    assert [2 * of["fp8"].kv_bytes, 64 * of["int8"].kv_bytes] == [shape.kv_bytes, 66 * of["fp8"].kv_bytes]
+    tokens = narrow["fp8"].pool_tokens(shape, device())
+    assert tokens == pytest.approx(2 * wide.pool_tokens(shape, device()), abs=1)
+    assert of["fp8"].lora_bytes == shape.lora_bytes
+    for rank in (8, 16, 64):  # in whole tiles, which are half as high
+        pages = of["fp8"].adapter_pages(rank, 16)
+        assert pages <= 2 * shape.adapter_pages(rank, 16)
+        assert pages * 16 * of["fp8"].kv_bytes >= rank * shape.lora_bytes
+    with pytest.raises(ConfigError, match="page_size=1: must be even"):
+        replace(narrow["fp8"], page_size=1)
+
+
 def test_there_are_the_papers_devices_and_later_ones() -> None:
     assert {"a100-40", "a100-80", "a10g", "h100", "h200"} <= set(devices())
 

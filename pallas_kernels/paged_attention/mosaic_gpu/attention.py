@@ -68,6 +68,8 @@ def _check(shape: AttentionShape, plan: MosaicGpuPlan) -> None:
         declined = "decode steps; 'triton' and 'xla' serve them"
     elif device is not None and device.compute_capability != 90:
         declined = f"{device.name}; Hopper is served"
+    elif shape.kv_dtype is not None:
+        declined = f"{shape.kv_dtype} keys and values; 'triton' and 'xla' serve them"
     elif shape.dtype not in (jnp.bfloat16, jnp.float16):
         declined = f"dtype {shape.dtype}; bfloat16 and float16 go through the tensor core"
     elif shape.head_dim % 64 or shape.head_dim > 128:
