@@ -9,7 +9,7 @@ from pathlib import Path
 from slora_jax.cli.processes import add_parallel_options, check_processes, join
 from slora_jax.cli.values import MODEL_HELP, count, model_path
 from slora_jax.cli.verbose import add_verbose_option, observe_phases
-from slora_jax.engine.config import DTYPES, EngineConfig
+from slora_jax.engine.config import DTYPES, WEIGHTS, EngineConfig
 from slora_jax.errors import ConfigError
 from slora_jax.phases import report, seconds_since_start
 
@@ -31,6 +31,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     option("--port", metavar="N", type=int, help="port to listen on (default: 8000; 0: any free port)")
     option("--cors-origin", metavar="URL", action="append", help="origin of web pages with access; *: any")
     option("--dtype", choices=DTYPES, help="weight dtype (default: float32 on a CPU, else bfloat16)")
+    option("--weights", choices=WEIGHTS, help="format of the layers' weights (default: the checkpoint's own)")
     option(
         "--max-num-seqs",
         metavar="N",
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         from slora_jax.serving.settings import ServerSettings
     except ImportError as error:
         raise _extra_missing(error) from error
-    names = ("dtype", "max_num_seqs", "num_pages", "embeddings", "tensor_parallel_size", "adapter_extras")
+    names = ("dtype", "weights", "max_num_seqs", "num_pages", "embeddings", "tensor_parallel_size", "adapter_extras")
     given = {
         "model_dir": args.model_dir,
         "adapters": args.adapters,
