@@ -31,7 +31,7 @@ INT4_OPTIONS = {"xla_gpu_experimental_enable_subchannel_dequantisation_fusion": 
 """XLA's options for a GPU program with "int4" kernels. Without them, it writes out each kernel in the dtype of `x`."""
 
 _LEAST_GROUP = 16
-_CLIPS = (1.0, 0.9, 0.8)
+_CLIPS = (1.0, 0.9)
 """Shares of a group's largest magnitude that "int4" tries as the largest code; the one of least squared error wins."""
 
 _CODES = {"int8": np.dtype(np.int8), "fp8": np.dtype(jnp.float8_e4m3fn), "int4": np.dtype(jnp.int4)}
@@ -82,19 +82,21 @@ def quantise(rows: np.ndarray, weights: WeightFormat) -> tuple[np.ndarray, np.nd
 
 def _to_int4(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     groups = rows.reshape(-1, group_size(rows.shape[1]))  # [n groups, group]
-    extreme = np.take_along_axis(
-        groups, np.abs(groups).argmax(1)[:, None], 1
-    )  # the largest in magnitude, with its sign
+    high, low = groups.max(1, keepdims=True), groups.min(1, keepdims=True)
+    extreme = np.where(high > -low, high, low)  # the largest in magnitude, with its sign
     extreme[extreme == 0] = 1
-    best = np.full((len(groups), 1), np.inf, np.float32)
-    codes, scale = np.zeros_like(groups), np.zeros_like(extreme)
+    codes, scale, least = np.empty_like(groups), np.empty_like(extreme), np.full(len(groups), np.inf, np.float32)
     for clip in _CLIPS:
-        step = extreme * np.float32(clip / -8)  # -8 has no positive counterpart, so the extreme's sign is its
-        rounded = np.clip(np.rint(groups / step), -8, 7)
-        error = np.square(rounded * step - groups).sum(1, keepdims=True)
-        better = error < best
-        best, scale, codes = (np.where(better, *two) for two in ((error, best), (step, scale), (rounded, codes)))
-    return codes.astype(_CODES["int4"]).reshape(rows.shape), scale.reshape(len(rows), -1)
+        step = extreme * np.float32(clip / -8)  # -8 has no positive counterpart, so it is the extreme's code
+        rounded = groups / step
+        np.clip(np.rint(rounded, out=rounded), -8, 7, out=rounded)
+        difference = rounded * step
+        difference -= groups
+        error = np.einsum("ij,ij->i", difference, difference)
+        better = error < least
+        for best, new in ((codes, rounded), (scale, step), (least[:, None], error[:, None])):
+            np.copyto(best, new, where=better[:, None])
+    return codes.astype(np.int8).astype(_CODES["int4"]).reshape(rows.shape), scale.reshape(len(rows), -1)
 
 
 def num_bytes(leaf: Any) -> int:

@@ -230,6 +230,8 @@ class QuantisedSlice:
             return None
         codes, scale = self._codes(rows)
         codes = codes[:, inputs]
+        if not np.isfinite(codes).all():  # fp8 has NaN
+            raise FloatingPointError("expected finite codes, found NaN")
         if weights == "int4":
             own = group_size(inputs.stop - inputs.start)  # divides the checkpoint's groups, or all inputs share a scale
             scale = np.repeat(scale, (form.group or self.shape[1]) // own, 1)[

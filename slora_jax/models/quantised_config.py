@@ -128,7 +128,8 @@ def _fp8(given: Mapping[str, Any]) -> CheckpointFormat:
     block, size = 0, 0
     if given.get("weight_block_size") is not None:
         block, size = _pair(given["weight_block_size"], f"{_FIELD}.weight_block_size")
-    return CheckpointFormat("fp8", "fp8", 8, size, block, "fp8", not size, f"fp8, {scheme or 'dynamic'}")
+    packing: Packing = "fp8" if size else "float"
+    return CheckpointFormat("fp8", packing, 8, size, block, "fp8", not size, f"fp8, {scheme or 'dynamic'}")
 
 
 def _gptq(given: Mapping[str, Any]) -> CheckpointFormat:

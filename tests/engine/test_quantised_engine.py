@@ -13,10 +13,9 @@ from slora_jax.adapters import random_adapter
 
 @pytest.fixture(scope="module")
 def quantised(model_dir, tiny):
-    with (
-        one_start_at_a_time(),
-        Engine.from_pretrained(model_dir, tiny.settings(weights="int4", compile_ahead=False)) as engine,
-    ):
+    with one_start_at_a_time():
+        engine = Engine.from_pretrained(model_dir, tiny.settings(weights="int4", compile_ahead=False))
+    with engine:
         yield engine
 
 
