@@ -9,6 +9,7 @@ from tiny_model import one_start_at_a_time
 
 from slora_jax import ConfigError, Engine, SamplingParams
 from slora_jax.adapters import random_adapter
+from slora_jax.engine.base_weights import EngineWeights
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +51,13 @@ def test_merged_adapters_and_other_formats_are_refused(quantised, tiny):
         Engine(quantised.model, graphdef, params, tiny.settings(lora="merge"))
     with pytest.raises(ConfigError, match=re.escape("EngineConfig.weights='int8': the model in memory has weights=")):
         tiny.engine(weights="int8")
+
+
+def test_norms_for_dora_are_those_of_the_dequantised_rows(quantised, rng):
+    device = quantised.executor.device
+    weights = EngineWeights(lambda: device.params, device.spec.lora_layout, 16, norms=False)
+    a, b = rng.standard_normal((3, 32)).astype(np.float32), rng.standard_normal((16, 3)).astype(np.float32)
+    linear = {name: np.asarray(leaf) for name, leaf in device.params["layers"][1]["qkv"].items()}
+    kernel = linear["kernel"].astype(np.float64) * np.repeat(linear["scale"], 32 // len(linear["scale"]), axis=0)
+    expected = np.linalg.norm(kernel.T[32:48] + b @ a, axis=1)  # k is after the 32 columns of q
+    np.testing.assert_allclose(weights.row_norms(1, "k", a, b), expected, rtol=1e-5)
