@@ -131,7 +131,7 @@ def windows(path: Path) -> list[np.ndarray]:
             texts.append("\n".join(message["content"] for message in json.loads(line)["messages"]))
     tokenizer = load_tokenizer(path)
     assert tokenizer is not None
-    ids = np.array(tokenizer.encode("\n\n".join(texts)), np.int32)
+    ids = np.array(tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"], np.int32)
     cut = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)
     return [cut[i] for i in np.random.default_rng(0).permutation(len(cut))]
 
