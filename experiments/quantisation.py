@@ -205,8 +205,10 @@ def verify(path: Path, output: Path) -> None:
     tokens = windows(path)[0]
     weights, fields = read_reference(path)
     vocab = len(weights["model.embed_tokens.weight"])
+    rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
     config = LlamaConfig(
         **fields,
+        rope_parameters=rope,
         vocab_size=vocab,
         intermediate_size=len(weights["model.layers.0.mlp.up_proj.weight"]),
         tie_word_embeddings=True,
