@@ -7,12 +7,43 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from slora_jax.models.config_fields import INACTIVE
 from slora_jax.models.fields import refused
 from slora_jax.models.quantised import GROUP, WeightFormat
 
 Packing = Literal["packed", "int", "float", "fp8", "gptq", "awq", "nf4"]
 
 _FIELD = "quantization_config"
+# fmt: off
+_KNOWN = {
+    "compressed-tensors": {
+        "config_groups", "format", "global_compression_ratio", "ignore", "kv_cache_scheme", "quantization_status",
+        "sparsity_config", "version",
+    },
+    "fp8": {"activation_scheme", "fmt", "ignored_layers", "modules_to_not_convert", "weight_block_size"},
+    "gptq": {
+        "backend", "batch_size", "bits", "block_name_to_quantize", "cache_block_outputs", "checkpoint_format",
+        "damp_percent", "dataset", "desc_act", "exllama_config", "group_size", "lm_head", "max_input_length", "meta",
+        "model_file_base_name", "model_name_or_path", "model_seqlen", "module_name_preceding_first_block",
+        "modules_in_block_to_quantize", "pad_token_id", "static_groups", "sym", "tokenizer", "true_sequential",
+        "use_cuda_fp16", "use_exllama",
+    },
+    "awq": {
+        "backend", "bits", "do_fuse", "exllama_config", "fuse_max_seq_len", "group_size", "modules_to_fuse",
+        "modules_to_not_convert", "version", "zero_point",
+    },
+    "bitsandbytes": {
+        "_load_in_4bit", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "bnb_4bit_quant_type",
+        "bnb_4bit_use_double_quant", "llm_int8_skip_modules", "llm_int8_threshold", "load_in_4bit",
+    },
+    "weights": {
+        "actorder", "block_structure", "dynamic", "group_size", "num_bits", "observer", "observer_kwargs",
+        "scale_dtype", "strategy", "symmetric", "type", "zp_dtype",
+    },
+    "group": {"format", "input_activations", "output_activations", "targets", "weights"},
+}
+# fmt: on
+"""Fields that are read, or that tell how the checkpoint was made, by method and part."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +92,15 @@ def checkpoint_format(hf_config: Mapping[str, Any]) -> CheckpointFormat | None:
     method = given.get("quant_method")
     if method not in readers:
         raise refused(f"{_FIELD}.quant_method", method, " or ".join(map(repr, readers)))
+    _require_known(given, method, _FIELD)
     return readers[method](given)
+
+
+def _require_known(given: Mapping[str, Any], part: str, where: str) -> None:
+    """Raises for a field that is not known and not switched off."""
+    for field in given.keys() - _KNOWN[part] - {"quant_method"}:
+        if given[field] not in INACTIVE:
+            raise refused(f"{where}.{field}", given[field], "null, false, 0 or empty")
 
 
 def _require(given: Mapping[str, Any], field: str, allowed: tuple[Any, ...], where: str = _FIELD) -> Any:
@@ -89,7 +128,9 @@ def _compressed_tensors(given: Mapping[str, Any]) -> CheckpointFormat:
     if group.get("format") not in (None, layout):
         raise refused(f"{where}.format", group["format"], repr(layout))
     _require(group, "output_activations", (None,), where)
+    _require_known(group, "group", where)
     weights, where = group.get("weights") or {}, f"{where}.weights"
+    _require_known(weights, "weights", where)
     kind = _require(weights, "type", ("int", "float"), where)
     bits = _require(weights, "num_bits", (8,) if kind == "float" or layout != "pack-quantized" else (4, 8), where)
     _require(weights, "symmetric", (True,), where)
@@ -160,6 +201,7 @@ def _bitsandbytes(given: Mapping[str, Any]) -> CheckpointFormat:
     if not given.get("load_in_4bit", given.get("_load_in_4bit")):
         raise refused(f"{_FIELD}.load_in_4bit", given.get("load_in_4bit"), "true")
     _require(given, "bnb_4bit_quant_type", ("nf4",))
+    _require(given, "bnb_4bit_quant_storage", (None, "uint8"))
     return CheckpointFormat("bitsandbytes", "nf4", 4, 0, 0, "int8", False)
 
 

@@ -241,6 +241,8 @@ REFUSED = {
     "order": (compressed(4, 128, actorder="group"), "weights.actorder='group'"),
     "kv": (compressed(4, 128) | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme="),
     "fp4": ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "quant_type='fp4'"),
+    "rotated": (compressed(4, 128) | {"transform_config": {"config_groups": {"u": 1}}}, "transform_config="),
+    "rules": (GPTQ | {"dynamic": {"-:down": {}}}, "quantization_config.dynamic="),
     "gemv": ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"}, "version='gemv'"),
 }
 
