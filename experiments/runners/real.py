@@ -153,8 +153,11 @@ class RealRunner:
         if settings.software == "peft":
             return System(run.system.name, settings, self._peft(run, adapters))
         if run.has_weights or self._with_peft:
-            graphdef, params, model = load_model(self._checkpoint(run), settings.engine.dtype, progress=False)
+            checkpoint = self._checkpoint(run)
+            model = settings.engine.of_model(ModelConfig.from_directory(checkpoint))
+            graphdef, params, model = load_model(checkpoint, settings.engine.dtype, progress=False, config=model)
         else:
+            model = settings.engine.of_model(model)
             graphdef, params = init_random(model, settings.engine.dtype, run.seed)
         if settings.software == "packed":
             made = {name: adapter.make(int(name)) for name, adapter in adapters.items()}

@@ -46,8 +46,10 @@ class Packed:
 
         Raises:
           OutOfMemory: a replica's share does not hold its weights and one request of `max_model_len` tokens.
-          ConfigError: as `Engine`, or there is no adapter.
+          ConfigError: as `Engine`, there is no adapter, or the weights are quantised.
         """
+        if model.weights is not None:
+            raise ConfigError(f"packed: weights={model.weights!r}: adapters cannot be merged into quantised weights")
         if not adapters:
             raise ConfigError("packed: adapters={}: there must be one at least, each has a replica")
         num_pages = pages_per_replica(model, config, len(adapters))

@@ -31,6 +31,11 @@ from slora_jax.adapters.untrusted.quoting import quoted
 from slora_jax.adapters.vectors import BaseWeights
 from slora_jax.errors import AdapterError, UnknownAdapterError
 
+_QUANTISED = re.compile(
+    r"([-_.](unsloth|bnb|nf4|[48]bit|gptq|awq|autoround|int[48]|fp8|dynamic|w[48]a(8|16)|quantized|q[48]|g128))+$"
+)
+"""The end of a model's name that names a quantisation."""
+
 
 @dataclass(frozen=True)
 class AdapterInfo:
@@ -122,6 +127,8 @@ class AdapterStore(AdapterContents):
         """
         self.base_names: frozenset[str] = frozenset()
         """Lower-case names of the base model; if empty, adapters of other base models cause no warning."""
+        self.base_weights = ""
+        """Format of the base model's weights, for that warning."""
         self.geometry = geometry
         self.dtype = tile_dtype(dtype)
         self._max_lora_rank = max_lora_rank
@@ -329,15 +336,22 @@ class AdapterStore(AdapterContents):
         return num_pages, nbytes
 
     def _check_base(self, name: str, trained_on: str | None) -> None:
-        """Warns if an adapter's config names a different base model."""
+        """Warns if an adapter's config names a different base model, or the same one in another quantisation."""
         *_, last = re.split(r"[/\\]", (trained_on or "").rstrip("/\\").lower())
-        if last and self.base_names and last not in self.base_names:
-            warnings.warn(
-                f"adapter {name!r}: base_model_name_or_path={quoted(trained_on)} is another name than that of the base "
-                f"model, {' or '.join(sorted(self.base_names))}; if it was trained on another model, its answers are "
-                "wrong",
-                stacklevel=2,
+        if not last or not self.base_names or last in self.base_names:
+            return
+        trained = f"adapter {name!r}: base_model_name_or_path={quoted(trained_on)}"
+        if _QUANTISED.sub("", last) in {_QUANTISED.sub("", base) for base in self.base_names}:
+            message = (
+                f"{trained} is another quantisation of the base model, whose weights are {self.base_weights} here; "
+                "answers can differ from those in training"
             )
+        else:
+            message = (
+                f"{trained} is another name than that of the base model, {' or '.join(sorted(self.base_names))}; if it "
+                "was trained on another model, its answers are wrong"
+            )
+        warnings.warn(message, stacklevel=2)
 
     def _register_or_error(self, directory: Path) -> AdapterInfo | AdapterError:
         try:

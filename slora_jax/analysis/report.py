@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from slora_jax.engine.step import StepSpec, make_step, step_shapes
 from slora_jax.errors import ConfigError
 from slora_jax.models import ModelConfig, Params, abstract_decoder
 from slora_jax.models.init import abstract_shards
+from slora_jax.models.quantised import num_bytes
 from slora_jax.parallel.mesh import TensorParallel, cut
 
 SIZING_LAYERS = 2
@@ -407,7 +407,8 @@ def _compile_sampler(spec: StepSpec, target: Target, kind: str, seqs: int) -> Pr
 
 def _bytes(params: Params) -> int:
     """Bytes of the parameters per device."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape) * leaf.dtype.itemsize
+    shards = (
+        jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape, leaf.dtype)
         for leaf in jax.tree.leaves(params)
     )
+    return sum(map(num_bytes, shards))

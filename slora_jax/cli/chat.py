@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     model = ModelConfig.from_directory(args.model_dir)
     config = EngineConfig(
         dtype=args.dtype,
+        weights=args.weights,
         max_num_seqs=1,
         max_model_len=min(args.max_model_len, model.max_position_embeddings),
         mixed_buckets=(64, EngineConfig.max_num_batched_tokens),

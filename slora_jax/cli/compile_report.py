@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pallas_kernels.devices import DEVICES
 from slora_jax.cli.values import count
-from slora_jax.engine.config import EngineConfig
+from slora_jax.engine.config import WEIGHTS, EngineConfig
 from slora_jax.errors import ConfigError
 from slora_jax.parallel.layout import LORA_SHARDINGS
 
@@ -49,6 +49,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     option("--rank", metavar="R", type=count, default=16, help="rank of the adapters counted (default: %(default)s)")
     option("--page-size", metavar="N", type=count, default=EngineConfig.page_size, help="tokens (default: %(default)s)")
     option("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="weight dtype (default: %(default)s)")
+    option("--weights", default="auto", choices=WEIGHTS, help="format of the layers' weights (default: the dtype)")
     option("--max-model-len", metavar="N", type=count, help="longest sequence (default: the model's)")
     option("--adapter-slots", metavar="N", type=count, help="adapters in the pool at once (default: the engine's)")
     option(
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--gpu-memory-fraction={args.gpu_memory_fraction}: must be in (0, 1]")
     config = EngineConfig(
         dtype=args.dtype,
+        weights=args.weights,
         page_size=args.page_size,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     )
     from slora_jax.models.config import ModelConfig, read_json
 
-    model = ModelConfig.from_dict(read_json(args.model_config))
+    model = config.of_model(ModelConfig.from_dict(read_json(args.model_config)))
     _use_cpu_only()
     from pallas_kernels.targets import TARGETS
     from slora_jax.analysis.report import compile_report

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from slora_jax.cli.processes import add_parallel_options, check_processes, join
 from slora_jax.cli.values import MODEL_HELP, count, model_path, named_directory
 from slora_jax.cli.verbose import add_verbose_option, observe_phases
-from slora_jax.engine.config import DTYPES, EngineConfig
+from slora_jax.engine.config import DTYPES, WEIGHTS, EngineConfig
 from slora_jax.errors import ConfigError, RequestError
 from slora_jax.phases import phase, report, seconds_since_start
 from slora_jax.scheduling.sampling_params import SamplingParams
@@ -60,6 +60,12 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> No
     option("--temperature", metavar="T", type=float, default=0.0, help="sampling temperature (default: 0, greedy)")
     option("--seed", metavar="N", type=int, default=0, help="sampling seed (default: %(default)s)")
     option("--dtype", default="auto", choices=DTYPES, help="weight dtype (default: float32 on a CPU, else bfloat16)")
+    option(
+        "--weights",
+        default="auto",
+        choices=WEIGHTS,
+        help="format of the layers' weights (default: the checkpoint's own)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,6 +119,7 @@ def _engine_config(args: argparse.Namespace, model: ModelConfig) -> EngineConfig
     """The engine's settings, except the number of pages and the rows of the prefill program."""
     return EngineConfig(
         dtype=args.dtype,
+        weights=args.weights,
         max_num_seqs=1,
         max_model_len=min(args.max_model_len, model.max_position_embeddings),
         mixed_buckets=(EngineConfig.max_num_batched_tokens,),

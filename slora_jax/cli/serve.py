@@ -9,7 +9,7 @@ from pathlib import Path
 from slora_jax.cli.processes import add_parallel_options, check_processes, join
 from slora_jax.cli.values import MODEL_HELP, count, model_path
 from slora_jax.cli.verbose import add_verbose_option, observe_phases
-from slora_jax.engine.config import DTYPES, EngineConfig
+from slora_jax.engine.config import DTYPES, WEIGHTS, EngineConfig
 from slora_jax.errors import ConfigError
 from slora_jax.phases import report, seconds_since_start
 from slora_jax.scheduling.config import KV_DTYPES
@@ -32,6 +32,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     option("--port", metavar="N", type=int, help="port to listen on (default: 8000; 0: any free port)")
     option("--cors-origin", metavar="URL", action="append", help="origin of web pages with access; *: any")
     option("--dtype", choices=DTYPES, help="weight dtype (default: float32 on a CPU, else bfloat16)")
+    option("--weights", choices=WEIGHTS, help="format of the layers' weights (default: the checkpoint's own)")
     option("--kv-dtype", choices=KV_DTYPES, help="keys and values: one byte an element, or the dtype (default: auto)")
     option(
         "--max-num-seqs",
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise _extra_missing(error) from error
     names = (
-        *("dtype", "kv_dtype", "max_num_seqs", "num_pages", "embeddings", "tensor_parallel_size"),
+        *("dtype", "weights", "kv_dtype", "max_num_seqs", "num_pages", "embeddings", "tensor_parallel_size"),
         "adapter_extras",
     )
     given = {

@@ -11,6 +11,7 @@ import numpy as np
 
 from pallas_kernels.lora.layout import LoraLayout
 from slora_jax.models import Params
+from slora_jax.models.quantised import dequantised
 
 
 class EngineWeights:
@@ -42,7 +43,8 @@ class EngineWeights:
         stack, first, _ = self._columns[projection]
         padding = (0, self._max_rank - a.shape[0])
         a, b = np.pad(a, (padding, (0, 0))), np.pad(b, ((0, 0), padding))
-        return np.asarray(_row_norms(self._params()["layers"][layer][stack]["kernel"], a, b, first))
+        linear = self._params()["layers"][layer][stack]
+        return np.asarray(_row_norms(linear["kernel"], linear.get("scale"), a, b, first))
 
     @property
     def is_tied(self) -> bool:
@@ -64,13 +66,16 @@ class EngineWeights:
 
 
 @partial(jax.jit, static_argnames="first")
-def _row_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, first: int) -> jax.Array:
+def _row_norms(kernel: jax.Array, scale: jax.Array | None, a: jax.Array, b: jax.Array, first: int) -> jax.Array:
     """The norm of each row of `W + b a`, float32 `[d_out]`; W is the transpose of columns `first` on of `kernel`.
 
-    Expanded to `|w|^2 + 2 w (b a)^T + |b a|^2`, it needs no copy of the weight.
+    Expanded to `|w|^2 + 2 w (b a)^T + |b a|^2`, it needs no copy of a weight in the model's dtype.
     """
     exact = jax.lax.Precision.HIGHEST
-    w = jax.lax.slice_in_dim(kernel, first, first + b.shape[0], axis=1)  # [d_in, d_out]
+    own = partial(jax.lax.slice_in_dim, start_index=first, limit_index=first + b.shape[0], axis=1)
+    w = own(kernel)  # [d_in, d_out]
+    if scale is not None:
+        w = dequantised(w, own(scale), jnp.dtype(jnp.float32))
     squares = jnp.sum(jnp.square(w.astype(jnp.float32)), axis=0)  # [d_out]
     crossed = jnp.dot(a.astype(w.dtype), w, precision=exact, preferred_element_type=jnp.float32)  # [r, d_out]
     gram = jnp.dot(a, a.T, precision=exact)  # [r, r]

@@ -115,6 +115,16 @@ class Engine:
             )
         if config.lora == "merge" and model.experts is not None:
             raise ConfigError("EngineConfig.lora='merge': a model with experts is not supported; use 'paged'")
+        if config.lora == "merge" and model.weights is not None:
+            raise ConfigError(
+                f"EngineConfig.lora='merge': adapters cannot be merged into weights={model.weights!r}; use 'paged', or "
+                "weights of the model's dtype"
+            )
+        if config.weights not in ("auto", model.weights):
+            raise ConfigError(
+                f"EngineConfig.weights={config.weights!r}: the model in memory has weights={model.weights!r}; use "
+                "'auto', or Engine.from_pretrained, which quantises"
+            )
         keep_compiled_programs(config.compilation_cache_dir)
         self.model = model
         self.config = config
@@ -134,6 +144,7 @@ class Engine:
             extras=config.adapter_extras,
             activated=config.lora != "merge",
         )
+        self.store.base_weights = model.weights or config.dtype
         evictor = Evictor(self.allocator, eviction or Lru())
         self.residency = AdapterResidency(evictor, spec.pool.adapter_slots)
         self.prefixes = PrefixCache(evictor, config.page_size) if config.prefix_cache else None

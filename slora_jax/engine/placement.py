@@ -53,7 +53,7 @@ def load(model_dir: str | Path, config: EngineConfig) -> tuple[ModelConfig, nnx.
       ConfigError: there are too few devices, or the model cannot be sharded over them.
       UnsupportedModelError, CheckpointError: see `models.load_model`.
     """
-    model = ModelConfig.from_directory(model_dir).up_to(config.max_model_len)
+    model = config.of_model(ModelConfig.from_directory(model_dir).up_to(config.max_model_len))
     parallel = tensor_parallel(model, config.tensor_parallel_size, config.tp_lora, config.tp_first_device)
     graphdef, params, model = load_model(
         model_dir, config.dtype, config.model_cache_dir, config.progress, parallel, config=model

@@ -25,6 +25,7 @@ from slora_jax.memory import Pool, PoolShape
 from slora_jax.models import ModelConfig, Params
 from slora_jax.models.decoder import Embedding
 from slora_jax.models.projections import lora_layout
+from slora_jax.models.quantised import INT4_OPTIONS
 from slora_jax.models.traits import Activation
 from slora_jax.parallel import vocabulary
 from slora_jax.parallel.layout import ONE_DEVICE, Shards
@@ -356,7 +357,7 @@ def make_step(spec: StepSpec, layout: BatchLayout, with_lora: Lora) -> Any:
             check_vma=False,
         )
     step.__name__ = step_name(layout.bucket, with_lora)
-    options = None if devices.target() is None else GPU_OPTIONS
+    options = None if devices.target() is None else GPU_OPTIONS | (INT4_OPTIONS if spec.model.weights == "int4" else {})
     return jax.jit(step, donate_argnums=(1, 3), compiler_options=options)
 
 

@@ -1,6 +1,7 @@
 """Orbax cache of converted weights, so that a checkpoint is converted once.
 
-Each (model directory, dtype, shards) has an entry `<cache_dir>/<model>-<dtype>[-tp<N>]-<path digest>/`: the Orbax tree
+Each (model directory, dtype, format of quantised weights, shards) has an entry
+`<cache_dir>/<model>-<dtype>[-<format>][-tp<N>]-<path digest>/`: the Orbax tree
 in `params/`, and `manifest.json` with the key of the source checkpoint and the CRC-32 of every file. An entry is
 written to a temporary directory and renamed into place, so partial writes are never read. If the checkpoint changes,
 its entry is replaced.
@@ -25,6 +26,7 @@ from slora_jax.models.config import ModelConfig
 from slora_jax.models.decoder import Params
 from slora_jax.models.hf import checkpoint_files, load_device
 from slora_jax.models.placements import ParamPath
+from slora_jax.models.quantised import WeightFormat
 
 if TYPE_CHECKING:  # the import takes seconds, and only this cache needs it
     import orbax.checkpoint as ocp  # type: ignore[import-untyped]
@@ -54,11 +56,18 @@ def checkpoint_key(model_dir: str | Path, config: ModelConfig, dtype: np.dtype) 
     return digest.hexdigest()
 
 
-def entry_path(cache_dir: str | Path, model_dir: str | Path, dtype: np.dtype, shards: int = 1) -> Path:
-    """The directory of the entry for a model directory, dtype and number of shards, whether or not it exists."""
+def entry_path(
+    cache_dir: str | Path,
+    model_dir: str | Path,
+    dtype: np.dtype,
+    shards: int = 1,
+    weights: WeightFormat | None = None,
+) -> Path:
+    """The directory of the entry for a model directory, dtype, number of shards and format of quantised weights,
+    whether or not it exists."""
     resolved = Path(model_dir).resolve()
     path_digest = hashlib.sha256(str(resolved).encode()).hexdigest()[:12]
-    kind = dtype.name if shards == 1 else f"{dtype.name}-tp{shards}"
+    kind = "-".join([dtype.name, *([weights] if weights else []), *([f"tp{shards}"] if shards > 1 else [])])
     return Path(cache_dir).resolve() / f"{resolved.name}-{kind}-{path_digest}"
 
 

@@ -18,6 +18,7 @@ from slora_jax.models.families.registry import family_of
 from slora_jax.models.fields import token_ids
 from slora_jax.models.gguf.config import ROPE_FACTORS, hf_config, rope_factors
 from slora_jax.models.gguf.header import gguf_file, read_header
+from slora_jax.models.quantised import WeightFormat
 from slora_jax.models.traits import Activation, Experts, LayerKind, Norms, QkNorm, RopeConfig
 
 
@@ -43,6 +44,8 @@ class ModelConfig:
       embedding_multiplier, residual_multiplier: factors of the embeddings, and of what a layer adds to the residual.
       logits_scaling: divisor of the logits.
       eos_token_ids: empty if the checkpoint names none.
+      weights: format of the kernels of the attention and of feed-forward parts without experts (`models.quantised`);
+        None: the model's dtype.
     """
 
     family: str
@@ -76,6 +79,7 @@ class ModelConfig:
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
     eos_token_ids: tuple[int, ...] = ()
+    weights: WeightFormat | None = None
 
     @property
     def q_width(self) -> int:

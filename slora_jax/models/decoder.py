@@ -98,17 +98,17 @@ class DecoderLayer(nnx.Module):
         self.config = config
         for name in norms_of(config):
             setattr(self, name, RMSNorm(d, epsilon))
-        self.qkv = Linear(d, config.q_width + 2 * config.kv_width, config.qkv_bias, dtype)
+        self.qkv = Linear(d, config.q_width + 2 * config.kv_width, config.qkv_bias, dtype, config.weights)
         widths = {"head": (config.head_dim, config.head_dim), "width": (config.q_width, config.kv_width)}
         q_width, k_width = widths[config.qk_norm] if config.qk_norm else (0, 0)
         self.q_norm = RMSNorm(q_width, epsilon) if q_width else None
         self.k_norm = RMSNorm(k_width, epsilon) if k_width else None
-        self.o = Linear(config.q_width, d, config.o_bias, dtype)
+        self.o = Linear(config.q_width, d, config.o_bias, dtype, config.weights)
         if kind.has_experts:
             self.experts = ExpertLayer(config, dtype)
         else:
-            self.gate_up = Linear(d, 2 * ffn, config.mlp_bias, dtype)
-            self.down = Linear(ffn, d, config.mlp_bias, dtype)
+            self.gate_up = Linear(d, 2 * ffn, config.mlp_bias, dtype, config.weights)
+            self.down = Linear(ffn, d, config.mlp_bias, dtype, config.weights)
 
     def __call__(self, x: jax.Array, tables: Sequence[Table], context: StepContext) -> jax.Array:
         """Maps `x` `[T, d]` to `[T, d]`. tables: cosines and sines of each of `ModelConfig.ropes`."""

@@ -28,9 +28,14 @@ from slora_jax.models.gguf.header import gguf_file
 from slora_jax.models.gguf.tensors import GgufSlice, GgufTensors, open_gguf
 from slora_jax.models.init import abstract_decoder
 from slora_jax.models.placements import EMBEDDING, HEAD, ParamPath, Placement, tensor_placements
+from slora_jax.models.quantised import quantise
+from slora_jax.models.quantised_checkpoint import QuantisedSlice, QuantisedTensors, open_quantised
+from slora_jax.models.quantised_config import CheckpointFormat, checkpoint_format
 from slora_jax.models.rotary import inverse_frequencies
 from slora_jax.models.safetensors_file import SafetensorsSlice, SafetensorsTensors, open_safetensors
 from slora_jax.parallel.mesh import TensorParallel, parameter_spec, whole_shape
+
+Tensor = SafetensorsSlice | GgufSlice | QuantisedSlice
 
 _BLOCK_BYTES = 1 << 20
 _ALIGNMENT = 64  # bytes; the CPU backend uses an aligned buffer without copying it
@@ -75,8 +80,8 @@ def untied_if_heads_differ(model_dir: str | Path, config: ModelConfig, dtype: An
     if not config.tie_word_embeddings:
         return config
     with ExitStack() as opened:
-        found: dict[str, SafetensorsSlice | GgufSlice] = {}
-        for file in checkpoint_files(model_dir):
+        found: dict[str, Tensor] = {}
+        for file in _sources(model_dir):
             tensors = opened.enter_context(_open(file))
             found |= {name: tensors.get(name) for name in {EMBEDDING, HEAD}.intersection(tensors.names())}
         if len(found) < 2 or _are_equal(found[EMBEDDING], found[HEAD], model_dtype(dtype)):
@@ -89,7 +94,28 @@ def untied_if_heads_differ(model_dir: str | Path, config: ModelConfig, dtype: An
     return dataclasses.replace(config, tie_word_embeddings=False)
 
 
-def _are_equal(one: SafetensorsSlice | GgufSlice, other: SafetensorsSlice | GgufSlice, dtype: np.dtype) -> bool:
+def warn_of_rounding(model_dir: str | Path, config: ModelConfig, dtype: Any) -> None:
+    """Warns once if a quantised checkpoint is served in other numbers than its own, and if experts keep `dtype`."""
+    form, notes = format_of(model_dir), []
+    if form is not None and (not form.is_kept or config.weights != form.weights):
+        notes.append(f"its kernels are dequantised and rounded again to weights={config.weights!r}")
+    if form is not None and form.activations:
+        notes.append(f"it quantises activations ({form.activations}), which here keep {model_dtype(dtype).name}")
+    if form is not None:
+        with _open(Path(model_dir)) as tensors:
+            assert isinstance(tensors, QuantisedTensors)
+            placements = tensor_placements(config)
+            kernels = {n for n, p in placements.items() if p.path[-1] == "kernel" and p.path[0] == "layers"}
+            if plain := sorted(kernels.intersection(tensors.unquantised)):
+                notes.append(f"{len(plain)} of its kernels are not quantised, and are rounded too, e.g. {plain[0]}")
+    if config.weights is not None and config.experts is not None:
+        notes.append(f"weights={config.weights!r}: experts keep {model_dtype(dtype).name}")
+    if notes:
+        method = "" if form is None else f"config.json: quantization_config.quant_method={form.method!r}: "
+        warnings.warn(f"{model_dir}: {method}{'; '.join(notes)}", stacklevel=3)
+
+
+def _are_equal(one: Tensor, other: Tensor, dtype: np.dtype) -> bool:
     """Returns whether two tensors have the same values in `dtype`; reads them in blocks of rows."""
     if one.shape != other.shape:
         return False
@@ -117,7 +143,7 @@ def load_weights(
       CheckpointError: a tensor is missing, unexpected or misshapen, or a file is damaged (checked before any weight is
         read), or a tensor has NaN or infinity.
     """
-    files = checkpoint_files(model_dir)
+    files = _sources(model_dir)
     builders = _builders(config, dtype, parallel)
     total_bytes = _check_headers(files, tensor_placements(config), [b.placements for b in builders], config)
     with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar:
@@ -155,6 +181,7 @@ class _ParamBuilder:
     def __init__(self, config: ModelConfig, dtype: Any, placements: dict[str, Placement], device: jax.Device):
         self.placements = placements
         self._device = device
+        self._weights = config.weights
         self._shapes = traverse_util.flatten_dict(abstract_decoder(config, model_dtype(dtype))[1])
         self._missing_parts = dict.fromkeys(self._shapes, 0)
         self._elements = dict.fromkeys(self._shapes, 0)
@@ -168,7 +195,7 @@ class _ParamBuilder:
     def arrays(self) -> dict[ParamPath, jax.Array]:
         return {path: self._arrays[path] for path in self._shapes}
 
-    def read(self, tensor: SafetensorsSlice | GgufSlice, placement: Placement) -> Iterator[float]:
+    def read(self, tensor: Tensor, placement: Placement) -> Iterator[float]:
         """Casts and copies a tensor's part into its parameter block by block; yields the bytes of each block.
 
         Raises `FloatingPointError` for NaN or infinity.
@@ -178,6 +205,11 @@ class _ParamBuilder:
         step = max(1, int(_BLOCK_BYTES / row_bytes))
         buffer = self._buffer(placement.path)
         target, first = placement.target(buffer).view(f"u{buffer.itemsize}"), 0  # [rows, d_in] or [rows]
+        scale_path = (*placement.path[:-1], "scale")
+        if placement.transposed and scale_path in self._shapes:
+            yield from self._quantise(tensor, placement, target, placement.target(self._buffer(scale_path)))
+            self._part_done(placement.path)
+            return
         for rows in placement.rows:
             for start in range(rows.start, rows.stop, step):
                 block = tensor[(slice(start, min(start + step, rows.stop)), *columns)]  # [step, d_in] or [step]
@@ -193,6 +225,34 @@ class _ParamBuilder:
                 yield len(block) * row_bytes
         self._part_done(placement.path)
 
+    def _quantise(self, tensor: Tensor, placement: Placement, codes: np.ndarray, scale: np.ndarray) -> Iterator[float]:
+        """Rounds a tensor's part into `codes` `[rows, ...]` and `scale` `[rows, groups]`, as `read`."""
+        assert self._weights is not None and placement.inputs is not None
+        (d_in,), part = tensor.shape[1:], placement.inputs
+        # A scale of all inputs needs all inputs; groups do not cross the part's ends.
+        columns = part if self._weights == "int4" else slice(0, d_in)
+        row_bytes = tensor.element_bytes * (columns.stop - columns.start)
+        step, first = max(1, int(_BLOCK_BYTES / row_bytes)), 0
+        for rows in placement.rows:
+            for start in range(rows.start, rows.stop, step):
+                block = slice(start, min(start + step, rows.stop))
+                kept = tensor.quantised(block, part, self._weights) if isinstance(tensor, QuantisedSlice) else None
+                if kept is None:
+                    values = np.ascontiguousarray(tensor[block, columns], np.float32)
+                    if _has_nonfinite(values.view("u4")):
+                        raise FloatingPointError("expected finite values, found NaN or infinity")
+                    wide, block_scale = quantise(values, self._weights)
+                    block_codes = wide if columns == part else wide[:, part]
+                else:
+                    block_codes, block_scale = kept
+                if not np.isfinite(block_scale).all():
+                    raise FloatingPointError("expected finite scales, found NaN or infinity")
+                size = len(block_codes)
+                codes[first : first + size] = block_codes.view(codes.dtype)
+                scale[first : first + size] = block_scale
+                first += size
+                yield size * tensor.element_bytes * (part.stop - part.start)
+
     def _buffer(self, path: ParamPath) -> np.ndarray:
         if path not in self._buffers:
             shape = self._shapes[path].shape
@@ -204,8 +264,10 @@ class _ParamBuilder:
     def _part_done(self, path: ParamPath) -> None:
         self._missing_parts[path] -= 1
         if not self._missing_parts[path]:
-            # Blocking limits host memory to one finished buffer beside its device copy.
-            self._arrays[path] = jax.device_put(self._buffers.pop(path), self._device).block_until_ready()
+            paths = [path, (*path[:-1], "scale")] if path[-1] == "kernel" else [path]
+            for own in self._buffers.keys() & set(paths):
+                # Blocking limits host memory to one finished buffer beside its device copy.
+                self._arrays[own] = jax.device_put(self._buffers.pop(own), self._device).block_until_ready()
 
 
 def _builders(config: ModelConfig, dtype: Any, parallel: TensorParallel | None) -> list[_ParamBuilder]:
@@ -276,7 +338,7 @@ def _check_headers(
     return total_bytes
 
 
-def _are_frequencies(tensor: SafetensorsSlice | GgufSlice, config: ModelConfig) -> bool:
+def _are_frequencies(tensor: Tensor, config: ModelConfig) -> bool:
     """Returns whether a rotary buffer agrees with the config, up to half-precision rounding."""
     expected = inverse_frequencies(config.rope, config.head_dim, config.max_position_embeddings)
     if tensor.shape != expected.shape:
@@ -285,6 +347,27 @@ def _are_frequencies(tensor: SafetensorsSlice | GgufSlice, config: ModelConfig) 
     return np.allclose(found, expected, rtol=1e-2, atol=1e-6)
 
 
-def _open(file: Path) -> AbstractContextManager[SafetensorsTensors | GgufTensors]:
-    """Memory-maps a weight file within a `with` block; reports damage as `CheckpointError`."""
+def _sources(model_dir: str | Path) -> list[Path]:
+    """The arguments of `_open` for a checkpoint: its weight files, or the directory of a quantised one, in which the
+    parts of one kernel can be in several files."""
+    files = checkpoint_files(model_dir)
+    return [Path(model_dir)] if format_of(model_dir) is not None else files
+
+
+def format_of(model_dir: str | Path) -> CheckpointFormat | None:
+    """How the kernels of a Hugging Face directory are quantised; None: they are not. Raises as `checkpoint_format`."""
+    file = Path(model_dir) / "config.json"
+    return None if gguf_file(model_dir) or not file.exists() else checkpoint_format(read_json(file))
+
+
+def _open(source: Path) -> AbstractContextManager[SafetensorsTensors | GgufTensors | QuantisedTensors]:
+    """Memory-maps one of `_sources` within a `with` block; reports damage as `CheckpointError`."""
+    if source.is_dir():
+        form = format_of(source)
+        assert form is not None
+        return open_quantised(source, checkpoint_files(source), form)
+    return _open_file(source)
+
+
+def _open_file(file: Path) -> AbstractContextManager[SafetensorsTensors | GgufTensors]:
     return open_gguf(file) if file.suffix.lower() == ".gguf" else open_safetensors(file)

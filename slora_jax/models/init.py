@@ -10,6 +10,7 @@ from flax import nnx, traverse_util
 
 from slora_jax.models.config import ModelConfig
 from slora_jax.models.decoder import Decoder, DecoderLayer, Params, model_dtype
+from slora_jax.models.quantised import quantise_kernel
 from slora_jax.models.traits import LayerKind
 from slora_jax.parallel.mesh import TensorParallel, parameter_spec
 
@@ -43,9 +44,19 @@ def init_random(config: ModelConfig, dtype: Any, seed: int) -> tuple[nnx.GraphDe
     graphdef, shapes = abstract_decoder(config, dtype)
     key = jax.random.key(seed)
     leaves = {}
-    for index, (path, leaf) in enumerate(sorted(traverse_util.flatten_dict(shapes).items(), key=str)):
+    flat = traverse_util.flatten_dict(shapes)
+    for index, (path, leaf) in enumerate(sorted(flat.items(), key=str)):
+        if path in leaves:
+            continue  # the scale of a quantised kernel
         if path[-1] == "scale":
             leaves[path] = jnp.ones(leaf.shape, leaf.dtype)
+        elif path[-1] == "kernel" and (*path[:-1], "scale") in flat:
+            weights = config.weights
+            assert weights is not None
+            drawn = _normal(jax.random.fold_in(key, index), leaf.shape, jnp.dtype(jnp.float32))
+            leaves |= {
+                (*path[:-1], name): jnp.asarray(a) for name, a in quantise_kernel(np.asarray(drawn), weights).items()
+            }
         else:
             leaves[path] = _normal(jax.random.fold_in(key, index), leaf.shape, leaf.dtype)
     return graphdef, traverse_util.unflatten_dict(leaves)

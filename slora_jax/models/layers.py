@@ -8,6 +8,8 @@ import numpy as np
 from flax import nnx
 
 from slora_jax.errors import UnsupportedModelError
+from slora_jax.models import quantised
+from slora_jax.models.quantised import WeightFormat
 
 
 def model_dtype(dtype: Any) -> np.dtype:
@@ -27,15 +29,29 @@ def precision_of(dtype: np.dtype) -> jax.lax.Precision | None:
 
 
 class Linear(nnx.Module):
-    """`x @ kernel (+ bias)`, kernel `[in, out]`, bias `[out]`."""
+    """`x @ kernel (+ bias)`, kernel `[in, out]`, bias `[out]`.
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: np.dtype):
-        self.kernel = nnx.Param(jnp.zeros((in_features, out_features), dtype))
+    Args:
+      weights: format of the kernel, which then has a `scale` too (`models.quantised`); None: `dtype`.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, dtype: np.dtype, weights: WeightFormat | None = None
+    ):
+        self.weights = weights
+        if weights is None:
+            self.kernel = nnx.Param(jnp.zeros((in_features, out_features), dtype))
+        else:
+            self.kernel, self.scale = map(nnx.Param, quantised.zeros(weights, in_features, out_features))
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `x` `[T, in]` to `[T, out]` of the same dtype."""
-        y = jnp.dot(x, self.kernel[...], precision=precision_of(x.dtype))
+        precision = precision_of(x.dtype)
+        if self.weights is None:
+            y = jnp.dot(x, self.kernel[...], precision=precision)
+        else:
+            y = quantised.product(x, self.kernel[...], self.scale[...], self.weights, precision)
         return y if self.bias is None else y + self.bias[...]
 
 

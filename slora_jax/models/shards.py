@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from flax import nnx, traverse_util
 
+from slora_jax.errors import ConfigError
 from slora_jax.models.config import ModelConfig
 from slora_jax.models.decoder import Params
 from slora_jax.models.init import abstract_shards
@@ -17,12 +18,20 @@ def shard_params(config: ModelConfig, params: Params, parallel: TensorParallel) 
     """Returns the graph definition of a shard's decoder, and `params` sharded over the devices of `parallel`.
 
     Parameters that `load_model` has sharded are returned unchanged; others are cut on the host, one at a time.
+
+    Raises:
+      ConfigError: the parameters are quantised, and not yet sharded.
     """
     leaf = jax.tree.leaves(params)[0]
     dtype = params["embed"]["embedding"].dtype
     graphdef, shapes = abstract_shards(config, dtype, parallel)
     if isinstance(leaf.sharding, jax.sharding.NamedSharding) and leaf.sharding.mesh == parallel.mesh:
         return graphdef, params
+    if config.weights is not None:
+        raise ConfigError(
+            f"weights={config.weights!r}: quantised parameters in memory cannot be sharded over "
+            f"tensor_parallel_size={parallel.shards.count} devices; load them with Engine.from_pretrained"
+        )
     whole = traverse_util.flatten_dict(params)
     placements = tensor_placements(config)
     own = [tensor_placements(config, parallel.shards, shard) for shard in range(parallel.shards.count)]

@@ -36,6 +36,8 @@ _PARAMETERS = {
     ("lm_head", "kernel"): _COLUMNS,
     **{(stack, "kernel"): _ROWS if stack in ROW_PARALLEL else _COLUMNS for stack in STACKS},
     **{(stack, "bias"): P(AXIS) for stack in STACKS},
+    # A row-parallel stack has a scale on each shard: that of its own groups, or for one group a copy.
+    **{(stack, "scale"): _ROWS if stack in ROW_PARALLEL else _COLUMNS for stack in STACKS},
     ("experts", "gate_up"): P(None, None, AXIS),
     ("experts", "down"): P(None, AXIS, None),
 }

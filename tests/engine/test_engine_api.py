@@ -279,12 +279,11 @@ def test_adapter_that_names_another_base_model_warns(engine, tiny, model_dir, tm
     adapter = random_adapter(tiny.geometry, 4)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for base in (str(model_dir), "somebody/another-model"):
+        for base in (str(model_dir), f"unsloth/{model_dir.name}-bnb-4bit", "somebody/another-model"):
             engine.load_adapter("a", write_peft(tmp_path, adapter, base_model_name_or_path=base))
-    [warning] = caught
-    assert f"'somebody/another-model' is another name than that of the base model, {model_dir.name}" in str(
-        warning.message
-    )
+    quantised, other = (str(warning.message) for warning in caught)
+    assert "-bnb-4bit' is another quantisation of the base model, whose weights are float32 here" in quantised
+    assert f"'somebody/another-model' is another name than that of the base model, {model_dir.name}" in other
 
 
 def test_request_id_in_use_is_refused_and_free_again_afterwards(engine) -> None:

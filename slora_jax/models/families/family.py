@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slora_jax.models.fields import Fields, refused, token_ids
+from slora_jax.models.quantised_config import checkpoint_format
 from slora_jax.models.rope_fields import read_rope
 
 Sizes = dict[str, Any]
@@ -84,6 +85,9 @@ class Family:
                 interleaved=self.interleaved_rotary,
             )
         name, supported = self.activation
+        if (form := checkpoint_format(fields.given)) is not None:
+            fields.get("quantization_config")
+            traits["weights"] = form.weights
         traits["activation"] = fields.choice(name, {value: _ACTIVATIONS[value] for value in supported})
         fields.check_rest(self.implied)
         return {"family": self.name, **sizes, **traits}
