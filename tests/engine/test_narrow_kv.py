@@ -13,7 +13,7 @@ from slora_jax import Engine, SamplingParams
 from slora_jax.adapters import random_adapter
 from slora_jax.models import Params
 
-ROUNDING = {"fp8": 0.1, "int8": 0.01}
+ROUNDING = {"fp8": 0.1, "int8": 0.02}
 """Bound of the mean square root of the logits' errors, relative to that of the logits."""
 
 RANKS = {"q": 4, "v": 9, "gate": 3, "down": 4}
