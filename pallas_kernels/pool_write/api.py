@@ -24,7 +24,10 @@ def write_kv(pool: LayerPool, k: jax.Array, v: jax.Array, page: jax.Array, offse
 
     pages = pages_of(pool)
     pages = written(token_rows(pages), rows).reshape(pages.shape)
-    return ScaledPages(pages, written(pool.scales, scales)) if isinstance(pool, ScaledPages) else pages
+    if not isinstance(pool, ScaledPages):
+        return pages
+    assert scales is not None
+    return ScaledPages(pages, written(pool.scales, scales))
 
 
 def write_pages(pool: LayerPool, page: jax.Array, contents: jax.Array) -> LayerPool:

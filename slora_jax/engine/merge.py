@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.kv_format import pages_of
 from pallas_kernels.lora import AdapterTable, LoraLayout, Stack, xla
 from pallas_kernels.lora.layout import ceil_div
 from slora_jax.engine.step import StepSpec
@@ -112,7 +113,7 @@ def make_merge(spec: StepSpec) -> Any:
         rows = xla.prepare(layout, table.pages, table.ranks, slot[None], jnp.int32(1), spec.max_rank)
         return tuple(
             {
-                stack.name: _added(layer[stack.name], pool[index], stack, layout, rows[number], sign)
+                stack.name: _added(layer[stack.name], pages_of(pool[index]), stack, layout, rows[number], sign)
                 for number, stack in enumerate(layout.stacks)
             }
             for index, layer in enumerate(weights)

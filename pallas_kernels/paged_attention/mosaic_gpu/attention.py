@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import devices
+from pallas_kernels.kv_format import LayerPool, pages_of
 from pallas_kernels.paged_attention.mosaic_gpu.mixed import attend_mixed
 from pallas_kernels.paged_attention.mosaic_gpu.work import CONSUMERS, block_rows, mixed_work
 from pallas_kernels.paged_attention.plan import AttentionShape, MosaicGpuPlan, mosaic_gpu_plan
@@ -41,9 +42,9 @@ class Attention:
         self._pages = tiles.page_table
         self._work = mixed_work(tiles, shape)
 
-    def __call__(self, q: jax.Array, pool: jax.Array) -> jax.Array:
+    def __call__(self, q: jax.Array, pool: LayerPool) -> jax.Array:
         """See `PagedAttention.__call__`."""
-        shape = self._shape
+        shape, pool = self._shape, pages_of(pool)
         if q.dtype != pool.dtype:
             raise NotImplementedError(f"mosaic_gpu attention: q is {q.dtype}, the pool {pool.dtype}; they must be one")
         if q.shape[0] > shape.max_rows:
