@@ -169,10 +169,11 @@ def measure(path: Path, formats: list[WeightFormat], count: int, output: Path) -
     sums: dict[str, list[list[float]]] = old["sums"]
     if count > len(text):
         raise ConfigError(f"--windows={count}: must be at most {len(text)}, all of the text")
-    models = {weights: _Model(path, weights) for weights in (None, *formats)}
+    kinds: tuple[WeightFormat | None, ...] = (None, *formats)
+    models = {weights: _Model(path, weights) for weights in kinds}
     config = models[None].config
     geometry = adapter_geometry(config, 16)
-    loras = {name: name and dense_lora(config, read_peft(ADAPTERS / name, geometry)) for name in NAMES}
+    loras = {name: None if name is None else dense_lora(config, read_peft(ADAPTERS / name, geometry)) for name in NAMES}
     for index in tqdm(range(count), desc="windows"):
         tokens, targets = text[index], text[index][1:]
         for name, lora in loras.items():
@@ -238,7 +239,8 @@ def verify(path: Path, output: Path) -> None:
 
     expected = run(weights)
     plain = run({n: rounded(w) if n.endswith("_proj.weight") else w for n, w in weights.items()})
-    ours = {w: np.asarray(_Model(path, w).log_probabilities(tokens, None)) for w in (None, "int4")}
+    kinds: tuple[WeightFormat | None, ...] = (None, "int4")
+    ours = {w: np.asarray(_Model(path, w).log_probabilities(tokens, None)) for w in kinds}
 
     def kl(p: np.ndarray, q: np.ndarray) -> float:
         return round(float((np.exp(p[:-1]) * (p[:-1] - q[:-1])).sum(-1).mean()), 5)
