@@ -5,13 +5,14 @@
     python -m experiments.quantisation --verify
 
 The text is the project's own: README, documents, and the data of the small adapters, in windows of 512 tokens in one
-random order. Windows that the results file has are not repeated, so a run can be interrupted and resumed. `--verify`
-compares "int4" with a `transformers` model whose weights NumPy has rounded, on one window.
+random order. Windows that the results file has are not repeated, so a run can be resumed while the text is the same.
+`--verify` compares "int4" with a `transformers` model whose weights NumPy has rounded, on one window.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -158,14 +159,21 @@ def rows(sums: Mapping[str, list[list[float]]]) -> Iterator[dict[str, Any]]:
 
 def measure(path: Path, formats: list[WeightFormat], count: int, output: Path) -> None:
     """Extends the results file to `count` windows."""
-    sums: dict[str, list[list[float]]] = json.loads(output.read_text())["sums"] if output.exists() else {}
     text = windows(path)
+    digest = hashlib.sha256(b"".join(window.tobytes() for window in text)).hexdigest()
+    old = json.loads(output.read_text()) if output.exists() else {"text": digest, "sums": {}}
+    if old.get("text") != digest:
+        raise ConfigError(
+            f"--output={output}: is of another text; the documents have changed. Remove it, or name another file"
+        )
+    sums: dict[str, list[list[float]]] = old["sums"]
     if count > len(text):
         raise ConfigError(f"--windows={count}: must be at most {len(text)}, all of the text")
-    models = {weights: _Model(path, weights) for weights in (None, *formats)}
+    kinds: tuple[WeightFormat | None, ...] = (None, *formats)
+    models = {weights: _Model(path, weights) for weights in kinds}
     config = models[None].config
     geometry = adapter_geometry(config, 16)
-    loras = {name: name and dense_lora(config, read_peft(ADAPTERS / name, geometry)) for name in NAMES}
+    loras = {name: None if name is None else dense_lora(config, read_peft(ADAPTERS / name, geometry)) for name in NAMES}
     for index in tqdm(range(count), desc="windows"):
         tokens, targets = text[index], text[index][1:]
         for name, lora in loras.items():
@@ -176,10 +184,10 @@ def measure(path: Path, formats: list[WeightFormat], count: int, output: Path) -
             for weights in missing:
                 found = expected if weights is None else models[weights].log_probabilities(tokens, lora)
                 sums[_key(weights, name)].append([float(v) for v in _compare(expected, found, targets)])
-        _write(output, path, sums)
+        _write(output, path, sums, digest)
 
 
-def _write(output: Path, path: Path, sums: Mapping[str, list[list[float]]]) -> None:
+def _write(output: Path, path: Path, sums: Mapping[str, list[list[float]]], digest: str) -> None:
     old = json.loads(output.read_text()) if output.exists() else {}
     done = {key: own for key, own in sums.items() if own}
     content = {
@@ -188,6 +196,7 @@ def _write(output: Path, path: Path, sums: Mapping[str, list[list[float]]]) -> N
         "tokens": min(map(len, done.values())) * WINDOW,
         "rows": list(rows(done)),
         "verification": old.get("verification"),
+        "text": digest,
         "sums": done,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -230,7 +239,8 @@ def verify(path: Path, output: Path) -> None:
 
     expected = run(weights)
     plain = run({n: rounded(w) if n.endswith("_proj.weight") else w for n, w in weights.items()})
-    ours = {w: np.asarray(_Model(path, w).log_probabilities(tokens, None)) for w in (None, "int4")}
+    kinds: tuple[WeightFormat | None, ...] = (None, "int4")
+    ours = {w: np.asarray(_Model(path, w).log_probabilities(tokens, None)) for w in kinds}
 
     def kl(p: np.ndarray, q: np.ndarray) -> float:
         return round(float((np.exp(p[:-1]) * (p[:-1] - q[:-1])).sum(-1).mean()), 5)

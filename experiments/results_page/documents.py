@@ -48,6 +48,9 @@ SECTIONS: Mapping[str, Section] = {
         ("memory_parts.json",),
         measured.memory,
     ),
+    "quantisation": Section(
+        "Quantised weights", "python -m experiments.quantisation", ("quantisation.json",), measured.quantisation
+    ),
     "training": Section(
         "Training",
         "python -m experiments.training_bench",

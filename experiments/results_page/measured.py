@@ -215,6 +215,34 @@ def memory(data: Json) -> Iterable[str]:
     yield f"Arrays, by their shapes: {arrays}. {data['programs_compiled']} programs were compiled."
 
 
+def quantisation(data: Json) -> Iterable[str]:
+    yield (
+        f"Model: {data['model']}, dequantised to float32, which is the reference; {data['tokens']:,} tokens of this "
+        "project's text. *Recovery* is the reference's perplexity over the format's, with the same adapter. *KL* is "
+        "the mean divergence from the reference in nats per token, *agreement* the share of equal likeliest tokens."
+    )
+    reference = {row["adapter"]: row["perplexity"] for row in data["rows"] if row["weights"] == "float32"}
+    yield table(
+        "weights | adapter | perplexity | recovery | KL | agreement",
+        [
+            [
+                *pick(row, "weights adapter perplexity"),
+                f"{reference[row['adapter']] / row['perplexity']:.1%}",
+                row["kl"],
+                f"{row['agreement']:.1%}",
+            ]
+            for row in data["rows"]
+        ],
+    )
+    if (check := data["verification"]) is not None:
+        yield (
+            f"On one window of 512 tokens, without an adapter: KL {check['plain_in_transformers']:.3g} for weights "
+            f"that NumPy rounds to the nearest of 15 levels in groups of {check['group']}, run by `transformers`; "
+            f"{check['int4']:.3g} for the int4 of this engine; {check['unquantised']:.2g} between the two "
+            "implementations without quantisation."
+        )
+
+
 def scheduler(data: Json) -> Iterable[str]:
     yield (
         f"Host time to plan one step, prefetch included, in milliseconds of CPU time: {data['running']:,} running and "

@@ -102,10 +102,10 @@ class QuantisedTensors:
         d_out, d_in = map(int, self._part(module, "weight_shape"))
         bits = self._form.bits
         _require_shape("weight_packed", words, (d_out, -(-d_in * bits // 32)))
-        scale = self._scales(scale, d_out, d_in)
+        scales = self._scales(scale, d_out, d_in)
 
         def codes(rows: slice) -> tuple[np.ndarray, np.ndarray]:
-            return _unpacked(words[rows], bits)[:, :d_in] - np.float32(1 << (bits - 1)), scale(rows)
+            return _unpacked(words[rows], bits)[:, :d_in] - np.float32(1 << (bits - 1)), scales(rows)
 
         return QuantisedSlice((d_out, d_in), bits / 8, codes, self._form)
 

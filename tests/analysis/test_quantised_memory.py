@@ -37,11 +37,8 @@ def temporary_bytes(target_name: str, weights: str | None) -> int:
     ("target", "weights", "copies"),
     [
         ("h200", "int8", False),
-        ("h200", "fp8", False),
         ("h200", "int4", False),
-        ("a100", "int8", False),
         ("a100", "fp8", True),
-        ("a100", "int4", False),
     ],
 )
 def test_weights_are_not_written_out_in_bfloat16(target, weights, copies):
