@@ -157,26 +157,15 @@ class PagedContext:
         return [pages_of(layer) for layer in self.pool]
 
     def experts(
-        self,
-        x: jax.Array,
-        chosen: jax.Array,
-        weights: jax.Array,
-        gate_up: jax.Array,
-        down: jax.Array,
+        self, x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array,
         activation: Activation,
-    ) -> jax.Array:
+    ) -> jax.Array:  # fmt: skip
         """Adds up the outputs of each token's experts. Padding has no experts, so that it reads no weights."""
         live = self._batch.page != NO_PAGE
         return expert_outputs(
-            x,
-            jnp.where(live[:, None], chosen, gate_up.shape[0]),
-            weights,
-            gate_up,
-            down,
-            activation=activation,
-            implementation=self._spec.expert_kernels,
-            interpret=self._spec.interpret,
-        )
+            x, jnp.where(live[:, None], chosen, gate_up.shape[0]), weights, gate_up, down, activation=activation,
+            implementation=self._spec.expert_kernels, interpret=self._spec.interpret,
+        )  # fmt: skip
 
     def reduce(self, y: jax.Array) -> jax.Array:
         """Sums row-parallel products, with their LoRA part, over the shards."""
