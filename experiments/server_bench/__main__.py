@@ -1,7 +1,7 @@
-"""How many tokens the HTTP server passes on: `python -m experiments.server_bench [--beside CHECKOUT] [--output FILE]`.
+"""Cost of a token in the HTTP server: `python -m experiments.server_bench [--beside CHECKOUT] [--output FILE]`.
 
-The real server, engine core and scheduler run without a model: a step takes no time (saturated), or gives every stream a
-token each 20 ms (paced). Measured from outside: tokens per second; the time from the engine's read of a token to its
+The real server, engine core and scheduler run without a model: a step takes no time (saturated), or gives every stream
+a token each 20 ms (paced). Measured from outside: tokens per second; the time from the engine's read of a token to its
 arrival at the client; CPU time of the server's processes and of the thread with the event loop for each token. With
 several servers, their rounds are interleaved.
 """

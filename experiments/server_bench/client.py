@@ -81,7 +81,8 @@ def measure(port: int, streams: int, first_token: int, seconds: float, read: Cal
 
 
 async def _measure(port: int, streams: int, first_token: int, seconds: float, read: Callable[[], Any]) -> Arrivals:
-    body = json.dumps({"prompt": [first_token, 5], "max_tokens": MAX_MODEL_LEN - 16, "stream": True, "ignore_eos": True})
+    tokens = MAX_MODEL_LEN - 16
+    body = json.dumps({"prompt": [first_token, 5], "max_tokens": tokens, "stream": True, "ignore_eos": True})
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     request = f"{head}\r\n\r\n{body}".encode()
     loop, opened = asyncio.get_running_loop(), []

@@ -39,7 +39,7 @@ MAX_STREAMS, MAX_MODEL_LEN = 512, 512
 
 
 class NoDevice:
-    """An executor (`Executor`) that computes nothing: each token is a letter that says in which interval it was read."""
+    """An executor (`Executor`) that computes nothing: each token is a letter, by the interval in which it is read."""
 
     pages_in_flight = 0
     page_bytes = 0

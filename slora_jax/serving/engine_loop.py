@@ -85,10 +85,12 @@ class EngineLoop:
         self._events = asyncio.get_running_loop()
         self._calls: set[asyncio.Future] = set()  # waiting for the thread
         self._sequences: dict[str, tuple[Mailbox, int]] = {}  # unfinished ones by id
+        self._filled: dict[Mailbox, None] = {}  # with tokens that are not passed on yet
         self._numbers = 0
         # Shared with the thread:
         self._commands: deque[Callable[[Engine], None]] = deque()
         self._long_commands: deque[Callable[[Engine], None]] = deque()
+        self._posted: deque[tuple[Callable, tuple[object, ...]]] = deque()  # callbacks for the event loop
         self._wake = threading.Event()
         self._stopping = False
         self._busy_since: float | None = None  # start of the current call of the engine
@@ -229,6 +231,19 @@ class EngineLoop:
                 mailbox.fail(unavailable(output.error or "the policy aborted it", code="aborted", retry_after=1))
             else:
                 mailbox.put(index, delta)
+                self._filled[mailbox] = None
+
+    def _run_posted(self) -> None:
+        """Runs the callbacks that are posted by now. An event loop that is late passes the tokens of several steps on
+        together."""
+        try:
+            for _ in range(len(self._posted)):
+                callback, arguments = self._posted.popleft()
+                callback(*arguments)
+        finally:
+            filled, self._filled = self._filled, {}
+            for mailbox in filled:
+                mailbox.deliver()
 
     def _fail(self, request_ids: list[str], error: Exception) -> None:
         for request_id in request_ids:
@@ -386,8 +401,9 @@ class EngineLoop:
             self._post(self._listener.fault, error)
 
     def _post(self, callback: Callable, *arguments: object) -> None:
+        self._posted.append((callback, arguments))
         try:
-            self._events.call_soon_threadsafe(callback, *arguments)
+            self._events.call_soon_threadsafe(self._run_posted)
         except RuntimeError:
             pass  # the event loop has ended
 
