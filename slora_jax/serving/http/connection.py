@@ -83,7 +83,7 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         super().on_headers_complete()
         self.cycle.keep_alive &= not upgrades
-        self.scope["extensions"] = {WRITER: DirectWriter(self.cycle)}  # type: ignore[typeddict-unknown-key]
+        self.scope["extensions"] = {WRITER: DirectWriter(self.cycle)}  # type: ignore[dict-item]
         self._cycles = [*(one for one in self._cycles if not one.response_complete), self.cycle]
         if len(self._cycles) > MAX_PIPELINED:
             self._abort()
