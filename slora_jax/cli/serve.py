@@ -51,6 +51,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     option("--train", action="store_true", help="let clients train adapters with Tinker's API (docs/tinker.md)")
     option("--train-dir", metavar="DIR", type=Path, help="directory of the states that they save; implies --train")
     option("--replicas", metavar="N", type=count, help="number of engines, behind Ray Serve if above 1 (default: 1)")
+    option("--http-processes", metavar="N", type=int, help="processes for HTTP; 0 (default): the engine's serves it")
     add_verbose_option(parser)
     add_parallel_options(parser)
     parser.set_defaults(run=run)
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         "host": args.host,
         "port": args.port,
         "replicas": args.replicas,
+        "http_processes": args.http_processes,
         "train": _train(args),
         "cors_origins": args.cors_origin and tuple(args.cors_origin),
         "engine": {name: value for name in names if (value := getattr(args, name)) is not None},
@@ -81,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
     settings = ServerSettings.from_file(args.config, **given)
     if settings.replicas > 1 and args.coordinator is not None:
         raise ConfigError(f"--replicas={settings.replicas}: must be 1 with --coordinator; leave one of the two out")
+    if settings.http_processes and args.coordinator is not None:
+        count = settings.http_processes
+        raise ConfigError(f"http_processes={count}: must be 0 with --coordinator; leave one of the two out")
     check_processes(args, settings.engine.tensor_parallel_size)
     from slora_jax.models.config import ModelConfig
 

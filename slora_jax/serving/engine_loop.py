@@ -13,13 +13,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
-from typing import Protocol
 
-from slora_jax.engine import Delta, Engine, RequestOutput
+from slora_jax.engine import Delta, Engine
 from slora_jax.errors import ProcessLostError, SloraError
 from slora_jax.scheduling import FinishReason, SamplingParams
-from slora_jax.serving.http.errors import ApiError, engine_failed, stopping, unavailable
+from slora_jax.serving.health import UNAVAILABLE, Health, Listener, refusal
+from slora_jax.serving.http.errors import ApiError, engine_failed, unavailable
 from slora_jax.serving.mailbox import Mailbox
 from slora_jax.serving.observability.snapshot import EngineSnapshot, observe
 
@@ -29,41 +28,10 @@ SWITCH_SECONDS = 0.0005
 """Argument of `sys.setswitchinterval`; the default of 5 ms would delay the next step's launch."""
 SNAPSHOT_SECONDS = 0.1
 """Interval of snapshots."""
+CHECK_SECONDS = 10.0
+"""Shortest time between two checks of an idle engine's bookkeeping."""
 MAX_FAULTS = 3
 """Failed steps in a row after which the engine is declared dead."""
-
-
-class Health(StrEnum):
-    """Health of the engine. Requests are accepted while it is READY."""
-
-    STARTING = "starting"
-    """Loading, compiling, warming up."""
-    READY = "ready"
-    RECOVERING = "recovering"
-    """A step failed, and with it its requests; waiting requests continue. When the engine is idle, a probe generation
-    decides between READY and DEAD."""
-    STALLED = "stalled"
-    """A call of the engine does not return. All requests have failed."""
-    STOPPED = "stopped"
-    DEAD = "dead"
-    """The engine is unusable. The process should be restarted."""
-
-
-class Listener(Protocol):
-    """Callbacks of the loop, in the event loop."""
-
-    def finished(self, output: RequestOutput) -> None:
-        """A sequence has ended, for whatever reason."""
-
-    def health_changed(self, health: Health) -> None:
-        """The engine's health has changed."""
-
-    def fault(self, error: BaseException) -> None:
-        """The engine failed."""
-
-
-UNAVAILABLE = (Health.STALLED, Health.STOPPED, Health.DEAD)
-"""States in which commands are refused: they would never run, or only after a stalled call returns."""
 
 
 class EngineLoop:
@@ -85,15 +53,18 @@ class EngineLoop:
         self._events = asyncio.get_running_loop()
         self._calls: set[asyncio.Future] = set()  # waiting for the thread
         self._sequences: dict[str, tuple[Mailbox, int]] = {}  # unfinished ones by id
+        self._filled: dict[Mailbox, None] = {}  # with tokens that are not passed on yet
         self._numbers = 0
         # Shared with the thread:
         self._commands: deque[Callable[[Engine], None]] = deque()
         self._long_commands: deque[Callable[[Engine], None]] = deque()
+        self._posted: deque[tuple[Callable, tuple[object, ...]]] = deque()  # callbacks for the event loop
         self._wake = threading.Event()
         self._stopping = False
         self._busy_since: float | None = None  # start of the current call of the engine
         self._faults_in_a_row = 0
         self._snapshot_at = 0.0
+        self._checked = (0.0, 0)  # time of the last check, and the engine's steps by then
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # In the event loop
@@ -229,6 +200,19 @@ class EngineLoop:
                 mailbox.fail(unavailable(output.error or "the policy aborted it", code="aborted", retry_after=1))
             else:
                 mailbox.put(index, delta)
+                self._filled[mailbox] = None
+
+    def _run_posted(self) -> None:
+        """Runs the callbacks that are posted by now. An event loop that is late passes the tokens of several steps on
+        together."""
+        try:
+            for _ in range(len(self._posted)):
+                callback, arguments = self._posted.popleft()
+                callback(*arguments)
+        finally:
+            filled, self._filled = self._filled, {}
+            for mailbox in filled:
+                mailbox.deliver()
 
     def _fail(self, request_ids: list[str], error: Exception) -> None:
         for request_id in request_ids:
@@ -237,16 +221,7 @@ class EngineLoop:
                 mailbox.fail(error)
 
     def _refusal(self) -> ApiError:
-        reasons = {
-            Health.STARTING: ("starting", "the engine is starting; /ready tells when it is ready", 5),
-            Health.RECOVERING: ("recovering", f"the engine recovers from {self.error!r}", 1),
-            Health.STALLED: ("stalled", "a call of the engine does not return", 30),
-            Health.DEAD: ("dead", f"the engine is dead: {self.error!r}", None),
-        }
-        if self.health not in reasons:
-            return stopping()
-        code, message, seconds = reasons[self.health]
-        return unavailable(message, code=code, retry_after=seconds)
+        return refusal(self.health, self.error)
 
     def _is_stuck(self) -> bool:
         """Returns whether the current call of the engine takes too long."""
@@ -326,6 +301,9 @@ class EngineLoop:
         if self.health is Health.RECOVERING:
             with self._watched():
                 self._recover(engine)
+        else:
+            with self._watched():
+                self._check(engine)
         self._observe(engine)
         if not self._long_commands:
             self._wake.wait(timeout=1.0)
@@ -335,7 +313,8 @@ class EngineLoop:
             deltas = engine.step()
         except ProcessLostError:
             raise
-        except Exception as error:  # noqa: BLE001  its requests fail with it
+        except Exception as error:
+            logger.error("a step failed", exc_info=error)
             self._fault(engine, error)
             return
         self._faults_in_a_row = 0
@@ -347,7 +326,6 @@ class EngineLoop:
     def _fault(self, engine: Engine, error: Exception) -> None:
         """Handles a failed step. The engine itself ends the requests of a step that was not dispatched; if a step's
         result cannot be read, all running requests fail."""
-        logger.error("a step failed", exc_info=error)
         self._become(Health.RECOVERING, error)
         self._faults_in_a_row += 1
         running = [request.id for request in engine.scheduler.running]
@@ -356,6 +334,19 @@ class EngineLoop:
             engine.cancel(request_id)
         if self._faults_in_a_row >= MAX_FAULTS:
             raise error
+
+    def _check(self, engine: Engine) -> None:
+        """Checks the idle engine's bookkeeping, if there were steps since the last check and that was a while ago."""
+        now, steps = time.monotonic(), engine.core.counters.steps
+        last, checked = self._checked
+        if steps == checked or now - last < CHECK_SECONDS:
+            return
+        self._checked = now, steps
+        try:
+            engine.check()
+        except Exception as error:
+            logger.error("the engine's bookkeeping is wrong", exc_info=error)
+            self._fault(engine, error)
 
     def _recover(self, engine: Engine) -> None:
         """Checks the idle engine's bookkeeping, and that it still generates."""
@@ -386,8 +377,9 @@ class EngineLoop:
             self._post(self._listener.fault, error)
 
     def _post(self, callback: Callable, *arguments: object) -> None:
+        self._posted.append((callback, arguments))
         try:
-            self._events.call_soon_threadsafe(callback, *arguments)
+            self._events.call_soon_threadsafe(self._run_posted)
         except RuntimeError:
             pass  # the event loop has ended
 

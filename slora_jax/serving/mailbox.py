@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from slora_jax.engine import Delta, RequestOutput
@@ -34,17 +35,34 @@ class Arrived:
 
 class Mailbox:
     """New tokens of all sequences of one HTTP request, by index. A reader slower than the engine gets the tokens of
-    several steps at once, so memory is bounded by what the sequences may generate."""
+    several steps at once, so memory is bounded by what the sequences may generate.
+
+    Attributes:
+      direct: takes new tokens at once while the reader waits in `take`, and returns whether it did; otherwise the
+        reader gets them. It must be quick, and must not raise.
+    """
 
     def __init__(self) -> None:
+        self.direct: Callable[[dict[int, Arrived]], bool] | None = None
         self._arrived: dict[int, Arrived] = {}
         self._error: Exception | None = None
         self._filled = asyncio.Event()
+        self._is_awaited = False
 
     def put(self, index: int, delta: Delta) -> None:
-        """Adds the result of a step for a sequence."""
-        self._arrived.setdefault(index, Arrived()).add(delta)
-        self._filled.set()
+        """Adds the result of a step for a sequence. `deliver` passes it on."""
+        arrived = self._arrived.get(index)
+        if arrived is None:
+            arrived = self._arrived[index] = Arrived()
+        arrived.add(delta)
+
+    def deliver(self) -> None:
+        """Passes the added tokens on, to `direct` or to the reader."""
+        is_waiting = self._is_awaited and not self._filled.is_set()
+        if self.direct is not None and is_waiting and self.direct(self._arrived):
+            self._arrived = {}
+        else:
+            self._filled.set()
 
     def fail(self, error: Exception) -> None:
         """Makes the next `take` raise `error`. Only the first error counts."""
@@ -53,7 +71,11 @@ class Mailbox:
 
     async def take(self) -> dict[int, Arrived]:
         """Waits for new tokens and returns them. Raises the error given to `fail`."""
-        await self._filled.wait()
+        self._is_awaited = True
+        try:
+            await self._filled.wait()
+        finally:
+            self._is_awaited = False
         self._filled.clear()
         if self._error is not None:
             self._filled.set()

@@ -13,7 +13,8 @@ from slora_jax.distributed.group import EXIT_LOST
 from slora_jax.engine import Engine
 from slora_jax.errors import ProcessLostError, SloraError
 from slora_jax.phases import report, seconds_since_start
-from slora_jax.serving.engine_loop import SWITCH_SECONDS, Health
+from slora_jax.serving.engine_loop import SWITCH_SECONDS
+from slora_jax.serving.health import Health
 from slora_jax.serving.http.app import create_app
 from slora_jax.serving.http.server import listen, serve_app
 from slora_jax.serving.replicas.deployment import serve_replicas
@@ -31,6 +32,11 @@ def serve(settings: ServerSettings, build: Callable[[], Engine]) -> int:
     Raises:
       ConfigError: the address cannot be listened on.
     """
+    if settings.http_processes:  # nothing else needs pyzmq and msgspec
+        from slora_jax.serving.http_processes.parent import serve_with_processes
+
+        sys.setswitchinterval(SWITCH_SECONDS)
+        return serve_with_processes(settings, build, _Engine)
     listener = listen(settings.host, settings.port)  # first, so that an address in use is reported at once
     if settings.replicas > 1:
         return serve_replicas(settings, listener)

@@ -4,42 +4,153 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import Request
 
 from slora_jax.adapters import Tier
 from slora_jax.engine import Engine, RequestOutput
 from slora_jax.engine.arrival import prompt_ids
+from slora_jax.engine.config import EngineConfig
+from slora_jax.engine.structured import Grammars
 from slora_jax.errors import RequestError
+from slora_jax.models import ModelConfig
+from slora_jax.scheduling import SamplingParams
 from slora_jax.serving.adapters import Adapters
-from slora_jax.serving.engine_loop import EngineLoop, Health
+from slora_jax.serving.engine_loop import EngineLoop
+from slora_jax.serving.health import Health
 from slora_jax.serving.http.errors import ApiError, incomplete, stopping
 from slora_jax.serving.http.limits import Shares
 from slora_jax.serving.http.token_text import TokenText
+from slora_jax.serving.mailbox import Mailbox
 from slora_jax.serving.observability.live_state import LiveState
 from slora_jax.serving.observability.prometheus import ServerMetrics
 from slora_jax.serving.settings import ServerSettings
 from slora_jax.serving.tinker.training import Training
 
+AnyExitStack = ExitStack | AsyncExitStack
+
 TEXT_THREADS = 4
 """Threads that tokenize and fill in chat templates; a long text delays only other texts."""
 
 
-class Service:
-    """One per process, created in the event loop."""
+class EngineFacts(Protocol):
+    """What requests and answers need of an engine that does not change: an `Engine` has it all."""
+
+    tokenizer: Any
+    model: ModelConfig
+    config: EngineConfig
+    grammars: Grammars
+    max_model_len: int
+
+
+class HttpMetrics(Protocol):
+    """Counts of HTTP requests (`ServerMetrics`)."""
+
+    def http(self, route: str | None, method: str, status: int, seconds: float) -> None:
+        """Counts an answer."""
+
+    def refused(self, reason: str) -> None:
+        """Counts a request that was refused before it came to the engine."""
+
+
+class GeneratingService(ABC):
+    """What the endpoints that read and generate text need; one per process."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.settings = settings
+        self._texts = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
+
+    @property
+    @abstractmethod
+    def engine(self) -> EngineFacts:
+        """The engine's facts. Raises ApiError 503 if there is no engine."""
+
+    @property
+    @abstractmethod
+    def http_metrics(self) -> HttpMetrics:
+        """Where HTTP requests are counted."""
+
+    @abstractmethod
+    async def check_model(self, model: str | None) -> None:
+        """Raises UnknownAdapterError, or ApiError of that kind, if there is no such model."""
+
+    @abstractmethod
+    async def admit(self, held: AsyncExitStack, client: str, model: str | None, sequences: int) -> str | int | None:
+        """Counts a request's sequences until `held` is closed.
+
+        Returns:
+          What `start` needs of the admission.
+
+        Raises:
+          ApiError: the service accepts no request now, or a limit is reached.
+          UnknownAdapterError: there is no such model.
+        """
+
+    @abstractmethod
+    def start(
+        self,
+        held: AsyncExitStack,
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        admission: Any,
+        tenant: str,
+        mailbox: Mailbox,
+        priority: int = 0,
+        *,
+        is_streamed: bool = False,
+    ) -> None:
+        """Starts an admitted request's sequences. Their tokens go to `mailbox`, by index; they end with `held`.
+
+        Args:
+          is_streamed: whether the mailbox needs more than the whole outputs.
+        """
+
+    @cached_property
+    def token_text(self) -> TokenText:
+        return TokenText(self.engine.tokenizer)
+
+    async def token_ids(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        """Returns the prompts' token ids; texts are tokenized in a thread. Raises RequestError."""
+        engine = self.engine
+        if all(not isinstance(prompt, str) for prompt in prompts):
+            return [self.checked(prompt) for prompt in prompts]
+        tokenizer, vocab_size, longest = engine.tokenizer, engine.model.vocab_size, engine.max_model_len
+        return await self.of_text(lambda: [prompt_ids(one, tokenizer, vocab_size, longest) for one in prompts])
+
+    async def of_text[**P, T](self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Calls a function of texts in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._texts, lambda: function(*args, **kwargs))
+
+    def text(self, prompt: str | list[int]) -> str:
+        """Returns a prompt as text. Raises RequestError for invalid token ids, or without a tokenizer."""
+        if isinstance(prompt, str):
+            return prompt
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None:
+            raise RequestError("echo: the model directory has no tokenizer, so token ids have no text")
+        return tokenizer.decode(self.checked(prompt))
+
+    def checked(self, ids: Any) -> list[int]:
+        """Returns the token ids of a prompt. Raises RequestError if they cannot be one."""
+        engine = self.engine
+        return prompt_ids(ids, None, engine.model.vocab_size, engine.max_model_len)
+
+
+class Service(GeneratingService):
+    """The service in the engine's process, created in the event loop."""
 
     def __init__(self, settings: ServerSettings, build: Callable[[], Engine]) -> None:
-        self.settings = settings
+        super().__init__(settings)
         self.started = int(time.time())
         self.shares = Shares(settings.limits, settings.engine.max_num_seqs)
         self.is_draining = False
         self._build = build
-        self._texts = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self.metrics = ServerMetrics(
             lambda: self.loop.snapshot, self._tiers, is_registered=self._is_registered
         )  # before the engine, so that its compilations are counted
@@ -101,35 +212,43 @@ class Service:
             return None
         return store.info(model if store.has(model) else model.removeprefix(f"{base}:")).name
 
-    @cached_property
-    def token_text(self) -> TokenText:
-        return TokenText(self.loop.engine.tokenizer)
+    @property
+    def engine(self) -> Engine:
+        return self.loop.engine
 
-    async def token_ids(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        """Returns the prompts' token ids; texts are tokenized in a thread. Raises RequestError."""
-        engine = self.loop.engine
-        if all(not isinstance(prompt, str) for prompt in prompts):
-            return [self.checked(prompt) for prompt in prompts]
-        tokenizer, vocab_size, longest = engine.tokenizer, engine.model.vocab_size, engine.max_model_len
-        return await self.of_text(lambda: [prompt_ids(one, tokenizer, vocab_size, longest) for one in prompts])
+    @property
+    def http_metrics(self) -> ServerMetrics:
+        return self.metrics
 
-    async def of_text[**P, T](self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Calls a function of texts in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._texts, lambda: function(*args, **kwargs))
+    async def check_model(self, model: str | None) -> None:
+        self.adapter_named(model)
 
-    def text(self, prompt: str | list[int]) -> str:
-        """Returns a prompt as text. Raises RequestError for invalid token ids, or without a tokenizer."""
-        if isinstance(prompt, str):
-            return prompt
-        tokenizer = self.loop.engine.tokenizer
-        if tokenizer is None:
-            raise RequestError("echo: the model directory has no tokenizer, so token ids have no text")
-        return tokenizer.decode(self.checked(prompt))
+    async def admit(self, held: AsyncExitStack, client: str, model: str | None, sequences: int) -> str | None:
+        return self.hold(held, client, model, sequences)
 
-    def checked(self, ids: Any) -> list[int]:
-        """Returns the token ids of a prompt. Raises RequestError if they cannot be one."""
-        engine = self.loop.engine
-        return prompt_ids(ids, None, engine.model.vocab_size, engine.max_model_len)
+    def hold(self, held: AnyExitStack, client: str, model: str | None, sequences: int) -> str | None:
+        """Does what `admit` does. Returns the adapter's name; None for the base model."""
+        adapter = self.open_for(model)
+        held.enter_context(self.shares.hold(client, sequences))
+        return adapter
+
+    def start(
+        self,
+        held: AnyExitStack,
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        admission: str | None,
+        tenant: str,
+        mailbox: Mailbox,
+        priority: int = 0,
+        *,
+        is_streamed: bool = False,
+    ) -> None:
+        ids = [
+            self.loop.submit(prompt, one, admission, tenant, mailbox, index, priority)
+            for index, (prompt, one) in enumerate(zip(prompts, params, strict=True))
+        ]
+        held.callback(self.loop.cancel, ids)
 
     # The loop's listener
 
@@ -178,4 +297,10 @@ class Service:
 def service_of(request: Request) -> Service:
     """Returns the service that received a request."""
     service: Service = request.app.state.service
+    return service
+
+
+def generating_service_of(request: Request) -> GeneratingService:
+    """Returns the service that received a request that reads or generates text."""
+    service: GeneratingService = request.app.state.service
     return service

@@ -147,6 +147,8 @@ class ServerSettings:
       engine: the engine's settings.
       policy: arguments of `make_policy`, a name and settings; None: first come, first served.
       tenants: what a fair-share policy charges: the "adapter" or the "client" (API key).
+      http_processes: processes that parse, tokenize and stream beside the engine's; 0: the engine's process does it.
+        Each of them has an equal part of `limits.connections` and `limits.bodies_bytes`.
       replicas: engines, one per process behind Ray Serve's router; 1: one engine in this process.
       replica_requests: maximum HTTP requests of a replica; further ones go to other replicas.
         None: 1.5 * `max_num_seqs`.
@@ -170,6 +172,7 @@ class ServerSettings:
     engine: EngineConfig = field(default_factory=EngineConfig)
     policy: Mapping[str, Any] | None = None
     tenants: Literal["adapter", "client"] = "adapter"
+    http_processes: Annotated[int, Range(0, 64)] = 0
     replicas: Count = 1
     replica_requests: Count | None = None
     train: TrainSettings | None = None
@@ -186,6 +189,10 @@ class ServerSettings:
             raise ConfigError(f"api_keys: the names must differ, found {names}")
         if self.train is not None and self.replicas > 1:
             raise ConfigError(f"replicas={self.replicas}: must be 1 with train; leave one of the two out")
+        for name, is_given in (("train", self.train is not None), ("replicas above 1", self.replicas > 1)):
+            if self.http_processes and is_given:
+                count = self.http_processes
+                raise ConfigError(f"http_processes={count}: must be 0 with {name}; leave one of the two out")
         self.make_policy()
 
     @classmethod

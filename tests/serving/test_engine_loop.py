@@ -12,9 +12,10 @@ import pytest
 from borrowed_engine import Borrowed, in_event_loop, until
 
 from slora_jax import Engine, RequestOutput, SamplingParams
-from slora_jax.errors import ConfigError, RequestError
+from slora_jax.errors import ConfigError, PoolError, RequestError
 from slora_jax.scheduling.plan import NOT_FINITE
-from slora_jax.serving.engine_loop import EngineLoop, Health
+from slora_jax.serving.engine_loop import EngineLoop
+from slora_jax.serving.health import Health
 from slora_jax.serving.http.errors import ApiError
 from slora_jax.serving.mailbox import Mailbox
 
@@ -274,6 +275,30 @@ async def test_hang_after_a_failed_step_is_detected_and_survived(engine, trap, s
         assert len((await finish(submit(loop, [9])[1]))[0]) == 80
     hang = [Health.READY, Health.RECOVERING, Health.STALLED, Health.RECOVERING, Health.READY, Health.STOPPED]
     assert heard.health == hang
+
+
+@in_event_loop
+async def test_wrong_bookkeeping_of_an_idle_engine_is_a_fault(engine, monkeypatch) -> None:
+    monkeypatch.setattr("slora_jax.serving.engine_loop.CHECK_SECONDS", 0)
+    heard = Heard()
+    async with looping(engine, heard) as loop:
+        await finish(submit(loop, [3, 4], SamplingParams(max_tokens=3, ignore_eos=True))[1])
+        await until(lambda: loop._checked[1] == engine.core.counters.steps)
+        assert loop.health is Health.READY and not heard.faults
+        leak = PoolError("page 7 has no owner")
+        checks = iter([leak])
+
+        def check() -> None:
+            if (error := next(checks, None)) is not None:
+                raise error
+
+        monkeypatch.setattr(engine, "check", check)
+        await finish(submit(loop, [3, 4], SamplingParams(max_tokens=3, ignore_eos=True))[1])
+        await until(lambda: Health.RECOVERING in heard.health and loop.health is Health.READY)
+        assert heard.faults == [leak]  # the second check succeeds
+        checks = iter([leak] * 2)
+        await finish(submit(loop, [3, 4], SamplingParams(max_tokens=3, ignore_eos=True))[1])
+        await until(lambda: loop.health is Health.DEAD)  # it stays wrong
 
 
 @in_event_loop

@@ -131,6 +131,25 @@ def test_unload_frees_a_label_and_no_sum_decreases(metrics) -> None:
     assert samples(metrics)["slora_adapter_requests_created", (("adapter", "a5"),)] > began  # a reset is visible
 
 
+def test_labels_follow_the_busiest_adapters(metrics, monkeypatch) -> None:
+    def requests() -> dict[str, float]:
+        found = samples(metrics).items()
+        return {key[1][0][1]: value for key, value in found if key[0] == "slora_adapter_requests_total"}
+
+    for name in ("a0", "a0", "a0", "a1", "a2", "a2", "a3", "a3", "a4", "a4", "late"):
+        metrics.finished(finished_request(name))
+    assert requests() == {"a0": 3, "a1": 1, "a2": 2, "a3": 2, "a4": 2, "_other": 1, "_base": 0}
+    metrics.finished(finished_request("late"))  # twice as busy as a1
+    assert requests() == {"a0": 3, "late": 1, "a2": 2, "a3": 2, "a4": 2, "_other": 2, "_base": 0}
+    for _ in range(5):
+        metrics.finished(finished_request("later"))
+    assert "later" not in requests()  # one change in CHANGE_SECONDS
+    monkeypatch.setattr("slora_jax.serving.observability.adapter_tally.CHANGE_SECONDS", 0)
+    metrics.finished(finished_request("later"))
+    assert requests()["later"] == 1 and sum(requests().values()) == 18
+    assert len(requests()) == 7 and metrics.adapters.of("late").requests == 2
+
+
 def test_hostile_names_are_escaped(metrics) -> None:
     names = ['"} 1\nslora_ready 7', "<img src=x onerror=alert(1)>", "back\\slash", "ünïcode", "_other"]
     for name in names:

@@ -9,17 +9,17 @@ from slora_jax.engine.arrival import text_ids
 from slora_jax.serving.http.bodies import ChatBody, TokenizeBody
 from slora_jax.serving.http.errors import ApiError
 from slora_jax.serving.http.tools import ToolFormat, tool_format
-from slora_jax.serving.service import Service
+from slora_jax.serving.service import GeneratingService
 
 
-def prompt_of(service: Service, body: ChatBody) -> tuple[list[int], ToolFormat | None]:
+def prompt_of(service: GeneratingService, body: ChatBody) -> tuple[list[int], ToolFormat | None]:
     """Returns the token ids of a conversation in the model's chat template, and the format of calls if it has tools.
 
     Raises:
       ApiError: there is no template, or it refuses the conversation; or the model does not declare how it calls tools.
       RequestError: the conversation is too long.
     """
-    engine, offered = service.loop.engine, body.offered
+    engine, offered = service.engine, body.offered
     tools = None
     if offered or any(message.is_about_tools for message in body.messages):
         tools = tool_format(engine.tokenizer, offered)
@@ -28,13 +28,15 @@ def prompt_of(service: Service, body: ChatBody) -> tuple[list[int], ToolFormat |
     return service.checked(ids), tools if offered else None
 
 
-def rendered(service: Service, body: ChatBody | TokenizeBody, tools: list[dict[str, Any]] | None = None) -> str:
+def rendered(
+    service: GeneratingService, body: ChatBody | TokenizeBody, tools: list[dict[str, Any]] | None = None
+) -> str:
     """Returns the text of a conversation in the model's chat template.
 
     Raises:
       ApiError: there is no template, or it refuses the conversation.
     """
-    tokenizer = service.loop.engine.tokenizer
+    tokenizer = service.engine.tokenizer
     if tokenizer is None or tokenizer.chat_template is None:
         raise ApiError(400, "the model has no chat template; use /v1/completions", code="no_chat_template")
     variables = body.chat_template_kwargs or {}

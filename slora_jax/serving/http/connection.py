@@ -10,8 +10,30 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from slora_jax.serving.http.errors import ApiError, too_large_head
 from slora_jax.serving.settings import Limits
 
+WRITER = "slora.writer"
+"""Extension of the ASGI scope: a `DirectWriter` of the response."""
 MAX_PIPELINED = 16
 """Requests that a connection may send before the first of them is answered."""
+
+
+class DirectWriter:
+    """Writes parts of a response's body to its connection, past the layers of ASGI, which cost more than the rest of a
+    token's way."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    def write(self, body: bytes) -> None:
+        """Writes a part of the body, which is not the last one, if `is_open`."""
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+
+    @property
+    def is_open(self) -> bool:
+        """Returns whether the response has begun, has not ended, and its connection takes more now."""
+        cycle = self._cycle
+        return bool(cycle.chunked_encoding) and not (
+            cycle.response_complete or cycle.disconnected or cycle.flow.write_paused
+        )
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -61,6 +83,7 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         super().on_headers_complete()
         self.cycle.keep_alive &= not upgrades
+        self.scope["extensions"] = {WRITER: DirectWriter(self.cycle)}  # type: ignore[dict-item]
         self._cycles = [*(one for one in self._cycles if not one.response_complete), self.cycle]
         if len(self._cycles) > MAX_PIPELINED:
             self._abort()

@@ -18,7 +18,7 @@ from slora_jax.serving.http.errors import ApiError, JsonResponse
 from slora_jax.serving.http.generation import ClientGoneError, on_disconnect, outputs_of
 from slora_jax.serving.http.openapi import GENERATING, answers_of
 from slora_jax.serving.mailbox import Mailbox
-from slora_jax.serving.service import Service, service_of
+from slora_jax.serving.service import GeneratingService, generating_service_of
 
 router = APIRouter()
 
@@ -26,18 +26,16 @@ router = APIRouter()
 @router.post("/v1/embeddings", responses=answers_of(answers.Embeddings, *GENERATING))
 async def embed(request: Request, client: MayServe, body: EmbeddingBody) -> Response:
     """Returns an embedding of each input: its pooled hidden states after the final norm, with the model's adapter."""
-    service = service_of(request)
-    adapter = service.open_for(body.model)
-    check_served(service, body)
+    service = generating_service_of(request)
     async with AsyncExitStack() as held:
-        held.enter_context(service.shares.hold(client.name, len(body.inputs)))
+        admission = await service.admit(held, client.name, body.model, len(body.inputs))
+        check_served(service, body)
         prompts = await service.token_ids(body.inputs)
         mailbox = Mailbox()
         held.callback(on_disconnect(request.receive, lambda: mailbox.fail(ClientGoneError())).cancel)
         params = SamplingParams(max_tokens=1, prompt_embedding=body.pooling or "last")
         tenant = client.name if service.settings.tenants == "client" else ""
-        ids = [service.loop.submit(one, params, adapter, tenant, mailbox, i) for i, one in enumerate(prompts)]
-        held.callback(service.loop.cancel, ids)
+        service.start(held, prompts, [params] * len(prompts), admission, tenant, mailbox)
         try:
             outputs = await outputs_of(mailbox, len(prompts))
         except ClientGoneError:
@@ -53,9 +51,9 @@ async def embed(request: Request, client: MayServe, body: EmbeddingBody) -> Resp
     return JsonResponse(answer)
 
 
-def check_served(service: Service, body: EmbeddingBody) -> None:
+def check_served(service: GeneratingService, body: EmbeddingBody) -> None:
     """Raises ApiError if the server has no programs for embeddings, or they have another size."""
-    engine = service.loop.engine
+    engine = service.engine
     if not engine.config.embeddings:
         message = "embeddings are not served; start the server with --embeddings"
         raise ApiError(404, message, code="not_served")

@@ -14,7 +14,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from slora_jax.serving.engine_loop import Health
+from slora_jax.serving.health import Health
 from slora_jax.serving.http import answers
 from slora_jax.serving.http.access import Client, MayLook, MayManage, MayServe
 from slora_jax.serving.http.bodies import ChatBody, CompletionBody, Generation, LoadBody, StreamOptions, UnloadBody
@@ -25,18 +25,19 @@ from slora_jax.serving.http.generation import ClientGoneError, on_disconnect, re
 from slora_jax.serving.http.openapi import GENERATING, MANAGING, answers_of, errors_of
 from slora_jax.serving.http.shapes import ChatShape, CompletionShape, Shape
 from slora_jax.serving.mailbox import Mailbox
-from slora_jax.serving.service import Service, service_of
+from slora_jax.serving.service import Service, generating_service_of, service_of
 
 router = APIRouter()
+generating = APIRouter()
+"""Routes that any HTTP process answers."""
 
 
-@router.post("/v1/completions", responses=answers_of(answers.Completion, *GENERATING, stream=True))
+@generating.post("/v1/completions", responses=answers_of(answers.Completion, *GENERATING, stream=True))
 async def completions(request: Request, client: MayServe, body: CompletionBody) -> Response:
     """Continues each prompt, `n` times."""
-    service = service_of(request)
-    adapter = service.open_for(body.model)
+    service = generating_service_of(request)
     async with AsyncExitStack() as held:
-        held.enter_context(service.shares.hold(client.name, len(body.prompts) * body.choices))
+        admission = await service.admit(held, client.name, body.model, len(body.prompts) * body.choices)
         prompts = _each(await service.token_ids(body.prompts), body.choices)
         texts = [service.text(one) if body.echo else "" for one in body.prompts]
         shape = CompletionShape(
@@ -49,16 +50,15 @@ async def completions(request: Request, client: MayServe, body: CompletionBody) 
             prompt_logprobs=body.prompt_logprobs is not None,
         )
         max_tokens = 16 if body.max_tokens is None else body.max_tokens
-        return await _answer(request, client, body, shape, held, adapter, max_tokens, body.logprobs)
+        return await _answer(request, client, body, shape, held, admission, max_tokens, body.logprobs)
 
 
-@router.post("/v1/chat/completions", responses=answers_of(answers.ChatCompletion, *GENERATING, stream=True))
+@generating.post("/v1/chat/completions", responses=answers_of(answers.ChatCompletion, *GENERATING, stream=True))
 async def chat_completions(request: Request, client: MayServe, body: ChatBody) -> Response:
     """Answers a conversation, put into the model's chat template, `n` times."""
-    service = service_of(request)
-    adapter = service.open_for(body.model)
+    service = generating_service_of(request)
     async with AsyncExitStack() as held:
-        held.enter_context(service.shares.hold(client.name, body.choices))
+        admission = await service.admit(held, client.name, body.model, body.choices)
         prompt, tools = await service.of_text(prompt_of, service, body)
         prompts = [prompt] * body.choices
         shape = ChatShape(
@@ -72,7 +72,7 @@ async def chat_completions(request: Request, client: MayServe, body: ChatBody) -
         )
         max_tokens = body.max_completion_tokens or body.max_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return await _answer(request, client, body, shape, held, adapter, max_tokens, logprobs)
+        return await _answer(request, client, body, shape, held, admission, max_tokens, logprobs)
 
 
 @router.get("/v1/models", responses=answers_of(answers.ModelList, 401, 503))
@@ -161,16 +161,16 @@ async def _answer(
     body: Generation,
     shape: Shape,
     held: AsyncExitStack,
-    adapter: str | None,
+    admission: str | int | None,
     max_tokens: int | None,
     logprobs: int | None,
 ) -> Response:
-    service, prompts = service_of(request), shape.prompts
+    service, prompts = generating_service_of(request), shape.prompts
     of_prompt = body.prompt_logprobs
     if of_prompt is None and isinstance(body, CompletionBody) and body.echo:
         of_prompt = logprobs
     form = await form_of(service, body)
-    rooms = [service.loop.engine.max_model_len - len(prompt) for prompt in prompts]
+    rooms = [service.engine.max_model_len - len(prompt) for prompt in prompts]
     params = [
         body.sampling(index % body.choices, max_tokens and min(max_tokens, room), logprobs, of_prompt, form)
         for index, room in enumerate(rooms)
@@ -178,12 +178,9 @@ async def _answer(
     mailbox = Mailbox()
     held.callback(on_disconnect(request.receive, lambda: mailbox.fail(ClientGoneError())).cancel)
     tenant = client.name if service.settings.tenants == "client" else ""
-    ids = [
-        service.loop.submit(prompt, one, adapter, tenant, mailbox, index, body.priority or 0)
-        for index, (prompt, one) in enumerate(zip(prompts, params, strict=True))
-    ]
-    held.callback(service.loop.cancel, ids)
     stream = (body.stream_options or StreamOptions()) if body.stream else None
+    priority, is_streamed = body.priority or 0, stream is not None
+    service.start(held, prompts, params, admission, tenant, mailbox, priority, is_streamed=is_streamed)
     answer = await respond(mailbox, shape, body.choices, stream, held)
     if max_tokens is not None and max_tokens > min(rooms):
         answer.headers["X-Max-Tokens-Lowered-To"] = str(min(rooms))

@@ -124,7 +124,7 @@ def install(app: FastAPI) -> None:
     """Makes `app` answer every error in this form."""
 
     def answer(request: Request, error: ApiError) -> Response:
-        request.app.state.service.metrics.refused(error.code or str(error.status_code))
+        request.app.state.service.http_metrics.refused(error.code or str(error.status_code))
         return error.response()
 
     async def known(request: Request, error: Exception) -> Response:

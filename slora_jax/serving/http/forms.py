@@ -8,10 +8,10 @@ from slora_jax.errors import ConfigError, RequestError
 from slora_jax.scheduling import StructuredOutputs
 from slora_jax.serving.http.bodies import Generation
 from slora_jax.serving.http.errors import ApiError
-from slora_jax.serving.service import Service
+from slora_jax.serving.service import GeneratingService
 
 
-async def form_of(service: Service, body: Generation) -> StructuredOutputs | None:
+async def form_of(service: GeneratingService, body: Generation) -> StructuredOutputs | None:
     """Returns the form of the text, or None. Its grammar is compiled here, in a thread, so that the engine finds it.
 
     Raises:
@@ -21,7 +21,7 @@ async def form_of(service: Service, body: Generation) -> StructuredOutputs | Non
     for field, given in body.forms.items():
         try:
             form = StructuredOutputs(**given)
-            await service.of_text(service.loop.engine.grammars.compile, form)
+            await service.of_text(service.engine.grammars.compile, form)
         except (ConfigError, RequestError) as error:
             message = str(error).removeprefix("SamplingParams.")
             if field != "structured_outputs":

@@ -11,8 +11,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from slora_jax.engine import RequestOutput
-from slora_jax.serving.http.answers import Chunk
 from slora_jax.serving.http.bodies import StreamOptions
+from slora_jax.serving.http.connection import WRITER, DirectWriter
 from slora_jax.serving.http.errors import JsonResponse, as_api_error, to_json
 from slora_jax.serving.http.shapes import Shape, counts, usage
 from slora_jax.serving.mailbox import Arrived, Mailbox
@@ -53,7 +53,7 @@ async def respond(
             return JsonResponse(await _whole(first, mailbox, shape, choices))
     except ClientGoneError:
         return Response(status_code=499)  # for the log only
-    return EventStream(_events(first, mailbox, shape, choices, stream), held.pop_all())
+    return EventStream(_Events(shape, choices, stream), first, mailbox, held.pop_all())
 
 
 class EventStream(Response):
@@ -61,17 +61,44 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], held: AsyncExitStack) -> None:
+    def __init__(self, events: _Events, first: dict[int, Arrived], mailbox: Mailbox, held: AsyncExitStack) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._held = events, held
+        self._events, self._first, self._mailbox, self._held = events, first, mailbox, held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._held:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for event in self._events:
+            writer = scope.get("extensions", {}).get(WRITER)
+            if writer is not None:
+                self._mailbox.direct = lambda arrived: self._write(writer, arrived)
+            async for event in self._all():
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _write(self, writer: DirectWriter, arrived: dict[int, Arrived]) -> bool:
+        """Writes tokens directly to the connection, unless it is backed up or a sequence has ended."""
+        if not writer.is_open or any(part.output is not None for part in arrived.values()):
+            return False
+        try:
+            writer.write(self._events.encode(arrived))
+        except Exception as error:  # noqa: BLE001  sent by `_all`
+            self._mailbox.fail(error)
+        return True
+
+    async def _all(self) -> AsyncIterator[bytes]:
+        """Yields the events that are not written directly. Ends with [DONE], or with an error's body."""
+        try:
+            arrived = self._first
+            while True:
+                yield self._events.encode(arrived)
+                if self._events.have_ended:
+                    return
+                arrived = await self._mailbox.take()
+        except ClientGoneError:
+            return
+        except Exception as error:  # noqa: BLE001  the status is sent already
+            yield event_of(as_api_error(error).body())
 
 
 def event_of(data: Mapping[str, Any]) -> bytes:
@@ -103,42 +130,37 @@ def _all_of(output: RequestOutput) -> Arrived:
     return Arrived(output.text or "", output.token_ids, output.logprobs or [], output, output.prompt_logprobs)
 
 
-async def _events(
-    arrived: dict[int, Arrived],
-    mailbox: Mailbox,
-    shape: Shape,
-    choices: int,
-    options: StreamOptions,
-) -> AsyncIterator[bytes]:
-    """Yields the events of all choices with new tokens in one write. Ends with [DONE], or with an error's body."""
-    outputs: dict[int, RequestOutput] = {}
-    opened: set[int] = set()
-    count = len(shape.prompts)
-    prompt_tokens, generated = sum(map(len, shape.prompts[::choices])), 0
-    try:
-        while True:
-            events: list[Chunk] = []
-            for index, part in sorted(arrived.items()):
-                if index not in opened:
-                    opened.add(index)
-                    if (opening := shape.opening(index, part)) is not None:
-                        events.append(shape.chunk([opening]))
-                events.append(shape.chunk([shape.piece(index, part)]))
-                generated += len(part.token_ids)
-                if options.continuous_usage_stats:
-                    events[-1]["usage"] = counts(prompt_tokens, generated)
-                if part.output is not None:
-                    outputs[index] = part.output
-            has_ended = len(outputs) == count
-            if has_ended and options.include_usage:
-                last = shape.chunk([])
-                last["usage"] = usage([outputs[index] for index in range(count)], choices)
-                events.append(last)
-            yield b"".join(map(event_of, events)) + (b"data: [DONE]\n\n" if has_ended else b"")
-            if has_ended:
-                return
-            arrived = await mailbox.take()
-    except ClientGoneError:
-        return
-    except Exception as error:  # noqa: BLE001  the status is sent already
-        yield event_of(as_api_error(error).body())
+class _Events:
+    """Encodes the events of one stream."""
+
+    def __init__(self, shape: Shape, choices: int, options: StreamOptions) -> None:
+        self._shape, self._choices, self._options = shape, choices, options
+        self._outputs: dict[int, RequestOutput] = {}
+        self._opened: set[int] = set()
+        self._prompt_tokens, self._generated = sum(map(len, shape.prompts[::choices])), 0
+
+    @property
+    def have_ended(self) -> bool:
+        """Returns whether all sequences have ended."""
+        return len(self._outputs) == len(self._shape.prompts)
+
+    def encode(self, arrived: dict[int, Arrived]) -> bytes:
+        """Returns the events of all choices with new tokens and, at the end, the usage and [DONE]."""
+        shape, options = self._shape, self._options
+        events: list[str] = []
+        for index, part in sorted(arrived.items()):
+            if index not in self._opened:
+                self._opened.add(index)
+                if (opening := shape.opening(index, part)) is not None:
+                    events.append(shape.event(to_json(opening)))
+            self._generated += len(part.token_ids)
+            used = counts(self._prompt_tokens, self._generated) if options.continuous_usage_stats else None
+            events.append(shape.event(shape.piece_json(index, part), used))
+            if part.output is not None:
+                self._outputs[index] = part.output
+        if self.have_ended:
+            if options.include_usage:
+                in_order = [output for _, output in sorted(self._outputs.items())]
+                events.append(shape.event("", usage(in_order, self._choices)))
+            events.append("data: [DONE]\n\n")
+        return "".join(events).encode()

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from slora_jax import phases
-from slora_jax.serving.engine_loop import Health
+from slora_jax.serving.health import Health
 from slora_jax.serving.http.access import MayLook
 from slora_jax.serving.http.errors import unavailable
 from slora_jax.serving.observability.live_state import Status

@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -34,8 +34,15 @@ class Served(Protocol):
 
 def serve_app(app: ASGIApp, settings: ServerSettings, served: Served, listener: socket.socket) -> int:
     """Serves `app` until a signal, or until `served.follow` returns; returns the exit status."""
+    server = _Server(config_of(app, settings), settings, served)
+    server.run(sockets=[listener])
+    return server.status
+
+
+def config_of(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
+    """Returns uvicorn's settings. Raises the process's limit on file handles if necessary."""
     connections = _connections(settings.limits)
-    config = uvicorn.Config(
+    return uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
@@ -49,9 +56,6 @@ def serve_app(app: ASGIApp, settings: ServerSettings, served: Served, listener: 
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=5,  # after the drain, which has its own deadline
     )
-    server = _Server(config, settings, served)
-    server.run(sockets=[listener])
-    return server.status
 
 
 class _Server(uvicorn.Server):
@@ -60,23 +64,16 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, settings: ServerSettings, served: Served) -> None:
         super().__init__(config)
         self._settings, self._served = settings, served
-        self._has_signal = False
         self.status = 0
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._end, number)
+        on_signals(self._settings, self._end)
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        host = f"[{host}]" if ":" in host else host
-        self._say(f"listening on http://{host}:{port}; loading {self._settings.base_name}")
-        if not self._settings.is_loopback and not self._settings.api_keys:
-            self._say("any client that reaches this address may generate and manage adapters: set api_keys")
+        say_listening(self._settings, self.servers[0].sockets[0])
         self._following = asyncio.create_task(self._follow())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -87,27 +84,62 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def _follow(self) -> None:
-        self.status = await self._served.follow(self._say)
+        self.status = await self._served.follow(say)
         await asyncio.sleep(1.0)  # until clients have their errors
         self.should_exit = True
 
-    def _end(self, number: int) -> None:
-        if self._has_signal:
-            self._say("a second signal: ending at once")
+    def _end(self) -> None:
+        self.should_exit = True
+
+
+def on_signals(settings: ServerSettings, end: Callable[[], None]) -> None:
+    """Makes the event loop call `end` at SIGTERM or Ctrl-C; a second signal ends the process at once."""
+    signals: list[int] = []
+
+    def handle(number: int) -> None:
+        if signals:
+            say("a second signal: ending at once")
             os._exit(128 + number)
-        self._has_signal = self.should_exit = True
-        self._say(f"stopping: requests under way have {self._settings.drain_seconds:g} s; a second signal ends at once")
+        signals.append(number)
+        say(f"stopping: requests under way have {settings.drain_seconds:g} s; a second signal ends at once")
+        end()
 
-    @staticmethod
-    def _say(text: str) -> None:
-        print(f"slora: {text}", file=sys.stderr, flush=True)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, handle, number)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Opens a listening socket. Raises ConfigError if the address cannot be listened on."""
+def say(text: str) -> None:
+    """Prints a message for the operator."""
+    print(f"slora: {text}", file=sys.stderr, flush=True)
+
+
+def say_listening(settings: ServerSettings, listener: Any) -> None:
+    """Prints the address of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    say(f"listening on http://{host}:{port}; loading {settings.base_name}")
+    if not settings.is_loopback and not settings.api_keys:
+        say("any client that reaches this address may generate and manage adapters: set api_keys")
+
+
+def listen(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
+    """Opens a listening socket. Raises ConfigError if the address cannot be listened on.
+
+    Args:
+      is_shared: whether other sockets of this user may have the same port; those that listen share the connections.
+        The socket does not listen yet.
+    """
     try:
         [(family, _, _, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        if not is_shared:
+            return socket.create_server(address[:2], family=family, backlog=2048)
+        shared = socket.socket(family)
+        shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            shared.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        shared.bind(address[:2])
+        return shared
     except OSError as error:
         raise ConfigError(f"host={host!r}, port={port}: cannot listen there: {error.strerror or error}") from error
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, cast
 from slora_jax.engine import RequestOutput
 from slora_jax.engine.outputs import TokenLogprobs
 from slora_jax.serving.http import answers
+from slora_jax.serving.http.errors import to_json
 from slora_jax.serving.http.token_text import TokenText
 from slora_jax.serving.http.tools import ToolFormat, ToolParser
 from slora_jax.serving.mailbox import Arrived
@@ -43,8 +44,12 @@ class Shape(ABC):
         self._frame: answers.Frame = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model
         }  # fmt: skip
+        opened = to_json({**self._frame, "object": self.chunk_object, "choices": []})
+        self._event_start = f"data: {opened.removesuffix(']}')}"  # the same in every event, so encoded once
         self.prompts, self._token_text, self._logprobs = prompts, token_text, logprobs
         self._token_ids, self._prompt_logprobs = token_ids, prompt_logprobs
+        self._is_plain = not (logprobs or token_ids or prompt_logprobs)  # a piece is text, until the last one
+        self._around: dict[int, list[str]] = {}  # JSON of a plain piece by index, before and after its text
 
     def opening(self, index: int, first: Arrived) -> answers.Piece | None:
         """Returns a piece to send before a choice's first tokens, if there is one."""
@@ -58,9 +63,23 @@ class Shape(ABC):
     def choice(self, index: int, whole: Arrived) -> answers.Choice:
         """Returns a complete choice."""
 
-    def chunk(self, pieces: Sequence[answers.Piece]) -> answers.Chunk:
-        """Returns an event of a stream."""
-        return {**self._frame, "object": self.chunk_object, "choices": pieces}
+    def event(self, piece: str, used: answers.TokenCounts | None = None) -> str:
+        """Returns an event of a stream, a `Chunk` in JSON.
+
+        Args:
+          piece: a piece in JSON; empty for an event without one.
+        """
+        usage = "" if used is None else f',"usage":{to_json(used)}'
+        return f"{self._event_start}{piece}]{usage}}}\n\n"
+
+    def piece_json(self, index: int, arrived: Arrived) -> str:
+        """Returns `piece` in JSON. The encoder would take longer than all else for a piece that has only text."""
+        if not self._is_plain or arrived.output is not None:
+            return to_json(self.piece(index, arrived))
+        if index not in self._around:
+            self._around[index] = to_json(self.piece(index, Arrived())).split('""')
+        before, after = self._around[index]
+        return f"{before}{to_json(arrived.text)}{after}"
 
     def whole(self, choices: Sequence[answers.Choice], usage: answers.Usage) -> dict[str, Any]:
         """Returns a whole answer, `Completion` or `ChatCompletion`."""
@@ -161,6 +180,7 @@ class ChatShape(Shape):
         """
         super().__init__(*args, **fields)
         self._parsers = [] if tools is None else [ToolParser(tools, prompt) for prompt in self.prompts]
+        self._is_plain &= not self._parsers
 
     def opening(self, index: int, first: Arrived) -> answers.ChatPiece:
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}

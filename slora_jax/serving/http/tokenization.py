@@ -13,7 +13,7 @@ from slora_jax.serving.http.bodies import DetokenizeBody, TokenizeBody
 from slora_jax.serving.http.chat import rendered
 from slora_jax.serving.http.errors import JsonResponse
 from slora_jax.serving.http.openapi import GENERATING, answers_of
-from slora_jax.serving.service import Service, service_of
+from slora_jax.serving.service import GeneratingService, generating_service_of
 
 router = APIRouter()
 
@@ -21,21 +21,21 @@ router = APIRouter()
 @router.post("/tokenize", responses=answers_of(answers.Tokenized, *GENERATING))
 async def tokenize(request: Request, client: MayServe, body: TokenizeBody) -> Response:
     """Returns the token ids of a prompt, or of a conversation in the model's chat template."""
-    service = service_of(request)
-    service.adapter_named(body.model)
+    service = generating_service_of(request)
+    await service.check_model(body.model)
     return JsonResponse(await service.of_text(_tokenized, service, body))
 
 
 @router.post("/detokenize", responses=answers_of(answers.Detokenized, *GENERATING))
 async def detokenize(request: Request, client: MayServe, body: DetokenizeBody) -> Response:
     """Returns the text of token ids, with special tokens."""
-    service = service_of(request)
-    service.adapter_named(body.model)
+    service = generating_service_of(request)
+    await service.check_model(body.model)
     return JsonResponse(await service.of_text(_detokenized, service, body.tokens))
 
 
-def _tokenized(service: Service, body: TokenizeBody) -> answers.Tokenized:
-    engine = service.loop.engine
+def _tokenized(service: GeneratingService, body: TokenizeBody) -> answers.Tokenized:
+    engine = service.engine
     if body.messages is None:
         text, special = body.prompt or "", body.add_special_tokens is not False
     else:
@@ -51,8 +51,8 @@ def _tokenized(service: Service, body: TokenizeBody) -> answers.Tokenized:
     }
 
 
-def _detokenized(service: Service, tokens: list[int]) -> answers.Detokenized:
-    engine = service.loop.engine
+def _detokenized(service: GeneratingService, tokens: list[int]) -> answers.Detokenized:
+    engine = service.engine
     if engine.tokenizer is None:
         raise _no_tokenizer()
     ids = prompt_ids(tokens, None, engine.model.vocab_size, len(tokens) + 1) if tokens else []

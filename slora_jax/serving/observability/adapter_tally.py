@@ -15,6 +15,13 @@ from slora_jax.engine import RequestOutput
 BASE, OTHER = "_base", "_other"
 """Labels of requests without an adapter, and of adapters without a label of their own."""
 
+HALF_LIFE = 600.0
+"""Seconds after which a request counts half in an adapter's activity."""
+BUSIER = 2.0
+"""An adapter takes the label of one whose activity is at most its own divided by this."""
+CHANGE_SECONDS = 10.0
+"""Shortest time between two such changes: each is a new series for Prometheus."""
+
 FAMILIES = {
     "requests": "Finished requests by adapter.",
     "generated_tokens": "Generated tokens of finished requests by adapter.",
@@ -38,6 +45,7 @@ class Usage:
       queue_seconds: time that these waited in all; last_queue_seconds: the latest of them.
       last_used: unix seconds of the last request's end.
       created: unix seconds at which counting began; a scraper recognizes a restarted series by it.
+      activity: requests, each halved every `HALF_LIFE`, at the end of the last one.
     """
 
     requests: int = 0
@@ -48,18 +56,24 @@ class Usage:
     last_queue_seconds: float | None = None
     last_used: float | None = None
     created: float = field(default_factory=time.time)
+    activity: float = 0.0
 
     def add(self, output: RequestOutput) -> None:
         """Adds a request that finished now."""
         self.requests += 1
         self.prompt_tokens += len(output.prompt_token_ids)
         self.generated_tokens += len(output.token_ids)
-        self.last_used = time.time()
+        now = time.time()
+        self.activity, self.last_used = self.activity_at(now) + 1, now
         waited = queue_seconds(output)
         if waited is not None:
             self.queued += 1
             self.queue_seconds += waited
             self.last_queue_seconds = waited
+
+    def activity_at(self, now: float) -> float:
+        """Returns the activity at a time in unix seconds."""
+        return 0.0 if self.last_used is None else self.activity * 0.5 ** ((now - self.last_used) / HALF_LIFE)
 
 
 UNUSED = Usage()
@@ -69,9 +83,10 @@ UNUSED = Usage()
 class AdapterTally(Collector):
     """Usage by registered adapter and by label. The event loop calls it; `collect` may run in any thread.
 
-    The first `most` adapters in use get a label each, the others share `_other`. Unloading an adapter frees its label
-    and moves the label's counts to `_other`, so no sum over labels ever decreases; a later adapter of the same name
-    starts at 0 with a later `_created`.
+    `most` adapters have a label each, the others share `_other`. The first ones in use get labels; later, an adapter
+    that is `BUSIER` takes the label's place of the least busy one. Then, and when an adapter is unloaded, the lost
+    label's counts move to `_other`, so no sum over labels ever decreases; a label that comes back starts at 0 with a
+    later `_created`.
     """
 
     def __init__(self, most: int, is_registered: Callable[[str], bool]) -> None:
@@ -83,6 +98,7 @@ class AdapterTally(Collector):
         self._most, self._is_registered = most, is_registered
         self._by_name: dict[str, Usage] = {}
         self._by_label = {BASE: Usage(), OTHER: Usage()}
+        self._changed = -CHANGE_SECONDS  # time of the last change of labels, by the monotonic clock
 
     def finished(self, output: RequestOutput) -> None:
         """Counts a request that has ended."""
@@ -90,16 +106,15 @@ class AdapterTally(Collector):
         is_registered = name is not None and self._is_registered(name)
         if name is not None and is_registered:
             self._by_name.setdefault(name, Usage()).add(output)
-        self._by_label[self._label(name, is_registered)].add(output)
+        label = self._label(name, is_registered)  # may replace the mapping
+        self._by_label[label].add(output)
 
     def forget(self, name: str) -> None:
         """Drops an adapter that was unloaded."""
         self._by_name.pop(name, None)
-        label, other = _text(name), self._by_label[OTHER]
-        if label not in (BASE, OTHER) and (usage := self._by_label.get(label)) is not None:
-            merged = replace(other, **{c: getattr(other, c) + getattr(usage, c) for c in FAMILIES})
-            kept = {one: usage for one, usage in self._by_label.items() if one != label}
-            self._by_label = kept | {OTHER: merged}  # a scrape sees all of the change or none
+        label = _text(name)
+        if label not in (BASE, OTHER) and label in self._by_label:
+            self._relabel(label, {})
 
     def of(self, name: str) -> Usage:
         """Returns the usage of a registered adapter."""
@@ -120,10 +135,31 @@ class AdapterTally(Collector):
         if label in (BASE, OTHER):
             return OTHER
         if label not in self._by_label:
-            if len(self._by_label) - 2 >= self._most or not is_registered:
+            if not is_registered or (len(self._by_label) - 2 >= self._most and not self._displace(name, label)):
                 return OTHER
-            self._by_label[label] = Usage()
+            self._by_label.setdefault(label, Usage())
         return label
+
+    def _displace(self, name: str, label: str) -> bool:
+        """Gives `label` the place of the least busy one, if that is much less busy. Returns whether it did."""
+        now = time.time()
+        if time.monotonic() - self._changed < CHANGE_SECONDS:
+            return False
+        activities = {one: usage.activity_at(now) for one, usage in self._by_label.items() if one not in (BASE, OTHER)}
+        least, activity = min(activities, key=activities.__getitem__), self._by_name[name].activity_at(now)
+        if activity < BUSIER * activities[least]:
+            return False
+        self._changed = time.monotonic()
+        # The request that ends now is added to the new label's activity by the caller.
+        self._relabel(least, {label: Usage(activity=activity - 1, last_used=now)})
+        return True
+
+    def _relabel(self, label: str, added: dict[str, Usage]) -> None:
+        """Drops a label, whose counts move to `_other`, and adds others. A scrape sees all of the change or none."""
+        usage, other = self._by_label[label], self._by_label[OTHER]
+        merged = replace(other, **{c: getattr(other, c) + getattr(usage, c) for c in FAMILIES})
+        kept = {one: usage for one, usage in self._by_label.items() if one != label}
+        self._by_label = kept | {OTHER: merged} | added
 
 
 def _text(name: str) -> str:

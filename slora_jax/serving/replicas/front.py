@@ -30,13 +30,11 @@ from starlette.types import Receive, Scope, Send
 
 from slora_jax.serving.http.errors import ApiError, JsonResponse, as_api_error, incomplete, stopping, unavailable
 from slora_jax.serving.http.generation import event_of, on_disconnect
-from slora_jax.serving.replicas.replica import Answer, HttpRequest
+from slora_jax.serving.replicas.replica import BODILESS, Answer, HttpRequest
 from slora_jax.serving.settings import ServerSettings
 
 APPLICATION = "slora"
 """Name of the Ray Serve application."""
-BODILESS = ("GET", "HEAD", "OPTIONS")
-"""Methods whose requests are passed on without a body."""
 GENERATIONS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize", "/detokenize")
 MAX_NAME = 512
 """Longest name, in characters, that is passed to the router as an adapter's."""

@@ -22,6 +22,9 @@ READY_SECONDS = 0.1
 MAX_HOMES = 4096
 """Adapters at home in a replica if no other bound is known."""
 
+BODILESS = ("GET", "HEAD", "OPTIONS")
+"""Methods whose requests are passed on without a body, so that the probes need no key."""
+
 _CROSSING = (
     *("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers"),
     *("client", "server"),
