@@ -26,7 +26,7 @@ from slora_jax.models.config import ModelConfig
 from slora_jax.models.decoder import Params
 from slora_jax.models.hf import checkpoint_files, load_device
 from slora_jax.models.placements import ParamPath
-from slora_jax.models.quantised import WeightFormat
+from slora_jax.models.traits import WeightFormat
 
 if TYPE_CHECKING:  # the import takes seconds, and only this cache needs it
     import orbax.checkpoint as ocp  # type: ignore[import-untyped]

@@ -18,8 +18,7 @@ from slora_jax.models.families.registry import family_of
 from slora_jax.models.fields import token_ids
 from slora_jax.models.gguf.config import ROPE_FACTORS, hf_config, rope_factors
 from slora_jax.models.gguf.header import gguf_file, read_header
-from slora_jax.models.quantised import WeightFormat
-from slora_jax.models.traits import Activation, Experts, LayerKind, Norms, QkNorm, RopeConfig
+from slora_jax.models.traits import Activation, Experts, LayerKind, Norms, QkNorm, RopeConfig, WeightFormat
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from slora_jax.errors import UnsupportedModelError
 from slora_jax.models import quantised
-from slora_jax.models.quantised import WeightFormat
+from slora_jax.models.traits import WeightFormat
 
 
 def model_dtype(dtype: Any) -> np.dtype:

@@ -13,19 +13,16 @@ XLA stores two int4 codes in a byte, on a CPU and on a GPU; on the host, NumPy t
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from slora_jax.errors import UnsupportedModelError
+from slora_jax.models.traits import INT4_GROUP, WeightFormat
 
-WeightFormat = Literal["int8", "fp8", "int4"]
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
-
-GROUP = 128
-"""Inputs that share a scale of "int4", if their number divides d_in."""
 
 INT4_OPTIONS = {"xla_gpu_experimental_enable_subchannel_dequantisation_fusion": True}
 """XLA's options for a GPU program with "int4" kernels. Without them, it writes out each kernel in the dtype of `x`."""
@@ -44,7 +41,7 @@ def group_size(d_in: int) -> int:
     Raises:
       UnsupportedModelError: it is below 16.
     """
-    group = math.gcd(GROUP, d_in)
+    group = math.gcd(INT4_GROUP, d_in)
     if group < _LEAST_GROUP:
         raise UnsupportedModelError(
             f"weights='int4': a projection has {d_in} inputs on each device; the number must be a multiple of "

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from slora_jax.errors import CheckpointError
-from slora_jax.models.quantised import WeightFormat, group_size, quantise
+from slora_jax.models.quantised import group_size, quantise
 from slora_jax.models.quantised_config import CheckpointFormat
 from slora_jax.models.safetensors_file import SafetensorsSlice, SafetensorsTensors, open_safetensors
+from slora_jax.models.traits import WeightFormat
 
 _DTYPES = {
     "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "F8_E4M3": jnp.float8_e4m3fn,

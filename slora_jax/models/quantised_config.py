@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from slora_jax.models.config_fields import INACTIVE
 from slora_jax.models.fields import refused
-from slora_jax.models.quantised import GROUP, WeightFormat
+from slora_jax.models.traits import INT4_GROUP, WeightFormat
 
 Packing = Literal["packed", "int", "float", "fp8", "gptq", "awq", "nf4"]
 
@@ -158,7 +158,7 @@ def _compressed_tensors(given: Mapping[str, Any]) -> CheckpointFormat:
             "compressed-tensors", "float", 8, size, block, "fp8", not size and not block, activations
         )
     packing: Packing = "packed" if layout == "pack-quantized" else "int"
-    if bits == 4 and (size in (0, GROUP) or size % GROUP == 0):
+    if bits == 4 and (size in (0, INT4_GROUP) or size % INT4_GROUP == 0):
         return CheckpointFormat("compressed-tensors", packing, 4, size, 0, "int4", True)
     return CheckpointFormat("compressed-tensors", packing, bits, size, 0, "int8", bits == 8 and size == 0)
 

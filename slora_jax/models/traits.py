@@ -11,6 +11,10 @@ Norms = Literal["before", "around", "after"]
 Activation = Literal["silu", "gelu_tanh"]
 QkNorm = Literal["head", "width"]
 """Norm of queries and keys: of each head, or of a projection's whole width."""
+WeightFormat = Literal["int8", "fp8", "int4"]
+"""Format of quantised kernels (`models.quantised`)."""
+INT4_GROUP = 128
+"""Inputs that share a scale of "int4", if their number divides d_in."""
 
 
 @dataclass(frozen=True)
