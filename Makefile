@@ -11,6 +11,9 @@ ifeq ($(wildcard /dev/nvidia* /dev/dxg)$(JAX_PLATFORMS),)
 export JAX_PLATFORMS := cpu
 endif
 
+# Python keeps bytecode, whatever the environment says: to compile the packages again takes 30 s of a process's start.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve test test-thorough lint format bench bench-gpu gpu-wheels bench-vllm paper miniature results clean \
   distclean
