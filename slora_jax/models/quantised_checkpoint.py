@@ -145,7 +145,7 @@ class QuantisedTensors:
         groups = -(-d_in // size)
         _require_shape("scales", scales, (groups, d_out))
         _require_shape("qzeros", zeros, (groups, d_out * bits // 32))
-        if f"{module}.g_idx" in self._home:
+        if self._form.is_reordered or f"{module}.g_idx" in self._home:
             order = np.asarray(self._part(module, "g_idx"))
             if order.shape != (d_in,) or (order != np.arange(d_in) // size).any():
                 raise CheckpointError(

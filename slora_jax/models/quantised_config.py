@@ -59,6 +59,7 @@ class CheckpointFormat:
       weights: the format in which they are served, unless the engine's settings name another.
       is_kept: whether that format holds the codes and scales as they are.
       activations: how the checkpoint's activations are quantised, which are not here; "": they are not.
+      is_reordered: whether inputs may be in another order than their groups (`desc_act`), as tensors `g_idx` say.
     """
 
     method: str
@@ -69,6 +70,7 @@ class CheckpointFormat:
     weights: WeightFormat
     is_kept: bool
     activations: str = ""
+    is_reordered: bool = False
 
 
 def checkpoint_format(hf_config: Mapping[str, Any]) -> CheckpointFormat | None:
@@ -117,7 +119,7 @@ def _compressed_tensors(given: Mapping[str, Any]) -> CheckpointFormat:
     if sparsity.get("format") not in (None, "dense"):
         raise refused(f"{_FIELD}.sparsity_config.format", sparsity["format"], "'dense'")
     if given.get("kv_cache_scheme") is not None:
-        raise refused(f"{_FIELD}.kv_cache_scheme", given["kv_cache_scheme"], "null; the KV cache is not quantised")
+        raise refused(f"{_FIELD}.kv_cache_scheme", given["kv_cache_scheme"], "null; see EngineConfig.kv_dtype")
     groups = given.get("config_groups")
     if not isinstance(groups, Mapping) or len(groups) != 1:
         raise refused(f"{_FIELD}.config_groups", groups, "one group, for all linear layers")
@@ -185,6 +187,7 @@ def _gptq(given: Mapping[str, Any]) -> CheckpointFormat:
         0,
         "int8",
         False,
+        is_reordered=_require(given, "desc_act", (None, False, True)) is True,
     )
 
 

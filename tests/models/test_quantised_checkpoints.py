@@ -263,3 +263,17 @@ def test_gptq_in_another_order_of_inputs_is_refused(unquantised, tmp_path):
         pytest.raises(CheckpointError, match=r"_proj: g_idx: .*desc_act=true"),
     ):
         load_model(tmp_path / "model", "float32", progress=False)
+
+
+def test_gptq_without_the_order_that_its_config_announces_is_refused(unquantised, tmp_path):
+    def without_order(rng, d_out, d_in):
+        tensors, kernel = gptq(rng, d_out, d_in)
+        del tensors["g_idx"]
+        return tensors, kernel
+
+    write(unquantised, tmp_path / "model", without_order, GPTQ | {"desc_act": True})
+    with (
+        warnings.catch_warnings(action="ignore"),
+        pytest.raises(CheckpointError, match=r"_proj\.g_idx is missing"),
+    ):
+        load_model(tmp_path / "model", "float32", progress=False)
