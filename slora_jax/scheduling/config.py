@@ -41,7 +41,6 @@ class CoreConfig:
     """
 
     page_size: Count = 16
-    kv_dtype: KvDtype = "auto"
     max_num_seqs: Count = 64
     max_num_batched_tokens: Count = 256
     admission: Admission = "optimistic"
@@ -53,6 +52,7 @@ class CoreConfig:
     gpu_memory_utilization: Share = 0.9
     tensor_parallel_size: Count = 1
     tp_lora: LoraSharding = "slora"
+    kv_dtype: KvDtype = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -18,7 +18,7 @@ from peft_families import VOCAB, assert_close
 from small_families import FAMILIES, SmallFamily
 
 PROMPT_LENGTHS = (10, 45, 19, 30)
-ADAPTERS = (None, "tuned", "tuned", None)
+ADAPTERS = (None, "tuned", None, "tuned")  # the last to end has one: all steps run the same programs
 CONFIG = EngineConfig(
     dtype="float32",
     num_pages=80,

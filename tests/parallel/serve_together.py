@@ -53,6 +53,7 @@ CONFIG = EngineConfig(
     mixed_buckets=(16,),
     prefetch=2,
     upload_pages_per_step=3,
+    compile_ahead=False,
     compilation_cache_dir=None,
     progress=False,
 )

@@ -56,7 +56,7 @@ def test_wrong_fields_are_named(client) -> None:
 
 
 def test_server_without_embeddings_answers_404_and_names_the_option() -> None:
-    service = SimpleNamespace(loop=SimpleNamespace(engine=SimpleNamespace(config=EngineConfig())))
+    service = SimpleNamespace(engine=SimpleNamespace(config=EngineConfig()))
     with pytest.raises(ApiError, match="start the server with --embeddings") as raised:
         check_served(service, EmbeddingBody(input="x"))
     assert raised.value.status_code == 404

@@ -25,11 +25,17 @@ pytestmark = pytest.mark.timeout(900)  # starts of several processes on a busy m
 LONG = {"model": "adapter-2", "prompt": "a", "max_tokens": 94, "n": 32, "stream": True, "ignore_eos": True}
 """About 200 steps."""
 ASKS: list[tuple[str, dict[str, Any]]] = [
-    ("/v1/completions", {"model": "adapter-1", "prompt": PROMPT, "max_tokens": 12, "logprobs": 2, "echo": True}),
+    (
+        "/v1/completions",
+        {"model": "adapter-1", "prompt": PROMPT, "max_tokens": 12, "logprobs": 2, "echo": True, "seed": 1},
+    ),
     ("/v1/completions", {"prompt": [PROMPT, "Two"], "n": 2, "max_tokens": 9, "temperature": 1.0, "seed": 4}),
-    ("/v1/completions", {"prompt": "x", "max_tokens": 20, "logit_bias": {"7": 2.5}, "stop": ["e"]}),
-    ("/v1/completions", {"prompt": "x", "guided_regex": "[a-c]{8}", "max_tokens": 20, "prompt_logprobs": 1}),
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "logprobs": True, "top_logprobs": 2}),
+    ("/v1/completions", {"prompt": "x", "max_tokens": 20, "logit_bias": {"7": 2.5}, "stop": ["e"], "seed": 2}),
+    ("/v1/completions", {"prompt": "x", "guided_regex": "[a-c]{8}", "max_tokens": 20, "prompt_logprobs": 1, "seed": 3}),
+    (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "Hi"}], "logprobs": True, "top_logprobs": 2, "seed": 5},
+    ),
     ("/v1/embeddings", {"model": "adapter-3", "input": [PROMPT, "b"]}),
     ("/tokenize", {"prompt": PROMPT}),
     ("/v1/completions", {"model": "nobody\ud800", "prompt": "x"}),
@@ -79,7 +85,11 @@ def without_ids(answer: Any) -> Any:
 
 
 def test_answers_equal_the_in_process_servers(server: LiveServer, split: LiveServer) -> None:
-    completed = 0
+    def refused(one: LiveServer) -> float:
+        labels = (("reason", "model_not_found"),)
+        return one.metrics(SERVE_KEY).get(("slora_requests_refused_total", labels), 0)
+
+    completed, refused_before = 0, refused(server)
     for path, body in ASKS:
         status, expected = server.post(path, body, MANAGE_KEY)
         completed += status == 200 and path == "/v1/completions"
@@ -113,7 +123,7 @@ def test_answers_equal_the_in_process_servers(server: LiveServer, split: LiveSer
 
     until(lambda: counted("200") == completed + 2, "both processes' requests are counted")
     until(lambda: counted("401") == 1, "refused ones too")
-    assert split.metric("slora_requests_refused_total", SERVE_KEY, reason="model_not_found") == 2
+    assert 0 < refused(split) == refused(server) - refused_before
 
 
 def test_killed_http_process_loses_its_own_connections_and_is_replaced(split: LiveServer) -> None:
@@ -128,7 +138,7 @@ def test_killed_http_process_loses_its_own_connections_and_is_replaced(split: Li
             process = process_with(split, client)
             assert process is not None
             clients[client] = process.pid
-        victim = next(iter(clients.values()))
+        victim = clients[client]  # the newest stream is still under way
         psutil.Process(victim).kill()
         for client, pid in clients.items():
             received = bytearray()
@@ -137,7 +147,8 @@ def test_killed_http_process_loses_its_own_connections_and_is_replaced(split: Li
                     received += more
             except ConnectionError:
                 pass
-            assert (b"data: [DONE]" in received) == (pid != victim)
+            assert (b"data: [DONE]" in received) or pid == victim
+        assert b"data: [DONE]" not in received  # of the newest
     until(lambda: running(split) == 0, "the lost requests are cancelled")
     until(lambda: len(processes_of(split)) == 2, "another process takes its place")
     assert victim not in {one.pid for one in processes_of(split)}

@@ -47,7 +47,7 @@ def make_service(response_template: dict | None = RESPONSE_TEMPLATE) -> SimpleNa
         response_template=response_template,
     )
     engine = SimpleNamespace(tokenizer=tokenizer, max_model_len=1000)
-    return SimpleNamespace(loop=SimpleNamespace(engine=engine), checked=lambda ids: ids)
+    return SimpleNamespace(engine=engine, checked=lambda ids: ids)
 
 
 def ask(**fields: object) -> ChatBody:
@@ -56,11 +56,11 @@ def ask(**fields: object) -> ChatBody:
 
 def shape_of(service: SimpleNamespace, body: ChatBody) -> ChatShape:
     prompt, tools = prompt_of(service, body)
-    return ChatShape("base", TokenText(service.loop.engine.tokenizer), [prompt], tools=tools)
+    return ChatShape("base", TokenText(service.engine.tokenizer), [prompt], tools=tools)
 
 
 def tokens_of(service: SimpleNamespace, text: str) -> list[int]:
-    return service.loop.engine.tokenizer(text)["input_ids"]
+    return service.engine.tokenizer(text)["input_ids"]
 
 
 def ended() -> SimpleNamespace:
@@ -76,11 +76,11 @@ def test_template_gets_the_tools_and_the_calls_of_earlier_answers() -> None:
         {"role": "tool", "content": "sunny", "tool_call_id": "c1"},
     ]
     prompt, _ = prompt_of(service, ask(messages=history))
-    text = service.loop.engine.tokenizer.decode(prompt)
+    text = service.engine.tokenizer.decode(prompt)
     assert text.startswith(f"tool weather: {json.dumps(PARAMETERS)}\nuser: Weather?")
     assert '<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>' in text
     assert "tool: sunny" in text
-    assert "tool weather" not in service.loop.engine.tokenizer.decode(prompt_of(service, ask(tool_choice="none"))[0])
+    assert "tool weather" not in service.engine.tokenizer.decode(prompt_of(service, ask(tool_choice="none"))[0])
 
 
 def test_calls_are_read_from_a_whole_answer() -> None:
