@@ -28,7 +28,7 @@ from experiments.kernel_bench.plot import plot
 from experiments.machine import provenance
 from pallas_kernels.bench.record import BROKEN_DEVICE, Record
 
-SHARES = {"ceilings": 2, "lora": 6, "attention": 4, "pool_write": 1, "sampler": 1, "step": 4}
+SHARES = {"ceilings": 2, "lora": 6, "attention": 4, "experts": 2, "pool_write": 1, "sampler": 1, "step": 4}
 """Sections in their order, and their parts of the time limit. A section leaves the rest of its part to the others."""
 DEVICES = ("h200", "a100", "l4")
 RESERVE = 10.0
@@ -211,12 +211,13 @@ def _sections(args: argparse.Namespace, miniature: bool) -> dict[str, list[Any]]
     from experiments.kernel_bench import sampler, step
     from pallas_kernels.bench import ceilings
     from pallas_kernels.bench.size import FULL, MINIATURE
+    from pallas_kernels.experts import bench as experts
     from pallas_kernels.lora import bench as lora
     from pallas_kernels.paged_attention import bench as attention
     from pallas_kernels.pool_write import bench as pool_write
 
     size = MINIATURE if miniature else FULL
-    modules = dict(zip(SHARES, (ceilings, lora, attention, pool_write, sampler, step), strict=True))
+    modules = dict(zip(SHARES, (ceilings, lora, attention, experts, pool_write, sampler, step), strict=True))
     sections = {name: module.section(size, args.seed) for name, module in modules.items() if _chosen(name, args)}
     for name in sections.keys() - {"ceilings"}:
         found = (_of_systems(case, args.systems) for case in sections[name] if args.match.search(case.label))

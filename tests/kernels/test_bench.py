@@ -64,6 +64,8 @@ def test_miniature_runs_every_case_on_a_cpu(tmp_path):
         assert measured >= {("lora", regime, system) for system in ("triton", "xla", "ragged_dot", "loop")}
         assert measured >= {("attention", regime, system) for system in ("triton", "xla")}
         assert measured >= {(op, regime, "triton") for op in ("lora_shrink", "lora_expand")}
+    assert ("experts", "decode", "triton") in checked
+    assert measured >= {("experts", "decode", system) for system in ("triton", "xla")}
     assert measured >= {("write_kv", "write", "xla"), ("write_pages", "write", "xla")}
     assert measured >= {("step", "decode", system) for system in ("base", "1 adapters", "2 adapters")}
     assert measured >= {("ceiling", name, system) for name, system in (("copy", "copy"), ("matmul", "xla"))}

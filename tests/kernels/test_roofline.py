@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.bench.models import decoder_layout
+from pallas_kernels.experts.roofline import expert_work
 from pallas_kernels.lora.roofline import backward_work, expand_work, layer_work, shrink_work
 from pallas_kernels.paged_attention.roofline import attention_work
 from pallas_kernels.pool_write.roofline import write_kv_work, write_pages_work
@@ -117,3 +118,12 @@ def test_a_step_without_rows_has_no_work():
 def test_writes_read_and_write_every_byte():
     assert write_kv_work(tokens=5, width=12, itemsize=2) == Work(bytes=2 * (5 * 2 * 12 * 2))
     assert write_pages_work(pages=3, page_size=8, width=12, itemsize=4) == Work(bytes=2 * (3 * 2 * 8 * 12 * 4))
+
+
+def test_expert_work_counts_the_weights_of_used_experts_once():
+    chosen = [(0, 3), (3, 5), (3, 0)]  # of three tokens
+    weights = {(e, i, j) for pair in chosen for e in pair for i in range(3) for j in range(6 * 4)}
+    activations = {(side, token, i) for side in ("x", "y") for token in range(3) for i in range(6)}
+    flops = sum(2 * 3 * 6 * 4 for pair in chosen for _ in pair)
+    found = expert_work(3, 2, used=3, hidden=6, ffn=4, itemsize=2)
+    assert found == Work(bytes=2 * (len(weights) + len(activations)), flops=flops)
