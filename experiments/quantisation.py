@@ -116,7 +116,7 @@ def dense_lora(config: ModelConfig, adapter: LoraAdapter) -> list[dict[str, tupl
 
 @jax.jit
 def _compare(expected: jax.Array, found: jax.Array, targets: jax.Array) -> jax.Array:
-    """Sums over a window's predictions: negative log-likelihood, KL divergence, equal likeliest tokens."""
+    """Sums over a window's predictions: negative log-likelihood, KL divergence, equal most probable tokens."""
     expected, found = expected[:-1], found[:-1]
     nll = -jnp.take_along_axis(found, targets[:, None], 1).sum()
     kl = (jnp.exp(expected) * (expected - found)).sum()

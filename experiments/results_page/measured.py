@@ -219,7 +219,7 @@ def quantisation(data: Json) -> Iterable[str]:
     yield (
         f"Model: {data['model']}, dequantised to float32, which is the reference; {data['tokens']:,} tokens of this "
         "project's text. *Recovery* is the reference's perplexity over the format's, with the same adapter. *KL* is "
-        "the mean divergence from the reference in nats per token, *agreement* the share of equal likeliest tokens."
+        "the mean divergence from the reference in nats per token, *agreement* the share of equal most probable tokens."
     )
     reference = {row["adapter"]: row["perplexity"] for row in data["rows"] if row["weights"] == "float32"}
     yield table(

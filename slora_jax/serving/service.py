@@ -40,7 +40,7 @@ TEXT_THREADS = 4
 
 
 class EngineFacts(Protocol):
-    """What requests and answers need of an engine that does not change: an `Engine` has it all."""
+    """The constant part of an `Engine` that requests and answers need."""
 
     tokenizer: Any
     model: ModelConfig
@@ -60,7 +60,7 @@ class HttpMetrics(Protocol):
 
 
 class GeneratingService(ABC):
-    """What the endpoints that read and generate text need; one per process."""
+    """The service of the endpoints that read and generate text; one per process."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
@@ -74,7 +74,7 @@ class GeneratingService(ABC):
     @property
     @abstractmethod
     def http_metrics(self) -> HttpMetrics:
-        """Where HTTP requests are counted."""
+        """The counts of HTTP requests."""
 
     @abstractmethod
     async def check_model(self, model: str | None) -> None:

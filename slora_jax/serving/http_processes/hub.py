@@ -189,7 +189,7 @@ class Hub:
                     await self._service.of_text(self._service.engine.grammars.compile, form)
             request = peer.requests.get(message.number)
             if request is None:
-                return  # released meanwhile
+                return  # released while its grammar was compiled
             prompts, params = [prompt for prompt, _ in sequences], [params for _, params in sequences]
             outbox = _Outbox(peer.outgoing, message.number, message.is_streamed)
             self._service.start(

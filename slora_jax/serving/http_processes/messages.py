@@ -108,7 +108,7 @@ class Reply(Message, frozen=True):
 
 
 class End(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """What an answer needs of a `RequestOutput`. prompt_embedding: bytes of float32 numbers."""
+    """The fields of a `RequestOutput` that an answer needs. prompt_embedding: bytes of float32 numbers."""
 
     text: str | None
     token_ids: list[int]
