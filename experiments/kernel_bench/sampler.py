@@ -25,7 +25,7 @@ def section(size: Size, seed: int) -> list[Case]:
 
 
 def _cases(size: Size, seed: int) -> Iterator[Case]:
-    for batch in (4,) if size.miniature else BATCHES:
+    for batch in (1,) if size.miniature else BATCHES:
         facts, work = {"vocab": size.model.vocab, "batch": batch}, Work(bytes=4 * batch * size.model.vocab)
         system = partial(_system, (batch, size.model.vocab), seed)
         triton = partial(_cutoff, implementation="triton", interpret=size.miniature)

@@ -71,6 +71,7 @@ class Predictor:
             "lora_shrink": self._lora,
             "lora_expand": self._lora,
             "attention": self._attention,
+            "experts": self._experts,
             "write_kv": self._write,
             "write_pages": self._write,
             "sampler": self._sampler,
@@ -145,6 +146,10 @@ class Predictor:
         )  # fmt: skip
         with compiling_for(self.target.device):
             return attention_call(rows, context, shape)
+
+    def _experts(self, case: Case) -> Iterator[dict[str, Any]]:
+        call = Call((case.work,), kernel_cost("experts", case.regime))
+        yield self._row(case.label, "triton", case.work, self._predict(call))
 
     def _write(self, case: Case) -> Iterator[dict[str, Any]]:
         yield self._row(case.label, "xla", case.work, self._predict(Call((case.work,), kernel_cost(case.op, "write"))))

@@ -75,14 +75,14 @@ MINIATURE = Grid(
     decode=((4, (1, 4)),),
     prefill_rows=16,
     prefill_adapters=(2,),
-    ranks=(8, "mixed"),
+    ranks=(8,),
     main_rank=8,
     main_adapters=4,
-    peer_ranks=("mixed",),
+    peer_ranks=(8,),
     loop_adapters=1,
     late_loop_adapters=2,
     second_decode=(4, (2,)),
-    second_ranks=(8,),
+    second_ranks=(),
     check_adapters=2,
 )
 

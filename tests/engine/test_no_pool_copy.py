@@ -5,9 +5,9 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels.targets import TARGETS, deviceless_mesh
+from pallas_kernels.devices import compiling_for
+from pallas_kernels.targets import TARGETS, compile_for
 from slora_jax.analysis import pool_use
 from slora_jax.engine.batch import Bucket
 from slora_jax.engine.layered import LayeredStep
@@ -87,9 +87,10 @@ def test_cpu_step_updates_narrow_pages_and_their_scales_in_place():
 def test_h200_step_updates_the_pool_in_place(bucket, lora, is_narrow):
     spec = replace(_narrow(LLAMA_8B) if is_narrow else LLAMA_8B, adapter_extras=lora == "extras")
     layout = spec.layout(bucket)
-    here = NamedSharding(deviceless_mesh(TARGETS["h200"]), PartitionSpec())
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), step_shapes(spec, layout))
-    compiled = make_step(spec, layout, lora).trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
+    target = TARGETS["h200"]
+    with compiling_for(target.device):
+        step, shapes = make_step(spec, layout, lora), step_shapes(spec, layout)
+    compiled = compile_for(target, step, *shapes)
     use = pool_use(compiled, spec.pool)
     assert use.aliased_bytes >= use.pool_bytes
     assert use.copies == ()

@@ -1,14 +1,15 @@
 """One of several processes that serve one model together: `serve_together.py MODE PROCESS PROCESSES PORT`, or
 `serve_together.py slora ARGUMENTS` for the command.
 
-The leader serves the same traffic until it is killed, and prints its first tokens as JSON. Modes: "serve"; in "differ"
-process 1 has another setting; in "fault" process 1 fails in its tenth step.
+The leader serves the same traffic until it is killed, and prints its first tokens as JSON. Modes: "serve"; in "idle" the
+leader prints {} and waits; in "differ" process 1 has another setting; in "fault" process 1 fails in its tenth step.
 """
 
 import json
 import math
 import os
 import sys
+import time
 from dataclasses import replace
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -102,8 +103,11 @@ def fail_in_tenth_step() -> None:
     Device.step = failing
 
 
-def lead(config: EngineConfig, group: ProcessGroup) -> None:
+def lead(config: EngineConfig, group: ProcessGroup, is_idle: bool) -> None:
     with Engine(*make_model(), config, processes=group) as engine:
+        while is_idle:
+            print(json.dumps({}), flush=True)
+            time.sleep(60)
         load_adapters(engine)
         staged = []
         stage = engine.executor.stage
@@ -135,7 +139,7 @@ def main(mode: str, process: int, processes: int, port: int) -> None:
     placement.pages_that_fit = lambda *_: PAGES - process
     with all_write_cache(join_processes(f"127.0.0.1:{port}", processes, process, timeout=100)) as group:
         if group.is_leader:
-            lead(config, group)
+            lead(config, group, mode == "idle")
         else:
             Follower(*make_model(), config, group).run()
 
