@@ -23,7 +23,7 @@ ROWS, SLOTS, NUM_PAGES = 4096, 64, 4000
 SHARD_OF_70B = LAYERS[3]
 SMALL = Model("small", 512, 8, 4, 64, 1408, num_layers=1, vocab=1000, max_tokens=2048)
 # (model, stack, largest rank, page size): each plan, several projections and one, a pool that has narrower blocks.
-CALLS = [(LLAMA_3_8B, 0, 16, 16), (LLAMA_3_8B, 2, 64, 16), (LLAMA_3_8B, 1, 32, 32), (SHARD_OF_70B, 0, 32, 8)]
+CALLS = [(LLAMA_3_8B, 2, 64, 16), (LLAMA_3_8B, 0, 16, 16), (LLAMA_3_8B, 1, 32, 32), (SHARD_OF_70B, 0, 32, 8)]
 
 
 def struct(*shape, dtype="int32"):
@@ -38,13 +38,14 @@ def step_structs(layout, max_rank, rows, tile_rows):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_no_plan_spills_and_the_gradient_is_updated_in_place(name):
-    device = devices.DEVICES[name]
+    """On an L4, whose code is that of an A100 and whose shared memory is smaller, only the largest ranks."""
+    device, calls = devices.DEVICES[name], CALLS[:1] if name == "l4" else CALLS
     with devices.compiling_for(device):
         tile_rows = training_tile_rows(LLAMA_3_8B.layout(), "bfloat16", 2048)
 
     def run(befores, arguments):
         results = []
-        for (model, stack, max_rank, page_size), before, call in zip(CALLS, befores, arguments, strict=True):
+        for (model, stack, max_rank, page_size), before, call in zip(calls, befores, arguments, strict=True):
             (table, tiles), x, dy, pool = call
             layout = model.layout(page_size)
             lora = TrainedLora(layout, table, tiles, dtype=x.dtype, tile_rows=tile_rows, max_rank=max_rank)
@@ -60,7 +61,7 @@ def test_no_plan_spills_and_the_gradient_is_updated_in_place(name):
         x, dy = (struct(ROWS, d, dtype="bfloat16") for d in (own.d_in, own.d_out))
         return step_structs(layout, max_rank, ROWS, tile_rows), x, dy, pool
 
-    inputs = [arguments(*call) for call in CALLS]
+    inputs = [arguments(*call) for call in calls]
     befores = [struct(*pool.shape, dtype="float32") for *_, pool in inputs]
     program = compile_for(TARGETS[name], jax.jit(run, donate_argnums=0), befores, inputs)
     assert program.memory_analysis().alias_size_in_bytes == sum(4 * before.size for before in befores)
@@ -68,7 +69,7 @@ def test_no_plan_spills_and_the_gradient_is_updated_in_place(name):
     assert not [line for line in hlo.splitlines() if re.search(rf"f32\[{NUM_PAGES},.*\bcopy", line)]
     uses = kernels_in(program, device)
     by_name = {name: sum(u.count for u in uses if u.name == name) for name in {u.name for u in uses}}
-    assert by_name == {f"lora_{op}_kernel": len(CALLS) for op in ("shrink", "expand", "gradient_a", "gradient_b")}
+    assert by_name == {f"lora_{op}_kernel": len(calls) for op in ("shrink", "expand", "gradient_a", "gradient_b")}
     for use in uses:
         if "gradient" in use.name:
             print(use.name, use.registers, "registers", use.shared_bytes, "bytes shared")

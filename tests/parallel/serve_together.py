@@ -1,8 +1,8 @@
 """One of several processes that serve one model together: `serve_together.py MODE PROCESS PROCESSES PORT`, or
 `serve_together.py slora ARGUMENTS` for the command.
 
-The leader serves the same traffic until it is killed, and prints its first tokens as JSON. Modes: "serve"; in "idle" the
-leader prints {} and waits; in "differ" process 1 has another setting; in "fault" process 1 fails in its tenth step.
+The leader serves the same traffic until it is killed, and prints its first tokens as JSON. Modes: "serve"; in "idle"
+the leader prints {} and waits; in "differ" process 1 has another setting; in "fault" process 1 fails in its tenth step.
 """
 
 import json
