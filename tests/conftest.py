@@ -1,5 +1,6 @@
 """Setup of all tests: CPU devices, one compilation cache, one thread for torch, hypothesis profiles, printed seeds."""
 
+import gc
 import os
 import signal
 import zlib
@@ -68,6 +69,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     repeated = [nodeid for nodeid, count in Counter(item.nodeid for item in items).items() if count > 1]
     if repeated:
         raise pytest.UsageError(f"several tests have the id {repeated[0]}; give each its own")
+
+
+def pytest_collection_finish() -> None:
+    """Takes what is imported by now out of garbage collection: a million objects, looked at again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_report_header() -> list[str]:

@@ -36,7 +36,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mistral-window": ("mistral", {"sliding_window": 40, "rms_norm_eps": 1e-5}),
-    "qwen2": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen3": ("qwen3", {"head_dim": 32}),
 }
 ADAPTERS: dict[str, dict[str, Any]] = {

@@ -24,8 +24,10 @@ def by_name(notebook: Path) -> str:
 
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
-    """Environment of a kernel that imports this checkout, on a CPU, with the tests' cache of compiled programs."""
+    """Environment of a kernel that imports this checkout, on a CPU, with the tests' cache of compiled programs. A real
+    model's products are worth the compiler's optimisations."""
     return os.environ | {
+        "XLA_FLAGS": "",
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),

@@ -1,4 +1,4 @@
-"""Four processes on loopback give the tokens of one device. When one is killed or fails, all end with the reason."""
+"""Two processes on loopback give the tokens of one device. When one is killed or fails, all end with the reason."""
 
 import json
 import os
@@ -113,17 +113,16 @@ def together(mode: str, count: int) -> list[list[str]]:
     return [[serve_together.__file__, mode, str(i), str(count), str(port)] for i in range(count)]
 
 
-def test_four_processes_give_the_tokens_of_one_and_end_when_a_follower_is_killed(start, tokens_of_one_device) -> None:
-    processes = start(together("serve", 4))
+def test_two_processes_give_the_tokens_of_one_and_end_when_a_follower_is_killed(start, tokens_of_one_device) -> None:
+    processes = start(together("serve", 2))
     served = processes.served()
     assert served["tokens"] == served["again"] == tokens_of_one_device
-    assert served["num_pages"] == serve_together.PAGES - 3, "the least of all processes"
+    assert served["num_pages"] == serve_together.PAGES - 1, "the least of all processes"
     for count in ("preemptions", "adapter_evictions", "staged"):
         assert served[count] > 0, f"the traffic is too light: no {count}"
-    processes.processes[2].kill()
-    assert processes.statuses(SECONDS_TO_END) == [EXIT_LOST, EXIT_LOST, -signal.SIGKILL, EXIT_LOST]
-    for survivor in (0, 1, 3):
-        assert "process 2 is lost" in processes.errors(survivor)
+    processes.processes[1].kill()
+    assert processes.statuses(SECONDS_TO_END) == [EXIT_LOST, -signal.SIGKILL]
+    assert "process 1 is lost" in processes.errors(0)  # by itself, or as the reason why a collective failed
 
 
 def test_a_follower_of_an_idle_leader_ends_when_the_leader_is_killed(start) -> None:
