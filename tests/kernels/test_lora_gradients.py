@@ -99,8 +99,8 @@ def test_gradients_equal_those_of_dense_matrices(shape, dtype, implementation, t
 @pytest.mark.parametrize(("dtype", "implementation"), [("float32", "xla"), ("bfloat16", "triton")])
 def test_an_adapter_gets_the_same_bits_alone_and_with_others(dtype, implementation, rng) -> None:
     """Alone, its rows are at another place of the step."""
-    adapters = Adapters(HIGH, dtype, rng)
-    run = partial(gradients, layout=adapters.layout, max_rank=HIGH.max_rank, implementation=implementation)
+    adapters = Adapters(MHA, dtype, rng)
+    run = partial(gradients, layout=adapters.layout, max_rank=MHA.max_rank, implementation=implementation)
     xs, ys, slopes, before = inputs(adapters, rng)
     slots = adapters.slots[ORDER].tolist()
     dxs, after = run(adapters.table, tiles_of(slots), adapters.pool, xs, ys, slopes, before)
