@@ -20,6 +20,12 @@ from slora_jax.models import ModelConfig, Params, init_random
 from slora_jax.models.placements import tensor_placements
 
 CACHE = Path(__file__).parents[1] / ".cache"
+SHARED_PROGRAMS = {
+    "JAX_COMPILATION_CACHE_DIR": str(CACHE / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_NUM_CPU_DEVICES": "8",  # part of the cache's keys
+}
+"""Environment of processes that find the tests' compiled programs."""
 PAGE_SIZE = 8
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
