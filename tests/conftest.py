@@ -39,6 +39,8 @@ SLOW_FILES = (
     "test_compiled_collectives", "test_slow_clients", "test_live_page",
 )  # fmt: skip
 """Files of more than a minute, slowest first. They start first, so that no core idles at the end."""
+SHARED = ("peft_servers", "observed_engine")
+"""What takes long to make and several files use: models with PEFT adapters, and the recording of a tiny engine."""
 
 hypothesis.settings.register_profile("quick", deadline=None, print_blob=True, max_examples=30, stateful_step_count=30)
 hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile("quick"), max_examples=500)
@@ -86,7 +88,7 @@ def pytest_report_header() -> list[str]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keeps each file on one worker, and all files that use `peft_servers` on the same one, which then builds them."""
+    """Keeps each file on one worker, and files that use one of `SHARED` on the same one, which then makes it once."""
     if config.getvalue("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
@@ -94,7 +96,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "peft_servers" if "peft_servers" in (config.rootpath / file).read_text() else file
+            text = (config.rootpath / file).read_text()
+            return next((name for name in SHARED if name in text), file)
 
     return Scheduling(config, log)
 

@@ -23,6 +23,7 @@ from slora_jax.models import ModelConfig
 
 PROMPT = "A language model"
 NUM_TOKENS = 12
+OPTIONS = [f"--max-tokens={NUM_TOKENS}", "--max-model-len=40", "--dtype=float32"]  # generate and chat share programs
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,7 @@ def adapter_dirs(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 def generate(model_dir: Path, *more: str) -> int:
-    options = ["--prompt", PROMPT, "--max-tokens", f"{NUM_TOKENS}", "--dtype", "float32"]
-    return cli.main(["generate", str(model_dir), *options, *more])
+    return cli.main(["generate", str(model_dir), "--prompt", PROMPT, *OPTIONS, *more])
 
 
 def expected_text(model_dir: Path, weights: Weights) -> str:
@@ -89,10 +89,9 @@ def test_generate_wraps_the_prompt_in_the_chat_template(model_dir, tmp_path, cap
         "{{ bos_token }}{% for one in messages %}{{ one.content }}{% endfor %}"
         "{% if add_generation_prompt %} is{% endif %}"
     )
-    options = ["--max-tokens", f"{NUM_TOKENS}", "--dtype", "float32"]
-    assert cli.main(["generate", str(chat), "--prompt", PROMPT, "--chat", *options]) == 0
+    assert generate(chat, "--chat") == 0
     text = capsys.readouterr().out
-    assert cli.main(["generate", str(model_dir), "--prompt", f"{PROMPT} is", *options]) == 0
+    assert generate(model_dir, "--prompt", f"{PROMPT} is") == 0
     assert capsys.readouterr().out == text
 
 
@@ -127,7 +126,7 @@ def talk(monkeypatch, chat_dir: Path, lines: list, *more: str) -> list[list[str 
 
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr(Engine, "stream", stream)
-    assert cli.main(["chat", str(chat_dir), "--max-tokens=4", "--max-model-len=40", "--dtype=float32", *more]) == 0
+    assert cli.main(["chat", str(chat_dir), *OPTIONS, "--max-tokens=4", *more]) == 0
     return asked
 
 
@@ -193,8 +192,8 @@ def test_generate_without_adapters_compiles_two_small_programs_without_lora(mode
 
     monkeypatch.setattr(Engine, "from_pretrained", classmethod(build))
     assert generate(model_dir) == 2
-    assert generate(model_dir, "--prompt", "word " * 40) == 2
-    assert generate(model_dir, "--prompt", "word " * 100) == 2
+    assert generate(model_dir, "--max-model-len=512", "--prompt", "word " * 40) == 2
+    assert generate(model_dir, "--max-model-len=512", "--prompt", "word " * 100) == 2
     assert [config.lora for config in made] == ["off"] * 3
     assert [[bucket.name for bucket in config.buckets()] for config in made] == [
         ["decode_1", "mixed_64"],

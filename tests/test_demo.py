@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from slora_jax.adapters import random_adapter, write_peft
 from slora_jax.cli import main
-from slora_jax.demo import run, smollm2
+from slora_jax.demo import models, run, smollm2
 from slora_jax.demo.adapters import DemoAdapter
 from slora_jax.demo.checkpoint import write_checkpoint
 from slora_jax.demo.models import CHAT_LOAD, TINY_LOAD, choose_model
@@ -94,17 +95,19 @@ def test_demo_refuses_a_directory_that_is_not_its_own(tmp_path, capsys):
     assert (tmp_path / "model" / "thesis.txt").exists()
 
 
-def test_a_chat_model_is_asked_a_question_first(model_dir, tmp_path, capsys):
-    load = ["--adapters", "4", "--requests", "4", "--pages", "100"]
-    assert main(["demo", "--model", str(model_dir), "--dir", str(tmp_path / "demo"), *load]) == 0
+def test_a_chat_model_is_asked_a_question_first(demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(models, "CHAT_LOAD", replace(TINY_LOAD, chat=True))  # programs of the demos above
+    model_dir, load = tmp_path / "chat", ["--adapters", "4", "--requests", "4", "--pages", "100"]
+    write_checkpoint(model_dir, num_layers=1, seed=1)
+    assert main([*demo[:3], "--model", str(model_dir), *load]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"1. The model: {model_dir.name}.\n")
+    assert out.startswith("1. The model: chat.\n")
     assert f"Question: {run.QUESTION}\n   Answer: " in out
     assert "The first token came after" in out
     assert "some of the answers:\n" in out
     assert "All 4 agree with the merged weights token for token." in out
-    paths = f"{model_dir} --adapters {tmp_path}"  # long temporary paths
-    assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line and paths not in line) <= 100
+    paths = (str(tmp_path), demo[2])  # long temporary ones
+    assert max(len(line) for line in out.splitlines() if not any(path in line for path in paths)) <= 100
 
 
 def test_answers_are_printed_word_by_word_in_lines_of_bounded_width(capsys):

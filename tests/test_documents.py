@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_model import TinyModel
+from tiny_model import PAGE_SIZE, SMALL, TinyModel
 
 from experiments.config import load_experiment, make_experiment
 from experiments.results_page.documents import documents
@@ -51,15 +51,23 @@ def commands() -> list[str]:
     return list(dict.fromkeys([line for line in lines if line.strip()] + [" ".join(span.split()) for span in spans]))
 
 
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the demo leaves: a model and adapters."""
+    directory = tmp_path_factory.mktemp("demo")
+    (directory / "model").mkdir()
+    TinyModel().save(directory / "model")
+    geometry = adapter_geometry(ModelConfig.from_directory(directory / "model"), 16)
+    for number in range(2):
+        write_peft(directory / f"adapters/adapter-000{number}", random_adapter(geometry, 4, seed=number))
+    return directory
+
+
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with what the documents speak of: a model, as the demo's and as a download, adapters, the
     experiments."""
-    (tmp_path / ".demo/model").mkdir(parents=True)
-    TinyModel().save(tmp_path / ".demo/model")
-    geometry = adapter_geometry(ModelConfig.from_directory(tmp_path / ".demo/model"), 16)
-    for number in range(2):
-        write_peft(tmp_path / f".demo/adapters/adapter-000{number}", random_adapter(geometry, 4, seed=number))
+    (tmp_path / ".demo").symlink_to(demo)
     for name, target in {
         "qwen": ".demo/model",
         "adapters": ".demo/adapters",
@@ -77,11 +85,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("text", [text for text in blocks("python") if not text.startswith("# study.py")])
 def test_a_python_block_runs_as_it_stands(place, text, monkeypatch) -> None:
     real = Engine.from_pretrained
+    shape = SMALL | {"page_size": PAGE_SIZE, "dtype": "float32", "compile_ahead": False}
 
-    def lazily(model, config=EngineConfig(), **options):  # noqa: B008
-        return real(model, replace(config, compile_ahead=False), **options)  # only the programs in use
+    def in_tests_shape(model, config=EngineConfig(), **options):  # noqa: B008
+        return real(model, replace(config, **shape), **options)
 
-    monkeypatch.setattr(Engine, "from_pretrained", lazily)
+    monkeypatch.setattr(Engine, "from_pretrained", in_tests_shape)
     exec(compile(text, "README.md", "exec"), {"__name__": "__main__"})
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from byte_level import VOCAB_SIZE, train_tokenizer
+from byte_level import train_tokenizer
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
@@ -20,25 +20,21 @@ from slora_jax.models import ModelConfig, Params, init_random
 from slora_jax.models.placements import tensor_placements
 
 CACHE = Path(__file__).parents[1] / ".cache"
+SHARED_PROGRAMS = {
+    "JAX_COMPILATION_CACHE_DIR": str(CACHE / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_NUM_CPU_DEVICES": "8",  # part of the cache's keys
+}
+"""Environment of processes that find the tests' compiled programs."""
 PAGE_SIZE = 8
-EOS = 1
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-HF_CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rope_theta": 10000.0,
-    "eos_token_id": EOS,
-}
+TINY_LLAMA = Path(__file__).with_name("tiny_llama.json")
+"""Config of the tiny model, for experiments that make random weights of their own."""
+HF_CONFIG = json.loads(TINY_LLAMA.read_text())
+EOS = HF_CONFIG["eos_token_id"]
 SMALL = {
     "num_pages": 81,
     "max_num_seqs": 4,
@@ -59,6 +55,13 @@ MEDIUM = SMALL | {
     "mixed_buckets": (32,),
 }
 """The engine shape of live servers in tests."""
+REAL_RUN = {
+    "system": {"num_tokens": 640, "page_size": 8, "max_num_seqs": 4, "max_num_batched_tokens": 16},
+    "engine": {"max_model_len": 96, "decode_buckets": [4], "mixed_buckets": [16], "batch": 4},
+}
+"""`SMALL` as sections of an experiment on `TINY_LLAMA`, whose adapters have ranks up to 16."""
+REPLICAS_TOKENS = 3080
+"""`num_tokens` with which each of three packed replicas has the pages of `SMALL`."""
 
 
 def hf_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:

@@ -15,19 +15,20 @@ from slora_jax.engine import EngineConfig
 from slora_jax.errors import ConfigError
 from slora_jax.models import ModelConfig
 
+LAYERS = 2
 MODEL = {
     "model_type": "llama",
     "hidden_size": 256,
     "intermediate_size": 512,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": LAYERS,
     "vocab_size": 512,
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
 }
-PAGE_BYTES = 3 * 2 * 16 * 128 * 2
-PARAMETERS = 2 * 512 * 256 + 3 * (256 * 512 + 256 * 256 + 3 * 256 * 512)  # in bfloat16, beside norms
+PAGE_BYTES = LAYERS * 2 * 16 * 128 * 2
+PARAMETERS = 2 * 512 * 256 + LAYERS * (256 * 512 + 256 * 256 + 3 * 256 * 512)  # in bfloat16, beside norms
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_the_pool_takes_its_share_of_the_free_memory(written) -> None:
     assert pool["fits"]
     assert pool["page_bytes"] == PAGE_BYTES
     assert pool["bytes"] == pool["num_pages"] * PAGE_BYTES
-    assert pool["weight_bytes"] == 2 * PARAMETERS + 4 * 7 * 256
+    assert pool["weight_bytes"] == 2 * PARAMETERS + 4 * (2 * LAYERS + 1) * 256
     assert pool["temp_bytes"] == max(p["temp_bytes"] + p["output_bytes"] for p in written["programs"])
     beside = pool["weight_bytes"] + pool["temp_bytes"] + pool["other_bytes"]
     left = 0.9 * (int(DEVICES["l4"].memory_bytes * 0.75) - beside)
@@ -87,21 +88,20 @@ def test_programs_update_the_reported_pool_in_place(written) -> None:
 
 
 def test_a_step_without_lora_launches_attention_only(written) -> None:
-    layers = MODEL["num_hidden_layers"]
     launches = {p["name"]: Counter({k["name"]: k["count"] for k in p["kernels"]}) for p in written["programs"]}
-    assert launches["decode_4"] == {"paged_attention_kernel": layers}
+    assert launches["decode_4"] == {"paged_attention_kernel": LAYERS}
     assert launches["mixed_32_lora"].keys() >= {"paged_attention_kernel", "lora_shrink_kernel", "lora_expand_kernel"}
 
 
 def test_fewer_layers_are_labelled_and_the_pool_is_for_all_layers(model_file, written, tmp_path, capsys) -> None:
     path = tmp_path / "report.json"
     assert run(model_file, "--layers=1", "--programs=decode_4", "--max-lora-rank=32", f"--json={path}") == 0
-    assert "ONLY 1 of 3 layers" in capsys.readouterr().out
+    assert f"ONLY 1 of {LAYERS} layers" in capsys.readouterr().out
     fewer = json.loads(path.read_text())
-    assert (fewer["layers"], fewer["compiled_layers"]) == (3, 1)
+    assert (fewer["layers"], fewer["compiled_layers"]) == (LAYERS, 1)
     assert fewer["pool"]["weight_bytes"] == written["pool"]["weight_bytes"]
     assert fewer["pool"]["num_pages"] == pytest.approx(written["pool"]["num_pages"], rel=1e-3)
-    assert fewer["programs"][0]["pool_bytes"] == fewer["pool"]["bytes"] // 3
+    assert fewer["programs"][0]["pool_bytes"] == fewer["pool"]["bytes"] // LAYERS
 
 
 def test_a_pool_that_does_not_fit_is_reported_at_once(model_file, written, tmp_path, monkeypatch, capsys) -> None:
@@ -131,7 +131,8 @@ def test_a_copied_pool_exits_with_status_1(model_file, monkeypatch, capsys) -> N
 def test_a_spill_is_named_and_exits_with_status_1(model_file, written, monkeypatch, capsys) -> None:
     kernel = report.KernelUse("shrink", "triton", 255, 48, 0, 1, "")
     program = report.ProgramReport(**{**written["programs"][0], "copies": (), "kernels": (kernel,), "collectives": ()})
-    found = report.CompileReport("l4", 1, "bfloat16", 3, 3, 32, report.PoolReport(**written["pool"]), (program,))
+    pool = report.PoolReport(**written["pool"])
+    found = report.CompileReport("l4", 1, "bfloat16", LAYERS, LAYERS, 32, pool, (program,))
     monkeypatch.setattr(report, "compile_report", lambda *args, **kwargs: found)
     assert run(model_file) == 1
     captured = capsys.readouterr()

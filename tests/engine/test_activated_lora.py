@@ -10,7 +10,7 @@ from slora_jax.errors import RequestError
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
-from peft_families import CONFIG, SeparateAdapters, Served  # noqa: E402
+from peft_families import CONFIG, FAMILIES, SeparateAdapters, Served  # noqa: E402
 
 INVOCATION = [7, 11, 7]
 KINDS = {
@@ -25,7 +25,7 @@ class Activated(SeparateAdapters):
     """Prompts with an adapter contain the invocation tokens once, twice, or overlapping."""
 
     def __init__(self, directory):
-        super().__init__(directory, "llama", {}, KINDS, LENGTHS)
+        super().__init__(directory, *FAMILIES["llama-mha-untied"], KINDS, LENGTHS)
         for number, (prompt, adapter) in enumerate(zip(self.prompts, self.adapters, strict=True)):
             if adapter is not None:
                 at = len(prompt) // 2
@@ -55,7 +55,8 @@ class Activated(SeparateAdapters):
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     family = Activated(tmp_path_factory.mktemp("activated"))
-    with Engine.from_pretrained(family.model_dir, replace(CONFIG, num_pages=60, prefix_cache=True)) as engine:
+    config = replace(CONFIG, num_pages=46, prefix_cache=True)  # the shape of `PeftServers`
+    with Engine.from_pretrained(family.model_dir, config) as engine:
         for name in KINDS:
             engine.load_adapter(name, family.adapter_dir / name)
         yield Served(family, engine)

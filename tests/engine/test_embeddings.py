@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tiny_model import TinyModel
+from tiny_model import MEDIUM, TinyModel
 
 from slora_jax import ConfigError, SamplingParams
 from slora_jax.adapters import random_adapter, write_peft
@@ -14,7 +14,7 @@ ADAPTERS = [None, "a", "a", None]
 
 @pytest.fixture(scope="module")
 def engine(tiny: TinyModel):
-    with tiny.engine(embeddings=True) as engine:
+    with tiny.engine(embeddings=True, **MEDIUM) as engine:  # as the server of the tests
         engine.load_adapter("a", random_adapter(tiny.geometry, 8, TARGETS, seed=1))
         yield engine
         engine.check()

@@ -20,13 +20,15 @@ DECODE = Bucket(tokens=16, seqs=16, decode=True)
 MIXED = Bucket(tokens=64, seqs=16, decode=False)
 
 
-def _spec(hidden: int, heads: int, kv_heads: int, head_dim: int, ffn: int, dtype: str, num_pages: int) -> StepSpec:
+def _spec(
+    layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, ffn: int, dtype: str, num_pages: int
+) -> StepSpec:
     model = ModelConfig(
         family="llama",
         vocab_size=512,
         hidden_size=hidden,
         intermediate_size=ffn,
-        num_layers=2,
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
@@ -37,7 +39,7 @@ def _spec(hidden: int, heads: int, kv_heads: int, head_dim: int, ffn: int, dtype
     )
     graphdef, params = abstract_decoder(model, dtype)
     pool = PoolShape(
-        num_layers=2,
+        num_layers=layers,
         num_pages=num_pages,
         page_size=16,
         width=model.kv_width,
@@ -48,9 +50,9 @@ def _spec(hidden: int, heads: int, kv_heads: int, head_dim: int, ffn: int, dtype
     return StepSpec(model, graphdef, params, pool, max_num_seqs=16, max_pages_per_seq=64, max_rank=64)
 
 
-SMALL = _spec(hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, dtype="float32", num_pages=333)
-# Llama-3-8B's layers, two of them.
-LLAMA_8B = _spec(hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, dtype="bfloat16", num_pages=4000)
+SMALL = _spec(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, dtype="float32", num_pages=333)
+# One of Llama-3-8B's layers: `analysis/test_step_memory.py` has a step of two.
+LLAMA_8B = _spec(layers=1, hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, dtype="bfloat16", num_pages=4000)
 
 
 def _narrow(spec: StepSpec) -> StepSpec:
@@ -94,7 +96,7 @@ def test_h200_step_updates_the_pool_in_place(bucket, lora, is_narrow):
     use = pool_use(compiled, spec.pool)
     assert use.aliased_bytes >= use.pool_bytes
     assert use.copies == ()
-    assert use.temp_bytes < use.pool_bytes / 4  # half of one layer's pool
+    assert use.temp_bytes < use.pool_bytes / 2
 
 
 def test_upload_updates_the_pool_in_place():

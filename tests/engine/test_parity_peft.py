@@ -20,13 +20,16 @@ def served(request: pytest.FixtureRequest, peft_servers: Any) -> Any:
 def test_mixed_batch_matches_peft_under_preemption(served: Any) -> None:
     outputs = served.mixed_batch
     served.family.check(outputs)
-    assert served.engine.stats().preemptions > 0, "the pool is too large to force preemption"
+    stats = served.engine.stats()
+    assert stats.preemptions > 0, "the pool is too large to force preemption"
+    assert stats.adapter_evictions > 0, "the pool is too large to force evictions"
     assert np.median([len(set(output.token_ids)) for output in outputs]) > NEW_TOKENS // 4, (
         "greedy decoding is degenerate"
     )
     served.engine.check()
 
 
+@pytest.mark.parametrize("served", ["llama-mha-untied", "qwen3"], indirect=True, scope="module")  # tiles of two widths
 def test_matches_peft_after_many_evictions_and_reloads(served: Any) -> None:
     rng = np.random.default_rng(3)
     before = served.engine.stats()

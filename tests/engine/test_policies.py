@@ -66,16 +66,16 @@ def test_early_abort_aborts_requests_past_the_objective(serve, expected) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"),
+    ("name", "settings", "admission"),
     [
-        ("lcfs", {}),
-        ("vtc", {}),
-        ("clustering", {"max_adapters_in_batch": 1, "hard": True}),
-        ("ageing", {"inner": "lcfs", "bound": 0.01}),
-        ("early_abort", {"slo": 600.0, "rule": "code"}),
+        ("lcfs", {}, "optimistic"),
+        ("lcfs", {}, "reserve"),
+        ("vtc", {}, "optimistic"),
+        ("clustering", {"max_adapters_in_batch": 1, "hard": True}, "reserve"),
+        ("ageing", {"inner": "lcfs", "bound": 0.01}, "optimistic"),
+        ("early_abort", {"slo": 600.0, "rule": "code"}, "reserve"),
     ],
 )
-@pytest.mark.parametrize("admission", ["optimistic", "reserve"])
 def test_policies_do_not_change_tokens(serve, expected, squeeze, name, settings, admission) -> None:
     engine = serve(make_policy(name, **settings), admission)
     with squeeze(engine, 24):

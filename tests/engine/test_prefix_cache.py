@@ -70,17 +70,6 @@ def test_requests_of_one_step_share_their_prefix(both) -> None:
     assert [output.metrics.cached_tokens for output in with_cache] == [0, 8, 8, 8]
 
 
-def test_each_turn_of_a_conversation_hits_the_turns_before(both) -> None:
-    engine, plain = both
-    prompt = INSTRUCTIONS[:13]
-    for turn in range(4):
-        (answer,) = engine.generate([prompt], ANSWER, "b")
-        assert answer.token_ids == plain.generate([prompt], ANSWER, "b")[0].token_ids
-        history = len(prompt) - 3  # of the last turn, whose last token was never computed
-        assert answer.metrics.cached_tokens == (0 if turn == 0 else (history - 1) // PAGE * PAGE)
-        prompt = [*prompt, *answer.token_ids, 9, 9, 9]
-
-
 def test_equal_tokens_under_different_adapters_are_not_shared(both) -> None:
     engine, plain = both
     names = ["a", None, "b", "c"]

@@ -10,9 +10,9 @@ import jsonschema
 import llguidance
 import numpy as np
 import pytest
-from byte_level import train_tokenizer
+from byte_level import VOCAB_SIZE, train_tokenizer
 from llguidance.numpy import allocate_token_bitmask, apply_token_bitmask_inplace, fill_next_token_bitmask
-from tiny_model import EOS, VOCAB_SIZE, TinyModel
+from tiny_model import EOS, TinyModel
 
 from slora_jax import ConfigError, Engine, RequestError, SamplingParams, StructuredOutputs
 from slora_jax.adapters import random_adapter

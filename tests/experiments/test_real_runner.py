@@ -1,35 +1,32 @@
 """Runs on the engine: the simulator's counts, no state of the run before, no compilation within a run."""
 
 import json
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 
 import jax
 import numpy as np
 import pytest
+from tiny_model import REAL_RUN, REPLICAS_TOKENS, SMALL, TINY_LLAMA, TinyModel
 
 from experiments.config import make_experiment
-from experiments.config.schema import MODELS, WorkloadConfig
+from experiments.config.schema import WorkloadConfig
 from experiments.runners import RealRunner, run_simulated
 from experiments.runners.workload import run_workload
 from experiments.systems import System
-from experiments.systems.peft import write_random_checkpoint
 from experiments.workloads import engine_requests
 from slora_jax import ConfigError, Engine, EngineConfig, SamplingParams
 from slora_jax.adapters import random_adapter, write_peft
-from slora_jax.engine import adapter_geometry
-from slora_jax.models import ModelConfig
 from slora_jax.scheduling import EarlyAbort, Lcfs
 
 CONTENT = {
     "mode": "real",
-    "model": "mini-llama",
+    "model": str(TINY_LLAMA),
     "slo_seconds": 0.5,
-    "adapters": {"count": 3, "ranks": [8, 4]},
+    "adapters": {"count": 3, "ranks": [16, 4]},
     "workload": {"rate": 400, "duration": 0.03, "input_range": [3, 24], "output_range": [2, 9]},
-    "system": {"num_tokens": 1024, "max_num_seqs": 4, "max_num_batched_tokens": 16, "prefix_cache": False},
-    "engine": {"max_model_len": 64, "decode_buckets": [4], "mixed_buckets": [16], "batch": 4},
+    "system": {**REAL_RUN["system"], "prefix_cache": False},
+    "engine": REAL_RUN["engine"],
 }
 
 
@@ -59,29 +56,13 @@ def ran(monkeypatch):
     return runs
 
 
-ALIKE = {"slora-paper": {"mixed": True, "page_size": 16, "admit_every": 1}, "packed": {"replicas": 3}}
+ALIKE = {"slora-paper": {"mixed": True, "page_size": 8, "admit_every": 1}, "packed": {"replicas": 3}}
 """Settings of the simulator that the engine has anyway."""
-
-
-@contextmanager
-def compilations():
-    """Yields the durations of compilations inside the block, in seconds."""
-    found: list[float] = []
-
-    def listen(event: str, seconds: float, **_) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            found.append(seconds)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.mark.parametrize("name", ["slora", "slora-paper", "merge", "packed", "peft"])
 def test_the_same_requests_and_tokens_as_in_the_simulator(runner, ran, name) -> None:
-    memory = {"num_tokens": 8192} if name == "packed" else {}  # for three times the weights
+    memory = {"num_tokens": REPLICAS_TOKENS} if name == "packed" else {}
     (config,) = configs({"system": {"name": name, **memory}})
     real = runner.run(config)
     (alike,) = configs({"mode": "simulated", "system": {"name": name, **ALIKE.get(name, {})}})
@@ -105,7 +86,7 @@ def test_the_same_requests_and_tokens_as_in_the_simulator(runner, ran, name) -> 
 def test_a_run_keeps_no_state_of_the_run_before(runner, ran) -> None:
     first, other, again = configs(
         {"adapters": {"count": 3}},
-        {"adapters": {"count": 6, "ranks": [8, 1, 3]}, "system": {"policy": "lcfs"}},
+        {"adapters": {"count": 6, "ranks": [16, 1, 3]}, "system": {"policy": "lcfs"}},
         {"adapters": {"count": 3}},
     )
     before, _, after = runner.run(first), runner.run(other), runner.run(again)
@@ -115,17 +96,16 @@ def test_a_run_keeps_no_state_of_the_run_before(runner, ran) -> None:
     assert ran[-1].tokens == ran[-3].tokens != ran[-2].tokens
 
 
-def test_nothing_is_compiled_within_a_run(runner) -> None:
+def test_nothing_is_compiled_within_a_run(runner, compilations) -> None:
     for config in configs({}, {"adapters": {"count": 0}}, {"system": {"policy": "lcfs"}}):
         system = runner._prepare(config, run_workload(config))
-        real = system.run_with_tokens
-        with compilations() as found, pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(runner, "_prepare", lambda *_, system=system: system)
+            compilations.clear()
             assert runner.run(config)["completed"] == len(run_workload(config))
-        assert not found and system.run_with_tokens == real
-    with compilations() as found:
-        jax.jit(lambda x: x * 3 + 1)(np.ones(7))
-    assert found
+            assert not compilations
+    jax.jit(lambda x: x * 3 + 1)(np.ones(7))
+    assert compilations
 
 
 def test_policies_and_eviction_reach_the_engine(runner) -> None:
@@ -174,7 +154,8 @@ def test_a_closed_loop_holds_its_number_of_users(runner, ran) -> None:
 def test_packed_replicas_are_made_anew_for_other_adapters(runner, ran) -> None:
     tokens = []
     for targets in (["q"], ["q", "k", "v", "o"]):
-        (config,) = configs({"adapters": {"count": 1, "targets": targets}, "system": {"name": "packed"}})
+        adapters = {"count": 3, "ranks": [16], "targets": targets}
+        (config,) = configs({"adapters": adapters, "system": {"name": "packed", "num_tokens": REPLICAS_TOKENS}})
         runner.run(config)
         tokens.append(ran[-1].tokens)
     assert tokens[0] != tokens[1]
@@ -212,25 +193,25 @@ def test_a_run_that_does_not_fit_leaves_the_runner_usable(runner) -> None:
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """A model and three adapters on disk, of ranks 8, 2 and 4."""
+    """A model and three adapters on disk, of ranks 16, 2 and 4."""
     root = tmp_path_factory.mktemp("own")
-    write_random_checkpoint(MODELS / "micro-llama.json", root / "model", seed=0)
-    geometry = adapter_geometry(ModelConfig.from_directory(root / "model"), 16)
-    for name, rank in (("french", 8), ("legal", 2), ("sql", 4)):
-        write_peft(root / "adapters" / name, random_adapter(geometry, rank, ("q", "down"), seed=rank))
+    tiny = TinyModel()
+    (root / "model").mkdir()
+    tiny.save(root / "model")
+    for name, rank in (("french", 16), ("legal", 2), ("sql", 4)):
+        write_peft(root / "adapters" / name, random_adapter(tiny.geometry, rank, ("q", "down"), seed=rank))
     return root
 
 
 @pytest.mark.parametrize("name", ["slora", "peft"])
 def test_a_model_and_adapters_on_disk_answer_as_the_engine_does(runner, ran, own, name) -> None:
     (config,) = configs({"model": str(own / "model"), "adapters": str(own / "adapters"), "system": {"name": name}})
-    assert (config.adapters.count, config.adapters.ranks, config.adapters.targets) == (3, (8, 2, 4), ("q", "down"))
+    assert (config.adapters.count, config.adapters.ranks, config.adapters.targets) == (3, (16, 2, 4), ("q", "down"))
     runner.run(config)
     work = run_workload(config)
     requests = engine_requests(work, config.model_config().vocab_size, config.seed)
-    with Engine.from_pretrained(
-        own / "model", EngineConfig(max_num_seqs=4, num_pages=64, compile_ahead=False, progress=False)
-    ) as engine:
+    settings = EngineConfig(dtype="float32", page_size=8, compile_ahead=False, progress=False, **SMALL)
+    with Engine.from_pretrained(own / "model", settings) as engine:
         engine.load_adapters(own / "adapters")
         outputs = engine.generate(
             [request.prompt for request in requests],

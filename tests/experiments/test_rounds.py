@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from tiny_model import REAL_RUN, TINY_LLAMA
 
 from experiments import run as runner
 from experiments.config import load_experiment, make_experiment
@@ -19,14 +20,14 @@ from slora_jax import ConfigError, SloraError
 CONFIGS = runner.RESULTS.parents[1] / "configs"
 MICRO = {
     "mode": "real",
-    "model": "mini-llama",
+    "model": str(TINY_LLAMA),
     "seed": 0,
     "x": "adapters.count",
     "metrics": ["throughput"],
-    "adapters": {"count": 3, "ranks": [8, 4]},
+    "adapters": {"count": 3, "ranks": [16, 4]},
     "workload": {"kind": "batch", "requests": 6, "input_range": [2, 20], "output_range": [1, 8]},
-    "system": {"num_tokens": 1024, "max_num_seqs": 4, "max_num_batched_tokens": 16, "prefix_cache": False},
-    "engine": {"max_model_len": 64, "decode_buckets": [4], "mixed_buckets": [16], "batch": 4},
+    "system": {**REAL_RUN["system"], "prefix_cache": False},
+    "engine": REAL_RUN["engine"],
     "measured": {"rounds": 2},
 }
 
@@ -85,7 +86,7 @@ def test_real_systems_give_the_same_tokens_and_one_that_does_not_fit_an_error(tm
     experiment = tmp_path / "systems.yaml"
     experiment.write_text(json.dumps(MICRO | {"cases": [
         {"system": {"name": names}},
-        {"curve": "many", "panel": "loads", "adapters": {"count": 5}, "system": {"host_adapter_bytes": 300_000},
+        {"curve": "many", "panel": "loads", "adapters": {"count": 5}, "system": {"host_adapter_bytes": 30_000},
          "measured": {"disk_seconds": 0.001, "groups": {"hot": [0, 2], "cold": [2, 5]}}},
     ]}))  # fmt: skip
     output = tmp_path / "out.jsonl"
@@ -221,7 +222,7 @@ def test_counters_show_which_mechanism_was_on(tmp_path):
     shared = {name: value for name, value in MICRO.items() if name != "workload"}  # other kinds, other arguments
     content = shared | {"measured": {"rounds": 1}, "cases": [
         {"panel": "prefetch", "adapters": {"count": 24},
-         "system": {"prefetch": [8, 0], "host_adapter_bytes": 300_000, "adapter_slots": 24},
+         "system": {"prefetch": [8, 0], "host_adapter_bytes": 30_000},
          "workload": {"kind": "bursts", "requests": 16, "burst": 16, "cold_share": 0.5, "input_range": [4, 8],
                       "output_range": [8, 9]}},
         {"panel": "eviction", "system": {"eviction": ["lru", "immediate"], "prefix_cache": True},

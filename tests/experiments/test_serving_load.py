@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
+from tiny_model import MEDIUM, PAGE_SIZE, SHARED_PROGRAMS, TINY_LLAMA, TinyModel
 
 from experiments import run as runner
 from experiments.config import load_experiment
@@ -25,16 +26,21 @@ from experiments.workloads import WorkloadRequest, read_requests, write_requests
 
 CONFIG = runner.RESULTS.parents[1] / "configs" / "measured" / "serving_load.yaml"
 SMALL = (
-    "model=micro-llama", "adapters.count=12", "adapters.ranks=[2,4,8]", "workload.requests=48", "measured.rounds=1",
+    f"model={TINY_LLAMA}", "adapters.count=12", "adapters.ranks=[2,4,24]", "workload.requests=48", "measured.rounds=1",
     "workload.input_range=[2,25]", "workload.output_range=[2,13]", "client.users=8", "load_test.warm_up=16",
-    "load_test.soak_seconds=8", "system.num_tokens=1592", "system.page_size=8", "system.max_num_seqs=8",
-    "system.max_num_batched_tokens=32", "engine.max_model_len=64", "engine.decode_buckets=[8]",
-    "engine.mixed_buckets=[32]",
+    "load_test.soak_seconds=8", f"system.num_tokens={(MEDIUM['num_pages'] - 1) * PAGE_SIZE}",
+    f"system.page_size={PAGE_SIZE}", f"system.max_num_seqs={MEDIUM['max_num_seqs']}",
+    f"system.max_num_batched_tokens={MEDIUM['max_num_batched_tokens']}",
+    f"engine.max_model_len={MEDIUM['max_model_len']}", f"engine.decode_buckets={list(MEDIUM['decode_buckets'])}",
+    f"engine.mixed_buckets={list(MEDIUM['mixed_buckets'])}",
 )  # fmt: skip
 
 
 def test_the_load_test_compares_both_sides(tmp_path, monkeypatch):
     monkeypatch.setattr(load_test, "IDLE_SECONDS", 2.5)
+    monkeypatch.setattr(load_test, "write_checkpoint", write_tiny_model)
+    for name, value in SHARED_PROGRAMS.items():
+        monkeypatch.setenv(name, value)
     output = tmp_path / "out.jsonl"
     directory = f"load_test.directory={tmp_path / 'files'}"
     assert runner.main([str(CONFIG), *SMALL, directory, "--output", str(output)]) == 0
@@ -49,9 +55,15 @@ def test_the_load_test_compares_both_sides(tmp_path, monkeypatch):
         served["metrics"]["goodput"] / alone["metrics"]["goodput"]
     )
     (details,) = soak["details"]
-    assert soak["metrics"]["requests"] > 0 and sum(details["pages_when_idle"].values()) == 200
+    assert soak["metrics"]["requests"] > 0 and sum(details["pages_when_idle"].values()) == MEDIUM["num_pages"]
     assert details["pages_when_idle"]["kv"] == soak["metrics"]["pages_lost"] == 0
     assert any(sample["pages"]["kv"] for sample in details["samples"])
+
+
+def write_tiny_model(directory, *_):
+    """Writes the model for which the programs of `MEDIUM` are compiled."""
+    directory.mkdir()
+    TinyModel().save(directory)
 
 
 def test_half_of_the_requests_are_sampled_and_every_round_has_others(tmp_path):

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tiny_model import REAL_RUN, REPLICAS_TOKENS, SMALL, TinyModel
 
 from experiments.config import make_experiment
-from experiments.config.schema import MODELS
 from experiments.runners import RealRunner
 from experiments.runners.workload import run_workload
 from experiments.systems import (
@@ -23,21 +23,18 @@ from experiments.systems import (
     settings_of,
 )
 from experiments.systems.packed import pages_per_replica
-from experiments.systems.peft import PeftModel, serve_by_sweeps, sweep, write_random_checkpoint
+from experiments.systems.peft import PeftModel, serve_by_sweeps, sweep
 from experiments.workloads import WorkloadRequest
 from slora_jax import ConfigError, EngineConfig, RequestError
 from slora_jax.adapters import random_adapter, read_peft, write_peft
 from slora_jax.engine.sizing import adapter_geometry
 from slora_jax.models import ModelConfig, load_model
 
-ADAPTERS = {"0": 4, "1": 8, "2": 3}
+ADAPTERS = {"0": 4, "1": 16, "2": 3}
 SETTINGS = SystemSettings(
-    engine=EngineConfig(
-        dtype="float32", num_pages=120, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=96, max_lora_rank=8,
-        decode_buckets=(4,), mixed_buckets=(16,), progress=False,
-    ),
+    engine=EngineConfig(dtype="float32", page_size=8, progress=False, **SMALL),  # type: ignore[arg-type]
     peft_batch=4,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -49,12 +46,14 @@ class Checkpoint:
 
     def make(self, name: str) -> System:
         """Makes a system as the runner does, with `SETTINGS`."""
-        split = {"num_tokens": 89 * 16, "adapter_tokens": 30 * 16} if name == "no-unify-mem" else {}
-        sizes = {"num_tokens": 119 * 16, "max_num_seqs": 4, "max_num_batched_tokens": 16} | split
+        memory = {
+            "no-unify-mem": {"num_tokens": 50 * 8, "adapter_tokens": 30 * 8},
+            "packed": {"num_tokens": REPLICAS_TOKENS},
+        }
         run = make_experiment("x", {
             "mode": "real", "model": str(self.model_dir), "adapters": str(self.adapters["0"].parent),
-            "workload": {"kind": "batch"}, "system": {"name": name, **sizes},
-            "engine": {"max_model_len": 96, "decode_buckets": [4], "mixed_buckets": [16], "batch": 4},
+            "workload": {"kind": "batch"}, "engine": REAL_RUN["engine"],
+            "system": {"name": name, **REAL_RUN["system"], **memory.get(name, {})},
         }).runs[0].config  # fmt: skip
         return RealRunner()._prepare(run, run_workload(run))
 
@@ -62,11 +61,12 @@ class Checkpoint:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Checkpoint:
     root = tmp_path_factory.mktemp("systems")
-    write_random_checkpoint(MODELS / "micro-llama.json", root / "model", seed=0)
-    geometry = adapter_geometry(ModelConfig.from_directory(root / "model"), SETTINGS.engine.page_size)
+    tiny = TinyModel()
+    (root / "model").mkdir()
+    tiny.save(root / "model")
     targets = ("q", "k", "v", "o", "down")
     adapters = {
-        name: write_peft(root / "adapters" / name, random_adapter(geometry, rank, targets, seed=rank))
+        name: write_peft(root / "adapters" / name, random_adapter(tiny.geometry, rank, targets, seed=rank))
         for name, rank in ADAPTERS.items()
     }
     return Checkpoint(root / "model", adapters)
@@ -77,7 +77,7 @@ def workload(count: int = 9, seconds: float = 0.2) -> list[WorkloadRequest]:
     rng = np.random.default_rng(0)
     return [
         WorkloadRequest(
-            arrival, tuple(rng.integers(3, 512, rng.integers(2, 40)).tolist()), str(rng.choice(list(ADAPTERS))),
+            arrival, tuple(rng.integers(3, 320, rng.integers(2, 40)).tolist()), str(rng.choice(list(ADAPTERS))),
             int(rng.integers(1, 12)),
         )
         for arrival in np.sort(rng.random(count) * seconds).tolist()
@@ -204,27 +204,30 @@ def test_an_unknown_system_and_settings_out_of_range_are_refused():
 
 
 def test_the_replicas_share_the_memory_of_the_one_engine(checkpoint):
-    """By hand: 2 layers of 64 x (192 + 64 + 256) + 128 x 64 weights, 512 x 64 embeddings, norms 5 x 64, in float32;
-    a page is 2 layers x 2 x 16 x 64 x 4 bytes."""
+    """By hand: 2 layers of 32 x (64 + 32 + 96) + 48 x 32 weights, 2 x 320 x 32 embeddings, norms 5 x 32, in float32;
+    a page is 2 layers x 2 x 8 x 16 x 4 bytes."""
     model = ModelConfig.from_directory(checkpoint.model_dir)
-    weights = 4 * (2 * (64 * (192 + 64 + 256) + 128 * 64) + 512 * 64 + 5 * 64)
-    page = 2 * 2 * 16 * 64 * 4
-    config = SETTINGS.engine
+    weights = 4 * (2 * (32 * (64 + 32 + 96) + 48 * 32) + 2 * 320 * 32 + 5 * 32)
+    page = 2 * 2 * 8 * 16 * 4
+    config = replace(SETTINGS.engine, num_pages=1 + REPLICAS_TOKENS // 8)
     assert pages_per_replica(model, config, 1) == config.num_pages
     for replicas in (2, 3):
         share = (weights + config.num_pages * page) / replicas
         assert pages_per_replica(model, config, replicas) == int((share - weights) // page)
-    with pytest.raises(OutOfMemory, match=r"out of memory: 5 replicas.*leave each 1 pages.*max_model_len=96 .*needs 7"):
-        pages_per_replica(model, config, 5)
+    with pytest.raises(OutOfMemory, match=r"6 replicas.*leave each 5 pages.*max_model_len=96 .*needs 13"):
+        pages_per_replica(model, config, 6)
 
 
 def test_packed_routes_by_adapter_and_counts_over_its_replicas(checkpoint, slora):
     graphdef, params, model = load_model(checkpoint.model_dir, "float32", progress=False)
+    settings = replace(SETTINGS.engine, num_pages=1 + REPLICAS_TOKENS // 8)
     with pytest.raises(ConfigError, match="packed: adapters="):
-        Packed(model, graphdef, params, {}, SETTINGS.engine)
-    adapter = read_peft(checkpoint.adapters["0"], adapter_geometry(model, SETTINGS.engine.page_size))
-    packed = Packed(model, graphdef, params, {None: None, "0": adapter}, SETTINGS.engine)
-    requests = [replace(r, adapter="0" if i % 2 else None) for i, r in enumerate(workload(6, 0))]
+        Packed(model, graphdef, params, {}, settings)
+    geometry = adapter_geometry(model, settings.page_size)
+    adapters = {None: None} | {name: read_peft(checkpoint.adapters[name], geometry) for name in "01"}
+    packed = Packed(model, graphdef, params, adapters, settings)
+    names = [None, "0", "1"]
+    requests = [replace(r, adapter=names[i % 3]) for i, r in enumerate(workload(6, 0))]
     wanted = slora.run_with_tokens(requests)
     got = System("packed", SETTINGS, packed).run_with_tokens(requests)
     assert got.tokens == wanted.tokens
@@ -233,8 +236,8 @@ def test_packed_routes_by_adapter_and_counts_over_its_replicas(checkpoint, slora
     assert stats.tokens_generated == sum(request.output for request in requests)
     free = stats.pages.free + stats.pages.prefix_idle
     assert free == sum(engine.allocator.capacity for engine in packed.replicas.values())
-    with pytest.raises(RequestError, match="adapter='1' has no replica; there are None, '0'"):
-        packed.add_request([1], None, "1")
+    with pytest.raises(RequestError, match="adapter='2' has no replica; there are None, '0', '1'"):
+        packed.add_request([1], None, "2")
     packed.add_request([1], None, "0", "x")
     with pytest.raises(RequestError, match="request_id='x' is in use"):
         packed.add_request([1], None, None, "x")

@@ -5,13 +5,13 @@ from dataclasses import replace
 from importlib import import_module
 
 import pytest
+from tiny_model import MEDIUM, PAGE_SIZE, TinyModel
 
-from experiments.config.schema import MODELS
-from experiments.systems.peft import write_random_checkpoint
 from experiments.training_bench import __main__ as bench
 from experiments.training_bench import publish
 from experiments.training_bench.settings import QUICK, Cell
 from experiments.training_bench.worker import MODULES
+from slora_jax import EngineConfig
 
 SYSTEMS = ("slora-jax", "peft", "stack")
 
@@ -54,9 +54,12 @@ def test_a_loss_that_is_not_a_number_is_a_difference():
     assert not bench.largest_difference(steps) <= bench.TOLERANCE
 
 
-def test_publishing_compiles_nothing_and_both_ways_are_timed(tmp_path):
-    model = write_random_checkpoint(MODELS / "micro-llama.json", tmp_path / "model", seed=0)
-    publish.main(["--model", str(model), "--rounds", "1", "--output", str(tmp_path / "publish.json")])
+def test_publishing_compiles_nothing_and_both_ways_are_timed(tmp_path, monkeypatch):
+    shape = {"dtype": "float32", "page_size": PAGE_SIZE, "progress": False, **MEDIUM}
+    monkeypatch.setattr(publish, "EngineConfig", lambda **_: EngineConfig(**shape))
+    monkeypatch.setattr(publish, "RANKS", publish.RANKS[:2])  # the third is above this shape's
+    TinyModel().save(tmp_path)
+    publish.main(["--model", str(tmp_path), "--rounds", "1", "--output", str(tmp_path / "publish.json")])
     results = json.loads((tmp_path / "publish.json").read_text())
     assert results["compilations"] == 0
     assert all(

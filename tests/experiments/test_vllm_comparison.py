@@ -3,11 +3,10 @@
 import dataclasses
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_model import TinyModel
+from tiny_model import SHARED_PROGRAMS, TinyModel
 
 from experiments.vllm_comparison import compare
 from experiments.vllm_comparison.__main__ import main
@@ -15,8 +14,6 @@ from experiments.vllm_comparison.settings import QUICK
 from experiments.vllm_comparison.worker import slora_worker, vllm_environment
 from experiments.workloads import WorkloadRequest
 from slora_jax.adapters import random_adapter, write_peft
-
-COMPILATION_CACHE = Path(__file__).parents[2] / ".cache" / "jax"
 
 
 def test_requests_spread_over_adapters_and_share_prompts_with_the_base_phase():
@@ -59,15 +56,16 @@ def test_vllm_gets_all_cores(tmp_path):
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
 
 
-def test_a_slora_worker_answers_with_every_adapter_and_ends_with_its_block(tmp_path):
+def test_a_slora_worker_answers_with_every_adapter_and_ends_with_its_block(tmp_path, monkeypatch):
+    for name, value in SHARED_PROGRAMS.items():
+        monkeypatch.setenv(name, value)
     tiny = TinyModel()
     model, adapter = tmp_path / "model", random_adapter(tiny.geometry, 8, ("q", "v"), seed=1)
     model.mkdir()
     tiny.save(model)
-    shape = dataclasses.asdict(tiny.settings(prefix_cache=False))
     settings = {
         "model": str(model),
-        "engine": shape | {"compilation_cache_dir": str(COMPILATION_CACHE)},
+        "engine": dataclasses.asdict(tiny.settings(prefix_cache=False)),
         "adapters": {"mixed-0": str(write_peft(tmp_path / "adapter", adapter))},
         "random_adapters": {"prefix": "many-", "count": 2, "rank": 4},
     }

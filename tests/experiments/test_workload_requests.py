@@ -17,7 +17,6 @@ from experiments.workloads import (
     synthetic,
 )
 from slora_jax import ConfigError
-from slora_jax.metrics import serving_metrics
 from slora_jax.simulation import DeviceModel, ModelShape, SimulatedRequest, load_device, make_system, simulate
 
 COMMON = {"num_adapters": 6, "ranks": (8, 16), "rate": 4.0, "duration": 20.0, "seed": 3}
@@ -122,19 +121,6 @@ def test_as_many_users_as_requests_is_all_at_the_start() -> None:
     at_once = [replace(request, arrival=0.0) for request in simulated_requests(work)]
     assert simulated_requests(closed_loop(work, len(work))) == at_once
     assert simulated_requests(closed_loop(work, len(work) + 5)) == at_once
-
-
-@pytest.mark.parametrize(("users", "think"), [(1, 0.0), (12, 0.0), (12, 3.0)])
-def test_a_simulated_loop_obeys_littles_law(a10g, users, think) -> None:
-    """users = throughput x (latency + thinking) while all are in the loop; at most `users` are at the server."""
-    work = closed_loop(synthetic(**COMMON | {"rate": 2.5 * users, "duration": 40.0}), users, think)
-    records = run(work, a10g).records
-    end = min(record.finished for record in records[-users:])
-    counted = [record for record in records if record.finished <= end]
-    latency = serving_metrics(counted).latency.mean
-    assert len(counted) / end * (latency + think) == pytest.approx(users, rel=0.05)
-    changes = sorted([(r.arrival, 1) for r in records] + [(r.finished, -1) for r in records])
-    assert 1 <= np.cumsum([change for _, change in changes]).max() <= users
 
 
 @pytest.mark.parametrize(("users", "think"), [(0, 0.0), (1, -1.0), (1, float("inf")), (1, float("nan"))])

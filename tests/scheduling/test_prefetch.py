@@ -7,13 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slora_jax.errors import ConfigError
 from slora_jax.memory import CostAware, Immediate, Lru, PageKind, RestoreCosts
 from slora_jax.scheduling import (
     AdapterState,
     Ageing,
     Clustering,
-    CoreConfig,
     EarlyAbort,
     Fcfs,
     FinishReason,
@@ -299,13 +297,6 @@ def test_without_prefetch_adapters_are_loaded_on_admission(simulate) -> None:
     assert not any(plan.uploads for plan in plans)
     counters = sim.counters
     assert (counters.adapter_loads, counters.prefetch_hits, counters.prefetches_wasted) == (3, 0, 0)
-
-
-def test_limits_are_checked() -> None:
-    with pytest.raises(ConfigError, match="CoreConfig.prefetch=-1"):
-        CoreConfig(prefetch=-1)
-    with pytest.raises(ConfigError, match="CoreConfig.upload_pages_per_step=0"):
-        CoreConfig(upload_pages_per_step=0)
 
 
 REQUEST = st.fixed_dictionaries(

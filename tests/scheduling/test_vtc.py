@@ -6,7 +6,6 @@ from itertools import combinations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from make_request import make_request
 
 from slora_jax.scheduling import Fcfs, Policy, Vtc
 
@@ -158,9 +157,3 @@ def test_preempted_request_is_charged_once(simulate) -> None:
     sim.run(most_steps=40)
     assert sim.counters.preemptions
     assert policy.counters == {"f": 8 + 2 * 9, "g": 8 + 2 * 9}
-
-
-def test_tenant_defaults_to_the_adapter() -> None:
-    assert make_request(0, adapter="sql").tenant == "sql"
-    assert make_request(0, adapter="sql", tenant="acme").tenant == "acme"
-    assert make_request(0).tenant == ""

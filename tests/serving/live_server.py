@@ -18,17 +18,15 @@ from typing import Any, Self
 
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
-from tiny_model import MEDIUM, PAGE_SIZE, TinyModel
+from tiny_model import MEDIUM, PAGE_SIZE, SHARED_PROGRAMS, TinyModel
 
 from slora_jax import EngineConfig
 from slora_jax.adapters import random_adapter, write_peft
 
-COMPILATION_CACHE = Path(__file__).parents[2] / ".cache" / "jax"
 ENGINE = {
     "dtype": "float32",
     "page_size": PAGE_SIZE,
     **MEDIUM,
-    "compilation_cache_dir": str(COMPILATION_CACHE),
     "progress": False,
 }
 """An engine shape that other tests compile too."""
@@ -77,10 +75,7 @@ class LiveServer:
         command += [str(model_dir), "--config", str(config_file), "--port", str(self.port), *arguments]
         with self._log_file.open("w") as log:
             self.process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"},  # shares the tests' compilation cache
+                command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | SHARED_PROGRAMS
             )
 
     def __enter__(self) -> Self:

@@ -103,7 +103,7 @@ def unified_and_split(admission: str):
 @given(seed=st.integers(0, 2**32 - 1))
 def test_unified_memory_admits_at_least_as_many_as_any_split_of_the_same(admission, seed) -> None:
     """In the first step, from a queue in which all requests arrived at once."""
-    at_once = [replace(request, arrival=0.0) for request in random_workload(seed)]
+    at_once = [replace(request, arrival=0.0) for request in random_workload(seed, requests=40)]
     unified, *splits = (
         sum(record.admitted == 0.0 for record in simulate(at_once, system, SHAPE, device(), RANKS).records)
         for system in unified_and_split(admission)

@@ -10,10 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import pytest
 import yaml
-from tiny_model import TinyModel
+from tiny_model import SHARED_PROGRAMS, TinyModel
 
 from slora_jax import cli
 from slora_jax.adapters import read_peft
@@ -85,12 +84,7 @@ def test_a_run_killed_and_started_again_ends_with_the_same_bytes(model, whole, t
     recipe, log = prepare(tmp_path), tmp_path / "out/log.jsonl"
     arguments = ["train", str(model), f"--config={recipe}"]
     command = [sys.executable, "-c", "from slora_jax.cli import main; main()", *arguments]
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_NUM_CPU_DEVICES": "8",  # part of the cache's keys
-    }
-    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, env=os.environ | SHARED_PROGRAMS, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 6):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
