@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import reprlib
 import threading
 from collections import OrderedDict
@@ -21,6 +22,17 @@ MAX_SOURCE = 1 << 16
 """Characters of a schema, expression or grammar, which bounds the time to compile it."""
 MAX_COMPILED = 128
 """Compiled grammars that are kept for later requests with the same source."""
+LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 300_000,
+    "step_lexer_fuel": 20_000,
+    "step_max_items": 5_000,
+    "max_items_in_row": 500,
+    "max_lexer_states": 50_000,
+}
+"""llguidance's `LLParserLimits`. The first one bounds `Grammars.compile`, and suffices for every schema of `MAX_SOURCE`
+characters that we tried. The others bound the work of one token, to tens of milliseconds, and its memory."""
+LEXER_FUEL = "too many expressions constructed"
+"""llguidance's message if either fuel is spent, which names no limit."""
 
 
 class LogitEdits(NamedTuple):
@@ -132,14 +144,15 @@ class Grammars:
         if len(text) > MAX_SOURCE:
             raise ConfigError(f"{where}: has {len(text)} characters; must have at most {MAX_SOURCE}")
         tokenizer = self._load()
-        from llguidance import LLMatcher, grammar_from
+        from llguidance import LLMatcher, LLParserLimits
 
         try:
-            matcher = LLMatcher(tokenizer, grammar_from(kind, text), log_level=0)  # type: ignore[arg-type]
+            limits = LLParserLimits(**LIMITS)
+            matcher = LLMatcher(tokenizer, _grammar_of(kind, text), log_level=0, limits=limits)
         except ValueError as error:
             raise ConfigError(f"{where}: {_reason(str(error))}") from None
-        if matcher.is_error():
-            raise ConfigError(f"{where}: {_reason(matcher.get_error())}")
+        if message := matcher.get_error() or _error_of_start(matcher):
+            raise ConfigError(f"{where}: {_reason(message)}")
         return Grammar(matcher, self._vocab_size)
 
     def _load(self) -> LLTokenizer:
@@ -162,6 +175,25 @@ class Grammars:
             return self._loaded
 
 
+def _grammar_of(kind: str, text: str) -> str:
+    """Returns llguidance's form of a grammar. Raises ValueError."""
+    from llguidance import grammar_from
+
+    if kind == "choice":  # one lexeme: as a rule, each choice would be an item of a row
+        text = "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(one) for one in json.loads(text))
+        kind = "lark"
+    return grammar_from(kind, text)  # type: ignore[arg-type]
+
+
+def _error_of_start(matcher: LLMatcher) -> str:
+    """Computes the first tokens, which spends initial_lexer_fuel here rather than in a step. Returns an error or ""."""
+    allowed = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+    trial = matcher.deep_copy()
+    trial.consume_token(int(np.unpackbits(allowed, bitorder="little").argmax()))
+    return trial.get_error()
+
+
 def _reason(message: str) -> str:
-    """Returns llguidance's message on one line, without the parser's state."""
-    return " ".join(message.partition("<state>")[0].split())
+    """Returns llguidance's message on one line, without the parser's state. It names the limit that is exceeded."""
+    fuel = f"{LEXER_FUEL} (limits: {', '.join(f'{name}={LIMITS[name]}' for name in LIMITS if name.endswith('fuel'))})"
+    return " ".join(message.partition("<state>")[0].split()).replace(LEXER_FUEL, fuel)

@@ -116,6 +116,29 @@ def test_free_requests_in_the_batch_get_the_same_tokens_and_logprobs(engine: Eng
             assert one.token_ids == expected.token_ids and one.logprobs == expected.logprobs
 
 
+@pytest.mark.parametrize(
+    ("form", "limit"),
+    [
+        ({"regex": "[ab](a{1000}){1000}"}, "step_lexer_fuel=20000"),
+        ({"grammar": "start: s\ns: /[ab]/ | " + " | ".join("s " * n for n in range(2, 9))}, "max is 500"),
+    ],
+)
+def test_grammar_that_exceeds_a_limit_fails_alone_and_names_it(form: dict, limit: str, engine: Engine) -> None:
+    number = replace(FREE, structured_outputs={"regex": "[0-9]{40}"})
+    expected = engine.generate([PROMPT, PROMPT], [FREE, number])
+    hostile = replace(FREE, structured_outputs=form, logit_bias={EOS: -100})
+    failed, *others = engine.generate([PROMPT] * 3, [hostile, FREE, number])
+    assert failed.finish_reason == "error" and limit in failed.error
+    for other, one in zip(others, expected, strict=True):
+        assert other.token_ids == one.token_ids and other.logprobs == one.logprobs
+
+
+def test_thousand_choices_are_within_the_limits(engine: Engine) -> None:
+    choices = [f"number {i}" for i in range(1000)]
+    output = engine.generate([PROMPT], SamplingParams(max_tokens=60, structured_outputs={"choice": choices}))[0]
+    assert output.text in choices
+
+
 def test_constrained_request_takes_part_in_every_step(engine: Engine) -> None:
     steps = []
     for form in (None, {"regex": "[a-z ]{60}"}):
@@ -173,6 +196,7 @@ def test_logit_bias_is_added_before_sampling(engine: Engine) -> None:
         ({"regex": "(["}, "structured_outputs.regex='(['"),
         ({"grammar": "start: absent"}, "structured_outputs.grammar="),
         ({"regex": "a" * 70_000}, "must have at most 65536"),
+        ({"regex": "(a{1000}){1000}"}, "initial_lexer_fuel=300000"),
         ({"regex": "a", "choice": ["b"]}, "regex and choice: must be one of"),
         ({}, "give exactly one"),
         ({"choice": []}, "a list of strings"),

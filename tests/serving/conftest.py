@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
-from live_server import ADAPTERS, ENGINE, MANAGE_KEY, SERVE_KEY, Files, LiveServer, engine_config, write_adapter
+from live_server import (
+    ADAPTERS,
+    ENGINE,
+    MANAGE_KEY,
+    RESPONSE_TEMPLATE,
+    SERVE_KEY,
+    Files,
+    LiveServer,
+    engine_config,
+    write_adapter,
+)
 from tiny_model import TinyModel
 from unharmed import MEMORY, Before
 
@@ -36,6 +47,8 @@ def files(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Files:
     made.model.mkdir()
     made.uploads.mkdir()
     tiny.save(made.model)
+    config = made.model / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"response_template": RESPONSE_TEMPLATE}))
     for i in range(ADAPTERS):
         write_adapter(made.adapters / f"adapter-{i}", tiny, seed=i, rank=(4, 8, 16)[i % 3])
     return made

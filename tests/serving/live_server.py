@@ -32,6 +32,14 @@ ENGINE = {
 """An engine shape that other tests compile too."""
 START_SECONDS = 240
 
+RESPONSE_TEMPLATE = {
+    "start_anchor": "assistant: ",
+    "fields": {
+        "content": {"close": "</s>"},
+        "tool_calls": {"open": "<call>", "close": "</call>", "content": "json", "repeats": True},
+    },
+}
+"""How the model declares its tool calls."""
 SERVE_KEY, MANAGE_KEY = "sk-serve", "sk-manage"
 ADAPTERS = 12
 

@@ -116,6 +116,17 @@ def test_page_answers_a_prompt_and_shows_left_out_adapters_and_aliases(fresh, tm
 
 
 @browser
+def test_page_names_the_replicas(fresh, tmp_path) -> None:
+    fresh.state = fresh.state | {"replica": 0}
+    fresh.adapters = [
+        fresh.adapters[5] | {"replica": rank, "state": state} for rank, state in ((1, "device"), (0, "disk"))
+    ]
+    report, console = fresh.open(tmp_path, 390)
+    assert console == [] and report["text"]["model"] == "tiny-llama, replica 0"
+    assert [row[1] for row in report["rows"]] == ["in the pool, idle, replica 1", "on disk, replica 0"]
+
+
+@browser
 def test_pool_of_180_000_pages_is_drawn(fresh, tmp_path) -> None:
     kinds = np.random.default_rng(0).integers(0, 7, 180_000).astype(np.uint8)
     kinds[0] = 7

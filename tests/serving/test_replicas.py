@@ -18,7 +18,7 @@ from typing import Any
 import openai
 import psutil
 import pytest
-from live_server import MANAGE_KEY, SERVE_KEY, START_SECONDS, Files, LiveServer, until, write_adapter
+from live_server import ADAPTERS, MANAGE_KEY, SERVE_KEY, START_SECONDS, Files, LiveServer, until, write_adapter
 from tiny_model import TinyModel
 from wire import exchange, post
 
@@ -139,6 +139,24 @@ def test_requests_go_to_their_adapters_replica(replicas: Replicas, client) -> No
             ask(client, name)
     assert replicas.by_replica("adapter_loads_total") == loaded
     assert (replicas.by_replica("adapter_hits_total") - hits).total() == 3 * len(names)
+
+
+def test_adapters_of_all_replicas_are_listed_with_their_replica(replicas: Replicas, client) -> None:
+    before = replicas.by_replica("requests_total")
+    ask(client, "adapter-3")
+    [served] = replicas.by_replica("requests_total") - before
+
+    def listed(query: str) -> dict[str, Any]:
+        return json.loads(replicas.get(f"/v1/adapters?{query}", SERVE_KEY)[1])
+
+    entries = listed("search=adapter-3")["data"]
+    assert {(one["name"], str(one["replica"])) for one in entries} == {("adapter-3", "0"), ("adapter-3", "1")}
+    assert [str(one["replica"]) for one in entries if one["requests"]] == [served]
+    assert str(entries[0]["replica"]) == served and entries[0]["state"] in ("device", "pinned")
+    few = listed("limit=3")
+    assert few["total"] == listed("")["total"] == 2 * ADAPTERS and len(few["data"]) == 3
+    assert few["data"][0]["name"] == "adapter-3", "the one used last comes first"
+    assert json.loads(replicas.get("/state", SERVE_KEY)[1])["replica"] == 0
 
 
 def test_requests_spill_when_the_adapters_replica_is_full(replicas: Replicas, client) -> None:

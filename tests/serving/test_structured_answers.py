@@ -85,12 +85,31 @@ def test_wrong_form_is_400_and_names_the_field_and_the_reason(server, fields, pa
     assert words in answer["error"]["message"], answer
 
 
-def test_tools_of_a_model_that_does_not_declare_its_calls_are_400(client) -> None:
-    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
-    with pytest.raises(openai.BadRequestError, match="no response_template") as raised:
-        client.chat.completions.create(**ASK, tools=tools)
-    assert raised.value.code == "not_supported" and raised.value.param == "tools"
-    assert client.chat.completions.create(**ASK | {"max_tokens": 2}, tools=tools, tool_choice="none").choices
+def tool(name: str) -> dict:
+    return {"type": "function", "function": {"name": name, "parameters": SCHEMA}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [("required", {"sight", "smell"}), ({"type": "function", "function": {"name": "smell"}}, {"smell"})],
+)
+def test_forced_call_has_a_wanted_name_and_arguments_of_the_schema(client, choice, names) -> None:
+    ask = ASK | {"max_tokens": 90, "tools": [tool("sight"), tool("smell")], "tool_choice": choice, "seed": 1}
+    answer = client.chat.completions.create(**ask).choices[0]
+    [call] = answer.message.tool_calls
+    assert call.function.name in names and answer.finish_reason == "tool_calls" and not answer.message.content
+    jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
+    deltas = [part.choices[0].delta for part in client.chat.completions.create(**ask, stream=True)]
+    [streamed] = [call for delta in deltas for call in delta.tool_calls or ()]
+    assert streamed.function.model_dump() == call.function.model_dump()
+
+
+def test_choice_of_a_missing_tool_or_an_invalid_schema_is_400(client) -> None:
+    wrong = {"type": "function", "function": {"name": "weather", "parameters": {"type": "objekt"}}}
+    for tools, name, words in (([tool("sight")], "weather", "no function 'weather'"), ([wrong], "weather", "objekt")):
+        choice = {"type": "function", "function": {"name": name}}
+        with pytest.raises(openai.BadRequestError, match=words):
+            client.chat.completions.create(**ASK, tools=tools, tool_choice=choice)
 
 
 def test_logit_bias_and_zero_priority_are_honoured(client) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from byte_level import train_tokenizer
+from llguidance import LLMatcher, LLTokenizer
 
 from slora_jax.engine.tokenizer import Tokenizer
 from slora_jax.metrics import FinishReason
@@ -135,9 +136,57 @@ def test_model_without_a_response_template_refuses_tools_by_name() -> None:
         ({"stop": "x"}, "tools exclude stop"),
         ({"guided_regex": "a"}, "tools exclude stop and a form"),
         ({"parallel_tool_calls": False}, "parallel_tool_calls=false is not supported"),
-        ({"tool_choice": "required"}, "not supported"),
+        ({"tool_choice": "required", "tools": []}, "tool_choice goes with tools"),
+        ({"tool_choice": {"type": "function", "function": {"name": "time"}}}, "tools have no function 'time'"),
     ],
 )
 def test_fields_that_cannot_be_honoured_with_tools_are_refused(fields: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ask(**fields)
+
+
+FIELD = {"open": "<call>", "close": "</call>", "content": "json"}
+EACH = {"transform": {"function": {"name": "{name}", "arguments": "{arguments}"}}, "transform_each": True}
+WRAPPED = {"transform": {"function": {"name": "{content.name}", "arguments": "{content.parameters}"}}}
+
+
+def with_calls(declared: dict) -> SimpleNamespace:
+    """Returns a service whose model declares its calls so."""
+    fields = {"content": {"close": "</s>"}} if "open" in declared else {}
+    return make_service({"start_anchor": "assistant: ", "fields": fields | {"tool_calls": declared}})
+
+
+@pytest.mark.parametrize(
+    ("declared", "text"),
+    [
+        (FIELD, '<call>{"name": "weather", "arguments": {"city": "Rome"}}'),
+        (
+            FIELD | WRAPPED | {"open": ["[CALL]", "<call>"]},
+            '[CALL]\n{"name": "weather", "parameters": {"city":"Rome"}}',
+        ),
+        (FIELD | EACH | {"open": "<s>"}, '<s>[{"name": "weather", "arguments": {"city" : "Rome"}}]'),
+    ],
+)
+def test_grammar_of_a_forced_call_allows_what_the_parser_reads_and_no_other(declared: dict, text: str) -> None:
+    service = with_calls(declared)
+    _, tools = prompt_of(service, ask(tool_choice="required", parallel_tool_calls=False))
+    tokenizer = service.engine.tokenizer
+    matcher = LLMatcher(LLTokenizer(tokenizer.backend_tokenizer.to_str()), tools.call_grammar)
+    tokens = tokens_of(service, text)
+    assert matcher.validate_tokens(tokens) == len(tokens)
+    for wrong in (text.replace("weather", "time"), text.replace('"Rome"', "7"), "Rome"):
+        assert matcher.validate_tokens(tokens_of(service, wrong)) < len(tokens_of(service, wrong))
+    assert matcher.consume_tokens(tokens) and matcher.is_stopped()
+    choice = shape_of(service, ask(tool_choice="required")).choice(0, Arrived("", tokens, output=ended()))
+    [call] = choice["message"]["tool_calls"]
+    assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("weather", {"city": "Rome"})
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [{"content": "json"}, FIELD | {"content": "kv-lines"}, FIELD | {"transform": {"name": "{content.tool}"}}],
+)
+def test_call_of_another_form_cannot_be_forced(declared: dict) -> None:
+    with pytest.raises(ApiError, match="a call cannot be forced") as raised:
+        prompt_of(with_calls(declared), ask(tool_choice="required"))
+    assert (raised.value.status_code, raised.value.code, raised.value.param) == (400, "not_supported", "tool_choice")

@@ -240,6 +240,7 @@ class Adapter(TypedDict):
       bytes: size in host memory.
       last_used: unix seconds; null if it was never used.
       queue_seconds_mean, queue_seconds_last: waits of its admitted requests.
+      replica: rank of the replica that this is about, if there are several.
     """
 
     name: str
@@ -255,6 +256,7 @@ class Adapter(TypedDict):
     generated_tokens: int
     queue_seconds_mean: float | None
     queue_seconds_last: float | None
+    replica: NotRequired[int]
 
 
 class AdapterList(TypedDict):

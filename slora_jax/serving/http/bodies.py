@@ -26,7 +26,7 @@ from slora_jax.serving.http.body import (
     at_most,
     one_or_several,
 )
-from slora_jax.serving.http.messages import Message, Tool
+from slora_jax.serving.http.messages import ChosenTool, Message, Tool
 
 
 class StreamOptions(Body):
@@ -214,7 +214,7 @@ class ChatBody(Generation):
     add_generation_prompt: bool = True
     metadata: Annotated[dict[str, str], Field(max_length=16), at_most(16)] | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True), at_most(MAX_TOOLS)] | None = None
-    tool_choice: Annotated[Any, Only(None, "none", "auto")] = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: Annotated[Any, Only(None, True, False)] = None
     functions: Annotated[Any, Only(None, [])] = None
     function_call: Annotated[Any, Only(None, "none", "auto")] = None
@@ -227,13 +227,25 @@ class ChatBody(Generation):
         tools = () if self.tool_choice == "none" else self.tools or ()
         return [tool.model_dump(exclude_unset=True) for tool in tools]
 
+    @property
+    def forced(self) -> list[str]:
+        """Names of the functions of which the answer must call one; empty if it need not."""
+        if isinstance(self.tool_choice, ChosenTool):
+            return [self.tool_choice.function.name]
+        names = [tool.function.name for tool in self.tools or ()]
+        return names if self.tool_choice == "required" else []
+
     @model_validator(mode="after")
     def _check_chat(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs goes with logprobs=true")
         if self.offered and (self.stop or self.forms):
             raise ValueError("tools exclude stop and a form of the text: both would cut into calls")
-        if self.offered and self.parallel_tool_calls is False:
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
+            raise ValueError("tool_choice goes with tools")
+        if missing := set(self.forced) - {tool.function.name for tool in self.tools or ()}:
+            raise ValueError(f"tool_choice: tools have no function {missing.pop()!r}")
+        if self.offered and self.parallel_tool_calls is False and not self.forced:
             raise ValueError("parallel_tool_calls=false is not supported with tools: the model decides on its calls")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens (its newer name) contradict each other")

@@ -8,7 +8,7 @@ from typing import Any
 from slora_jax.engine.arrival import text_ids
 from slora_jax.serving.http.bodies import ChatBody, TokenizeBody
 from slora_jax.serving.http.errors import ApiError
-from slora_jax.serving.http.tools import ToolFormat, tool_format
+from slora_jax.serving.http.tools import ToolFormat, forced, tool_format
 from slora_jax.serving.service import GeneratingService
 
 
@@ -16,7 +16,8 @@ def prompt_of(service: GeneratingService, body: ChatBody) -> tuple[list[int], To
     """Returns the token ids of a conversation in the model's chat template, and the format of calls if it has tools.
 
     Raises:
-      ApiError: there is no template, or it refuses the conversation; or the model does not declare how it calls tools.
+      ApiError: there is no template, or it refuses the conversation; or the model does not declare how it calls tools,
+        or declares it in a form in which no call can be forced.
       RequestError: the conversation is too long.
     """
     engine, offered = service.engine, body.offered
@@ -25,6 +26,8 @@ def prompt_of(service: GeneratingService, body: ChatBody) -> tuple[list[int], To
         tools = tool_format(engine.tokenizer, offered)
     text = rendered(service, body, offered or None)
     ids = text_ids(text, engine.tokenizer, engine.max_model_len, add_special_tokens=False)  # the template has them
+    if tools is not None and body.forced:
+        tools = forced(tools, ids, body.forced)
     return service.checked(ids), tools if offered else None
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
@@ -50,7 +51,7 @@ async def completions(request: Request, client: MayServe, body: CompletionBody) 
             prompt_logprobs=body.prompt_logprobs is not None,
         )
         max_tokens = 16 if body.max_tokens is None else body.max_tokens
-        return await _answer(request, client, body, shape, held, admission, max_tokens, body.logprobs)
+        return await _answer(request, client, body, shape, held, admission, max_tokens, body.logprobs, body.forms)
 
 
 @generating.post("/v1/chat/completions", responses=answers_of(answers.ChatCompletion, *GENERATING, stream=True))
@@ -72,7 +73,8 @@ async def chat_completions(request: Request, client: MayServe, body: ChatBody) -
         )
         max_tokens = body.max_completion_tokens or body.max_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return await _answer(request, client, body, shape, held, admission, max_tokens, logprobs)
+        forms = body.forms if tools is None else tools.forms
+        return await _answer(request, client, body, shape, held, admission, max_tokens, logprobs, forms)
 
 
 @router.get("/v1/models", responses=answers_of(answers.ModelList, 401, 503))
@@ -164,12 +166,13 @@ async def _answer(
     admission: str | int | None,
     max_tokens: int | None,
     logprobs: int | None,
+    forms: Mapping[str, dict[str, Any]],
 ) -> Response:
     service, prompts = generating_service_of(request), shape.prompts
     of_prompt = body.prompt_logprobs
     if of_prompt is None and isinstance(body, CompletionBody) and body.echo:
         of_prompt = logprobs
-    form = await form_of(service, body)
+    form = await form_of(service, forms)
     rooms = [service.engine.max_model_len - len(prompt) for prompt in prompts]
     params = [
         body.sampling(index % body.choices, max_tokens and min(max_tokens, room), logprobs, of_prompt, form)

@@ -33,7 +33,8 @@ class Call(Body):
 
 
 class Function(Body):
-    """A function that the model may call. Calls are not forced into its parameters, whatever `strict` is."""
+    """A function that the model may call. Only a call that `tool_choice` forces is forced into its parameters, whatever
+    `strict` is."""
 
     name: Name
     description: str | None = None
@@ -46,6 +47,19 @@ class Tool(Body):
 
     type: Literal["function"]
     function: Function
+
+
+class ChosenFunction(Body):
+    """The name of a function of the request's tools."""
+
+    name: Name
+
+
+class ChosenTool(Body):
+    """OpenAI's tool_choice of one function."""
+
+    type: Literal["function"]
+    function: ChosenFunction
 
 
 class Message(Body):

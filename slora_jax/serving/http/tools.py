@@ -5,24 +5,41 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from slora_jax.engine.text import TextStream
 from slora_jax.serving.http import answers
 from slora_jax.serving.http.errors import ApiError
 
+CALL_LAYOUTS = (
+    '{"name": %s, "arguments": %s}',
+    '{"name": %s, "parameters": %s}',
+    '[{"name": %s, "arguments": %s}]',
+    '{"type": "function", "function": {"name": %s, "arguments": %s}}',
+)
+"""JSON of a call that can be forced, with its function's name and arguments."""
 REASONING = ("thinking", "reasoning", "reasoning_content")
 """Names that templates give to the text before the answer."""
 
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """The tools of a request, and how the model writes calls of them."""
+    """The tools of a request, and how the model writes calls of them.
+
+    Attributes:
+      call_grammar: grammar of an answer that must be a call, as text of `StructuredOutputs.grammar`; None forces none.
+    """
 
     tokenizer: Any
     template: Mapping[str, Any]
     tools: Sequence[dict[str, Any]]
+    call_grammar: str | None = None
+
+    @property
+    def forms(self) -> dict[str, dict[str, Any]]:
+        """The form that the text must have, as in `Generation.forms`."""
+        return {} if self.call_grammar is None else {"tool_choice": {"grammar": self.call_grammar}}
 
 
 def tool_format(tokenizer: Any, tools: Sequence[dict[str, Any]]) -> ToolFormat:
@@ -46,6 +63,41 @@ def tool_format(tokenizer: Any, tools: Sequence[dict[str, Any]]) -> ToolFormat:
         message = f"tools: transformers cannot use the model's response_template: {error}"
         raise ApiError(400, message, code="not_supported", param="tools") from error
     return ToolFormat(tokenizer, template, tools)
+
+
+def forced(form: ToolFormat, prompt: list[int], names: Sequence[str]) -> ToolFormat:
+    """Returns the format with the grammar of an answer that is one call of one of the named functions, with arguments
+    of its schema. It is the first of `CALL_LAYOUTS` that transformers reads back after this prompt.
+
+    Raises:
+      ApiError: the model declares calls that are not JSON between fixed texts.
+    """
+    declared = form.template["fields"].get("tool_calls", {}).get("open", ())
+    for opening in [declared] if isinstance(declared, str) else declared:
+        for layout in CALL_LAYOUTS:
+            calls = ToolParser(form, prompt).push_text(opening + layout % (json.dumps(names[0]), "{}"), True).calls
+            if [call["function"] for call in calls] == [{"name": names[0], "arguments": "{}"}]:
+                return replace(form, call_grammar=_call_grammar(form, opening, layout, names))
+    message = (
+        "tool_choice: a call cannot be forced with this model: the tool_calls of its response_template are not JSON "
+        'after a fixed text; use "auto", or prescribe a form by response_format'
+    )
+    raise ApiError(400, message, code="not_supported", param="tool_choice")
+
+
+def _call_grammar(form: ToolFormat, opening: str, layout: str, names: Sequence[str]) -> str:
+    """Returns llguidance's Lark for `opening` and a call. The answer ends with the call, so nothing closes it."""
+    added = form.tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    special = [number for number, token in added.items() if token.special and token.content == opening]
+    before, between, after = layout.split("%s")
+    calls = []
+    for function in (tool["function"] for tool in form.tools):
+        if function["name"] in names:
+            schema = {"type": "object"} | (function.get("parameters") or {"additionalProperties": False})
+            head = json.dumps(before + json.dumps(function["name"]) + between)
+            calls.append(f"{head} %json {json.dumps(schema)} {json.dumps(after)}")
+    start = f"<[{special[0]}]>" if special else json.dumps(opening)
+    return f"start: {start} WHITE call\nWHITE: /\\n?/\ncall: " + " | ".join(calls)
 
 
 @dataclass
@@ -79,7 +131,11 @@ class ToolParser:
             self._text.push(token)
         if is_last:
             self._text.finish()
-        parsed, text = Parsed(), self._text.take(last=is_last)
+        return self.push_text(self._text.take(last=is_last), is_last)
+
+    def push_text(self, text: str, is_last: bool) -> Parsed:
+        """Returns the parts that new text completes."""
+        parsed = Parsed()
         if self._has_failed:
             return Parsed(text)
         try:

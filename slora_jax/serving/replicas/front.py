@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
+from urllib.parse import parse_qs
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -28,7 +29,15 @@ from ray.serve.schema import ApplicationStatus
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from slora_jax.serving.http.errors import ApiError, JsonResponse, as_api_error, incomplete, stopping, unavailable
+from slora_jax.serving.http.errors import (
+    ApiError,
+    JsonResponse,
+    as_api_error,
+    incomplete,
+    stopping,
+    to_json,
+    unavailable,
+)
 from slora_jax.serving.http.generation import event_of, on_disconnect
 from slora_jax.serving.replicas.replica import BODILESS, Answer, HttpRequest
 from slora_jax.serving.settings import ServerSettings
@@ -250,13 +259,15 @@ def _failure() -> str | None:
 def merge(request: HttpRequest, answers: Sequence[Answer]) -> Answer:
     """Merges the replicas' answers.
 
-    /metrics: all metrics, with their replica's rank. /ready: any that is ready. A change: the worst failure of a
-    replica, else a success (a replica that already followed another's change refuses its own). All else: the first.
+    /metrics and /v1/adapters: those of all, with their replica's rank. /ready: any that is ready. A change: the worst
+    failure of a replica, else a success (a replica that already followed another's change refuses its own). All else:
+    the first; /state says which replica that is.
     """
     path, method = request.scope["path"], request.scope["method"]
-    if path == "/metrics" and all(answer.status == 200 for answer in answers):
+    join = JOINED.get(path)
+    if join is not None and method == "GET" and all(answer.status == 200 for answer in answers):
         first = answers[0]
-        body = join_metrics([(answer.rank, answer.body.decode()) for answer in answers])
+        body = join([(answer.rank, answer.body.decode()) for answer in answers], request.scope["query_string"])
         headers = [(name, value) for name, value in first.headers if name != b"content-length"]
         return Answer(first.rank, 200, [*headers, (b"content-length", str(len(body)).encode())], body)
     if path == "/ready":
@@ -266,7 +277,28 @@ def merge(request: HttpRequest, answers: Sequence[Answer]) -> Answer:
     return min(answers, key=lambda answer: (answer.status < 500, answer.status))
 
 
-def join_metrics(texts: Sequence[tuple[int, str]]) -> bytes:
+def join_adapters(texts: Sequence[tuple[int, str]], query: bytes) -> bytes:
+    """Joins the answers to /v1/adapters, given by rank: an entry for each adapter and replica, with its `replica`."""
+    lists = [(rank, json.loads(text)) for rank, text in texts]
+    entries = [entry | {"replica": rank} for rank, part in lists for entry in part["data"]]
+    entries.sort(key=lambda entry: entry["last_used"] or 0.0, reverse=True)
+    limit = parse_qs(query.decode("latin-1")).get("limit")
+    joined = {
+        "object": "list",
+        "total": sum(part["total"] for _, part in lists),
+        "data": entries[: int(limit[-1])] if limit else entries,
+        "refused": {name: why for _, part in lists for name, why in part["refused"].items()},
+    }
+    return to_json(joined).encode()
+
+
+def _name_replica(texts: Sequence[tuple[int, str]], query: bytes) -> bytes:
+    """Returns the first of the answers to /state, with its `replica`."""
+    rank, text = texts[0]
+    return to_json(json.loads(text) | {"replica": rank}).encode()
+
+
+def join_metrics(texts: Sequence[tuple[int, str]], query: bytes = b"") -> bytes:
     """Joins the expositions of several replicas, given by rank; each sample gets a label `replica`."""
 
     class Joined(Collector):
@@ -282,3 +314,7 @@ def join_metrics(texts: Sequence[tuple[int, str]]) -> bytes:
     registry = CollectorRegistry()
     registry.register(Joined())
     return generate_latest(registry)
+
+
+JOINED = {"/metrics": join_metrics, "/v1/adapters": join_adapters, "/state": _name_replica}
+"""Functions that join the answers to a path, given by rank, and its query."""

@@ -63,6 +63,10 @@ function bytes(value) {
   return `${Number(value.toPrecision(3))} ${["B", "KiB", "MiB", "GiB", "TiB"][unit]}`;
 }
 
+function ofReplica(answer) { // several replicas number their answers
+  return answer.replica == null ? "" : `, replica ${answer.replica}`;
+}
+
 // Polling the server
 
 let lastAnswer = null, asked = 0, timer = 0, polling = false;
@@ -142,7 +146,7 @@ function showStatus(status, text, notice) {
 function showState(state) {
   const why = NOTICES[state.status] || "";
   showStatus(state.status, state.status, why && state.detail ? `${why} ${state.detail}` : why);
-  write($("model"), state.model);
+  write($("model"), state.model + ofReplica(state));
   document.title = `${state.model} · slora-jax`;
   write($("uptime"), `up ${span(state.uptime_seconds)}`);
   $("main").hidden = !state.pool;
@@ -349,7 +353,7 @@ async function showAdapters() {
     cells[0].title = text;
     const [swatch, state] = cells[1].firstChild.children;
     swatch.className = `swatch ${one.state in names ? one.state : ""}`;
-    write(state, names[one.state] || String(one.state));
+    write(state, (names[one.state] || String(one.state)) + ofReplica(one));
     const used = one.last_used == null ? "never" : `${span(Math.max(0, Date.now() / 1000 - one.last_used))} ago`;
     const figures = [count(one.rank), count(one.pages), bytes(one.bytes), used, count(one.requests),
       count(one.generated_tokens), seconds(one.queue_seconds_mean), one.digest.slice(0, 12)];
@@ -359,7 +363,10 @@ async function showAdapters() {
   write($("refused-count"), count(refused.length));
   $("refused-box").hidden = !refused.length;
   $("refused").replaceChildren(...refused.slice(0, MOST_ROWS).map(([name, why]) => html("li", "", `${name}: ${why}`)));
-  if (!wanted) $("try-models").replaceChildren(...found.map(one => Object.assign(html("option"), { value: one.name })));
+  if (!wanted) {
+    const offered = new Set(found.map(one => one.name)); // each once for several replicas
+    $("try-models").replaceChildren(...[...offered].map(value => Object.assign(html("option"), { value })));
+  }
 }
 
 // A prompt and its streamed answer
