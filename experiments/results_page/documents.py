@@ -206,7 +206,7 @@ CAPACITY = Section(
     quantised.capacity,
     where=lambda lines: {},
 )
-COMET = Section("COMET's arithmetic", "python -m experiments.comet --tokens 2048", ("comet.json",), quantised.comet)
+COMET = Section("COMET's arithmetic", "python -m experiments.comet", ("comet.json",), quantised.comet)
 
 BLOCKS: Mapping[Path, Mapping[str, Callable[[], str]]] = {
     README: {"starts": start_sentence, "results": result_rows},

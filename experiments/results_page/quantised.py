@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from experiments.results_page.paper import collect_results
 from experiments.results_page.section import Json, Lines
-from experiments.results_page.table import percent, pick, table
+from experiments.results_page.table import pick, table
 
 
 def capacity(lines: Lines) -> Iterable[str]:
@@ -23,10 +23,11 @@ def capacity(lines: Lines) -> Iterable[str]:
 
 def comet(data: Json) -> Iterable[str]:
     yield f"Model: {data['model']}, dequantised to float32, which is the reference; {data['tokens']:,} tokens."
+    shares = [None if (share := row["share_of_4_bits"]) is None else f"{share:.0%}" for row in data["rows"]]
     yield table(
         "rounded | blocks of 4 bits | perplexity | KL, nats per token | agreement",
         [
-            [row["format"], percent(row["share_of_4_bits"]), *pick(row, "perplexity kl"), f"{row['agreement']:.1%}"]
-            for row in data["rows"]
+            [row["format"], share, *pick(row, "perplexity kl"), f"{row['agreement']:.1%}"]
+            for row, share in zip(data["rows"], shares, strict=True)
         ],
     )
