@@ -1,4 +1,4 @@
-"""The documents: docs/results.md and the marked blocks of README.md."""
+"""The documents: docs/results.md, and the marked blocks of README.md and docs/quantisation.md."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from experiments.results_page import compiled, measured, paper
+from experiments.results_page import compiled, measured, paper, quantised
 from experiments.results_page.section import ROOT, Section, of_first
 from experiments.results_page.table import percent, pick, table
 
-README, PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"
+README, PAGE, QUANTISATION = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "quantisation.md"
 
 
 SECTIONS: Mapping[str, Section] = {
@@ -198,13 +198,27 @@ def start_sentence() -> str:
     )
 
 
-BLOCKS: Mapping[str, Callable[[], str]] = {"starts": start_sentence, "results": result_rows}
-"""The README's blocks, each between `<!-- NAME -->` and `<!-- /NAME -->`."""
+CAPACITY = Section(
+    "Capacity and throughput, simulated",
+    "python -m experiments.run experiments/configs/beyond/quantised.yaml "
+    "--output experiments/results/simulator/quantised.jsonl",
+    ("simulator/quantised.jsonl",),
+    quantised.capacity,
+    where=lambda lines: {},
+)
+COMET = Section("COMET's arithmetic", "python -m experiments.comet", ("comet.json",), quantised.comet)
+
+BLOCKS: Mapping[Path, Mapping[str, Callable[[], str]]] = {
+    README: {"starts": start_sentence, "results": result_rows},
+    QUANTISATION: {"capacity": CAPACITY.text, "comet": COMET.text},
+}
+"""The blocks of each document, each between `<!-- NAME -->` and `<!-- /NAME -->`."""
 
 
-def with_blocks(text: str) -> str:
-    """Returns the README with its blocks renewed. Raises ValueError unless each block is there exactly once."""
-    for name, made in BLOCKS.items():
+def with_blocks(document: Path) -> str:
+    """Returns a document with its blocks renewed. Raises ValueError unless each block is there exactly once."""
+    text = document.read_text()
+    for name, made in BLOCKS[document].items():
         block = f"<!-- {name} -->\n{made()}\n<!-- /{name} -->"
         before, after = re.split(f"<!-- {name} -->\n.*?<!-- /{name} -->", text, flags=re.S)
         text = before + block + after
@@ -213,4 +227,4 @@ def with_blocks(text: str) -> str:
 
 def documents() -> dict[Path, str]:
     """Returns the text that each document should have."""
-    return {PAGE: results_page(), README: with_blocks(README.read_text())}
+    return {PAGE: results_page(), **{document: with_blocks(document) for document in BLOCKS}}

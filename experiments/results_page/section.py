@@ -51,10 +51,14 @@ class Section:
         """Links to the files from a document in `folder` ("" or "../")."""
         return ", ".join(f"[`{Path(name).name}`]({folder}experiments/results/{name})" for name in self.files)
 
-    def markdown(self) -> str:
+    def text(self) -> str:
+        """The section without its title."""
         content = self.content()
         head = f"`{self.command}` writes {self.links('../')}."
-        return "\n\n".join([f"## {self.title}", head, *_provenance(self.where(content[0])), *self.body(*content)])
+        return "\n\n".join([head, *_provenance(self.where(content[0])), *self.body(*content)])
+
+    def markdown(self) -> str:
+        return f"## {self.title}\n\n{self.text()}"
 
 
 def _read(path: Path) -> Any:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from pallas_kernels.devices import DEVICES
 from slora_jax.cli.values import count
-from slora_jax.engine.config import WEIGHTS, EngineConfig
+from slora_jax.engine.config import EngineConfig
 from slora_jax.errors import ConfigError
 from slora_jax.parallel.layout import LORA_SHARDINGS
+from slora_jax.scheduling.config import WEIGHTS
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

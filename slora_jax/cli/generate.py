@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from slora_jax.cli.processes import add_parallel_options, check_processes, join
 from slora_jax.cli.values import MODEL_HELP, count, model_path, named_directory
 from slora_jax.cli.verbose import add_verbose_option, observe_phases
-from slora_jax.engine.config import DTYPES, WEIGHTS, EngineConfig
+from slora_jax.engine.config import DTYPES, EngineConfig
 from slora_jax.errors import ConfigError, RequestError
 from slora_jax.phases import phase, report, seconds_since_start
+from slora_jax.scheduling.config import WEIGHTS
 from slora_jax.scheduling.sampling_params import SamplingParams
 
 if TYPE_CHECKING:

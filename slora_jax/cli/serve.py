@@ -9,10 +9,10 @@ from pathlib import Path
 from slora_jax.cli.processes import add_parallel_options, check_processes, join
 from slora_jax.cli.values import MODEL_HELP, count, model_path
 from slora_jax.cli.verbose import add_verbose_option, observe_phases
-from slora_jax.engine.config import DTYPES, WEIGHTS, EngineConfig
+from slora_jax.engine.config import DTYPES, EngineConfig
 from slora_jax.errors import ConfigError
 from slora_jax.phases import report, seconds_since_start
-from slora_jax.scheduling.config import KV_DTYPES
+from slora_jax.scheduling.config import KV_DTYPES, WEIGHTS
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

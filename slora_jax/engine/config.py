@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 DTYPES = get_args(Dtype)
-Weights = Literal["auto", "int8", "fp8", "int4"]
-WEIGHTS = get_args(Weights)
 
 DEFAULT_COMPILATION_CACHE = "~/.cache/slora-jax/xla"
 
@@ -57,8 +55,6 @@ class EngineConfig(CoreConfig):
     Attributes:
       dtype: dtype of weights, KV and adapters (with a narrow `kv_dtype`, adapters are bfloat16); "auto" is float32 on a
         CPU, where bfloat16 is slower, and bfloat16 elsewhere.
-      weights: format of the layers' kernels (docs/quantisation.md): "int8", "fp8" or "int4" quantises them when the
-        model is loaded; "auto" is the checkpoint's own. Embedding, head, norms, biases and experts keep `dtype`.
       page_size: 8, 16 or 32; with a narrow `kv_dtype` 16 or 32.
       num_pages: pages of the unified pool, including the dummy page. None derives it from the free device memory and
         `gpu_memory_utilization` (with several processes, the minimum over them), and on a CPU from an eighth of the
@@ -103,7 +99,6 @@ class EngineConfig(CoreConfig):
 
     page_size: Literal[8, 16, 32] = 16
     dtype: Dtype = "auto"
-    weights: Weights = "auto"
     num_pages: Annotated[int, Range(least=2)] | None = None
     max_model_len: Annotated[int, Range(least=2)] | None = None
     adapter_pages: Count | None = None

@@ -15,6 +15,9 @@ ADMISSIONS = get_args(Admission)
 KvDtype = Literal["auto", "fp8", "int8"]
 KV_DTYPES = get_args(KvDtype)
 
+Weights = Literal["auto", "int8", "fp8", "int4"]
+WEIGHTS = get_args(Weights)
+
 
 @dataclass(frozen=True)
 class CoreConfig:
@@ -24,6 +27,8 @@ class CoreConfig:
       page_size: tokens per KV page, and rows per adapter tile (half as many with a narrow `kv_dtype`).
       kv_dtype: keys and values in the pool: "fp8" (e4m3) or "int8" (a scale for each token and head) take one byte an
         element; "auto" is the model's dtype.
+      weights: format of the layers' kernels (docs/quantisation.md): "int8", "fp8" or "int4"; "auto" is the
+        checkpoint's own. Embedding, head, norms, biases and experts keep the model's dtype.
       max_num_seqs: maximum number of running sequences.
       max_num_batched_tokens: maximum tokens per step, decode and chunked prefill together.
       admission: "optimistic" admits requests that fit now and preempts when pages run out; "reserve" admits a request
@@ -53,6 +58,7 @@ class CoreConfig:
     tensor_parallel_size: Count = 1
     tp_lora: LoraSharding = "slora"
     kv_dtype: KvDtype = "auto"
+    weights: Weights = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -20,6 +20,7 @@ class CostModel:
       adapters  = see `LoraCost`
       launches  = layers * (layer_seconds + lora_layer_seconds, if a row has an adapter)
       collectives: see `CollectiveCost`; 0 on one device
+    Products with quantised weights are those of the unquantised ones: codes are converted as they are read.
     Bytes and operations are divided by the device's ceiling times the software's efficiency. For a model on several
     devices (`shard_shape`), all terms are those of one device: the devices work in lockstep, and each copies its part
     of the adapters over its own link to the host.
@@ -52,9 +53,9 @@ class CostModel:
             self.collectives = CollectiveCost(shape, device, efficiency, stacks)
         bandwidth, flops = device.memory_bandwidth, device.matmul_flops
         layers, head = shape.num_layers * shape.layer_params, shape.head_params
-        weights = shape.dtype_bytes / (efficiency.bandwidth * bandwidth)
+        byte = 1 / (efficiency.bandwidth * bandwidth)
         products = 2 / (efficiency.matmul * flops)
-        self._read_layers, self._read_head = layers * weights, head * weights
+        self._read_layers, self._read_head = shape.num_layers * shape.layer_bytes * byte, shape.head_bytes * byte
         self._row, self._sampled_row = layers * products, head * products
         self._context_token = shape.kv_bytes / (efficiency.attention * bandwidth)
         self._pair = 4 * shape.q_width * shape.num_layers / (efficiency.prefill_attention * flops)

@@ -13,6 +13,8 @@ from pallas_kernels.lora.layout import LoraLayout, tile_rows
 from slora_jax.errors import ConfigError
 from slora_jax.models import ModelConfig
 from slora_jax.models.projections import PROJECTIONS, lora_layout
+from slora_jax.models.quantised import num_groups
+from slora_jax.models.traits import WeightFormat
 from slora_jax.parallel.layout import ONE_DEVICE, Shards
 from slora_jax.typed import Count, check_fields
 
@@ -25,10 +27,11 @@ class ModelShape:
     """Sizes of a Llama-like decoder, in elements.
 
     Attributes:
-      dtype_bytes: bytes of an element of weights, and of KV and adapters with kv_dtype "auto".
+      dtype_bytes: bytes of an element of unquantised weights, and of KV and adapters with kv_dtype "auto".
       lora_targets: projections targeted by every adapter, each at the adapter's rank.
       head_dim: width of a head, the unit in which q and kv are sharded.
       kv_dtype: of the system that serves the model (`CoreConfig.kv_dtype`).
+      weights: format of the layers' kernels; None: unquantised.
     """
 
     num_layers: Count
@@ -42,6 +45,7 @@ class ModelShape:
     lora_targets: tuple[str, ...] = ATTENTION
     head_dim: Count = 128
     kv_dtype: str = "auto"
+    weights: WeightFormat | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -67,6 +71,7 @@ class ModelShape:
             dtype_bytes=dtype_bytes,
             lora_targets=tuple(lora_targets),
             head_dim=model.head_dim,
+            weights=model.weights,
         )
 
     @property
@@ -102,10 +107,28 @@ class ModelShape:
         """Matrix elements of the model, without norms."""
         return self.num_layers * self.layer_params + self.head_params * (1 if self.tie_word_embeddings else 2)
 
+    @cached_property
+    def layer_bytes(self) -> int:
+        """Memory of one layer's matrices, with the scales of quantised ones.
+
+        Raises:
+          UnsupportedModelError: as `models.quantised.group_size`.
+        """
+        if self.weights is None:
+            return self.layer_params * self.dtype_bytes
+        dims = [projection.dims(self) for projection in PROJECTIONS.values()]
+        scales = sum(num_groups(self.weights, d_in) * d_out for d_in, d_out in dims)
+        return self.layer_params // (2 if self.weights == "int4" else 1) + 4 * scales
+
+    @property
+    def head_bytes(self) -> int:
+        """Memory of the output head."""
+        return self.head_params * self.dtype_bytes
+
     @property
     def weight_bytes(self) -> int:
-        """Memory of the base weights."""
-        return self.params * self.dtype_bytes
+        """Memory of the base weights, without norms."""
+        return self.num_layers * self.layer_bytes + self.head_bytes * (1 if self.tie_word_embeddings else 2)
 
     @property
     def kv_bytes(self) -> int:

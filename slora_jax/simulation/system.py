@@ -71,6 +71,7 @@ class SystemConfig(CoreConfig):
             self.require(value in allowed, name, f"one of {', '.join(allowed)}{nearest(value, allowed)}")
         if self.kv_dtype != "auto":
             self.require(self.page_size % 2 == 0, "page_size", f"even with kv_dtype={self.kv_dtype!r}")
+        self.require(not self.merged or self.weights == "auto", "weights", "'auto' with merged adapters")
         if self.tensor_parallel_size > 1:
             for name, choices in (
                 ("replicas", (1,)),
@@ -106,8 +107,10 @@ class SystemConfig(CoreConfig):
         return tokens
 
     def shard_of(self, shape: ModelShape) -> ModelShape:
-        """One device's part of a whole model, with this system's `kv_dtype`."""
-        return shard_shape(replace(shape, kv_dtype=self.kv_dtype), self.tensor_parallel_size, self.tp_lora)
+        """One device's part of a whole model, with this system's `kv_dtype` and `weights`."""
+        weights = shape.weights if self.weights == "auto" else self.weights
+        whole = replace(shape, kv_dtype=self.kv_dtype, weights=weights)
+        return shard_shape(whole, self.tensor_parallel_size, self.tp_lora)
 
     @property
     def _staged_tokens(self) -> int:

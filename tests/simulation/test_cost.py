@@ -3,11 +3,15 @@
 from dataclasses import replace
 
 import pytest
+from flax import traverse_util
 from hypothesis import given
 from hypothesis import strategies as st
 from simulated import EFFICIENCY, SHAPE, device
+from tiny_model import HF_CONFIG
 
 from slora_jax.errors import ConfigError
+from slora_jax.models import ModelConfig, abstract_decoder
+from slora_jax.models.quantised import num_bytes
 from slora_jax.simulation import CostModel, ModelShape, StepWork
 
 GQA = ModelShape(num_layers=3, hidden_size=64, q_width=96, kv_width=32, intermediate_size=160, vocab_size=100)
@@ -40,6 +44,33 @@ def test_sizes_of_a_model(shape, rank) -> None:
     assert shape.weight_bytes == (shape.num_layers * layer + 2 * head) * shape.dtype_bytes
     assert shape.kv_bytes == sum(2 * shape.kv_width * shape.dtype_bytes for _ in range(shape.num_layers))
     assert rank * shape.lora_bytes == lora_elements(shape, rank) * shape.dtype_bytes
+
+
+@pytest.mark.parametrize(
+    ("weights", "code", "groups"), [("int8", 1, {}), ("fp8", 1, {}), ("int4", 0.5, {96: 3, 160: 5})]
+)
+def test_quantised_layers_are_codes_and_scales_to_read_and_are_multiplied_as_the_others(weights, code, groups) -> None:
+    """groups: of one output, by its number of inputs; int4 has groups of 64 and 32 inputs here."""
+    shape = replace(GQA, weights=weights)
+    layer = sum(
+        inputs * outputs * code + 4 * groups.get(inputs, 1) * outputs for inputs, outputs in matrices(shape).values()
+    )
+    head = shape.vocab_size * shape.hidden_size * 2
+    assert shape.weight_bytes == 3 * layer + 2 * head
+    seconds = CostModel(shape, DEVICE, "jax", "none").base_seconds
+    expected = (3 * layer + head) / (0.8 * DEVICE.memory_bandwidth)
+    assert seconds(StepWork(decode_rows=1, sampled=1)) == pytest.approx(expected)
+    prompts = StepWork(prefill_rows=10_000)
+    assert seconds(prompts) == CostModel(GQA, DEVICE, "jax", "none").base_seconds(prompts)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_sizes_of_quantised_weights_are_those_of_the_engines_parameters(weights) -> None:
+    config = replace(ModelConfig.from_dict(HF_CONFIG), weights=weights)
+    leaves = traverse_util.flatten_dict(abstract_decoder(config, "bfloat16")[1])
+    norms = [path for path in leaves if path[-1] == "scale" and (*path[:-1], "kernel") not in leaves]
+    assert len(norms) == 2 * config.num_layers + 1
+    assert ModelShape.of(config).weight_bytes == sum(num_bytes(leaves[path]) for path in leaves.keys() - set(norms))
 
 
 @given(shapes, st.integers(0, 300), st.integers(0, 300), st.integers(0, 50))

@@ -44,6 +44,8 @@ def test_the_published_system_has_the_codes_numbers() -> None:
         ("slora", {"policy": "random"}, "policy='random'"),
         ("slora", {"gpu_memory_utilization": 0.0}, "gpu_memory_utilization=0.0"),
         ("slora", {"disk_bandwidth": 0}, "disk_bandwidth=0"),
+        ("slora", {"weights": "int3"}, "weights='int3': must be 'auto' or 'int8' or 'fp8' or 'int4'"),
+        ("merge", {"weights": "int8"}, "weights='int8': must be 'auto' with merged adapters"),
     ],
 )
 def test_a_wrong_setting_is_named(name, settings, message) -> None:
@@ -58,6 +60,8 @@ def test_the_pool_is_what_the_weights_leave() -> None:
     assert replace(system, adapter_tokens=1000).pool_tokens(SHAPE, device()) == int(left / SHAPE.kv_bytes - 1000)
     staged = replace(system, prefetch=8, upload_pages_per_step=4, page_size=8).pool_tokens(SHAPE, device())
     assert staged == int(left / SHAPE.kv_bytes - 2 * 4 * 8)
+    saved = SHAPE.weight_bytes - replace(SHAPE, weights="int4").weight_bytes
+    assert replace(system, weights="int4").pool_tokens(SHAPE, device()) == int((left + saved) / SHAPE.kv_bytes)
 
 
 def test_narrow_keys_and_values_halve_a_token_and_not_an_adapter() -> None:
