@@ -45,7 +45,7 @@ NAMES = (None, "french", "json")
 OUTPUT = RESULTS / "quantisation.json"
 
 
-class _Context:
+class Context:
     """Causal attention within one window, with one adapter's LoRA on the unquantised activations."""
 
     def __init__(self, lora: Mapping[str, tuple[jax.Array, jax.Array]] | None = None) -> None:
@@ -68,7 +68,7 @@ class _Context:
         return y
 
 
-class _Model:
+class Model:
     """A decoder in one format, run layer by layer in float32."""
 
     def __init__(self, path: Path, weights: WeightFormat | None) -> None:
@@ -76,19 +76,19 @@ class _Model:
         _, self.params, self.config = load_model(path, "float32", progress=False, config=config)
         self._ends = {name: leaf for name, leaf in self.params.items() if name != "layers"}
         graph = abstract_decoder(replace(self.config, num_layers=0), "float32")[0]
-        self._begin = jax.jit(lambda ends, tokens: nnx.merge(graph, ends).begin(tokens, jnp.arange(WINDOW), _Context()))
-        self._layer = jax.jit(self._run_layer)
+        self._begin = jax.jit(lambda ends, tokens: nnx.merge(graph, ends).begin(tokens, jnp.arange(WINDOW), Context()))
+        self._layer = jax.jit(lambda params, lora, *inputs: self.run_layer(params, Context(lora), *inputs))
         self._end = jax.jit(lambda ends, x: nnx.merge(graph, ends).logits(nnx.merge(graph, ends).end(x)))
 
-    def _run_layer(self, params: Params, lora: Any, x: jax.Array, tables: Any) -> jax.Array:
+    def run_layer(self, params: Params, context: Context, x: jax.Array, tables: Any) -> jax.Array:
         layer = nnx.merge(layer_graph(self.config, self.config.kind(0), "float32"), params)
-        return layer(x, tables, _Context(lora))
+        return layer(x, tables, context)
 
-    def log_probabilities(self, tokens: np.ndarray, lora: list[Any] | None) -> jax.Array:
-        """Returns float32 `[WINDOW, vocab]`."""
+    def log_probabilities(self, tokens: np.ndarray, lora: list[Any] | None, layer: Any = None) -> jax.Array:
+        """Returns float32 `[WINDOW, vocab]`. layer: replaces the call of each layer with its `lora`."""
         x, tables = self._begin(self._ends, tokens)
         for index in range(self.config.num_layers):
-            x = self._layer(self.params["layers"][index], None if lora is None else lora[index], x, tables)
+            x = (layer or self._layer)(self.params["layers"][index], None if lora is None else lora[index], x, tables)
         return jax.nn.log_softmax(self._end(self._ends, x), axis=-1)
 
 
@@ -115,7 +115,7 @@ def dense_lora(config: ModelConfig, adapter: LoraAdapter) -> list[dict[str, tupl
 
 
 @jax.jit
-def _compare(expected: jax.Array, found: jax.Array, targets: jax.Array) -> jax.Array:
+def compare(expected: jax.Array, found: jax.Array, targets: jax.Array) -> jax.Array:
     """Sums over a window's predictions: negative log-likelihood, KL divergence, equal most probable tokens."""
     expected, found = expected[:-1], found[:-1]
     nll = -jnp.take_along_axis(found, targets[:, None], 1).sum()
@@ -135,6 +135,11 @@ def windows(path: Path) -> list[np.ndarray]:
     ids = np.array(tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"], np.int32)
     cut = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)
     return [cut[i] for i in np.random.default_rng(0).permutation(len(cut))]
+
+
+def digest_of(text: list[np.ndarray]) -> str:
+    """Returns the SHA-256 of the windows of a text, in hexadecimal."""
+    return hashlib.sha256(b"".join(window.tobytes() for window in text)).hexdigest()
 
 
 def _key(weights: str | None, adapter: str | None) -> str:
@@ -160,7 +165,7 @@ def rows(sums: Mapping[str, list[list[float]]]) -> Iterator[dict[str, Any]]:
 def measure(path: Path, formats: list[WeightFormat], count: int, output: Path) -> None:
     """Extends the results file to `count` windows."""
     text = windows(path)
-    digest = hashlib.sha256(b"".join(window.tobytes() for window in text)).hexdigest()
+    digest = digest_of(text)
     old = json.loads(output.read_text()) if output.exists() else {"text": digest, "sums": {}}
     if old.get("text") != digest:
         raise ConfigError(
@@ -170,7 +175,7 @@ def measure(path: Path, formats: list[WeightFormat], count: int, output: Path) -
     if count > len(text):
         raise ConfigError(f"--windows={count}: must be at most {len(text)}, all of the text")
     kinds: tuple[WeightFormat | None, ...] = (None, *formats)
-    models = {weights: _Model(path, weights) for weights in kinds}
+    models = {weights: Model(path, weights) for weights in kinds}
     config = models[None].config
     geometry = adapter_geometry(config, 16)
     loras = {name: None if name is None else dense_lora(config, read_peft(ADAPTERS / name, geometry)) for name in NAMES}
@@ -183,7 +188,7 @@ def measure(path: Path, formats: list[WeightFormat], count: int, output: Path) -
             expected = models[None].log_probabilities(tokens, lora)
             for weights in missing:
                 found = expected if weights is None else models[weights].log_probabilities(tokens, lora)
-                sums[_key(weights, name)].append([float(v) for v in _compare(expected, found, targets)])
+                sums[_key(weights, name)].append([float(v) for v in compare(expected, found, targets)])
         _write(output, path, sums, digest)
 
 
@@ -240,7 +245,7 @@ def verify(path: Path, output: Path) -> None:
     expected = run(weights)
     plain = run({n: rounded(w) if n.endswith("_proj.weight") else w for n, w in weights.items()})
     kinds: tuple[WeightFormat | None, ...] = (None, "int4")
-    ours = {w: np.asarray(_Model(path, w).log_probabilities(tokens, None)) for w in kinds}
+    ours = {w: np.asarray(Model(path, w).log_probabilities(tokens, None)) for w in kinds}
 
     def kl(p: np.ndarray, q: np.ndarray) -> float:
         return round(float((np.exp(p[:-1]) * (p[:-1] - q[:-1])).sum(-1).mean()), 5)

@@ -206,10 +206,11 @@ CAPACITY = Section(
     quantised.capacity,
     where=lambda lines: {},
 )
+COMET = Section("COMET's arithmetic", "python -m experiments.comet", ("comet.json",), quantised.comet)
 
 BLOCKS: Mapping[Path, Mapping[str, Callable[[], str]]] = {
     README: {"starts": start_sentence, "results": result_rows},
-    QUANTISATION: {"capacity": CAPACITY.text},
+    QUANTISATION: {"capacity": CAPACITY.text, "comet": COMET.text},
 }
 """The blocks of each document, each between `<!-- NAME -->` and `<!-- /NAME -->`."""
 
