@@ -42,7 +42,7 @@ class Kernel(NamedTuple):
 
 
 class Format(NamedTuple):
-    """What a run rounds, besides the weights.
+    """The roundings of a run, besides those of the weights.
 
     Attributes:
       high: blocks of 8 bits in each projection's input; None: activations are not rounded.

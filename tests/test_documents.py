@@ -53,7 +53,7 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the demo leaves: a model and adapters."""
+    """The model and the adapters that the demo leaves."""
     directory = tmp_path_factory.mktemp("demo")
     (directory / "model").mkdir()
     TinyModel().save(directory / "model")
