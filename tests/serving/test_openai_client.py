@@ -238,7 +238,6 @@ def test_conversation_sends_its_answers_back(client, expected, engine) -> None:
         ({"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}, None),
         ({"type": "text"}, None),
         ({"tool_calls": [{"id": "1"}]}, "messages.0.tool_calls.0.function"),
-        ({"tool_call_id": "1"}, "tools"),
         ({"thinking": "aloud"}, "messages.0.thinking"),
     ],
 )
