@@ -123,9 +123,14 @@ def test_answer_without_a_valid_call_is_content(text: str) -> None:
 
 
 def test_model_without_a_response_template_refuses_tools_by_name() -> None:
-    for template, words in ((None, "no response_template"), ({"fields": {}}, "cannot use the model's")):
+    answers_a_call = ask(tools=None, messages=[{"role": "user", "content": "Hi", "tool_call_id": "1"}])
+    for template, body, words in (
+        (None, ask(), "no response_template"),
+        (None, answers_a_call, "no response_template"),
+        ({"fields": {}}, ask(), "cannot use the model's"),
+    ):
         with pytest.raises(ApiError, match=words) as raised:
-            prompt_of(make_service(template), ask())
+            prompt_of(make_service(template), body)
         assert (raised.value.status_code, raised.value.code, raised.value.param) == (400, "not_supported", "tools")
     assert prompt_of(make_service(None), ask(tool_choice="none"))[1] is None
 
