@@ -210,6 +210,7 @@ def test_drain_deadline_fails_requests_with_an_error_and_status_0(files: Files) 
 def test_second_signal_ends_at_once(files: Files) -> None:
     with files.server("twice", drain_seconds=600) as server:
         streams = under_load(server, ["base", "adapter-0"])
+        until_accepted(server, streams)
         server.process.send_signal(signal.SIGTERM)
         until(lambda: "stopping" in server.log, "the first signal is handled")
         assert server.process.poll() is None
