@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from experiments.results_page.section import Json
@@ -21,26 +21,47 @@ def programs(*reports: Json) -> Iterable[str]:
     yield table(
         "GPU | program | rows | temporaries | outputs | launches | kernels | registers | spilled bytes | "
         "pool updated in place",
-        [_program(r["target"], program) for r in reports for program in r["programs"] if program["kernels"]],
+        [_program(r["target"].upper(), program) for r in reports for program in r["programs"] if program["kernels"]],
     )
+    yield from _pools("GPU", {report["target"].upper(): report for report in reports})
+
+
+def families(*reports: Json) -> Iterable[str]:
+    models = dict(zip(("Phi-4", "Gemma 3 12B", "Qwen3-30B-A3B"), reports, strict=True))
+    layers = [f"{report['compiled_layers']} of {name}'s {report['layers']} layers" for name, report in models.items()]
+    yield (
+        f"The largest step programs of other families for an {reports[0]['target'].upper()}, {reports[0]['dtype']}, "
+        f"ranks up to {reports[0]['max_lora_rank']}: `--programs decode_256_lora,mixed_2048_lora`, and `--layers` for "
+        f"{listed(layers)}. *Launches*: of the compiled layers. *Kernels*: of a layer of each kind."
+    )
+    yield table(
+        "model | program | rows | temporaries | outputs | launches | kernels | registers | spilled bytes | "
+        "pool updated in place",
+        [_program(name, program) for name, report in models.items() for program in report["programs"]],
+    )
+    yield from _pools("model", models)
+
+
+def _pools(of: str, reports: Mapping[str, Json]) -> Iterable[str]:
+    """What a pool for all layers of the model holds."""
     yield "What the pool holds, beside the weights:"
     rows = []
-    for report in reports:
+    for name, report in reports.items():
         pool = report["pool"]
         sizes = map(gigabytes, pick(pool, "memory_bytes weight_bytes"))
         adapters = f"{pool['adapters']:,} of rank {pool['adapter_rank']}"
-        rows.append([report["target"].upper(), *sizes, *pick(pool, "num_pages tokens"), adapters])
-    yield table("GPU | memory | weights | pages | tokens of KV | or adapters", rows)
+        rows.append([name, *sizes, *pick(pool, "num_pages tokens"), adapters])
+    yield table(f"{of} | memory | weights | pages | tokens of KV | or adapters", rows)
 
 
-def _program(target: str, program: Json) -> list[Any]:
+def _program(name: str, program: Json) -> list[Any]:
     kernels, registers = program["kernels"], []
-    kinds = {"lora_shrink_kernel": "LoRA", "lora_expand_kernel": "LoRA", "paged_attention_kernel": "attention"}
-    counts = Counter(kinds.get(kernel["name"], "other") for kernel in kernels)
+    kinds = {"lora": "LoRA", "paged": "attention", "expert": "experts"}
+    counts = Counter(kinds.get(kernel["name"].partition("_")[0], "other") for kernel in kernels)
     for kind in ("shrink", "expand", "attention"):
         registers += sorted(kernel["registers"] for kernel in kernels if kind in kernel["name"])[-1:]
     return [
-        target.upper(),
+        name,
         f"`{program['name']}`",
         program["tokens"],
         *(f"{size / 1e6:.1f} MB" for size in pick(program, "temp_bytes output_bytes")),

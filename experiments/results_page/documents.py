@@ -87,6 +87,14 @@ SECTIONS: Mapping[str, Section] = {
         compiled.programs,
         where=lambda report: {},
     ),
+    "families": Section(
+        "Other families, compiled for one GPU",
+        "slora compile-report --model-config experiments/models/phi-4.json --target h200 "
+        "--max-num-batched-tokens 2048 --max-num-seqs 256 --json FILE",
+        tuple(f"compile_reports/{model}_h200.json" for model in ("phi-4", "gemma-3-12b", "qwen3-30b-a3b")),
+        compiled.families,
+        where=lambda report: {},
+    ),
     "kernels": Section(
         "Compiled kernels",
         "python -m experiments.kernel_bench --compiled h200",

@@ -17,7 +17,7 @@ derives the same numbers as the host.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -81,6 +81,8 @@ class Stack:
         that only blocks with rows of the first need its number of column chunks.
       rank_shards: number of shards over which the rows of A are interleaved. Each shard holds `ceil(r / rank_shards)`
         rows of a projection of rank r (the last may be zero), and all r rows of B.
+      out_shards: number of shards among which the columns of B are divided although each shard's base output, a partial
+        sum, has all columns.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Stack:
     d_in: int
     d_outs: tuple[int, ...]
     rank_shards: int = 1
+    out_shards: int = 1
 
     def __post_init__(self) -> None:
         if len(set(self.d_outs[1:])) > 1 or max(self.d_outs) != self.d_outs[0]:
@@ -107,6 +110,13 @@ class Stack:
     def rank_index(self) -> tuple[int, ...]:
         """Indices of this stack's projections in a rank vector."""
         return tuple(_RANKS.index(p) for p in self.projections)
+
+    @cached_property
+    def of_base(self) -> Stack:
+        """The stack with the widths of the base output, which vectors have."""
+        if self.out_shards == 1:
+            return self
+        return replace(self, d_outs=tuple(self.out_shards * d for d in self.d_outs), out_shards=1)
 
     def a_ranks(self, rank: Any) -> Any:
         """Rows of A per shard of a projection of rank `rank`."""
@@ -210,7 +220,7 @@ class LoraLayout:
     @cached_property
     def vector_rows(self) -> int:
         """Rows of an adapter's vectors: the scales of every stack's column chunks, then the biases."""
-        return 2 * sum(self.output_chunks(stack) for stack in self.stacks)
+        return 2 * sum(self.output_chunks(stack.of_base) for stack in self.stacks)
 
     def output_chunks(self, stack: Stack) -> int:
         """Column chunks of a stack's output, each projection rounded up to whole chunks."""
@@ -218,7 +228,7 @@ class LoraLayout:
 
     def first_vector_row(self, stack: Stack) -> int:
         """Row of the scale of a stack's first column chunk; the bias lies `vector_rows / 2` rows after it."""
-        return sum(self.output_chunks(one) for one in self.stacks[: self.stacks.index(stack)])
+        return sum(self.output_chunks(one.of_base) for one in self.stacks[: self.stacks.index(stack)])
 
     def num_tiles(self, ranks: Any) -> Any:
         """Tiles of an adapter with `ranks [..., 7]` or `[..., 10]` in one layer."""

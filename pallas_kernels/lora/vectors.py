@@ -45,14 +45,16 @@ def apply(y: jax.Array, pool: jax.Array, stack: Stack, layout: LoraLayout, rows:
     """Returns `y (1 + scale) + bias` for rows with vectors, and `y` for the others.
 
     Args:
-      y: `[T, stack.d_out]`, the base product of a stack, with the base model's bias.
+      y: the base product of a stack, with the base model's bias; a shard's columns `[T, stack.d_out]`, or a partial sum
+        `[T, stack.of_base.d_out]`, to which one shard alone adds biases.
       pool: one layer's pool `[num_pages, 2, page_size, W]`.
     """
-    flat, count = pool.reshape(-1, layout.width), layout.output_chunks(stack)
+    base = stack.of_base
+    flat, count = pool.reshape(-1, layout.width), layout.output_chunks(base)
 
     def columns(first: int) -> jax.Array:  # float32 [T, d_out]
         chunks = weights_at(flat, rows.row[:, first : first + count], **CLIP)  # [T, chunks, W]
-        return join_outputs(chunks, stack, layout).astype(jnp.float32)
+        return join_outputs(chunks, base, layout).astype(jnp.float32)
 
     first = layout.first_vector_row(stack)
     scale, bias = columns(first), columns(first + layout.vector_rows // 2)

@@ -317,6 +317,11 @@ class AdapterStore(AdapterContents):
                 f"adapter {name!r} has DoRA, biases, or changes of lm_head or embed_tokens, which need "
                 "EngineConfig.adapter_extras=True, found False; it compiles one more program for every batch size"
             )
+        if self.geometry.shards.count > 1 and ranks[:, VECTORS + 1 :].any():
+            raise AdapterError(
+                f"adapter {name!r} changes lm_head or embed_tokens, which needs EngineConfig.tensor_parallel_size=1, "
+                f"found {self.geometry.shards.count}; serve it on one device"
+            )
         num_pages, nbytes = shape[1], int(np.prod(shape)) * self.dtype.itemsize
         if rank > self._max_lora_rank:
             raise AdapterError(

@@ -73,7 +73,7 @@ def pack_tiles(
     ranks = adapter.layout_ranks.max(axis=0)  # [7] or [10]
     pages = np.zeros(tile_shape(adapter.layout_ranks, geometry), dtype)
     vectors = None
-    assert geometry.shards.count == 1 or not (adapter.vectors or adapter.ends)
+    assert geometry.shards.count == 1 or not adapter.ends
     if adapter.vectors:
         if base is None:
             raise AdapterError(f"{', '.join(adapter.vectors)}: needs the weights of the base model")
@@ -93,8 +93,10 @@ def pack_tiles(
             _cut(b[:, :wide_rows], tiles, int(layout.b_tile(stack, place, 0)))
             _cut(b[:, wide_rows:, :narrow], tiles, int(layout.b_tile(stack, place, place.wide_blocks)))
     if vectors is not None:
-        first, rows = int(layout.stack_tiles(ranks)[1]), _vector_rows(vectors, geometry, dtype)
-        by_shard[:, first : first + rows.shape[1], :, 0] = rows
+        first = int(layout.stack_tiles(ranks)[1])
+        for shard in range(geometry.shards.count):
+            rows = _vector_rows(vectors, geometry, dtype, shard)
+            by_shard[:, first : first + rows.shape[1], :, shard] = rows
     if adapter.ends:
         for stack, place in zip(layout.ends, layout.end_tiles(ranks)[0], strict=True):
             if stack.name in adapter.ends:
@@ -143,7 +145,7 @@ def _stack_rows(
                     own_b = adapter.b[key][outputs]
                     scaled = own_b.astype(np.float32, copy=False) * np.float32(adapter.scales[key])
                     if vectors is not None and key in vectors.factor:
-                        scaled *= vectors.factor[key][:, None]
+                        scaled *= vectors.factor[key][outputs, None]
                     a[layer, a_first : a_first + len(own_a), : own_a.shape[1]] = _bits(own_a, dtype)
                     b[layer, first : first + scaled.shape[1], : len(scaled)] = _bits(scaled, dtype).T
             a_first += int(stack.a_ranks(ranks[index]))
@@ -175,20 +177,25 @@ def _end_rows(
     return sides[0], sides[1]
 
 
-def _vector_rows(vectors: FoldedVectors, geometry: BaseGeometry, dtype: np.dtype) -> np.ndarray:
-    """The tiles of an adapter's vectors, bit patterns of `dtype` `[num_layers, tiles, page_size, W]`."""
+def _vector_rows(vectors: FoldedVectors, geometry: BaseGeometry, dtype: np.dtype, shard: int) -> np.ndarray:
+    """One shard's tiles of an adapter's vectors, bit patterns of `dtype` `[num_layers, tiles, page_size, W]`."""
     layout, bits = geometry.layout, _BITS[dtype.name][0]
     count = ceil_div(layout.vector_rows, layout.page_size) * layout.page_size
     rows = np.zeros((geometry.num_layers, count, layout.width), bits)
     for stack in layout.stacks:
         first = layout.first_vector_row(stack)
-        for projection, d_out in zip(stack.projections, stack.d_outs, strict=True):
+        for projection, d_out in zip(stack.projections, stack.of_base.d_outs, strict=True):
             chunks = ceil_div(d_out, layout.width)
-            for at, kind in ((first, vectors.scale), (first + layout.vector_rows // 2, vectors.bias)):
+            parts = geometry.shards.base_outputs(projection, geometry.dims(projection)[1])
+            kinds = [(first, vectors.scale), (first + layout.vector_rows // 2, vectors.bias)]
+            if shard >= len(parts):  # the shards' partial sums are added: shard 0 has the bias
+                kinds.pop()
+            part = parts[min(shard, len(parts) - 1)]
+            for at, kind in kinds:
                 for layer in range(geometry.num_layers):
                     if (layer, projection) in kind:
                         own = rows[layer, at : at + chunks].reshape(-1)
-                        own[:d_out] = _bits(kind[layer, projection], dtype)
+                        own[:d_out] = _bits(kind[layer, projection][part], dtype)
             first += chunks
     return rows.reshape(geometry.num_layers, -1, layout.page_size, layout.width)
 

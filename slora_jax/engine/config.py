@@ -82,7 +82,8 @@ class EngineConfig(CoreConfig):
         needs the policy `OneAdapter`; "off" ignores the adapters that requests name.
       adapter_extras: whether adapters are served that are more than LoRA on projections: DoRA, biases, changes of the
         head and the embedding. True compiles one more program for every batch size (half as many again at the start),
-        which runs the steps that have such an adapter; other steps are not affected. False refuses them by name.
+        which runs the steps that have such an adapter; other steps are not affected. False refuses them by name. Over
+        several devices, changes of the head and the embedding are refused; over several processes, all.
       compile_ahead: True compiles all programs before the first request. False compiles each at its first use, which
         suits a process that serves only a few requests.
       keep_logits: whether outputs contain the float32 logits of each token, which costs a copy of [seqs, vocab] per
@@ -142,7 +143,6 @@ class EngineConfig(CoreConfig):
             )
         if self.adapter_extras:
             self.require(self.lora == "paged", "adapter_extras", "False, unless lora='paged'")
-            self.require(self.tensor_parallel_size == 1, "adapter_extras", "False over several devices")
         for name, most in (("decode_buckets", "max_num_seqs"), ("mixed_buckets", "max_num_batched_tokens")):
             buckets, largest = getattr(self, name), getattr(self, most)
             self.require(

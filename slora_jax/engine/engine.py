@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from slora_jax.adapters import AdapterInfo, AdapterStore, LoraAdapter, PreparedAdapter
+from slora_jax.adapters import AdapterInfo, AdapterStore, BaseGeometry, LoraAdapter, PreparedAdapter
 from slora_jax.engine.arrival import (
     activation,
     chat_ids,
@@ -133,14 +133,15 @@ class Engine:
         spec, params = place(model, graphdef, params, config, processes)
         device = (Device if processes is None else processes.device)(spec, params, config)
         self.allocator = PageAllocator(spec.pool.num_pages, config.adapter_pages)
+        geometry = engine_geometry(model, config)
         self.store = AdapterStore(
-            engine_geometry(model, config),
+            geometry,
             spec.pool.weight_dtype,
             config.host_adapter_bytes,
             config.spill_dir,
             max_lora_rank=config.max_lora_rank,
             max_pages=min(self.allocator.capacity_for(PageKind.ADAPTER), self.allocator.capacity - 1),
-            base=None if spec.parallel is not None else _weights_of(device, config),
+            base=None if processes is not None else _weights_of(device, config, geometry),
             extras=config.adapter_extras,
             activated=config.lora != "merge",
         )
@@ -583,9 +584,8 @@ def _checked(config: Any) -> EngineConfig:
     return config.with_dtype()
 
 
-def _weights_of(device: Device, config: EngineConfig) -> EngineWeights:
-    spec = device.spec
-    return EngineWeights(lambda: device.params, spec.lora_layout, config.max_lora_rank, norms=config.adapter_extras)
+def _weights_of(device: Device, config: EngineConfig, geometry: BaseGeometry) -> EngineWeights:
+    return EngineWeights(lambda: device.params, geometry, config.max_lora_rank, norms=config.adapter_extras)
 
 
 def _require_name(name: Any) -> None:

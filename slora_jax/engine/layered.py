@@ -68,25 +68,25 @@ class Part:
 class LayeredProgram:
     """The compiled parts of one step, with the program of each layer. Takes the arguments of `make_step`'s program.
 
-    With extras, the first and the last part also take the adapter table and all layers' pools.
+    If adapters change embedding and head, the first and the last part take the adapter table and all layers' pools too.
     """
 
     begin: Callable[..., Any]
     prepare: Callable[..., Any] | None
     layers: tuple[Callable[..., Any], ...]
     end: Callable[..., Any]
-    extras: bool
+    has_ends: bool
 
     def __call__(
         self, params: Params, pool: Pool, table: AdapterTable, state: SequenceState, metadata: Any
     ) -> tuple[Pool, SequenceState, StepOutput]:
         ends, layers = _ends(params), list(pool)
-        more = (table, pool) if self.extras else ()
+        more = (table, pool) if self.has_ends else ()
         page_table, x, shared = self.begin(ends, state.page_table, state.last_token, metadata, *more)
         lora = None if self.prepare is None else self.prepare(table, shared.batch.lora)
         for i, layer in enumerate(self.layers):
             layers[i], x = layer(params["layers"][i], layers[i], x, shared, lora)
-        more = (table, tuple(layers)) if self.extras else ()
+        more = (table, tuple(layers)) if self.has_ends else ()
         last_token, output = self.end(ends, state.last_token, x, shared.batch, *more)
         return tuple(layers), SequenceState(page_table, last_token), output
 
@@ -103,8 +103,8 @@ class LayeredStep:
             specs = jax.tree.map(lambda leaf: leaf.sharding.spec, spec.params)
             ends = _ends(specs)
         self._kinds = spec.model.kinds
-        # Without extras, the ends are the same programs with and without LoRA.
-        outer = name if with_lora == "extras" else bucket
+        self._has_ends = spec.has_ends(with_lora)
+        outer = name if self._has_ends else bucket  # else the same programs with and without LoRA
         same, output = REPLICATED, output_specs(layout)
         self._parts = {
             "begin": Part(
@@ -141,8 +141,8 @@ class LayeredStep:
     def program(self, compiled: Mapping[str, Callable[..., Any]]) -> LayeredProgram:
         """Returns the step, given its compiled parts by name."""
         part = {role: compiled[part.name] for role, part in self._parts.items()}
-        extras, layers = self._with_lora == "extras", tuple(part[_role(kind)] for kind in self._kinds)
-        return LayeredProgram(part["begin"], part.get("prepare"), layers, part["end"], extras)
+        layers = tuple(part[_role(kind)] for kind in self._kinds)
+        return LayeredProgram(part["begin"], part.get("prepare"), layers, part["end"], self._has_ends)
 
     # The functions
 
@@ -232,7 +232,7 @@ class LayeredStep:
     @cached_property
     def _begin_shapes(self) -> tuple[Any, ...]:
         params, pool, table, state, metadata = self._shapes
-        more = (table, pool) if self._with_lora == "extras" else ()
+        more = (table, pool) if self._has_ends else ()
         return _ends(params), state.page_table, state.last_token, metadata, *more
 
     @cached_property
@@ -250,7 +250,7 @@ class LayeredStep:
     def _end_shapes(self) -> tuple[Any, ...]:
         params, pool, table, state, _ = self._shapes
         _, x, shared = self._begun
-        more = (table, pool) if self._with_lora == "extras" else ()
+        more = (table, pool) if self._has_ends else ()
         return _ends(params), state.last_token, x, shared.batch, *more
 
     def _results(self, role: str, shapes: tuple[Any, ...]) -> Any:

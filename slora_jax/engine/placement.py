@@ -73,6 +73,11 @@ def place(
     Raises:
       ConfigError: settings, model and devices do not fit together, or differ between processes.
     """
+    if processes is not None and config.adapter_extras:
+        raise ConfigError(
+            "EngineConfig.adapter_extras=True: must be False over several processes, because such an adapter is read "
+            "against weights of which each process has a part; use one process for all devices"
+        )
     parallel = tensor_parallel(model, config.tensor_parallel_size, config.tp_lora, config.tp_first_device)
     if (processes is None) != (parallel is None or jax.process_count() == 1):
         raise ConfigError(

@@ -102,7 +102,8 @@ def pool_shape(model: ModelConfig, config: EngineConfig) -> PoolShape:
         )
     ranks = np.full(7, config.max_lora_rank)
     if config.adapter_extras:
-        ranks = extended(ranks, True, dict.fromkeys(ENDS, config.max_lora_rank))
+        ends = ENDS if config.tensor_parallel_size == 1 else ()
+        ranks = extended(ranks, True, dict.fromkeys(ends, config.max_lora_rank))
     largest = int(geometry.layout.num_pages(ranks))
     return replace(_pool(model, config, num_pages), max_adapter_pages=min(largest, num_pages - 1))
 

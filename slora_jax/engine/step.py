@@ -251,6 +251,10 @@ class StepSpec:
         bucket, adapters = layout.bucket, min(layout.bucket.seqs, self.pool.adapter_slots)
         return False, *paddings(bucket.tokens, adapters, decode=bucket.decode, tile_rows=layout.lora_tile_rows)
 
+    def has_ends(self, with_lora: Lora) -> bool:
+        """Returns whether a program with this LoRA work applies changes of embedding and head."""
+        return with_lora == "extras" and self.shards.count == 1
+
     @property
     def lora_layout(self) -> LoraLayout:
         layout = lora_layout(self.model, self.pool.tile_rows)
@@ -308,8 +312,8 @@ def lora_work(
 
 
 def end_work(spec: StepSpec, table: AdapterTable, batch: StepBatch, with_lora: Lora) -> ends.EndRows | None:
-    """Locates the adapters' changes of embedding and head. Returns None in a program without extras."""
-    if with_lora != "extras":
+    """Locates the adapters' changes of embedding and head. Returns None in a program without them."""
+    if not spec.has_ends(with_lora):
         return None
     length = batch.attention.length
     return ends.prepare(spec.lora_layout, table, batch.lora, batch.last_row, length, spec.max_rank)

@@ -24,6 +24,9 @@ divide r. All shards therefore have the same tiles, page ids, tables and work li
 projection (one row block per stack). An all-gather of `x A1` over the shards, transposed, is in the order of B's rows
 for any rank.
 
+The vectors of an adapter (DoRA's scales, biases) are split like the base product: for column-split stacks by output.
+For row-split ones, whose product is a partial sum, every shard holds all scales, and shard 0 all biases.
+
 Two other layouts, for comparison:
 
 - "replicated", vLLM's default: every shard holds all of A1 and B2 and computes all of `x A1` and `h B2`. LoRA needs no
@@ -98,13 +101,14 @@ class Shards:
         )
 
     def _of_stack(self, stack: Stack) -> Stack:
-        is_split_by_rank = stack.name not in ROW_PARALLEL and self.lora == "slora"
+        is_row_parallel = stack.name in ROW_PARALLEL
         return Stack(
             stack.name,
             stack.projections,
             _size(self.inputs(stack.projections[0], stack.d_in, 0)),
             tuple(_size(self.outputs(p, d, 0)) for p, d in zip(stack.projections, stack.d_outs, strict=True)),
-            rank_shards=self.count if is_split_by_rank else 1,
+            rank_shards=self.count if self.lora == "slora" and not is_row_parallel else 1,
+            out_shards=self.count if self.lora != "replicated" and is_row_parallel else 1,
         )
 
     def inputs(self, projection: str, d_in: int, shard: int) -> slice:
@@ -118,6 +122,13 @@ class Shards:
             return slice(0, d_out)
         by_heads = PROJECTIONS[projection].d_out == "kv_width"
         return self.kv_part(d_out, shard) if by_heads else self.part(d_out, shard)
+
+    def base_outputs(self, projection: str, d_out: int) -> list[slice]:
+        """Columns of a projection's base product that each shard holds; o and down: all, in one part, since each shard
+        has a partial sum."""
+        if PROJECTIONS[projection].row_parallel:
+            return [slice(0, d_out)]
+        return [self.outputs(projection, d_out, shard) for shard in range(self.count)]
 
     def ranks(self, stack: Stack, shard: int) -> slice:
         """Rows of a projection's A that a shard holds. `stack` is from the shard's layout (`of_layout`)."""

@@ -43,8 +43,11 @@ def cell(fields: dict, settings: dict) -> str:
         return "refused"
     if config.alora_invocation_tokens:
         return "refused" if settings.get("lora") == "merge" else "served"
-    if not config.extras and not resolve_ends(config):
+    ends = bool(resolve_ends(config) or config.tokens or config.modules_to_save)
+    if not config.extras and not ends:
         return "served"
+    if ends and "tensor_parallel_size" in settings:
+        return "refused"
     try:
         EngineConfig(adapter_extras=True, **settings)
     except ConfigError:

@@ -23,6 +23,9 @@ EXPECTED = {
     "llama-3-70b": (70.55, 80, 8192, 28672, 1024, 128256),
     "qwen3-8b": (8.19, 36, 4096, 12288, 1024, 151936),
     "qwen3-32b": (32.76, 64, 5120, 25600, 1024, 151936),
+    "phi-4": (14.66, 40, 5120, 17920, 1280, 100352),
+    "gemma-3-12b": (11.77, 48, 3840, 15360, 2048, 262208),  # without the images' tower
+    "qwen3-30b-a3b": (30.53, 48, 2048, 6144, 512, 151936),
 }
 SMALL = {
     "tiny-llama", "mini-llama", "wide-llama", "llama-110m", "llama-27m", "small-llama", "one-layer-llama",
@@ -40,7 +43,7 @@ def test_a_config_has_the_sizes_of_its_model(name: str) -> None:
     billions, *shape = EXPECTED[name]
     width = (model.num_layers, model.hidden_size, model.intermediate_size, model.kv_width, model.vocab_size)
     assert list(width) == shape
-    assert model.head_dim == 128
+    assert model.head_dim == (256 if model.family == "gemma3" else 128)
     _, params = abstract_decoder(model, "bfloat16")
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) / 1e9 == pytest.approx(billions, rel=5e-3)
     assert adapter_geometry(model, 16).layout.width == model.kv_width

@@ -7,7 +7,7 @@ import pytest
 
 from slora_jax import Engine, SamplingParams
 from slora_jax.adapters import AdapterStore, BaseGeometry
-from slora_jax.errors import AdapterError
+from slora_jax.errors import AdapterError, ConfigError
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -32,6 +32,7 @@ KINDS = {
     "trained tokens": {"r": 4, "target_modules": ["v_proj"], "trainable_token_indices": [*range(0, 500, 25)]},
     "saved modules": {"r": 4, "target_modules": ["v_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
 }
+ENDS = ("head", "embedding", "head and embedding", "trained tokens", "saved modules")
 LENGTHS = (1, 300, 17, 129, 16, 33, 100, 5, 78, 31, 210, 64, 12)
 
 
@@ -76,6 +77,29 @@ def test_trained_tokens_change_a_tied_head_too(tmp_path):
             engine.load_adapter(name, family.adapter_dir / name)
         for output in Served(family, engine).run(np.arange(len(lengths)), max_tokens=1):
             assert_close(output, family.logits(output.adapter, output.prompt_token_ids)[-1:])
+
+
+def test_four_devices_match_peft_and_refuse_changes_of_head_and_embedding(family):
+    """Two KV heads, each on two devices. One step with every kind: decode steps run the same operations."""
+    config = replace(CONFIG, num_pages=300, adapter_extras=True, tensor_parallel_size=4)
+    kinds = [name for name in KINDS if name not in ENDS]
+    prompts = np.random.default_rng(3).integers(0, VOCAB, (len(kinds) + 1, 9)).tolist()
+    with Engine.from_pretrained(family.model_dir, config) as engine:
+        for name in ENDS:
+            with pytest.raises(AdapterError, match="lm_head or embed_tokens, which needs .*tensor_parallel_size=1"):
+                engine.load_adapter(name, family.adapter_dir / name)
+        for name in kinds:
+            engine.load_adapter(name, family.adapter_dir / name)
+        outputs = engine.generate(prompts, SamplingParams(max_tokens=1), [*kinds, None])
+    for output in outputs:
+        logits = family.logits(output.adapter, output.prompt_token_ids)[-1:]
+        assert_close(output, logits)
+        assert output.token_ids == logits.argmax(-1).tolist()
+
+
+def test_several_processes_refuse_them_by_name(family):
+    with pytest.raises(ConfigError, match="adapter_extras=True: must be False over several processes"):
+        Engine.from_pretrained(family.model_dir, replace(CONFIG, adapter_extras=True), processes=object())
 
 
 def test_only_steps_with_vectors_run_the_program_for_them(served, monkeypatch):

@@ -1,8 +1,10 @@
 """Every family gives the logits and greedy tokens of transformers and PEFT: base rows and adapters in one batch,
-prompts in chunks, longer than the windows."""
+prompts in chunks, longer than the windows; some of them through the server too."""
 
+import asyncio
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +13,17 @@ import pytest
 from slora_jax import Engine, EngineConfig, SamplingParams
 from slora_jax.adapters import random_adapter
 from slora_jax.errors import AdapterError, ConfigError
+from slora_jax.serving.settings import ServerSettings
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")
+from borrowed_engine import serving
 from peft_families import VOCAB, assert_close
 from small_families import FAMILIES, SmallFamily
 
 PROMPT_LENGTHS = (10, 45, 15, 30)
 ADAPTERS = (None, "tuned", None, "tuned")  # no step is without one: all run the same programs
+SERVED = ("gemma3_text", "phi3", "qwen3_moe")  # through HTTP too
 CONFIG = EngineConfig(
     dtype="float32",
     num_pages=80,
@@ -34,7 +39,7 @@ CONFIG = EngineConfig(
 )
 
 
-def check(family: SmallFamily, config: EngineConfig, decodes: bool = True) -> None:
+def check(family: SmallFamily, config: EngineConfig, decodes: bool = True, over_http: bool = False) -> None:
     """Serves a mixed batch and compares it at every output position. decodes: False: more prompts, and one token of
     each, so that no decode program is compiled."""
     rng = np.random.default_rng(5)
@@ -44,12 +49,29 @@ def check(family: SmallFamily, config: EngineConfig, decodes: bool = True) -> No
     with Engine.from_pretrained(family.model_dir, config) as engine:
         engine.load_adapter("tuned", family.adapter_dir)
         outputs = engine.generate(prompts, params, list(ADAPTERS) * repeats)
+        if over_http:
+            tokens = asyncio.run(completions(engine, prompts, params))
+            assert tokens == [output.token_ids for output in outputs]
         engine.check()
     for output in outputs:
         prompt, tokens = output.prompt_token_ids, output.token_ids
         logits = family.logits(output.adapter, prompt + tokens[:-1])[len(prompt) - 1 :]
         assert_close(output, logits)
         assert logits.argmax(-1).tolist() == tokens
+
+
+async def completions(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
+    """Returns the greedy tokens that the server's endpoint gives for each prompt and its adapter, asked at once."""
+    settings = ServerSettings(Path(), name="base", engine=engine.config)
+    async with serving(engine, settings) as (_, http):
+
+        async def tokens(prompt: list[int], adapter: str | None) -> list[int]:
+            ask = {"prompt": prompt, "max_tokens": params.max_tokens, "temperature": 0, "ignore_eos": True}
+            body = ask | {"model": adapter or "base", "return_token_ids": True}
+            answer = await http.post("/v1/completions", json=body, timeout=60)
+            return answer.json()["choices"][0]["token_ids"]
+
+        return await asyncio.gather(*map(tokens, prompts, ADAPTERS))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +82,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_mixed_batch_matches_transformers_and_peft(name: str, family: Any) -> None:
-    check(family(name), CONFIG)
+    check(family(name), CONFIG, over_http=name in SERVED)
 
 
 @pytest.mark.parametrize("name", ["phi3", "mixtral"])

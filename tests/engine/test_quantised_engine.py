@@ -55,7 +55,7 @@ def test_merged_adapters_and_other_formats_are_refused(quantised, tiny):
 
 def test_norms_for_dora_are_those_of_the_dequantised_rows(quantised, rng):
     device = quantised.executor.device
-    weights = EngineWeights(lambda: device.params, device.spec.lora_layout, 16, norms=False)
+    weights = EngineWeights(lambda: device.params, quantised.store.geometry, 16, norms=False)
     a, b = rng.standard_normal((3, 32)).astype(np.float32), rng.standard_normal((16, 3)).astype(np.float32)
     linear = {name: np.asarray(leaf) for name, leaf in device.params["layers"][1]["qkv"].items()}
     kernel = linear["kernel"].astype(np.float64) * np.repeat(linear["scale"], 32 // len(linear["scale"]), axis=0)

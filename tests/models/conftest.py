@@ -94,9 +94,10 @@ def decoder_logits() -> Callable[..., np.ndarray]:
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory) -> Callable[..., tuple[Path, torch.nn.Module]]:
-    """Returns a function that saves a tiny model whose attention and rotation matter: (directory, model)."""
+    """Returns a function that saves a tiny model whose attention and rotation matter: (directory, model).
+    rounded: to weights of bfloat16, stored as float32."""
 
-    def make(family: str, max_shard_size: str = "1GB", **overrides):
+    def make(family: str, max_shard_size: str = "1GB", rounded: bool = False, **overrides):
         config = transformers.AutoConfig.for_model(family, **{**TINY, **overrides})
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
@@ -108,6 +109,8 @@ def make_checkpoint(tmp_path_factory) -> Callable[..., tuple[Path, torch.nn.Modu
                     weight.copy_(0.3 * torch.randn_like(weight))
                 else:
                     weight.copy_(0.2 * torch.randn_like(weight))
+                if rounded:
+                    weight.copy_(weight.bfloat16())
         directory = tmp_path_factory.mktemp(family)
         model.save_pretrained(directory, max_shard_size=max_shard_size)
         return directory, model

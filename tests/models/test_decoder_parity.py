@@ -94,6 +94,9 @@ CASES = {
 }
 
 
+ONE_OF_EACH_FAMILY = {family: case for case, (family, _) in reversed(CASES.items())}.values()
+
+
 def prompts(vocab_size: int = 96) -> list[np.ndarray]:
     rng = np.random.default_rng(7)
     return [rng.integers(0, vocab_size, length) for length in (48, 1, 17)]
@@ -101,7 +104,7 @@ def prompts(vocab_size: int = 96) -> list[np.ndarray]:
 
 def reference_logits(model: torch.nn.Module) -> np.ndarray:
     with torch.no_grad():
-        return np.concatenate([model(torch.from_numpy(p)[None]).logits[0].numpy() for p in prompts()])
+        return np.concatenate([model(torch.from_numpy(p)[None]).logits[0].float().numpy() for p in prompts()])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -153,16 +156,25 @@ def test_sharded_files_give_the_same_parameters_as_one_file(make_checkpoint, tin
     assert one["layers"][0]["gate_up"]["kernel"].shape == (64, 2 * 112)
 
 
-def test_bfloat16_logits_are_close(make_checkpoint, decoder_logits):
-    directory, model = make_checkpoint("qwen3")
-    graphdef, params, _ = load_model(directory, "bfloat16", progress=False)
+@pytest.mark.parametrize("case", ONE_OF_EACH_FAMILY)
+def test_bfloat16_logits_are_as_exact_as_those_of_transformers(case, make_checkpoint, decoder_logits):
+    """Both are compared with float32 logits of the same weights. Measured: a median token has 0.7 to 1.0 of
+    transformers' error. A token whose router scores round to other experts has any error, here and there."""
+    family, overrides = CASES[case]
+    directory, model = make_checkpoint(family, rounded=True, **overrides)
+    graphdef, params, config = load_model(directory, "bfloat16", progress=False)
     assert params["layers"][0]["qkv"]["kernel"].dtype == "bfloat16"
-    assert params["layers"][0]["input_norm"]["scale"].dtype == "float32"
-    expected, found = reference_logits(model), decoder_logits(graphdef, params, prompts())
+    assert params["norm"]["scale"].dtype == "float32"
+    found, exact = decoder_logits(graphdef, params, prompts()), reference_logits(model)
+    for weight in model.parameters():
+        weight.data = weight.data.bfloat16()
+    theirs = reference_logits(model)
     assert found.dtype == np.float32
-    error = np.abs(found - expected)
-    assert error.max() <= 0.1 * np.abs(expected).max()
-    assert error.mean() <= 0.02 * np.abs(expected).max()
+    errors, their_errors = (np.sqrt(np.square(logits - exact).mean(-1)) for logits in (found, theirs))  # [tokens]
+    assert np.median(their_errors) > 1e-3 * np.abs(exact).max()
+    assert np.median(errors) <= 1.1 * np.median(their_errors)
+    if config.experts is None:
+        assert np.abs(found - exact).max() <= 1.5 * np.abs(theirs - exact).max()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import borrowed_engine
 import httpx
 import pytest
-from borrowed_engine import Borrowed, in_event_loop, until
+from borrowed_engine import in_event_loop, until
 from live_server import engine_config
 
 from slora_jax import Engine, SamplingParams
-from slora_jax.serving.http.app import create_app
 from slora_jax.serving.service import Service
 from slora_jax.serving.settings import ApiKey, Limits, ServerSettings
 
@@ -69,13 +69,8 @@ class Asked:
 async def serving(engine: Engine) -> AsyncIterator[Asked]:
     keys = tuple(ApiKey.from_mapping({"name": name, "key": f"sk-{name}"}, name) for name in "ab")
     settings = ServerSettings(Path(), name="base", api_keys=keys, limits=LIMITS, engine=engine_config())
-    app = create_app(settings, lambda: Borrowed(engine))  # type: ignore[arg-type,return-value]
-    async with app.router.lifespan_context(app):
-        service = app.state.service
-        await until(lambda: service.is_ready)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as http:
-            yield Asked(service, http)
-        assert service.loop.num_unfinished == 0
+    async with borrowed_engine.serving(engine, settings) as (service, http):
+        yield Asked(service, http)
         assert service.shares._total == 0 and not service.shares._held
 
 
