@@ -92,7 +92,7 @@ _interpreter = _Interpreter()
 def _repair_interpreter() -> None:
     """Repairs Triton 3.6's interpreter: it converts a scalar, stored as an array `[1]`, to int in a way that NumPy 2.5
     refuses; and it casts bfloat16, stored as bits, without rounding and multiplies it as integers. These casts also
-    cover fp8. It patches Triton's whole language at every call of a device function, which took most of a kernel's
+    cover fp8. It patches Triton's whole language at every call of a device function, which took half of a kernel's
     time; here a launch patches it once."""
     import triton.language as tl
     from triton.runtime import interpreter
