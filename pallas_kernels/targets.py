@@ -93,11 +93,17 @@ def compile_for(target: Target, function: Any, *shapes: Any, options: dict[str, 
       shapes: trees of `jax.ShapeDtypeStruct`, all with a sharding, or none (one GPU).
       options: XLA's options by name, in addition to those of `function`.
     """
-    here = NamedSharding(deviceless_mesh(target), PartitionSpec())
     options = {"xla_backend_optimization_level": 3} | (options or {})  # XLA's default, whatever XLA_FLAGS says
+    with _no_compilation_cache():
+        return lower_for(target, function, *shapes).compile(options)
+
+
+def lower_for(target: Target, function: Any, *shapes: Any) -> jax.stages.Lowered:
+    """Lowers a jitted `function` as `compile_for` does, with its Triton kernels compiled. XLA's own code is not."""
+    here = NamedSharding(deviceless_mesh(target), PartitionSpec())
     placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding or here), shapes)
-    with compiling_for(target.device), _no_compilation_cache():
-        return function.trace(*placed).lower(lowering_platforms=("cuda",)).compile(options)
+    with compiling_for(target.device):
+        return function.trace(*placed).lower(lowering_platforms=("cuda",))
 
 
 @contextmanager

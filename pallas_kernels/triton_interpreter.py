@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -91,13 +92,15 @@ _interpreter = _Interpreter()
 def _repair_interpreter() -> None:
     """Repairs Triton 3.6's interpreter: it converts a scalar, stored as an array `[1]`, to int in a way that NumPy 2.5
     refuses; and it casts bfloat16, stored as bits, without rounding and multiplies it as integers. These casts also
-    cover fp8."""
+    cover fp8. It patches Triton's whole language at every call of a device function, which took half of a kernel's
+    time; here a launch patches it once."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     as_bits = {tl.bfloat16: ml_dtypes.bfloat16, tl.float8e4nv: ml_dtypes.float8_e4m3fn}
     patch_tensor, cast, dot = interpreter._patch_lang_tensor, builder.cast_impl, builder.create_dot
+    patch_modules, modules = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
 
     def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
@@ -117,6 +120,8 @@ def _repair_interpreter() -> None:
         return dot(self, widen(a), widen(b), *rest)
 
     interpreter._patch_lang_tensor = patch_tensor_and_index
+    interpreter._patch_lang = lambda _: patch_modules(modules)
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
     builder.cast_impl = cast_with_rounding
     builder.create_fp_to_fp = cast_with_rounding
     builder.create_dot = dot_of_values

@@ -25,6 +25,8 @@ FAST_COMPILATION = (
     "--xla_gpu_autotune_level=0",
 )
 os.environ["XLA_FLAGS"] = " ".join((*FAST_COMPILATION, os.environ.get("XLA_FLAGS", ""))).strip()
+# The Python stack of every operation of a program is a fifth of its tracing and lowering, and no test reads it.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # reloading a cached CPU program logs its machine features
 
 import hypothesis

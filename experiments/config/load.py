@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from experiments.config.schema import SECTIONS, RunConfig, known_fields, run_config, section_fields
+from experiments.config.content import known_fields, run_config, section_fields
+from experiments.config.schema import SECTIONS, RunConfig
 from slora_jax import ConfigError
 from slora_jax.typed import is_sweep, typed
 

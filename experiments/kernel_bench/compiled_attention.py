@@ -20,7 +20,7 @@ from pallas_kernels.lora.layout import ceil_div
 from pallas_kernels.paged_attention import AttentionTiles, PagedAttention
 from pallas_kernels.paged_attention.plan import AttentionShape, triton_plan
 from pallas_kernels.paged_attention.work import WorkShape, count_items
-from pallas_kernels.targets import TARGETS, compile_for
+from pallas_kernels.targets import TARGETS, lower_for
 from slora_jax.analysis import kernels_in
 
 Row = dict[str, Any]
@@ -30,7 +30,7 @@ MODEL, PAGE_SIZE, MAX_PAGES, NUM_PAGES, TILE_ROWS = LLAMA_3_8B, 16, 2048, 4000, 
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled kernel: one layer of a step of at most `rows` rows of `seqs` sequences; decode: one row each."""
+    """A kernel: one layer of a step of at most `rows` rows of `seqs` sequences; decode: one row each."""
 
     rows: int
     seqs: int
@@ -43,8 +43,8 @@ class Program:
             self.rows, self.decode,
         )  # fmt: skip
 
-    def compile(self, device: str) -> Any:
-        """Compiles one call."""
+    def lower(self, device: str) -> Any:
+        """Lowers one call."""
 
         def struct(*shape: int, dtype: str = "int32") -> Any:
             return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
@@ -62,7 +62,7 @@ class Program:
         tiles = AttentionTiles(table, seqs, seqs, seqs, prefill, prefill, struct(), seqs, struct())
         q = struct(self.rows, MODEL.num_heads, MODEL.head_dim, dtype="bfloat16")
         pool = struct(NUM_PAGES, 2, PAGE_SIZE, MODEL.width, dtype="bfloat16")
-        return compile_for(TARGETS[device], jax.jit(run), q, pool, tiles)
+        return lower_for(TARGETS[device], jax.jit(run), q, pool, tiles)
 
 
 def _ragged(batch: int) -> np.ndarray:
@@ -89,7 +89,7 @@ def rows(device: Device) -> Iterator[Row]:
     of a multiprocessor), `work` (pairs of an item and a head) and `waves` (`work` over resident programs)."""
     found: dict[Program, Any] = {}
     for program in dict.fromkeys(program for program, _, _ in CASES.values()):
-        (found[program],) = kernels_in(program.compile(device.name), device)
+        (found[program],) = kernels_in(program.lower(device.name), device)
     for case, (program, *step) in CASES.items():
         yield _row(case, device, found[program], program.shape, *step)
 

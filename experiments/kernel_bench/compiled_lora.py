@@ -16,7 +16,7 @@ from pallas_kernels.devices import Device, compiling_for
 from pallas_kernels.lora import AdapterTable, LoraProduct, LoraTiles, Stack, lora_tile_rows
 from pallas_kernels.lora.layout import ceil_div
 from pallas_kernels.lora.plan import block_ranks, expand_plan, shrink_plan
-from pallas_kernels.targets import TARGETS, compile_for
+from pallas_kernels.targets import TARGETS, lower_for
 from slora_jax.analysis import KernelUse, kernels_in
 from slora_jax.analysis.sass import executed, loops
 
@@ -101,5 +101,5 @@ def _kernels(device: Device, rows: int, decode: bool, tile_rows: int, stack: Sta
     tiles = LoraTiles(tile, tile, tile, struct(rows), number, number, number, number)
     pool = struct(NUM_PAGES, 2, LAYOUT.page_size, LAYOUT.width, dtype=DTYPE)
     x, y = struct(rows, stack.d_in, dtype=DTYPE), struct(rows, stack.d_out, dtype=DTYPE)
-    program = compile_for(TARGETS[device.name], jax.jit(run, donate_argnums=0), y, x, pool, table, tiles)
+    program = lower_for(TARGETS[device.name], jax.jit(run, donate_argnums=0), y, x, pool, table, tiles)
     return kernels_in(program, device)

@@ -15,31 +15,30 @@ INTERMEDIATE_BYTES = 4
 """Bytes of one element of `x A`, the float32 result of shrink."""
 
 
-def shrink_work(ranks: np.ndarray, rows: np.ndarray, stack: Stack, itemsize: int, planes: int = 1) -> Work:
-    """Bytes: A once, x once, and `x A` written `planes` times. Operations: `2 * rows * rank * d_in`.
+def shrink_work(ranks: np.ndarray, rows: np.ndarray, stack: Stack, itemsize: int) -> Work:
+    """Bytes: A once, x once, and `x A` written once. Operations: `2 * rows * rank * d_in`.
 
     Args:
       ranks: int `[n, 7]`, the adapters' ranks.
       rows: int `[n]`, each adapter's rows of the step.
       itemsize: bytes of an element of x and of the pool.
-      planes: slices of the input, each with its own `x A`; 1 is the least.
     """
     rank, rows = _live(ranks, rows, stack)
     total, hidden = rank.sum(1), rows[:, None] * rank  # [n], [n, projections]
     weights = int(total[rows > 0].sum()) * stack.d_in * itemsize
     inputs = int(rows[total > 0].sum()) * stack.d_in * itemsize
     elements = int(hidden.sum())
-    return Work(weights + inputs + planes * elements * INTERMEDIATE_BYTES, 2 * elements * stack.d_in)
+    return Work(weights + inputs + elements * INTERMEDIATE_BYTES, 2 * elements * stack.d_in)
 
 
-def expand_work(ranks: np.ndarray, rows: np.ndarray, stack: Stack, itemsize: int, planes: int = 1) -> Work:
-    """Bytes: B once, `x A` read `planes` times, and y read and written in the columns of the adapter's projections.
+def expand_work(ranks: np.ndarray, rows: np.ndarray, stack: Stack, itemsize: int) -> Work:
+    """Bytes: B once, `x A` read once, and y read and written in the columns of the adapter's projections.
     Operations: `2 * rows * rank * d_out`. Arguments as in `shrink_work`; itemsize is also y's."""
     rank, rows = _live(ranks, rows, stack)
     widths, hidden = np.array(stack.d_outs), rows[:, None] * rank
     weights = int((rank[rows > 0] * widths).sum()) * itemsize
     outputs = 2 * int((rows[:, None] * (rank > 0) * widths).sum()) * itemsize
-    return Work(weights + planes * int(hidden.sum()) * INTERMEDIATE_BYTES + outputs, 2 * int((hidden * widths).sum()))
+    return Work(weights + int(hidden.sum()) * INTERMEDIATE_BYTES + outputs, 2 * int((hidden * widths).sum()))
 
 
 def layer_work(ranks: np.ndarray, rows: np.ndarray, layout: LoraLayout, itemsize: int) -> Work:

@@ -1,4 +1,4 @@
-"""The instructions of an optimised HLO program, read from its text, with their execution counts."""
+"""The instructions of an HLO program, optimised or as lowered, read from its text, with their execution counts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ ITEM_BITS = {
     "token": 0,
 }
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
 _INSTRUCTION = re.compile(r"^  (?:ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r" ([\w\-]+)\(")
-_CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|\w+_computation)=%([\w.\-]+)")
+_CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|\w+_computation)=%?([\w.\-]+)")
 _CALLED_LIST = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"\bcondition=%([\w.\-]+)")
@@ -55,7 +55,8 @@ class Instruction:
 
 
 def instructions(text: str, fused: bool = True) -> list[Instruction]:
-    """Returns every instruction of the program (`compiled.as_text()`), including those of called computations.
+    """Returns every instruction of the program (`compiled.as_text()`, `lowered.as_text("hlo")`), including those of
+    called computations.
 
     With `fused=False`, without the insides of fusions and reductions, and without the conditions of loops with a known
     trip count, which are not evaluated.

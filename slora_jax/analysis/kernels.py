@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import jax
+
 from pallas_kernels.devices import Device
 from pallas_kernels.targets import TARGETS
 from slora_jax.analysis.hlo import Instruction, instructions
@@ -47,15 +49,16 @@ class KernelUse:
     warps: int = 0
 
 
-def kernels_in(compiled: Any, device: Device) -> list[KernelUse]:
-    """Returns the custom kernels of a program compiled for `device`, by name. Kernels in branches count as launched;
-    the body of a loop with an unknown trip count counts once.
+def kernels_in(program: Any, device: Device) -> list[KernelUse]:
+    """Returns the custom kernels of a program compiled or lowered for `device`, by name. Kernels in branches count as
+    launched; the body of a loop with an unknown trip count (of any loop, if only lowered) counts once.
 
     Raises:
       ConfigError: `ptxas`, which reports registers and spills, is missing.
     """
     found = Counter[KernelUse]()
-    for instruction in instructions(compiled.as_text()):
+    text = program.as_text("hlo") if isinstance(program, jax.stages.Lowered) else program.as_text()
+    for instruction in instructions(text):
         if instruction.opcode == "custom-call":
             for kernel in _kernels_of(instruction, device):
                 found[kernel] += instruction.times

@@ -13,7 +13,7 @@ from pallas_kernels import devices, plans
 from pallas_kernels.bench.models import LLAMA_3_8B, Model
 from pallas_kernels.lora import AdapterTable, LoraTiles
 from pallas_kernels.lora.training import TrainedLora, training_tile_rows
-from pallas_kernels.targets import TARGETS, compile_for
+from pallas_kernels.targets import TARGETS, compile_for, lower_for
 from slora_jax.analysis import kernels_in
 from slora_jax.engine.sizing import adapter_geometry
 from slora_jax.models import ModelConfig, abstract_decoder
@@ -38,7 +38,8 @@ def step_structs(layout, max_rank, rows, tile_rows):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_no_plan_spills_and_the_gradient_is_updated_in_place(name):
-    """On an L4, whose code is that of an A100 and whose shared memory is smaller, only the largest ranks."""
+    """On an L4, whose code is that of an A100 and whose shared memory is smaller, only the largest ranks. The buffers
+    are XLA's, alike for all devices."""
     device, calls = devices.DEVICES[name], CALLS[:1] if name == "l4" else CALLS
     with devices.compiling_for(device):
         tile_rows = training_tile_rows(LLAMA_3_8B.layout(), "bfloat16", 2048)
@@ -63,10 +64,12 @@ def test_no_plan_spills_and_the_gradient_is_updated_in_place(name):
 
     inputs = [arguments(*call) for call in calls]
     befores = [struct(*pool.shape, dtype="float32") for *_, pool in inputs]
-    program = compile_for(TARGETS[name], jax.jit(run, donate_argnums=0), befores, inputs)
-    assert program.memory_analysis().alias_size_in_bytes == sum(4 * before.size for before in befores)
-    hlo = program.as_text()
-    assert not [line for line in hlo.splitlines() if re.search(rf"f32\[{NUM_PAGES},.*\bcopy", line)]
+    make = compile_for if name == "h200" else lower_for
+    program = make(TARGETS[name], jax.jit(run, donate_argnums=0), befores, inputs)
+    if name == "h200":
+        assert program.memory_analysis().alias_size_in_bytes == sum(4 * before.size for before in befores)
+        hlo = program.as_text()
+        assert not [line for line in hlo.splitlines() if re.search(rf"f32\[{NUM_PAGES},.*\bcopy", line)]
     uses = kernels_in(program, device)
     by_name = {name: sum(u.count for u in uses if u.name == name) for name in {u.name for u in uses}}
     assert by_name == {f"lora_{op}_kernel": len(calls) for op in ("shrink", "expand", "gradient_a", "gradient_b")}

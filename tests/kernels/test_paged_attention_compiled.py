@@ -1,7 +1,8 @@
 """The Triton attention kernel at real sizes, compiled for absent GPUs: spills, tensor cores and copies in the machine
 code.
 
-Every entry of the plan table is compiled once per device, with head shapes and query groups in turn.
+Every entry of the plan table is compiled once per device, with head shapes and query groups in turn. XLA's own code
+beside the kernels is compiled where it is looked at.
 """
 
 import re
@@ -15,7 +16,7 @@ from pallas_kernels import devices, plans
 from pallas_kernels.kv_format import ScaledPages
 from pallas_kernels.lora.layout import ceil_div
 from pallas_kernels.paged_attention import AttentionTiles, PagedAttention
-from pallas_kernels.targets import TARGETS, compile_for
+from pallas_kernels.targets import TARGETS, compile_for, lower_for
 from slora_jax.analysis import kernels_in
 
 SEQS, MAX_PAGES, NUM_PAGES, TILE_ROWS = 64, 2048, 4000, 64
@@ -71,7 +72,7 @@ CALLS = {
 }  # fmt: skip
 
 
-def compiled(device, calls, layers=1):
+def program(device, calls, layers=1, make=lower_for):
     """All calls as one program, each as `layers` layers that follow one another."""
 
     def struct(*shape, dtype="int32"):
@@ -101,13 +102,13 @@ def compiled(device, calls, layers=1):
             outputs.append(q)
         return outputs
 
-    return compile_for(TARGETS[device.name], jax.jit(run), [arguments(call) for call in calls])
+    return make(TARGETS[device.name], jax.jit(run), [arguments(call) for call in calls])
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_no_plan_spills(name):
     device, calls = devices.DEVICES[name], CALLS[name]
-    uses = kernels_in(compiled(device, calls), device)
+    uses = kernels_in(program(device, calls), device)
     assert sum(use.count for use in uses) == len(calls)
     resident = []
     for use in uses:
@@ -137,8 +138,8 @@ def test_keys_and_values_of_one_byte_spill_nothing(name):
         calls = [replace(calls[0], kv_dtype="fp8"), calls[1], Call(LLAMA_3_8B, False, 8192, kv_dtype="fp8")]
     else:
         with pytest.raises(NotImplementedError, match="fp8 keys and values on a100; int8 is served"):
-            compiled(device, [replace(calls[0], kv_dtype="fp8")])
-    uses = kernels_in(compiled(device, calls), device)
+            program(device, [replace(calls[0], kv_dtype="fp8")])
+    uses = kernels_in(program(device, calls), device)
     assert sum(use.count for use in uses) == len(calls)
     for use in uses:
         print(use.name, use.registers, "registers", use.shared_bytes, "bytes shared")
@@ -159,9 +160,10 @@ def test_every_plan_of_a_device_is_compiled(name):
 @pytest.mark.parametrize("decode", [True, False], ids=["decode", "mixed"])
 def test_layers_share_the_work_and_nothing_is_copied(decode):
     device = devices.DEVICES["h200"]
-    program = compiled(device, [Call(LLAMA_3_8B, decode, SEQS if decode else 8192)], layers=3)
-    assert [use.count for use in kernels_in(program, device)] == [3]
-    text = program.as_text()
+    call = Call(LLAMA_3_8B, decode, SEQS if decode else 8192)
+    compiled = program(device, [call], layers=3, make=compile_for)
+    assert [use.count for use in kernels_in(compiled, device)] == [3]
+    text = compiled.as_text()
     assert " copy(" not in text and "copy-start" not in text
     entry = text[text.index("ENTRY") :]
     assert entry.count(" fusion(") + entry.count(" sort(") <= 12  # once for all layers
