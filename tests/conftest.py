@@ -19,12 +19,14 @@ os.environ.setdefault("PJRT_NPROC", "8")
 # Most of a test's time is compilation. XLA's newer emitters take three quarters of a small CPU program's, LLVM's
 # optimisations a third of what is left, and the candidates of autotuning half of an absent GPU's. A flag that is set
 # already comes last and holds.
-FAST_COMPILATION = (
-    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true",
-    "--xla_backend_optimization_level=0",
-    "--xla_gpu_autotune_level=0",
-)
-os.environ["XLA_FLAGS"] = " ".join((*FAST_COMPILATION, os.environ.get("XLA_FLAGS", ""))).strip()
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true",
+        "--xla_backend_optimization_level=0",
+        "--xla_gpu_autotune_level=0",
+        os.environ.get("XLA_FLAGS", ""),
+    )
+).strip()
 # The Python stack of every operation of a program is a fifth of its tracing and lowering, and no test reads it.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # reloading a cached CPU program logs its machine features
