@@ -114,7 +114,7 @@ class Model:
     def through_layers(
         self, tokens: np.ndarray, inputs: list[Any] | None, layer: Callable[..., jax.Array]
     ) -> jax.Array:
-        """As `hidden`, by `layer(params, inputs of the layer, x, tables)`."""
+        """Returns what `hidden` returns, by `layer(params, inputs of the layer, x, tables)`."""
         x, tables = _begin(self.config, self.ends, tokens)
         for index, params in enumerate(self.layers):
             x = layer(params, None if inputs is None else inputs[index], x, tables)
