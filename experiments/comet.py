@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.machine import provenance, write_json
-from experiments.quantisation import WINDOW, Context, Model, compare, digest_of, windows
+from experiments.quantisation import WINDOW, Context, Model, digest_of, run_layer, windows
 from experiments.results_page.section import RESULTS
 from slora_jax.demo.smollm2 import REQUIREMENT, smollm2_path
 from slora_jax.errors import ConfigError
@@ -126,7 +126,7 @@ def calibrate(model: Model, tokens: np.ndarray) -> list[dict[str, Kernel]]:
     @jax.jit
     def run(params: Params, x: jax.Array, tables: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         context = _Calibration()
-        return model.run_layer(params, context, x, tables), context.largest
+        return run_layer(model.config, params, context, x, tables), context.largest
 
     kernels = []
 
@@ -135,7 +135,7 @@ def calibrate(model: Model, tokens: np.ndarray) -> list[dict[str, Kernel]]:
         kernels.append({stack: int4_kernel(params[stack]["kernel"], largest[stack]) for stack in STACKS})
         return x
 
-    model.log_probabilities(tokens, None, layer)
+    model.through_layers(tokens, None, layer)
     return kernels
 
 
@@ -146,7 +146,9 @@ def share_of_4_bits(kernels: Mapping[str, Kernel], high: int) -> float:
 
 
 def _jitted(model: Model, kind: Format) -> Any:
-    return jax.jit(lambda params, kernels, *inputs: model.run_layer(params, CometContext(kernels, kind), *inputs))
+    return jax.jit(
+        lambda params, kernels, *inputs: run_layer(model.config, params, CometContext(kernels, kind), *inputs)
+    )
 
 
 def measure(path: Path, tokens: int) -> dict[str, Any]:
@@ -160,11 +162,12 @@ def measure(path: Path, tokens: int) -> dict[str, Any]:
     layers = {name: _jitted(model, kind) for name, kind in FORMATS.items()}
     sums = dict.fromkeys(("float32", *FORMATS), np.zeros(3))
     for window in tqdm(text[:count], desc="windows"):
-        expected = model.log_probabilities(window, None)
-        sums["float32"] = sums["float32"] + np.asarray(compare(expected, expected, window[1:]))
+        hidden = model.hidden(window, None)
+        expected = model.log_probabilities(hidden)
+        sums["float32"] = sums["float32"] + model.compare(expected, hidden, window[1:])
         for name, layer in layers.items():
-            found = model.log_probabilities(window, kernels, layer)
-            sums[name] = sums[name] + np.asarray(compare(expected, found, window[1:]))
+            hidden = model.through_layers(window, kernels, layer)
+            sums[name] = sums[name] + model.compare(expected, hidden, window[1:])
     predictions = count * (WINDOW - 1)
     rows = []
     for name, own in sums.items():

@@ -1,11 +1,11 @@
-"""Perplexity, KL divergence and greedy agreement of quantised weights against the unquantised ones.
+"""Perplexity, KL divergence and greedy agreement of quantised weights and KV against the unquantised ones.
 
     python -m experiments.quantisation --windows 40
     python -m experiments.quantisation --only int4
     python -m experiments.quantisation --verify
 
-The text is the project's own: README, documents, and the data of the small adapters, in windows of 512 tokens in one
-random order. Windows that the results file has are not repeated, so a run can be resumed while the text is the same.
+The text is the data of the small adapters, without what the measured adapters were trained on, in windows of 512
+tokens in one random order. Windows that the results file has are not repeated, so a run can be stopped and resumed.
 `--verify` compares "int4" with a `transformers` model whose weights NumPy has rounded, on one window.
 """
 
@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,33 +29,49 @@ from tqdm import tqdm
 
 from experiments.machine import provenance, write_json
 from experiments.results_page.section import RESULTS, ROOT
+from pallas_kernels.kv_format import KvDtype, decode, encode
 from slora_jax.adapters import LoraAdapter
 from slora_jax.adapters.peft_format import read_peft
 from slora_jax.demo.smollm2 import REQUIREMENT, smollm2_path
 from slora_jax.engine.sizing import adapter_geometry
 from slora_jax.engine.text import load_tokenizer
 from slora_jax.errors import ConfigError
+from slora_jax.memory.pool import PoolShape
 from slora_jax.models import ModelConfig, Params, abstract_decoder, load_model
 from slora_jax.models.init import layer_graph
 from slora_jax.models.projections import PROJECTIONS, STACKS
-from slora_jax.models.quantised import WEIGHT_FORMATS, WeightFormat
+from slora_jax.models.quantised import WEIGHT_FORMATS, WeightFormat, dequantised
 
 WINDOW = 512
 """Tokens of a window; each but the last predicts the next."""
+BATCH = 4
+"""Windows of one call."""
+KV_FORMATS: tuple[KvDtype | None, ...] = (None, *get_args(KvDtype))
 ADAPTERS = Path(ROOT, "slora_jax", "demo", "smollm2_adapters")
 NAMES = (None, "french", "json")
 OUTPUT = RESULTS / "quantisation.json"
 
 
-class Context:
-    """Causal attention within one window, with one adapter's LoRA on the unquantised activations."""
+Lora = list[dict[str, tuple[np.ndarray, np.ndarray]]]
 
-    def __init__(self, lora: Mapping[str, tuple[jax.Array, jax.Array]] | None = None) -> None:
-        self._lora = lora
+
+class Context:
+    """Causal attention within each window, with one adapter's LoRA on the unquantised activations.
+
+    Args:
+      lora: A `[d_in, R]` and B `[R, d_out]` of each stack; None: no adapter.
+      kv: format of the keys and values; None: they are not rounded.
+    """
+
+    def __init__(
+        self, lora: Mapping[str, tuple[jax.Array, jax.Array]] | None = None, kv: KvDtype | None = None
+    ) -> None:
+        self._lora, self._kv = lora, kv
 
     def attend(self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
-        mixed = jax.nn.dot_product_attention(q[None], k[None], v[None], is_causal=True)
-        return mixed[0]
+        k, v = round_kv(k, self._kv), round_kv(v, self._kv)
+        mixed = jax.nn.dot_product_attention(*(x.reshape(-1, WINDOW, *x.shape[1:]) for x in (q, k, v)), is_causal=True)
+        return mixed.reshape(q.shape)
 
     def lora(self, layer: int, stack: str, x: jax.Array, y: jax.Array) -> jax.Array:
         if self._lora is None:
@@ -68,31 +86,97 @@ class Context:
         return y
 
 
+def round_kv(kv: jax.Array, kind: KvDtype | None) -> jax.Array:
+    """Rounds keys or values `[T, heads, head_dim]` as the pool does."""
+    if kind is None:
+        return kv
+    _, heads, dim = kv.shape
+    (layer,) = PoolShape(1, 1, 2, heads * dim, "bfloat16", 1, 1, kind, dim).pool_struct()
+    rows, scales = encode(kv.reshape(len(kv), -1), layer)
+    rounded = decode(rows, kind, kv.dtype).reshape(kv.shape)
+    return rounded if scales is None else rounded * scales.astype(kv.dtype)[..., None]
+
+
 class Model:
-    """A decoder in one format, run layer by layer in float32."""
+    """A decoder run layer by layer in float32, with its quantised kernels dequantised when it is loaded."""
 
     def __init__(self, path: Path, weights: WeightFormat | None) -> None:
         config = replace(ModelConfig.from_directory(path), weights=weights)
-        _, self.params, self.config = load_model(path, "float32", progress=False, config=config)
-        self._ends = {name: leaf for name, leaf in self.params.items() if name != "layers"}
-        graph = abstract_decoder(replace(self.config, num_layers=0), "float32")[0]
-        self._begin = jax.jit(lambda ends, tokens: nnx.merge(graph, ends).begin(tokens, jnp.arange(WINDOW), Context()))
-        self._layer = jax.jit(lambda params, lora, *inputs: self.run_layer(params, Context(lora), *inputs))
-        self._end = jax.jit(lambda ends, x: nnx.merge(graph, ends).logits(nnx.merge(graph, ends).end(x)))
+        _, params, config = load_model(path, "float32", progress=False, config=config)
+        self.config = replace(config, weights=None)
+        self.layers = [{name: _wide(part) for name, part in layer.items()} for layer in params.pop("layers").values()]
+        self.ends = params
 
-    def run_layer(self, params: Params, context: Context, x: jax.Array, tables: Any) -> jax.Array:
-        layer = nnx.merge(layer_graph(self.config, self.config.kind(0), "float32"), params)
-        return layer(x, tables, context)
+    def hidden(self, tokens: np.ndarray, lora: Lora | None, kv: KvDtype | None = None) -> jax.Array:
+        """Returns the last layer's output `[n * WINDOW, d]` of `tokens` int32 `[n * WINDOW]`."""
+        return self.through_layers(tokens, lora, partial(_layer, self.config, kv))
 
-    def log_probabilities(self, tokens: np.ndarray, lora: list[Any] | None, layer: Any = None) -> jax.Array:
-        """Returns float32 `[WINDOW, vocab]`. layer: replaces the call of each layer with its `lora`."""
-        x, tables = self._begin(self._ends, tokens)
-        for index in range(self.config.num_layers):
-            x = (layer or self._layer)(self.params["layers"][index], None if lora is None else lora[index], x, tables)
-        return jax.nn.log_softmax(self._end(self._ends, x), axis=-1)
+    def through_layers(
+        self, tokens: np.ndarray, inputs: list[Any] | None, layer: Callable[..., jax.Array]
+    ) -> jax.Array:
+        """Returns what `hidden` returns, by `layer(params, inputs of the layer, x, tables)`."""
+        x, tables = _begin(self.config, self.ends, tokens)
+        for index, params in enumerate(self.layers):
+            x = layer(params, None if inputs is None else inputs[index], x, tables)
+        return x
+
+    def log_probabilities(self, hidden: jax.Array) -> jax.Array:
+        """Maps the last layer's output `[WINDOW, d]` to `[WINDOW, vocab]`."""
+        return _log_probabilities(self.config, self.ends, hidden)
+
+    def compare(self, expected: jax.Array, hidden: jax.Array, targets: np.ndarray) -> np.ndarray:
+        """Sums over a window's predictions: negative log-likelihood, KL divergence, equal most probable tokens.
+
+        Args:
+          expected: log-probabilities `[WINDOW, vocab]` of the reference.
+          hidden: `[WINDOW, d]`, the last layer's output.
+          targets: int32 `[WINDOW - 1]`.
+        """
+        return np.asarray(_compare(self.config, self.ends, expected, hidden, targets), np.float64)
 
 
-def dense_lora(config: ModelConfig, adapter: LoraAdapter) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
+def _wide(part: dict[str, Any]) -> dict[str, Any]:
+    """A part of a layer, with its kernel in float32."""
+    if "kernel" not in part or "scale" not in part:
+        return part
+    rest = {name: leaf for name, leaf in part.items() if name != "scale"}
+    return rest | {"kernel": dequantised(part["kernel"], part["scale"], np.dtype(np.float32))}
+
+
+def run_layer(config: ModelConfig, params: Params, context: Context, x: jax.Array, tables: Any) -> jax.Array:
+    """Maps `x` `[n * WINDOW, d]` to the same shape."""
+    return nnx.merge(layer_graph(config, config.kind(0), "float32"), params)(x, tables, context)
+
+
+def _ends(config: ModelConfig, params: Params) -> Any:
+    return nnx.merge(abstract_decoder(replace(config, num_layers=0), "float32")[0], params)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _layer(config: ModelConfig, kv: KvDtype | None, params: Params, lora: Any, *inputs: Any) -> jax.Array:
+    return run_layer(config, params, Context(lora, kv), *inputs)
+
+
+@partial(jax.jit, static_argnums=0)
+def _begin(config: ModelConfig, ends: Params, tokens: jax.Array) -> Any:
+    return _ends(config, ends).begin(tokens, jnp.arange(len(tokens)) % WINDOW, Context())
+
+
+@partial(jax.jit, static_argnums=0)
+def _log_probabilities(config: ModelConfig, ends: Params, hidden: jax.Array) -> jax.Array:
+    decoder = _ends(config, ends)
+    return jax.nn.log_softmax(decoder.logits(decoder.end(hidden)), axis=-1)
+
+
+@partial(jax.jit, static_argnums=0)
+def _compare(config: ModelConfig, ends: Params, expected: Any, hidden: Any, targets: Any) -> jax.Array:
+    expected, found = expected[:-1], _log_probabilities(config, ends, hidden)[:-1]
+    nll = -jnp.take_along_axis(found, targets[:, None], 1).sum()
+    kl = (jnp.exp(expected) * (expected - found)).sum()
+    return jnp.stack([nll, kl, (expected.argmax(-1) == found.argmax(-1)).sum().astype(jnp.float32)])
+
+
+def dense_lora(config: ModelConfig, adapter: LoraAdapter) -> Lora:
     """Returns A `[d_in, R]` and B `[R, d_out]` of each stack in each layer, zero where the adapter has no LoRA."""
     rank = int(adapter.ranks.max())
     layers = []
@@ -114,22 +198,13 @@ def dense_lora(config: ModelConfig, adapter: LoraAdapter) -> list[dict[str, tupl
     return layers
 
 
-@jax.jit
-def compare(expected: jax.Array, found: jax.Array, targets: jax.Array) -> jax.Array:
-    """Sums over a window's predictions: negative log-likelihood, KL divergence, equal most probable tokens."""
-    expected, found = expected[:-1], found[:-1]
-    nll = -jnp.take_along_axis(found, targets[:, None], 1).sum()
-    kl = (jnp.exp(expected) * (expected - found)).sum()
-    return jnp.stack([nll, kl, (expected.argmax(-1) == found.argmax(-1)).sum().astype(jnp.float32)])
-
-
 def windows(path: Path) -> list[np.ndarray]:
     """Returns the text's windows, int32 `[WINDOW]` each, in the order of their use."""
-    parts = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name not in ("results.md",))]
-    texts = [part.read_text() for part in parts if part.name != "quantisation.md"]
-    for file in sorted((ROOT / "experiments" / "adapters" / "data").glob("*.test.jsonl")):
-        for line in file.read_text().splitlines():
-            texts.append("\n".join(message["content"] for message in json.loads(line)["messages"]))
+    texts = []
+    for file in sorted((ROOT / "experiments" / "adapters" / "data").glob("*.jsonl")):
+        if file.stem not in NAMES:
+            for line in file.read_text().splitlines():
+                texts.append("\n".join(message["content"] for message in json.loads(line)["messages"]))
     tokenizer = load_tokenizer(path)
     assert tokenizer is not None
     ids = np.array(tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"], np.int32)
@@ -142,19 +217,20 @@ def digest_of(text: list[np.ndarray]) -> str:
     return hashlib.sha256(b"".join(window.tobytes() for window in text)).hexdigest()
 
 
-def _key(weights: str | None, adapter: str | None) -> str:
-    return f"{weights or 'float32'}/{adapter or 'base'}"
+def _key(weights: str | None, kv: str | None, adapter: str | None) -> str:
+    return f"{weights or 'float32'}/{kv or 'float32'}/{adapter or 'base'}"
 
 
 def rows(sums: Mapping[str, list[list[float]]]) -> Iterator[dict[str, Any]]:
-    """Yields the measures of each format with each adapter, over the windows that all have."""
+    """Yields the measures of each combination with each adapter, over the windows that all have."""
     count = min(map(len, sums.values()))
     predictions = count * (WINDOW - 1)
     for key, own in sums.items():
-        weights, adapter = key.split("/")
+        weights, kv, adapter = key.split("/")
         nll, kl, equal = np.sum(own[:count], axis=0)
         yield {
             "weights": weights,
+            "kv": kv,
             "adapter": adapter,
             "perplexity": round(float(np.exp(nll / predictions)), 4),
             "kl": round(float(kl / predictions), 5),
@@ -168,28 +244,39 @@ def measure(path: Path, formats: list[WeightFormat], count: int, output: Path) -
     digest = digest_of(text)
     old = json.loads(output.read_text()) if output.exists() else {"text": digest, "sums": {}}
     if old.get("text") != digest:
-        raise ConfigError(
-            f"--output={output}: is of another text; the documents have changed. Remove it, or name another file"
-        )
+        raise ConfigError(f"--output={output}: is of another text. Remove it, or name another file")
     sums: dict[str, list[list[float]]] = old["sums"]
     if count > len(text):
         raise ConfigError(f"--windows={count}: must be at most {len(text)}, all of the text")
     kinds: tuple[WeightFormat | None, ...] = (None, *formats)
     models = {weights: Model(path, weights) for weights in kinds}
-    config = models[None].config
-    geometry = adapter_geometry(config, 16)
-    loras = {name: None if name is None else dense_lora(config, read_peft(ADAPTERS / name, geometry)) for name in NAMES}
-    for index in tqdm(range(count), desc="windows"):
-        tokens, targets = text[index], text[index][1:]
-        for name, lora in loras.items():
-            missing = [w for w in models if len(sums.setdefault(_key(w, name), [])) <= index]
-            if not missing:
-                continue
-            expected = models[None].log_probabilities(tokens, lora)
-            for weights in missing:
-                found = expected if weights is None else models[weights].log_probabilities(tokens, lora)
-                sums[_key(weights, name)].append([float(v) for v in compare(expected, found, targets)])
-        _write(output, path, sums, digest)
+    reference = models[None]
+    geometry = adapter_geometry(reference.config, 16)
+    loras = {
+        name: None if name is None else dense_lora(reference.config, read_peft(ADAPTERS / name, geometry))
+        for name in NAMES
+    }
+    lengths = {key: len(sums.setdefault(_key(*key), [])) for key in product(models, KV_FORMATS, NAMES)}
+    with tqdm(total=count, initial=min(min(lengths.values()), count), desc="windows") as bar:
+        while (first := min(lengths.values())) < count:
+            last = min(first + BATCH, count, *(n for n in lengths.values() if n > first))
+            for name, lora in loras.items():
+                missing = [key for key, n in lengths.items() if key[2] == name and n == first]
+                batch = np.concatenate(text[first:last])
+                expected = reference.hidden(batch, lora).reshape(last - first, WINDOW, -1)
+                found = {
+                    key: expected
+                    if key[:2] == (None, None)
+                    else models[key[0]].hidden(batch, lora, key[1]).reshape(expected.shape)
+                    for key in missing
+                }
+                for index, window in enumerate(text[first:last]):
+                    exact = reference.log_probabilities(expected[index])
+                    for key, hidden in found.items():
+                        sums[_key(*key)].append(reference.compare(exact, hidden[index], window[1:]).tolist())
+            lengths = {key: len(sums[_key(*key)]) for key in lengths}
+            _write(output, path, sums, digest)
+            bar.update(last - first)
 
 
 def _write(output: Path, path: Path, sums: Mapping[str, list[list[float]]], digest: str) -> None:
@@ -245,16 +332,17 @@ def verify(path: Path, output: Path) -> None:
     expected = run(weights)
     plain = run({n: rounded(w) if n.endswith("_proj.weight") else w for n, w in weights.items()})
     kinds: tuple[WeightFormat | None, ...] = (None, "int4")
-    ours = {w: np.asarray(Model(path, w).log_probabilities(tokens, None)) for w in kinds}
+    models = [Model(path, weights) for weights in kinds]
+    exact, int4 = (np.asarray(model.log_probabilities(model.hidden(tokens, None))) for model in models)
 
     def kl(p: np.ndarray, q: np.ndarray) -> float:
         return round(float((np.exp(p[:-1]) * (p[:-1] - q[:-1])).sum(-1).mean()), 5)
 
     content = json.loads(output.read_text())
     content["verification"] = {
-        "unquantised": kl(expected, ours[None]),
+        "unquantised": kl(expected, exact),
         "plain_in_transformers": kl(expected, plain),
-        "int4": kl(ours[None], ours["int4"]),
+        "int4": kl(exact, int4),
         "group": 64,
     }
     write_json(output, content)

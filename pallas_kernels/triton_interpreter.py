@@ -162,6 +162,8 @@ def _interpret(
         array = np.array(array, order="C")
         if array.dtype == ml_dtypes.bfloat16:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        if array.dtype == ml_dtypes.float8_e4m3fn:
+            return torch.from_numpy(array.view(np.uint8)).view(torch.float8_e4m3fn)
         return torch.from_numpy(array)
 
     out_tensors = [tensor(array) for array in outputs]

@@ -217,23 +217,23 @@ def memory(data: Json) -> Iterable[str]:
 
 def quantisation(data: Json) -> Iterable[str]:
     yield (
-        f"Model: {data['model']}, dequantised to float32, which is the reference; {data['tokens']:,} tokens of this "
-        "project's text. *Recovery* is the reference's perplexity over the format's, with the same adapter. *KL* is "
-        "the mean divergence from the reference in nats per token, *agreement* the share of equal most probable tokens."
+        f"Model: {data['model']}, dequantised to float32, which is the reference; {data['tokens']:,} tokens of the data"
+        " of this project's small adapters. *Recovery* is the reference's perplexity over the format's. *KL* is the "
+        "mean divergence from the reference with the same adapter, in nats per token, *agreement* the share of equal "
+        "most probable tokens."
     )
-    reference = {row["adapter"]: row["perplexity"] for row in data["rows"] if row["weights"] == "float32"}
-    yield table(
-        "weights | adapter | perplexity | recovery | KL | agreement",
-        [
-            [
-                *pick(row, "weights adapter perplexity"),
-                f"{reference[row['adapter']] / row['perplexity']:.1%}",
-                row["kl"],
-                f"{row['agreement']:.1%}",
-            ]
-            for row in data["rows"]
-        ],
-    )
+    adapters = list(dict.fromkeys(row["adapter"] for row in data["rows"]))
+    found = {(row["weights"], row["kv"], row["adapter"]): row for row in data["rows"]}
+    lines = []
+    for weights, kv in dict.fromkeys((row["weights"], row["kv"]) for row in data["rows"]):
+        rows = [found[weights, kv, adapter] for adapter in adapters]
+        perplexity, reference = rows[0]["perplexity"], found["float32", "float32", adapters[0]]["perplexity"]
+        agreement = [f"{row['agreement']:.1%}" for row in rows]
+        lines.append(
+            [weights, kv, perplexity, f"{reference / perplexity:.1%}", *(row["kl"] for row in rows), *agreement]
+        )
+    measures = [f"{measure}, {adapter}" for measure in ("KL", "agreement") for adapter in adapters]
+    yield table(" | ".join(["weights", "KV", "perplexity, base", "recovery, base", *measures]), lines)
     if (check := data["verification"]) is not None:
         yield (
             f"On one window of 512 tokens, without an adapter: KL {check['plain_in_transformers']:.3g} for weights "

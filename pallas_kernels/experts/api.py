@@ -6,10 +6,12 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels import fallback, plans
+from pallas_kernels import devices, fallback, plans
 from pallas_kernels.experts import xla
 from pallas_kernels.experts.plan import ExpertPlan, expert_plan
+from pallas_kernels.weight_format import Kernels, codes_of
 
 Implementation = Literal["xla", "triton"]
 IMPLEMENTATIONS = get_args(Implementation)
@@ -19,8 +21,8 @@ def expert_outputs(
     x: jax.Array,
     chosen: jax.Array,
     weights: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Kernels,
+    down: Kernels,
     *,
     activation: str,
     implementation: Implementation | None = None,
@@ -36,7 +38,8 @@ def expert_outputs(
       chosen: int32 `[T, k]`, each token's experts. An entry of E is none.
       weights: float32 `[T, k]`.
       gate_up: `[E, d, 2 ffn]`, columns gate | up.
-      down: `[E, ffn, d]`, like `gate_up` in x's dtype.
+      down: `[E, ffn, d]`, like `gate_up` in x's dtype or quantised. "triton" takes codes of one byte: int8, and fp8 on
+        Ada and Hopper.
       activation: of the gate, "silu" or "gelu_tanh".
       implementation: None: the plan table's for the current trace's device; the reference "xla" for float32 and on
         CPUs.
@@ -47,13 +50,14 @@ def expert_outputs(
       `[T, d]` in x's dtype. Products and sums accumulate in float32.
 
     Raises:
-      NotImplementedError: the implementation is unknown.
+      NotImplementedError: the implementation is unknown, or does not take the format of the weights.
     """
-    name = fallback.choose("experts", implementation, x.dtype, _planned, _check)
+    codes = codes_of(gate_up)
+    name = fallback.choose("experts", implementation, x.dtype, _planned, partial(_check, codes.dtype))
     if name == "xla":
         return xla.expert_outputs(x, chosen, weights, gate_up, down, activation)
     if plan is None:
-        plan = expert_plan(rows_per_expert=-(-chosen.size // gate_up.shape[0]))
+        plan = expert_plan(rows_per_expert=-(-chosen.size // codes.shape[0]))
     return _by_triton(activation, plan, interpret, x, chosen, weights, gate_up, down)
 
 
@@ -61,21 +65,26 @@ def _planned() -> str:
     return plans.find("experts", "backend")["backend"]
 
 
-def _check(name: str) -> str:
+def _check(codes: Any, name: str) -> str:
     if name not in IMPLEMENTATIONS:
         available = ", ".join(map(repr, IMPLEMENTATIONS))
         raise NotImplementedError(f"expert_outputs: no implementation named {name!r}; available: {available}")
+    device = devices.target()
+    if name == "triton" and codes == jnp.int4:
+        raise NotImplementedError("experts in Triton: int4 weights; int8 and fp8 are served, or implementation='xla'")
+    if name == "triton" and codes == jnp.float8_e4m3fn and device is not None and device.compute_capability < 89:
+        raise NotImplementedError(f"experts in Triton: fp8 weights on {device.name}; int8 is served")
     return name
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _by_triton(activation: str, plan: ExpertPlan, interpret: bool, *arrays: jax.Array) -> jax.Array:
+def _by_triton(activation: str, plan: ExpertPlan, interpret: bool, *arrays: Any) -> jax.Array:
     from pallas_kernels.experts import triton  # not installed everywhere
 
     return triton.expert_outputs(*arrays, activation=activation, plan=plan, interpret=interpret)
 
 
-def _forward(activation: str, plan: ExpertPlan, interpret: bool, *arrays: jax.Array) -> tuple[jax.Array, Any]:
+def _forward(activation: str, plan: ExpertPlan, interpret: bool, *arrays: Any) -> tuple[jax.Array, Any]:
     return _by_triton(activation, plan, interpret, *arrays), arrays
 
 

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from pallas_kernels.experts.plan import ExpertPlan, ProductPlan
 from pallas_kernels.triton_call import triton_call
+from pallas_kernels.weight_format import Kernels, ScaledKernels, codes_of
 
 FIELDS = tl.constexpr(3)
 """Columns of the table of tiles: `expert, first_row, rows`; `first_row` is an index into the order."""
@@ -76,11 +77,12 @@ def _rows(order_ptr, first, rows, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def expert_gate_up_kernel(
-    x_ptr, weight_ptr, tiles_ptr, order_ptr, out_ptr,
-    PER_TOKEN: tl.constexpr, D_IN: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr,
+    x_ptr, weight_ptr, scale_ptr, tiles_ptr, order_ptr, out_ptr,
+    PER_TOKEN: tl.constexpr, D_IN: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out[rows of the tile, block of columns] = activation(x @ gate) * (x @ up), in the order by expert."""
+    """out[rows of the tile, block of columns] = activation(x @ gate) * (x @ up), in the order by expert. SCALED: the
+    weights are codes, which are converted before the product, and whose scales multiply the sums."""
     expert, rows, first, n = _item(tiles_ptr, (WIDTH + BLOCK_N - 1) // BLOCK_N, BLOCK_N)
     if rows > 0:
         column, k = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -99,8 +101,12 @@ def expert_gate_up_kernel(
                 x = tl.load(x_tile + start, mask=inside[None, :], other=0.0)
                 w_gate = tl.load(gate_tile + start * (2 * WIDTH), mask=mask, other=0.0)
                 w_up = tl.load(gate_tile + start * (2 * WIDTH) + WIDTH, mask=mask, other=0.0)
-            gate = tl.dot(x, w_gate, gate, input_precision="ieee")
-            up = tl.dot(x, w_up, up, input_precision="ieee")
+            gate = tl.dot(x, w_gate.to(x.dtype), gate, input_precision="ieee")
+            up = tl.dot(x, w_up.to(x.dtype), up, input_precision="ieee")
+        if SCALED:
+            scale = scale_ptr + expert.to(tl.int64) * (2 * WIDTH) + column
+            gate *= tl.load(scale, mask=column < WIDTH, other=0.0)[None, :]
+            up *= tl.load(scale + WIDTH, mask=column < WIDTH, other=0.0)[None, :]
         if SILU:
             active = gate / (1 + tl.exp(-gate))
         else:  # gelu by tanh: tanh(t) = 1 - 2 / (exp(2 t) + 1)
@@ -114,8 +120,8 @@ def expert_gate_up_kernel(
 
 @triton.jit
 def expert_down_kernel(
-    hidden_ptr, weight_ptr, tiles_ptr, order_ptr, routing_ptr, out_ptr,
-    D_IN: tl.constexpr, WIDTH: tl.constexpr,
+    hidden_ptr, weight_ptr, scale_ptr, tiles_ptr, order_ptr, routing_ptr, out_ptr,
+    D_IN: tl.constexpr, WIDTH: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[rows of the tile, block of columns] = routing weight * (hidden @ down), in the tokens' order."""
@@ -135,7 +141,9 @@ def expert_down_kernel(
                 hidden = tl.load(hidden_tile + start, mask=inside[None, :], other=0.0)
                 mask = inside[:, None] & (column < WIDTH)[None, :]
                 weight = tl.load(weight_tile + start * WIDTH, mask=mask, other=0.0)
-            acc = tl.dot(hidden, weight, acc, input_precision="ieee")
+            acc = tl.dot(hidden, weight.to(hidden.dtype), acc, input_precision="ieee")
+        if SCALED:
+            acc *= tl.load(scale_ptr + expert.to(tl.int64) * WIDTH + column, mask=column < WIDTH, other=0.0)[None, :]
         acc *= tl.load(routing_ptr + place)[:, None]
         out = out_ptr + place.to(tl.int64)[:, None] * WIDTH + column[None, :]
         mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
@@ -143,11 +151,11 @@ def expert_down_kernel(
 
 
 def expert_outputs(
-    x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array, *,
+    x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernels, down: Kernels, *,
     activation: str, plan: ExpertPlan, interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
     """See `api.expert_outputs`."""
-    (num_tokens, per_token), (experts, width, d) = chosen.shape, down.shape
+    (num_tokens, per_token), (experts, width, d) = chosen.shape, codes_of(down).shape
     num_rows, used = chosen.size, min(experts, chosen.size)
     num_tiles = used + (num_rows - used) // plan.tile_rows
     order, tiles = triton_call(
@@ -158,20 +166,26 @@ def expert_outputs(
         BLOCK=min(COUNTED, triton.next_power_of_2(max(num_rows, 128))), BLOCK_E=triton.next_power_of_2(experts),
     )  # fmt: skip
     (hidden,) = triton_call(
-        expert_gate_up_kernel, x, gate_up, tiles, order,
+        expert_gate_up_kernel, x, *_codes_and_scales(gate_up), tiles, order,
         out=[jax.ShapeDtypeStruct((num_rows, width), x.dtype)], interpret=interpret,
         **_launch(plan.gate_up, plan.tile_rows, num_tiles, d, width), PER_TOKEN=per_token, SILU=activation == "silu",
+        SCALED=isinstance(gate_up, ScaledKernels),
     )  # fmt: skip
     (rows,) = triton_call(
-        expert_down_kernel, hidden, down, tiles, order, weights,
+        expert_down_kernel, hidden, *_codes_and_scales(down), tiles, order, weights,
         out=[jax.ShapeDtypeStruct((num_rows, d), x.dtype)], interpret=interpret,
-        **_launch(plan.down, plan.tile_rows, num_tiles, width, d),
+        **_launch(plan.down, plan.tile_rows, num_tiles, width, d), SCALED=isinstance(down, ScaledKernels),
     )  # fmt: skip
     rows = jnp.where((chosen < experts)[..., None], rows.reshape(num_tokens, per_token, d), 0).astype(jnp.float32)
     total = rows[:, 0]
     for j in range(1, per_token):
         total += rows[:, j]
     return total.astype(x.dtype)
+
+
+def _codes_and_scales(kernels: Kernels) -> tuple[jax.Array, jax.Array]:
+    """The arguments of a product; without scales, the weights stand in their place and are not read there."""
+    return kernels if isinstance(kernels, ScaledKernels) else (kernels, kernels)
 
 
 def _launch(plan: ProductPlan, tile_rows: int, num_tiles: int, d_in: int, width: int) -> dict[str, Any]:

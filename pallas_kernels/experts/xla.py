@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.weight_format import Kernels, ScaledKernels, codes_of, dequantised
+
 TILE_ROWS = 16
 """Most rows of one expert in one product."""
 
@@ -19,11 +21,11 @@ def gated(fused: jax.Array, activation: str, dtype: Any) -> jax.Array:
 
 
 def expert_outputs(
-    x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array, activation: str
+    x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernels, down: Kernels, activation: str
 ) -> jax.Array:
     """See `api.expert_outputs`."""
     order = jnp.argsort(chosen.reshape(-1), stable=True)  # [T k], the rows by expert
-    sizes = jnp.bincount(chosen.reshape(-1), length=gate_up.shape[0]).astype(jnp.int32)
+    sizes = jnp.bincount(chosen.reshape(-1), length=codes_of(gate_up).shape[0]).astype(jnp.int32)
     with jax.named_scope("gate_up"):
         fused = grouped_product(x[order // chosen.shape[1]], gate_up, sizes)  # [T k, 2 ffn]
         hidden = gated(fused, activation, x.dtype)
@@ -34,7 +36,7 @@ def expert_outputs(
 
 
 @jax.custom_vjp
-def grouped_product(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
+def grouped_product(x: jax.Array, kernels: Kernels, sizes: jax.Array) -> jax.Array:
     """Multiplies each group of rows by its own kernel. Differentiable in `x` alone.
 
     `jax.lax.ragged_dot` would multiply all rows by all kernels, on a CPU and on a GPU.
@@ -50,7 +52,7 @@ def grouped_product(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.A
     return _tiled(x, kernels, sizes, 1)
 
 
-def _tiled(x: jax.Array, kernels: jax.Array, sizes: jax.Array, contracted: int) -> jax.Array:
+def _tiled(x: jax.Array, kernels: Kernels, sizes: jax.Array, contracted: int) -> jax.Array:
     """Multiplies tiles of at most `TILE_ROWS` rows of one group, one after another. contracted: axis of the kernels."""
     num_rows, tile_rows = x.shape[0], min(TILE_ROWS, x.shape[0])
     tiles = -(-sizes // tile_rows)
@@ -62,23 +64,36 @@ def _tiled(x: jax.Array, kernels: jax.Array, sizes: jax.Array, contracted: int) 
         first = row_ends[group] - sizes[group] + number * tile_rows
         start = jnp.clip(first, 0, num_rows - tile_rows)
         rows = jax.lax.dynamic_slice_in_dim(x, start, tile_rows)
-        product = jax.lax.dot_general(
-            rows,
-            kernels[group],
-            (((1,), (contracted - 1,)), ((), ())),
-            precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-            preferred_element_type=jnp.float32,
-        ).astype(x.dtype)
+        product = _product(rows, kernels, group, contracted)
         row = start + jnp.arange(tile_rows)
         own = (row >= first) & (row < jnp.minimum(first + tile_rows, row_ends[group]))
         old = jax.lax.dynamic_slice_in_dim(out, start, tile_rows)
         return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(own[:, None], product, old), start, 0)
 
-    out = jnp.zeros((num_rows, kernels.shape[3 - contracted]), x.dtype)
+    out = jnp.zeros((num_rows, codes_of(kernels).shape[3 - contracted]), x.dtype)
     return jax.lax.fori_loop(0, tile_ends[-1], tile, out)
 
 
-def _forward(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> tuple[jax.Array, Any]:
+def _product(rows: jax.Array, kernels: Kernels, group: jax.Array, contracted: int) -> jax.Array:
+    """Multiplies a tile's rows by the kernel of its group. A scale of all inputs multiplies the sums, in float32."""
+    kernel, scale = codes_of(kernels)[group], None
+    if isinstance(kernels, ScaledKernels):
+        scale = kernels.scale[group]  # [groups, d_out]
+        if len(scale) > 1:
+            kernel, scale = dequantised(kernel, scale, rows.dtype), None
+        elif contracted == 2:
+            rows, scale = (rows * scale).astype(rows.dtype), None
+    product = jax.lax.dot_general(
+        rows,
+        kernel.astype(rows.dtype),
+        (((1,), (contracted - 1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    return (product if scale is None else product * scale).astype(rows.dtype)
+
+
+def _forward(x: jax.Array, kernels: Kernels, sizes: jax.Array) -> tuple[jax.Array, Any]:
     return grouped_product(x, kernels, sizes), (kernels, sizes)
 
 

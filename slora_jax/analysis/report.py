@@ -127,6 +127,8 @@ class CompileReport:
       tensor_parallel_size, tp_lora: see `EngineConfig`.
       layers: of the model; the pool's size is for all of them.
       compiled_layers: of the programs and their bytes.
+      weights: format of the layers' kernels; None: `dtype`.
+      kv_dtype: see `EngineConfig`.
     """
 
     target: str
@@ -138,6 +140,8 @@ class CompileReport:
     pool: PoolReport
     programs: tuple[ProgramReport, ...]
     tp_lora: str = "slora"
+    weights: str | None = None
+    kv_dtype: str = "auto"
 
     def problems(self) -> list[str]:
         return [problem for program in self.programs for problem in program.problems()]
@@ -243,6 +247,8 @@ def compile_report(
         target=target.name,
         tensor_parallel_size=config.tensor_parallel_size,
         tp_lora=config.tp_lora,
+        weights=model.weights,
+        kv_dtype=config.kv_dtype,
         dtype=config.dtype,
         layers=model.num_layers,
         compiled_layers=num_layers,

@@ -17,7 +17,10 @@ def report_table(report: CompileReport) -> str:
         target = (
             f"{report.tensor_parallel_size} x {target} (bytes are one device's), adapters cut as {report.tp_lora!r}"
         )
-    lines = [f"{target}, {report.dtype}, ranks up to {report.max_lora_rank}, {layers}", *_pool(report.pool), ""]
+    formats = [report.dtype, *([f"{report.weights} weights"] if report.weights else [])]
+    formats += [f"{report.kv_dtype} keys and values"] if report.kv_dtype != "auto" else []
+    head = f"{target}, {', '.join(formats)}, ranks up to {report.max_lora_rank}, {layers}"
+    lines = [head, *_pool(report.pool), ""]
     lines += _columns(
         (
             "program",

@@ -13,7 +13,7 @@ from slora_jax.cli.values import count
 from slora_jax.engine.config import EngineConfig
 from slora_jax.errors import ConfigError
 from slora_jax.parallel.layout import LORA_SHARDINGS
-from slora_jax.scheduling.config import WEIGHTS
+from slora_jax.scheduling.config import KV_DTYPES, WEIGHTS
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -51,6 +51,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     option("--page-size", metavar="N", type=count, default=EngineConfig.page_size, help="tokens (default: %(default)s)")
     option("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="weight dtype (default: %(default)s)")
     option("--weights", default="auto", choices=WEIGHTS, help="format of the layers' weights (default: the dtype)")
+    option("--kv-dtype", default="auto", choices=KV_DTYPES, help="format of keys and values (default: the dtype)")
     option("--max-model-len", metavar="N", type=count, help="longest sequence (default: the model's)")
     option("--adapter-slots", metavar="N", type=count, help="adapters in the pool at once (default: the engine's)")
     option(
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     config = EngineConfig(
         dtype=args.dtype,
         weights=args.weights,
+        kv_dtype=args.kv_dtype,
         page_size=args.page_size,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,

@@ -19,6 +19,7 @@ from pallas_kernels.lora.bmm import Padding, paddings
 from pallas_kernels.paged_attention import PagedAttention
 from pallas_kernels.paged_attention.api import Implementation
 from pallas_kernels.pool_write import NO_PAGE, write_kv
+from pallas_kernels.weight_format import Kernels, codes_of
 from slora_jax.engine.batch import BatchLayout, Bucket, SequenceState, StepBatch, unpack
 from slora_jax.engine.sampling import greedy
 from slora_jax.memory import Pool, PoolShape
@@ -157,13 +158,13 @@ class PagedContext:
         return [pages_of(layer) for layer in self.pool]
 
     def experts(
-        self, x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array,
+        self, x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernels, down: Kernels,
         activation: Activation,
     ) -> jax.Array:  # fmt: skip
         """Adds up the outputs of each token's experts. Padding has no experts, so that it reads no weights."""
-        live = self._batch.page != NO_PAGE
+        live, none = self._batch.page != NO_PAGE, codes_of(gate_up).shape[0]
         return expert_outputs(
-            x, jnp.where(live[:, None], chosen, gate_up.shape[0]), weights, gate_up, down, activation=activation,
+            x, jnp.where(live[:, None], chosen, none), weights, gate_up, down, activation=activation,
             implementation=self._spec.expert_kernels, interpret=self._spec.interpret,
         )  # fmt: skip
 

@@ -31,7 +31,7 @@ from slora_jax.models.traits import WeightFormat
 if TYPE_CHECKING:  # the import takes seconds, and only this cache needs it
     import orbax.checkpoint as ocp  # type: ignore[import-untyped]
 
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 """Incremented whenever the converted form changes; entries of other versions are stale."""
 
 _SAMPLE_BYTES = 1 << 16

@@ -43,8 +43,7 @@ class ModelConfig:
       embedding_multiplier, residual_multiplier: factors of the embeddings, and of what a layer adds to the residual.
       logits_scaling: divisor of the logits.
       eos_token_ids: empty if the checkpoint names none.
-      weights: format of the kernels of the attention and of feed-forward parts without experts (`models.quantised`);
-        None: the model's dtype.
+      weights: format of the layers' kernels, but the routers' (`models.quantised`); None: the model's dtype.
     """
 
     family: str

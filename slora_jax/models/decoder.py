@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels.experts.xla import gated
+from pallas_kernels.weight_format import Kernels
 from slora_jax.models.config import ModelConfig
 from slora_jax.models.experts import ExpertLayer
 from slora_jax.models.layers import Embedding, Linear, RMSNorm, model_dtype, precision_of
@@ -57,8 +58,8 @@ class StepContext(Protocol):
         x: jax.Array,
         chosen: jax.Array,
         weights: jax.Array,
-        gate_up: jax.Array,
-        down: jax.Array,
+        gate_up: Kernels,
+        down: Kernels,
         activation: Activation,
     ) -> jax.Array:
         """Returns `pallas_kernels.experts.expert_outputs` of these arguments; on a shard, its part of the sum."""

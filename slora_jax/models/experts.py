@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pallas_kernels.weight_format import Kernels, ScaledKernels
+from slora_jax.models import quantised
 from slora_jax.models.config import ModelConfig
 from slora_jax.models.layers import precision_of
 
@@ -21,8 +23,14 @@ class ExpertLayer(nnx.Module):
         experts, d = config.experts, config.hidden_size
         self.config = config
         self.router = nnx.Param(jnp.zeros((d, experts.count), dtype))
-        self.gate_up = nnx.Param(jnp.zeros((experts.count, d, 2 * experts.intermediate_size), dtype))
-        self.down = nnx.Param(jnp.zeros((experts.count, experts.intermediate_size, d), dtype))
+        kernels = {"gate_up": (d, 2 * experts.intermediate_size), "down": (experts.intermediate_size, d)}
+        for name, shape in kernels.items():
+            if config.weights is None:
+                setattr(self, name, nnx.Param(jnp.zeros((experts.count, *shape), dtype)))
+            else:
+                codes, scale = quantised.zeros(config.weights, *shape, experts.count)
+                setattr(self, name, nnx.Param(codes))
+                setattr(self, f"{name}_scale", nnx.Param(scale))
 
     def __call__(self, x: jax.Array, outputs: Callable[..., jax.Array]) -> jax.Array:
         """Maps `x` `[T, d]` to `[T, d]`; on a shard, to its part of the sum. outputs: `StepContext.experts`."""
@@ -33,4 +41,8 @@ class ExpertLayer(nnx.Module):
             weights, chosen = jax.lax.top_k(jax.nn.softmax(scores.astype(jnp.float32), -1), experts.per_token)
             if experts.normalised:
                 weights = weights / weights.sum(-1, keepdims=True)  # [T, k]
-        return outputs(x, chosen, weights, self.gate_up[...], self.down[...], self.config.activation)
+        return outputs(x, chosen, weights, self._kernels("gate_up"), self._kernels("down"), self.config.activation)
+
+    def _kernels(self, name: str) -> Kernels:
+        kernels = getattr(self, name)[...]
+        return kernels if self.config.weights is None else ScaledKernels(kernels, getattr(self, f"{name}_scale")[...])

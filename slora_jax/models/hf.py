@@ -28,7 +28,7 @@ from slora_jax.models.gguf.header import gguf_file
 from slora_jax.models.gguf.tensors import GgufSlice, GgufTensors, open_gguf
 from slora_jax.models.init import abstract_decoder
 from slora_jax.models.placements import EMBEDDING, HEAD, ParamPath, Placement, tensor_placements
-from slora_jax.models.quantised import quantise
+from slora_jax.models.quantised import quantise, scale_path
 from slora_jax.models.quantised_checkpoint import QuantisedSlice, QuantisedTensors, open_quantised
 from slora_jax.models.quantised_config import CheckpointFormat, checkpoint_format
 from slora_jax.models.rotary import inverse_frequencies
@@ -95,7 +95,7 @@ def untied_if_heads_differ(model_dir: str | Path, config: ModelConfig, dtype: An
 
 
 def warn_of_rounding(model_dir: str | Path, config: ModelConfig, dtype: Any) -> None:
-    """Warns once if a quantised checkpoint is served in other numbers than its own, and if experts keep `dtype`."""
+    """Warns once if a quantised checkpoint is served in other numbers than its own."""
     form, notes = format_of(model_dir), []
     if form is not None and (not form.is_kept or config.weights != form.weights):
         notes.append(f"its kernels are dequantised and rounded again to weights={config.weights!r}")
@@ -104,15 +104,13 @@ def warn_of_rounding(model_dir: str | Path, config: ModelConfig, dtype: Any) -> 
     if form is not None:
         with _open(Path(model_dir)) as tensors:
             assert isinstance(tensors, QuantisedTensors)
-            placements = tensor_placements(config)
-            kernels = {n for n, p in placements.items() if p.path[-1] == "kernel" and p.path[0] == "layers"}
+            shapes = traverse_util.flatten_dict(abstract_decoder(config, model_dtype(dtype))[1])
+            kernels = {name for name, one in tensor_placements(config).items() if scale_path(one.path) in shapes}
             if plain := sorted(kernels.intersection(tensors.unquantised)):
                 notes.append(f"{len(plain)} of its kernels are not quantised, and are rounded too, e.g. {plain[0]}")
-    if config.weights is not None and config.experts is not None:
-        notes.append(f"weights={config.weights!r}: experts keep {model_dtype(dtype).name}")
-    if notes:
-        method = "" if form is None else f"config.json: quantization_config.quant_method={form.method!r}: "
-        warnings.warn(f"{model_dir}: {method}{'; '.join(notes)}", stacklevel=3)
+    if form is not None and notes:
+        method = f"config.json: quantization_config.quant_method={form.method!r}"
+        warnings.warn(f"{model_dir}: {method}: {'; '.join(notes)}", stacklevel=3)
 
 
 def _are_equal(one: Tensor, other: Tensor, dtype: np.dtype) -> bool:
@@ -205,9 +203,8 @@ class _ParamBuilder:
         step = max(1, int(_BLOCK_BYTES / row_bytes))
         buffer = self._buffer(placement.path)
         target, first = placement.target(buffer).view(f"u{buffer.itemsize}"), 0  # [rows, d_in] or [rows]
-        scale_path = (*placement.path[:-1], "scale")
-        if placement.transposed and scale_path in self._shapes:
-            yield from self._quantise(tensor, placement, target, placement.target(self._buffer(scale_path)))
+        if placement.transposed and (scale := scale_path(placement.path)) in self._shapes:
+            yield from self._quantise(tensor, placement, target, placement.target(self._buffer(scale)))
             self._part_done(placement.path)
             return
         for rows in placement.rows:
@@ -264,8 +261,7 @@ class _ParamBuilder:
     def _part_done(self, path: ParamPath) -> None:
         self._missing_parts[path] -= 1
         if not self._missing_parts[path]:
-            paths = [path, (*path[:-1], "scale")] if path[-1] == "kernel" else [path]
-            for own in self._buffers.keys() & set(paths):
+            for own in self._buffers.keys() & {path, scale_path(path)}:
                 # Blocking limits host memory to one finished buffer beside its device copy.
                 self._arrays[own] = jax.device_put(self._buffers.pop(own), self._device).block_until_ready()
 

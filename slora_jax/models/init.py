@@ -10,7 +10,7 @@ from flax import nnx, traverse_util
 
 from slora_jax.models.config import ModelConfig
 from slora_jax.models.decoder import Decoder, DecoderLayer, Params, model_dtype
-from slora_jax.models.quantised import quantise_kernel
+from slora_jax.models.quantised import quantise_kernel, scale_path
 from slora_jax.models.traits import LayerKind
 from slora_jax.parallel.mesh import TensorParallel, parameter_spec
 
@@ -50,13 +50,12 @@ def init_random(config: ModelConfig, dtype: Any, seed: int) -> tuple[nnx.GraphDe
             continue  # the scale of a quantised kernel
         if path[-1] == "scale":
             leaves[path] = jnp.ones(leaf.shape, leaf.dtype)
-        elif path[-1] == "kernel" and (*path[:-1], "scale") in flat:
+        elif (scale := scale_path(path)) in flat:
             weights = config.weights
             assert weights is not None
             drawn = _normal(jax.random.fold_in(key, index), leaf.shape, jnp.dtype(jnp.float32))
-            leaves |= {
-                (*path[:-1], name): jnp.asarray(a) for name, a in quantise_kernel(np.asarray(drawn), weights).items()
-            }
+            own = quantise_kernel(np.asarray(drawn), weights)
+            leaves |= {path: jnp.asarray(own["kernel"]), scale: jnp.asarray(own["scale"])}
         else:
             leaves[path] = _normal(jax.random.fold_in(key, index), leaf.shape, leaf.dtype)
     return graphdef, traverse_util.unflatten_dict(leaves)

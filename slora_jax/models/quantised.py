@@ -1,6 +1,7 @@
 """Quantised kernels: how they are stored, rounded on the host, and multiplied.
 
-A kernel `[d_in, d_out]` is stored as codes and a float32 scale `[groups, d_out]`. Its value is `code * scale`:
+A kernel `[d_in, d_out]` is stored as codes and a float32 scale `[groups, d_out]`; kernels of experts have a first axis
+more. The value is `code * scale`:
 
     format    codes                                    groups
     "int8"    int8 [d_in, d_out], -127..127            1
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.weight_format import dequantised
 from slora_jax.errors import UnsupportedModelError
 from slora_jax.models.traits import INT4_GROUP, WeightFormat
 
@@ -55,9 +57,15 @@ def num_groups(weights: WeightFormat, d_in: int) -> int:
     return d_in // group_size(d_in) if weights == "int4" else 1
 
 
-def zeros(weights: WeightFormat, d_in: int, d_out: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the codes and the scale of a kernel of zeros."""
-    return jnp.zeros((d_in, d_out), _CODES[weights]), jnp.zeros((num_groups(weights, d_in), d_out), jnp.float32)
+def zeros(weights: WeightFormat, d_in: int, d_out: int, *experts: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the codes and the scale of a kernel of zeros, or of the kernels of some number of `experts`."""
+    groups = num_groups(weights, d_in)
+    return jnp.zeros((*experts, d_in, d_out), _CODES[weights]), jnp.zeros((*experts, groups, d_out), jnp.float32)
+
+
+def scale_path(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The path of the scale that belongs to the kernel at `path`, if that is quantised."""
+    return *path[:-1], "scale" if path[-1] == "kernel" else f"{path[-1]}_scale"
 
 
 def quantise(rows: np.ndarray, weights: WeightFormat) -> tuple[np.ndarray, np.ndarray]:
@@ -102,16 +110,10 @@ def num_bytes(leaf: Any) -> int:
 
 
 def quantise_kernel(kernel: np.ndarray, weights: WeightFormat) -> dict[str, np.ndarray]:
-    """Returns the codes "kernel" and the "scale" of a kernel `[d_in, d_out]`."""
-    codes, scale = quantise(np.ascontiguousarray(np.asarray(kernel, np.float32).T), weights)
-    return {"kernel": np.ascontiguousarray(codes.T), "scale": np.ascontiguousarray(scale.T)}
-
-
-def dequantised(codes: jax.Array, scale: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Returns the kernel `[d_in, d_out]` in `dtype`."""
-    groups, d_out = scale.shape
-    wide = codes.reshape(groups, -1, d_out).astype(dtype)
-    return (wide * scale.astype(dtype)[:, None]).reshape(codes.shape)
+    """Returns the codes "kernel" and the "scale" of a kernel `[d_in, d_out]`, or of experts' `[E, d_in, d_out]`."""
+    rows = np.ascontiguousarray(np.asarray(kernel, np.float32).swapaxes(-1, -2))
+    parts = zip(("kernel", "scale"), quantise(rows.reshape(-1, rows.shape[-1]), weights), strict=True)
+    return {name: np.ascontiguousarray(part.reshape(*rows.shape[:-1], -1).swapaxes(-1, -2)) for name, part in parts}
 
 
 def product(

@@ -39,7 +39,8 @@ _PARAMETERS = {
     # A row-parallel stack has a scale on each shard: that of its own groups, or for one group a copy.
     **{(stack, "scale"): _ROWS if stack in ROW_PARALLEL else _COLUMNS for stack in STACKS},
     ("experts", "gate_up"): P(None, None, AXIS),
-    ("experts", "down"): P(None, AXIS, None),
+    ("experts", "gate_up_scale"): P(None, None, AXIS),
+    **dict.fromkeys([("experts", "down"), ("experts", "down_scale")], P(None, AXIS, None)),
 }
 
 

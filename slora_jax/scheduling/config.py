@@ -28,7 +28,7 @@ class CoreConfig:
       kv_dtype: keys and values in the pool: "fp8" (e4m3) or "int8" (a scale for each token and head) take one byte an
         element; "auto" is the model's dtype.
       weights: format of the layers' kernels (docs/quantisation.md): "int8", "fp8" or "int4"; "auto" is the
-        checkpoint's own. Embedding, head, norms, biases and experts keep the model's dtype.
+        checkpoint's own. Embedding, head, norms, biases and routers keep the model's dtype.
       max_num_seqs: maximum number of running sequences.
       max_num_batched_tokens: maximum tokens per step, decode and chunked prefill together.
       admission: "optimistic" admits requests that fit now and preempts when pages run out; "reserve" admits a request

@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.experts import expert_outputs
 from pallas_kernels.lora import AdapterTable, LoraLayout, LoraTiles
 from pallas_kernels.lora.training import HIDDEN, TrainedLora
+from pallas_kernels.weight_format import Kernels
 from slora_jax.models import ModelConfig, Params, abstract_decoder
 from slora_jax.models.decoder import Embedding
 from slora_jax.models.init import layer_graph
@@ -84,8 +85,8 @@ class TrainingContext:
         x: jax.Array,
         chosen: jax.Array,
         weights: jax.Array,
-        gate_up: jax.Array,
-        down: jax.Array,
+        gate_up: Kernels,
+        down: Kernels,
         activation: Activation,
     ) -> jax.Array:
         return expert_outputs(x, chosen, weights, gate_up, down, activation=activation)

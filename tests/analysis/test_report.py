@@ -93,14 +93,19 @@ def test_a_step_without_lora_launches_attention_only(written) -> None:
     assert launches["mixed_32_lora"].keys() >= {"paged_attention_kernel", "lora_shrink_kernel", "lora_expand_kernel"}
 
 
-def test_fewer_layers_are_labelled_and_the_pool_is_for_all_layers(model_file, written, tmp_path, capsys) -> None:
+def test_fewer_layers_and_narrow_keys_are_labelled_and_the_pool_is_for_all_layers(
+    model_file, written, tmp_path, capsys
+) -> None:
     path = tmp_path / "report.json"
-    assert run(model_file, "--layers=1", "--programs=decode_4", "--max-lora-rank=32", f"--json={path}") == 0
-    assert f"ONLY 1 of {LAYERS} layers" in capsys.readouterr().out
+    options = "--layers=1", "--programs=decode_4", "--max-lora-rank=32", "--kv-dtype=int8"
+    assert run(model_file, *options, f"--json={path}") == 0
+    table = capsys.readouterr().out
+    assert f"ONLY 1 of {LAYERS} layers" in table and "bfloat16, int8 keys and values, ranks" in table
     fewer = json.loads(path.read_text())
     assert (fewer["layers"], fewer["compiled_layers"]) == (LAYERS, 1)
     assert fewer["pool"]["weight_bytes"] == written["pool"]["weight_bytes"]
-    assert fewer["pool"]["num_pages"] == pytest.approx(written["pool"]["num_pages"], rel=1e-3)
+    assert fewer["pool"]["page_bytes"] == PAGE_BYTES // 2 + LAYERS * 2 * 16 * 2 * 2  # scales of two heads
+    assert fewer["pool"]["bytes"] == pytest.approx(written["pool"]["bytes"], rel=1e-3)
     assert fewer["programs"][0]["pool_bytes"] == fewer["pool"]["bytes"] // LAYERS
 
 

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.devices import compiling_for
 from pallas_kernels.experts import expert_outputs, triton
 from pallas_kernels.experts.plan import ExpertPlan, ProductPlan
 from pallas_kernels.targets import TARGETS, compile_for
+from pallas_kernels.weight_format import ScaledKernels
 from slora_jax.analysis import kernels_in
 from slora_jax.analysis.hlo import launches
+from slora_jax.models.quantised import quantise_kernel
 
 # Blocks that divide neither width of `layer`, and blocks that divide both.
 RAGGED = ExpertPlan(16, ProductPlan(16, 32, 4, 2), ProductPlan(32, 16, 4, 2))
@@ -80,6 +83,50 @@ def test_outputs_equal_float64_and_unused_experts_are_not_read(
     assert np.abs(found.astype(np.float64) - reference).max() <= error * np.abs(reference).max()
 
 
+@pytest.mark.parametrize(
+    ("implementation", "weights", "dtype"),
+    [
+        ("xla", "int8", "float32"),
+        ("xla", "int4", "float32"),
+        ("triton", "int8", "bfloat16"),
+        ("triton", "fp8", "bfloat16"),
+    ],
+)
+def test_quantised_experts_equal_float64_over_the_dequantised_kernels(implementation, weights, dtype, rng):
+    """int4 has three groups of 16 inputs and one of 32. Gradients are those of the dequantised kernels."""
+    x, *kernels = layer(rng, dtype, 19, 6, d=48, ffn=32)
+    chosen, shares = random_choice(rng, 19, 2, np.arange(5)), rng.random((19, 2))
+    stored, wide = [], []
+    for kernel in kernels:
+        parts = quantise_kernel(np.asarray(kernel), weights)
+        codes, scale = jnp.asarray(parts["kernel"]), jnp.asarray(parts["scale"])
+        values = parts["kernel"].astype(np.float64)
+        wide.append(values * np.repeat(parts["scale"], values.shape[1] // scale.shape[1], axis=1))
+        stored.append(ScaledKernels(codes, scale.at[5].set(jnp.nan)))
+    found, reference = run(implementation, x, chosen, shares, *stored), expected(x, chosen, shares, *wide)
+    error = 2e-6 if dtype == "float32" else 2e-2
+    assert np.abs(found.astype(np.float64) - reference).max() <= error * np.abs(reference).max()
+    if dtype == "float32":
+
+        def slope(kernels):
+            def loss(x):
+                return (jitted(x, chosen, shares, *kernels, "silu", implementation, RAGGED) ** 2).sum()
+
+            return jax.grad(loss)(x)
+
+        exact = slope([jnp.asarray(kernel, jnp.float32) for kernel in wide])
+        np.testing.assert_allclose(slope(stored), exact, atol=1e-5 * float(jnp.abs(exact).max()))
+
+
+def test_formats_that_triton_does_not_take_are_refused(rng):
+    x, gate_up, down = layer(rng, "bfloat16", 1, 2)
+    chosen, shares = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1))
+    for codes, target, message in (("int4", "h200", "int4 weights"), ("float8_e4m3fn", "a100", "fp8 weights on a100")):
+        own = [ScaledKernels(k.astype(codes), jnp.ones((2, 1, k.shape[2]))) for k in (gate_up, down)]
+        with compiling_for(TARGETS[target].device), pytest.raises(NotImplementedError, match=message):
+            expert_outputs(x, chosen, shares, *own, activation="silu", implementation="triton")
+
+
 @IMPLEMENTATIONS
 def test_a_tokens_bits_do_not_depend_on_the_other_tokens(implementation, rng):
     """Alone, and in a batch in which its experts have other tokens; tiles of two heights, blocks that divide widths."""
@@ -108,21 +155,31 @@ def test_gradients_are_those_of_the_reference(rng):
     jax.tree.map(close, gradients("triton"), gradients("xla"))
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("h200", (64, 1024, 8192)), ("a100", (64, 8192))])
-def test_kernels_compile_without_spills(name, sizes):
-    """Qwen3-30B-A3B's experts, with few and many rows an expert."""
+@pytest.mark.parametrize(
+    ("name", "sizes", "codes"), [("h200", (64, 1024, 8192), "float8_e4m3fn"), ("a100", (64, 8192), "int8")]
+)
+def test_kernels_compile_without_spills(name, sizes, codes):
+    """Qwen3-30B-A3B's experts, with few and many rows an expert, and quantised with few."""
     target, (experts, per_token, d, ffn) = TARGETS[name], (128, 8, 2048, 768)
 
     def struct(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    def layers(steps, gate_up, down):
-        return [expert_outputs(*step, gate_up, down, activation="silu") for step in steps]
+    def layers(steps, weights):
+        return [expert_outputs(*step, *own, activation="silu") for step, own in zip(steps, weights, strict=True)]
 
+    shapes, sizes = ((experts, d, 2 * ffn), (experts, ffn, d)), (*sizes, sizes[0])
+    plain = [struct(*shape) for shape in shapes]
+    weights = [plain] * (len(sizes) - 1) + [
+        [
+            ScaledKernels(struct(*shape, dtype=codes), struct(experts, 1, shape[2], dtype=jnp.float32))
+            for shape in shapes
+        ]
+    ]
     steps = [
         (struct(t, d), struct(t, per_token, dtype=jnp.int32), struct(t, per_token, dtype=jnp.float32)) for t in sizes
     ]
-    compiled = compile_for(target, jax.jit(layers), steps, struct(experts, d, 2 * ffn), struct(experts, ffn, d))
+    compiled = compile_for(target, jax.jit(layers), steps, weights)
     uses = kernels_in(compiled, target.device)
     launched = {use.name: sum(u.count for u in uses if u.name == use.name) for use in uses}
     names = "expert_tiles_kernel", "expert_gate_up_kernel", "expert_down_kernel"

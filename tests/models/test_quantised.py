@@ -18,11 +18,13 @@ from slora_jax.models.quantised import WEIGHT_FORMATS, num_bytes, quantise_kerne
 from slora_jax.models.shards import shard_params
 from slora_jax.parallel.mesh import AXIS, tensor_parallel
 
+EXPERTS = (("gate_up", "gate_up_scale"), ("down", "down_scale"))
 
-def exact(linear: dict) -> np.ndarray:
-    """The value `[d_in, d_out]` of a quantised kernel, float64."""
-    codes, scale = (np.asarray(linear[name]).astype(np.float64) for name in ("kernel", "scale"))
-    return codes * np.repeat(scale, codes.shape[0] // scale.shape[0], axis=0)
+
+def exact(linear: dict, name: str = "kernel", scale: str = "scale") -> np.ndarray:
+    """The value `[d_in, d_out]` of a quantised kernel, or of experts' `[E, d_in, d_out]`, float64."""
+    codes, scales = (np.asarray(linear[key]).astype(np.float64) for key in (name, scale))
+    return codes * np.repeat(scales, codes.shape[-2] // scales.shape[-2], axis=-2)
 
 
 def dequantised(params):
@@ -33,6 +35,9 @@ def dequantised(params):
             return part
         if {"kernel", "scale"} <= part.keys():
             return {"kernel": jnp.asarray(exact(part), jnp.float32)} | {k: v for k, v in part.items() if k == "bias"}
+        if "router" in part:
+            experts = {name: jnp.asarray(exact(part, *name), jnp.float32) for name in EXPERTS}
+            return {name: experts[name, scale] for name, scale in EXPERTS} | {"router": part["router"]}
         return {key: dense(value) for key, value in part.items()}
 
     return dense(params)
@@ -81,17 +86,24 @@ def test_products_are_those_of_the_dequantised_kernel(dtype, rng):
         )
 
 
-@pytest.mark.parametrize("weights", WEIGHT_FORMATS)
+@pytest.mark.parametrize(("weights", "family"), [("int8", "mixtral"), ("fp8", "qwen2"), ("int4", "mixtral")])
 def test_a_quantised_model_is_the_decoder_over_its_dequantised_kernels(
-    weights, make_checkpoint, tmp_path, decoder_logits, caplog
+    weights, family, make_checkpoint, tmp_path, decoder_logits, caplog
 ):
-    directory, _ = make_checkpoint("qwen2", num_hidden_layers=1)
+    """Mixtral's experts have 64 and 112 inputs: of int4, one group and seven."""
+    directory, _ = make_checkpoint(family, num_hidden_layers=1)
     graphdef, params, _ = quantised_model(directory, weights, cache_dir=tmp_path)
     plain_graph, plain, _ = load_model(directory, "float32", progress=False)
-    for stack in ("qkv", "o", "gate_up", "down"):
+    for stack in ("qkv", "o", *(("gate_up", "down") if family == "qwen2" else ())):
         linear, kernel = params["layers"][0][stack], np.asarray(plain["layers"][0][stack]["kernel"])
         for name, expected in quantise_kernel(kernel, weights).items():
             np.testing.assert_array_equal(np.asarray(linear[name]), expected)
+    for name, scale in EXPERTS if family == "mixtral" else ():
+        own = params["layers"][0]["experts"]
+        for expert, kernel in enumerate(np.asarray(plain["layers"][0]["experts"][name])):
+            expected = quantise_kernel(kernel, weights)
+            np.testing.assert_array_equal(np.asarray(own[name][expert]), expected["kernel"])
+            np.testing.assert_array_equal(np.asarray(own[scale][expert]), expected["scale"])
     prompt = [np.arange(9)]
     np.testing.assert_allclose(
         decoder_logits(graphdef, params, prompt), decoder_logits(plain_graph, dequantised(params), prompt), atol=2e-5
@@ -148,6 +160,26 @@ def test_shards_hold_the_codes_of_the_whole_model(weights, make_checkpoint, dens
     np.testing.assert_allclose(jax.jit(sharded)(params["layers"][0]), expected, atol=2e-5)
     with pytest.raises(ConfigError, match=r"weights='.*': quantised parameters in memory cannot be sharded"):
         shard_params(config, whole, parallel)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_shards_hold_the_codes_of_the_experts(weights, make_checkpoint):
+    """Each of two shards holds half of the hidden layer's width of every expert, in whole groups."""
+    directory, _ = make_checkpoint("mixtral", num_hidden_layers=1, num_local_experts=3, intermediate_size=256)
+    _, whole, config = quantised_model(directory, weights)
+    parallel = tensor_parallel(config, 2)
+    params = quantised_model(directory, weights, parallel=parallel)[1]["layers"][0]["experts"]
+    for name, scale in EXPERTS:
+        shards = []
+        for device in parallel.devices:
+            parts = {k: next(p.data for p in params[k].addressable_shards if p.device == device) for k in (name, scale)}
+            shards.append(exact(parts, name, scale))
+        expected = exact(whole["layers"][0]["experts"], name, scale)
+        if name == "down":
+            np.testing.assert_array_equal(np.concatenate(shards, 1), expected)
+        else:
+            halves = [shard[..., half] for half in (slice(128), slice(128, None)) for shard in shards]
+            np.testing.assert_array_equal(np.concatenate(halves, 2), expected)
 
 
 def test_random_weights_are_quantised_and_counted():

@@ -215,6 +215,22 @@ def test_kernels_have_the_values_that_the_format_defines(name, unquantised, tmp_
             assert (np.abs(found - expected) <= half * 1.001).all()
 
 
+def test_quantised_experts_keep_their_codes(make_checkpoint, tmp_path):
+    sizes = {"hidden_size": D, "moe_intermediate_size": 128, "head_dim": 64, "num_experts": 3, "num_experts_per_tok": 2}
+    plain, _ = make_checkpoint("qwen3_moe", num_hidden_layers=1, **sizes)
+    exact = write(plain, tmp_path / "model", w4a16, compressed(4, 128))
+    _, params, _ = load_model(tmp_path / "model", "float32", progress=False)
+    own = params["layers"][0]["experts"]
+    assert own["gate_up"].dtype == own["down"].dtype == "int4"
+    for expert in range(3):
+        kernels = {
+            part: exact[f"model.layers.0.mlp.experts.{expert}.{part}_proj.weight"].T for part in ("gate", "up", "down")
+        }
+        for name, parts in {"gate_up": ("gate", "up"), "down": ("down",)}.items():
+            found = served({"kernel": own[name][expert], "scale": own[f"{name}_scale"][expert]})
+            np.testing.assert_allclose(found, np.concatenate([kernels[part] for part in parts], 1), rtol=1e-12)
+
+
 def test_settings_and_unquantised_kernels_round_to_one_format(unquantised, tmp_path):
     keep = ["model.layers.0.mlp.down_proj.weight"]
     exact = write(unquantised, tmp_path / "model", w4a16, compressed(4, 128), keep)
