@@ -24,6 +24,8 @@ from slora_jax.serving.observability.snapshot import EngineSnapshot, observe
 
 logger = logging.getLogger("slora_jax.serving")
 
+DELIVERY_SECONDS = 0.004
+"""Shortest interval between two deliveries of tokens. Shorter steps are joined: a write costs more than a token."""
 SNAPSHOT_SECONDS = 0.1
 """Interval of snapshots."""
 CHECK_SECONDS = 10.0
@@ -52,6 +54,7 @@ class EngineLoop:
         self._calls: set[asyncio.Future] = set()  # waiting for the thread
         self._sequences: dict[str, tuple[Mailbox, int]] = {}  # unfinished ones by id
         self._filled: dict[Mailbox, None] = {}  # with tokens that are not passed on yet
+        self._delivered_at = 0.0
         self._numbers = 0
         # Shared with the thread:
         self._commands: deque[Callable[[Engine], None]] = deque()
@@ -202,8 +205,11 @@ class EngineLoop:
                 self._filled[mailbox] = None
 
     def _run_posted(self) -> None:
-        """Runs the callbacks that are posted by now. An event loop that is late passes the tokens of several steps on
-        together."""
+        """Runs the callbacks that are posted by now, but not within `DELIVERY_SECONDS` of the last tokens."""
+        now, next_delivery = self._events.time(), self._delivered_at + DELIVERY_SECONDS
+        if now < next_delivery:
+            self._events.call_at(next_delivery, self._run_posted)
+            return
         self._is_scheduled = False
         try:
             for _ in range(len(self._posted)):
@@ -213,6 +219,8 @@ class EngineLoop:
             filled, self._filled = self._filled, {}
             for mailbox in filled:
                 mailbox.deliver()
+            if filled:
+                self._delivered_at = now
             if self._posted:
                 self._schedule()  # what follows a callback that raised
 
