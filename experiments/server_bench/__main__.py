@@ -137,7 +137,8 @@ def _rounded(found: dict[str, float]) -> dict[str, float]:
 
 
 def _shown(args: argparse.Namespace) -> dict[str, Any]:
-    return {"rounds": args.rounds, "seconds": args.seconds} | ({"beside": "CHECKOUT"} if args.beside else {})
+    shown = {"streams": " ".join(map(str, args.streams)), "rounds": args.rounds, "seconds": args.seconds}
+    return shown | ({"beside": "CHECKOUT"} if args.beside else {})
 
 
 def _revision(checkout: Path) -> str:

@@ -118,6 +118,17 @@ class Delta:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
 
+    def add(self, later: Delta) -> None:
+        """Appends the result of the request's next step."""
+        self.token_ids += later.token_ids
+        self.text += later.text
+        self.output = later.output
+        if self.logprobs is None:
+            self.logprobs = later.logprobs
+        elif later.logprobs is not None:
+            self.logprobs += later.logprobs
+        self.prompt_logprobs = self.prompt_logprobs or later.prompt_logprobs
+
     @property
     def finish_reason(self) -> FinishReason | None:
         return None if self.output is None else self.output.finish_reason

@@ -41,15 +41,18 @@ class RequestOutputs:
         output = self._unfinished.get(request.id)
         if output is None or output.request is not request:
             return None  # it ended with an earlier update of the same step
-        if update.scored:
+        if update.token is not None:
+            tokens = [update.token]
+            if output.append(update) and not update.ended:
+                self._core.finish(request, FinishReason.STOP, request.token_times[-1])
+        elif update.scored:
             output.score(update)
             return None
-        if update.step is not None and update.token is None:
+        elif update.step is not None:
             output.pool(update)
             return None
-        tokens = [] if update.token is None else [update.token]
-        if tokens and output.append(update) and not update.ended:
-            self._core.finish(request, FinishReason.STOP, request.token_times[-1])
+        else:
+            tokens = []
         if request.finish_reason is None:
             return output.delta(tokens)
         del self._unfinished[request.id]
@@ -122,6 +125,8 @@ class _Output:
 
     def delta(self, tokens: list[int]) -> Delta:
         """Returns the delta of an unfinished request."""
+        if self._logprobs is None and self._prompt_logprobs is None:
+            return Delta(self.request.id, tokens, self._text.take())
         return Delta(self.request.id, tokens, self._text.take(), None, *self._logprobs_of(tokens))
 
     def last_delta(self, tokens: list[int], error: str | None, is_whole: bool = True) -> Delta:

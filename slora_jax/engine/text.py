@@ -97,7 +97,10 @@ class TextStream:
         piece = self._decode(token)
         if not piece:
             return False
-        return self._append(piece)
+        if self._stop:
+            return self._append(piece)
+        self._text += piece
+        return False
 
     def finish(self) -> None:
         """Flushes the bytes of an incomplete last character; they may still complete a stop string."""
@@ -112,9 +115,11 @@ class TextStream:
 
     def take(self, last: bool = False) -> str:
         """Returns new text that no later token can change. With `last`, no token follows, so all text is returned."""
-        end = self._certain() if self._stop and not last and not self.stopped else len(self._text)
-        piece, self._emitted = self._text[self._emitted : end], max(self._emitted, end)
-        return piece
+        text, start = self._text, self._emitted
+        end = self._certain() if self._stop and not last and not self.stopped else len(text)
+        if end > start:
+            self._emitted = end
+        return text[start:end]
 
     def _begin(self, context: list[int]) -> DecodeStream:
         """Returns a decoder that has read `context`, where later tokens may complete an incomplete last character."""

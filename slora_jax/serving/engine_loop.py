@@ -24,8 +24,8 @@ from slora_jax.serving.observability.snapshot import EngineSnapshot, observe
 
 logger = logging.getLogger("slora_jax.serving")
 
-SWITCH_SECONDS = 0.0005
-"""Argument of `sys.setswitchinterval`; the default of 5 ms would delay the next step's launch."""
+DELIVERY_SECONDS = 0.004
+"""Shortest interval between two deliveries of tokens. Shorter steps are joined: a write costs more than a token."""
 SNAPSHOT_SECONDS = 0.1
 """Interval of snapshots."""
 CHECK_SECONDS = 10.0
@@ -54,11 +54,13 @@ class EngineLoop:
         self._calls: set[asyncio.Future] = set()  # waiting for the thread
         self._sequences: dict[str, tuple[Mailbox, int]] = {}  # unfinished ones by id
         self._filled: dict[Mailbox, None] = {}  # with tokens that are not passed on yet
+        self._delivered_at = 0.0
         self._numbers = 0
         # Shared with the thread:
         self._commands: deque[Callable[[Engine], None]] = deque()
         self._long_commands: deque[Callable[[Engine], None]] = deque()
         self._posted: deque[tuple[Callable, tuple[object, ...]]] = deque()  # callbacks for the event loop
+        self._is_scheduled = False  # whether the event loop will run them
         self._wake = threading.Event()
         self._stopping = False
         self._busy_since: float | None = None  # start of the current call of the engine
@@ -203,8 +205,12 @@ class EngineLoop:
                 self._filled[mailbox] = None
 
     def _run_posted(self) -> None:
-        """Runs the callbacks that are posted by now. An event loop that is late passes the tokens of several steps on
-        together."""
+        """Runs the callbacks that are posted by now, but not within `DELIVERY_SECONDS` of the last tokens."""
+        now, next_delivery = self._events.time(), self._delivered_at + DELIVERY_SECONDS
+        if now < next_delivery:
+            self._events.call_at(next_delivery, self._run_posted)
+            return
+        self._is_scheduled = False
         try:
             for _ in range(len(self._posted)):
                 callback, arguments = self._posted.popleft()
@@ -213,6 +219,10 @@ class EngineLoop:
             filled, self._filled = self._filled, {}
             for mailbox in filled:
                 mailbox.deliver()
+            if filled:
+                self._delivered_at = now
+            if self._posted:
+                self._schedule()  # what follows a callback that raised
 
     def _fail(self, request_ids: list[str], error: Exception) -> None:
         for request_id in request_ids:
@@ -378,6 +388,12 @@ class EngineLoop:
 
     def _post(self, callback: Callable, *arguments: object) -> None:
         self._posted.append((callback, arguments))
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if self._is_scheduled:
+            return
+        self._is_scheduled = True
         try:
             self._events.call_soon_threadsafe(self._run_posted)
         except RuntimeError:

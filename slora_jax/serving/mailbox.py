@@ -4,33 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from slora_jax.engine import Delta, RequestOutput
-from slora_jax.engine.outputs import TokenLogprobs
-
-
-@dataclass
-class Arrived:
-    """New tokens of one sequence since the last `take`.
-
-    Attributes:
-      output: the whole output, with the last tokens.
-    """
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    output: RequestOutput | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-
-    def add(self, delta: Delta) -> None:
-        """Appends the result of a step."""
-        self.text += delta.text
-        self.token_ids += delta.token_ids
-        self.logprobs += delta.logprobs or ()
-        self.output = delta.output
-        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
+from slora_jax.engine import Delta
 
 
 class Mailbox:
@@ -43,42 +18,47 @@ class Mailbox:
     """
 
     def __init__(self) -> None:
-        self.direct: Callable[[dict[int, Arrived]], bool] | None = None
-        self._arrived: dict[int, Arrived] = {}
+        self.direct: Callable[[dict[int, Delta]], bool] | None = None
+        self._arrived: dict[int, Delta] = {}
         self._error: Exception | None = None
-        self._filled = asyncio.Event()
-        self._is_awaited = False
+        self._waiting: asyncio.Future[None] | None = None  # the reader, until it is woken
 
     def put(self, index: int, delta: Delta) -> None:
-        """Adds the result of a step for a sequence. `deliver` passes it on."""
-        arrived = self._arrived.get(index)
-        if arrived is None:
-            arrived = self._arrived[index] = Arrived()
-        arrived.add(delta)
+        """Adds the result of a step for a sequence, which then belongs to the mailbox. `deliver` passes it on."""
+        earlier = self._arrived.get(index)
+        if earlier is None:
+            self._arrived[index] = delta
+        else:
+            earlier.add(delta)
 
     def deliver(self) -> None:
         """Passes the added tokens on, to `direct` or to the reader."""
-        is_waiting = self._is_awaited and not self._filled.is_set()
-        if self.direct is not None and is_waiting and self.direct(self._arrived):
+        if self._waiting is None:
+            return  # the reader will find them
+        if self.direct is not None and self.direct(self._arrived):
             self._arrived = {}
         else:
-            self._filled.set()
+            self._wake()
 
     def fail(self, error: Exception) -> None:
         """Makes the next `take` raise `error`. Only the first error counts."""
         self._error = self._error or error
-        self._filled.set()
+        self._wake()
 
-    async def take(self) -> dict[int, Arrived]:
+    async def take(self) -> dict[int, Delta]:
         """Waits for new tokens and returns them. Raises the error given to `fail`."""
-        self._is_awaited = True
-        try:
-            await self._filled.wait()
-        finally:
-            self._is_awaited = False
-        self._filled.clear()
+        if not self._arrived and self._error is None:
+            self._waiting = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiting
+            finally:
+                self._waiting = None
         if self._error is not None:
-            self._filled.set()
             raise self._error
         arrived, self._arrived = self._arrived, {}
         return arrived
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from collections.abc import Callable
 
 from fastapi import FastAPI
@@ -13,10 +12,10 @@ from slora_jax.distributed.group import EXIT_LOST
 from slora_jax.engine import Engine
 from slora_jax.errors import ProcessLostError, SloraError
 from slora_jax.phases import report, seconds_since_start
-from slora_jax.serving.engine_loop import SWITCH_SECONDS
 from slora_jax.serving.health import Health
 from slora_jax.serving.http.app import create_app
 from slora_jax.serving.http.server import listen, serve_app
+from slora_jax.serving.interpreter import freeze_objects, prepare_interpreter
 from slora_jax.serving.replicas.deployment import serve_replicas
 from slora_jax.serving.settings import ServerSettings
 
@@ -35,12 +34,12 @@ def serve(settings: ServerSettings, build: Callable[[], Engine]) -> int:
     if settings.http_processes:  # nothing else needs pyzmq and msgspec
         from slora_jax.serving.http_processes.parent import serve_with_processes
 
-        sys.setswitchinterval(SWITCH_SECONDS)
+        prepare_interpreter()
         return serve_with_processes(settings, build, _Engine)
     listener = listen(settings.host, settings.port)  # first, so that an address in use is reported at once
     if settings.replicas > 1:
         return serve_replicas(settings, listener)
-    sys.setswitchinterval(SWITCH_SECONDS)
+    prepare_interpreter()
     app = create_app(settings, build)
     status = serve_app(app, settings, _Engine(app), listener)
     if app.state.service.loop.is_alive:  # such as in a compilation, which cannot be interrupted
@@ -62,6 +61,7 @@ class _Engine:
         while service.loop.health is Health.STARTING:
             await asyncio.sleep(0.05)
         if service.loop.health is Health.READY:
+            freeze_objects()
             stats = service.loop.engine.store.stats()
             say(f"ready: {service.settings.base_name}, {stats.registered} adapters")
             report("total", seconds_since_start())

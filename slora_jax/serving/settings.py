@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -229,7 +230,7 @@ class ServerSettings:
             raise ConfigError("model_dir is missing: a Hugging Face model directory or GGUF file")
         return made(cls, data, "")
 
-    @property
+    @cached_property
     def base_name(self) -> str:
         """Name of the base model, for clients."""
         return self.name or self.model_dir.resolve().name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -116,6 +117,18 @@ async def test_tokens_equal_those_of_generate(engine) -> None:
             assert tokens == last.token_ids == output.token_ids and last.text == output.text
         assert loop.num_unfinished == 0
     assert len(heard.outputs) == 24 and heard.health == [Health.READY, Health.STOPPED] and not heard.faults
+
+
+@in_event_loop
+async def test_tokens_of_short_steps_are_delivered_together(engine, monkeypatch) -> None:
+    interval, taken = 0.1, 0
+    monkeypatch.setattr("slora_jax.serving.engine_loop.DELIVERY_SECONDS", interval)
+    async with looping(engine) as loop:
+        start, mailbox, output = time.monotonic(), submit(loop, [3, 4])[1], None
+        while output is None:
+            output, taken = (await mailbox.take())[0].output, taken + 1
+        assert taken <= (time.monotonic() - start) / interval + 2
+        assert len(output.token_ids) == LONG.max_tokens
 
 
 @in_event_loop

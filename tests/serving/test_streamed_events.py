@@ -14,24 +14,23 @@ from observed_engine import finished_request
 from slora_jax.engine.outputs import Delta
 from slora_jax.serving.http.bodies import StreamOptions
 from slora_jax.serving.http.connection import WRITER
-from slora_jax.serving.http.errors import to_json
+from slora_jax.serving.http.errors import quoted, to_json
 from slora_jax.serving.http.generation import respond
 from slora_jax.serving.http.shapes import ChatShape, CompletionShape
 from slora_jax.serving.http.token_text import TokenText
-from slora_jax.serving.mailbox import Arrived, Mailbox
+from slora_jax.serving.mailbox import Mailbox
 
 TEXT = 'quote " and \\ and é\n'
 
 
-@pytest.mark.parametrize("fields", [{}, {"token_ids": True}])
 @pytest.mark.parametrize("kind", [CompletionShape, ChatShape])
-def test_json_of_a_piece_is_the_encoders(kind: Any, fields: dict[str, bool]) -> None:
+def test_json_of_a_plain_event_is_the_encoders(kind: Any) -> None:
     echoes = {"echoes": ["", ""]} if kind is CompletionShape else {}
-    shape = kind("m", TokenText(None), [[1], [1]], **echoes, **fields)
-    for arrived in (Arrived(TEXT, [3]), Arrived(""), Arrived("end", [4], output=finished_request())):
-        assert shape.piece_json(1, arrived) == to_json(shape.piece(1, arrived))
-    event = json.loads(shape.event(shape.piece_json(1, Arrived(TEXT))).removeprefix("data: "))
-    assert event["object"] == shape.chunk_object and event["choices"] == [shape.piece(1, Arrived(TEXT))]
+    shape = kind('m""', TokenText(None), [[1], [1]], **echoes)
+    before, after = shape.around(1)
+    assert before + quoted(TEXT) + after == shape.event(to_json(shape.piece(1, Delta("", [3], TEXT))))
+    assert json.loads(f"{before}{quoted(TEXT)}{after}".removeprefix("data: "))["object"] == shape.chunk_object
+    assert shape.is_plain and not kind("m", TokenText(None), [[1], [1]], **echoes, token_ids=True).is_plain
 
 
 class Writer:

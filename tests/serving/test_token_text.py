@@ -6,10 +6,9 @@ import pytest
 from byte_level import BYTE_CHARS, byte_fallback_backend, train_tokenizer
 from tokenizers import AddedToken
 
-from slora_jax.engine.outputs import TokenLogprobs
+from slora_jax.engine.outputs import Delta, TokenLogprobs
 from slora_jax.serving.http.shapes import CompletionShape
 from slora_jax.serving.http.token_text import TokenText
-from slora_jax.serving.mailbox import Arrived
 
 EMOJI = "🙂".encode()
 
@@ -56,7 +55,7 @@ def test_offsets_follow_the_text(backend) -> None:
         text_of = TokenText(SimpleNamespace(backend_tokenizer=backend))
         shape = CompletionShape("m", text_of, [byte_tokens(backend, echo.encode())], echoes=[echo], logprobs=True)
         scores = [TokenLogprobs(-1.0, ((token, -1.0),)) for token in tokens]
-        return shape.piece(0, Arrived(text, tokens, scores))["logprobs"]["text_offset"]
+        return shape.piece(0, Delta("", tokens, text, logprobs=scores))["logprobs"]["text_offset"]
 
     emoji, xy, end = byte_tokens(backend, EMOJI), byte_tokens(backend, b"xy"), backend.token_to_id("<|end|>")
     assert offsets("ab", "🙂xy", [*emoji, *xy, end]) == [2, 2, 2, 2, 3, 4, 5]

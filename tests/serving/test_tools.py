@@ -9,6 +9,7 @@ import pytest
 from byte_level import train_tokenizer
 from llguidance import LLMatcher, LLTokenizer
 
+from slora_jax.engine.outputs import Delta
 from slora_jax.engine.tokenizer import Tokenizer
 from slora_jax.metrics import FinishReason
 from slora_jax.serving.http.bodies import ChatBody
@@ -16,7 +17,6 @@ from slora_jax.serving.http.chat import prompt_of
 from slora_jax.serving.http.errors import ApiError
 from slora_jax.serving.http.shapes import ChatShape
 from slora_jax.serving.http.token_text import TokenText
-from slora_jax.serving.mailbox import Arrived
 
 CHAT_TEMPLATE = (
     "{% for tool in tools or [] %}tool {{ tool.function.name }}: {{ tool.function.parameters | tojson }}\n{% endfor %}"
@@ -87,7 +87,7 @@ def test_template_gets_the_tools_and_the_calls_of_earlier_answers() -> None:
 def test_calls_are_read_from_a_whole_answer() -> None:
     service = make_service()
     tokens = tokens_of(service, ANSWER + "</s>")
-    choice = shape_of(service, ask()).choice(0, Arrived("", tokens, output=ended()))
+    choice = shape_of(service, ask()).choice(0, Delta("", tokens, "", output=ended()))
     message = choice["message"]
     assert choice["finish_reason"] == "tool_calls"
     assert (message["content"], message["reasoning_content"]) == ("Let me see.", "Two cities.")
@@ -99,8 +99,8 @@ def test_calls_are_read_from_a_whole_answer() -> None:
 def test_streamed_pieces_add_up_to_the_whole_answer() -> None:
     service = make_service()
     shape, tokens = shape_of(service, ask()), tokens_of(service, ANSWER + "</s>")
-    pieces = [shape.piece(0, Arrived("", [token])) for token in tokens[:-1]]
-    pieces.append(shape.piece(0, Arrived("", tokens[-1:], output=ended())))
+    pieces = [shape.piece(0, Delta("", [token], "")) for token in tokens[:-1]]
+    pieces.append(shape.piece(0, Delta("", tokens[-1:], "", output=ended())))
     deltas = [piece["delta"] for piece in pieces]
     assert "".join(delta.get("content", "") for delta in deltas).strip() == "Let me see."
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Two cities."
@@ -114,11 +114,11 @@ def test_streamed_pieces_add_up_to_the_whole_answer() -> None:
 def test_answer_without_a_valid_call_is_content(text: str) -> None:
     service = make_service()
     shape, tokens = shape_of(service, ask()), tokens_of(service, text)
-    whole = shape_of(service, ask()).choice(0, Arrived("", tokens, output=ended()))
+    whole = shape_of(service, ask()).choice(0, Delta("", tokens, "", output=ended()))
     assert whole["message"]["content"] == text and "tool_calls" not in whole["message"]
     assert whole["finish_reason"] == "stop"
-    pieces = [shape.piece(0, Arrived("", [token])) for token in tokens]
-    pieces.append(shape.piece(0, Arrived("", [], output=ended())))
+    pieces = [shape.piece(0, Delta("", [token], "")) for token in tokens]
+    pieces.append(shape.piece(0, Delta("", [], "", output=ended())))
     assert "".join(piece["delta"].get("content", "") for piece in pieces) == text
 
 
@@ -182,7 +182,7 @@ def test_grammar_of_a_forced_call_allows_what_the_parser_reads_and_no_other(decl
     for wrong in (text.replace("weather", "time"), text.replace('"Rome"', "7"), "Rome"):
         assert matcher.validate_tokens(tokens_of(service, wrong)) < len(tokens_of(service, wrong))
     assert matcher.consume_tokens(tokens) and matcher.is_stopped()
-    choice = shape_of(service, ask(tool_choice="required")).choice(0, Arrived("", tokens, output=ended()))
+    choice = shape_of(service, ask(tool_choice="required")).choice(0, Delta("", tokens, "", output=ended()))
     [call] = choice["message"]["tool_calls"]
     assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("weather", {"city": "Rome"})
 

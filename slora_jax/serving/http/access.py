@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Annotated
@@ -58,8 +58,8 @@ def _unauthorized(message: str) -> ApiError:
     return ApiError(401, message, kind="authentication_error", code="invalid_api_key", headers=headers)
 
 
-def _may(right: Right | None) -> Callable[[Request], Client]:
-    def check(request: Request) -> Client:
+def _may(right: Right | None) -> Callable[[Request], Awaitable[Client]]:
+    async def check(request: Request) -> Client:  # FastAPI would call a plain function in a thread
         access: Access = request.app.state.access
         return access.check(request, right)
 

@@ -30,6 +30,9 @@ to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 """Encodes an answer in ASCII, so that anything a client sent can be quoted, half of a surrogate pair too. NaN and
 infinity, which JSON lacks, raise ValueError."""
 
+quoted = json.encoder.encode_basestring_ascii
+"""Encodes a string as `to_json` does, sooner."""
+
 
 class ApiError(HTTPException):
     """An error for a client."""

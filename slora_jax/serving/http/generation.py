@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from slora_jax.engine import RequestOutput
+from slora_jax.engine import Delta, RequestOutput
 from slora_jax.serving.http.bodies import StreamOptions
 from slora_jax.serving.http.connection import WRITER, DirectWriter
-from slora_jax.serving.http.errors import JsonResponse, as_api_error, to_json
+from slora_jax.serving.http.errors import JsonResponse, as_api_error, quoted, to_json
 from slora_jax.serving.http.shapes import Shape, counts, usage
-from slora_jax.serving.mailbox import Arrived, Mailbox
+from slora_jax.serving.mailbox import Mailbox
 
 
 class ClientGoneError(Exception):
@@ -61,7 +62,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: _Events, first: dict[int, Arrived], mailbox: Mailbox, held: AsyncExitStack) -> None:
+    def __init__(self, events: _Events, first: dict[int, Delta], mailbox: Mailbox, held: AsyncExitStack) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events, self._first, self._mailbox, self._held = events, first, mailbox, held
@@ -71,15 +72,18 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             writer = scope.get("extensions", {}).get(WRITER)
             if writer is not None:
-                self._mailbox.direct = lambda arrived: self._write(writer, arrived)
+                self._mailbox.direct = partial(self._write, writer)
             async for event in self._all():
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    def _write(self, writer: DirectWriter, arrived: dict[int, Arrived]) -> bool:
+    def _write(self, writer: DirectWriter, arrived: dict[int, Delta]) -> bool:
         """Writes tokens directly to the connection, unless it is backed up or a sequence has ended."""
-        if not writer.is_open or any(part.output is not None for part in arrived.values()):
+        if not writer.is_open:
             return False
+        for part in arrived.values():
+            if part.output is not None:
+                return False
         try:
             writer.write(self._events.encode(arrived))
         except Exception as error:  # noqa: BLE001  sent by `_all`
@@ -106,7 +110,7 @@ def event_of(data: Mapping[str, Any]) -> bytes:
     return b"data: " + to_json(data).encode() + b"\n\n"
 
 
-async def outputs_of(mailbox: Mailbox, count: int, arrived: dict[int, Arrived] | None = None) -> list[RequestOutput]:
+async def outputs_of(mailbox: Mailbox, count: int, arrived: dict[int, Delta] | None = None) -> list[RequestOutput]:
     """Waits for the outputs of all sequences, and returns them by index.
 
     Args:
@@ -120,14 +124,14 @@ async def outputs_of(mailbox: Mailbox, count: int, arrived: dict[int, Arrived] |
         arrived = await mailbox.take()
 
 
-async def _whole(arrived: dict[int, Arrived], mailbox: Mailbox, shape: Shape, choices: int) -> dict[str, Any]:
+async def _whole(arrived: dict[int, Delta], mailbox: Mailbox, shape: Shape, choices: int) -> dict[str, Any]:
     in_order = await outputs_of(mailbox, len(shape.prompts), arrived)
     done = [shape.choice(index, _all_of(output)) for index, output in enumerate(in_order)]
     return shape.whole(done, usage(in_order, choices))
 
 
-def _all_of(output: RequestOutput) -> Arrived:
-    return Arrived(output.text or "", output.token_ids, output.logprobs or [], output, output.prompt_logprobs)
+def _all_of(output: RequestOutput) -> Delta:
+    return Delta("", output.token_ids, output.text or "", output, output.logprobs, output.prompt_logprobs)
 
 
 class _Events:
@@ -137,6 +141,7 @@ class _Events:
         self._shape, self._choices, self._options = shape, choices, options
         self._outputs: dict[int, RequestOutput] = {}
         self._opened: set[int] = set()
+        self._around: dict[int, tuple[str, str]] = {}  # of events that differ in text only
         self._prompt_tokens, self._generated = sum(map(len, shape.prompts[::choices])), 0
 
     @property
@@ -144,23 +149,33 @@ class _Events:
         """Returns whether all sequences have ended."""
         return len(self._outputs) == len(self._shape.prompts)
 
-    def encode(self, arrived: dict[int, Arrived]) -> bytes:
+    def encode(self, arrived: dict[int, Delta]) -> bytes:
         """Returns the events of all choices with new tokens and, at the end, the usage and [DONE]."""
-        shape, options = self._shape, self._options
         events: list[str] = []
         for index, part in sorted(arrived.items()):
-            if index not in self._opened:
-                self._opened.add(index)
-                if (opening := shape.opening(index, part)) is not None:
-                    events.append(shape.event(to_json(opening)))
-            self._generated += len(part.token_ids)
-            used = counts(self._prompt_tokens, self._generated) if options.continuous_usage_stats else None
-            events.append(shape.event(shape.piece_json(index, part), used))
-            if part.output is not None:
-                self._outputs[index] = part.output
-        if self.have_ended:
-            if options.include_usage:
+            if part.output is None and (around := self._around.get(index)) is not None:
+                events += (around[0], quoted(part.text), around[1])  # the encoder would take longer than all else
+            else:
+                self._add(events, index, part)
+        if self._outputs and self.have_ended:
+            if self._options.include_usage:
                 in_order = [output for _, output in sorted(self._outputs.items())]
-                events.append(shape.event("", usage(in_order, self._choices)))
+                events.append(self._shape.event("", usage(in_order, self._choices)))
             events.append("data: [DONE]\n\n")
         return "".join(events).encode()
+
+    def _add(self, events: list[str], index: int, part: Delta) -> None:
+        """Appends the events of one choice."""
+        shape, used = self._shape, None
+        if index not in self._opened:
+            self._opened.add(index)
+            if (opening := shape.opening(index, part)) is not None:
+                events.append(shape.event(to_json(opening)))
+        if self._options.continuous_usage_stats:
+            self._generated += len(part.token_ids)
+            used = counts(self._prompt_tokens, self._generated)
+        elif shape.is_plain:
+            self._around[index] = shape.around(index)
+        events.append(shape.event(to_json(shape.piece(index, part)), used))
+        if part.output is not None:
+            self._outputs[index] = part.output

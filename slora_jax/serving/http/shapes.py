@@ -9,17 +9,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
-from slora_jax.engine import RequestOutput
+from slora_jax.engine import Delta, RequestOutput
 from slora_jax.engine.outputs import TokenLogprobs
 from slora_jax.serving.http import answers
 from slora_jax.serving.http.errors import to_json
 from slora_jax.serving.http.token_text import TokenText
 from slora_jax.serving.http.tools import ToolFormat, ToolParser
-from slora_jax.serving.mailbox import Arrived
 
 
 class Shape(ABC):
-    """The form of an endpoint's answers. `index` is a choice's number."""
+    """The form of an endpoint's answers. `index` is a choice's number.
+
+    Attributes:
+      is_plain: whether a choice's pieces differ in their text only, from the first to the last but one.
+    """
 
     prefix: ClassVar[str]
     whole_object: ClassVar[str]
@@ -48,19 +51,18 @@ class Shape(ABC):
         self._event_start = f"data: {opened.removesuffix(']}')}"  # the same in every event, so encoded once
         self.prompts, self._token_text, self._logprobs = prompts, token_text, logprobs
         self._token_ids, self._prompt_logprobs = token_ids, prompt_logprobs
-        self._is_plain = not (logprobs or token_ids or prompt_logprobs)  # a piece is text, until the last one
-        self._around: dict[int, list[str]] = {}  # JSON of a plain piece by index, before and after its text
+        self.is_plain = not (logprobs or token_ids or prompt_logprobs)
 
-    def opening(self, index: int, first: Arrived) -> answers.Piece | None:
+    def opening(self, index: int, first: Delta) -> answers.Piece | None:
         """Returns a piece to send before a choice's first tokens, if there is one."""
         return None
 
     @abstractmethod
-    def piece(self, index: int, arrived: Arrived) -> answers.Piece:
+    def piece(self, index: int, arrived: Delta) -> answers.Piece:
         """Returns the new tokens of a choice."""
 
     @abstractmethod
-    def choice(self, index: int, whole: Arrived) -> answers.Choice:
+    def choice(self, index: int, whole: Delta) -> answers.Choice:
         """Returns a complete choice."""
 
     def event(self, piece: str, used: answers.TokenCounts | None = None) -> str:
@@ -72,20 +74,16 @@ class Shape(ABC):
         usage = "" if used is None else f',"usage":{to_json(used)}'
         return f"{self._event_start}{piece}]{usage}}}\n\n"
 
-    def piece_json(self, index: int, arrived: Arrived) -> str:
-        """Returns `piece` in JSON. The encoder would take longer than all else for a piece that has only text."""
-        if not self._is_plain or arrived.output is not None:
-            return to_json(self.piece(index, arrived))
-        if index not in self._around:
-            self._around[index] = to_json(self.piece(index, Arrived())).split('""')
-        before, after = self._around[index]
-        return f"{before}{to_json(arrived.text)}{after}"
+    def around(self, index: int) -> tuple[str, str]:
+        """Returns what is before and after the text, in JSON, in a choice's events if the shape `is_plain`."""
+        before, after = self.event(to_json(self.piece(index, Delta("", [], "")))).rsplit('""', 1)
+        return before, after
 
     def whole(self, choices: Sequence[answers.Choice], usage: answers.Usage) -> dict[str, Any]:
         """Returns a whole answer, `Completion` or `ChatCompletion`."""
         return {**self._frame, "object": self.whole_object, "choices": choices, "usage": usage}
 
-    def _extras(self, index: int, arrived: Arrived) -> answers.Extras:
+    def _extras(self, index: int, arrived: Delta) -> answers.Extras:
         extras: answers.Extras = {"token_ids": arrived.token_ids} if self._token_ids else {}
         if self._prompt_logprobs and arrived.prompt_logprobs is not None:
             pairs = zip(self.prompts[index], arrived.prompt_logprobs, strict=True)
@@ -117,13 +115,13 @@ class CompletionShape(Shape):
         self._echoes = echoes
         self._offsets = [_Offsets(self._token_text, len(echo)) for echo in echoes]
 
-    def opening(self, index: int, first: Arrived) -> answers.CompletionPiece | None:
+    def opening(self, index: int, first: Delta) -> answers.CompletionPiece | None:
         echo = self._echoes[index]
         if not echo:
             return None
         return {"index": index, "text": echo, "logprobs": self._of_prompt(index, first), "finish_reason": None}
 
-    def piece(self, index: int, arrived: Arrived) -> answers.CompletionPiece:
+    def piece(self, index: int, arrived: Delta) -> answers.CompletionPiece:
         return {
             "index": index,
             "text": arrived.text,
@@ -132,7 +130,7 @@ class CompletionShape(Shape):
             **self._extras(index, arrived),
         }
 
-    def choice(self, index: int, whole: Arrived) -> answers.CompletionChoice:
+    def choice(self, index: int, whole: Delta) -> answers.CompletionChoice:
         choice = cast(answers.CompletionChoice, self.piece(index, whole))
         choice["text"] = self._echoes[index] + whole.text
         prompt, output = self._of_prompt(index, whole), choice["logprobs"]
@@ -145,10 +143,10 @@ class CompletionShape(Shape):
             }
         return choice
 
-    def _of_output(self, index: int, arrived: Arrived) -> answers.CompletionLogprobs | None:
-        return self._lists(arrived.token_ids, arrived.logprobs, self._offsets[index]) if self._logprobs else None
+    def _of_output(self, index: int, arrived: Delta) -> answers.CompletionLogprobs | None:
+        return self._lists(arrived.token_ids, arrived.logprobs or (), self._offsets[index]) if self._logprobs else None
 
-    def _of_prompt(self, index: int, arrived: Arrived) -> answers.CompletionLogprobs | None:
+    def _of_prompt(self, index: int, arrived: Delta) -> answers.CompletionLogprobs | None:
         """Log-probabilities of an echoed prompt."""
         echo = self._echoes[index]
         if not (self._logprobs and echo and arrived.prompt_logprobs):
@@ -180,12 +178,12 @@ class ChatShape(Shape):
         """
         super().__init__(*args, **fields)
         self._parsers = [] if tools is None else [ToolParser(tools, prompt) for prompt in self.prompts]
-        self._is_plain &= not self._parsers
+        self.is_plain &= not self._parsers
 
-    def opening(self, index: int, first: Arrived) -> answers.ChatPiece:
+    def opening(self, index: int, first: Delta) -> answers.ChatPiece:
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
-    def piece(self, index: int, arrived: Arrived) -> answers.ChatPiece:
+    def piece(self, index: int, arrived: Delta) -> answers.ChatPiece:
         delta: answers.Delta = {"content": arrived.text} if arrived.text or arrived.output is None else {}
         if self._parsers:
             parsed = self._parsers[index].push(arrived.token_ids, arrived.output is not None)
@@ -202,7 +200,7 @@ class ChatShape(Shape):
             **self._extras(index, arrived),
         }
 
-    def choice(self, index: int, whole: Arrived) -> answers.ChatChoice:
+    def choice(self, index: int, whole: Delta) -> answers.ChatChoice:
         message: answers.AssistantMessage = {"role": "assistant", "content": whole.text, "refusal": None}
         if self._parsers:
             parsed = self._parsers[index].push(whole.token_ids, is_last=True)
@@ -221,14 +219,14 @@ class ChatShape(Shape):
             **self._extras(index, whole),
         }
 
-    def _reason(self, index: int, arrived: Arrived) -> answers.FinishReason | None:
+    def _reason(self, index: int, arrived: Delta) -> answers.FinishReason | None:
         reason = _finish_reason(arrived.output)
         return "tool_calls" if reason == "stop" and self._parsers and self._parsers[index].num_calls else reason
 
-    def _of_output(self, arrived: Arrived) -> answers.ChatLogprobs | None:
+    def _of_output(self, arrived: Delta) -> answers.ChatLogprobs | None:
         if not self._logprobs:
             return None
-        pairs = zip(arrived.token_ids, arrived.logprobs, strict=True)
+        pairs = zip(arrived.token_ids, arrived.logprobs or (), strict=True)
         return {"content": [self._value(token, one) for token, one in pairs], "refusal": None}
 
     def _value(self, token: int, one: TokenLogprobs) -> answers.ChatTokenLogprobs:

@@ -58,6 +58,7 @@ from slora_jax.serving.http_processes.messages import (
     error_of,
     socket_of,
 )
+from slora_jax.serving.interpreter import freeze_objects, prepare_interpreter
 from slora_jax.serving.mailbox import Mailbox
 from slora_jax.serving.replicas.replica import BODILESS, HttpRequest
 from slora_jax.serving.service import EngineFacts, GeneratingService
@@ -238,6 +239,7 @@ class _Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        freeze_objects()
         await super().startup(sockets)
         self._following = asyncio.create_task(self._follow())
         parent = multiprocessing.parent_process()
@@ -268,6 +270,7 @@ class _Server(uvicorn.Server):
 
 def run(settings: ServerSettings, listener: socket.socket, address: Path, name: bytes) -> None:
     """Serves until the engine's process ends it, or has ended."""
+    prepare_interpreter()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # a group of processes gets them together; the parent drains
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from typing import Any
 from starlette.types import ASGIApp, Message
 
 from slora_jax.engine import Engine
-from slora_jax.serving.engine_loop import SWITCH_SECONDS
 from slora_jax.serving.http.app import create_app
+from slora_jax.serving.interpreter import freeze_objects, prepare_interpreter
 from slora_jax.serving.settings import ServerSettings
 
 READY_SECONDS = 0.1
@@ -115,7 +114,7 @@ class Replica:
         """
         from ray import serve
 
-        sys.setswitchinterval(SWITCH_SECONDS)
+        prepare_interpreter()
         self.rank: int = serve.get_replica_context().rank.rank
         self._held = AsyncExitStack()
         self._app = create_app(settings, settings.build_engine)
@@ -127,6 +126,7 @@ class Replica:
         except BaseException:
             await self._held.aclose()
             raise
+        freeze_objects()
         self._home = _home(most_resident(self._app.state.service.loop.engine) + 1)
         # Ray reports homes in the context of the first call. A request's context may be cancelled, so it is this one.
         await self._home(settings.base_name)
