@@ -31,6 +31,7 @@ from slora_jax.engine.step import (
     replicated,
     step_name,
     step_shapes,
+    with_extras,
 )
 from slora_jax.memory import Pool
 from slora_jax.models import Params, abstract_decoder
@@ -103,8 +104,8 @@ class LayeredStep:
             specs = jax.tree.map(lambda leaf: leaf.sharding.spec, spec.params)
             ends = _ends(specs)
         self._kinds = spec.model.kinds
-        # Without extras, the ends are the same programs with and without LoRA.
-        outer = name if with_lora == "extras" else bucket
+        # The ends are the same programs with and without LoRA of the layers.
+        outer = step_name(layout.bucket, "extras") if with_extras(with_lora) else bucket
         same, output = REPLICATED, output_specs(layout)
         self._parts = {
             "begin": Part(
@@ -141,7 +142,7 @@ class LayeredStep:
     def program(self, compiled: Mapping[str, Callable[..., Any]]) -> LayeredProgram:
         """Returns the step, given its compiled parts by name."""
         part = {role: compiled[part.name] for role, part in self._parts.items()}
-        extras, layers = self._with_lora == "extras", tuple(part[_role(kind)] for kind in self._kinds)
+        extras, layers = with_extras(self._with_lora), tuple(part[_role(kind)] for kind in self._kinds)
         return LayeredProgram(part["begin"], part.get("prepare"), layers, part["end"], extras)
 
     # The functions
@@ -232,7 +233,7 @@ class LayeredStep:
     @cached_property
     def _begin_shapes(self) -> tuple[Any, ...]:
         params, pool, table, state, metadata = self._shapes
-        more = (table, pool) if self._with_lora == "extras" else ()
+        more = (table, pool) if with_extras(self._with_lora) else ()
         return _ends(params), state.page_table, state.last_token, metadata, *more
 
     @cached_property
@@ -250,7 +251,7 @@ class LayeredStep:
     def _end_shapes(self) -> tuple[Any, ...]:
         params, pool, table, state, _ = self._shapes
         _, x, shared = self._begun
-        more = (table, pool) if self._with_lora == "extras" else ()
+        more = (table, pool) if with_extras(self._with_lora) else ()
         return _ends(params), state.last_token, x, shared.batch, *more
 
     def _results(self, role: str, shapes: tuple[Any, ...]) -> Any:

@@ -25,7 +25,8 @@ class ExpertLayer(nnx.Module):
         self.down = nnx.Param(jnp.zeros((experts.count, experts.intermediate_size, d), dtype))
 
     def __call__(self, x: jax.Array, outputs: Callable[..., jax.Array]) -> jax.Array:
-        """Maps `x` `[T, d]` to `[T, d]`; on a shard, to its part of the sum. outputs: `StepContext.experts`."""
+        """Maps `x` `[T, d]` to `[T, d]`; on a shard, to its part of the sum. outputs: `StepContext.experts` of
+        this layer."""
         experts = self.config.experts
         assert experts is not None
         with jax.named_scope("router"):
