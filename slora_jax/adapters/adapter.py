@@ -151,7 +151,7 @@ class LoraAdapter:
                     f"1..{MAX_RANK}, found {[*a.shape]} and {[*b.shape]}"
                 )
             found[layer, expert, EXPERT_PROJECTIONS.index(projection)] = len(a)
-        if self.experts and not np.array_equal(found, self.expert_ranks):
+        if self.experts and (self.expert_ranks is None or not np.array_equal(found, self.expert_ranks)):
             raise AdapterError("experts and expert_ranks must name the same ranks")
 
 

@@ -173,5 +173,6 @@ class ExpertsReader:
 
 def is_of_experts(name: TensorName | None) -> bool:
     """Returns whether a tensor is LoRA on experts."""
-    is_inside = name is not None and name.layer is not None
-    return is_inside and name.module.startswith(("mlp.experts", "block_sparse_moe.experts"))
+    if name is None or name.layer is None:
+        return False
+    return name.module.startswith(("mlp.experts", "block_sparse_moe.experts"))

@@ -50,8 +50,8 @@ class BaseGeometry:
     def whole(self) -> LoraLayout:
         """The layout of the whole model's adapters on one device."""
         layout = lora_layout(self, self.page_size)
-        experts = {"experts": self.num_experts, "expert_width": self.expert_width}
-        return replace(layout, num_layers=self.num_layers, vocab_size=self.vocab_size, **experts)
+        layout = replace(layout, experts=self.num_experts, expert_width=self.expert_width)
+        return replace(layout, num_layers=self.num_layers, vocab_size=self.vocab_size)
 
     @cached_property
     def layout(self) -> LoraLayout:

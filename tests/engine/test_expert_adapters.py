@@ -1,4 +1,4 @@
-"""LoRA on experts against PEFT, in both of its layouts: mixed with base rows and a plain adapter, in chunks, reloaded."""
+"""LoRA on experts against PEFT, in both of its layouts: mixed with other rows, in chunks, evicted and reloaded."""
 
 import json
 from dataclasses import replace
@@ -14,7 +14,7 @@ from slora_jax.errors import AdapterError
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-from peft_families import SeparateAdapters, make_base  # noqa: E402
+from peft_families import SeparateAdapters  # noqa: E402
 from small_families import ATTENTION, FAMILIES  # noqa: E402
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -45,7 +45,6 @@ CONFIG = EngineConfig(
     adapter_extras=True,
 )
 LENGTHS = (45, 10, 15, 30)
-PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 MODULES = {"mixtral": "block_sparse_moe.experts.{}.w{}", "qwen3_moe": "mlp.experts.{}.{}_proj"}
 NAMES = {"mixtral": ("1", "3", "2"), "qwen3_moe": ("gate", "up", "down")}
 
@@ -78,34 +77,48 @@ def family(request, tmp_path_factory):
         }
         config = {"r": 4, "lora_alpha": 6, "target_modules": ["w1", "w2", "w3"]}
         write_modules(family.adapter_dir / "modules", kind, matrices, config)
-        base = make_base(kind, fields)
-        family._models["modules"] = peft.PeftModel.from_pretrained(base, family.adapter_dir / "modules").eval()
+        family.add("modules", family.adapter_dir / "modules", kind, fields)
     return family
 
 
-def test_mixed_batch_matches_peft_before_and_after_eviction(family):
-    last = "modules" if "modules" in family._models else "down"
-    batch = ["stacked", None, "attention", last]  # every step has an adapter of experts
+class SelectedError(Exception):
+    """The LoRA work of a step's program."""
+
+
+def test_mixed_batch_matches_peft_before_and_after_eviction(family, monkeypatch):
+    is_mixtral = (family.adapter_dir / "modules").exists()
+    batch = ["stacked", None, "attention", "modules" if is_mixtral else "down"]
+    params = SamplingParams(max_tokens=8 if is_mixtral else 1, ignore_eos=True)  # 1: no decode program is compiled
     with Engine.from_pretrained(family.model_dir, CONFIG) as engine:
         for name in {*batch, "wide"} - {None}:
             assert ("experts" in engine.load_adapter(name, family.adapter_dir / name).extras) == (name != "attention")
-        family.check(engine.generate(family.prompts, PARAMS, batch))
-        family.check(engine.generate(family.prompts[2:3], PARAMS, "wide"))
-        family.check(engine.generate(family.prompts, PARAMS, batch))
-        assert engine.stats().adapter_evictions >= 3
+        for _ in range(2):  # "wide" takes the pages of the others
+            # An adapter of experts is there first, so that every step runs the program for them.
+            family.check(engine.generate(family.prompts[1:2], replace(params, max_tokens=1), "stacked"))
+            family.check(engine.generate(family.prompts, params, batch))
+            family.check(engine.generate(family.prompts[2:3], params, "wide"))
+        assert engine.stats().adapter_evictions >= 5
         engine.check()
+
+        def select(tokens, seqs, lora, *rest):
+            raise SelectedError(lora)
+
+        monkeypatch.setattr(engine.executor.device.programs, "select", select)
+        with pytest.raises(SelectedError, match="^True$"):  # not the program of experts
+            engine.generate([[1, 2, 3]], params, "attention")
 
 
 def test_both_layouts_give_the_same_content(family, tmp_path):
     kind = family.name.rstrip("0123456789")
-    saved, config = family.adapter_dir / "wide", json.loads((family.adapter_dir / "wide/adapter_config.json").read_text())
+    saved = family.adapter_dir / "wide"
+    config = json.loads((saved / "adapter_config.json").read_text())
     count = FAMILIES[kind][1].get("num_local_experts") or FAMILIES[kind][1]["num_experts"]
     matrices = {}
     tensors = load_file(saved / "adapter_model.safetensors")
     for layer in range(2):
         prefix = f"base_model.model.model.layers.{layer}.mlp.experts"
         for module, projections in ((f"{prefix}.base_layer", (0, 1)), (prefix, (2,))):
-            if f"{module}.lora_A.weight" not in tensors:
+            if f"{module}.lora_A.weight" not in tensors:  # a layer without experts
                 continue
             a, b = (tensors[f"{module}.lora_{side}.weight"] for side in "AB")
             a, b = a.reshape(count, -1, a.shape[1]), b.reshape(len(b), -1, count)
@@ -117,13 +130,13 @@ def test_both_layouts_give_the_same_content(family, tmp_path):
     patterns = {"rank_pattern": dict.fromkeys(names[:2], 7), "alpha_pattern": {names[2]: 30}}
     fields = own | patterns | {"target_modules": ".*(" + "|".join(names) + ")"}
     write_modules(tmp_path / "modules", kind, matrices, fields)
-    with Engine.from_pretrained(family.model_dir, replace(CONFIG, compile_ahead=False)) as engine:
+    with Engine.from_pretrained(family.model_dir, CONFIG) as engine:
         stacked, modules = (engine.load_adapter(str(path), path) for path in (saved, tmp_path / "modules"))
         assert stacked.digest == modules.digest and stacked.num_pages == modules.num_pages
         geometry = engine.store.geometry
-    with AdapterStore(geometry, "float32", 10**9) as store:
-        with pytest.raises(AdapterError, match="LoRA on experts, .*need EngineConfig.adapter_extras=True, found False"):
-            store.prepare("x", saved)
+    reason = "LoRA on experts, .*need EngineConfig.adapter_extras=True, found False"
+    with AdapterStore(geometry, "float32", 10**9) as store, pytest.raises(AdapterError, match=reason):
+        store.prepare("x", saved)
 
 
 @pytest.mark.parametrize(
