@@ -150,6 +150,10 @@ class SeparateAdapters(PeftFamily):
         self.adapters = [names[i % len(names)] for i in range(len(self.prompts))]
         self._logits = {}
 
+    def add(self, name: str, directory: Path, kind: str, overrides: dict[str, Any]) -> None:
+        """Adds an adapter that PEFT reads from a directory."""
+        self._models[name] = peft.PeftModel.from_pretrained(make_base(kind, overrides), directory).eval()
+
     def active(self, adapter: str | None) -> Any:
         return self._models[adapter]
 

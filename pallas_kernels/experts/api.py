@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -28,6 +29,7 @@ def expert_outputs(
     implementation: Implementation | None = None,
     interpret: bool = False,
     plan: ExpertPlan | None = None,
+    lora: Callable[[jax.Array], tuple[xla.Add, xla.Add]] | None = None,
 ) -> jax.Array:
     """Returns each token's sum of `weight * down(activation(gate(x)) * up(x))` over its experts. The bits of a token's
     result depend on no other token. Weights of experts that no token has chosen are not read. Differentiable in `x` and
@@ -45,6 +47,8 @@ def expert_outputs(
         CPUs.
       interpret: run the Triton kernels in their interpreter.
       plan: block shapes of "triton"; None: the plan table's.
+      lora: given the rows' order by expert, int32 `[T k]`, returns the LoRA products of gate | up and of down
+        (`pallas_kernels.lora.experts`), which "xla" computes in any case.
 
     Returns:
       `[T, d]` in x's dtype. Products and sums accumulate in float32.
@@ -54,8 +58,8 @@ def expert_outputs(
     """
     codes = codes_of(gate_up)
     name = fallback.choose("experts", implementation, x.dtype, _planned, partial(_check, codes.dtype))
-    if name == "xla":
-        return xla.expert_outputs(x, chosen, weights, gate_up, down, activation)
+    if name == "xla" or lora is not None:
+        return xla.expert_outputs(x, chosen, weights, gate_up, down, activation, lora)
     if plan is None:
         plan = expert_plan(rows_per_expert=-(-chosen.size // codes.shape[0]))
     return _by_triton(activation, plan, interpret, x, chosen, weights, gate_up, down)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,17 +21,31 @@ def gated(fused: jax.Array, activation: str, dtype: Any) -> jax.Array:
     return (active * up).astype(dtype)
 
 
+Add = Callable[[jax.Array, jax.Array], jax.Array]
+"""Adds to the product `y` of rows `x`."""
+
+
 def expert_outputs(
-    x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernels, down: Kernels, activation: str
+    x: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+    gate_up: Kernels,
+    down: Kernels,
+    activation: str,
+    lora: Callable[[jax.Array], tuple[Add, Add]] | None = None,
 ) -> jax.Array:
     """See `api.expert_outputs`."""
     order = jnp.argsort(chosen.reshape(-1), stable=True)  # [T k], the rows by expert
     sizes = jnp.bincount(chosen.reshape(-1), length=codes_of(gate_up).shape[0]).astype(jnp.int32)
+    add_gate_up, add_down = (None, None) if lora is None else lora(order)
     with jax.named_scope("gate_up"):
-        fused = grouped_product(x[order // chosen.shape[1]], gate_up, sizes)  # [T k, 2 ffn]
+        rows = x[order // chosen.shape[1]]
+        fused = grouped_product(rows, gate_up, sizes)  # [T k, 2 ffn]
+        fused = fused if add_gate_up is None else add_gate_up(rows, fused)
         hidden = gated(fused, activation, x.dtype)
     with jax.named_scope("down"):
         outputs = grouped_product(hidden, down, sizes)  # [T k, d]
+        outputs = outputs if add_down is None else add_down(hidden, outputs)
         outputs = jnp.zeros_like(outputs).at[order].set(outputs).reshape(*chosen.shape, -1)  # [T, k, d]
         return (outputs * weights[..., None]).sum(1).astype(x.dtype)
 

@@ -9,9 +9,10 @@ projections share a block) and column chunks of `width`; each piece is one tile.
 Order of an adapter's tiles: stack by stack; in a stack first the A tiles, block-major, then the B tiles, block-major.
 A block of B has as many column chunks as its widest projection needs. An adapter may also have *vectors*, a scale and a
 bias for every output column: each is cut into rows of `width` columns, which fill further tiles. LoRA on the output
-head and on the token embedding comes last. The columns of the vocabulary are distributed over the layers, because a
-page is the same row in every layer. All functions accept ints or integer arrays (NumPy or JAX) as ranks, so the device
-derives the same numbers as the host.
+head and on the token embedding follows. The columns of the vocabulary are distributed over the layers, because a page
+is the same row in every layer. LoRA on experts comes last: the tiles of each expert are those of an adapter of its own,
+with the stacks of an expert. All functions accept ints or integer arrays (NumPy or JAX) as ranks, so the device derives
+the same numbers as the host.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ _RANKS = (*PROJECTIONS, "vectors", *ENDS)
 """What the numbers of a rank vector stand for. An adapter of plain LoRA may have a vector `[..., 7]` of the first."""
 
 RANKS = len(_RANKS)
-"""Length of a rank vector with everything."""
+"""Length of a rank vector with everything but experts."""
+
+EXPERT_PROJECTIONS = PROJECTIONS[-3:]
+"""The projections of an expert. The ranks of E experts, `[E, 3]`, follow in a rank vector `[..., 10 + 3 E]`."""
 
 
 def ceil_div(a: Any, b: int) -> Any:
@@ -149,6 +153,8 @@ class LoraLayout:
       page_size: rows of a tile.
       width: columns of a tile, the pool's W.
       num_layers, vocab_size: only for LoRA on head and embedding.
+      experts, expert_width: number of experts of a layer, and the width of an expert's hidden layer; only for LoRA on
+        experts.
     """
 
     stacks: tuple[Stack, ...]
@@ -156,6 +162,8 @@ class LoraLayout:
     width: int
     num_layers: int = 1
     vocab_size: int = 0
+    experts: int = 0
+    expert_width: int = 0
 
     def a_chunks(self, stack: Stack) -> int:
         return ceil_div(stack.d_in, self.width)
@@ -164,10 +172,11 @@ class LoraLayout:
         """Column chunks of a B block with, and without, a row of the stack's widest projection."""
         return ceil_div(stack.d_outs[0], self.width), ceil_div(stack.d_outs[-1], self.width)
 
-    def stack_tiles(self, ranks: Any) -> tuple[tuple[StackTiles, ...], Any]:
-        """Returns the tile numbers of every stack for `ranks [..., 7]`, and the adapter's number of tiles `[...]`."""
+    def stack_tiles(self, ranks: Any, base: Any = 0) -> tuple[tuple[StackTiles, ...], Any]:
+        """Returns the tile numbers of every stack for `ranks [..., 7]`, from tile `base` on, and the tile after the
+        last `[...]`: without `base`, the adapter's number of tiles."""
         rank_of = {i: _column(ranks, i) for i in range(len(PROJECTIONS))}
-        return self._place(self.stacks, rank_of, 0 * rank_of[0])
+        return self._place(self.stacks, rank_of, base + 0 * rank_of[0])
 
     def end_tiles(self, ranks: Any) -> tuple[tuple[StackTiles, ...], Any]:
         """Returns the tile numbers of `ends` for `ranks [..., 10]`, and the adapter's number of tiles `[...]`."""
@@ -218,6 +227,26 @@ class LoraLayout:
         return Stack("head", ("head",), d_model, (part,)), Stack("embed", ("embed",), part, (d_model,))
 
     @cached_property
+    def expert(self) -> LoraLayout:
+        """The layout of an adapter of one expert."""
+        d_model, width = self.stacks[0].d_in, self.expert_width
+        gate, up, down = EXPERT_PROJECTIONS
+        stacks = Stack("gate_up", (gate, up), d_model, (width, width)), Stack("down", (down,), width, (d_model,))
+        return LoraLayout(stacks, self.page_size, self.width)
+
+    def expert_tiles(self, ranks: Any, experts: Any) -> tuple[Any, Any]:
+        """Returns the first tile of every expert `[..., E]`, and the adapter's number of tiles `[...]`.
+
+        Args:
+          ranks: `[..., 10]`.
+          experts: `[..., E, 3]`, the rank of each of `EXPERT_PROJECTIONS`.
+        """
+        rank_of = {PROJECTIONS.index(p): _column(experts, i) for i, p in enumerate(EXPERT_PROJECTIONS)}
+        counts = self.expert._place(self.expert.stacks, rank_of, 0 * experts[..., 0])[1]
+        ends = self.end_tiles(ranks)[1][..., None] + counts.cumsum(-1)
+        return ends - counts, ends[..., -1]
+
+    @cached_property
     def vector_rows(self) -> int:
         """Rows of an adapter's vectors: the scales of every stack's column chunks, then the biases."""
         return 2 * sum(self.output_chunks(stack.of_base) for stack in self.stacks)
@@ -231,9 +260,12 @@ class LoraLayout:
         return sum(self.output_chunks(one.of_base) for one in self.stacks[: self.stacks.index(stack)])
 
     def num_tiles(self, ranks: Any) -> Any:
-        """Tiles of an adapter with `ranks [..., 7]` or `[..., 10]` in one layer."""
+        """Tiles of an adapter with `ranks [..., 7]`, `[..., 10]` or `[..., 10 + 3 E]` in one layer."""
+        if ranks.shape[-1] > RANKS:
+            experts = ranks[..., RANKS:].reshape(*ranks.shape[:-1], self.experts, len(EXPERT_PROJECTIONS))
+            return self.expert_tiles(ranks[..., :RANKS], experts)[1]
         return self.end_tiles(ranks)[1] if ranks.shape[-1] == RANKS else self.stack_tiles(ranks)[1]
 
     def num_pages(self, ranks: Any) -> Any:
-        """Pages of an adapter with `ranks [..., 7]` or `[..., 10]`: `ceil(tiles / 2)`."""
+        """Pages of an adapter with ranks as in `num_tiles`: `ceil(tiles / 2)`."""
         return ceil_div(self.num_tiles(ranks), 2)

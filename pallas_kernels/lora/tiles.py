@@ -16,10 +16,13 @@ class AdapterTable:
       pages: int32 `[slots, max_pages]`, pool page ids in tile order; 0 (the dummy page) past the adapter's end.
       ranks: int32 `[slots, 10]`, true rank of each projection (`layout.PROJECTIONS`), 0 without LoRA; then the extras
         (`layout.VECTORS`, `layout.ENDS`). The products of projections also take `[slots, 7]`.
+      experts: int32 `[slots, E, 3]`, true rank of each of an expert's projections (`layout.EXPERT_PROJECTIONS`); None
+        if LoRA on experts is not served.
     """
 
     pages: jax.Array
     ranks: jax.Array
+    experts: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -68,7 +68,7 @@ def prepare(
     ranks = jnp.where(jnp.arange(slot.shape[0])[:, None] < live, ranks[slot], 0)  # [M, 7 or 10]
     tiles, _ = layout.stack_tiles(ranks)
     return tuple(
-        _stack_rows(layout, s, t, pages, ranks, slot, max_rank) for s, t in zip(layout.stacks, tiles, strict=True)
+        stack_rows(layout, s, t, pages, ranks, slot, max_rank) for s, t in zip(layout.stacks, tiles, strict=True)
     )
 
 
@@ -78,10 +78,10 @@ def prepare_end(
     """Row addresses of one of `layout.ends`, like `prepare`; `ranks` is `[slots, 10]`."""
     ranks = jnp.where(jnp.arange(slot.shape[0])[:, None] < live, ranks[slot], 0)
     number, (places, _) = ENDS.index(name), layout.end_tiles(ranks)
-    return _stack_rows(layout, layout.ends[number], places[number], pages, ranks, slot, max_rank)
+    return stack_rows(layout, layout.ends[number], places[number], pages, ranks, slot, max_rank)
 
 
-def _stack_rows(
+def stack_rows(
     layout: LoraLayout,
     stack: Stack,
     tiles: StackTiles,
@@ -90,8 +90,11 @@ def _stack_rows(
     slot: jax.Array,
     max_rank: int,
 ) -> StackRows:
-    """Every array is computed in its final order, `[G, M, n, GROUP, ...]`: a CPU compiles a kernel for each reordering,
-    and compilation takes time by the kernel."""
+    """Row addresses of one stack of M adapters, which lie at `tiles` of the pages of `slot [M]`; `ranks` is `[M, 7]`.
+
+    Every array is computed in its final order, `[G, M, n, GROUP, ...]`: a CPU compiles a kernel for each reordering,
+    and compilation takes time by the kernel.
+    """
     size = layout.page_size
     wide = StackTiles(*(field[:, None, None] for field in dataclasses.astuple(tiles)))  # [M, 1, 1]
     rank = lax.slice_in_dim(ranks, stack.rank_index[0], stack.rank_index[-1] + 1, axis=1)  # [M, p]

@@ -9,10 +9,13 @@ from functools import cached_property
 
 import numpy as np
 
-from pallas_kernels.lora.layout import ENDS, PROJECTIONS
+from pallas_kernels.lora.layout import ENDS, EXPERT_PROJECTIONS, PROJECTIONS
 from slora_jax.adapters.config import MAX_RANK, LoraConfig
 from slora_jax.adapters.geometry import BaseGeometry, module_name
 from slora_jax.errors import AdapterError
+
+ExpertKey = tuple[int, str, int]
+"""Layer, projection ("gate", "up" or "down") and expert."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,9 @@ class LoraAdapter:
       base_biases: trained biases that replace the base model's, also of projections without LoRA.
       ends: LoRA on the output head and the token embedding (`pallas_kernels.lora.layout.ENDS`), by name: A `[r, d]` and
         scaled B `[vocab, r]` of the head, A `[r, vocab]` and scaled B `[d, r]` of the embedding.
+      experts: LoRA on gate, up and down of experts: A `[r, d_in]` and scaled B `[d_out, r]` by `(layer, projection,
+        expert)`.
+      expert_ranks: `[num_layers, E, 3]` int32 in the order of `EXPERT_PROJECTIONS`; None without LoRA on experts.
     """
 
     config: LoraConfig
@@ -43,6 +49,8 @@ class LoraAdapter:
     lora_biases: Mapping[tuple[int, str], np.ndarray] = field(default_factory=dict)
     base_biases: Mapping[tuple[int, str], np.ndarray] = field(default_factory=dict)
     ends: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    experts: Mapping[ExpertKey, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    expert_ranks: np.ndarray | None = None
 
     @property
     def vectors(self) -> dict[str, Mapping[tuple[int, str], np.ndarray]]:
@@ -52,10 +60,17 @@ class LoraAdapter:
 
     @property
     def layout_ranks(self) -> np.ndarray:
-        """`ranks`, as `[num_layers, 10]` if the adapter is more than plain LoRA (`pallas_kernels.lora.layout`)."""
-        if not self.vectors and not self.ends:
+        """`ranks`, as `[num_layers, 10]` if the adapter is more than plain LoRA (`pallas_kernels.lora.layout`), and as
+        `[num_layers, 10 + 3 E]` with LoRA on experts."""
+        if not self.extras:
             return self.ranks
-        return extended(self.ranks, bool(self.vectors), {name: a.shape[0] for name, (a, _) in self.ends.items()})
+        ends = {name: a.shape[0] for name, (a, _) in self.ends.items()}
+        return extended(self.ranks, bool(self.vectors), ends, self.expert_ranks)
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """What makes it more than plain LoRA, for example `("use_dora", "head")`."""
+        return (*self.vectors, *self.ends, *(("experts",) if self.experts else ()))
 
     @cached_property
     def digest(self) -> str:
@@ -79,6 +94,10 @@ class LoraAdapter:
             for matrix in self.ends[name]:
                 digest.update(f"\n{name} {matrix.shape}\n".encode())
                 digest.update(np.ascontiguousarray(matrix, np.float32).data)
+        for place in sorted(self.experts):
+            for matrix in self.experts[place]:
+                digest.update(f"\nexpert {place} {matrix.shape}\n".encode())
+                digest.update(np.ascontiguousarray(matrix, np.float32).data)
         return digest.hexdigest()
 
     def check(self, geometry: BaseGeometry) -> None:
@@ -90,15 +109,17 @@ class LoraAdapter:
         expected = {}
         for layer, index in zip(*np.nonzero(self.ranks), strict=True):
             expected[int(layer), PROJECTIONS[index]] = int(self.ranks[layer, index])
-        if not (expected or self.ends) or not expected.keys() == self.a.keys() == self.b.keys() == self.scales.keys():
+        if (
+            not (expected or self.ends or self.experts)
+            or not expected.keys() == self.a.keys() == self.b.keys() == self.scales.keys()
+        ):
             raise AdapterError("a, b, scales and ranks must name the same projections, at least one")
         for key, rank in expected.items():
             if not 1 <= rank <= MAX_RANK:
                 raise AdapterError(f"{module_name(*key)}: rank must be in 1..{MAX_RANK}, found {rank}")
             if geometry.expert_layers and geometry.expert_layers[key[0]] and ".mlp." in module_name(*key):
                 raise AdapterError(
-                    f"{module_name(*key)}: layer {key[0]} of the base model has experts, which cannot be adapted; "
-                    "adapt q_proj, k_proj, v_proj or o_proj"
+                    f"{module_name(*key)}: layer {key[0]} of the base model has experts in its place; adapt these"
                 )
             d_in, d_out = geometry.dims(key[1])
             for name, matrix, shape in (("a", self.a[key], (rank, d_in)), ("b", self.b[key], (d_out, rank))):
@@ -119,9 +140,28 @@ class LoraAdapter:
                     f"{name}: expected [r, {d_in}] and [{d_out}, r] with r in 1..{MAX_RANK}, found {[*a.shape]} and "
                     f"{[*b.shape]}"
                 )
+        found = np.zeros((geometry.num_layers, geometry.num_experts, len(EXPERT_PROJECTIONS)), np.int32)
+        for (layer, projection, expert), (a, b) in self.experts.items():
+            if not (geometry.expert_layers and geometry.expert_layers[layer] and expert < geometry.num_experts):
+                raise AdapterError(f"layer {layer}: the base model has no expert {expert} there")
+            d_in, d_out = geometry.expert_dims(projection)
+            if a.shape != (len(a), d_in) or b.shape != (d_out, len(a)) or not 1 <= len(a) <= MAX_RANK:
+                raise AdapterError(
+                    f"layer {layer}, expert {expert}, {projection}: expected [r, {d_in}] and [{d_out}, r] with r in "
+                    f"1..{MAX_RANK}, found {[*a.shape]} and {[*b.shape]}"
+                )
+            found[layer, expert, EXPERT_PROJECTIONS.index(projection)] = len(a)
+        if self.experts and (self.expert_ranks is None or not np.array_equal(found, self.expert_ranks)):
+            raise AdapterError("experts and expert_ranks must name the same ranks")
 
 
-def extended(ranks: np.ndarray, vectors: bool, ends: Mapping[str, int] | None = None) -> np.ndarray:
-    """`ranks [..., 7]` as `[..., 10]`, with the ranks of the ends, by name (`pallas_kernels.lora.layout`)."""
+def extended(
+    ranks: np.ndarray, vectors: bool, ends: Mapping[str, int] | None = None, experts: np.ndarray | None = None
+) -> np.ndarray:
+    """`ranks [..., 7]` as `[..., 10]`, with the ranks of the ends, by name, and with those of experts `[..., E, 3]` as
+    `[..., 10 + 3 E]` (`pallas_kernels.lora.layout`)."""
     further = [int(vectors), *((ends or {}).get(name, 0) for name in ENDS)]
-    return np.concatenate([ranks, np.broadcast_to(np.array(further, ranks.dtype), (*ranks.shape[:-1], 3))], -1)
+    parts = [ranks, np.broadcast_to(np.array(further, ranks.dtype), (*ranks.shape[:-1], 3))]
+    if experts is not None:
+        parts.append(experts.reshape(*ranks.shape[:-1], -1))
+    return np.concatenate(parts, -1)

@@ -21,6 +21,9 @@ from slora_jax.errors import AdapterError
 MAX_RANK = 256
 """Largest rank of one projection that the kernels accept."""
 
+EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+"""The stacked parameters of a layer's experts that can have LoRA (`target_parameters`)."""
+
 TRAINED_MODULES = ("embed_tokens", "lm_head")
 """Modules outside the layers that adapters may have trained."""
 
@@ -62,7 +65,6 @@ REFUSED = {
     "layer_replication": "it changes the number of layers of the base model",
     "megatron_config": "Megatron's parallel linear layers are not supported",
     "monteclora_config": "MonteCLoRA perturbs the weights at random in each forward pass",
-    "target_parameters": "LoRA on bare parameters (experts) is not supported",
     "use_bdlora": "block-diagonal LoRA is not supported",
     "use_qalora": "QA-LoRA pools the inputs of quantised layers",
     "velora_config": "VeLoRA's extra state is not supported",
@@ -87,6 +89,7 @@ class LoraConfig:
       target_modules: module-name suffixes, one regular expression that must match the whole name, or "all-linear";
         None: PEFT's default for this family of models.
       exclude_modules: suffixes or a regular expression, likewise.
+      target_parameters: suffixes of parameters of experts.
       fan_in_fan_out: layout of the base weight; without effect, since PEFT sets it to False for linear layers.
       use_dora: the file has a magnitude for each output column of every target.
       lora_bias: the file has a bias beside every B.
@@ -117,6 +120,7 @@ class LoraConfig:
     ensure_weight_tying: bool = False
     alora_invocation_tokens: tuple[int, ...] | None = None
     base_model_name_or_path: str | None = None
+    target_parameters: tuple[str, ...] | None = None
 
     @property
     def extras(self) -> tuple[str, ...]:
@@ -128,6 +132,7 @@ class LoraConfig:
             "modules_to_save": bool(self.modules_to_save),
             "trainable_token_indices": bool(self.tokens),
             "alora_invocation_tokens": bool(self.alora_invocation_tokens),
+            "target_parameters": bool(self.target_parameters),
         }
         return tuple(name for name, is_active in active.items() if is_active)
 
@@ -298,6 +303,23 @@ def _saved(name: str, value: Any) -> tuple[str, ...] | None:
     return modules
 
 
+def _parameters(name: str, value: Any) -> tuple[str, ...] | None:
+    if value in INACTIVE:
+        return None
+    names = _names(name, value)
+    parameters = (names,) if isinstance(names, str) else names or ()
+    for one in parameters:
+        *modules, parameter = one.split(".")
+        if parameter not in EXPERT_PARAMETERS or modules[-1:] not in ([], ["experts"]):
+            what = (
+                "LoRA on the router is not supported" if modules[-1:] == ["gate"] else "it is no parameter of experts"
+            )
+            raise AdapterError(
+                f"{name}: {quoted(one)}: {what}; expected mlp.experts.{' or mlp.experts.'.join(EXPERT_PARAMETERS)}"
+            )
+    return parameters
+
+
 def _tokens(name: str, value: Any) -> dict[str, tuple[int, ...]] | tuple[int, ...] | None:
     _check_count(name, value)
     if value in INACTIVE:
@@ -374,4 +396,5 @@ _READERS = {
     "ensure_weight_tying": _flag,
     "alora_invocation_tokens": _invocation,
     "base_model_name_or_path": _text,
+    "target_parameters": _parameters,
 }

@@ -28,6 +28,7 @@ class BaseGeometry:
       shards: division of adapters among devices.
       vocab_size: tokens of the vocabulary; 0: unknown, and adapters of head and embedding cannot be placed.
       expert_layers: whether each layer's feed-forward part consists of experts; empty: none does.
+      num_experts, expert_width: number of experts of such a layer, and the width of an expert's hidden layer.
     """
 
     num_layers: Count
@@ -39,6 +40,8 @@ class BaseGeometry:
     shards: Shards = ONE_DEVICE
     vocab_size: Natural = 0
     expert_layers: tuple[bool, ...] = ()
+    num_experts: Natural = 0
+    expert_width: Natural = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -47,6 +50,7 @@ class BaseGeometry:
     def whole(self) -> LoraLayout:
         """The layout of the whole model's adapters on one device."""
         layout = lora_layout(self, self.page_size)
+        layout = replace(layout, experts=self.num_experts, expert_width=self.expert_width)
         return replace(layout, num_layers=self.num_layers, vocab_size=self.vocab_size)
 
     @cached_property
@@ -64,3 +68,8 @@ class BaseGeometry:
         if projection not in PROJECTIONS:
             raise ConfigError(f"unknown projection {projection!r}; expected one of {', '.join(PROJECTIONS)}")
         return PROJECTIONS[projection].dims(self)
+
+    def expert_dims(self, projection: str) -> tuple[int, int]:
+        """`(d_in, d_out)` of an expert's gate, up or down."""
+        dims = self.hidden_size, self.expert_width
+        return dims[::-1] if projection == "down" else dims

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from slora_jax.adapters.adapter import LoraAdapter, extended
 from slora_jax.adapters.config import LoraConfig
 from slora_jax.adapters.ends import KINDS, EndsReader, Vocabulary
+from slora_jax.adapters.experts import ExpertsReader, is_of_experts
 from slora_jax.adapters.geometry import BaseGeometry, module_name
 from slora_jax.adapters.targets import Target, resolve_ends, resolve_targets
 from slora_jax.adapters.tensor_names import PREFIX, TensorName, by_module, modules_of, nearest, parse
@@ -54,8 +55,7 @@ def read_peft(
     """Reads an adapter that PEFT saved for a base model of this geometry; converts weights to float32.
 
     Args:
-      check_ranks: called with the ranks `[num_layers, 7]` or `[num_layers, 10]` before any weight is read; may raise to
-        refuse the adapter.
+      check_ranks: called with `LoraAdapter.layout_ranks` before any weight is read; may raise to refuse the adapter.
       base: embedding and head of the base model, which an adapter that changes them needs.
 
     Raises:
@@ -96,10 +96,17 @@ def _read_peft(
                 for name, found in names.items()
                 if found is not None and found.layer is None and _is_read(found, config, end_targets)
             }
-            targets = resolve_targets(config, geometry.num_layers, parent, modules, [*end_targets, *outside])
+            of_experts = {
+                name: found
+                for name, found in names.items()
+                if found is not None and is_of_experts(found) and any(geometry.expert_layers)
+            }
+            experts = ExpertsReader(file, of_experts, config, geometry, parent)
+            others = [*end_targets, *outside, *(["experts"] if experts else [])]
+            targets = resolve_targets(config, geometry.num_layers, parent, modules, others, geometry.expert_layers)
         except AdapterError as error:
             raise AdapterError(f"{directory / CONFIG_FILE}: {error}") from None
-        inside = {name: found for name, found in names.items() if name not in outside}
+        inside = {name: found for name, found in names.items() if name not in outside and name not in of_experts}
         places = _tensor_names(path, inside, targets, projections, config, geometry)
         tensors = _Tensors(file, modules, projections, places)
         reader = EndsReader(file, outside, end_targets, config, geometry.hidden_size, geometry.vocab_size)
@@ -113,10 +120,11 @@ def _read_peft(
         biases = [(layer, p) for layer, module, kind in tensors.names if kind == "bias" for p in projections[module]]
         for key in biases:
             tensors.check_vector(key, "bias", geometry)
-        end_ranks = reader.check()
+        end_ranks, expert_ranks = reader.check(), experts.check() if experts or of_experts else None
         if check_ranks is not None:
             ranks, vectors = _ranks(targets, geometry.num_layers), config.use_dora or config.lora_bias or bool(biases)
-            check_ranks(extended(ranks, vectors, end_ranks) if vectors or any(end_ranks.values()) else ranks)
+            is_plain = not vectors and not any(end_ranks.values()) and expert_ranks is None
+            check_ranks(ranks if is_plain else extended(ranks, vectors, end_ranks, expert_ranks))
         if end_ranks and base is None:
             raise AdapterError(f"{path}: {' and '.join(end_ranks)}: needs the weights of the base model")
         a = {key: tensors.read_a(key) for key in targets}
@@ -128,6 +136,8 @@ def _read_peft(
             lora_biases={k: tensors.read_rows(k, "lora_B.bias", geometry) for k in targets if config.lora_bias},
             base_biases={k: tensors.read_rows(k, "bias", geometry) for k in biases},
             ends={} if base is None else reader.read(base),
+            experts=experts.read(),
+            expert_ranks=expert_ranks,
         )
 
 
@@ -191,8 +201,9 @@ def write_peft(
     Raises:
       AdapterError: `dtype` is not supported, or `adapter.config` does not resolve to the matrices' ranks and scales.
     """
-    if adapter.ends:
-        raise AdapterError(f"{' and '.join(adapter.ends)}: LoRA outside the layers is read, but not written")
+    if adapter.ends or adapter.experts:
+        parts = [*adapter.ends, *(["experts"] if adapter.experts else [])]
+        raise AdapterError(f"{' and '.join(parts)}: LoRA outside the projections of layers is read, but not written")
     if dtype not in DTYPES.values():
         raise AdapterError(f"dtype: expected one of {', '.join(DTYPES.values())}, found {dtype!r}")
     targets = resolve_targets(adapter.config, len(adapter.ranks))
@@ -288,6 +299,8 @@ def _unknown(name: str, found: TensorName | None) -> str:
     else:
         if found.module in KINDS and found.kind in KINDS[found.module]:
             return f"{CONFIG_FILE} does not target this module"
+        if found.module in ("mlp.gate", "block_sparse_moe.gate"):
+            return "LoRA on the router of experts is not supported"
         reason = "no known LoRA weight" if found.kind in ("lora_A", "lora_B") else _UNSUPPORTED[found.kind]
     return f"{reason}; only LoRA on {', '.join(PROJECTIONS)} is read"
 

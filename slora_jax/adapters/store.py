@@ -160,7 +160,7 @@ class AdapterStore(AdapterContents):
         self._check_base(name, adapter.config.base_model_name_or_path)
         num_pages, nbytes = self._check_size(name, adapter.layout_ranks)
         ranks = tuple(adapter.layout_ranks.max(axis=0).tolist())
-        own, extras = ranks[:VECTORS], (*adapter.vectors, *adapter.ends)
+        own, extras = ranks[:VECTORS], adapter.extras
         rank = max(*own, *ranks[VECTORS + 1 :])
         invocation = adapter.config.alora_invocation_tokens or ()
         info = AdapterInfo(name, adapter.digest, rank, own, num_pages, nbytes, extras, ranks, invocation)
@@ -307,20 +307,20 @@ class AdapterStore(AdapterContents):
         self._prepared.remove(prepared)
 
     def _check_size(self, name: str, ranks: np.ndarray) -> tuple[int, int]:
-        """Pages and bytes of an adapter with these ranks `[num_layers, 7]` or `[num_layers, 10]`.
+        """Pages and bytes of an adapter with these `LoraAdapter.layout_ranks`.
 
         Raises AdapterError if it is too large, or has extras that are not served.
         """
         shape, rank = tile_shape(ranks, self.geometry), int(np.delete(ranks, slice(VECTORS, VECTORS + 1), 1).max())
         if not self._extras and ranks.shape[1] > VECTORS:
             raise AdapterError(
-                f"adapter {name!r} has DoRA, biases, or changes of lm_head or embed_tokens, which need "
-                "EngineConfig.adapter_extras=True, found False; it compiles one more program for every batch size"
+                f"adapter {name!r} has DoRA, biases, LoRA on experts, or changes of lm_head or embed_tokens, which "
+                "need EngineConfig.adapter_extras=True, found False; it compiles one more program for every batch size"
             )
         if self.geometry.shards.count > 1 and ranks[:, VECTORS + 1 :].any():
             raise AdapterError(
-                f"adapter {name!r} changes lm_head or embed_tokens, which needs EngineConfig.tensor_parallel_size=1, "
-                f"found {self.geometry.shards.count}; serve it on one device"
+                f"adapter {name!r} changes experts, lm_head or embed_tokens, which needs "
+                f"EngineConfig.tensor_parallel_size=1, found {self.geometry.shards.count}; serve it on one device"
             )
         num_pages, nbytes = shape[1], int(np.prod(shape)) * self.dtype.itemsize
         if rank > self._max_lora_rank:

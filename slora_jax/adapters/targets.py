@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from slora_jax.adapters.config import LoraConfig, layer_regex, pattern_regex
+from pallas_kernels.lora.layout import EXPERT_PROJECTIONS
+from slora_jax.adapters.config import EXPERT_PARAMETERS, LoraConfig, layer_regex, pattern_regex
 from slora_jax.adapters.tensor_names import PLAIN
 from slora_jax.adapters.untrusted.patterns import Matcher
 from slora_jax.adapters.untrusted.quoting import clipped, quoted
@@ -40,13 +41,16 @@ def resolve_targets(
     parent: str = "model",
     modules: Mapping[str, str] = PLAIN,
     ends: Collection[str] | None = None,
+    expert_layers: Sequence[bool] = (),
 ) -> dict[tuple[int, str], Target]:
     """Resolves a config to the targets that PEFT would adapt in the layers of a model.
 
     Args:
       parent: name of the module that contains the layers.
       modules: each projection's module within a layer. The projections of a fused module are all targets, or none.
-      ends: which of the modules embed_tokens and lm_head the adapter changes; None refuses a config that targets them.
+      ends: which of the modules embed_tokens and lm_head, and of those of experts, the adapter changes; None refuses a
+        config that targets the first two.
+      expert_layers: whether each layer has experts in place of gate, up and down; empty: none has.
 
     Returns:
       `(layer, projection) -> Target`, in layer-major order.
@@ -57,8 +61,8 @@ def resolve_targets(
     if config.fan_in_fan_out:
         warnings.warn("fan_in_fan_out is set to True but the targets are linear layers; it has no effect", stacklevel=2)
     matcher = Matcher()
-    all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
-    if not all_linear:
+    is_target = _is_linear if _is_all_linear(config) else is_targeted
+    if not _is_all_linear(config):
         layers = (f"{parent}.layers.{i}{suffix}" for i in range(num_layers) for suffix in OTHER_LAYER_MODULES)
         others = (*(parent + suffix for suffix in OTHER_MODULES), *(_ends(parent) if ends is None else ()), *layers)
         for name in others:
@@ -70,7 +74,9 @@ def resolve_targets(
     for layer in range(num_layers):
         for projection, module in modules.items():
             name = f"{parent}.layers.{layer}.{module}"
-            if not _is_excluded(config, name, matcher) if all_linear else is_targeted(config, name, matcher):
+            if projection in EXPERT_PROJECTIONS and expert_layers and expert_layers[layer]:
+                continue
+            if is_target(config, name, matcher):
                 targets[layer, projection] = _target(config, name, matcher)
     if not targets and not ends:
         raise AdapterError(
@@ -87,14 +93,48 @@ def resolve_ends(config: LoraConfig, parent: str = "model") -> dict[str, Target]
     Raises:
       AdapterError: an active field does not apply to them.
     """
-    matcher, wanted = Matcher(), config.target_modules
-    if wanted is None or (isinstance(wanted, str) and wanted.lower() == "all-linear"):
+    matcher = Matcher()
+    if config.target_modules is None or _is_all_linear(config):
         return {}
     names = {name.split(".")[-1]: name for name in _ends(parent) if is_targeted(config, name, matcher)}
     for field in ("use_dora", "lora_bias", "ensure_weight_tying", "alora_invocation_tokens"):
         if names and getattr(config, field):
             raise AdapterError(f"{field}: is not supported together with LoRA on {' and '.join(names)}; must be unset")
     return {module: _target(config, name, matcher) for module, name in names.items()}
+
+
+def resolve_modules(config: LoraConfig, names: Iterable[str]) -> dict[str, Target]:
+    """Resolves a config to the targets among linear modules, by their full names."""
+    matcher = Matcher()
+    is_target = _is_linear if _is_all_linear(config) else is_targeted
+    return {name: _target(config, name, matcher) for name in names if is_target(config, name, matcher)}
+
+
+def resolve_parameters(
+    config: LoraConfig, layers: Iterable[int], parent: str = "model"
+) -> dict[int, dict[str, Target]]:
+    """Resolves a config to the targets among the stacked parameters of experts: by layer and `EXPERT_PARAMETERS`.
+
+    Args:
+      layers: the layers with experts.
+
+    Raises:
+      AdapterError: a name matches no parameter.
+    """
+    wanted, matcher = config.target_parameters or (), Matcher()
+    targets: dict[int, dict[str, Target]] = {}
+    matched = set()
+    for layer in layers:
+        for parameter in EXPERT_PARAMETERS:
+            name = f"{parent}.layers.{layer}.mlp.experts.{parameter}"
+            if found := [one for one in wanted if f".{name}".endswith(f".{one}")]:
+                matched.update(found)
+                targets.setdefault(layer, {})[parameter] = _target(config, name, matcher)
+    if unmatched := [one for one in wanted if one not in matched]:
+        raise AdapterError(
+            f"target_parameters: {quoted(unmatched[0])} matches no parameter of experts of the base model"
+        )
+    return targets
 
 
 def _ends(parent: str) -> tuple[str, str]:
@@ -105,12 +145,23 @@ def is_targeted(config: LoraConfig, name: str, matcher: Matcher) -> bool:
     """Returns whether PEFT adapts the module `name` (peft.tuners.tuners_utils.check_target_module_exists)."""
     if _is_excluded(config, name, matcher):
         return False
-    wanted = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
+    wanted = config.target_modules
+    if wanted is None:
+        wanted = () if config.target_parameters else DEFAULT_TARGETS
     if isinstance(wanted, str):
         return matcher.fullmatch("target_modules", wanted, name)
     if name in wanted:
         return True  # layers_to_transform does not apply to full names
     return _has_suffix(name, wanted) and _in_layers(config, name, matcher)
+
+
+def _is_all_linear(config: LoraConfig) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+
+
+def _is_linear(config: LoraConfig, name: str, matcher: Matcher) -> bool:
+    """Returns whether "all-linear" means the linear module `name`."""
+    return not _is_excluded(config, name, matcher)
 
 
 def _is_excluded(config: LoraConfig, name: str, matcher: Matcher) -> bool:

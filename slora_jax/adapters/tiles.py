@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.lora.layout import Stack, StackTiles, ceil_div
+from pallas_kernels.lora.layout import EXPERT_PROJECTIONS, PROJECTIONS, RANKS, Stack, StackTiles, ceil_div
 from slora_jax.adapters.adapter import LoraAdapter
 from slora_jax.adapters.geometry import BaseGeometry
 from slora_jax.adapters.vectors import BaseWeights, FoldedVectors, fold
@@ -23,7 +23,7 @@ class AdapterTiles:
 
     Attributes:
       ranks: `[7]` int32, each projection's largest rank over the layers; `[10]` for an adapter that is more than
-        plain LoRA (`pallas_kernels.lora.layout`).
+        plain LoRA, `[10 + 3 E]` with LoRA on experts (`pallas_kernels.lora.layout`).
       pages: `[num_layers, num_pages, 2, page_size, W]` float32 or bfloat16. Page `p` of every layer is uploaded to the
         same page of the pool. With N shards (`parallel.layout`), shard s owns columns `s * W / N` to `(s + 1) * W / N`.
         Rows beyond a layer's own rank, columns beyond a matrix and an odd last tile are zero.
@@ -53,7 +53,7 @@ def tile_dtype(dtype: str | np.dtype) -> np.dtype:
 
 
 def tile_shape(ranks: np.ndarray, geometry: BaseGeometry) -> tuple[int, int, int, int, int]:
-    """Shape of `AdapterTiles.pages` for `ranks [num_layers, 7]` or `[num_layers, 10]`."""
+    """Shape of `AdapterTiles.pages` for `LoraAdapter.layout_ranks`."""
     num_pages = int(geometry.layout.num_pages(ranks.max(axis=0)))
     return geometry.num_layers, num_pages, 2, geometry.page_size, geometry.pool_width
 
@@ -70,10 +70,10 @@ def pack_tiles(
     """
     adapter.check(geometry)
     dtype = tile_dtype(dtype)
-    ranks = adapter.layout_ranks.max(axis=0)  # [7] or [10]
+    ranks = adapter.layout_ranks.max(axis=0)  # [7], [10] or [10 + 3 E]
     pages = np.zeros(tile_shape(adapter.layout_ranks, geometry), dtype)
     vectors = None
-    assert geometry.shards.count == 1 or not adapter.ends
+    assert geometry.shards.count == 1 or not (adapter.ends or adapter.experts)
     if adapter.vectors:
         if base is None:
             raise AdapterError(f"{', '.join(adapter.vectors)}: needs the weights of the base model")
@@ -103,6 +103,8 @@ def pack_tiles(
                 a, b = _end_rows(*adapter.ends[stack.name], stack, geometry, dtype)
                 _cut(a, by_shard[..., 0, :], int(layout.a_tile(stack, place, 0)))
                 _cut(b, by_shard[..., 0, :], int(layout.b_tile(stack, place, 0)))
+    if adapter.experts:
+        _cut_experts(adapter, ranks, by_shard[..., 0, :], geometry, dtype)
     if any((layer & exponent).max() == exponent for layer in by_shard):
         raise AdapterError(f"a weight is not finite in {dtype.name} after multiplication by its scale")
     return AdapterTiles(digest=adapter.digest, ranks=ranks, pages=pages)
@@ -175,6 +177,30 @@ def _end_rows(
         )
         sides.append(rows)
     return sides[0], sides[1]
+
+
+def _cut_experts(
+    adapter: LoraAdapter, ranks: np.ndarray, tiles: np.ndarray, geometry: BaseGeometry, dtype: np.dtype
+) -> None:
+    """Writes the matrices of all experts to `tiles [num_layers, tiles, page_size, W]`. ranks: `[10 + 3 E]`."""
+    layout, page_size, bits = geometry.layout.expert, geometry.page_size, _BITS[dtype.name][0]
+    experts = ranks[RANKS:].reshape(-1, len(EXPERT_PROJECTIONS))
+    first_tile = geometry.layout.expert_tiles(ranks[:RANKS], experts)[0]
+    for expert, own in enumerate(np.pad(experts, ((0, 0), (len(PROJECTIONS) - len(EXPERT_PROJECTIONS), 0)))):
+        for stack, place in zip(layout.stacks, layout.stack_tiles(own, first_tile[expert])[0], strict=True):
+            count = ceil_div(int(place.rows), page_size) * page_size
+            a = np.zeros((geometry.num_layers, count, layout.a_chunks(stack) * layout.width), bits)
+            b = np.zeros((geometry.num_layers, count, layout.b_chunks(stack)[0] * layout.width), bits)
+            first = 0
+            for projection, index in zip(stack.projections, stack.rank_index, strict=True):
+                for layer in range(geometry.num_layers):
+                    if (layer, projection, expert) in adapter.experts:
+                        own_a, own_b = adapter.experts[layer, projection, expert]
+                        a[layer, first : first + len(own_a), : own_a.shape[1]] = _bits(own_a, dtype)
+                        b[layer, first : first + len(own_a), : len(own_b)] = _bits(own_b, dtype).T
+                first += int(own[index])
+            _cut(a, tiles, int(layout.a_tile(stack, place, 0)))
+            _cut(b, tiles, int(layout.b_tile(stack, place, 0)))
 
 
 def _vector_rows(vectors: FoldedVectors, geometry: BaseGeometry, dtype: np.dtype, shard: int) -> np.ndarray:

@@ -186,7 +186,7 @@ def loaded_engine(
     assert config.max_model_len is not None
     adapter_pages = [int(geometry.layout.num_pages(adapter.layout_ranks.max(0))) for adapter in adapters.values()]
     num_pages = 1 + ceil_div(config.max_model_len, config.page_size) + max(adapter_pages, default=0)
-    extras = any(adapter.vectors for adapter in adapters.values())
+    extras = any(adapter.extras for adapter in adapters.values())
     config = replace(config, num_pages=num_pages, adapter_extras=extras)
     with Engine.from_pretrained(args.model_dir, config, tokenizer=tokenizer, processes=processes) as engine:
         for name, adapter in adapters.items():

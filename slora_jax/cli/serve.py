@@ -45,7 +45,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--adapter-extras",
         action="store_const",
         const=True,
-        help="serve DoRA, biases, and changes of head and embedding too (docs/adapters.md); takes longer to start",
+        help="serve DoRA, biases, LoRA on experts, and changes of head and embedding too (docs/adapters.md); takes "
+        "longer to start",
     )
     option("--embeddings", action="store_true", default=None, help="serve /v1/embeddings too, with programs of its own")
     option("--train", action="store_true", help="let clients train adapters with Tinker's API (docs/tinker.md)")

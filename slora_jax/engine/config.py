@@ -80,10 +80,11 @@ class EngineConfig(CoreConfig):
         baselines of the paper: "bmm" uses batched products over zero-padded weights and tokens
         (`pallas_kernels.lora.bmm`); "merge" merges one adapter at a time into the base weights (`engine.merge`) and
         needs the policy `OneAdapter`; "off" ignores the adapters that requests name.
-      adapter_extras: whether adapters are served that are more than LoRA on projections: DoRA, biases, changes of the
-        head and the embedding. True compiles one more program for every batch size (half as many again at the start),
-        which runs the steps that have such an adapter; other steps are not affected. False refuses them by name. Over
-        several devices, changes of the head and the embedding are refused; over several processes, all.
+      adapter_extras: whether adapters are served that are more than LoRA on projections: DoRA, biases, LoRA on experts,
+        changes of the head and the embedding. True compiles one more program for every batch size (half as many again
+        at the start; two more for a model with experts), which runs the steps that have such an adapter; other steps
+        are not affected. False refuses them by name. Over several devices, LoRA on experts and changes of the head and
+        the embedding are refused; over several processes, all.
       compile_ahead: True compiles all programs before the first request. False compiles each at its first use, which
         suits a process that serves only a few requests.
       keep_logits: whether outputs contain the float32 logits of each token, which costs a copy of [seqs, vocab] per

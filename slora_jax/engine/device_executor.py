@@ -263,6 +263,8 @@ def _after_step(sequences: list[ScheduledSequence]) -> list[str]:
 def _lora_of(plan: StepPlan) -> Lora:
     """Returns the LoRA work that a step needs, without regard to padding."""
     adapters = [s.request.adapter for s in plan.sequences if s.adapter_slot >= 0]
+    if any(adapter is not None and adapter.has_experts for adapter in adapters):
+        return "experts"
     if any(adapter is not None and adapter.has_extras for adapter in adapters):
         return "extras"
     return bool(adapters)

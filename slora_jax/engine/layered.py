@@ -104,7 +104,8 @@ class LayeredStep:
             ends = _ends(specs)
         self._kinds = spec.model.kinds
         self._has_ends = spec.has_ends(with_lora)
-        outer = name if self._has_ends else bucket  # else the same programs with and without LoRA
+        # The ends are the same programs with and without LoRA of the layers.
+        outer = step_name(layout.bucket, "extras") if self._has_ends else bucket
         same, output = REPLICATED, output_specs(layout)
         self._parts = {
             "begin": Part(

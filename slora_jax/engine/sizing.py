@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from pallas_kernels.lora.layout import ENDS, ceil_div, tile_rows
+from pallas_kernels.lora.layout import ENDS, EXPERT_PROJECTIONS, ceil_div, tile_rows
 from slora_jax.adapters import BaseGeometry
 from slora_jax.adapters.adapter import extended
 from slora_jax.engine.config import EngineConfig
@@ -48,6 +48,8 @@ def adapter_geometry(model: ModelConfig, page_size: int, shards: Shards = ONE_DE
         shards=shards,
         vocab_size=model.vocab_size,
         expert_layers=tuple(kind.has_experts for kind in model.kinds) if model.experts else (),
+        num_experts=model.experts.count if model.experts else 0,
+        expert_width=model.experts.intermediate_size if model.experts else 0,
     )
 
 
@@ -102,8 +104,10 @@ def pool_shape(model: ModelConfig, config: EngineConfig) -> PoolShape:
         )
     ranks = np.full(7, config.max_lora_rank)
     if config.adapter_extras:
-        ends = ENDS if config.tensor_parallel_size == 1 else ()
-        ranks = extended(ranks, True, dict.fromkeys(ends, config.max_lora_rank))
+        alone = config.tensor_parallel_size == 1
+        ends = dict.fromkeys(ENDS if alone else (), config.max_lora_rank)
+        experts = np.full((geometry.num_experts if alone else 0, len(EXPERT_PROJECTIONS)), config.max_lora_rank)
+        ranks = extended(ranks, True, ends, experts)
     largest = int(geometry.layout.num_pages(ranks))
     return replace(_pool(model, config, num_pages), max_adapter_pages=min(largest, num_pages - 1))
 
@@ -120,6 +124,9 @@ def _pool(model: ModelConfig, config: EngineConfig, num_pages: int) -> PoolShape
         max_adapter_pages=0,
         kv_dtype=config.kv_dtype,
         head_dim=model.head_dim,
+        experts=model.experts.count
+        if model.experts and config.adapter_extras and config.tensor_parallel_size == 1
+        else 0,
     )
 
 

@@ -14,6 +14,7 @@ from pallas_kernels.experts import expert_outputs
 from pallas_kernels.experts.api import Implementation as ExpertImplementation
 from pallas_kernels.kv_format import pages_of
 from pallas_kernels.lora import AdapterTable, LoraLayout, LoraProduct, LoraTiles, ends, lora_tile_rows, vectors
+from pallas_kernels.lora import experts as expert_lora
 from pallas_kernels.lora.api import Implementation as LoraImplementation
 from pallas_kernels.lora.bmm import Padding, paddings
 from pallas_kernels.paged_attention import PagedAttention
@@ -38,9 +39,14 @@ GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 a kernel waits only for those that write what it reads, or use the memory that it writes."""
 
 
-Lora = bool | Padding | Literal["extras"]
+Lora = bool | Padding | Literal["extras", "experts"]
 """LoRA work that a step program is compiled for: False for none, True for any (gathered), "extras" for adapters with
-more than LoRA on projections too, or a padded shape (`bmm`)."""
+more than LoRA on projections too, "experts" for those and LoRA on experts, or a padded shape (`bmm`)."""
+
+
+def with_extras(lora: Lora) -> bool:
+    """Returns whether a program is for adapters with more than LoRA on projections."""
+    return isinstance(lora, str)
 
 
 @jax.tree_util.register_dataclass
@@ -63,10 +69,12 @@ class StepOutput:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LoraStep:
-    """The LoRA work of the layers of a step. `rows` is None in a program without extras."""
+    """The LoRA work of the layers of a step. `rows` is None in a program without extras, `experts` in one without
+    LoRA on experts."""
 
     product: LoraProduct
     rows: vectors.VectorRows | None
+    experts: expert_lora.ExpertTable | None
 
 
 class PagedContext:
@@ -158,14 +166,18 @@ class PagedContext:
         return [pages_of(layer) for layer in self.pool]
 
     def experts(
-        self, x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernels, down: Kernels,
+        self, layer: int, x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernels, down: Kernels,
         activation: Activation,
     ) -> jax.Array:  # fmt: skip
         """Adds up the outputs of each token's experts. Padding has no experts, so that it reads no weights."""
-        live, none = self._batch.page != NO_PAGE, codes_of(gate_up).shape[0]
+        chosen = jnp.where((self._batch.page != NO_PAGE)[:, None], chosen, codes_of(gate_up).shape[0])
+        lora: Any = None
+        if self._lora is not None and self._lora.experts is not None:
+            table, pool, layout = self._lora.experts, pages_of(self.pool[layer]), self._layout
+            lora = lambda order: expert_lora.products(table, chosen, order, pool, layout, self._spec.max_rank)  # noqa: E731
         return expert_outputs(
-            x, jnp.where(live[:, None], chosen, none), weights, gate_up, down, activation=activation,
-            implementation=self._spec.expert_kernels, interpret=self._spec.interpret,
+            x, chosen, weights, gate_up, down, activation=activation,
+            implementation=self._spec.expert_kernels, interpret=self._spec.interpret, lora=lora,
         )  # fmt: skip
 
     def reduce(self, y: jax.Array) -> jax.Array:
@@ -246,7 +258,8 @@ class StepSpec:
     def lora_programs(self, layout: BatchLayout) -> tuple[Lora, ...]:
         """Returns the LoRA work that a bucket's programs are compiled for, least first."""
         if self.lora == "paged":
-            return (False, True, "extras") if self.adapter_extras else (False, True)
+            extras: tuple[Lora, ...] = ("extras", "experts") if self.expert_adapters else ("extras",)
+            return (False, True, *extras) if self.adapter_extras else (False, True)
         if self.lora != "bmm":
             return (False,)
         bucket, adapters = layout.bucket, min(layout.bucket.seqs, self.pool.adapter_slots)
@@ -254,13 +267,22 @@ class StepSpec:
 
     def has_ends(self, with_lora: Lora) -> bool:
         """Returns whether a program with this LoRA work applies changes of embedding and head."""
-        return with_lora == "extras" and self.shards.count == 1
+        return with_extras(with_lora) and self.shards.count == 1
+
+    @property
+    def expert_adapters(self) -> bool:
+        """Whether LoRA on experts is served."""
+        return self.adapter_extras and self.model.experts is not None and self.shards.count == 1
 
     @property
     def lora_layout(self) -> LoraLayout:
         layout = lora_layout(self.model, self.pool.tile_rows)
         if self.adapter_extras:
             layout = replace(layout, num_layers=self.model.num_layers, vocab_size=self.model.vocab_size)
+            if self.expert_adapters:
+                assert self.model.experts is not None
+                count, width = self.model.experts.count, self.model.experts.intermediate_size
+                layout = replace(layout, experts=count, expert_width=width)
         return self.shards.of_layout(layout)
 
     def layout(self, bucket: Bucket) -> BatchLayout:
@@ -308,8 +330,9 @@ def lora_work(
             interpret=spec.interpret,
             padding=with_lora if isinstance(with_lora, Padding) else None,
         )
-        rows = vectors.prepare(spec.lora_layout, table, tiles) if with_lora == "extras" else None
-        return LoraStep(product, rows)
+        rows = vectors.prepare(spec.lora_layout, table, tiles) if with_extras(with_lora) else None
+        experts = expert_lora.prepare(spec.lora_layout, table, tiles) if with_lora == "experts" else None
+        return LoraStep(product, rows, experts)
 
 
 def end_work(spec: StepSpec, table: AdapterTable, batch: StepBatch, with_lora: Lora) -> ends.EndRows | None:
@@ -381,7 +404,7 @@ def output_specs(layout: BatchLayout) -> StepOutput:
 def step_name(bucket: Bucket, with_lora: Lora) -> str:
     """Name of `make_step`'s program."""
     padding = f"_{with_lora.segments}x{with_lora.rows}" if isinstance(with_lora, Padding) else ""
-    return bucket.name + ("_lora" if with_lora else "") + ("_extras" if with_lora == "extras" else "") + padding
+    return bucket.name + ("_lora" if with_lora else "") + (f"_{with_lora}" if with_extras(with_lora) else "") + padding
 
 
 def step_shapes(spec: StepSpec, layout: BatchLayout) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from pallas_kernels.kv_format import KvDtype, LayerPool, ScaledPages, pages_of
 from pallas_kernels.lora import AdapterTable
-from pallas_kernels.lora.layout import RANKS, tile_rows
+from pallas_kernels.lora.layout import EXPERT_PROJECTIONS, RANKS, tile_rows
 from pallas_kernels.pool_write import write_pages
 
 Pool = tuple[LayerPool, ...]
@@ -37,6 +37,7 @@ class PoolShape:
       max_adapter_pages: columns of the adapter table.
       kv_dtype: "fp8", "int8", or "auto" for `dtype`.
       head_dim: columns of a KV head; needed for int8.
+      experts: number of experts of a layer whose LoRA is served; 0: none is.
     """
 
     num_layers: int
@@ -48,6 +49,7 @@ class PoolShape:
     max_adapter_pages: int
     kv_dtype: str = "auto"
     head_dim: int = 0
+    experts: int = 0
 
     @property
     def narrow_kv(self) -> KvDtype | None:
@@ -81,10 +83,11 @@ class PoolShape:
         return (layer,) * self.num_layers
 
     def table_struct(self) -> AdapterTable:
-        return AdapterTable(
-            pages=jax.ShapeDtypeStruct((self.adapter_slots, self.max_adapter_pages), jnp.int32),  # type: ignore[arg-type]
-            ranks=jax.ShapeDtypeStruct((self.adapter_slots, RANKS), jnp.int32),  # type: ignore[arg-type]
-        )
+        def of_slots(*shape: int) -> Any:
+            return jax.ShapeDtypeStruct((self.adapter_slots, *shape), jnp.int32)
+
+        experts = of_slots(self.experts, len(EXPERT_PROJECTIONS)) if self.experts else None
+        return AdapterTable(of_slots(self.max_adapter_pages), of_slots(RANKS), experts)
 
     def make_pool(self, sharding: jax.sharding.Sharding | None = None) -> Pool:
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=sharding), self.pool_struct())
@@ -121,9 +124,9 @@ def upload_layer(layer: LayerPool, page: jax.Array, contents: jax.Array, number:
 
 
 @partial(jax.jit, donate_argnums=0)
-def set_table_row(table: AdapterTable, slot: jax.Array, pages: jax.Array, ranks: jax.Array) -> AdapterTable:
-    """Sets row `slot` of the table: `pages` int32 `[max_adapter_pages]`, `ranks` int32 `[10]`. The table is donated."""
-    return AdapterTable(pages=table.pages.at[slot].set(pages), ranks=table.ranks.at[slot].set(ranks))
+def set_table_row(table: AdapterTable, slot: jax.Array, row: AdapterTable) -> AdapterTable:
+    """Sets row `slot` of the table, which is donated, to `row`: int32 `[max_adapter_pages]`, `[10]` and `[E, 3]`."""
+    return jax.tree.map(lambda whole, own: whole.at[slot].set(own), table, row)
 
 
 def put_pages(
@@ -158,11 +161,14 @@ def pieces(first: int, count: int) -> Iterator[slice]:
 
 
 def describe(table: AdapterTable, slot: int, pages: np.ndarray, ranks: np.ndarray) -> AdapterTable:
-    """Sets row `slot` of the table to an adapter with `pages` int32 `[n]` and `ranks` `[7]` or `[10]`. The table is
-    donated."""
-    row, wide = np.zeros(table.pages.shape[1], np.int32), np.zeros(table.ranks.shape[1], np.int32)
-    row[: pages.size], wide[: len(ranks)] = pages, ranks
-    return set_table_row(table, np.int32(slot), row, wide)
+    """Sets row `slot` of the table, which is donated, to an adapter with `pages` int32 `[n]` and `ranks` `[7]`, `[10]`
+    or `[10 + 3 E]`."""
+    row: Any = jax.tree.map(lambda whole: np.zeros(whole.shape[1:], np.int32), table)
+    row.pages[: pages.size] = pages
+    row.ranks[: len(ranks)] = ranks[:RANKS]
+    if row.experts is not None:
+        row.experts.reshape(-1)[: max(0, len(ranks) - RANKS)] = ranks[RANKS:]
+    return set_table_row(table, np.int32(slot), row)
 
 
 def upload_adapter(
@@ -182,7 +188,7 @@ def upload_adapter(
     Args:
       slot: row of the table.
       pages: page ids, int32 `[n]`.
-      ranks: rank of each projection, `[7]`, or `[10]` (`pallas_kernels.lora.layout`).
+      ranks: rank of each projection, `[7]`, `[10]` or `[10 + 3 E]` (`pallas_kernels.lora.layout`).
       contents: `[num_layers, n, 2, tile_rows, W]`, `weight_dtype`.
       sharding, first_column: as in `put_pages`.
     """

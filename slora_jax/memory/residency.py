@@ -38,7 +38,7 @@ class Resident(Evictable):
     digest: str
     slot: int
     pages: np.ndarray  # int32 [num_pages]
-    ranks: np.ndarray  # int32 [7] or [10], see `pallas_kernels.lora.layout`
+    ranks: np.ndarray  # int32 [7], [10] or [10 + 3 E], see `pallas_kernels.lora.layout`
     staged: int = 0
     landed: int = 0
     present: bool = True

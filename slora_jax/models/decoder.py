@@ -6,6 +6,7 @@ input are fused, and every kernel is stored `[in, out]`.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import jax
@@ -55,6 +56,7 @@ class StepContext(Protocol):
 
     def experts(
         self,
+        layer: int,
         x: jax.Array,
         chosen: jax.Array,
         weights: jax.Array,
@@ -62,7 +64,8 @@ class StepContext(Protocol):
         down: Kernels,
         activation: Activation,
     ) -> jax.Array:
-        """Returns `pallas_kernels.experts.expert_outputs` of these arguments; on a shard, its part of the sum."""
+        """Returns `pallas_kernels.experts.expert_outputs` with the adapters' updates; on a shard, its part of the
+        sum."""
 
     def reduce(self, y: jax.Array) -> jax.Array:
         """The sum over all shards of `y [T, d]`, the output of "o" or "down" with its adapters; on one device, y."""
@@ -163,7 +166,7 @@ class DecoderLayer(nnx.Module):
 
     def _experts(self, x: jax.Array, context: StepContext) -> jax.Array:
         with jax.named_scope("experts"):
-            return context.reduce(self.experts(x, context.experts))  # [T, d]
+            return context.reduce(self.experts(x, partial(context.experts, self.index)))  # [T, d]
 
 
 class Decoder(nnx.Module):

@@ -33,7 +33,8 @@ class ExpertLayer(nnx.Module):
                 setattr(self, f"{name}_scale", nnx.Param(scale))
 
     def __call__(self, x: jax.Array, outputs: Callable[..., jax.Array]) -> jax.Array:
-        """Maps `x` `[T, d]` to `[T, d]`; on a shard, to its part of the sum. outputs: `StepContext.experts`."""
+        """Maps `x` `[T, d]` to `[T, d]`; on a shard, to its part of the sum. outputs: `StepContext.experts` of
+        this layer."""
         experts = self.config.experts
         assert experts is not None
         with jax.named_scope("router"):

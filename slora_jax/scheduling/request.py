@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from pallas_kernels.lora.layout import VECTORS
+from pallas_kernels.lora.layout import RANKS, VECTORS
 from slora_jax.memory import PrefixNode
 from slora_jax.metrics import FinishReason
 from slora_jax.scheduling.sampling_params import SamplingParams
@@ -33,7 +33,7 @@ class AdapterUse:
 
     name: str
     digest: str
-    ranks: np.ndarray  # int32 [7] or [10]
+    ranks: np.ndarray  # int32 [7], [10] or [10 + 3 E]
     num_pages: int
 
     @cached_property
@@ -45,6 +45,11 @@ class AdapterUse:
     def has_extras(self) -> bool:
         """True if steps with this adapter need the program for extras."""
         return bool(self.ranks[VECTORS:].any())
+
+    @cached_property
+    def has_experts(self) -> bool:
+        """True if steps with this adapter need the program for LoRA on experts."""
+        return bool(self.ranks[RANKS:].any())
 
 
 @dataclass

@@ -82,6 +82,7 @@ class TrainingContext:
 
     def experts(
         self,
+        layer: int,
         x: jax.Array,
         chosen: jax.Array,
         weights: jax.Array,

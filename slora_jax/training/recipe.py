@@ -15,7 +15,7 @@ from slora_jax.errors import AdapterError, ConfigError
 from slora_jax.typed import Count, Natural, Positive, Range, check_fields, made, refuse_unknown, typed
 
 _UNTRAINED = {"use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"}
-_UNTRAINED |= {"alora_invocation_tokens"}
+_UNTRAINED |= {"alora_invocation_tokens", "target_parameters"}
 
 LORA_FIELDS = tuple(
     field.name for field in fields(LoraConfig) if field.name != "fan_in_fan_out" and field.name not in _UNTRAINED

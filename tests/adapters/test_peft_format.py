@@ -135,8 +135,12 @@ NAMES: dict[TensorName | None, list[str]] = {
         "lora_te_text_model_encoder_layers_12_self_attn_q_proj.lora_down.weight",
         f"base_model.model.model.layers.012.{Q}",
         f"base_model.model.transformer.layers.12.{Q}",
-        "base_model.model.model.layers.12.mlp.experts.3.down_proj.lora_A.weight",
-        "base_model.model.model.layers.12.mlp.experts.base_layer.lora_A.weight",
+    ],
+    TensorName("model", 12, "mlp.experts.3.down_proj", "lora_A"): [
+        "base_model.model.model.layers.12.mlp.experts.3.down_proj.lora_A.weight"
+    ],
+    TensorName("model", 12, "mlp.experts.base_layer", "lora_A"): [
+        "base_model.model.model.layers.12.mlp.experts.base_layer.lora_A.weight"
     ],
 }
 

@@ -60,7 +60,7 @@ class DenseContext:
     def lookup(self, embedding: Callable[[jax.Array], jax.Array], tokens: jax.Array) -> jax.Array:
         return embedding(tokens)
 
-    def experts(self, *arrays: jax.Array) -> jax.Array:
+    def experts(self, layer: int, *arrays: jax.Array) -> jax.Array:
         return expert_outputs(*arrays[:-1], activation=arrays[-1])
 
     def reduce(self, y: jax.Array) -> jax.Array:
