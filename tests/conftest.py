@@ -38,13 +38,13 @@ import pytest
 
 COMPILATION_CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 SLOW_FILES = (
-    "test_notebooks", "test_family_parity", "test_sharded_engine", "test_lora_product", "test_paged_attention_compiled",
-    "test_bench", "test_no_pool_copy", "test_processes", "test_replicas", "test_lora_gradients_compiled",
-    "test_gradients", "test_lora_compiled", "test_smollm2", "test_systems", "test_rounds", "test_adapter_extras",
-    "test_lora_baselines", "test_step_memory", "test_kill_and_restart", "test_report",
-    "test_paged_attention_mosaic_gpu", "test_serving_load", "test_paged_attention_triton", "test_real_runner",
-    "test_demo", "test_documents", "test_bfloat16", "test_lora_gradients", "test_training_bench",
-    "test_compiled_collectives", "test_slow_clients", "test_live_page",
+    "test_notebooks", "test_family_parity", "test_sharded_engine", "test_lora_product",
+    "test_paged_attention_compiled", "test_bench", "test_no_pool_copy", "test_processes", "test_replicas",
+    "test_lora_gradients_compiled", "test_gradients", "test_expert_adapters", "test_lora_compiled", "test_smollm2",
+    "test_systems", "test_rounds", "test_adapter_extras", "test_lora_baselines", "test_step_memory",
+    "test_kill_and_restart", "test_report", "test_paged_attention_mosaic_gpu", "test_serving_load",
+    "test_paged_attention_triton", "test_real_runner", "test_demo", "test_documents", "test_bfloat16",
+    "test_lora_gradients", "test_training_bench", "test_compiled_collectives", "test_slow_clients", "test_live_page",
 )  # fmt: skip
 """Files of more than a minute, slowest first. They start first, so that no core idles at the end."""
 SHARED = ("peft_servers", "observed_engine")

@@ -114,6 +114,8 @@ def pool_shape(model: ModelConfig, config: EngineConfig) -> PoolShape:
 
 def _pool(model: ModelConfig, config: EngineConfig, num_pages: int) -> PoolShape:
     """A pool of this many pages, for adapters of no page."""
+    served = config.adapter_extras and config.tensor_parallel_size == 1
+    experts = model.experts.count if served and model.experts else 0
     return PoolShape(
         num_layers=model.num_layers,
         num_pages=num_pages,
@@ -124,9 +126,7 @@ def _pool(model: ModelConfig, config: EngineConfig, num_pages: int) -> PoolShape
         max_adapter_pages=0,
         kv_dtype=config.kv_dtype,
         head_dim=model.head_dim,
-        experts=model.experts.count
-        if model.experts and config.adapter_extras and config.tensor_parallel_size == 1
-        else 0,
+        experts=experts,
     )
 
 
