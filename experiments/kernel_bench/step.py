@@ -19,7 +19,8 @@ from pallas_kernels.paged_attention.roofline import attention_work
 from pallas_kernels.pool_write.roofline import write_kv_work
 from pallas_kernels.roofline import Work
 from slora_jax.engine.batch import BatchLayout, Bucket, build_metadata
-from slora_jax.engine.step import StepSpec, make_step, step_shapes
+from slora_jax.engine.step import make_step, step_shapes
+from slora_jax.engine.step_spec import StepSpec
 from slora_jax.memory import PoolShape
 from slora_jax.models import ModelConfig, abstract_decoder, init_random
 from slora_jax.scheduling import AdapterUse, Request, RequestMetrics, SamplingParams, StepPlan

@@ -26,7 +26,8 @@ from slora_jax.engine import EngineConfig
 from slora_jax.engine.after_step import AFTER_STEP, after_step_name
 from slora_jax.engine.config import Bucket
 from slora_jax.engine.sizing import longest_sequence, pool_shape, step_spec
-from slora_jax.engine.step import StepSpec, make_step, step_shapes
+from slora_jax.engine.step import make_step, step_shapes
+from slora_jax.engine.step_spec import StepSpec
 from slora_jax.errors import ConfigError
 from slora_jax.models import ModelConfig, Params, abstract_decoder
 from slora_jax.models.init import abstract_shards

@@ -18,7 +18,8 @@ from slora_jax.engine.config import EngineConfig
 from slora_jax.engine.device import Copy, Device, TableRows
 from slora_jax.engine.programs import StepKey
 from slora_jax.engine.sampling import Sampled
-from slora_jax.engine.step import StepOutput, StepSpec
+from slora_jax.engine.step import StepOutput
+from slora_jax.engine.step_spec import StepSpec
 from slora_jax.errors import ProcessLostError
 from slora_jax.memory.pool import pieces
 from slora_jax.models import Params

@@ -21,7 +21,7 @@ import numpy as np
 from slora_jax.distributed.channel import Call, Connection, FrameError, encode
 from slora_jax.engine.config import EngineConfig
 from slora_jax.engine.device import Device
-from slora_jax.engine.step import StepSpec
+from slora_jax.engine.step_spec import StepSpec
 from slora_jax.errors import ConfigError, ProcessLostError
 from slora_jax.models import Params
 

@@ -13,7 +13,8 @@ from pallas_kernels.cutoff import cutoff
 from pallas_kernels.lora.layout import ceil_div
 from slora_jax.engine.batch import SAMPLER_FIELDS, unpack_sampling, with_cutoff
 from slora_jax.engine.sampling import Sampled, edited, sample, score
-from slora_jax.engine.step import StepSpec, greedy_token, replicated
+from slora_jax.engine.step import greedy_token, replicated
+from slora_jax.engine.step_spec import StepSpec
 from slora_jax.parallel import vocabulary
 from slora_jax.parallel.mesh import AXIS, LOGITS, REPLICATED
 from slora_jax.scheduling import MAX_LOGIT_BIAS

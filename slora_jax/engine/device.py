@@ -15,7 +15,8 @@ from slora_jax.engine.config import EngineConfig
 from slora_jax.engine.merge import MergeProgram
 from slora_jax.engine.programs import StepKey, StepPrograms
 from slora_jax.engine.sampling import Sampled
-from slora_jax.engine.step import StepOutput, StepSpec
+from slora_jax.engine.step import StepOutput
+from slora_jax.engine.step_spec import StepSpec
 from slora_jax.memory.pool import UPLOAD_PAGES, describe, pieces, put_pages, upload_adapter, upload_pages
 from slora_jax.models import Params
 from slora_jax.parallel.mesh import PAGES, POOL

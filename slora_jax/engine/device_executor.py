@@ -18,7 +18,7 @@ from slora_jax.engine.core import Landing
 from slora_jax.engine.device import Copy, Device
 from slora_jax.engine.merge import AdapterMerge
 from slora_jax.engine.sampling import Sampled
-from slora_jax.engine.step import Lora
+from slora_jax.engine.step_spec import Lora
 from slora_jax.engine.structured import logit_edits
 from slora_jax.errors import AdapterError, ProcessLostError
 from slora_jax.memory import AdapterResidency, Resident, Upload

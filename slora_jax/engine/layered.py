@@ -18,11 +18,9 @@ from pallas_kernels.kv_format import LayerPool
 from pallas_kernels.lora import AdapterTable, LoraTiles
 from slora_jax.engine.batch import BatchLayout, SequenceState, StepBatch, unpack
 from slora_jax.engine.step import (
-    Lora,
     LoraStep,
     PagedContext,
     StepOutput,
-    StepSpec,
     end_work,
     greedy_token,
     lora_work,
@@ -32,6 +30,7 @@ from slora_jax.engine.step import (
     step_name,
     step_shapes,
 )
+from slora_jax.engine.step_spec import Lora, StepSpec
 from slora_jax.memory import Pool
 from slora_jax.models import Params, abstract_decoder
 from slora_jax.models.init import layer_graph

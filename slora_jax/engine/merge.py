@@ -18,7 +18,7 @@ import numpy as np
 from pallas_kernels.kv_format import pages_of
 from pallas_kernels.lora import AdapterTable, LoraLayout, Stack, xla
 from pallas_kernels.lora.layout import ceil_div
-from slora_jax.engine.step import StepSpec
+from slora_jax.engine.step_spec import StepSpec
 from slora_jax.memory import Pool, Resident
 from slora_jax.metrics import Counters
 from slora_jax.models import Params

@@ -13,7 +13,7 @@ from flax import nnx
 from slora_jax.engine.config import EngineConfig
 from slora_jax.engine.device import Device
 from slora_jax.engine.sizing import pages_that_fit, pool_shape, step_spec
-from slora_jax.engine.step import StepSpec
+from slora_jax.engine.step_spec import StepSpec
 from slora_jax.errors import ConfigError
 from slora_jax.models import ModelConfig, Params, load_model
 from slora_jax.models.shards import shard_params

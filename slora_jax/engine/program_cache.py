@@ -30,7 +30,7 @@ from flax import traverse_util
 from jax.experimental import serialize_executable
 
 import pallas_kernels
-from slora_jax.engine.step import StepSpec
+from slora_jax.engine.step_spec import StepSpec
 from slora_jax.models.hf import load_device
 
 KEPT_SECONDS = 30 * 24 * 3600

@@ -26,7 +26,8 @@ from slora_jax.engine.after_step import AFTER_STEP, after_step_name
 from slora_jax.engine.batch import BatchLayout, Bucket
 from slora_jax.engine.layered import LayeredStep, Part
 from slora_jax.engine.program_cache import ProgramCache
-from slora_jax.engine.step import Lora, StepSpec, make_step, step_name, step_shapes
+from slora_jax.engine.step import make_step, step_name, step_shapes
+from slora_jax.engine.step_spec import Lora, StepSpec
 from slora_jax.phases import advance, phase
 
 StepKey = tuple[int, int]

@@ -16,7 +16,7 @@ from pallas_kernels.lora.layout import ENDS, EXPERT_PROJECTIONS, ceil_div, tile_
 from slora_jax.adapters import BaseGeometry
 from slora_jax.adapters.adapter import extended
 from slora_jax.engine.config import EngineConfig
-from slora_jax.engine.step import StepSpec
+from slora_jax.engine.step_spec import StepSpec
 from slora_jax.errors import ConfigError
 from slora_jax.memory import PoolShape
 from slora_jax.models import ModelConfig, Params

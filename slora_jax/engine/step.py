@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,42 +11,28 @@ from flax import nnx
 
 from pallas_kernels import devices
 from pallas_kernels.experts import expert_outputs
-from pallas_kernels.experts.api import Implementation as ExpertImplementation
 from pallas_kernels.kv_format import pages_of
-from pallas_kernels.lora import AdapterTable, LoraLayout, LoraProduct, LoraTiles, ends, lora_tile_rows, vectors
+from pallas_kernels.lora import AdapterTable, LoraProduct, LoraTiles, ends, vectors
 from pallas_kernels.lora import experts as expert_lora
-from pallas_kernels.lora.api import Implementation as LoraImplementation
-from pallas_kernels.lora.bmm import Padding, paddings
+from pallas_kernels.lora.bmm import Padding
 from pallas_kernels.paged_attention import PagedAttention
-from pallas_kernels.paged_attention.api import Implementation
 from pallas_kernels.pool_write import NO_PAGE, write_kv
 from pallas_kernels.weight_format import Kernels, codes_of
 from slora_jax.engine.batch import BatchLayout, Bucket, SequenceState, StepBatch, unpack
 from slora_jax.engine.sampling import greedy
-from slora_jax.memory import Pool, PoolShape
-from slora_jax.models import ModelConfig, Params
+from slora_jax.engine.step_spec import Lora, StepSpec, with_extras
+from slora_jax.memory import Pool
+from slora_jax.models import Params
 from slora_jax.models.decoder import Embedding
-from slora_jax.models.projections import lora_layout
 from slora_jax.models.quantised import INT4_OPTIONS
 from slora_jax.models.traits import Activation
 from slora_jax.parallel import vocabulary
-from slora_jax.parallel.layout import ONE_DEVICE, Shards
 from slora_jax.parallel.lora import add_lora
 from slora_jax.parallel.mesh import AXIS, LOGITS, POOL, REPLICATED, TensorParallel
 
 GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 """XLA's options for a step on a GPU. By default the step's CUDA graph is one chain, in the order of the schedule; here
 a kernel waits only for those that write what it reads, or use the memory that it writes."""
-
-
-Lora = bool | Padding | Literal["extras", "experts"]
-"""LoRA work that a step program is compiled for: False for none, True for any (gathered), "extras" for adapters with
-more than LoRA on projections too, "experts" for those and LoRA on experts, or a padded shape (`bmm`)."""
-
-
-def with_extras(lora: Lora) -> bool:
-    """Returns whether a program is for adapters with more than LoRA on projections."""
-    return isinstance(lora, str)
 
 
 @jax.tree_util.register_dataclass
@@ -186,128 +172,6 @@ class PagedContext:
             return y
         with jax.named_scope("all_reduce_base"):
             return jax.lax.psum(y, AXIS)
-
-
-@dataclass(frozen=True)
-class StepSpec:
-    """Shapes and structure that all step programs of an engine depend on.
-
-    Attributes:
-      model: the whole model.
-      graphdef: graph definition of the decoder; with `parallel`, of a shard's decoder.
-      params: `jax.ShapeDtypeStruct` leaves of the whole model, with shardings if there are several shards.
-      pool: shape of the whole pool.
-      max_rank: `max_lora_rank`.
-      kernels: see `EngineConfig`; None is the plan tables' choice for the device.
-      parallel: sharding, None on one device.
-      lora, adapter_extras: see `EngineConfig`.
-    """
-
-    model: ModelConfig
-    graphdef: Any
-    params: Params
-    pool: PoolShape
-    max_num_seqs: int
-    max_pages_per_seq: int
-    max_rank: int
-    kernels: Implementation | None = None
-    parallel: TensorParallel | None = None
-    lora: str = "paged"
-    adapter_extras: bool = False
-
-    @property
-    def shards(self) -> Shards:
-        return ONE_DEVICE if self.parallel is None else self.parallel.shards
-
-    @property
-    def shard_model(self) -> ModelConfig:
-        """The model whose program each shard runs."""
-        return self.shards.of_model(self.model)
-
-    @property
-    def shard_pool(self) -> PoolShape:
-        """Shape of each shard's part of the pool."""
-        return replace(self.pool, width=self.pool.width // self.shards.count)
-
-    @property
-    def interpret(self) -> bool:
-        """True if GPU kernels are selected by name but there is no GPU, so that they run in their interpreters."""
-        return self.kernels not in (None, "xla") and devices.target() is None
-
-    @property
-    def layered(self) -> bool:
-        """True on a CPU, where a step is compiled layer by layer (`engine.layered`)."""
-        return devices.target() is None
-
-    def attention_kernels(self, decode: bool) -> Implementation | None:
-        """Implementation of attention; None is the plan tables' choice."""
-        return "triton" if decode and self.kernels == "mosaic_gpu" else self.kernels
-
-    @property
-    def lora_kernels(self) -> LoraImplementation | None:
-        """Implementation of LoRA products; None is the plan tables' choice."""
-        if self.lora == "bmm":
-            return "bmm"
-        return "triton" if self.kernels == "mosaic_gpu" else self.kernels
-
-    @property
-    def expert_kernels(self) -> ExpertImplementation | None:
-        """Implementation of products with experts; None is the plan table's choice."""
-        return "triton" if self.kernels == "mosaic_gpu" else self.kernels
-
-    def lora_programs(self, layout: BatchLayout) -> tuple[Lora, ...]:
-        """Returns the LoRA work that a bucket's programs are compiled for, least first."""
-        if self.lora == "paged":
-            extras: tuple[Lora, ...] = ("extras", "experts") if self.expert_adapters else ("extras",)
-            return (False, True, *extras) if self.adapter_extras else (False, True)
-        if self.lora != "bmm":
-            return (False,)
-        bucket, adapters = layout.bucket, min(layout.bucket.seqs, self.pool.adapter_slots)
-        return False, *paddings(bucket.tokens, adapters, decode=bucket.decode, tile_rows=layout.lora_tile_rows)
-
-    def has_ends(self, with_lora: Lora) -> bool:
-        """Returns whether a program with this LoRA work applies changes of embedding and head."""
-        return with_extras(with_lora) and self.shards.count == 1
-
-    @property
-    def expert_adapters(self) -> bool:
-        """Whether LoRA on experts is served."""
-        return self.adapter_extras and self.model.experts is not None and self.shards.count == 1
-
-    @property
-    def lora_layout(self) -> LoraLayout:
-        layout = lora_layout(self.model, self.pool.tile_rows)
-        if self.adapter_extras:
-            layout = replace(layout, num_layers=self.model.num_layers, vocab_size=self.model.vocab_size)
-            if self.expert_adapters:
-                assert self.model.experts is not None
-                count, width = self.model.experts.count, self.model.experts.intermediate_size
-                layout = replace(layout, experts=count, expert_width=width)
-        return self.shards.of_layout(layout)
-
-    def layout(self, bucket: Bucket) -> BatchLayout:
-        """Returns the layout of a bucket's metadata."""
-        rows = lora_tile_rows(
-            self.lora_layout,
-            self.pool.dtype,
-            decode=bucket.decode,
-            split=self.shards.count > 1,
-            implementation=self.lora_kernels,
-        )
-        return BatchLayout(
-            bucket, self.pool.page_size, self.max_num_seqs, self.pool.adapter_slots, min(bucket.tokens, rows)
-        )
-
-    def state_struct(self) -> SequenceState:
-        """Shapes of the device's sequence state."""
-        return SequenceState(
-            page_table=jax.ShapeDtypeStruct((self.max_num_seqs + 1, self.max_pages_per_seq), jnp.int32),  # type: ignore[arg-type]
-            last_token=jax.ShapeDtypeStruct((self.max_num_seqs + 1,), jnp.int32),  # type: ignore[arg-type]
-        )
-
-    def make_state(self) -> SequenceState:
-        device = None if self.parallel is None else self.parallel.replicated
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=device), self.state_struct())
 
 
 def lora_work(

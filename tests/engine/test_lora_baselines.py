@@ -17,7 +17,7 @@ from slora_jax.analysis import pool_use
 from slora_jax.analysis.hlo import instructions
 from slora_jax.engine.merge import AdapterMerge, MergeProgram, kernels
 from slora_jax.engine.sizing import pool_shape, step_spec
-from slora_jax.engine.step import StepSpec
+from slora_jax.engine.step_spec import StepSpec
 from slora_jax.memory import PageKind, Resident, upload_adapter
 from slora_jax.metrics import Counters
 from slora_jax.scheduling import AdapterUse, Fcfs, OneAdapter, Request, RequestMetrics, ScheduledSequence, StepPlan

@@ -11,7 +11,8 @@ from pallas_kernels.targets import TARGETS, compile_for
 from slora_jax.analysis import pool_use
 from slora_jax.engine.batch import Bucket
 from slora_jax.engine.layered import LayeredStep
-from slora_jax.engine.step import StepSpec, make_step, step_shapes
+from slora_jax.engine.step import make_step, step_shapes
+from slora_jax.engine.step_spec import StepSpec
 from slora_jax.memory import PoolShape
 from slora_jax.memory.pool import set_table_row, upload_layer, upload_layers
 from slora_jax.models import ModelConfig, RopeConfig, abstract_decoder

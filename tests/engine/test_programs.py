@@ -21,7 +21,7 @@ from slora_jax.engine import sizing
 from slora_jax.engine.program_cache import ProgramCache
 from slora_jax.engine.programs import on_threads
 from slora_jax.engine.sizing import coarse, pages_that_fit, pool_shape, step_spec
-from slora_jax.engine.step import StepSpec
+from slora_jax.engine.step_spec import StepSpec
 
 PROMPTS = [[3, 17, 5, 9], [40, 41], list(range(60, 70))]
 PARTS = ("begin", "lora_prepare", "lora_layer", "end")

@@ -11,7 +11,7 @@ from pallas_kernels.lora import AdapterTable, LoraLayout, LoraProduct, LoraTiles
 from pallas_kernels.lora.api import backend
 from pallas_kernels.lora.plan import expand_plan, shrink_plan
 from pallas_kernels.paged_attention import AttentionTiles, PagedAttention
-from slora_jax.engine.step import StepSpec
+from slora_jax.engine.step_spec import StepSpec
 
 H200 = devices.DEVICES["h200"]
 
