@@ -43,7 +43,7 @@ def families(*reports: Json) -> Iterable[str]:
 
 
 def _pools(of: str, reports: Mapping[str, Json]) -> Iterable[str]:
-    """What a pool for all layers of the model holds."""
+    """The contents of a pool for all layers of the model."""
     yield "What the pool holds, beside the weights:"
     rows = []
     for name, report in reports.items():

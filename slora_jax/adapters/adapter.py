@@ -69,7 +69,7 @@ class LoraAdapter:
 
     @property
     def extras(self) -> tuple[str, ...]:
-        """What makes it more than plain LoRA, for example `("use_dora", "head")`."""
+        """Names the parts beyond plain LoRA, for example `("use_dora", "head")`."""
         return (*self.vectors, *self.ends, *(("experts",) if self.experts else ()))
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What every step program of an engine depends on."""
+"""The shapes and settings that all step programs of an engine depend on."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class StepSpec:
 
     @property
     def expert_adapters(self) -> bool:
-        """Whether LoRA on experts is served."""
+        """True if LoRA on experts is served."""
         return self.adapter_extras and self.model.experts is not None and self.shards.count == 1
 
     @property

@@ -123,7 +123,7 @@ def check(device, calls, buffers=False):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_no_plan_spills_and_outputs_are_updated_in_place(name):
-    """The buffers are XLA's, alike for all devices."""
+    """XLA assigns the same buffers on all devices."""
     check(devices.DEVICES[name], CALLS[name], buffers=name == "h200")
 
 

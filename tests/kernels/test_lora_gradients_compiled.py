@@ -38,8 +38,8 @@ def step_structs(layout, max_rank, rows, tile_rows):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_no_plan_spills_and_the_gradient_is_updated_in_place(name):
-    """On an L4, whose code is that of an A100 and whose shared memory is smaller, only the largest ranks. The buffers
-    are XLA's, alike for all devices."""
+    """On an L4, whose code is that of an A100 and whose shared memory is smaller, only the largest ranks. XLA
+    assigns the same buffers on all devices."""
     device, calls = devices.DEVICES[name], CALLS[:1] if name == "l4" else CALLS
     with devices.compiling_for(device):
         tile_rows = training_tile_rows(LLAMA_3_8B.layout(), "bfloat16", 2048)
