@@ -311,7 +311,7 @@ class AdapterStore(AdapterContents):
 
         Raises AdapterError if it is too large, or has extras that are not served.
         """
-        shape, rank = tile_shape(ranks, self.geometry), int(np.delete(ranks, slice(VECTORS, VECTORS + 1), 1).max())
+        rank = int(np.delete(ranks, slice(VECTORS, VECTORS + 1), 1).max())
         if not self._extras and ranks.shape[1] > VECTORS:
             raise AdapterError(
                 f"adapter {name!r} has DoRA, biases, LoRA on experts, or changes of lm_head or embed_tokens, which "
@@ -322,6 +322,7 @@ class AdapterStore(AdapterContents):
                 f"adapter {name!r} changes experts, lm_head or embed_tokens, which needs "
                 f"EngineConfig.tensor_parallel_size=1, found {self.geometry.shards.count}; serve it on one device"
             )
+        shape = tile_shape(ranks, self.geometry)
         num_pages, nbytes = shape[1], int(np.prod(shape)) * self.dtype.itemsize
         if rank > self._max_lora_rank:
             raise AdapterError(

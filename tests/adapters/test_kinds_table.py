@@ -46,7 +46,7 @@ def cell(fields: dict, settings: dict) -> str:
     ends = bool(resolve_ends(config) or config.tokens or config.modules_to_save)
     if not config.extras and not ends:
         return "served"
-    if ends and "tensor_parallel_size" in settings:
+    if (ends or config.target_parameters) and "tensor_parallel_size" in settings:
         return "refused"
     try:
         EngineConfig(adapter_extras=True, **settings)

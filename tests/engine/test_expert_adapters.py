@@ -11,6 +11,7 @@ from slora_jax import Engine, EngineConfig, SamplingParams
 from slora_jax.adapters import AdapterStore
 from slora_jax.adapters.config import LoraConfig
 from slora_jax.errors import AdapterError
+from slora_jax.parallel.layout import Shards
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -136,6 +137,12 @@ def test_both_layouts_give_the_same_content(family, tmp_path):
         geometry = engine.store.geometry
     reason = "LoRA on experts, .*need EngineConfig.adapter_extras=True, found False"
     with AdapterStore(geometry, "float32", 10**9) as store, pytest.raises(AdapterError, match=reason):
+        store.prepare("x", saved)
+    split = AdapterStore(replace(geometry, shards=Shards(2)), "float32", 10**9, extras=True)
+    with (
+        split as store,
+        pytest.raises(AdapterError, match="changes experts, .*needs EngineConfig.tensor_parallel_size=1"),
+    ):
         store.prepare("x", saved)
 
 

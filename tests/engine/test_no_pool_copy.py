@@ -112,8 +112,8 @@ def test_upload_updates_the_pool_in_place():
         use = pool_use(compiled, part)
         assert use.aliased_bytes == use.pool_bytes
         assert use.copies == ()
-    row = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((), (shape.max_adapter_pages,), (10,))]
-    table = set_table_row.lower(shape.table_struct(), *row).compile().memory_analysis()
+    row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), shape.table_struct())
+    table = set_table_row.lower(shape.table_struct(), number, row).compile().memory_analysis()
     assert table.alias_size_in_bytes >= 4 * shape.adapter_slots * (shape.max_adapter_pages + 10)
 
 

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ import jax
 import pytest
 import serve_together
 
-from slora_jax import Engine, cli
+from slora_jax import Engine, EngineConfig, SamplingParams, cli
 from slora_jax.adapters import random_adapter, write_peft
 from slora_jax.demo.checkpoint import write_checkpoint
 from slora_jax.distributed.group import EXIT_LOST
@@ -167,6 +169,38 @@ def test_command_answers_as_in_one_process_and_both_processes_end(tmp_path, capf
     )
     assert processes.statuses(200) == [0, 0], processes.errors(0) + processes.errors(1)
     assert [answer(processes.out(i)) for i in range(2)] == [expected, ""]
+
+
+def test_server_answers_as_in_one_process_and_fails_requests_when_a_follower_is_killed(tmp_path, start) -> None:
+    model_dir, adapters, prompt = tmp_path / "model", tmp_path / "adapters", "A language model"
+    write_checkpoint(model_dir, num_layers=1, seed=1)
+    write_peft(adapters / "a", random_adapter(adapter_geometry(ModelConfig.from_directory(model_dir), 16), 8, seed=0))
+    options = {"dtype": "float32", "max_model_len": 32, "num_pages": 64, "compile_ahead": False}
+    with Engine.from_pretrained(model_dir, EngineConfig(**options)) as engine:
+        engine.load_adapter("a", adapters / "a")
+        [expected] = engine.generate(prompt, SamplingParams(max_tokens=8, ignore_eos=True), "a")
+    (tmp_path / "server.yaml").write_text(json.dumps({"engine": options}))
+    command = [serve_together.__file__, "slora", "serve", str(model_dir), f"--config={tmp_path / 'server.yaml'}"]
+    command += [f"--adapters={adapters}", f"--port={(port := free_port())}", "--tensor-parallel-size=2"]
+    command += [f"--coordinator=127.0.0.1:{free_port()}", "--num-processes=2"]
+    processes = start([[*command, f"--process-id={i}"] for i in range(2)])
+
+    def complete() -> dict:
+        asked = {"model": "a", "prompt": prompt, "max_tokens": 8, "ignore_eos": True, "temperature": 0}
+        url, headers = f"http://127.0.0.1:{port}/v1/completions", {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, json.dumps(asked | {"return_token_ids": True}).encode(), headers)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)["choices"][0]
+
+    while "ready: " not in processes.errors(0):
+        assert processes.processes[0].poll() is None, processes.errors(0)
+        time.sleep(0.1)
+    assert complete()["token_ids"] == expected.token_ids
+    processes.processes[1].kill()
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        complete()
+    assert raised.value.code in (500, 503)
+    assert processes.statuses(SECONDS_TO_END) == [EXIT_LOST, -signal.SIGKILL]
 
 
 def answer(out: str) -> str:

@@ -185,7 +185,7 @@ async def test_failed_step_fails_running_sequences_only(engine, trap, place) -> 
         assert made.calls >= 6
         for _, mailbox in waiting:
             assert len((await finish(mailbox))[0]) == 3
-        await until(lambda: loop.health is Health.READY)
+        await until(lambda: heard.health[-2:] == [Health.RECOVERING, Health.READY])
         assert heard.health[:3] == [Health.READY, Health.RECOVERING, Health.READY] and len(heard.faults) == 1
         assert len((await finish(submit(loop, [9])[1]))[0]) == 80
         await loop.call(lambda engine: engine.check())
