@@ -22,7 +22,7 @@ def gated(fused: jax.Array, activation: str, dtype: Any) -> jax.Array:
 
 
 Add = Callable[[jax.Array, jax.Array], jax.Array]
-"""Adds to the product `y` of rows `x`."""
+"""`(x [R, d_in], y [R, d_out]) -> y` and a further product of each row."""
 
 
 def expert_outputs(

@@ -5,7 +5,6 @@ All backends use these XLA operations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,15 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.experts.xla import Add
 from pallas_kernels.lora import xla
 from pallas_kernels.lora.layout import EXPERT_PROJECTIONS, PROJECTIONS, RANKS, LoraLayout
 from pallas_kernels.lora.tiles import AdapterTable, LoraTiles
 
 TILE_ROWS = 16
 """Most rows of one expert of one adapter in one product."""
-
-Add = Callable[[jax.Array, jax.Array], jax.Array]
-"""`(x [R, d_in], y [R, d_out]) -> y + x A B`, with each row's own A and B."""
 
 
 @jax.tree_util.register_dataclass

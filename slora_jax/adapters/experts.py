@@ -90,7 +90,13 @@ class ExpertsReader:
         return sources
 
     def _modules(self, config: LoraConfig, layers: list[int]) -> list[_Source]:
-        """The targets among the modules of transformers 4, in the spelling of the file, or in any if it has none."""
+        """The targets among the modules of transformers 4, in the spelling of the file.
+
+        For a file without experts, one expert of each layer shows in every spelling whether they are targets: to match
+        tens of thousands of names would take longer than all else.
+        """
+        if config.target_parameters:
+            return []  # PEFT has renamed the targets of modules
         found = {module.split(".")[0] for _, module, _ in self._names}
         spellings = [one for one in SPELLINGS if one["gate"].split(".")[0] in found] or SPELLINGS
         places = {
@@ -98,10 +104,8 @@ class ExpertsReader:
             for spelling in spellings
             for layer in layers
             for projection, module in spelling.items()
-            for expert in range(self._geometry.num_experts)
+            for expert in range(self._geometry.num_experts if found else min(1, self._geometry.num_experts))
         }
-        if config.target_parameters:
-            return []  # PEFT has renamed the targets of modules
         targets = resolve_modules(config, places)
         return [_Source(places[n][0], places[n][1], (places[n][2],), places[n][3], t) for n, t in targets.items()]
 

@@ -102,14 +102,13 @@ def pool_shape(model: ModelConfig, config: EngineConfig) -> PoolShape:
             f"{num_pages} pages include the dummy page and at least one page for KV; lower it, raise num_pages, or use "
             "None"
         )
-    ranks = np.full(7, config.max_lora_rank)
+    pool, ranks = _pool(model, config, num_pages), np.full(7, config.max_lora_rank)
     if config.adapter_extras:
-        alone = config.tensor_parallel_size == 1
-        ends = dict.fromkeys(ENDS if alone else (), config.max_lora_rank)
-        experts = np.full((geometry.num_experts if alone else 0, len(EXPERT_PROJECTIONS)), config.max_lora_rank)
+        ends = dict.fromkeys(ENDS if config.tensor_parallel_size == 1 else (), config.max_lora_rank)
+        experts = np.full((pool.experts, len(EXPERT_PROJECTIONS)), config.max_lora_rank)
         ranks = extended(ranks, True, ends, experts)
     largest = int(geometry.layout.num_pages(ranks))
-    return replace(_pool(model, config, num_pages), max_adapter_pages=min(largest, num_pages - 1))
+    return replace(pool, max_adapter_pages=min(largest, num_pages - 1))
 
 
 def _pool(model: ModelConfig, config: EngineConfig, num_pages: int) -> PoolShape:

@@ -115,7 +115,7 @@ class StepSpec:
     @property
     def expert_adapters(self) -> bool:
         """True if LoRA on experts is served."""
-        return self.adapter_extras and self.model.experts is not None and self.shards.count == 1
+        return self.pool.experts > 0
 
     @property
     def lora_layout(self) -> LoraLayout:

@@ -19,13 +19,11 @@ from slora_jax.errors import ProcessLostError, SloraError
 from slora_jax.scheduling import FinishReason, SamplingParams
 from slora_jax.serving.health import UNAVAILABLE, Health, Listener, refusal
 from slora_jax.serving.http.errors import ApiError, engine_failed, unavailable
-from slora_jax.serving.mailbox import Mailbox
+from slora_jax.serving.mailbox import Deliveries, Mailbox
 from slora_jax.serving.observability.snapshot import EngineSnapshot, observe
 
 logger = logging.getLogger("slora_jax.serving")
 
-DELIVERY_SECONDS = 0.004
-"""Shortest interval between two deliveries of tokens. Shorter steps are joined: a write costs more than a token."""
 SNAPSHOT_SECONDS = 0.1
 """Interval of snapshots."""
 CHECK_SECONDS = 10.0
@@ -53,14 +51,12 @@ class EngineLoop:
         self._events = asyncio.get_running_loop()
         self._calls: set[asyncio.Future] = set()  # waiting for the thread
         self._sequences: dict[str, tuple[Mailbox, int]] = {}  # unfinished ones by id
-        self._filled: dict[Mailbox, None] = {}  # with tokens that are not passed on yet
-        self._delivered_at = 0.0
+        self._deliveries = Deliveries(self._events)
+        self._post = self._deliveries.post
         self._numbers = 0
         # Shared with the thread:
         self._commands: deque[Callable[[Engine], None]] = deque()
         self._long_commands: deque[Callable[[Engine], None]] = deque()
-        self._posted: deque[tuple[Callable, tuple[object, ...]]] = deque()  # callbacks for the event loop
-        self._is_scheduled = False  # whether the event loop will run them
         self._wake = threading.Event()
         self._stopping = False
         self._busy_since: float | None = None  # start of the current call of the engine
@@ -201,28 +197,7 @@ class EngineLoop:
             elif output is not None and output.finish_reason is FinishReason.ABORT:
                 mailbox.fail(unavailable(output.error or "the policy aborted it", code="aborted", retry_after=1))
             else:
-                mailbox.put(index, delta)
-                self._filled[mailbox] = None
-
-    def _run_posted(self) -> None:
-        """Runs the callbacks that are posted by now, but not within `DELIVERY_SECONDS` of the last tokens."""
-        now, next_delivery = self._events.time(), self._delivered_at + DELIVERY_SECONDS
-        if now < next_delivery:
-            self._events.call_at(next_delivery, self._run_posted)
-            return
-        self._is_scheduled = False
-        try:
-            for _ in range(len(self._posted)):
-                callback, arguments = self._posted.popleft()
-                callback(*arguments)
-        finally:
-            filled, self._filled = self._filled, {}
-            for mailbox in filled:
-                mailbox.deliver()
-            if filled:
-                self._delivered_at = now
-            if self._posted:
-                self._schedule()  # what follows a callback that raised
+                self._deliveries.put(mailbox, index, delta)
 
     def _fail(self, request_ids: list[str], error: Exception) -> None:
         for request_id in request_ids:
@@ -385,19 +360,6 @@ class EngineLoop:
         self._post(self._listener.health_changed, health)
         if error is not None:
             self._post(self._listener.fault, error)
-
-    def _post(self, callback: Callable, *arguments: object) -> None:
-        self._posted.append((callback, arguments))
-        self._schedule()
-
-    def _schedule(self) -> None:
-        if self._is_scheduled:
-            return
-        self._is_scheduled = True
-        try:
-            self._events.call_soon_threadsafe(self._run_posted)
-        except RuntimeError:
-            pass  # the event loop has ended
 
 
 def _settle[T](future: asyncio.Future[T], result: T, error: Exception | None) -> None:

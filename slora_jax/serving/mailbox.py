@@ -1,11 +1,15 @@
-"""Passes new tokens from the engine's loop to an HTTP request."""
+"""Passes new tokens from the engine's thread to HTTP requests."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 
 from slora_jax.engine import Delta
+
+DELIVERY_SECONDS = 0.004
+"""Shortest interval between two deliveries of tokens. Shorter steps are joined: a write costs more than a token."""
 
 
 class Mailbox:
@@ -62,3 +66,58 @@ class Mailbox:
         waiting, self._waiting = self._waiting, None
         if waiting is not None and not waiting.done():
             waiting.set_result(None)
+
+
+class Deliveries:
+    """Callbacks for an event loop from other threads, and the mailboxes that they fill. All that are pending are run in
+    one turn of the event loop, and each mailbox is delivered once at its end.
+
+    Args:
+      events: the event loop.
+    """
+
+    def __init__(self, events: asyncio.AbstractEventLoop) -> None:
+        self._events = events
+        self._posted: deque[tuple[Callable, tuple[object, ...]]] = deque()
+        self._is_scheduled = False
+        self._filled: dict[Mailbox, None] = {}  # with tokens that are not passed on yet
+        self._delivered_at = 0.0
+
+    def post(self, callback: Callable, *arguments: object) -> None:
+        """Lets the event loop call `callback`. May be called on any thread."""
+        self._posted.append((callback, arguments))
+        self._schedule()
+
+    def put(self, mailbox: Mailbox, index: int, delta: Delta) -> None:
+        """Adds the result of a step for a sequence to its mailbox, from within a callback."""
+        mailbox.put(index, delta)
+        self._filled[mailbox] = None
+
+    def _schedule(self) -> None:
+        if self._is_scheduled:
+            return
+        self._is_scheduled = True
+        try:
+            self._events.call_soon_threadsafe(self._run)
+        except RuntimeError:
+            pass  # the event loop has ended
+
+    def _run(self) -> None:
+        """Runs the callbacks that are posted by now, but not within `DELIVERY_SECONDS` of the last tokens."""
+        now, next_delivery = self._events.time(), self._delivered_at + DELIVERY_SECONDS
+        if now < next_delivery:
+            self._events.call_at(next_delivery, self._run)
+            return
+        self._is_scheduled = False
+        try:
+            for _ in range(len(self._posted)):
+                callback, arguments = self._posted.popleft()
+                callback(*arguments)
+        finally:
+            filled, self._filled = self._filled, {}
+            for mailbox in filled:
+                mailbox.deliver()
+            if filled:
+                self._delivered_at = now
+            if self._posted:
+                self._schedule()  # what follows a callback that raised

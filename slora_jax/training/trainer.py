@@ -149,7 +149,7 @@ class Trainer:
             adapter = initial_adapter(adapter, self.geometry, seed)
         elif not isinstance(adapter, LoraAdapter):
             adapter = read_peft(adapter, self.geometry)
-        if extras := adapter.config.extras or (("LoRA on experts",) if adapter.experts else ()):
+        if extras := adapter.config.extras or adapter.extras:
             raise AdapterError(f"adapter {name!r}: {', '.join(extras)} can be served but not trained; unset it")
         targets = resolve_targets(adapter.config, self.model.num_layers)
         ranks, config = adapter.ranks.max(axis=0), self.config

@@ -69,6 +69,19 @@ def test_read_gives_the_delta_weights_of_peft(peft_with_weights, geometry, tmp_p
     adapter.check(geometry)
 
 
+def test_adapter_without_experts_is_read_soon_for_a_model_of_many(geometry, tmp_path):
+    """To match the name of every expert would take longer than an adapter's expressions may."""
+    model = dataclasses.replace(geometry, expert_layers=(True,) * 3, num_experts=100_000, expert_width=8)
+    write_peft(tmp_path, random_adapter(geometry, targets=["q"]))
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"target_modules": r".*\.(self_attn|mlp).*\.q_proj"}
+    path.write_text(json.dumps(config))
+    assert set(read_peft(tmp_path, model).a) == {(layer, "q") for layer in range(3)}
+    path.write_text(json.dumps(config | {"target_modules": ["q_proj", "down_proj"]}))
+    with pytest.raises(AdapterError, match=r"missing tensor .*mlp\.experts\.0\.down_proj.*which .* targets"):
+        read_peft(tmp_path, model)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_weights_are_read_exactly(peft_with_weights, geometry, tmp_path, dtype):
     model = peft_with_weights(target_modules=["q_proj", "down_proj"], r=4)

@@ -122,7 +122,7 @@ async def test_tokens_equal_those_of_generate(engine) -> None:
 @in_event_loop
 async def test_tokens_of_short_steps_are_delivered_together(engine, monkeypatch) -> None:
     interval, taken = 0.1, 0
-    monkeypatch.setattr("slora_jax.serving.engine_loop.DELIVERY_SECONDS", interval)
+    monkeypatch.setattr("slora_jax.serving.mailbox.DELIVERY_SECONDS", interval)
     async with looping(engine) as loop:
         start, mailbox, output = time.monotonic(), submit(loop, [3, 4])[1], None
         while output is None:
