@@ -1,9 +1,10 @@
 """Cost of a token in the HTTP server: `python -m experiments.server_bench [--beside CHECKOUT] [--output FILE]`.
 
 The real server, engine core and scheduler run without a model: a step takes no time (saturated), or gives every stream
-a token each 20 ms (paced). Measured from outside: tokens per second; the time from the engine's read of a token to its
-arrival at the client; CPU time of the server's processes and of the thread with the event loop for each token. With
-several servers, their rounds are interleaved.
+a token each 20 ms (paced; 40 ms for more than 256 streams). Measured from outside: tokens per second; the time from the
+engine's read of a token to its arrival at the client; CPU time for each token of the thread with the event loop, of the
+first process's other threads (the engine), and of HTTP processes. The client has one event loop on the same machine:
+where its share of a core is near 1, it limits the rate. With several servers, their rounds are interleaved.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ import psutil
 
 from experiments.machine import provenance, write_json
 from experiments.server_bench.client import measure
-from experiments.server_bench.server import FREE, PACED, STEP_SECONDS
+from experiments.server_bench.server import FREE, MAX_STREAMS, PACED, STEP_SECONDS
 from slora_jax.demo.checkpoint import Widths, write_checkpoint
 
 HERE = Path(__file__).parents[2]
 DEFAULT_OUTPUT = HERE / "experiments" / "results" / "server_bench.json"
 WIDTHS = Widths(hidden=32, heads=4, kv_heads=2, ffn=48)
 START_SECONDS = 120
+PARTS = ("event_loop", "engine", "http_processes")
+"""The first process's main thread, its other threads, and all other processes."""
 
 
 class Server:
@@ -65,12 +68,12 @@ class Server:
         except subprocess.TimeoutExpired:
             self._process.kill()
 
-    def cpu_seconds(self) -> tuple[float, float]:
-        """Returns the CPU time of all its processes, and of the first one's main thread, which has the event loop."""
+    def cpu_seconds(self) -> np.ndarray:
+        """Returns the CPU time of its parts, as in `PARTS`."""
         first = psutil.Process(self._process.pid)
-        whole = sum(sum(one.cpu_times()[:2]) for one in (first, *first.children(recursive=True)))
-        [main] = [one for one in first.threads() if one.id == first.pid]
-        return whole, main.user_time + main.system_time
+        [main] = [one.user_time + one.system_time for one in first.threads() if one.id == first.pid]
+        whole, *others = (sum(one.cpu_times()[:2]) for one in (first, *first.children(recursive=True)))
+        return np.array([main, whole - main, sum(others)])
 
     def _is_ready(self) -> bool:
         try:
@@ -82,10 +85,13 @@ class Server:
 
 def one_round(server: Server, streams: int, is_paced: bool, seconds: float) -> dict[str, float]:
     """Measures one server once."""
-    arrived = measure(server.port, streams, PACED if is_paced else FREE, seconds, server.cpu_seconds)
+    every = 1 if streams <= 256 else 2
+    arrived = measure(server.port, streams, [PACED if is_paced else FREE, every], seconds, server.cpu_seconds)
     tokens = arrived.times.size
-    whole, main = (1e6 * (after - before) / tokens for before, after in zip(arrived.before, arrived.after, strict=True))
-    found = {"tokens_per_second": tokens / arrived.seconds, "cpu_us_per_token": whole, "main_us_per_token": main}
+    parts = 1e6 * (arrived.after - arrived.before) / tokens
+    found = {"tokens_per_second": tokens / arrived.seconds, "cpu_us_per_token": float(parts.sum())}
+    found |= {f"{name}_us_per_token": float(part) for name, part in zip(PARTS, parts, strict=True)}
+    found["client_core_share"] = arrived.cpu_seconds / arrived.seconds
     if is_paced:
         latencies = 1e3 * arrived.latencies()
         found |= {f"added_ms_p{share}": float(np.percentile(latencies, share)) for share in (50, 99)}
@@ -111,7 +117,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
                     for name in list(started)[:: -1 if number % 2 else 1]:
                         found = one_round(started[name], streams, kind == "paced", args.seconds)
                         cases.setdefault(f"{kind}, {streams} streams", {}).setdefault(name, []).append(found)
-                        shown = ", ".join(f"{key} {value:.1f}" for key, value in found.items())
+                        shown = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
                         print(f"{kind:9} {streams:3} streams, {name}: {shown}", flush=True)
     return {
         "command": "python -m experiments.server_bench " + " ".join(f"--{n} {v}" for n, v in _shown(args).items()),
@@ -157,6 +163,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="length of a measurement")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
     args = parser.parse_args()
+    if max(args.streams) > MAX_STREAMS:
+        parser.error(f"--streams {max(args.streams)}: must be at most {MAX_STREAMS}")
     write_json(args.output, benchmark(args))
 
 

@@ -31,12 +31,14 @@ class Arrivals:
       times: seconds on the monotonic clock, `[n]`.
       numbers: interval of each token modulo the number of letters, `[n]`.
       seconds: length of the measurement.
+      cpu_seconds: CPU time of this process in it.
       before, after: values of the caller's function at both ends of it.
     """
 
     times: np.ndarray
     numbers: np.ndarray
     seconds: float
+    cpu_seconds: float
     before: Any
     after: Any
 
@@ -70,19 +72,19 @@ class _Stream(asyncio.Protocol):
         self._transport.abort()
 
 
-def measure(port: int, streams: int, first_token: int, seconds: float, read: Callable[[], Any]) -> Arrivals:
+def measure(port: int, streams: int, prompt: list[int], seconds: float, read: Callable[[], Any]) -> Arrivals:
     """Keeps `streams` requests under way for a warm-up and then `seconds`.
 
     Args:
-      first_token: of the prompts; the server paces its steps by it.
+      prompt: the server paces its steps by it.
       read: called at both ends of the measurement.
     """
-    return uvloop.run(_measure(port, streams, first_token, seconds, read))
+    return uvloop.run(_measure(port, streams, prompt, seconds, read))
 
 
-async def _measure(port: int, streams: int, first_token: int, seconds: float, read: Callable[[], Any]) -> Arrivals:
+async def _measure(port: int, streams: int, prompt: list[int], seconds: float, read: Callable[[], Any]) -> Arrivals:
     tokens = MAX_MODEL_LEN - 16
-    body = json.dumps({"prompt": [first_token, 5], "max_tokens": tokens, "stream": True, "ignore_eos": True})
+    body = json.dumps({"prompt": prompt, "max_tokens": tokens, "stream": True, "ignore_eos": True})
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     request = f"{head}\r\n\r\n{body}".encode()
     loop, opened = asyncio.get_running_loop(), []
@@ -93,9 +95,9 @@ async def _measure(port: int, streams: int, first_token: int, seconds: float, re
         while not all(one.received for one in opened):
             await asyncio.sleep(0.05)
     await asyncio.sleep(WARM_UP_SECONDS)
-    before, start = read(), time.monotonic()
+    before, start, cpu = read(), time.monotonic(), time.process_time()
     await asyncio.sleep(seconds)
-    after, end = read(), time.monotonic()
+    after, end, cpu = read(), time.monotonic(), time.process_time() - cpu
     for one in opened:
         one.close()
     times: list[np.ndarray] = []
@@ -112,4 +114,4 @@ async def _measure(port: int, streams: int, first_token: int, seconds: float, re
                 numbers.append(NUMBER_OF[letters])
     if not sum(part.size for part in times):
         raise RuntimeError(f"no token came: {opened[0].received[:1]}")
-    return Arrivals(np.concatenate(times), np.concatenate(numbers), end - start, before, after)
+    return Arrivals(np.concatenate(times), np.concatenate(numbers), end - start, cpu, before, after)

@@ -32,7 +32,8 @@ from slora_jax.serving.settings import Limits, ServerSettings
 STEP_SECONDS = 0.02
 """Interval of the steps of paced requests, at multiples of it on the monotonic clock."""
 FREE, PACED = 3, 4
-"""First token of a prompt: a step takes no time, or ends at the next multiple of `STEP_SECONDS`."""
+"""First token of a prompt: a step takes no time; or it ends at the next multiple of `STEP_SECONDS` times the prompt's
+second token."""
 LETTERS = ascii_letters
 """Text of a token by the number of its interval, modulo their count."""
 MAX_STREAMS, MAX_MODEL_LEN = 512, 512
@@ -69,8 +70,9 @@ class NoDevice:
     def read(self, step: Any) -> list[int]:
         now = time.monotonic()
         interval = int(now / STEP_SECONDS)
-        if any(sequence.request.prompt[0] == PACED for sequence in step.sequences):
-            interval += 1
+        prompts = [sequence.request.prompt for sequence in step.sequences]
+        if every := max((prompt[1] for prompt in prompts if prompt[0] == PACED), default=0):
+            interval = (interval // every + 1) * every
             time.sleep(interval * STEP_SECONDS - now)
         return [self._letters[interval % len(self._letters)]] * len(step.sequences)
 

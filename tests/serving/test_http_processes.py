@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -12,9 +13,12 @@ from typing import Any
 import openai
 import psutil
 import pytest
+import zmq
 from live_server import ADAPTERS, ENGINE, MANAGE_KEY, SERVE_KEY, Files, LiveServer, until
 from unharmed import running
 from wire import CLOSED, connect, exchange, head, post, read_reply
+
+from slora_jax.serving.http_processes.messages import Incoming, socket_of
 
 KEYS = [
     {"name": "serving", "key": SERVE_KEY},
@@ -64,6 +68,25 @@ def split(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Li
     """A server with two HTTP processes. The last test of the module kills it."""
     with split_server(files, tmp_path_factory.mktemp("split"), 2) as server:
         yield server
+
+
+def test_many_messages_leave_turns_of_the_event_loop_to_the_connections() -> None:
+    async def read(count: int) -> None:
+        arrived: list[int] = []
+        with socket_of(zmq.PUSH) as sender, socket_of(zmq.PULL) as receiver:
+            sender.bind("inproc://many")
+            receiver.connect("inproc://many")
+            for number in range(count):
+                sender.send(b"%d" % number)
+            incoming = Incoming(receiver, lambda messages: arrived.extend(int(data) for (data,) in messages))
+            incoming.read()
+            assert 0 < len(arrived) < count
+            while len(arrived) < count:
+                await asyncio.sleep(0)
+            incoming.close()
+        assert arrived == list(range(count))
+
+    asyncio.run(asyncio.wait_for(read(100), 20))
 
 
 def processes_of(server: LiveServer) -> list[psutil.Process]:

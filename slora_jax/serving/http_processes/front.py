@@ -13,6 +13,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -181,9 +182,9 @@ class RemoteService(GeneratingService):
             self._socket.send(data)
             self._incoming.read()
 
-    def _received(self, parts: Sequence[bytes]) -> None:
+    def _received(self, arrived: Sequence[Sequence[bytes]]) -> None:
         filled: dict[Mailbox, None] = {}
-        for message in decode_to_http(parts[0]):
+        for message in chain.from_iterable(decode_to_http(data) for (data,) in arrived):
             match message:
                 case Tokens():
                     mailbox, prompts = self._mailboxes.get(message.number, (None, ()))

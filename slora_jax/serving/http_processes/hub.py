@@ -140,11 +140,14 @@ class Hub:
         self._socket.send_multipart([name, data])  # dropped if the process has ended
         self._incoming.read()
 
-    def _received(self, parts: Sequence[bytes]) -> None:
-        peer = self._peers.get(parts[0])
-        if peer is None:
-            return  # it has been removed
-        for message in decode_to_engine(parts[1]):
+    def _received(self, arrived: Sequence[Sequence[bytes]]) -> None:
+        for name, data in arrived:
+            peer = self._peers.get(name)
+            if peer is not None:  # else it has been removed
+                self._handle(peer, data)
+
+    def _handle(self, peer: _Peer, data: bytes) -> None:
+        for message in decode_to_engine(data):
             match message:
                 case Hello():
                     peer.is_connected = True

@@ -188,24 +188,40 @@ class Outgoing:
         self._send(encode(waiting))
 
 
-class Incoming:
-    """Reads a socket in the event loop, and passes the parts of each message to `on_message`."""
+MOST_AT_ONCE = 16
+"""Messages that are read in one turn of the event loop. A process whose messages come faster than it handles them still
+reads and writes its connections in every turn."""
 
-    def __init__(self, socket: zmq.Socket, on_message: Callable[[Sequence[bytes]], None]) -> None:
-        self._socket, self._on_message = socket, on_message
+
+class Incoming:
+    """Reads a socket in the event loop, and passes the parts of all messages that have arrived to `on_messages`."""
+
+    def __init__(self, socket: zmq.Socket, on_messages: Callable[[Sequence[Sequence[bytes]]], None]) -> None:
+        self._socket, self._on_messages = socket, on_messages
+        self._goes_on = False  # in the next turn
         self._events = asyncio.get_running_loop()
         self._events.add_reader(socket.fileno(), self.read)
         self._events.call_soon(self.read)
 
     def read(self) -> None:
-        """Reads all that has arrived. The socket's handle is ready once for several messages, and may be consumed by
-        a send, so every sender calls this too."""
-        while not self._socket.closed:
-            try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._on_message(parts)
+        """Reads what has arrived. The socket's handle is ready once for several messages, and may be consumed by a
+        send, so every sender calls this too."""
+        if self._goes_on or self._socket.closed:
+            return
+        arrived: list[Sequence[bytes]] = []
+        try:
+            while len(arrived) < MOST_AT_ONCE:
+                arrived.append(self._socket.recv_multipart(zmq.NOBLOCK))
+            self._goes_on = True
+            self._events.call_soon(self._go_on)
+        except zmq.Again:
+            pass
+        if arrived:
+            self._on_messages(arrived)
+
+    def _go_on(self) -> None:
+        self._goes_on = False
+        self.read()
 
     def close(self) -> None:
         """Closes the socket."""
