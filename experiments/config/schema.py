@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from slora_jax.demo.models import SMOLLM2
+from slora_jax.demo.smollm2 import smollm2_path
 from slora_jax.models.config import ModelConfig, read_json
 from slora_jax.typed import Count, Seconds, Share
 
@@ -146,6 +148,7 @@ class LoadTestSection:
       warm_up: requests before the timed ones.
       soak_seconds: 0 leaves the soak out of the experiment.
       temperature, top_p: of every other request, which has a seed of its own; the others are greedy.
+      trained: directory of PEFT directories that take the place of as many random adapters; None: all are random.
       directory: keeps model and adapters for the next run; None: a temporary one.
     """
 
@@ -154,6 +157,7 @@ class LoadTestSection:
     soak_seconds: Seconds = 240.0
     temperature: Seconds = 0.8
     top_p: Share = 0.95
+    trained: Path | None = None
     directory: Path | None = None
 
 
@@ -183,7 +187,7 @@ class RunConfig:
       mode: "simulated"; "real": an engine of this process; "served": a running server, which has its own model,
         adapters and settings; "load_test", "replicas": servers started for the run.
       model: a file of `experiments/models` without its suffix, or the path of a config.json: the weights are random. Or
-        a Hugging Face directory or GGUF file with weights.
+        a Hugging Face directory or GGUF file with weights; "smollm2" stands for the installed SmolLM2.
       device: of the simulator, a name or the path of a file.
       seed: of workload and weights.
       slo_seconds: for the first token.
@@ -210,6 +214,8 @@ class RunConfig:
     @property
     def model_file(self) -> Path:
         """Returns the model's config.json, directory or GGUF file."""
+        if self.model == SMOLLM2 and (found := smollm2_path()) is not None:
+            return found
         named = MODELS / f"{self.model}.json"
         return named if named.is_file() else Path(self.model)
 
@@ -228,6 +234,8 @@ class RunConfig:
         given = {name: value for name, value in asdict(self).items() if value is not None}
         if self.adapters.path is None:
             del given["adapters"]["path"]
+        if self.load_test is not None and self.load_test.trained is None:
+            del given["load_test"]["trained"]
         if self.mode != "served":
             del given["server"]
         return json.loads(json.dumps(given, default=str))  # type: ignore[no-any-return]

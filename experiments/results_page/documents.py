@@ -32,6 +32,16 @@ SECTIONS: Mapping[str, Section] = {
         measured.serving,
         of_first,
     ),
+    "serving_smollm2": Section(
+        "HTTP under load, with SmolLM2",
+        "make bench MEASURED=serving_smollm2",
+        ("measured/serving_smollm2.jsonl",),
+        measured.load,
+        of_first,
+    ),
+    "server": Section(
+        "Cost of a token in the server", "python -m experiments.server_bench", ("server_bench.json",), measured.server
+    ),
     "replicas": Section(
         "Routing by adapter",
         "make bench MEASURED=replica_affinity",
@@ -142,9 +152,10 @@ README. Nothing has been measured on a GPU yet; the sections on GPUs report what
 
 def results_page() -> str:
     """The text of docs/results.md."""
-    anchors = {s.title: re.sub(r"[^\w -]", "", s.title.lower()).replace(" ", "-") for s in SECTIONS.values()}
+    there = [section for section in SECTIONS.values() if section.is_measured]
+    anchors = {s.title: re.sub(r"[^\w -]", "", s.title.lower()).replace(" ", "-") for s in there}
     contents = "\n".join(f"- [{title}](#{anchor})" for title, anchor in anchors.items())
-    sections = [section.markdown() for section in SECTIONS.values()]
+    sections = [section.markdown() for section in there]
     others = table("command | makes", [(f"`{command}`", makes) for command, makes in OTHER_COMMANDS.items()])
     return "\n\n".join([INTRODUCTION, contents, *sections, "## Other commands", others]) + "\n"
 

@@ -139,16 +139,28 @@ def mechanisms(lines: Lines, simulated: Lines) -> Iterable[str]:
 
 
 def serving(lines: Lines) -> Iterable[str]:
-    sides = (find_line(lines, run__load_test__side=side) for side in ("alone", "served", "soak"))
-    alone, served, soak = sides
-    run, grown = served["run"], soak["metrics"]
+    yield from load(lines)
+    grown = find_line(lines, run__load_test__side="soak")["metrics"]
+    first, last, most = (grown[f"rss_mib_{at}"] for at in ("first", "last", "most"))
+    yield (
+        f"A soak of {grown['seconds']:.0f} s, {grown['requests']:,} requests: {grown['failed']} failures, "
+        f"{grown['pages_lost']} pages lost; {first:,.0f} MiB resident after warm-up, {last:,.0f} at the end, "
+        f"{most:,.0f} at most."
+    )
+
+
+def load(lines: Lines) -> Iterable[str]:
+    alone, served = (find_line(lines, run__load_test__side=side) for side in ("alone", "served"))
+    run = served["run"]
+    trained = run["load_test"].get("trained")
     users, adapters, ranks, requests, tokens = pick(
         run, "client.users adapters.count adapters.ranks workload.parameters.requests system.settings.num_tokens"
     )
     yield (
         f"{users} concurrent streams over {adapters} adapters of rank {listed(ranks)}, {requests} requests a round, a "
         f"pool of {tokens:,} tokens, client and server on one machine. *Engine* runs the same requests without HTTP. "
-        "Output tokens per second:"
+        + (f"The adapters of `{trained}` are among them; the others are random. " if trained else "")
+        + "Output tokens per second:"
     )
     rounds = []
     for number, (one, other) in enumerate(zip(alone["rounds"], served["rounds"], strict=True), 1):
@@ -165,12 +177,30 @@ def serving(lines: Lines) -> Iterable[str]:
         "server process, over the engine alone": engines[0] - engines[1],
     }
     yield table("CPU time per token, median | microseconds", costs.items())
-    first, last, most = (grown[f"rss_mib_{at}"] for at in ("first", "last", "most"))
+
+
+SERVER_FIGURES = (
+    "tokens_per_second", "cpu_us_per_token", "event_loop_us_per_token", "engine_us_per_token",
+    "http_processes_us_per_token", "added_ms_p50", "added_ms_p99", "client_core_share",
+)  # fmt: skip
+
+
+def server(data: Json) -> Iterable[str]:
     yield (
-        f"A soak of {grown['seconds']:.0f} s, {grown['requests']:,} requests: {grown['failed']} failures, "
-        f"{grown['pages_lost']} pages lost; {first:,.0f} MiB resident after warm-up, {last:,.0f} at the end, "
-        f"{most:,.0f} at most."
+        "The real server without a model. *Saturated*: steps take no time; *paced*: every stream gets a token at fixed "
+        "times. CPU microseconds per token of the server, and of its parts: the thread with the event loop, the "
+        "engine's thread, and HTTP processes. *Added* is the time from the engine's read of a token to its arrival, in "
+        "milliseconds. The client shares the machine; near a share of 1 of a core it limits the rate. Medians of "
+        f"{data['rounds']} rounds of {data['seconds']:g} s."
+        + (f" *beside* is revision {data['beside']}." if data["beside"] else "")
     )
+    rows = [
+        [case, name, *map(medians.get, SERVER_FIGURES)]
+        for case, servers in data["medians"].items()
+        for name, medians in servers.items()
+    ]
+    parts = "event loop | engine | HTTP processes"
+    yield table(f"load | server | tokens/s | CPU | {parts} | added p50 | added p99 | client's share of a core", rows)
 
 
 def replicas(lines: Lines) -> Iterable[str]:

@@ -143,7 +143,8 @@ def _rounded(found: dict[str, float]) -> dict[str, float]:
 
 
 def _shown(args: argparse.Namespace) -> dict[str, Any]:
-    shown = {"streams": " ".join(map(str, args.streams)), "rounds": args.rounds, "seconds": args.seconds}
+    listed = {name: " ".join(map(str, getattr(args, name.replace("-", "_")))) for name in ("http-processes", "streams")}
+    shown = listed | {"rounds": args.rounds, "seconds": args.seconds}
     return shown | ({"beside": "CHECKOUT"} if args.beside else {})
 
 

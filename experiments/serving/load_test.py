@@ -1,11 +1,11 @@
 """`slora serve` under a public load tester, beside the engine alone: runs of mode "load_test".
 
-A random Llama, PEFT adapters of mixed ranks and modules, one list of requests, half of them sampled with seeds. Each
-run has fresh processes with the same settings, warm-up and requests: the engine alone in a closed loop of
-`client.users` unfinished requests, or `slora serve` and as many users of locust that stream their answers. Goodput is
-the generated tokens of correctly answered requests by the time from the first request to the last answer. The clients'
-CPU time comes from the server's cores. Other processes disturb a run, so each result has their share of the CPU; the
-CPU time of a token suffers less from them.
+A random Llama or a model with weights, random PEFT adapters of mixed ranks and modules and perhaps trained ones, one
+list of requests, half of them sampled with seeds. Each run has fresh processes with the same settings, warm-up and
+requests: the engine alone in a closed loop of `client.users` unfinished requests, or `slora serve` and as many users of
+locust that stream their answers. Goodput is the generated tokens of correctly answered requests by the time from the
+first request to the last answer. The clients' CPU time comes from the server's cores. Other processes disturb a run, so
+each result has their share of the CPU; the CPU time of a token suffers less from them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from experiments.config.schema import RunConfig
+from experiments.config.schema import RunConfig, adapter_directories
 from experiments.rounds import Outcome
 from experiments.runners.real import system_settings
 from experiments.runners.workload import run_workload
@@ -36,6 +36,7 @@ from experiments.workloads import WorkloadRequest, engine_requests, write_reques
 from slora_jax import EngineConfig
 from slora_jax.demo.adapters import write_adapters
 from slora_jax.demo.checkpoint import Widths, write_checkpoint
+from slora_jax.demo.models import CHAT_LOAD, TINY_LOAD
 from slora_jax.engine.sizing import adapter_geometry
 from slora_jax.models import ModelConfig
 
@@ -95,6 +96,8 @@ class _Files:
     def __init__(self, run: RunConfig, directory: Path) -> None:
         self._run, self._directory = run, directory
         self._model, self._adapters, self._config = (directory / name for name in ("model", "adapters", "config.json"))
+        if run.has_weights:
+            self._model = run.model_file
         self._warm_up, self._requests = directory / "warm_up.jsonl", directory / "requests.jsonl"
         self._answers = directory / "answers.json"
 
@@ -102,23 +105,29 @@ class _Files:
         """Writes the settings, the requests, and the model and adapters unless the directory has them. Returns the
         numbers of pages in the pool and of requests."""
         run, made = self._run, self._directory / "made.json"
+        assert run.load_test is not None
         self._directory.mkdir(parents=True, exist_ok=True)
-        shape = ModelConfig.from_dict(json.loads(run.model_file.read_text()))
-        content = json.dumps([asdict(shape), run.adapters.count, run.adapters.ranks, run.seed])
+        shape, trained = run.model_config(), run.load_test.trained
+        content = json.dumps([asdict(shape), run.adapters.count, run.adapters.ranks, run.seed, str(trained)])
         longest = run.engine.max_model_len or 256
         engine = system_settings(run, longest).engine
         if not made.exists() or made.read_text() != content:
-            for old in (self._model, self._adapters):
-                shutil.rmtree(old, ignore_errors=True)
-            widths = Widths(shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.intermediate_size)
-            write_checkpoint(self._model, shape.num_layers, run.seed, widths)
+            for old in ("model", "adapters"):
+                shutil.rmtree(self._directory / old, ignore_errors=True)
+            if not run.has_weights:
+                widths = Widths(shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.intermediate_size)
+                write_checkpoint(self._model, shape.num_layers, run.seed, widths)
             geometry = adapter_geometry(ModelConfig.from_directory(self._model), engine.page_size)
-            write_adapters(self._adapters, geometry, run.adapters.count, run.seed, run.adapters.ranks)
+            copied = [] if trained is None else adapter_directories(trained)
+            load = CHAT_LOAD if run.has_weights else TINY_LOAD
+            count = run.adapters.count - len(copied)
+            write_adapters(self._adapters, geometry, count, run.seed, run.adapters.ranks, load.targets)
+            for one in copied:
+                shutil.copytree(one, self._adapters / one.name)
             made.write_text(content)
         given = {f.name: getattr(engine, f.name) for f in fields(engine)}
         changed = {name: value for name, value in given.items() if value != getattr(EngineConfig(), name)}
         self._config.write_text(json.dumps({"engine": changed}))
-        assert run.load_test is not None
         parameters = {**run.workload.parameters, "requests": run.load_test.warm_up}
         warm_up = replace(run, seed=run.seed + 10_000, workload=replace(run.workload, parameters=parameters))
         write_requests(self._warm_up, self._sampled(warm_up, round_number))
@@ -133,7 +142,8 @@ class _Files:
         sampled = {"temperature": test.temperature, "top_p": test.top_p}
         requests = engine_requests(run_workload(run, round_number), vocab_size, run.seed)
         order = np.random.default_rng(run.seed + round_number).permutation(run.adapters.count)  # by popularity
-        names = [f"adapter-{order[int(request.adapter or 0)]:04d}" for request in requests]
+        there = [one.name for one in adapter_directories(self._adapters)]
+        names = [there[order[int(request.adapter or 0)]] for request in requests]
         return [
             replace(request, adapter=name, seed=i, **(sampled if i % 2 else {}))
             for i, (request, name) in enumerate(zip(requests, names, strict=True))
