@@ -76,6 +76,21 @@ def test_half_of_the_requests_are_sampled_and_every_round_has_others(tmp_path):
     assert sum(request.temperature > 0 for request in written[0]) == 24
 
 
+def test_trained_adapters_of_a_model_with_weights_are_served_beside_random_ones(tmp_path):
+    model, trained = tmp_path / "model", tmp_path / "trained"
+    write_tiny_model(model)
+    changes = [*SMALL, f"model={model}"]
+    load_test._Files(load_experiment(CONFIG, changes).runs[0].config, tmp_path / "first").write(1)
+    trained.mkdir()
+    (tmp_path / "first/adapters/adapter-0003").rename(trained / "haiku")
+    run = load_experiment(CONFIG, [*changes, f"load_test.trained={trained}"]).runs[0].config
+    load_test._Files(run, tmp_path / "second").write(1)
+    adapters = {one.name for one in (tmp_path / "second/adapters").iterdir()}
+    assert adapters == {"haiku", *(f"adapter-{i:04d}" for i in range(11))}
+    assert {request.adapter for request in read_requests(tmp_path / "second/requests.jsonl")} == adapters
+    assert not (tmp_path / "second/model").exists()
+
+
 def test_the_seed_decides_which_adapters_are_popular_in_the_warm_up_and_afterwards(tmp_path):
     changes = ("load_test.warm_up=200", "workload.requests=200", f"load_test.directory={tmp_path}")
     popular = set()
