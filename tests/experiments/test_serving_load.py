@@ -87,7 +87,8 @@ def test_trained_adapters_of_a_model_with_weights_are_served_beside_random_ones(
     load_test._Files(run, tmp_path / "second").write(1)
     adapters = {one.name for one in (tmp_path / "second/adapters").iterdir()}
     assert adapters == {"haiku", *(f"adapter-{i:04d}" for i in range(11))}
-    assert {request.adapter for request in read_requests(tmp_path / "second/requests.jsonl")} == adapters
+    used = {request.adapter for request in read_requests(tmp_path / "second/requests.jsonl")}
+    assert "haiku" in used and used <= adapters
     assert not (tmp_path / "second/model").exists()
 
 
