@@ -20,7 +20,7 @@ from pallas_kernels.bench.size import Size
 from pallas_kernels.devices import compiling_for
 from pallas_kernels.lora import lora_tile_rows
 from pallas_kernels.lora.layout import LoraLayout, Stack, ceil_div
-from pallas_kernels.lora.plan import gradient_plan, shrink_plan
+from pallas_kernels.lora.plan import block_ranks, expand_plan, gradient_plan, shrink_plan
 from pallas_kernels.lora.roofline import INTERMEDIATE_BYTES, backward_work, expand_work, shrink_work
 from pallas_kernels.paged_attention import bench as attention_bench
 from pallas_kernels.paged_attention.plan import AttentionShape
@@ -114,13 +114,14 @@ class Predictor:
     def _lora_calls(
         self, ops: tuple[str, ...], layout: LoraLayout, ranks: np.ndarray, counts: np.ndarray, regime: str
     ) -> Prediction:
+        call = lora_call if regime == "decode" else prefill_call
         with compiling_for(self.target.device):
             rows = lora_tile_rows(layout, "bfloat16", decode=regime == "decode", implementation="triton")
-        calls = (
-            lora_call(op, layout, stack, ranks, counts, rows, kernel_cost(op, regime))
-            for op in ops
-            for stack in layout.stacks
-        )
+            calls = [
+                call(op, layout, stack, ranks, counts, rows, kernel_cost(op, regime))
+                for op in ops
+                for stack in layout.stacks
+            ]
         return reduce(add, map(self._predict, calls), Prediction())
 
     def _attention(self, case: Case) -> Iterator[dict[str, Any]]:
@@ -201,6 +202,27 @@ def lora_call(
     kilobytes = programs * layout.page_size * layout.width * ITEMSIZE / 1024
     programs *= ceil_div(layout.width, PROGRAM_COLUMNS)
     return Call((WORKS[op](ranks, counts, stack, ITEMSIZE),), cost, programs, kilobytes)
+
+
+def prefill_call(
+    op: str, layout: LoraLayout, stack: Stack, ranks: np.ndarray, counts: np.ndarray, tile_rows: int, cost: KernelCost
+) -> Call:
+    """Returns one stack's call in a step with prefill, planned for the current trace's device. Arguments as in
+    `lora_call`. An item of shrink multiplies a whole block of ranks, whatever part of it is in use."""
+    rank, page = np.asarray(ranks)[:, list(stack.rank_index)], layout.page_size
+    facts = {"decode": False, "rows": int(counts.sum()), "width": layout.width, "page_size": page}
+    shrink, expand = shrink_plan(d_in=stack.d_in, **facts), expand_plan(d_out=stack.d_out, **facts)
+    if op == "lora_shrink":
+        block, plan = block_ranks(page, backend="triton", decode=False), shrink
+        items = ceil_div(rank.sum(1), block) * shrink.splits(stack.d_in)
+        weights = items * block * min(shrink.slice_k, stack.d_in)
+    else:
+        blocks, plan = ceil_div(np.array(stack.d_outs), expand.block_n), expand
+        items = ((rank > 0) * blocks).sum(1)
+        weights = (ceil_div(rank, page) * page * blocks * expand.block_n).sum(1)
+    tiles, cost = ceil_div(counts, tile_rows), replace(cost, warps=plan.warps, per_sm=plan.programs)
+    work, kilobytes = WORKS[op](ranks, counts, stack, ITEMSIZE), int((tiles * weights).sum()) * ITEMSIZE / 1024
+    return Call((work,), cost, int((tiles * items).sum()), kilobytes)
 
 
 def backward_calls(
