@@ -1,6 +1,6 @@
 """Predicted times of the benchmark's cases: `python -m experiments.kernel_bench --predict DEVICE`.
 
-Predictions are of this project's kernels (Triton, and XLA's writes), in one layer, and of whole decode steps. They are
+Predictions are of this project's kernels (Triton, and XLA's writes), in one layer, and of whole steps. They are
 computed from a case's facts; nothing is compiled or run.
 """
 
@@ -164,23 +164,29 @@ class Predictor:
 
     def _step(self, case: Case) -> Iterator[dict[str, Any]]:
         """The base step, and with adapters' launches after one another in between."""
-        model, facts, device = self.size.model, case.facts, self.target.device
-        batch, layers = facts["batch"], model.num_layers
-        attention = self._attention_call(np.ones(batch, int), np.full(batch, facts["context"]), batch, batch)
-        write = Call((write_kv_work(batch, model.width, ITEMSIZE),), kernel_cost("write_kv", "write"))
+        model, facts, device, layers = self.size.model, case.facts, self.target.device, self.size.model.num_layers
+        if case.regime == "decode":
+            shapes, counts = ((1,), (facts["context"],)), (facts["batch"],)
+        else:
+            shapes, counts = ((facts["length"], 1), (0, facts["context"])), (facts["prompts"], facts["decoding"])
+        rows, context = (np.repeat(shape, counts) for shape in shapes)
+        attention = self._attention_call(rows, context, int(rows.sum()), rows.size)
+        write = Call((write_kv_work(int(rows.sum()), model.width, ITEMSIZE),), kernel_cost("write_kv", "write"))
         own = sum((*attention.works, *write.works), Work()) * layers
         products = Work(case.work.bytes - own.bytes, case.work.flops - own.flops)
         seconds = products.seconds(BASE_SHARE * copy_bandwidth(device), MATMUL_SHARE * device.matmul_flops)
-        base = Prediction({"launch": BASE_LAUNCHES * layers * BASE_LAUNCH_SECONDS, "bandwidth": seconds})
+        bound = "bandwidth" if case.regime == "decode" else "matmul"
+        base = Prediction({"launch": BASE_LAUNCHES * layers * BASE_LAUNCH_SECONDS, bound: seconds})
         base += (self._predict(attention) + self._predict(write)) * layers
         layout = model.layout(self.size.page_size)
         for system in case.systems:
             work, prediction = case.work, base
             if system.work is not None:
                 adapters = int(system.name.split()[0])
-                ranks, counts = self._ranks(layout, facts["rank"], adapters), spread(batch, adapters)
+                of_adapter = np.repeat(np.arange(adapters), spread(rows.size, adapters))
+                ranks, counts = self._ranks(layout, facts["rank"], adapters), np.bincount(of_adapter, rows).astype(int)
                 work += system.work
-                prediction += self._lora_calls(tuple(WORKS), layout, ranks, counts, "decode") * layers
+                prediction += self._lora_calls(tuple(WORKS), layout, ranks, counts, case.regime) * layers
             yield self._row(case.label, system.name, work, prediction)
 
 
