@@ -1,8 +1,9 @@
 """Predicted times of the kernels, from their compiled code.
 
-A call takes its launches, and the largest of three times: its bytes, or its operations, at the device's rates; its
-warp-instructions at the rate at which the multiprocessors issue them; and full rounds of its programs, each with its
-share of the bandwidth. What compiled code costs is data, `costs.json`.
+A call takes its launches, and the largest of five times: its bytes, or its operations, at the device's rates; its
+warp-instructions at the rate at which the multiprocessors issue them; full rounds of its programs, each with its share
+of the bandwidth; and, of a kernel that starts an item's loads only when the item before is done, the items of a program
+one after another. What compiled code costs is data, `costs.json`.
 
 Nothing was measured. The constants below and the counts in `costs.json` reproduce a review of the compiled kernels for
 Llama-3-8B on an H200; measurements are to be held against the predictions.
@@ -40,6 +41,8 @@ class KernelCost:
     Attributes:
       round_trips: loads in a program's prologue and epilogue of which each waits for the one before.
       instructions_per_kb: warp-instructions per KB of weights, or of keys and values; None: not counted.
+      instructions_per_item: warp-instructions of an item beside them.
+      item_round_trips: loads of an item of which each waits for the one before; 0: items overlap.
       warps: per program.
       per_sm: programs that reside on one multiprocessor.
       steady: a program draws no more bandwidth in the last round, when fewer are resident; otherwise up to a
@@ -59,6 +62,8 @@ class KernelCost:
     launches: int = 1
     launch_seconds: float = 1e-6
     passes: int = 1
+    instructions_per_item: float = 0.0
+    item_round_trips: int = 0
 
 
 @cache
@@ -89,7 +94,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted seconds, by what bounds them: "launch", "bandwidth", "matmul", "issue" or "waves". They add up."""
+    """Predicted seconds, by what bounds them: "launch", "bandwidth", "matmul", "issue", "waves" or "latency".
+    They add up."""
 
     parts: Mapping[str, float] = field(default_factory=dict)
 
@@ -123,7 +129,8 @@ def floor_seconds(work: Work, device: Device) -> float:
 def predict(call: Call, device: Device, clock: float) -> Prediction:
     """Predicts one call. clock: of the multiprocessors, in Hz.
 
-    The bound is the first of bandwidth (or matmul), issue and waves that takes at least nine tenths of the largest.
+    The bound is the first of bandwidth (or matmul), issue, waves and latency that takes at least nine tenths of the
+    largest.
     """
     cost, sms = call.cost, device.num_sms
     bandwidth, matmul = copy_bandwidth(device), cost.matmul * device.matmul_flops
@@ -133,12 +140,15 @@ def predict(call: Call, device: Device, clock: float) -> Prediction:
     if programs := call.programs:
         busiest = ceil(programs / sms)  # programs of one multiprocessor
         warps = min(busiest, cost.per_sm) * cost.warps
-        instructions = (cost.instructions_per_kb or 0.0) * call.kilobytes * busiest / programs
-        times["issue"] = instructions / (clock * min(ISSUE, WARP_ISSUE * warps))
+        instructions = (cost.instructions_per_kb or 0.0) * call.kilobytes / programs + cost.instructions_per_item
+        times["issue"] = instructions * busiest / (clock * min(ISSUE, WARP_ISSUE * warps))
         slots = cost.per_sm * sms
         rounds, rest = divmod(programs, slots)
         last = 0 if rest == 0 else slots if cost.steady and rounds else max(rest, sms)
         times["waves"] = (rounds * slots + last) * busy / programs
+        if cost.item_round_trips:
+            item = instructions / (cost.warps * WARP_ISSUE * clock) + busy * sms / programs
+            times["latency"] = ceil(programs / slots) * (cost.item_round_trips * ROUND_TRIP_SECONDS + item)
     largest = max(times.values())
     bound = next(name for name, seconds in times.items() if seconds >= 0.9 * largest)
     launch = cost.launches * cost.launch_seconds + cost.round_trips * ROUND_TRIP_SECONDS

@@ -1,1 +1,1 @@
-"""The GPU benchmark: the sections of `pallas_kernels.bench`, and whole decode steps of the engine."""
+"""The GPU benchmark: the sections of `pallas_kernels.bench`, and whole steps of the engine."""

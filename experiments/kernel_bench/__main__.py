@@ -1,4 +1,4 @@
-"""Measures every op, and whole decode steps, against their rooflines: `python -m experiments.kernel_bench`.
+"""Measures every op, and whole steps, against their rooflines: `python -m experiments.kernel_bench`.
 
 Every section (the device's own rates first, then each op, then the steps) runs in a process of its own. Results go to a
 JSON file as they are measured, plots beside it at the end. Without a GPU a miniature runs, whose numbers mean nothing.

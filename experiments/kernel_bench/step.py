@@ -1,4 +1,4 @@
-"""Cases of whole decode steps: the engine's program, base only and with adapters on all linear layers."""
+"""Cases of whole steps: the engine's program, base only and with adapters on all linear layers."""
 
 from __future__ import annotations
 
@@ -32,28 +32,54 @@ ITEMSIZE = 2
 
 @dataclass(frozen=True)
 class Grid:
-    """steps: sequences of a step, and the numbers of distinct adapters it is measured with. context: tokens before each
-    sequence. rank: of every projection. max_rank: of the compiled programs."""
+    """Shapes of the steps.
+
+    Attributes:
+      steps: decoding sequences of a step, and the numbers of distinct adapters it is measured with.
+      prefill: prompts, tokens of each, decoding sequences beside them, and numbers of adapters.
+      context: tokens before the token of a decoding sequence.
+      rank: of every projection.
+      max_rank: of the compiled programs.
+    """
 
     steps: tuple[tuple[int, tuple[int, ...]], ...]
+    prefill: tuple[tuple[int, int, int, tuple[int, ...]], ...]
     context: int
     rank: int
     max_rank: int
 
 
-FULL = Grid(steps=((64, (1, 16, 64)), (256, (1, 16, 64, 256))), context=512, rank=16, max_rank=64)
-MINIATURE = Grid(steps=((4, (1, 2)),), context=12, rank=8, max_rank=8)
+FULL = Grid(
+    steps=((64, (1, 16, 64)), (256, (1, 16, 64, 256))),
+    prefill=((8, 505, 56, (1, 64)),),
+    context=512, rank=16, max_rank=64,
+)  # fmt: skip
+MINIATURE = Grid(steps=((4, (1, 2)),), prefill=(), context=12, rank=8, max_rank=8)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Server:
-    """The state shared by the steps of one batch: the engine's program, and a pool with every sequence and adapter."""
+    """The state shared by the steps of one batch: the engine's program, and a pool with every sequence and adapter.
+
+    Attributes:
+      rows, context: int `[batch]`, each sequence's rows in a step, and its tokens before them.
+      adapters: number of resident adapters.
+    """
 
     size: Size
-    batch: int
+    rows: np.ndarray
+    context: np.ndarray
     adapters: int
     grid: Grid
     seed: int
+
+    @property
+    def batch(self) -> int:
+        return self.rows.size
+
+    @property
+    def decode(self) -> bool:
+        return bool((self.rows == 1).all())
 
     @property
     def lora_layout(self) -> LoraLayout:
@@ -65,7 +91,7 @@ class Server:
 
     @property
     def pages_per_sequence(self) -> int:
-        return ceil_div(self.grid.context + 1, self.size.page_size)
+        return ceil_div(int((self.context + self.rows).max()), self.size.page_size)
 
     @cached_property
     def resident(self) -> Adapters:
@@ -94,42 +120,50 @@ class Server:
 
     @cached_property
     def layout(self) -> BatchLayout:
-        return self.spec.layout(Bucket(tokens=self.batch, seqs=self.batch, decode=True))
+        return self.spec.layout(Bucket(tokens=int(self.rows.sum()), seqs=self.batch, decode=self.decode))
 
     def metadata(self, adapters: int) -> np.ndarray:
-        """A step in which every sequence decodes one token, spread over `adapters` adapters (0: the base model)."""
-        slots = np.repeat(np.arange(adapters), spread(self.batch, adapters)) if adapters else np.full(self.batch, -1)
+        """A step with the sequences spread over `adapters` adapters (0: the base model)."""
+        slots = self.slots(adapters) if adapters else np.full(self.batch, -1)
         uses = [AdapterUse(str(slot), str(slot), ranks, 0) for slot, ranks in enumerate(self.resident.ranks)]
-        context = self.grid.context
+        shapes = list(zip(self.rows.tolist(), self.context.tolist(), strict=True))
         requests = [
             Request(
-                id=str(i), number=i, prompt=[0] * context, params=SamplingParams(), seed=0, max_new=1, num_sampled=1,
-                adapter=None if slot < 0 else uses[slot], metrics=RequestMetrics(0.0), slot=i, adapter_slot=slot,
-                pages=self.page_table[i].tolist(),
+                id=str(i), number=i, prompt=[0] * (context or rows), params=SamplingParams(), seed=0, max_new=1,
+                num_sampled=1, adapter=None if slot < 0 else uses[slot], metrics=RequestMetrics(0.0), slot=i,
+                adapter_slot=slot, pages=self.page_table[i].tolist(),
             )
-            for i, slot in enumerate(slots.tolist())
+            for i, (slot, (rows, context)) in enumerate(zip(slots.tolist(), shapes, strict=True))
         ]  # fmt: skip
-        plan = StepPlan([ScheduledSequence(r, context, 1, True) for r in requests], num_tokens=self.batch)
+        sequences = [
+            ScheduledSequence(r, context, rows, True) for r, (rows, context) in zip(requests, shapes, strict=True)
+        ]
+        plan = StepPlan(sequences, num_tokens=int(self.rows.sum()))
         return build_metadata(plan, self.layout)[0]
 
     def program(self, with_lora: bool) -> Program:
         step = make_step(self.spec, self.layout, with_lora)
-        name = f"step-{self.size.model.name}-{self.batch}{'-lora' * with_lora}"
+        kind = "" if self.decode else f"{self.rows.sum()}-"
+        name = f"step-{self.size.model.name}-{kind}{self.batch}{'-lora' * with_lora}"
         return Program(name, step, lambda: step_shapes(self.spec, self.layout))
 
     def work(self) -> Work:
         """A base-only step: every weight of a product, keys and values, once."""
         model, layers = self.size.model, self.size.model.num_layers
-        rows, context = np.ones(self.batch, np.int64), np.full(self.batch, self.grid.context)
-        weights = model.vocab * model.hidden + layers * sum(s.d_in * s.d_out for s in model.layout(1).stacks)
+        head, rows = model.vocab * model.hidden, int(self.rows.sum())
+        weights = layers * sum(s.d_in * s.d_out for s in model.layout(1).stacks)
         heads = {"num_heads": model.num_heads, "num_kv_heads": model.num_kv_heads, "head_dim": model.head_dim}
-        attention = attention_work(rows, context, **heads, itemsize=ITEMSIZE)
-        dense = Work(weights * ITEMSIZE, 2 * weights * self.batch)
-        return dense + (attention + write_kv_work(self.batch, model.width, ITEMSIZE)) * layers
+        attention = attention_work(self.rows, self.context, **heads, itemsize=ITEMSIZE)
+        dense = Work((weights + head) * ITEMSIZE, 2 * (weights * rows + head * self.batch))
+        return dense + (attention + write_kv_work(rows, model.width, ITEMSIZE)) * layers
+
+    def slots(self, adapters: int) -> np.ndarray:
+        """Each sequence's adapter: int `[batch]`."""
+        return np.repeat(np.arange(adapters), spread(self.batch, adapters))
 
     def lora_work(self, adapters: int) -> Work:
         """The additional work of `adapters` adapters."""
-        ranks, rows = self.resident.ranks[:adapters], spread(self.batch, adapters)
+        ranks, rows = self.resident.ranks[:adapters], np.bincount(self.slots(adapters), self.rows).astype(int)
         return layer_work(ranks, rows, self.lora_layout, ITEMSIZE) * self.size.model.num_layers
 
 
@@ -164,14 +198,22 @@ def section(size: Size, seed: int) -> list[Case]:
 
 
 def _cases(size: Size, grid: Grid, seed: int) -> Iterator[Case]:
+    model, rest = {"model": size.model.name}, {"context": grid.context, "rank": grid.rank}
     for batch, numbers in grid.steps:
-        facts = {"model": size.model.name, "batch": batch, "context": grid.context, "rank": grid.rank}
-        server = Server(size, batch, max(numbers), grid, seed)
-        base, lora = server.program(False), server.program(True)
-        systems = [System("base", base, _start(server, 0))]
-        for n in numbers:
-            systems.append(System(f"{n} adapters", lora, _start(server, n), work=server.lora_work(n), over="base"))
-        yield Case("step", "decode", facts, server.work(), tuple(systems))
+        server = Server(size, np.ones(batch, int), np.full(batch, grid.context), max(numbers), grid, seed)
+        yield Case("step", "decode", model | {"batch": batch} | rest, server.work(), tuple(_systems(server, numbers)))
+    for prompts, length, decoding, numbers in grid.prefill:
+        shapes = (length, 1), (0, grid.context)
+        server = Server(size, *(np.repeat(shape, (prompts, decoding)) for shape in shapes), max(numbers), grid, seed)
+        facts = model | {"prompts": prompts, "length": length, "decoding": decoding} | rest
+        yield Case("step", "prefill", facts, server.work(), tuple(_systems(server, numbers)), importance=2)
+
+
+def _systems(server: Server, numbers: tuple[int, ...]) -> Iterator[System]:
+    base, lora = server.program(False), server.program(True)
+    yield System("base", base, _start(server, 0))
+    for n in numbers:
+        yield System(f"{n} adapters", lora, _start(server, n), work=server.lora_work(n), over="base")
 
 
 def _start(server: Server, adapters: int) -> Callable[[Any], Dispatch]:

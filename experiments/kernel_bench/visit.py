@@ -2,7 +2,7 @@
 
 `python -m experiments.kernel_bench.visit N` makes call N.
 Call 1 (4 minutes): the device's own rates, checks of the Triton kernels, the goals' cases, and one profile of shrink.
-Call 2 (5 minutes): whole decode steps, the sampler, and writes into the pool. Call 3 (2 minutes): prefill attention in
+Call 2 (5 minutes): whole steps, the sampler, and writes into the pool. Call 3 (2 minutes): prefill attention in
 Mosaic GPU beside Triton. Compiled programs are kept in one file, which the next call unpacks, also on another machine.
 `--rehearse` runs the same commands as miniatures on this machine's CPU.
 """

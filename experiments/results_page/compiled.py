@@ -108,7 +108,10 @@ def kernels(rows: list[Json]) -> Iterable[str]:
         )
 
 
-PREDICTED = "model=llama-3-8b (rows=(64|4096) adapters=64 rank=16$|batch=64 context=(512|4096))|^sampler"
+PREDICTED = (
+    "model=llama-3-8b (rows=(64|4096) adapters=64 rank=16$|rows=4096 sequences=|batch=64 context=(512|4096)|prompts=)"
+    "|^sampler"
+)
 """Labels of the cases of which the page shows the prediction."""
 
 

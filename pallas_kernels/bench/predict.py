@@ -1,6 +1,6 @@
 """Predicted times of the benchmark's cases: `python -m experiments.kernel_bench --predict DEVICE`.
 
-Predictions are of this project's kernels (Triton, and XLA's writes), in one layer, and of whole decode steps. They are
+Predictions are of this project's kernels (Triton, and XLA's writes), in one layer, and of whole steps. They are
 computed from a case's facts; nothing is compiled or run.
 """
 
@@ -20,7 +20,7 @@ from pallas_kernels.bench.size import Size
 from pallas_kernels.devices import compiling_for
 from pallas_kernels.lora import lora_tile_rows
 from pallas_kernels.lora.layout import LoraLayout, Stack, ceil_div
-from pallas_kernels.lora.plan import gradient_plan, shrink_plan
+from pallas_kernels.lora.plan import block_ranks, expand_plan, gradient_plan, shrink_plan
 from pallas_kernels.lora.roofline import INTERMEDIATE_BYTES, backward_work, expand_work, shrink_work
 from pallas_kernels.paged_attention import bench as attention_bench
 from pallas_kernels.paged_attention.plan import AttentionShape
@@ -114,13 +114,14 @@ class Predictor:
     def _lora_calls(
         self, ops: tuple[str, ...], layout: LoraLayout, ranks: np.ndarray, counts: np.ndarray, regime: str
     ) -> Prediction:
+        call = lora_call if regime == "decode" else prefill_call
         with compiling_for(self.target.device):
             rows = lora_tile_rows(layout, "bfloat16", decode=regime == "decode", implementation="triton")
-        calls = (
-            lora_call(op, layout, stack, ranks, counts, rows, kernel_cost(op, regime))
-            for op in ops
-            for stack in layout.stacks
-        )
+            calls = [
+                call(op, layout, stack, ranks, counts, rows, kernel_cost(op, regime))
+                for op in ops
+                for stack in layout.stacks
+            ]
         return reduce(add, map(self._predict, calls), Prediction())
 
     def _attention(self, case: Case) -> Iterator[dict[str, Any]]:
@@ -163,23 +164,29 @@ class Predictor:
 
     def _step(self, case: Case) -> Iterator[dict[str, Any]]:
         """The base step, and with adapters' launches after one another in between."""
-        model, facts, device = self.size.model, case.facts, self.target.device
-        batch, layers = facts["batch"], model.num_layers
-        attention = self._attention_call(np.ones(batch, int), np.full(batch, facts["context"]), batch, batch)
-        write = Call((write_kv_work(batch, model.width, ITEMSIZE),), kernel_cost("write_kv", "write"))
+        model, facts, device, layers = self.size.model, case.facts, self.target.device, self.size.model.num_layers
+        if case.regime == "decode":
+            shapes, counts = ((1,), (facts["context"],)), (facts["batch"],)
+        else:
+            shapes, counts = ((facts["length"], 1), (0, facts["context"])), (facts["prompts"], facts["decoding"])
+        rows, context = (np.repeat(shape, counts) for shape in shapes)
+        attention = self._attention_call(rows, context, int(rows.sum()), rows.size)
+        write = Call((write_kv_work(int(rows.sum()), model.width, ITEMSIZE),), kernel_cost("write_kv", "write"))
         own = sum((*attention.works, *write.works), Work()) * layers
         products = Work(case.work.bytes - own.bytes, case.work.flops - own.flops)
         seconds = products.seconds(BASE_SHARE * copy_bandwidth(device), MATMUL_SHARE * device.matmul_flops)
-        base = Prediction({"launch": BASE_LAUNCHES * layers * BASE_LAUNCH_SECONDS, "bandwidth": seconds})
+        bound = "bandwidth" if case.regime == "decode" else "matmul"
+        base = Prediction({"launch": BASE_LAUNCHES * layers * BASE_LAUNCH_SECONDS, bound: seconds})
         base += (self._predict(attention) + self._predict(write)) * layers
         layout = model.layout(self.size.page_size)
         for system in case.systems:
             work, prediction = case.work, base
             if system.work is not None:
                 adapters = int(system.name.split()[0])
-                ranks, counts = self._ranks(layout, facts["rank"], adapters), spread(batch, adapters)
+                of_adapter = np.repeat(np.arange(adapters), spread(rows.size, adapters))
+                ranks, counts = self._ranks(layout, facts["rank"], adapters), np.bincount(of_adapter, rows).astype(int)
                 work += system.work
-                prediction += self._lora_calls(tuple(WORKS), layout, ranks, counts, "decode") * layers
+                prediction += self._lora_calls(tuple(WORKS), layout, ranks, counts, case.regime) * layers
             yield self._row(case.label, system.name, work, prediction)
 
 
@@ -201,6 +208,27 @@ def lora_call(
     kilobytes = programs * layout.page_size * layout.width * ITEMSIZE / 1024
     programs *= ceil_div(layout.width, PROGRAM_COLUMNS)
     return Call((WORKS[op](ranks, counts, stack, ITEMSIZE),), cost, programs, kilobytes)
+
+
+def prefill_call(
+    op: str, layout: LoraLayout, stack: Stack, ranks: np.ndarray, counts: np.ndarray, tile_rows: int, cost: KernelCost
+) -> Call:
+    """Returns one stack's call in a step with prefill, planned for the current trace's device. Arguments as in
+    `lora_call`. An item of shrink multiplies a whole block of ranks, whatever part of it is in use."""
+    rank, page = np.asarray(ranks)[:, list(stack.rank_index)], layout.page_size
+    facts = {"decode": False, "rows": int(counts.sum()), "width": layout.width, "page_size": page}
+    shrink, expand = shrink_plan(d_in=stack.d_in, **facts), expand_plan(d_out=stack.d_out, **facts)
+    if op == "lora_shrink":
+        block, plan = block_ranks(page, backend="triton", decode=False), shrink
+        items = ceil_div(rank.sum(1), block) * shrink.splits(stack.d_in)
+        weights = items * block * min(shrink.slice_k, stack.d_in)
+    else:
+        blocks, plan = ceil_div(np.array(stack.d_outs), expand.block_n), expand
+        items = ((rank > 0) * blocks).sum(1)
+        weights = (ceil_div(rank, page) * page * blocks * expand.block_n).sum(1)
+    tiles, cost = ceil_div(counts, tile_rows), replace(cost, warps=plan.warps, per_sm=plan.programs)
+    work, kilobytes = WORKS[op](ranks, counts, stack, ITEMSIZE), int((tiles * weights).sum()) * ITEMSIZE / 1024
+    return Call((work,), cost, int((tiles * items).sum()), kilobytes)
 
 
 def backward_calls(

@@ -52,6 +52,8 @@ def attention_call(rows: np.ndarray, context: np.ndarray, shape: AttentionShape)
     facts = {"num_heads": shape.num_heads, "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
     facts["itemsize"], window = shape.dtype.itemsize, shape.window
     works = tuple(attention_work(rows[kind], context[kind], **facts, window=window) for kind in (rows > 1, rows == 1))
-    items = sum(count_items(rows, context, WorkShape.of(shape, plan)))
-    keys = 2 * int((rows + context)[rows > 0].sum()) * shape.width * shape.dtype.itemsize
+    tiles = WorkShape.of(shape, plan)
+    items = sum(count_items(rows, context, tiles))
+    count = np.where(rows > 1, -(-rows // max(tiles.tile_rows, 1)), rows)  # of tiles, each over the keys up to its rows
+    keys = 2 * int((count * context + (count + 1) * rows // 2).sum()) * shape.width * shape.dtype.itemsize
     return Call(works, replace(cost, warps=plan.warps, per_sm=plan.per_sm), items * shape.num_kv_heads, keys / 1024)

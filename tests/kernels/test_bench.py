@@ -141,7 +141,11 @@ def test_full_size_has_the_cases_of_the_goals():
     attention = [case.facts for case in cases if (case.op, case.regime) == ("attention", "decode")]
     assert {facts["context"] for facts in attention} == {2**n for n in range(9, 16)}
     assert {facts["batch"] for facts in attention} == {1, 4, 16, 64, 256}
-    steps = {case.facts["batch"]: [s.name for s in case.systems] for case in cases if case.op == "step"}
+    steps = {
+        case.facts["batch"]: [s.name for s in case.systems]
+        for case in cases
+        if (case.op, case.regime) == ("step", "decode")
+    }
     assert steps[64] == ["base", "1 adapters", "16 adapters", "64 adapters"]
     assert steps[256] == ["base", "1 adapters", "16 adapters", "64 adapters", "256 adapters"]
 

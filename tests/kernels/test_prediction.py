@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from experiments.kernel_bench import __main__ as command
+from experiments.kernel_bench.compiled import RESULTS
 from pallas_kernels.bench.models import LLAMA_3_8B
-from pallas_kernels.bench.predict import backward_calls, lora_call
+from pallas_kernels.bench.predict import backward_calls, lora_call, prefill_call
 from pallas_kernels.devices import compiling_for
 from pallas_kernels.lora.layout import ceil_div
 from pallas_kernels.paged_attention.plan import AttentionShape
@@ -49,6 +50,20 @@ def test_lora_is_predicted_as_in_the_review(stack, op):
     assert 1e6 * on_h200(call).seconds == pytest.approx(after, rel=0.2)
 
 
+@pytest.mark.parametrize("op", ["lora_shrink", "lora_expand"])
+def test_prefill_has_the_instructions_of_the_compiled_kernels(op):
+    compiled = {row["case"]: row["instructions_per_kb"] for row in json.loads(RESULTS.read_text())
+                if (row["kernel"], row["version"], row["device"]) == (op, "new", "h200")}  # fmt: skip
+    layout, counts = LLAMA_3_8B.layout(), np.full(64, 64)
+    for stack, rank in ((stack, rank) for stack in layout.stacks for rank in (16, 64)):
+        with compiling_for(H200.device):
+            call = prefill_call(op, layout, stack, np.full((64, 7), rank), counts, 64, kernel_cost(op, "prefill"))
+        columns = len(stack.projections) * stack.d_in if op == "lora_shrink" else stack.d_out
+        found = call.cost.instructions_per_kb * call.kilobytes + call.cost.instructions_per_item * call.programs
+        expected = compiled[f"prefill rows=4096 adapters=64 rank={rank} {stack.name}"]
+        assert found / (64 * rank * columns * 2 / 1024) == pytest.approx(expected, rel=0.25)
+
+
 @pytest.mark.parametrize(("adapters", "floor", "predicted"), [(1, 240, 710), (8, 260, 340), (64, 430, 510)])
 def test_the_backward_pass_of_training_is_predicted_as_documented(adapters, floor, predicted):
     """A layer of Llama-3-8B, 4,096 rows, rank 16, in µs; one adapter has too few programs."""
@@ -81,6 +96,8 @@ def test_each_bound_is_named():
         (Call((work,), replace(cost, steady=True), 400, work.bytes / 1024), "waves", 1.98),
         (Call((work,), cost, 400, work.bytes / 1024), "waves", 1.32),
         (Call((work,), cost, 33, work.bytes / 1024), "waves", 4),
+        (Call((work,), replace(cost, item_round_trips=4), 396_000, work.bytes / 1024), "latency", 2.524),
+        (Call((work,), replace(cost, instructions_per_item=4356), 396_000), "issue", 3),
     ):
         predicted = on_h200(call)
         assert predicted.bound == bound
@@ -114,6 +131,11 @@ def test_predict_prints_floor_prediction_and_bound_of_every_case(tmp_path, capsy
         )
         if not case.is_check and case.op != "ceiling" and "alone" not in case.facts:
             assert (case.label, system) in predicted
+    prefill = predicted["lora prefill model=llama-3-8b rows=4096 adapters=64 rank=16", "triton"]
+    assert 1e6 * prefill["floor_seconds"] == pytest.approx(253, rel=0.02)  # the review's, like the next two
+    assert 1e6 * prefill["predicted_seconds"] == pytest.approx(400, rel=0.1) and prefill["bound"] == "latency"
+    prompt = predicted["attention prefill model=llama-3-8b rows=4096 sequences=one prompt", "triton"]
+    assert 0.35 < prompt["flops"] / prompt["predicted_seconds"] / H200.device.matmul_flops < 0.45
     steps = "step decode model=llama-3-8b batch=64 context=512 rank=16"
     base, lora = (predicted[steps, system]["predicted_seconds"] for system in ("base", "64 adapters"))
     assert 1e3 * base == pytest.approx(6.6, rel=0.2) and 1.15 < lora / base < 1.4
