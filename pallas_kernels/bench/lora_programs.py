@@ -39,7 +39,7 @@ def shrink(shape: Shape, backend: str, layers: int) -> Program:
 
     def run(xs: Any, pools: Any, table: AdapterTable, tiles: LoraTiles) -> Any:
         options, hs = _options(shape, backend), []
-        work = kernel_work(shape.layout, table.ranks, tiles, options)
+        work = kernel_work(shape.layout, table.ranks[tiles.slot], tiles, options)
         for pool, (i, stack) in itertools.product(pools, enumerate(shape.layout.stacks)):
             h = lora_shrink(xs[i], pool, table.pages, work, shape.layout, stack, options)
             xs, h = lax.optimization_barrier((xs, h))
@@ -56,7 +56,7 @@ def expand(shape: Shape, backend: str, layers: int) -> Program:
 
     def run(ys: Any, hs: Any, pools: Any, table: AdapterTable, tiles: LoraTiles) -> Any:
         options = _options(shape, backend)
-        work = kernel_work(shape.layout, table.ranks, tiles, options)
+        work = kernel_work(shape.layout, table.ranks[tiles.slot], tiles, options)
 
         def call(pool: Any, i: int, h: Any, y: Any) -> Any:
             return lora_expand(h, y, pool, table.pages, work, shape.layout, shape.layout.stacks[i], options)

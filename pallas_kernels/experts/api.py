@@ -48,7 +48,7 @@ def expert_outputs(
       interpret: run the Triton kernels in their interpreter.
       plan: block shapes of "triton"; None: the plan table's.
       lora: given the rows' order by expert, int32 `[T k]`, returns the LoRA products of gate | up and of down
-        (`pallas_kernels.lora.experts`), which "xla" computes in any case.
+        (`pallas_kernels.lora.experts`), which choose their implementation themselves. With it, there is no gradient.
 
     Returns:
       `[T, d]` in x's dtype. Products and sums accumulate in float32.
@@ -58,10 +58,12 @@ def expert_outputs(
     """
     codes = codes_of(gate_up)
     name = fallback.choose("experts", implementation, x.dtype, _planned, partial(_check, codes.dtype))
-    if name == "xla" or lora is not None:
+    if name == "xla":
         return xla.expert_outputs(x, chosen, weights, gate_up, down, activation, lora)
     if plan is None:
         plan = expert_plan(rows_per_expert=-(-chosen.size // codes.shape[0]))
+    if lora is not None:
+        return _triton(activation, plan, interpret, x, chosen, weights, gate_up, down, lora)
     return _by_triton(activation, plan, interpret, x, chosen, weights, gate_up, down)
 
 
@@ -81,11 +83,13 @@ def _check(codes: Any, name: str) -> str:
     return name
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _by_triton(activation: str, plan: ExpertPlan, interpret: bool, *arrays: Any) -> jax.Array:
+def _triton(activation: str, plan: ExpertPlan, interpret: bool, *arguments: Any) -> jax.Array:
     from pallas_kernels.experts import triton  # not installed everywhere
 
-    return triton.expert_outputs(*arrays, activation=activation, plan=plan, interpret=interpret)
+    return triton.expert_outputs(*arguments, activation=activation, plan=plan, interpret=interpret)
+
+
+_by_triton = jax.custom_vjp(_triton, nondiff_argnums=(0, 1, 2))
 
 
 def _forward(activation: str, plan: ExpertPlan, interpret: bool, *arrays: Any) -> tuple[jax.Array, Any]:

@@ -9,6 +9,7 @@ that order, without atomics. A row's bits depend on its own numbers alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.experts.plan import ExpertPlan, ProductPlan
+from pallas_kernels.experts.xla import Add
 from pallas_kernels.triton_call import triton_call
 from pallas_kernels.weight_format import Kernels, ScaledKernels, codes_of
 
@@ -77,12 +79,14 @@ def _rows(order_ptr, first, rows, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def expert_gate_up_kernel(
-    x_ptr, weight_ptr, scale_ptr, tiles_ptr, order_ptr, out_ptr,
+    x_ptr, weight_ptr, scale_ptr, delta_ptr, tiles_ptr, order_ptr, out_ptr,
     PER_TOKEN: tl.constexpr, D_IN: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr, SCALED: tl.constexpr,
+    ADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[rows of the tile, block of columns] = activation(x @ gate) * (x @ up), in the order by expert. SCALED: the
-    weights are codes, which are converted before the product, and whose scales multiply the sums."""
+    weights are codes, which are converted before the product, and whose scales multiply the sums. ADDED: delta, gate |
+    up in the order by expert, is added to the products."""
     expert, rows, first, n = _item(tiles_ptr, (WIDTH + BLOCK_N - 1) // BLOCK_N, BLOCK_N)
     if rows > 0:
         column, k = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -107,24 +111,29 @@ def expert_gate_up_kernel(
             scale = scale_ptr + expert.to(tl.int64) * (2 * WIDTH) + column
             gate *= tl.load(scale, mask=column < WIDTH, other=0.0)[None, :]
             up *= tl.load(scale + WIDTH, mask=column < WIDTH, other=0.0)[None, :]
+        row = tl.arange(0, BLOCK_M)
+        mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
+        if ADDED:
+            delta = delta_ptr + first.to(tl.int64) * (2 * WIDTH) + (row[:, None] * (2 * WIDTH) + column[None, :])
+            gate += tl.load(delta, mask=mask, other=0.0)
+            up += tl.load(delta + WIDTH, mask=mask, other=0.0)
         if SILU:
             active = gate / (1 + tl.exp(-gate))
         else:  # gelu by tanh: tanh(t) = 1 - 2 / (exp(2 t) + 1)
             t = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
             active = gate * (1 - 1 / (tl.exp(2 * t) + 1))
-        row = tl.arange(0, BLOCK_M)
         out = out_ptr + (first + row).to(tl.int64)[:, None] * WIDTH + column[None, :]
-        mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
         tl.store(out, (active * up).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def expert_down_kernel(
-    hidden_ptr, weight_ptr, scale_ptr, tiles_ptr, order_ptr, routing_ptr, out_ptr,
-    D_IN: tl.constexpr, WIDTH: tl.constexpr, SCALED: tl.constexpr,
+    hidden_ptr, weight_ptr, scale_ptr, delta_ptr, tiles_ptr, order_ptr, routing_ptr, out_ptr,
+    D_IN: tl.constexpr, WIDTH: tl.constexpr, SCALED: tl.constexpr, ADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out[rows of the tile, block of columns] = routing weight * (hidden @ down), in the tokens' order."""
+    """out[rows of the tile, block of columns] = routing weight * (hidden @ down), in the tokens' order. ADDED: delta,
+    in the order by expert, is added to the product."""
     expert, rows, first, n = _item(tiles_ptr, (WIDTH + BLOCK_N - 1) // BLOCK_N, BLOCK_N)
     if rows > 0:
         column, k, row = n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_M)
@@ -144,14 +153,18 @@ def expert_down_kernel(
             acc = tl.dot(hidden, weight.to(hidden.dtype), acc, input_precision="ieee")
         if SCALED:
             acc *= tl.load(scale_ptr + expert.to(tl.int64) * WIDTH + column, mask=column < WIDTH, other=0.0)[None, :]
+        mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
+        if ADDED:
+            delta = delta_ptr + first.to(tl.int64) * WIDTH + (row[:, None] * WIDTH + column[None, :])
+            acc += tl.load(delta, mask=mask, other=0.0)
         acc *= tl.load(routing_ptr + place)[:, None]
         out = out_ptr + place.to(tl.int64)[:, None] * WIDTH + column[None, :]
-        mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
         tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def expert_outputs(
-    x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernels, down: Kernels, *,
+    x: jax.Array, chosen: jax.Array, weights: jax.Array, gate_up: Kernels, down: Kernels,
+    lora: Callable[[jax.Array], tuple[Add, Add]] | None = None, *,
     activation: str, plan: ExpertPlan, interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
     """See `api.expert_outputs`."""
@@ -165,16 +178,23 @@ def expert_outputs(
         ROWS=num_rows, EXPERTS=experts, TILES=num_tiles, BLOCK_M=plan.tile_rows,
         BLOCK=min(COUNTED, triton.next_power_of_2(max(num_rows, 128))), BLOCK_E=triton.next_power_of_2(experts),
     )  # fmt: skip
+    add_gate_up, add_down = (None, None) if lora is None else lora(order)
+    delta = x
+    if add_gate_up is not None:
+        rows = x.at[order // per_token].get(mode="clip", wrap_negative_indices=False)
+        delta = add_gate_up(rows, jnp.zeros((num_rows, 2 * width), x.dtype))
     (hidden,) = triton_call(
-        expert_gate_up_kernel, x, *_codes_and_scales(gate_up), tiles, order,
+        expert_gate_up_kernel, x, *_codes_and_scales(gate_up), delta, tiles, order,
         out=[jax.ShapeDtypeStruct((num_rows, width), x.dtype)], interpret=interpret,
         **_launch(plan.gate_up, plan.tile_rows, num_tiles, d, width), PER_TOKEN=per_token, SILU=activation == "silu",
-        SCALED=isinstance(gate_up, ScaledKernels),
+        SCALED=isinstance(gate_up, ScaledKernels), ADDED=lora is not None,
     )  # fmt: skip
+    delta = hidden if add_down is None else add_down(hidden, jnp.zeros((num_rows, d), x.dtype))
     (rows,) = triton_call(
-        expert_down_kernel, hidden, *_codes_and_scales(down), tiles, order, weights,
+        expert_down_kernel, hidden, *_codes_and_scales(down), delta, tiles, order, weights,
         out=[jax.ShapeDtypeStruct((num_rows, d), x.dtype)], interpret=interpret,
-        **_launch(plan.down, plan.tile_rows, num_tiles, width, d), SCALED=isinstance(down, ScaledKernels),
+        **_launch(plan.down, plan.tile_rows, num_tiles, width, d),
+        SCALED=isinstance(down, ScaledKernels), ADDED=lora is not None,
     )  # fmt: skip
     rows = jnp.where((chosen < experts)[..., None], rows.reshape(num_tokens, per_token, d), 0).astype(jnp.float32)
     total = rows[:, 0]

@@ -89,7 +89,7 @@ class LoraProduct:
                 count = tiles.num_tiles if split else tiles.num_dense
                 self._tile_weights = xla.prepare(layout, pages, table.ranks, tiles.slot, count, max_rank)
         else:
-            self._work = kernel_work(layout, table.ranks, tiles, self._options)
+            self._work = kernel_work(layout, table.ranks[tiles.slot], tiles, self._options)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         return tuple(getattr(self, name) for name in self._ARRAYS), tuple(getattr(self, name) for name in self._STATIC)
@@ -237,11 +237,13 @@ class LoraOptions:
         return ceil_div(self.max_rank, 32) * 32
 
 
-def kernel_work(layout: LoraLayout, ranks: jax.Array, tiles: LoraTiles, options: LoraOptions) -> LoraWork:
-    """Returns the work tables of `lora_shrink` and `lora_expand`."""
+def kernel_work(
+    layout: LoraLayout, ranks: jax.Array, tiles: LoraTiles, options: LoraOptions, base: jax.Array | int = 0
+) -> LoraWork:
+    """Returns the work tables of `lora_shrink` and `lora_expand`; `ranks`, `base` as in `lora_work`."""
     facts = {"backend": options.implementation, "decode": options.decode}
     block_r = block_ranks(layout.page_size, **facts)
-    return lora_work(layout, ranks, tiles, max_rank=options.max_rank, block_r=block_r)
+    return lora_work(layout, ranks, tiles, max_rank=options.max_rank, block_r=block_r, base=base)
 
 
 def lora_shrink(

@@ -74,7 +74,7 @@ class TrainedLora:
         if name == "xla":
             self._work = xla.prepare(layout, table.pages, table.ranks, tiles.slot, tiles.num_tiles, max_rank), tiles
         else:
-            forward = kernel_work(layout, table.ranks, tiles, self._options)
+            forward = kernel_work(layout, table.ranks[tiles.slot], tiles, self._options)
             self._work = gradient_work(layout, table.pages, tiles, forward)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -13,6 +13,9 @@ from pallas_kernels.lora.tiles import LoraTiles
 FIELDS = 8
 """Columns of both tables."""
 
+MOST_COMPARED = 1024
+"""Most tiles that each item is compared with; among more, it is found by bisection."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -34,18 +37,21 @@ class LoraWork:
     items: jax.Array
 
 
-def lora_work(layout: LoraLayout, ranks: jax.Array, tiles: LoraTiles, *, max_rank: int, block_r: int) -> LoraWork:
+def lora_work(
+    layout: LoraLayout, ranks: jax.Array, tiles: LoraTiles, *, max_rank: int, block_r: int, base: jax.Array | int = 0
+) -> LoraWork:
     """Builds the work tables of a step.
 
     Args:
-      ranks: int32 `[slots, 7]`.
+      ranks: int32 `[NT, 7]`, of each tile's adapter.
       max_rank: bound of any projection's rank.
       block_r: ranks of an item, whole tiles.
+      base: the adapter's tile from which the stacks are placed, int32 `[NT]`.
     """
     rows = jnp.where(jnp.arange(tiles.slot.shape[0]) < tiles.num_tiles, tiles.rows, 0)
-    ranks = jnp.where(rows[:, None] > 0, ranks[tiles.slot], 0)  # [NT, 7]
+    ranks = jnp.where(rows[:, None] > 0, ranks, 0)
     common, none = [tiles.first_row, rows, tiles.slot], jnp.zeros_like(rows)
-    places, _ = layout.stack_tiles(ranks)
+    places, _ = layout.stack_tiles(ranks, base)
 
     def table(*columns: jax.Array) -> jax.Array:
         return jnp.pad(jnp.stack([*common, *columns], 1).astype(jnp.int32), ((0, 1), (0, 0)))
@@ -62,12 +68,19 @@ def lora_work(layout: LoraLayout, ranks: jax.Array, tiles: LoraTiles, *, max_ran
     past = jnp.cumsum(blocks, 1)
     most = max(ceil_div(len(stack.projections) * stack.a_ranks(max_rank), block_r) for stack in layout.stacks)
     item = jnp.arange(most * rows.shape[0] + 1)
-    tile = (past[:, None, :-1] <= item[:, None]).sum(2)  # [stacks, I + 1]; NT, a row of zeros, past the last item
+    tile = _count_up_to(past[:, :-1], item)  # [stacks, I + 1]; NT, a row of zeros, past the last item
     block = item - jnp.take_along_axis(past - blocks, tile, 1)
     a = jnp.take_along_axis(a, tile[:, :, None], 1)  # [stacks, I + 1, FIELDS]
     step = jnp.array([[layout.a_chunks(stack) * (block_r // layout.page_size)] for stack in layout.stacks])
     first = jnp.stack([a[:, :, 3] + block * step, block * block_r], 2)
     return LoraWork(b, jnp.where(a[:, :, 1:2] > 0, jnp.concatenate([a[:, :, :3], first, a[:, :, 5:]], 2), 0))
+
+
+def _count_up_to(ascending: jax.Array, values: jax.Array) -> jax.Array:
+    """Number of entries of each row of `ascending [stacks, N]` that are at most each of `values [I]`: `[stacks, I]`."""
+    if ascending.shape[1] <= MOST_COMPARED:
+        return (ascending[:, None] <= values[:, None]).sum(2)
+    return jax.vmap(lambda row: jnp.searchsorted(row, values, side="right", method="scan_unrolled"))(ascending)
 
 
 @jax.tree_util.register_dataclass

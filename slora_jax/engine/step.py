@@ -160,7 +160,7 @@ class PagedContext:
         lora: Any = None
         if self._lora is not None and self._lora.experts is not None:
             table, pool, layout = self._lora.experts, pages_of(self.pool[layer]), self._layout
-            lora = lambda order: expert_lora.products(table, chosen, order, pool, layout, self._spec.max_rank)  # noqa: E731
+            lora = lambda order: expert_lora.products(table, chosen, order, pool, layout)  # noqa: E731
         return expert_outputs(
             x, chosen, weights, gate_up, down, activation=activation,
             implementation=self._spec.expert_kernels, interpret=self._spec.interpret, lora=lora,
@@ -195,7 +195,12 @@ def lora_work(
             padding=with_lora if isinstance(with_lora, Padding) else None,
         )
         rows = vectors.prepare(spec.lora_layout, table, tiles) if with_extras(with_lora) else None
-        experts = expert_lora.prepare(spec.lora_layout, table, tiles) if with_lora == "experts" else None
+        experts = None
+        if with_lora == "experts":
+            experts = expert_lora.prepare(
+                spec.lora_layout, table, tiles, dtype=spec.pool.dtype, decode=layout.bucket.decode,
+                max_rank=spec.max_rank, implementation=spec.lora_kernels, interpret=spec.interpret,
+            )  # fmt: skip
         return LoraStep(product, rows, experts)
 
 

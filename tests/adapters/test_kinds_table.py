@@ -25,7 +25,7 @@ KINDS = {
     "trained tokens": {"trainable_token_indices": [1]},
     "head or embedding saved whole, at most 256 rows changed": {"modules_to_save": ["lm_head"]},
     "other modules saved whole": {"modules_to_save": ["score"]},
-    "LoRA on experts, on a GPU by XLA": {"target_parameters": ["experts.down_proj"]},
+    "LoRA on experts": {"target_parameters": ["experts.down_proj"]},
 }
 BACKENDS = {
     "XLA and Triton": {},

@@ -114,6 +114,27 @@ def product(shape: Shape, decode: bool, implementation: str, padding: Padding | 
     return run
 
 
+def tiles_of(layout: LoraLayout, matrices: dict[str, tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    """Tiles `[page_size, W]`: stack by stack those of A, then of B; block by block, chunk by chunk."""
+    size, width, tiles = layout.page_size, layout.width, []
+    for stack in layout.stacks:
+        for side in (0, 1):
+            rows = [row for p in stack.projections if p in matrices for row in matrices[p][side]]
+            for block in (rows[i : i + size] for i in range(0, len(rows), size)):
+                for column in range(0, max(map(len, block)), width):
+                    tile = np.zeros((size, width))
+                    for row, values in enumerate(block):
+                        chunk = values[column : column + width]
+                        tile[row, : chunk.size] = chunk
+                    tiles.append(tile)
+    return tiles
+
+
+def in_pages(tiles: list[np.ndarray]) -> np.ndarray:
+    """Pages `[n, 2, page_size, W]`."""
+    return np.reshape(tiles + [0 * tiles[0]] * (len(tiles) % 2), (-1, 2, *tiles[0].shape))
+
+
 class Adapters:
     """Random adapters in some slots of a table and pages of a pool, in random order, and their dense matrices."""
 
@@ -128,7 +149,7 @@ class Adapters:
         self.matrices = dict(zip(self.slots.tolist(), map(self._matrices, ranks), strict=True))
 
         size, width = shape.page_size, shape.kv_width
-        packed = [self._pack(self.matrices[slot]) for slot in self.slots.tolist()]
+        packed = [in_pages(tiles_of(self.layout, self.matrices[slot])) for slot in self.slots.tolist()]
         largest = int(self.layout.num_pages(np.full(7, shape.max_rank)))
         num_pages = count * largest + 20  # one size for all seeds, so one program
         pool = np.full((num_pages, 2, size, width), np.nan)
@@ -157,22 +178,6 @@ class Adapters:
             for p, r in zip(PROJECTIONS, ranks.tolist(), strict=True)
             if r
         }
-
-    def _pack(self, matrices: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """Pages `[n, 2, page_size, W]`: stack by stack the tiles of A, then of B; block by block, chunk by chunk."""
-        size, width, tiles = self.shape.page_size, self.shape.kv_width, []
-        for stack in self.layout.stacks:
-            for side in (0, 1):
-                rows = [row for p in stack.projections if p in matrices for row in matrices[p][side]]
-                for block in (rows[i : i + size] for i in range(0, len(rows), size)):
-                    for column in range(0, max(map(len, block)), width):
-                        tile = np.zeros((size, width))
-                        for row, values in enumerate(block):
-                            chunk = values[column : column + width]
-                            tile[row, : chunk.size] = chunk
-                        tiles.append(tile)
-        tiles += [np.zeros((size, width))] * (len(tiles) % 2)
-        return np.reshape(tiles, (-1, 2, size, width))
 
     def inputs(self, rows: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """x `[rows, d_in]` and y `[rows, d_out]` of every stack."""
