@@ -1,4 +1,4 @@
-"""Small random models of the families that `peft_families` does not have, each with one PEFT adapter."""
+"""Small random models of Mistral and of the families that `peft_families` lacks, each with one PEFT adapter."""
 
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         },
         ALL,
     ),
+    "mistral": ("mistral", {"sliding_window": 20}, ALL),
     "olmo2": ("olmo2", {}, ALL),
     "glm4": ("glm4", {}, [*ATTENTION, "gate_up_proj", "down_proj"]),
     "mixtral": ("mixtral", {"num_local_experts": 5, "intermediate_size": 24}, ATTENTION),

@@ -80,7 +80,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return cache(lambda name: SmallFamily(name, tmp_path_factory.mktemp(name)))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "mistral"])  # test_parity_peft serves Mistral
 def test_mixed_batch_matches_transformers_and_peft(name: str, family: Any) -> None:
     check(family(name), CONFIG, over_http=name in SERVED)
 
