@@ -1,4 +1,4 @@
-"""Small random models of Mistral and of the families that `peft_families` lacks, each with one PEFT adapter."""
+"""Small random models of Mistral, Qwen2 and the families that `peft_families` lacks, each with one PEFT adapter."""
 
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         ALL,
     ),
     "mistral": ("mistral", {"sliding_window": 20}, ALL),
+    "qwen2": ("qwen2", {}, ALL),
     "olmo2": ("olmo2", {}, ALL),
     "glm4": ("glm4", {}, [*ATTENTION, "gate_up_proj", "down_proj"]),
     "mixtral": ("mixtral", {"num_local_experts": 5, "intermediate_size": 24}, ATTENTION),
@@ -78,12 +79,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 class SmallFamily:
     """A random model with one adapter, in memory and as saved by transformers and PEFT."""
 
-    def __init__(self, name: str, directory: Path) -> None:
-        kind, fields, targets = FAMILIES[name]
+    def __init__(self, name: str, directory: Path, targets: list[str] | str | None = None) -> None:
+        """targets: in place of the family's."""
+        kind, fields, own = FAMILIES[name]
         base = make_base(kind, {"pad_token_id": 0, "eos_token_id": 1, **fields})
         self.model_dir, self.adapter_dir = directory / "model", directory / "tuned"
         base.save_pretrained(self.model_dir)
-        self.model = add_adapters(base, directory, {"tuned": {"r": 5, "lora_alpha": 9, "target_modules": targets}})
+        self.model = add_adapters(
+            base, directory, {"tuned": {"r": 5, "lora_alpha": 9, "target_modules": targets or own}}
+        )
 
     def active(self, adapter: str | None) -> Any:
         """Returns the PEFT model with this adapter active (None: the base model)."""

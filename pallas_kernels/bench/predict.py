@@ -20,7 +20,7 @@ from pallas_kernels.bench.size import Size
 from pallas_kernels.devices import compiling_for
 from pallas_kernels.lora import lora_tile_rows
 from pallas_kernels.lora.layout import LoraLayout, Stack, ceil_div
-from pallas_kernels.lora.plan import block_ranks, expand_plan, gradient_plan, shrink_plan
+from pallas_kernels.lora.plan import ExpandPlan, ShrinkPlan, block_ranks, expand_plan, gradient_plan, shrink_plan
 from pallas_kernels.lora.roofline import INTERMEDIATE_BYTES, backward_work, expand_work, shrink_work
 from pallas_kernels.paged_attention import bench as attention_bench
 from pallas_kernels.paged_attention.plan import AttentionShape
@@ -166,10 +166,10 @@ class Predictor:
         """The base step, and with adapters' launches after one another in between."""
         model, facts, device, layers = self.size.model, case.facts, self.target.device, self.size.model.num_layers
         if case.regime == "decode":
-            shapes, counts = ((1,), (facts["context"],)), (facts["batch"],)
+            kinds = [(facts["batch"], 1, facts["context"])]
         else:
-            shapes, counts = ((facts["length"], 1), (0, facts["context"])), (facts["prompts"], facts["decoding"])
-        rows, context = (np.repeat(shape, counts) for shape in shapes)
+            kinds = [(facts["prompts"], facts["length"], 0), (facts["decoding"], 1, facts["context"])]
+        rows, context = (np.concatenate([np.full(kind[0], kind[of]) for kind in kinds]) for of in (1, 2))
         attention = self._attention_call(rows, context, int(rows.sum()), rows.size)
         write = Call((write_kv_work(int(rows.sum()), model.width, ITEMSIZE),), kernel_cost("write_kv", "write"))
         own = sum((*attention.works, *write.works), Work()) * layers
@@ -184,7 +184,8 @@ class Predictor:
             if system.work is not None:
                 adapters = int(system.name.split()[0])
                 of_adapter = np.repeat(np.arange(adapters), spread(rows.size, adapters))
-                ranks, counts = self._ranks(layout, facts["rank"], adapters), np.bincount(of_adapter, rows).astype(int)
+                ranks = self._ranks(layout, facts["rank"], adapters)
+                counts = np.bincount(of_adapter, rows).astype(int)
                 work += system.work
                 prediction += self._lora_calls(tuple(WORKS), layout, ranks, counts, case.regime) * layers
             yield self._row(case.label, system.name, work, prediction)
@@ -218,12 +219,13 @@ def prefill_call(
     rank, page = np.asarray(ranks)[:, list(stack.rank_index)], layout.page_size
     facts = {"decode": False, "rows": int(counts.sum()), "width": layout.width, "page_size": page}
     shrink, expand = shrink_plan(d_in=stack.d_in, **facts), expand_plan(d_out=stack.d_out, **facts)
+    plan: ShrinkPlan | ExpandPlan = shrink if op == "lora_shrink" else expand
     if op == "lora_shrink":
-        block, plan = block_ranks(page, backend="triton", decode=False), shrink
+        block = block_ranks(page, backend="triton", decode=False)
         items = ceil_div(rank.sum(1), block) * shrink.splits(stack.d_in)
         weights = items * block * min(shrink.slice_k, stack.d_in)
     else:
-        blocks, plan = ceil_div(np.array(stack.d_outs), expand.block_n), expand
+        blocks = ceil_div(np.array(stack.d_outs), expand.block_n)
         items = ((rank > 0) * blocks).sum(1)
         weights = (ceil_div(rank, page) * page * blocks * expand.block_n).sum(1)
     tiles, cost = ceil_div(counts, tile_rows), replace(cost, warps=plan.warps, per_sm=plan.programs)

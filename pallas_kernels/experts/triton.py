@@ -93,7 +93,14 @@ def expert_gate_up_kernel(
         token = _rows(order_ptr, first, rows, BLOCK_M) // PER_TOKEN
         x_tile = x_ptr + token.to(tl.int64)[:, None] * D_IN + k[None, :]
         gate_tile = weight_ptr + expert.to(tl.int64) * (D_IN * 2 * WIDTH) + k[:, None] * (2 * WIDTH) + column[None, :]
-        gate, up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        row = tl.arange(0, BLOCK_M)
+        mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
+        delta = delta_ptr + first.to(tl.int64) * (2 * WIDTH) + (row[:, None] * (2 * WIDTH) + column[None, :])
+        if ADDED and not SCALED:  # both loads after the sums would spill registers
+            gate = tl.load(delta, mask=mask, other=0.0).to(tl.float32)
+            up = tl.load(delta + WIDTH, mask=mask, other=0.0).to(tl.float32)
+        else:
+            gate, up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in tl.range(0, D_IN, BLOCK_K, num_stages=STAGES):
             if D_IN % BLOCK_K == 0 and WIDTH % BLOCK_N == 0:
                 x = tl.load(x_tile + start)
@@ -101,20 +108,17 @@ def expert_gate_up_kernel(
                 w_up = tl.load(gate_tile + start * (2 * WIDTH) + WIDTH)
             else:
                 inside = start + k < D_IN
-                mask = inside[:, None] & (column < WIDTH)[None, :]
+                both = inside[:, None] & (column < WIDTH)[None, :]
                 x = tl.load(x_tile + start, mask=inside[None, :], other=0.0)
-                w_gate = tl.load(gate_tile + start * (2 * WIDTH), mask=mask, other=0.0)
-                w_up = tl.load(gate_tile + start * (2 * WIDTH) + WIDTH, mask=mask, other=0.0)
+                w_gate = tl.load(gate_tile + start * (2 * WIDTH), mask=both, other=0.0)
+                w_up = tl.load(gate_tile + start * (2 * WIDTH) + WIDTH, mask=both, other=0.0)
             gate = tl.dot(x, w_gate.to(x.dtype), gate, input_precision="ieee")
             up = tl.dot(x, w_up.to(x.dtype), up, input_precision="ieee")
         if SCALED:
             scale = scale_ptr + expert.to(tl.int64) * (2 * WIDTH) + column
             gate *= tl.load(scale, mask=column < WIDTH, other=0.0)[None, :]
             up *= tl.load(scale + WIDTH, mask=column < WIDTH, other=0.0)[None, :]
-        row = tl.arange(0, BLOCK_M)
-        mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
-        if ADDED:
-            delta = delta_ptr + first.to(tl.int64) * (2 * WIDTH) + (row[:, None] * (2 * WIDTH) + column[None, :])
+        if ADDED and SCALED:
             gate += tl.load(delta, mask=mask, other=0.0)
             up += tl.load(delta + WIDTH, mask=mask, other=0.0)
         if SILU:

@@ -16,6 +16,8 @@ from pallas_kernels.lora import PROJECTIONS
 from slora_jax.adapters import AdapterTiles, BaseGeometry, LoraAdapter, LoraConfig, pack_tiles, unpack_tiles
 from slora_jax.adapters.peft_format import adapter_of
 from slora_jax.adapters.targets import Target, resolve_targets
+from slora_jax.adapters.tensor_names import FUSED, PLAIN
+from slora_jax.errors import AdapterError
 from slora_jax.memory import PageAllocator, PageKind
 from slora_jax.memory.pool import Pool, PoolShape, describe, pieces, upload_pages
 
@@ -25,9 +27,23 @@ Matrices = dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]
 """A `[r, d_in]` and B `[d_out, r]`, or their gradients, by layer and projection."""
 
 
+def trained_targets(config: LoraConfig, num_layers: int) -> Targets:
+    """Resolves a config to what is trained. Raises AdapterError like `resolve_targets`, and for a fused module: its
+    projections have one A, but each projection is trained with its own."""
+    named = () if config.target_modules is None or isinstance(config.target_modules, str) else config.target_modules
+    for module, projections in FUSED.items():
+        fused = module.split(".")[-1]
+        if any(name.split(".")[-1] == fused for name in named):
+            single = ", ".join(PLAIN[projection].split(".")[-1] for projection in projections)
+            raise AdapterError(
+                f"target_modules: {fused!r} is a fused module; it can be served but not trained. Train {single}"
+            )
+    return resolve_targets(config, num_layers)
+
+
 def initial_adapter(config: LoraConfig, geometry: BaseGeometry, seed: int) -> LoraAdapter:
-    """PEFT's initialisation: A uniform in `±1 / sqrt(d_in)`, B zero. Raises AdapterError like `resolve_targets`."""
-    targets = resolve_targets(config, geometry.num_layers)
+    """PEFT's initialisation: A uniform in `±1 / sqrt(d_in)`, B zero. Raises AdapterError like `trained_targets`."""
+    targets = trained_targets(config, geometry.num_layers)
     a, b = {}, {}
     for (layer, projection), target in targets.items():
         d_in, d_out = geometry.dims(projection)

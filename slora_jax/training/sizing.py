@@ -8,14 +8,13 @@ from dataclasses import replace
 import numpy as np
 
 from pallas_kernels.lora.layout import ceil_div
-from slora_jax.adapters.targets import resolve_targets
 from slora_jax.engine.sizing import adapter_geometry
 from slora_jax.errors import AdapterError, ConfigError
 from slora_jax.models.config import ModelConfig
 from slora_jax.training.batch import micro_batches, pack
 from slora_jax.training.config import TrainerConfig
 from slora_jax.training.data import DEFAULT_MAX_LENGTH, Dataset, examples
-from slora_jax.training.pool import largest_ranks
+from slora_jax.training.pool import largest_ranks, trained_targets
 from slora_jax.training.recipe import AdapterRecipe, Recipe
 
 _SHORTEST_ROWS = (32, 64, 128, 256, 512)
@@ -97,7 +96,7 @@ def packing(recipe: Recipe, datasets: Mapping[str, Dataset]) -> tuple[tuple[int,
 def _ranks(name: str, adapter: AdapterRecipe, model: ModelConfig) -> np.ndarray:
     """Each projection's largest rank over the layers, int32 `[7]`."""
     try:
-        targets = resolve_targets(adapter.lora, model.num_layers)
+        targets = trained_targets(adapter.lora, model.num_layers)
     except AdapterError as error:
         raise ConfigError(f"adapters.{name}.lora.{error}") from None
     return largest_ranks(targets)

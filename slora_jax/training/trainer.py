@@ -13,7 +13,6 @@ import numpy as np
 
 from pallas_kernels.lora.training import training_tile_rows
 from slora_jax.adapters import AdapterInfo, LoraAdapter, LoraConfig, read_peft
-from slora_jax.adapters.targets import resolve_targets
 from slora_jax.engine.sizing import adapter_geometry
 from slora_jax.errors import AdapterError, ConfigError, RequestError, UnknownAdapterError
 from slora_jax.memory import PageKind
@@ -21,7 +20,7 @@ from slora_jax.models import ModelConfig, Params
 from slora_jax.training.batch import Example, MicroBatch, Row, micro_batches, pack
 from slora_jax.training.config import Adam, TrainerConfig
 from slora_jax.training.losses import LOSSES, Loss
-from slora_jax.training.pool import Targets, TrainingPool, initial_adapter, largest_ranks
+from slora_jax.training.pool import Targets, TrainingPool, initial_adapter, largest_ranks, trained_targets
 from slora_jax.training.programs import HYPER, TrainingPrograms
 
 if TYPE_CHECKING:
@@ -127,8 +126,8 @@ class Trainer:
         return list(self._adapters)
 
     def pages_of(self, lora: LoraConfig) -> int:
-        """Pages of the training pool that an adapter takes. Raises AdapterError like `resolve_targets`."""
-        ranks = largest_ranks(resolve_targets(lora, self.model.num_layers))
+        """Pages of the training pool that an adapter takes. Raises AdapterError like `add`."""
+        ranks = largest_ranks(trained_targets(lora, self.model.num_layers))
         return int(self.geometry.layout.num_pages(ranks))
 
     def add(
@@ -151,7 +150,9 @@ class Trainer:
             adapter = read_peft(adapter, self.geometry)
         if extras := adapter.config.extras or adapter.extras:
             raise AdapterError(f"adapter {name!r}: {', '.join(extras)} can be served but not trained; unset it")
-        targets = resolve_targets(adapter.config, self.model.num_layers)
+        targets = trained_targets(adapter.config, self.model.num_layers)
+        if targets.keys() != adapter.a.keys():
+            raise AdapterError(f"adapter {name!r}: has LoRA on fused modules; it can be served but not trained")
         ranks, config = adapter.ranks.max(axis=0), self.config
         if ranks.max() > config.max_lora_rank:
             raise AdapterError(f"adapter {name!r} has rank {ranks.max()} but max_lora_rank is {config.max_lora_rank}")
