@@ -1,5 +1,6 @@
 """Every family gives the logits and greedy tokens of transformers and PEFT: base rows and adapters in one batch,
-prompts in chunks, longer than the windows; some of them through the server too."""
+prompts in chunks, longer than the windows, preempted, the adapter evicted and loaded again; some of them through the
+server too."""
 
 import asyncio
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 from slora_jax import Engine, EngineConfig, SamplingParams
 from slora_jax.adapters import random_adapter
 from slora_jax.errors import AdapterError, ConfigError
+from slora_jax.memory import Immediate
 from slora_jax.serving.settings import ServerSettings
 
 pytest.importorskip("torch")
@@ -22,14 +24,15 @@ from peft_families import VOCAB, assert_close
 from small_families import FAMILIES, SmallFamily
 
 PROMPT_LENGTHS = (10, 45, 15, 30)
-ADAPTERS = (None, "tuned", None, "tuned")  # no step is without one: all run the same programs
+ADAPTERS = (None, "tuned", "tuned", "tuned")  # no step is without one: all run the same programs
+NEW_TOKENS = 64
 SERVED = ("gemma3_text", "phi3", "qwen3_moe")  # through HTTP too
 CONFIG = EngineConfig(
     dtype="float32",
-    num_pages=80,
+    num_pages=27,  # too few for the adapter and all sequences, enough for it and the first two
     max_num_seqs=4,
     max_num_batched_tokens=16,
-    max_model_len=96,
+    max_model_len=112,
     max_lora_rank=8,
     decode_buckets=(4,),
     mixed_buckets=(16,),
@@ -40,18 +43,30 @@ CONFIG = EngineConfig(
 
 
 def check(family: SmallFamily, config: EngineConfig, decodes: bool = True, over_http: bool = False) -> None:
-    """Serves a mixed batch and compares it at every output position. decodes: False: more prompts, and one token of
-    each, so that no decode program is compiled."""
+    """Serves a mixed batch and compares it at every output position.
+
+    Args:
+      decodes: whether sequences decode, are preempted, and the adapter is evicted and used again. False: more prompts,
+        and one token of each, so that no decode program is compiled.
+      over_http: whether the server answers all requests after the eviction, or the engine one.
+    """
     rng = np.random.default_rng(5)
     repeats = 1 if decodes else 3
     prompts = [rng.integers(2, VOCAB, length).tolist() for length in PROMPT_LENGTHS * repeats]
-    params = SamplingParams(max_tokens=12 if decodes else 1, ignore_eos=True)
-    with Engine.from_pretrained(family.model_dir, config) as engine:
+    params = SamplingParams(max_tokens=NEW_TOKENS if decodes else 1, ignore_eos=True)
+    with Engine.from_pretrained(family.model_dir, config, eviction=Immediate()) as engine:
         engine.load_adapter("tuned", family.adapter_dir)
         outputs = engine.generate(prompts, params, list(ADAPTERS) * repeats)
         if over_http:
             tokens = asyncio.run(completions(engine, prompts, params))
             assert tokens == [output.token_ids for output in outputs]
+        elif decodes:
+            outputs += engine.generate(prompts[1], params, "tuned")
+        if decodes:
+            stats = engine.stats()
+            assert stats.preemptions > 0, "the pool is too large to force preemption"
+            assert stats.adapter_evictions > 0
+            assert stats.adapter_loads > 1
         engine.check()
     for output in outputs:
         prompt, tokens = output.prompt_token_ids, output.token_ids
@@ -87,7 +102,7 @@ def test_mixed_batch_matches_transformers_and_peft(name: str, family: Any) -> No
 
 @pytest.mark.parametrize("name", ["phi3", "mixtral"])
 def test_two_shards_match_transformers_and_peft(name: str, family: Any) -> None:
-    check(family(name), replace(CONFIG, tensor_parallel_size=2), decodes=False)
+    check(family(name), replace(CONFIG, num_pages=80, tensor_parallel_size=2), decodes=False)
 
 
 def test_norms_over_the_whole_width_are_not_sharded(family: Any) -> None:
