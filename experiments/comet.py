@@ -1,6 +1,6 @@
 """Accuracy of COMET's arithmetic (arXiv 2410.12168): weights, most activations and KV in 4 bits. It measures no speed.
 
-    python -m experiments.comet --tokens 512
+    python -m experiments.comet --tokens 4096
 
 The input channels of each projection are sorted by their largest magnitude in a calibration window, so that outliers
 lie together, and cut into blocks of 128. A token's block has one scale; the first blocks keep 8 bits, the others 4
@@ -187,7 +187,7 @@ def main() -> None:
         prog="python -m experiments.comet", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=smollm2_path(), help=f"default: the GGUF file of {REQUIREMENT}")
-    parser.add_argument("--tokens", type=int, default=WINDOW, help="a multiple of 512 (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=8 * WINDOW, help="a multiple of 512 (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
     if args.model is None:
