@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from test_experts import RAGGED, expected, layer
-from test_lora_product import in_pages, tiles_of
+from test_lora_product import in_pages, weight_tiles
 
 from pallas_kernels.bench.models import decoder_layout
 from pallas_kernels.experts import expert_outputs
@@ -45,7 +45,7 @@ class Adapters:
                     for p, r in zip(EXPERT_PROJECTIONS, numbers, strict=True)
                     if r
                 }
-                tiles += tiles_of(layout, matrices)
+                tiles += weight_tiles(layout, matrices)
                 self.dense[slot].append({p: a.T @ b for p, (a, b) in matrices.items()})
             pages[slot] = in_pages(tiles)
         count = max(map(len, pages.values()))

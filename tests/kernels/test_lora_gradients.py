@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_lora_product import GQA, MHA, SLOTS, TILE_ROWS, WIDE, Adapters, in_pages, tiles_of
+from test_lora_product import GQA, MHA, SLOTS, TILE_ROWS, WIDE, Adapters, in_pages, weight_tiles
 
 from pallas_kernels.lora import LoraTiles
 from pallas_kernels.lora.training import TrainedLora, training_tile_rows
@@ -85,7 +85,7 @@ def test_gradients_equal_those_of_dense_matrices(shape, dtype, implementation, t
                     x_own, dy = x[own].astype(float), slope[own, at : at + d].astype(float)
                     dx[own] += dy @ b.T @ a
                     change[p] = (dy @ b.T).T @ x_own, (x_own @ a.T).T @ dy
-        pages = in_pages(tiles_of(adapters.layout, change))
+        pages = in_pages(weight_tiles(adapters.layout, change))
         expected[np.asarray(adapters.table.pages)[slot][: len(pages)]] += pages
     for dx, want in zip(dxs, want_dx, strict=True):
         assert dx.dtype == adapters.dtype

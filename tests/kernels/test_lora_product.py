@@ -114,7 +114,7 @@ def product(shape: Shape, decode: bool, implementation: str, padding: Padding | 
     return run
 
 
-def tiles_of(layout: LoraLayout, matrices: dict[str, tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+def weight_tiles(layout: LoraLayout, matrices: dict[str, tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
     """Tiles `[page_size, W]`: stack by stack those of A, then of B; block by block, chunk by chunk."""
     size, width, tiles = layout.page_size, layout.width, []
     for stack in layout.stacks:
@@ -149,7 +149,7 @@ class Adapters:
         self.matrices = dict(zip(self.slots.tolist(), map(self._matrices, ranks), strict=True))
 
         size, width = shape.page_size, shape.kv_width
-        packed = [in_pages(tiles_of(self.layout, self.matrices[slot])) for slot in self.slots.tolist()]
+        packed = [in_pages(weight_tiles(self.layout, self.matrices[slot])) for slot in self.slots.tolist()]
         largest = int(self.layout.num_pages(np.full(7, shape.max_rank)))
         num_pages = count * largest + 20  # one size for all seeds, so one program
         pool = np.full((num_pages, 2, size, width), np.nan)
