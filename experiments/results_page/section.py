@@ -44,11 +44,6 @@ class Section:
     body: Callable[..., Iterable[str]]
     where: Callable[[Any], Mapping[str, Any]] = lambda content: content["provenance"]
 
-    @property
-    def is_measured(self) -> bool:
-        """Returns whether all files are there; the page leaves the section out otherwise."""
-        return all((RESULTS / name).exists() for name in self.files)
-
     def content(self) -> list[Any]:
         return [_read(RESULTS / name) for name in self.files]
 
