@@ -190,15 +190,14 @@ def expert_outputs(
     (hidden,) = triton_call(
         expert_gate_up_kernel, x, *_codes_and_scales(gate_up), delta, tiles, order,
         out=[jax.ShapeDtypeStruct((num_rows, width), x.dtype)], interpret=interpret,
-        **_launch(plan.gate_up, plan.tile_rows, num_tiles, d, width), PER_TOKEN=per_token, SILU=activation == "silu",
-        SCALED=isinstance(gate_up, ScaledKernels), ADDED=lora is not None,
+        **_launch(plan.gate_up, plan.tile_rows, num_tiles, d, width, gate_up, lora is not None),
+        PER_TOKEN=per_token, SILU=activation == "silu",
     )  # fmt: skip
     delta = hidden if add_down is None else add_down(hidden, jnp.zeros((num_rows, d), x.dtype))
     (rows,) = triton_call(
         expert_down_kernel, hidden, *_codes_and_scales(down), delta, tiles, order, weights,
         out=[jax.ShapeDtypeStruct((num_rows, d), x.dtype)], interpret=interpret,
-        **_launch(plan.down, plan.tile_rows, num_tiles, width, d),
-        SCALED=isinstance(down, ScaledKernels), ADDED=lora is not None,
+        **_launch(plan.down, plan.tile_rows, num_tiles, width, d, down, lora is not None),
     )  # fmt: skip
     rows = jnp.where((chosen < experts)[..., None], rows.reshape(num_tokens, per_token, d), 0).astype(jnp.float32)
     total = rows[:, 0]
@@ -212,12 +211,16 @@ def _codes_and_scales(kernels: Kernels) -> tuple[jax.Array, jax.Array]:
     return kernels if isinstance(kernels, ScaledKernels) else (kernels, kernels)
 
 
-def _launch(plan: ProductPlan, tile_rows: int, num_tiles: int, d_in: int, width: int) -> dict[str, Any]:
-    """Arguments of both products."""
+def _launch(
+    plan: ProductPlan, tile_rows: int, num_tiles: int, d_in: int, width: int, kernels: Kernels, added: bool
+) -> dict[str, Any]:
+    """Arguments of both products. What is added to scaled sums takes registers beside them: their blocks are half."""
+    scaled = isinstance(kernels, ScaledKernels)
+    columns = plan.block_n // 2 if scaled and added else plan.block_n
     block_n, block_k = (min(block, max(16, triton.next_power_of_2(size)))
-                        for block, size in ((plan.block_n, width), (plan.block_k, d_in)))  # fmt: skip
+                        for block, size in ((columns, width), (plan.block_k, d_in)))  # fmt: skip
     return {
         "grid": (num_tiles * triton.cdiv(width, block_n),), "num_warps": plan.warps, "num_stages": plan.stages,
         "D_IN": d_in, "WIDTH": width, "BLOCK_M": tile_rows, "BLOCK_N": block_n, "BLOCK_K": block_k,
-        "STAGES": plan.stages,
+        "STAGES": plan.stages, "SCALED": scaled, "ADDED": added,
     }  # fmt: skip

@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from test_experts import RAGGED, expected, layer
 from test_lora_product import in_pages, weight_tiles
 
@@ -14,6 +15,7 @@ from pallas_kernels.experts import expert_outputs
 from pallas_kernels.lora import AdapterTable, LoraTiles, experts, work
 from pallas_kernels.lora.layout import EXPERT_PROJECTIONS
 from pallas_kernels.targets import TARGETS, lower_for
+from pallas_kernels.weight_format import ScaledKernels
 from slora_jax.analysis import kernels_in
 
 EXPERTS, FFN, MAX_RANK, DTYPE = 3, 24, 20, "bfloat16"
@@ -98,7 +100,8 @@ def test_each_row_gets_the_lora_of_its_expert_of_its_adapter(rng, monkeypatch):
     np.testing.assert_array_equal(plain[LORA_ROWS:], found[LORA_ROWS:])
 
 
-def test_kernels_compile_without_spills():
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_kernels_compile_without_spills(weights):
     """Qwen3-30B-A3B's experts and ranks up to 64, in a decode step and in a prompt's."""
     count, d, ffn, slots = 128, 2048, 768, 64
     layout = replace(decoder_layout(d, 4096, 512, ffn, 16), experts=count, expert_width=ffn)
@@ -121,10 +124,12 @@ def test_kernels_compile_without_spills():
         for t in (64, 8192)
     ]  # fmt: skip
     table = AdapterTable(struct(slots, pages), struct(slots, 10), struct(slots, count, 3))
-    weights = struct(count, d, 2 * ffn, dtype=DTYPE), struct(count, ffn, d, dtype=DTYPE)
+    kernels = [struct(count, *dims, dtype=weights) for dims in ((d, 2 * ffn), (ffn, d))]
+    if weights == "int8":
+        kernels = [ScaledKernels(codes, struct(count, 1, codes.shape[2], dtype="float32")) for codes in kernels]
     pool = struct(4000, 2, 16, layout.width, dtype=DTYPE)
     target = TARGETS["h200"]
-    uses = kernels_in(lower_for(target, jax.jit(outputs), steps, table, *weights, pool), target.device)
+    uses = kernels_in(lower_for(target, jax.jit(outputs), steps, table, *kernels, pool), target.device)
     launched = {use.name: sum(u.count for u in uses if u.name == use.name) for use in uses}
     base = "expert_tiles_kernel", "expert_gate_up_kernel", "expert_down_kernel"
     assert launched == dict.fromkeys(base, 2) | dict.fromkeys(("lora_shrink_kernel", "lora_expand_kernel"), 4)
